@@ -1,0 +1,99 @@
+// Stage 0, factors: parameters -> rows, Cholesky factors, log-determinants. One pass over the loadings.
+//
+//   W~ = lam W,  M = I + W~^T W~ = L L^T,  A = L^-1 W~^T,  log|C| = sum log Psi + 2 sum log diag L
+//
+// A component's W~ stays in cache from the first read to the last; nothing of size K*D*R is written but `rows`.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "layout.h"
+
+namespace mfa {
+
+// Lower Cholesky factor of the symmetric positive definite m [n, n], in place; the upper triangle becomes zero.
+inline void cholesky(double* m, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) {
+    for (int64_t i = j; i < n; ++i) {
+      double sum = m[i * n + j];
+      for (int64_t s = 0; s < j; ++s) sum -= m[i * n + s] * m[j * n + s];
+      m[i * n + j] = i == j ? std::sqrt(sum) : sum / m[j * n + j];
+    }
+    for (int64_t i = 0; i < j; ++i) m[i * n + j] = 0;
+  }
+}
+
+// lam = Psi^-1/2 for one noise row [D]; returns sum log Psi.
+template <class T>
+double inverse_scale(const T* noise, int64_t features, T* lam) {
+  double log_noise = 0;
+  for (int64_t d = 0; d < features; ++d) {
+    lam[d] = 1 / std::sqrt(noise[d]);
+    log_noise += std::log(static_cast<double>(noise[d]));
+  }
+  return log_noise;
+}
+
+// Writes one component's rows and Cholesky factor; returns log|M|.
+template <class T>
+double factor_component(const Shape& shape, const T* mean, const T* loadings, const T* lam, const T* center, T* rows,
+                        T* chol, double* gram) {
+  constexpr int V = kWidth<T>;
+  const int64_t D = shape.features, R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>();
+  std::memset(rows + (B - 1) * stride, 0, stride * sizeof(T));  // the padding of the last block
+  for (int64_t b = 0; b < B; ++b) {
+    T* block = rows + b * stride;
+    const int64_t lanes = std::min<int64_t>(V, D - b * V);
+    for (int64_t j = 0; j < lanes; ++j) {
+      const int64_t d = b * V + j;
+      block[j] = (mean[d] - center[d]) * (shape.per_component ? T(1) : lam[d]);
+      for (int64_t r = 0; r < R; ++r) block[(1 + r) * V + j] = lam[d] * loadings[d * R + r];
+      if (shape.per_component) block[(1 + R) * V + j] = lam[d];
+    }
+  }
+  if (R == 0) return 0;
+  for (int64_t i = 0; i < R; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      Vec<T> sum = {};
+      for (int64_t b = 0; b < B; ++b) sum += load(rows + b * stride + (1 + i) * V) * load(rows + b * stride + (1 + j) * V);
+      gram[i * R + j] = horizontal_sum<T>(sum) + (i == j ? 1.0 : 0.0);
+    }
+  cholesky(gram, R);
+  double log_diagonal = 0;
+  for (int64_t i = 0; i < R; ++i) log_diagonal += std::log(gram[i * R + i]);
+  for (int64_t i = 0; i < R * R; ++i) chol[i] = static_cast<T>(gram[i]);
+  // A = L^-1 W~^T by forward substitution, V features at a time, in place of W~.
+  for (int64_t b = 0; b < B; ++b) {
+    T* a = rows + b * stride + V;
+    for (int64_t i = 0; i < R; ++i) {
+      Vec<T> value = load(a + i * V);
+      for (int64_t j = 0; j < i; ++j) value -= chol[i * R + j] * load(a + j * V);
+      store<T>(a + i * V, value * static_cast<T>(1 / gram[i * R + i]));
+    }
+  }
+  return 2 * log_diagonal;
+}
+
+// means [K, D], loadings [K, D, R], noise [D] or [K, D], center [D] -> rows (layout.h), chol [K, R, R], log_det [K]
+template <class T, class ParallelFor>
+void factors(const Shape& shape, const T* means, const T* loadings, const T* noise, const T* center, T* rows,
+             T* chol, T* log_det, ParallelFor&& parallel_for) {
+  const int64_t D = shape.features, R = shape.rank;
+  std::vector<T> shared_lam(D);
+  const double shared_log_noise = shape.per_component ? 0 : inverse_scale(noise, D, shared_lam.data());
+  parallel_for(shape.components, [&](int64_t begin, int64_t end) {
+    std::vector<double> gram(R * R);
+    std::vector<T> own_lam(shape.per_component ? D : 0);
+    for (int64_t k = begin; k < end; ++k) {
+      const double log_noise =
+          shape.per_component ? inverse_scale(noise + k * D, D, own_lam.data()) : shared_log_noise;
+      const T* lam = shape.per_component ? own_lam.data() : shared_lam.data();
+      log_det[k] = static_cast<T>(log_noise + factor_component(shape, means + k * D, loadings + k * D * R, lam, center,
+                                                               rows + k * shape.component_stride<T>(),
+                                                               chol + k * R * R, gram.data()));
+    }
+  });
+}
+
+}  // namespace mfa

@@ -1,0 +1,302 @@
+// Stage 2, pairs: everything that is left to do once the active pairs are known. Work is proportional to pairs.
+//
+// A pair is (token n, component k, weight w). With v = lam (x - mu), t = A v, q = v - A^T t = C~^-1 v, z = L^-T t:
+//   d logit / d mu   =  lam q                                d logit / d x = -lam q
+//   d logit / d W    =  lam (q z^T - A^T L^-1)               (Jacobi's formula and C~^-1 W~ = A^T L^-1)
+//   d logit / d Psi  =  lam^2 (q^2 - 1 + sum_r A_r^2) / 2
+//   d logit / d log pi = 1
+// so the gradients reach the parameters in closed form: no stored rows' gradient, no backward through the Cholesky.
+// Never materialised: anything with P x D or K x R x D beyond the gradients themselves.
+// Deterministic: pairs are sorted by component, tokens in order; a component has one writer; the noise shared by all
+//           is reduced over a fixed number of chunks.
+// Floor     read `rows`, write the gradients once (memory); flops are 6 P R D. Measured by bench/bench_step.py.
+#pragma once
+#include <algorithm>
+#include <vector>
+
+#include "layout.h"
+
+namespace mfa {
+
+// Pairs ordered by component: those of k are order[offsets[k]] ... order[offsets[k + 1] - 1], tokens ascending.
+struct ByComponent {
+  std::vector<int64_t> offsets, order;
+  ByComponent(const int32_t* components, int64_t pairs, int64_t component_count)
+      : offsets(component_count + 1), order(pairs) {
+    for (int64_t p = 0; p < pairs; ++p) ++offsets[components[p] + 1];
+    for (int64_t k = 0; k < component_count; ++k) offsets[k + 1] += offsets[k];
+    std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
+    for (int64_t p = 0; p < pairs; ++p) order[next[components[p]]++] = p;  // a stable counting sort
+  }
+};
+
+// v [D padded] of one token for one component.
+template <class T>
+void residual(const Shape& shape, const T* x, const T* rows, const T* lam, const T* center, T* v) {
+  constexpr int V = kWidth<T>;
+  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>();
+  for (int64_t b = 0; b < B; ++b) {
+    const int64_t d = b * V;
+    const T* block = rows + b * stride;
+    Vec<T> value = {};
+    if (d + V <= shape.features) {
+      value = (load(x + d) - load(center + d)) * load(lam + d);
+    } else {
+      T tail[V] = {};
+      for (int64_t j = 0; d + j < shape.features; ++j) tail[j] = (x[d + j] - center[d + j]) * lam[d + j];
+      value = load(tail);
+    }
+    value -= load(block);
+    if (shape.per_component) value *= load(block + (1 + shape.rank) * V);
+    store<T>(v + d, value);
+  }
+}
+
+// t [G, R] = A v for G tokens of one component; v [G, D padded]
+template <class T, int G>
+void project(const Shape& shape, const T* rows, const T* v, T* t) {
+  constexpr int V = kWidth<T>;
+  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
+  for (int64_t r0 = 0; r0 < shape.rank; r0 += 4) {
+    const int64_t r1 = std::min(shape.rank, r0 + 4);
+    Vec<T> sum[4][G] = {};
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t r = r0; r < r1; ++r) {
+        const Vec<T> a = load(rows + b * stride + (1 + r) * V);
+        for (int g = 0; g < G; ++g) sum[r - r0][g] += a * load(v + g * padded + b * V);
+      }
+    for (int64_t r = r0; r < r1; ++r)
+      for (int g = 0; g < G; ++g) t[g * shape.rank + r] = horizontal_sum<T>(sum[r - r0][g]);
+  }
+}
+
+// z = L^-T t by back substitution: the posterior mean of the latents.
+template <class T>
+void latents_of(int64_t rank, const T* chol, const T* t, T* z) {
+  for (int64_t i = rank - 1; i >= 0; --i) {
+    T sum = t[i];
+    for (int64_t j = i + 1; j < rank; ++j) sum -= chol[j * rank + i] * z[j];
+    z[i] = sum / chol[i * rank + i];
+  }
+}
+
+// x [N, D], tokens [P], components [P] -> latents [P, R]
+template <class T, class ParallelFor>
+void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_t* components, int64_t pairs,
+             const T* rows, const T* chol, const T* lam, const T* center, T* out, ParallelFor&& parallel_for) {
+  const ByComponent by(components, pairs, shape.components);
+  const int64_t R = shape.rank;
+  parallel_for(pairs, [&](int64_t begin, int64_t end) {
+    std::vector<T> v(shape.padded<T>()), t(R);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t p = by.order[i], k = components[p];
+      const T* own = rows + k * shape.component_stride<T>();
+      residual(shape, x + tokens[p] * shape.features, own, lam, center, v.data());
+      project<T, 1>(shape, own, v.data(), t.data());
+      latents_of(R, chol + k * R * R, t.data(), out + p * R);
+    }
+  });
+}
+
+template <class T>
+struct Gradients {  // any may be null: then it is not computed
+  T* x;             // [N, D]
+  T* means;         // [K, D]
+  T* loadings;      // [K, D, R]
+  T* noise;         // [D] or [K, D]
+  T* log_weights;   // [K]
+};
+
+// What one component's pairs add up to: S = sum w, sum w q [D], sum w q^2 [D], sum w q z^T [D/V, R, V].
+template <class T>
+struct Statistics {
+  T weight;
+  std::vector<T> q, q2, qz;
+  std::vector<T> v, t, z;  // scratch of a group of tokens
+  static constexpr int kGroup = 4;
+
+  explicit Statistics(const Shape& shape)
+      : q(shape.padded<T>()), q2(shape.padded<T>()), qz(shape.padded<T>() * shape.rank),
+        v(shape.padded<T>() * kGroup), t(shape.rank * kGroup), z(shape.rank * kGroup) {}
+
+  void clear() {
+    weight = 0;
+    std::fill(q.begin(), q.end(), T(0));
+    std::fill(q2.begin(), q2.end(), T(0));
+    std::fill(qz.begin(), qz.end(), T(0));
+  }
+
+  template <int G>
+  void add(const Shape& shape, const T* rows, const T* chol, const T* const* x, const T* w, const T* lam,
+           const T* center) {
+    constexpr int V = kWidth<T>;
+    const int64_t R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
+    for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, center, v.data() + g * padded);
+    project<T, G>(shape, rows, v.data(), t.data());
+    for (int g = 0; g < G; ++g) {
+      latents_of(R, chol, t.data() + g * R, z.data() + g * R);
+      for (int64_t r = 0; r < R; ++r) z[g * R + r] *= w[g];
+      weight += w[g];
+    }
+    for (int64_t b = 0; b < B; ++b) {
+      const T* a = rows + b * stride + V;
+      Vec<T> c[G];
+      for (int g = 0; g < G; ++g) c[g] = load(v.data() + g * padded + b * V);
+      for (int64_t r = 0; r < R; ++r) {
+        const Vec<T> row = load(a + r * V);
+        for (int g = 0; g < G; ++g) c[g] -= row * t[g * R + r];
+      }
+      Vec<T> sum = load(q.data() + b * V), sum2 = load(q2.data() + b * V);
+      for (int g = 0; g < G; ++g) {
+        sum += c[g] * w[g];
+        sum2 += c[g] * c[g] * w[g];
+      }
+      store<T>(q.data() + b * V, sum);
+      store<T>(q2.data() + b * V, sum2);
+      for (int64_t r = 0; r < R; ++r) {
+        T* cell = qz.data() + (b * R + r) * V;
+        Vec<T> value = load(cell);
+        for (int g = 0; g < G; ++g) value += c[g] * z[g * R + r];
+        store<T>(cell, value);
+      }
+    }
+  }
+};
+
+// Adds one component's statistics to the gradients of its parameters. noise is its own row, or a chunk's partial sum.
+template <class T>
+void add_gradients(const Shape& shape, const Statistics<T>& s, const T* rows, const T* chol, const T* lam, T* means,
+                   T* loadings, T* noise, std::vector<T>& inverse) {
+  constexpr int V = kWidth<T>;
+  const int64_t R = shape.rank, D = shape.features, stride = shape.block_stride<T>();
+  if (loadings) {  // inverse = L^-1, lower triangular
+    inverse.assign(R * R, 0);
+    for (int64_t j = 0; j < R; ++j)
+      for (int64_t i = j; i < R; ++i) {
+        T sum = i == j ? T(1) : T(0);
+        for (int64_t m = j; m < i; ++m) sum -= chol[i * R + m] * inverse[m * R + j];
+        inverse[i * R + j] = sum / chol[i * R + i];
+      }
+  }
+  for (int64_t b = 0; b < shape.blocks<T>(); ++b) {
+    const T* a = rows + b * stride + V;
+    const int64_t d0 = b * V, lanes = std::min<int64_t>(V, D - d0);
+    T scale[V] = {};
+    for (int64_t j = 0; j < lanes; ++j) scale[j] = shape.per_component ? a[R * V + j] : lam[d0 + j];
+    if (means)
+      for (int64_t j = 0; j < lanes; ++j) means[d0 + j] += scale[j] * s.q[d0 + j];
+    if (noise) {
+      Vec<T> explained = {};
+      for (int64_t r = 0; r < R; ++r) explained += load(a + r * V) * load(a + r * V);
+      T value[V];
+      store<T>(value, (load(s.q2.data() + d0) - s.weight * (1 - explained)) / 2);
+      for (int64_t j = 0; j < lanes; ++j) noise[d0 + j] += scale[j] * scale[j] * value[j];
+    }
+    if (loadings)
+      for (int64_t r = 0; r < R; ++r) {
+        Vec<T> prior = {};
+        for (int64_t m = r; m < R; ++m) prior += load(a + m * V) * inverse[m * R + r];
+        T value[V];
+        store<T>(value, load(s.qz.data() + (b * R + r) * V) - s.weight * prior);
+        for (int64_t j = 0; j < lanes; ++j) loadings[(d0 + j) * R + r] += scale[j] * value[j];
+      }
+  }
+}
+
+// Adds sum_pairs w d logit / d parameter to the gradients. Pairs are ordered by token: tokens ascending.
+template <class T, class ParallelFor>
+void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32_t* components, const T* weights,
+              int64_t pairs, const T* rows, const T* chol, const T* lam, const T* center, const Gradients<T>& grad,
+              ParallelFor&& parallel_for) {
+  const int64_t D = shape.features, R = shape.rank, K = shape.components;
+  if (grad.means || grad.loadings || grad.noise || grad.log_weights) {
+    const ByComponent by(components, pairs, K);
+    const int64_t chunks = std::min<int64_t>(K, 64);  // fixed, so that sums do not depend on the thread count
+    const bool shared_noise = grad.noise && !shape.per_component;
+    std::vector<T> partial(shared_noise ? chunks * D : 0);
+    parallel_for(chunks, [&](int64_t begin, int64_t end) {
+      Statistics<T> statistics(shape);
+      std::vector<T> inverse;
+      for (int64_t chunk = begin; chunk < end; ++chunk)
+        for (int64_t k = K * chunk / chunks; k < K * (chunk + 1) / chunks; ++k) {
+          const int64_t first = by.offsets[k], last = by.offsets[k + 1];
+          if (first == last) continue;
+          const T* own = rows + k * shape.component_stride<T>();
+          statistics.clear();
+          const T* token[Statistics<T>::kGroup];
+          T weight[Statistics<T>::kGroup];
+          for (int64_t i = first; i < last;) {
+            const int64_t group = last - i >= Statistics<T>::kGroup ? Statistics<T>::kGroup : 1;
+            for (int64_t g = 0; g < group; ++g) {
+              const int64_t p = by.order[i + g];
+              token[g] = x + tokens[p] * D;
+              weight[g] = weights[p];
+            }
+            if (group == 1)
+              statistics.template add<1>(shape, own, chol + k * R * R, token, weight, lam, center);
+            else
+              statistics.template add<Statistics<T>::kGroup>(shape, own, chol + k * R * R, token, weight, lam, center);
+            i += group;
+          }
+          T* noise = !grad.noise ? nullptr : shape.per_component ? grad.noise + k * D : partial.data() + chunk * D;
+          add_gradients(shape, statistics, own, chol + k * R * R, lam, grad.means ? grad.means + k * D : nullptr,
+                        grad.loadings ? grad.loadings + k * D * R : nullptr, noise, inverse);
+          if (grad.log_weights) grad.log_weights[k] += statistics.weight;
+        }
+    });
+    for (int64_t chunk = 0; shared_noise && chunk < chunks; ++chunk)
+      for (int64_t d = 0; d < D; ++d) grad.noise[d] += partial[chunk * D + d];
+  }
+  if (grad.x) {
+    // One writer per token: cut the pairs where the token changes.
+    std::vector<int64_t> starts;
+    for (int64_t p = 0; p < pairs; ++p)
+      if (p == 0 || tokens[p] != tokens[p - 1]) starts.push_back(p);
+    starts.push_back(pairs);
+    parallel_for(static_cast<int64_t>(starts.size()) - 1, [&](int64_t begin, int64_t end) {
+      constexpr int V = kWidth<T>;
+      std::vector<T> v(shape.padded<T>()), t(R);
+      for (int64_t p = starts[begin]; p < starts[end]; ++p) {
+        const T* own = rows + components[p] * shape.component_stride<T>();
+        residual(shape, x + tokens[p] * D, own, lam, center, v.data());
+        project<T, 1>(shape, own, v.data(), t.data());
+        T* out = grad.x + tokens[p] * D;
+        for (int64_t b = 0; b < shape.blocks<T>(); ++b) {
+          const T* a = own + b * shape.block_stride<T>() + V;
+          Vec<T> q = load(v.data() + b * V);
+          for (int64_t r = 0; r < R; ++r) q -= load(a + r * V) * t[r];
+          if (shape.per_component) q *= load(a + R * V);
+          T value[V];
+          store<T>(value, q * weights[p]);
+          for (int64_t j = 0, d = b * V; j < V && d + j < D; ++j) out[d + j] -= lam[d + j] * value[j];
+        }
+      }
+    });
+  }
+}
+
+// sum_c r_c (mu_c + W_c z_c): components [N, C] (-1: an empty slot), responsibilities [N, C], latents [N, C, R] -> [N, D]
+template <class T, class ParallelFor>
+void decode(const Shape& shape, const int32_t* components, const T* responsibilities, const T* latents, int64_t tokens,
+            int64_t slots, const T* means, const T* loadings, T* out, ParallelFor&& parallel_for) {
+  const int64_t D = shape.features, R = shape.rank;
+  parallel_for(tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      T* row = out + n * D;
+      std::fill(row, row + D, T(0));
+      for (int64_t c = 0; c < slots; ++c) {
+        const int64_t k = components[n * slots + c];
+        const T r = responsibilities[n * slots + c];
+        if (k < 0 || r == 0) continue;
+        const T *mean = means + k * D, *w = loadings + k * D * R, *z = latents + (n * slots + c) * R;
+        for (int64_t d = 0; d < D; ++d, w += R) {
+          T value = mean[d];
+          for (int64_t i = 0; i < R; ++i) value += w[i] * z[i];
+          row[d] += r * value;
+        }
+      }
+    }
+  });
+}
+
+}  // namespace mfa

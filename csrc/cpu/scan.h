@@ -1,0 +1,350 @@
+// Stage 1, select: tokens x components -> log p(x) and, per token, the active pairs.
+//
+// Symbols   x token, k component, v = lam (x - mu_k), t = A_k v, logit = constant_k - (|v|^2 - |t|^2) / 2.
+// Never materialised: anything of size N x K or larger. A micro-tile of one component by two SIMD vectors of tokens
+//           holds |v|^2 and the R values of t in registers; its logits go straight into the per-token candidates.
+// Exact because v is formed as a difference before it is squared: the rounding error is that of the true distance,
+//           never that of |x|^2 - 2 x.mu + |mu|^2. Sums over features are flushed every kFlush of them.
+// Active    logit > best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
+//           than eps of the responsibility. A token with more than S active components overflows its slots: it keeps
+//           the S largest, and its logsumexp goes on as a running sum.
+// Floor     N K (R + 2) D multiply-adds. Measured by bench/bench_step.py.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "layout.h"
+
+namespace mfa {
+
+constexpr int kTokenVectors = 2;                                     // SIMD vectors of tokens per micro-tile
+constexpr int kMaxGroup = kRegisters >= 32 ? 12 : 5;                 // rows of A per pass over the features
+constexpr int64_t kFlush = 128;                                      // features between flushes of the sums
+template <class T>
+constexpr int kPanel = kTokenVectors * kWidth<T>;                    // tokens per panel
+
+// |v|^2 - |t|^2 over `G` rows of A for C neighbouring components and one panel of tokens, features blocked by V.
+//   rows   component c starts at rows + c * component_stride
+//   x      [D padded, kPanel]
+//   first  index of the first row of A in this pass; |v|^2 itself is added when it is 0
+//   out    [C, kPanel], accumulated into
+template <class T, int C, int G, bool PerComponent>
+void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T* out) {
+  constexpr int V = kWidth<T>, NV = kTokenVectors;
+  const int64_t stride = shape.block_stride<T>(), component_stride = shape.component_stride<T>();
+  const int64_t blocks = shape.blocks<T>();
+  Vec<T> square[C][NV] = {}, total[C][G > 0 ? G : 1][NV] = {};
+  for (int64_t start = 0; start < blocks; start += kFlush / V) {
+    const int64_t stop = std::min<int64_t>(blocks, start + kFlush / V);
+    Vec<T> s[C][NV] = {}, t[C][G > 0 ? G : 1][NV] = {};
+    for (int64_t b = start; b < stop; ++b) {
+      const T* block = rows + b * stride;
+      const T* panel = x + b * V * kPanel<T>;
+      for (int j = 0; j < V; ++j, panel += kPanel<T>) {
+#pragma GCC unroll 4
+        for (int c = 0; c < C; ++c) {
+          const T* row = block + c * component_stride + j;
+          Vec<T> v[NV];
+#pragma GCC unroll 2
+          for (int n = 0; n < NV; ++n) {
+            v[n] = load(panel + n * V) - row[0];
+            if (PerComponent) v[n] *= row[(1 + shape.rank) * V];
+            s[c][n] += v[n] * v[n];
+          }
+#pragma GCC unroll 16
+          for (int g = 0; g < G; ++g) {
+            const Vec<T> a = Vec<T>{} + row[(1 + g) * V + first * V];
+#pragma GCC unroll 2
+            for (int n = 0; n < NV; ++n) t[c][g][n] += a * v[n];
+          }
+        }
+      }
+    }
+    for (int c = 0; c < C; ++c)
+      for (int n = 0; n < NV; ++n) {
+        square[c][n] += s[c][n];
+        for (int g = 0; g < G; ++g) total[c][g][n] += t[c][g][n];
+      }
+  }
+  for (int c = 0; c < C; ++c)
+    for (int n = 0; n < NV; ++n) {
+      Vec<T> distance = load(out + c * kPanel<T> + n * V);
+      if (first == 0) distance += square[c][n];
+      for (int g = 0; g < G; ++g) distance -= total[c][g][n] * total[c][g][n];
+      store<T>(out + c * kPanel<T> + n * V, distance);
+    }
+}
+
+template <class T>
+using MicroTile = void (*)(const Shape&, const T*, const T*, int64_t, T*);
+
+// Components per micro-tile: with few rows, several components share the loads of x and keep the FMA units busy.
+constexpr int components_per_tile(int group) {
+  return std::max(1, std::min(kRegisters >= 32 ? 4 : 2, (kMaxGroup + 1) / (group + 1)));
+}
+
+template <class T, bool Wide, bool PerComponent, int... G>
+MicroTile<T> pick_micro_tile(int64_t group, std::integer_sequence<int, G...>) {
+  static constexpr MicroTile<T> table[] = {&micro_tile<T, Wide ? components_per_tile(G) : 1, G, PerComponent>...};
+  return table[group];
+}
+
+// Mahalanobis distances of a few neighbouring components to a panel, the rank split into passes that fit registers.
+template <class T>
+class PanelDistance {
+ public:
+  explicit PanelDistance(const Shape& shape) : shape_(shape) {
+    passes_ = std::max<int64_t>(1, ceil_div(shape.rank, kMaxGroup));
+    group_ = ceil_div(shape.rank, passes_);
+    tile_ = passes_ == 1 ? components_per_tile(static_cast<int>(group_)) : 1;
+    wide_ = pick(group_, true);
+    single_ = pick(group_, false);
+  }
+  int64_t tile() const { return tile_; }
+
+  // out [count, kPanel] for components k, ..., k + count - 1; count is tile() or 1
+  void operator()(const T* rows, const T* x, int64_t count, T* out) const {
+    std::fill(out, out + count * kPanel<T>, T(0));
+    for (int64_t first = 0, pass = 0; pass < passes_; ++pass) {
+      const int64_t group = std::min(group_, shape_.rank - first);
+      const MicroTile<T> kernel = group < group_ ? pick(group, false) : count == 1 ? single_ : wide_;
+      kernel(shape_, rows, x, first, out);
+      first += group;
+    }
+  }
+
+ private:
+  MicroTile<T> pick(int64_t group, bool wide) const {
+    using Groups = std::make_integer_sequence<int, kMaxGroup + 1>;
+    if (shape_.per_component)
+      return wide ? pick_micro_tile<T, true, true>(group, Groups{}) : pick_micro_tile<T, false, true>(group, Groups{});
+    return wide ? pick_micro_tile<T, true, false>(group, Groups{}) : pick_micro_tile<T, false, false>(group, Groups{});
+  }
+
+  Shape shape_;
+  int64_t passes_, group_, tile_;
+  MicroTile<T> wide_, single_;
+};
+
+// What stage 1 knows of one token while components stream by; the slots are the caller's output rows.
+template <class T>
+struct TokenState {
+  T best = -std::numeric_limits<T>::infinity();
+  T base = 0;       // running logsumexp of an overflowing token: base + log(sum)
+  double sum = 0;
+  int32_t count = 0;  // slots in use
+  bool overflow = false;
+  bool invalid = false;  // a logit was NaN
+
+  void offer(T logit, int32_t component, T threshold, int64_t slots, int32_t* components, T* logits) {
+    invalid |= logit != logit;
+    if (overflow) add(logit);
+    if (!(logit > best - threshold)) return;
+    best = std::max(best, logit);
+    if (count == slots) {
+      drop_inactive(threshold, components, logits);
+      if (count == slots) {
+        if (!overflow) {
+          overflow = true;
+          base = best;
+          for (int32_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(logits[i] - base));
+          add(logit);
+        }
+        const int64_t smallest = std::min_element(logits, logits + count) - logits;
+        if (logits[smallest] >= logit) return;
+        components[smallest] = component;
+        logits[smallest] = logit;
+        return;
+      }
+    }
+    components[count] = component;
+    logits[count++] = logit;
+  }
+
+  void add(T logit) {
+    if (logit > base) {
+      sum = sum * std::exp(static_cast<double>(base - logit)) + 1;
+      base = logit;
+    } else {
+      sum += std::exp(static_cast<double>(logit - base));
+    }
+  }
+
+  void drop_inactive(T threshold, int32_t* components, T* logits) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i)
+      if (logits[i] > best - threshold) {
+        components[kept] = components[i];
+        logits[kept++] = logits[i];
+      }
+    count = kept;
+  }
+
+  // Takes over what another range of components found for the same token.
+  void merge(const TokenState& other, T threshold, int64_t slots, int32_t* components, T* logits,
+             const int32_t* other_components, const T* other_logits) {
+    invalid |= other.invalid;
+    if (other.overflow && !overflow) {
+      overflow = true;
+      base = best;
+      for (int32_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(logits[i] - base));
+      if (count == 0) base = other.base;
+    }
+    const bool summed = other.overflow;
+    if (summed) {
+      const T top = std::max(base, other.base);
+      sum = sum * std::exp(static_cast<double>(base - top)) + other.sum * std::exp(static_cast<double>(other.base - top));
+      base = top;
+    }
+    for (int32_t i = 0; i < other.count; ++i) {
+      // `summed` candidates are in the running sum already: offer them as slots only.
+      const TokenState before = *this;
+      offer(other_logits[i], other_components[i], threshold, slots, components, logits);
+      if (summed) base = before.base, sum = before.sum;
+    }
+  }
+
+  // Sorts the slots, largest first; empty ones become (-1, -inf). Returns log p(x).
+  T finish(T threshold, int64_t slots, int32_t* components, T* logits) {
+    drop_inactive(threshold, components, logits);
+    for (int32_t i = 1; i < count; ++i) {  // insertion sort: a handful of entries
+      const T logit = logits[i];
+      const int32_t component = components[i];
+      int32_t j = i;
+      for (; j > 0 && (logits[j - 1] < logit || (logits[j - 1] == logit && components[j - 1] > component)); --j)
+        logits[j] = logits[j - 1], components[j] = components[j - 1];
+      logits[j] = logit;
+      components[j] = component;
+    }
+    for (int64_t i = count; i < slots; ++i) components[i] = -1, logits[i] = -std::numeric_limits<T>::infinity();
+    if (invalid || count == 0) return std::numeric_limits<T>::quiet_NaN();
+    if (overflow) return base + static_cast<T>(std::log(sum));
+    double total = 0;
+    for (int32_t i = count - 1; i >= 0; --i) total += std::exp(static_cast<double>(logits[i] - best));
+    return best + static_cast<T>(std::log(total));
+  }
+};
+
+// Whitens one panel of tokens: x [N, D] -> out [D padded, kPanel], zeros where there is no token.
+template <class T>
+void pack_panel(const Shape& shape, const T* x, int64_t tokens, const T* lam, const T* center, T* out) {
+  const int64_t D = shape.features;
+  std::fill(out + D * kPanel<T>, out + shape.padded<T>() * kPanel<T>, T(0));
+  for (int64_t d = 0; d < D; ++d) {
+    T* row = out + d * kPanel<T>;
+    for (int64_t n = 0; n < tokens; ++n) row[n] = (x[n * D + d] - center[d]) * lam[d];
+    std::fill(row + tokens, row + kPanel<T>, T(0));
+  }
+}
+
+// How a scan is cut: blocks of panels that share a cache, and ranges of components when tokens alone cannot feed
+// the threads. A function of sizes and the thread count only, so that two runs add in the same order.
+struct Schedule {
+  int64_t panels, panels_per_block, blocks, splits;
+  template <class T>
+  static Schedule of(const Shape& shape, int64_t tokens, int64_t threads) {
+    Schedule s;
+    s.panels = ceil_div(tokens, kPanel<T>);
+    const int64_t bytes = shape.padded<T>() * kPanel<T> * sizeof(T);
+    const int64_t cached = std::clamp<int64_t>((int64_t(3) << 19) / bytes, 2, 32);  // 1.5 MB of tokens
+    s.panels_per_block = std::max<int64_t>(1, std::min(cached, ceil_div(s.panels, threads)));
+    s.blocks = ceil_div(s.panels, s.panels_per_block);
+    s.splits = s.blocks >= threads ? 1 : std::min(ceil_div(threads, s.blocks), ceil_div(shape.components, 32));
+    return s;
+  }
+};
+
+// The scan itself: visit(split, first token, tokens here, component, distances [kPanel]) for every component and panel.
+// A component's rows stay in cache while the panels of a block pass by.
+template <class T, class Visit, class ParallelFor>
+void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
+          const T* center, Visit&& visit, ParallelFor&& parallel_for) {
+  const PanelDistance<T> distance(shape);
+  const int64_t panel_size = shape.padded<T>() * kPanel<T>;
+  parallel_for(plan.blocks * plan.splits, [&](int64_t begin, int64_t end) {
+    std::vector<T> panels(plan.panels_per_block * panel_size);
+    T distances[4 * kPanel<T>];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t block = task / plan.splits, split = task % plan.splits;
+      const int64_t p0 = block * plan.panels_per_block, p1 = std::min(plan.panels, p0 + plan.panels_per_block);
+      auto tokens_of = [&](int64_t p) { return std::min<int64_t>(kPanel<T>, tokens - p * kPanel<T>); };
+      for (int64_t p = p0; p < p1; ++p)
+        pack_panel(shape, x + p * kPanel<T> * shape.features, tokens_of(p), lam, center,
+                   panels.data() + (p - p0) * panel_size);
+      const int64_t k1 = shape.components * (split + 1) / plan.splits;
+      for (int64_t k = shape.components * split / plan.splits, count; k < k1; k += count) {
+        count = k + distance.tile() <= k1 ? distance.tile() : 1;
+        for (int64_t p = p0; p < p1; ++p) {
+          distance(rows + k * shape.component_stride<T>(), panels.data() + (p - p0) * panel_size, count, distances);
+          for (int64_t c = 0; c < count; ++c)
+            visit(split, p * kPanel<T>, tokens_of(p), k + c, distances + c * kPanel<T>);
+        }
+      }
+    }
+  });
+}
+
+// x [N, D], lam [D] (ones when the noise is per component), constants [K]
+//   -> log_prob [N], components [N, S], logits [N, S], counts [N] (S + 1 marks an overflow)
+template <class T, class ParallelFor>
+void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
+            const T* center, T threshold, int64_t slots, T* log_prob, int32_t* components, T* logits, int32_t* counts,
+            int64_t threads, ParallelFor&& parallel_for) {
+  const Schedule plan = Schedule::of<T>(shape, tokens, threads);
+  // Ranges of components after the first keep their findings apart until all are done.
+  const int64_t spare = plan.splits - 1;
+  std::vector<TokenState<T>> states(tokens * plan.splits);
+  std::vector<T> bars(tokens * plan.splits, -std::numeric_limits<T>::infinity());  // logits below matter no more
+  std::vector<int32_t> spare_components(tokens * slots * spare);
+  std::vector<T> spare_logits(tokens * slots * spare);
+  auto components_of = [&](int64_t split, int64_t n) {
+    return split == 0 ? components + n * slots : spare_components.data() + ((split - 1) * tokens + n) * slots;
+  };
+  auto logits_of = [&](int64_t split, int64_t n) {
+    return split == 0 ? logits + n * slots : spare_logits.data() + ((split - 1) * tokens + n) * slots;
+  };
+
+  scan(shape, plan, x, tokens, rows, lam, center,
+       [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
+         const T constant = constants[k];
+         T* bar = bars.data() + split * tokens + n0;
+         int any = 0;
+         for (int64_t i = 0; i < here; ++i) any |= !(constant - distances[i] / 2 <= bar[i]);  // NaN counts too
+         if (!any) return;
+         for (int64_t i = 0; i < here; ++i) {
+           const T logit = constant - distances[i] / 2;
+           if (logit <= bar[i]) continue;
+           TokenState<T>& state = states[split * tokens + n0 + i];
+           state.offer(logit, static_cast<int32_t>(k), threshold, slots, components_of(split, n0 + i),
+                       logits_of(split, n0 + i));
+           bar[i] = state.overflow ? -std::numeric_limits<T>::infinity() : state.best - threshold;
+         }
+       },
+       parallel_for);
+  parallel_for(tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      TokenState<T>& state = states[n];
+      for (int64_t split = 1; split < plan.splits; ++split)
+        state.merge(states[split * tokens + n], threshold, slots, components_of(0, n), logits_of(0, n),
+                    components_of(split, n), logits_of(split, n));
+      log_prob[n] = state.finish(threshold, slots, components_of(0, n), logits_of(0, n));
+      counts[n] = state.overflow ? static_cast<int32_t>(slots + 1) : state.count;
+    }
+  });
+}
+
+// Every logit, on request: x [N, D] -> out [K, N]
+template <class T, class ParallelFor>
+void dense(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
+           const T* center, T* out, int64_t threads, ParallelFor&& parallel_for) {
+  scan(shape, Schedule::of<T>(shape, tokens, threads), x, tokens, rows, lam, center,
+       [&](int64_t, int64_t n0, int64_t here, int64_t k, const T* distances) {
+         for (int64_t i = 0; i < here; ++i) out[k * tokens + n0 + i] = constants[k] - distances[i] / 2;
+       },
+       parallel_for);
+}
+
+}  // namespace mfa

@@ -1,0 +1,53 @@
+// SIMD vectors by the compiler's own vector extension: one source for AVX-512, AVX2, NEON and SSE.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace mfa {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kRegisters = 32;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32, kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kVectorBytes = 16, kRegisters = 32;
+#else
+constexpr int kVectorBytes = 16, kRegisters = 16;
+#endif
+
+template <class T>
+struct Simd {
+  // Reduced alignment: tensors handed over by the caller may start anywhere.
+  typedef T Vec __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int width = kVectorBytes / sizeof(T);
+};
+
+template <class T>
+using Vec = typename Simd<T>::Vec;
+
+template <class T>
+constexpr int kWidth = Simd<T>::width;
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  return *reinterpret_cast<const Vec<T>*>(p);
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(p) = v;
+}
+
+template <class T>
+inline T horizontal_sum(Vec<T> v) {
+  // Pairwise: the error grows with log2(width), and the order is fixed.
+  T lane[kWidth<T>];
+  std::memcpy(lane, &v, sizeof lane);
+  for (int step = kWidth<T> / 2; step > 0; step /= 2)
+    for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
+  return lane[0];
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace mfa

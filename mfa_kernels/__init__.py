@@ -1,0 +1,27 @@
+"""Fused kernels for mixtures of factor analyzers over language-model activations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mfa_kernels.code import Code
+from mfa_kernels.mfa import MFA
+
+if TYPE_CHECKING:
+    from mfa_kernels.data.harvest import harvest
+    from mfa_kernels.fitting import fit, kmeans
+    from mfa_kernels.steering import steer
+
+__version__ = "0.1.0"
+__all__ = ["MFA", "Code", "fit", "harvest", "kmeans", "steer"]
+
+_LAZY = {"fit": "fitting", "kmeans": "fitting", "steer": "steering", "harvest": "data.harvest"}
+
+
+def __getattr__(name: str) -> Any:
+    # Fitting, harvesting and steering bring in more than a training loop that only wants the layer.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,62 @@
+"""Log-densities without a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels import ops
+from mfa_kernels.checks import check_activations, check_choice, check_parameters
+from mfa_kernels.ops.select import reference
+
+PRECISIONS = ("exact", "fast", "reference")
+
+
+def log_prob(
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    *,
+    center: Tensor | None = None,
+    precision: str = "exact",
+) -> Tensor:
+    """log p(x) under a mixture of factor analyzers, fused; differentiable in the first five arguments.
+
+        p(x) = sum_k exp(log_weights_k) N(x; means_k, loadings_k loadings_k^T + diag(noise_variance))
+
+    (arXiv 2602.02464, eq. 5-7.) Nothing of size N x K is formed.
+
+    Args:
+        x: (..., D), any float dtype.
+        means: (K, D). The mixture's dtype is that of the parameters; bfloat16 and float16 compute in float32.
+        loadings: (K, D, R), R >= 0.
+        noise_variance: (D,), or (K, D) for noise per component; positive.
+        log_weights: (K,), normalised: logsumexp is 0.
+        center: (D,), subtracted from x and means; changes no result, saves digits where magnitudes are large.
+        precision: "exact" (agrees with float64 to the rounding of the dtype), "fast" (the same on the CPU), or
+            "reference" (the plain formula, dense).
+
+    Returns:
+        (...), natural logarithms.
+
+    Raises:
+        TypeError, ValueError: naming the argument that does not fit.
+    """
+    check_parameters(means, loadings, noise_variance, log_weights)
+    check_activations(x, means.shape[1], means.device)
+    check_choice(precision, PRECISIONS, "precision")
+    means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
+    flat = x.reshape(-1, x.shape[-1])
+    if precision == "reference":
+        flat = flat.to(means.dtype)
+        return reference.log_prob(flat, means, loadings, noise_variance, log_weights).reshape(x.shape[:-1])
+    center = torch.zeros_like(means[0]) if center is None else center.to(means)
+    factors = ops.factorize(means, loadings, noise_variance, center)
+    return ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors).log_prob.reshape(x.shape[:-1])
+
+
+def compute_dtype(*parameters: Tensor) -> tuple[Tensor, ...]:
+    """The parameters as float32 or float64: half precisions cannot carry a Cholesky factor."""
+    return tuple(p if p.dtype == torch.float64 else p.float() for p in parameters)

@@ -1,0 +1,380 @@
+"""The mixture of factor analyzers as a thin torch.nn.Module: parameters, and methods that call the operators."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels import functional, ops
+from mfa_kernels.checks import check_activations, check_choice, check_component, check_parameters
+from mfa_kernels.code import Code
+from mfa_kernels.ops.select import reference
+from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+
+_TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
+
+
+class MFA(nn.Module):
+    """p(x) = sum_k pi_k N(x; mu_k, W_k W_k^T + Psi): K Gaussian regions, each with R local directions.
+
+    Source: "From Directions to Regions", arXiv 2602.02464, eq. 5-13.
+
+    Args:
+        n_components: K, regions.
+        n_features: D, width of the activations.
+        rank: R, local directions per region; 0 is a mixture of diagonal Gaussians.
+        noise: "shared" (Psi is (D,)) or "per_component" (Psi is (K, D)).
+        precision: "exact", "fast" or "reference"; see `mfa_kernels.functional.log_prob`.
+        noise_floor: added to the noise variance, so that no dimension can collapse while training.
+
+    Attributes:
+        means: mu, parameter (K, D).
+        loadings: W, parameter (K, D, R).
+        log_noise: log(Psi - noise_floor), parameter (D,) or (K, D).
+        weight_logits: parameter (K,); log pi is its log-softmax.
+        center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
+    """
+
+    def __init__(
+        self,
+        n_components: int,
+        n_features: int,
+        rank: int = 10,
+        noise: str = "shared",
+        *,
+        precision: str = "exact",
+        noise_floor: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (("n_components", n_components, 1), ("n_features", n_features, 1), ("rank", rank, 0)):
+            if int(value) != value or value < least:
+                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        if rank > n_features:
+            raise ValueError(f"rank must be at most n_features = {n_features}, got {rank}")
+        if not noise_floor >= 0:
+            raise ValueError(f"noise_floor must be >= 0, got {noise_floor!r}")
+        self.n_components, self.n_features, self.rank = int(n_components), int(n_features), int(rank)
+        self.noise = check_choice(noise, ("shared", "per_component"), "noise")
+        self.precision = check_choice(precision, functional.PRECISIONS, "precision")
+        self.noise_floor = float(noise_floor)
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.means = nn.Parameter(torch.empty(n_components, n_features, **where))
+        self.loadings = nn.Parameter(torch.empty(n_components, n_features, rank, **where))
+        noise_shape = (n_features,) if noise == "shared" else (n_components, n_features)
+        self.log_noise = nn.Parameter(torch.empty(noise_shape, **where))
+        self.weight_logits = nn.Parameter(torch.empty(n_components, **where))
+        self.center: Tensor
+        self.register_buffer("center", torch.zeros(n_features, **where))
+        self._cache: tuple[Any, tuple[Tensor, ...], ops.Factors] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Standard normal means, loadings of unit expected column norm, noise variance 1, equal weights."""
+        with torch.no_grad():
+            self.means.normal_(generator=generator)
+            self.loadings.normal_(generator=generator).mul_(self.n_features**-0.5)
+            self.log_noise.zero_()
+            self.weight_logits.zero_()
+
+    def extra_repr(self) -> str:
+        return (
+            f"n_components={self.n_components}, n_features={self.n_features}, rank={self.rank}, "
+            f"noise={self.noise!r}, precision={self.precision!r}"
+        )
+
+    @classmethod
+    def from_parameters(
+        cls, means: Tensor, loadings: Tensor, noise_variance: Tensor, weights: Tensor, *, precision: str = "exact"
+    ) -> MFA:
+        """A mixture with these parameters; dtypes are promoted to one, everything is moved to the device of means.
+
+        Args:
+            means: (K, D).
+            loadings: (K, D, R).
+            noise_variance: (D,) or (K, D), positive.
+            weights: pi, (K,), non-negative; normalised here.
+        """
+        dtype = means.dtype
+        for tensor in (loadings, noise_variance, weights):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        means, loadings, noise_variance, weights = (
+            t.detach().to(device=means.device, dtype=dtype) for t in (means, loadings, noise_variance, weights)
+        )
+        check_parameters(means, loadings, noise_variance, weights)
+        if not (noise_variance > 0).all():
+            raise ValueError(f"noise_variance must be positive, got a minimum of {noise_variance.min().item()}")
+        if not (weights >= 0).all() or not weights.sum() > 0:
+            raise ValueError("weights must be non-negative with a positive sum")
+        noise = "shared" if noise_variance.dim() == 1 else "per_component"
+        components, features, rank = loadings.shape
+        mfa = cls(components, features, rank, noise, precision=precision, device=means.device, dtype=dtype)
+        with torch.no_grad():
+            mfa.means.copy_(means)
+            mfa.loadings.copy_(loadings)
+            mfa.log_noise.copy_(noise_variance.log())
+            mfa.weight_logits.copy_((weights / weights.sum()).log())
+        return mfa
+
+    @classmethod
+    def from_centroids(
+        cls,
+        centroids: Tensor,
+        rank: int = 10,
+        noise: str = "shared",
+        *,
+        noise_variance: Tensor | float = 1.0,
+        generator: torch.Generator | None = None,
+        precision: str = "exact",
+    ) -> MFA:
+        """Regions at K-means centroids (K, D), loadings random, weights equal: the paper's start."""
+        components, features = centroids.shape
+        mfa = cls(
+            components, features, rank, noise, precision=precision, device=centroids.device, dtype=centroids.dtype
+        )
+        mfa.reset_parameters(generator)
+        with torch.no_grad():
+            mfa.means.copy_(centroids)
+            mfa.log_noise.copy_(torch.as_tensor(noise_variance, dtype=centroids.dtype).log())
+            mfa.center.copy_(centroids.mean(0))
+        return mfa
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Psi, (D,) or (K, D)."""
+        return self.log_noise.exp() + self.noise_floor
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log pi, (K,)."""
+        return self.weight_logits.log_softmax(-1)
+
+    def parameters_in_compute_dtype(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""
+        return functional.compute_dtype(self.means, self.loadings, self.noise_variance, self.log_weights)  # type: ignore[return-value]
+
+    def factors(self) -> ops.Factors:
+        """Stage 0 of these parameters, computed once until one of them changes."""
+        return self._prepared()[1]
+
+    def _prepared(self) -> tuple[tuple[Tensor, ...], ops.Factors]:
+        """Detached parameters in the compute dtype, and their factors."""
+        sources = (self.means, self.loadings, self.log_noise, self.weight_logits, self.center)
+        if torch.compiler.is_compiling():
+            return self._factorize()
+        key = tuple((id(t), t.data_ptr(), t._version) for t in sources)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, *self._factorize())
+        return self._cache[1:]
+
+    def _factorize(self) -> tuple[tuple[Tensor, ...], ops.Factors]:
+        with torch.no_grad():
+            parameters = self.parameters_in_compute_dtype()
+            return parameters, ops.factorize(*parameters[:3], self.center.to(parameters[0].dtype))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cache": None}  # derived: neither copied nor pickled
+
+    def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
+        """Stage 1 on (N, D); differentiable when gradients are on."""
+        detached, factors = self._prepared()
+        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        parameters = self.parameters_in_compute_dtype() if wanted else detached
+        return ops.log_prob(x, *parameters, factors, slots)
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return check_activations(x, self.n_features, self.means.device).reshape(-1, self.n_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
+        return -self.log_prob(x).mean()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
+        flat = self._flat(x)
+        if self.precision == "reference":
+            parameters = self.parameters_in_compute_dtype()
+            return reference.log_prob(flat.to(parameters[0].dtype), *parameters).reshape(x.shape[:-1])
+        return self._active(flat).log_prob.reshape(x.shape[:-1])
+
+    def component_log_prob(self, x: Tensor) -> Tensor:
+        """log p(x | k) for every component: (..., D) -> (..., K). Dense; the weights are not included."""
+        flat = self._flat(x)
+        parameters = self.parameters_in_compute_dtype()[:3]
+        if self.precision == "reference":
+            out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
+        else:
+            out = ops.component_log_prob(flat, *parameters, self.factors())
+        return out.reshape(*x.shape[:-1], self.n_components)
+
+    def responsibilities(self, x: Tensor, temperature: float = 1.0) -> Tensor:
+        """p(k | x), dense: (..., D) -> (..., K). softmax((log pi + log p(x|k)) / temperature), eq. 8."""
+        if not temperature > 0:
+            raise ValueError(f"temperature must be positive, got {temperature!r}")
+        log_weights = self.parameters_in_compute_dtype()[3]
+        return ((self.component_log_prob(x) + log_weights) / temperature).softmax(-1)
+
+    def assign(self, x: Tensor) -> Tensor:
+        """The most responsible component: (..., D) -> (...) int64; -1 for a token that is not finite."""
+        with torch.no_grad():
+            return self._active(self._flat(x)).components[:, 0].long().reshape(x.shape[:-1])
+
+    def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
+        """The components that matter for each token, and the latents inside them.
+
+        Args:
+            x: (..., D).
+            top_k: most components per token; None keeps every active one.
+
+        Returns:
+            A `Code` with C = min(top_k, K) slots, or as many as the most ambiguous token needs when top_k is None.
+            Differentiable in x and the parameters.
+        """
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
+        flat, lead = self._flat(x), x.shape[:-1]
+        slots = min(self.n_components, max(top_k or SLOTS, SLOTS))
+        active = self._active(flat, slots)
+        if top_k is None:
+            if slots < self.n_components and bool((active.counts > slots).any()):
+                slots = self.n_components
+                active = self._active(flat, slots)
+            held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
+        else:
+            held = min(top_k, self.n_components)
+        responsibilities = (active.logits - active.log_prob.unsqueeze(-1)).exp()
+        dtype = responsibilities.dtype
+        with torch.no_grad():
+            rest = torch.where(
+                active.counts > slots, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
+            )
+            unseen = self.n_components * torch.exp(torch.tensor(-activity_threshold(self.n_components, dtype)))
+            dropped = rest.clamp_min(0) + unseen.to(rest)
+        components = active.components[:, :held]
+        latents = self._latents(flat, components)
+        return Code(
+            components.long().reshape(*lead, held),
+            responsibilities[:, :held].reshape(*lead, held),
+            latents.reshape(*lead, held, self.rank),
+            dropped.reshape(lead),
+        )
+
+    def _latents(self, x: Tensor, components: Tensor) -> Tensor:
+        """E[z | x, k] for the held slots of components (N, C): (N, C, R), 0 elsewhere."""
+        tokens, columns = (components >= 0).nonzero(as_tuple=True)
+        parameters = self.parameters_in_compute_dtype()[:3]
+        pairs = ops.latents(x, tokens, components[tokens, columns], *parameters, self.factors())
+        latents = pairs.new_zeros(*components.shape, self.rank)
+        return latents.index_put((tokens, columns), pairs)
+
+    def decode(self, code: Code) -> Tensor:
+        """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""
+        means, loadings = functional.compute_dtype(self.means, self.loadings)
+        slots = code.components.shape[-1]
+        out = ops.decode(
+            code.components.reshape(-1, slots).int(),
+            code.responsibilities.reshape(-1, slots).to(means.dtype),
+            code.latents.reshape(-1, slots, self.rank).to(means.dtype),
+            means,
+            loadings,
+        )
+        return out.reshape(*code.components.shape[:-1], self.n_features)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[the noise-free x | x] = sum_k r_k (mu_k + W_k E[z | x, k]): (..., D) -> (..., D)."""
+        flat = self._flat(x)
+        parts = [self.decode(self.encode(chunk, top_k=None)) for chunk in flat.split(_TOKENS_PER_CHUNK)]
+        return torch.cat(parts).reshape(x.shape) if parts else flat.reshape(x.shape)
+
+    def posterior(self, x: Tensor, component: int | Tensor) -> tuple[Tensor, Tensor]:
+        """p(z | x, k) = N(mean, covariance).
+
+        Args:
+            x: (..., D).
+            component: an int, or an integer tensor that broadcasts to (...).
+
+        Returns:
+            mean (..., R) and covariance M_k^-1, (R, R) for an int, else (..., R, R).
+        """
+        flat, lead = self._flat(x), x.shape[:-1]
+        cholesky = self.factors().cholesky
+        if isinstance(component, Tensor):
+            index = component.to(flat.device).expand(lead).reshape(-1)
+            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.n_components):
+                raise IndexError(
+                    f"component must be in [0, {self.n_components}), got values from {int(index.min())} to "
+                    f"{int(index.max())}"
+                )
+            covariance = torch.cholesky_inverse(cholesky[index]).reshape(*lead, self.rank, self.rank)
+        else:
+            k = check_component(component, self.n_components)
+            index = torch.full((flat.shape[0],), k, device=flat.device)
+            covariance = torch.cholesky_inverse(cholesky[k])
+        mean = self._latents(flat, index.int().unsqueeze(-1)).squeeze(1)
+        return mean.reshape(*lead, self.rank), covariance
+
+    @torch.no_grad()
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """n draws from the mixture, (n, D)."""
+        means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
+        like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
+        components = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
+        z = torch.randn(n, self.rank, **like)
+        noise = torch.randn(n, self.n_features, **like) * noise_variance.expand_as(means)[components].sqrt()
+        ones = torch.ones(n, 1, dtype=means.dtype, device=means.device)
+        return ops.decode(components.int().unsqueeze(-1), ones, z.unsqueeze(1), means, loadings) + noise
+
+    @torch.no_grad()
+    def rotate(self, method: str = "varimax", iterations: int = 50) -> MFA:
+        """Rotates every component's loadings in place, W_k <- W_k Q_k with Q_k orthogonal: the density does not change.
+
+        "varimax" makes each column load on few features, so that single latents can be read; "principal" orders
+        the columns by the variance they explain.
+        """
+        from mfa_kernels.interpret import rotation
+
+        check_choice(method, ("varimax", "principal"), "method")
+        find = rotation.varimax if method == "varimax" else rotation.principal
+        (loadings,) = functional.compute_dtype(self.loadings)
+        rotated = find(loadings, iterations) if method == "varimax" else find(loadings)
+        self.loadings.copy_(rotated.to(self.loadings))
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> MFA:
+        """Loads config.json and model.safetensors from a folder, or from a Hugging Face hub repository.
+
+        See `mfa_kernels.checkpoint.load_pretrained` for the keyword arguments.
+        """
+        from mfa_kernels import checkpoint
+
+        return checkpoint.load_pretrained(cls, folder_or_hub_id, **kwargs)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes config.json and model.safetensors, each to a temporary name and then renamed."""
+        from mfa_kernels import checkpoint
+
+        checkpoint.save_pretrained(self, folder, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Uploads what `save_pretrained` writes to a Hugging Face hub repository."""
+        from mfa_kernels import checkpoint
+
+        return checkpoint.push_to_hub(self, repo_id, **kwargs)
+
+    @classmethod
+    def from_reference_checkpoint(cls, path: str | os.PathLike[str], **kwargs: Any) -> MFA:
+        """Reads the paper's own .pt formats, without running code from the file."""
+        from mfa_kernels import checkpoint
+
+        return checkpoint.load_reference(cls, path, **kwargs)
+
+    def to_reference_checkpoint(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the paper's own .pt format."""
+        from mfa_kernels import checkpoint
+
+        checkpoint.save_reference(self, path, **kwargs)

@@ -1,0 +1,12 @@
+"""The fused operations, one folder each: derivation, oracle, backends, registration as ``torch.ops.mfa_kernels.*``.
+
+    factors   stage 0   parameters -> whitened rows, Cholesky factors, log-determinants
+    select    stage 1   tokens x components -> log p(x) and the active pairs
+    pairs     stage 2   latents, decoding and gradients, on the active pairs alone
+"""
+
+from mfa_kernels.ops.factors.op import Factors, factorize
+from mfa_kernels.ops.pairs.op import decode, latents
+from mfa_kernels.ops.select.op import Active, component_log_prob, log_prob
+
+__all__ = ["Active", "Factors", "component_log_prob", "decode", "factorize", "latents", "log_prob"]

@@ -1,0 +1,167 @@
+"""Stage 0 registered: ``torch.ops.mfa_kernels.factors`` and its gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import native
+from mfa_kernels.ops.factors import reference
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What stages 1 and 2 need of the parameters, in one dtype and on one device.
+
+    Attributes:
+        rows: the backend's own layout of {lam (mu_k - center), A_k}: (K, R+1, D) in plain PyTorch (a further row
+            lam_k when every component has its own noise), (K, D/V, R+1, V) for the C++ kernels.
+        cholesky: L_k, (K, R, R).
+        log_det: log|C_k|, (K,).
+        scale: lam = Psi^-1/2 (D,), or ones where the noise is per component (its lam is in the rows).
+        center: (D,).
+        per_component: whether the noise is per component.
+    """
+
+    rows: Tensor
+    cholesky: Tensor
+    log_det: Tensor
+    scale: Tensor
+    center: Tensor
+    per_component: bool
+
+    def constants(self, log_weights: Tensor) -> Tensor:
+        """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
+        return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)
+
+
+def scale_of(noise_variance: Tensor) -> Tensor:
+    """lam (D,): ones where each component has its own noise."""
+    return noise_variance.rsqrt() if noise_variance.dim() == 1 else torch.ones_like(noise_variance[0])
+
+
+def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> Factors:
+    """Runs stage 0 outside autograd: the gradients of stages 1 and 2 reach the parameters in closed form.
+
+    Args:
+        means: (K, D).
+        loadings: (K, D, R).
+        noise_variance: (D,) or (K, D).
+        center: (D,).
+    """
+    with torch.no_grad():
+        rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance, center)
+        return Factors(rows, cholesky, log_det, scale_of(noise_variance), center, noise_variance.dim() == 2)
+
+
+torch.library.define(
+    "mfa_kernels::factors",
+    "(Tensor means, Tensor loadings, Tensor noise_variance, Tensor center)"
+    " -> (Tensor rows, Tensor cholesky, Tensor log_det)",
+)
+
+
+def portable_rows(means: Tensor, noise_variance: Tensor, center: Tensor, a: Tensor) -> Tensor:
+    """The portable layout, (K, R+1, D) or (K, R+2, D): mean row, A, and lam where it is per component."""
+    if noise_variance.dim() == 2:
+        return torch.cat([(means - center).unsqueeze(1), a, noise_variance.rsqrt().unsqueeze(1)], dim=1)
+    return torch.cat([((means - center) * noise_variance.rsqrt()).unsqueeze(1), a], dim=1)
+
+
+def portable(
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    a, cholesky, log_det = reference.factors(loadings, noise_variance)
+    return portable_rows(means, noise_variance, center, a), cholesky, log_det.clone()
+
+
+@torch.library.impl("mfa_kernels::factors", "CPU")
+def _cpu(
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    library = native.library()
+    if library is None:
+        return portable(means, loadings, noise_variance, center)
+    return library.factors(
+        means.contiguous(), loadings.contiguous(), noise_variance.contiguous(), center.contiguous()
+    )
+
+
+@torch.library.impl("mfa_kernels::factors", "CUDA")
+def _cuda(
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return portable(means, loadings, noise_variance, center)
+
+
+@torch.library.register_fake("mfa_kernels::factors")
+def _fake(
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    components, features, rank = loadings.shape
+    row_count = rank + noise_variance.dim()
+    library = native.library() if means.device.type == "cpu" else None
+    if library is None:
+        rows = means.new_empty(components, row_count, features)
+    else:
+        width = library.vector_bytes // means.element_size()
+        rows = means.new_empty(components, -(-features // width), row_count, width)
+    return rows, means.new_empty(components, rank, rank), means.new_empty(components)
+
+
+def unpack_rows(rows: Tensor, features: int) -> Tensor:
+    """Any layout of the rows as (K, R+1, D) or (K, R+2, D)."""
+    return rows if rows.dim() == 3 else rows.transpose(1, 2).flatten(2)[..., :features]
+
+
+def _pack_rows(rows: Tensor, like: Tensor) -> Tensor:
+    """(K, rows, D) in the layout of `like`."""
+    if like.dim() == 3:
+        return rows
+    _, blocks, count, width = like.shape
+    padded = torch.nn.functional.pad(rows, (0, blocks * width - rows.shape[-1]))
+    return padded.unflatten(-1, (blocks, width)).transpose(1, 2).contiguous()
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    means, loadings, noise_variance, center = inputs
+    rows, cholesky, _ = output
+    ctx.save_for_backward(means, loadings, noise_variance, center, rows, cholesky)
+
+
+def _backward(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
+    means, loadings, noise, center, rows, cholesky = ctx.saved_tensors
+    features, rank = loadings.shape[1:]
+    scale = noise.rsqrt().expand_as(means)  # lam_k
+    grad_rows = unpack_rows(grad_rows, features)
+    a, grad_a = unpack_rows(rows, features)[:, 1 : rank + 1], grad_rows[:, 1 : rank + 1]
+    whitened = loadings * scale.unsqueeze(-1)
+    # A = L^-1 W~^T, L = chol(M), M = I + W~^T W~ (Murray, arXiv 1602.07527, for the Cholesky step)
+    solve = torch.linalg.solve_triangular
+    upstream = solve(cholesky.mT, grad_a, upper=True)  # L^-T dA, (K, R, D)
+    inner = cholesky.mT @ (grad_cholesky - upstream @ a.mT).tril()
+    inner = inner.tril() - 0.5 * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    grad_gram = solve(cholesky.mT, solve(cholesky.mT, inner.mT, upper=True).mT, upper=True)
+    identity = torch.eye(rank, dtype=a.dtype, device=a.device).expand_as(cholesky)
+    inverse = torch.cholesky_solve(identity, cholesky)  # M^-1 = d log|M| / d M
+    symmetric = grad_gram + grad_gram.mT + 2 * grad_log_det[:, None, None] * inverse
+    grad_whitened = upstream.mT + whitened @ symmetric
+    grad_loadings = grad_whitened * scale.unsqueeze(-1)
+    grad_scale = (grad_whitened * loadings).sum(-1)
+    grad_mean_row = grad_rows[:, 0]
+    if noise.dim() == 1:
+        grad_means = grad_mean_row * scale
+        grad_scale = grad_scale + grad_mean_row * (means - center)
+    else:
+        grad_means = grad_mean_row
+        grad_scale = grad_scale + grad_rows[:, rank + 1]
+    grad_noise = -0.5 * grad_scale * scale**3 + grad_log_det.unsqueeze(-1) * scale.square()
+    if noise.dim() == 1:
+        grad_noise = grad_noise.sum(0)
+    return grad_means, grad_loadings, grad_noise, -grad_means.sum(0)
+
+
+torch.library.register_autograd("mfa_kernels::factors", _backward, setup_context=_setup_context)

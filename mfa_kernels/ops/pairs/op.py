@@ -1,0 +1,166 @@
+"""Stage 2 registered: ``torch.ops.mfa_kernels.latents`` and ``.decode``; gradients from weighted pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import native
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs import portable, reference
+
+
+def latents(
+    x: Tensor, tokens: Tensor, components: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, f: Factors
+) -> Tensor:
+    """E[z | x_n, k] for the pairs (tokens[p], components[p]): (P, R). Differentiable in x and the parameters.
+
+    Args:
+        x: (N, D).
+        tokens: (P,) int64.
+        components: (P,) int32, every one a real component.
+        means, loadings, noise_variance: the parameters behind `f`.
+    """
+    return torch.ops.mfa_kernels.latents(
+        x, tokens, components, means, loadings, noise_variance, f.rows, f.cholesky, f.log_det, f.scale, f.center
+    )
+
+
+def decode(
+    components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
+) -> Tensor:
+    """sum_c r_c (mu_c + W_c z_c), (N, D). Differentiable in all but components.
+
+    Args:
+        components: (N, C) int32; -1 marks an empty slot.
+        responsibilities: (N, C).
+        latents: (N, C, R).
+        means: (K, D).
+        loadings: (K, D, R).
+    """
+    return torch.ops.mfa_kernels.decode(components, responsibilities, latents, means, loadings)
+
+
+def accumulate_gradients(
+    x: Tensor,
+    tokens: Tensor,
+    components: Tensor,
+    weights: Tensor,
+    factors: Factors,
+    gradients: list[Tensor | None],
+) -> None:
+    """Adds sum_p w_p d logit_p to [x, means, loadings, noise, log_weights], those that are not None.
+
+    Args:
+        x: (N, D), contiguous.
+        tokens: (P,) int64, ascending.
+        components: (P,) int32.
+        weights: (P,).
+    """
+    if factors.rows.dim() == 4:
+        native.library().backward(
+            x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale, factors.center,
+            factors.per_component, *gradients,
+        )  # fmt: skip
+    else:
+        portable.backward(x, tokens, components, weights, factors, *gradients)
+
+
+_PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
+_FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
+_CODE = "Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings"
+
+torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {_FACTORS}) -> Tensor")
+torch.library.define(
+    "mfa_kernels::latents_backward", f"(Tensor grad, {_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+torch.library.define("mfa_kernels::decode", f"({_CODE}) -> Tensor")
+torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    x = x.to(means.dtype).contiguous()
+    if rows.dim() == 3:
+        return portable.latents(x, tokens, components, factors)
+    return native.library().latents(
+        x, tokens.contiguous(), components.contiguous(), rows, cholesky, scale, center, factors.per_component
+    )
+
+
+def _decode(components, responsibilities, latents, means, loadings):
+    if means.device.type != "cpu" or native.library() is None:
+        return portable.decode(components, responsibilities, latents, means, loadings)
+    return native.library().decode(
+        components.contiguous(), responsibilities.contiguous(), latents.contiguous(), means.contiguous(),
+        loadings.contiguous(),
+    )  # fmt: skip
+
+
+def _latents_backward(grad, x, tokens, components, means, loadings, noise_variance):
+    inputs = x, means, loadings, noise_variance
+    return _through(
+        lambda x, *parameters: reference.latents(x.to(means.dtype), tokens, components.long(), *parameters),
+        inputs, grad,
+    )  # fmt: skip
+
+
+def _decode_backward(grad, components, responsibilities, latents, means, loadings):
+    inputs = responsibilities, latents, means, loadings
+    return _through(lambda *args: reference.decode(components.long(), *args), inputs, grad)
+
+
+def _through(function, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
+    """Gradients by the reference formula: latents and decode are rarely trained through, and stay simple."""
+    # Inside an operator the autograd keys are off; vjp works on its own level.
+    with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutogradCPU):
+        _, pull_back = torch.func.vjp(function, *(t.detach() for t in inputs))
+        return tuple(g.contiguous() for g in pull_back(grad))
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("mfa_kernels::latents", _device)(_latents)
+    torch.library.impl("mfa_kernels::decode", _device)(_decode)
+    torch.library.impl("mfa_kernels::latents_backward", _device)(_latents_backward)
+    torch.library.impl("mfa_kernels::decode_backward", _device)(_decode_backward)
+
+
+@torch.library.register_fake("mfa_kernels::latents")
+def _(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    return means.new_empty(tokens.shape[0], loadings.shape[2])
+
+
+@torch.library.register_fake("mfa_kernels::decode")
+def _(components, responsibilities, latents, means, loadings):
+    return means.new_empty(components.shape[0], means.shape[1])
+
+
+@torch.library.register_fake("mfa_kernels::latents_backward")
+def _(grad, x, tokens, components, means, loadings, noise_variance):
+    return tuple(torch.empty_like(t) for t in (x, means, loadings, noise_variance))
+
+
+@torch.library.register_fake("mfa_kernels::decode_backward")
+def _(grad, components, responsibilities, latents, means, loadings):
+    return tuple(torch.empty_like(t) for t in (responsibilities, latents, means, loadings))
+
+
+def _latents_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:6])
+
+
+def _latents_gradient(ctx, grad):
+    x, means, loadings, noise = torch.ops.mfa_kernels.latents_backward(grad, *ctx.saved_tensors)
+    return x, None, None, means, loadings, noise, None, None, None, None, None
+
+
+def _decode_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _decode_gradient(ctx, grad):
+    return None, *torch.ops.mfa_kernels.decode_backward(grad, *ctx.saved_tensors)
+
+
+torch.library.register_autograd("mfa_kernels::latents", _latents_gradient, setup_context=_latents_context)
+torch.library.register_autograd("mfa_kernels::decode", _decode_gradient, setup_context=_decode_context)

@@ -1,0 +1,74 @@
+"""Stage 2 in plain PyTorch: the closed forms of csrc/cpu/pairs.h, on chunks of pairs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.select.portable import CHUNK, explained, residuals
+
+
+def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
+    """E[z | x_n, k] for pairs, (P, R)."""
+    t = explained(residuals(x[tokens], components, factors), components, factors)
+    return torch.linalg.solve_triangular(factors.cholesky[components].mT, t.unsqueeze(-1), upper=True).squeeze(-1)
+
+
+def decode(
+    components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
+) -> Tensor:
+    """sum_c r_c (mu_c + W_c z_c), (N, D), one slot at a time."""
+    out = means.new_zeros(components.shape[0], means.shape[1])
+    for slot in range(components.shape[1]):
+        index = components[:, slot].long()
+        held = (index >= 0).nonzero().squeeze(-1)
+        for token in held.split(max(1, CHUNK // max(1, loadings[0].numel()))):
+            k = index[token]
+            point = means[k] + torch.einsum("pdr,pr->pd", loadings[k], latents[token, slot])
+            out[token] += responsibilities[token, slot].unsqueeze(-1) * point
+    return out
+
+
+def backward(
+    x: Tensor,
+    tokens: Tensor,
+    components: Tensor,
+    weights: Tensor,
+    factors: Factors,
+    grad_x: Tensor | None,
+    grad_means: Tensor | None,
+    grad_loadings: Tensor | None,
+    grad_noise: Tensor | None,
+    grad_log_weights: Tensor | None,
+) -> None:
+    """Adds sum_p w_p d logit_p / d parameter to the gradients given."""
+    features, rank = x.shape[1], factors.cholesky.shape[-1]
+    order = torch.argsort(components, stable=True)
+    for chunk in order.split(max(1, CHUNK // (features * (rank + 1)))):
+        k, n, w = components[chunk], tokens[chunk], weights[chunk]
+        a = factors.rows[k, 1 : rank + 1]
+        scale = factors.rows[k, -1] if factors.per_component else factors.scale
+        v = residuals(x[n], k, factors)
+        t = explained(v, k, factors)
+        q = v - torch.einsum("prd,pr->pd", a, t)
+        weighted = w.unsqueeze(-1) * scale * q
+        if grad_log_weights is not None:
+            grad_log_weights.index_add_(0, k, w)
+        if grad_means is not None:
+            grad_means.index_add_(0, k, weighted)
+        if grad_x is not None:
+            grad_x.index_add_(0, n, -weighted)
+        if grad_loadings is not None:
+            chol = factors.cholesky[k]
+            z = torch.linalg.solve_triangular(chol.mT, t.unsqueeze(-1), upper=True).squeeze(-1)
+            prior = torch.linalg.solve_triangular(chol.mT, a, upper=True)  # (A^T L^-1)^T
+            change = q.unsqueeze(-1) * z.unsqueeze(1) - prior.mT
+            scaled = scale.unsqueeze(-1) if factors.per_component else scale.unsqueeze(-1).unsqueeze(0)
+            grad_loadings.index_add_(0, k, w[:, None, None] * scaled * change)
+        if grad_noise is not None:
+            change = 0.5 * w.unsqueeze(-1) * scale.square() * (q.square() - 1 + a.square().sum(1))
+            if factors.per_component:
+                grad_noise.index_add_(0, k, change)
+            else:
+                grad_noise += change.sum(0)

@@ -1,0 +1,266 @@
+"""Stage 1 registered: ``torch.ops.mfa_kernels.log_prob`` and ``.component_log_prob``, with their gradients.
+
+The factors come in as tensors that carry no gradient: backward reaches x, means, loadings, noise and weights in
+closed form, on the active pairs alone (stage 2). A token whose active components overflow its slots (a diffuse
+mixture) is treated densely, that token only, in chunks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import native
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs.op import accumulate_gradients
+from mfa_kernels.ops.select import portable
+
+SLOTS = 16
+"""Active components kept per token; measured mixtures of real activations need 4 at most (README)."""
+
+_PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
+_FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
+
+
+class Active(NamedTuple):
+    """log p(x) and the active pairs, largest responsibility first.
+
+    Attributes:
+        log_prob: (N,).
+        components: (N, S) int32; -1 marks an empty slot.
+        logits: log pi_k + log p(x | k), (N, S); -inf in an empty slot.
+        counts: (N,) int32, active components; S + 1 where they overflow the slots (the S largest are kept, and
+            log_prob is exact all the same).
+    """
+
+    log_prob: Tensor
+    components: Tensor
+    logits: Tensor
+    counts: Tensor
+
+
+def activity_threshold(components: int, dtype: torch.dtype) -> float:
+    """Nats below the best logit at which a component stops being active: all that are not weigh < eps together."""
+    return math.log(components) - math.log(torch.finfo(dtype).eps)
+
+
+def log_prob(
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    factors: Factors,
+    slots: int = SLOTS,
+) -> Active:
+    """log p(x) and the active pairs, differentiable in the first five arguments (log_prob and logits).
+
+    Args:
+        x: (N, D), any float dtype; it is brought to the dtype of the parameters.
+        means: (K, D), float32 or float64.
+        loadings: (K, D, R).
+        noise_variance: (D,) or (K, D).
+        log_weights: (K,).
+        factors: of these parameters.
+        slots: S, the most active components kept per token.
+    """
+    f = factors
+    return Active(
+        *torch.ops.mfa_kernels.log_prob(
+            x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center, slots
+        )
+    )
+
+
+def component_log_prob(
+    x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors
+) -> Tensor:
+    """log p(x | k) for every component, (N, K): dense, differentiable."""
+    f = factors
+    return torch.ops.mfa_kernels.component_log_prob(
+        x, means, loadings, noise_variance, f.rows, f.cholesky, f.log_det, f.scale, f.center
+    )
+
+
+torch.library.define(
+    "mfa_kernels::log_prob",
+    f"({_PARAMETERS}, Tensor log_weights, {_FACTORS}, int slots)"
+    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)",
+)
+torch.library.define(
+    "mfa_kernels::log_prob_backward",
+    f"(Tensor grad_log_prob, Tensor grad_logits, {_PARAMETERS}, Tensor log_weights, {_FACTORS},"
+    " Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs)"
+    " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)",
+)
+torch.library.define("mfa_kernels::component_log_prob", f"({_PARAMETERS}, {_FACTORS}) -> Tensor")
+torch.library.define(
+    "mfa_kernels::component_log_prob_backward",
+    f"(Tensor grad, {_PARAMETERS}, {_FACTORS}, bool[] needs)"
+    " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise)",
+)
+
+
+def _is_native(factors: Factors) -> bool:
+    return factors.rows.dim() == 4
+
+
+def _log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots):
+    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    x = x.to(means.dtype).contiguous()
+    threshold = activity_threshold(means.shape[0], means.dtype)
+    constants = factors.constants(log_weights)
+    if not _is_native(factors):
+        return portable.select(x, factors, constants, threshold, slots)
+    return native.library().select(
+        x, rows, constants, scale, center, factors.per_component, threshold, slots
+    )
+
+
+def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    return _dense(x.to(means.dtype).contiguous(), factors, factors.constants(torch.zeros_like(log_det))).contiguous()
+
+
+def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
+    """Every logit (N, K)."""
+    if not _is_native(factors):
+        return portable.dense(x, factors, constants)
+    library = native.library()
+    return library.dense(x, factors.rows, constants, factors.scale, factors.center, factors.per_component).t()
+
+
+def _new_gradients(inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    return [torch.zeros_like(t, memory_format=torch.contiguous_format) if n else None for t, n in zip(inputs, needs)]
+
+
+def _filled(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    """Operators return tensors: an empty one stands for a gradient that nobody asked for."""
+    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+
+
+def _log_prob_backward(
+    grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
+    rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
+):  # fmt: skip
+    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
+    gradients = _new_gradients([x, means, loadings, noise_variance, log_weights], needs)
+    slots = components.shape[1]
+    held = components >= 0
+    overflow = counts > slots
+    responsibility = (logits - log_prob.unsqueeze(-1)).exp().masked_fill(overflow.unsqueeze(-1), 0)
+    weight = torch.where(held, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
+    tokens, columns = weight.nonzero(as_tuple=True)  # a NaN is not zero, and goes where it belongs
+    accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], factors, gradients)
+    diffuse = overflow.nonzero().squeeze(-1)
+    if diffuse.numel():
+        constants = factors.constants(log_weights)
+        least = math.exp(-activity_threshold(means.shape[0], means.dtype))
+        for chunk in diffuse.split(max(1, portable.CHUNK // (2 * means.shape[0]))):
+            r = (_dense(x[chunk], factors, constants) - log_prob[chunk].unsqueeze(-1)).exp()
+            weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
+            _accumulate_dense(x, chunk, weight, factors, gradients)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].to(x_dtype)
+    return _filled(gradients, means)
+
+
+def _accumulate_dense(
+    x: Tensor, rows: Tensor, weight: Tensor, factors: Factors, gradients: list[Tensor | None]
+) -> None:
+    """Pairs of the tokens `rows` with every component that has weight (n, K)."""
+    tokens, components = weight.nonzero(as_tuple=True)
+    accumulate_gradients(
+        x, rows[tokens], components.int(), weight[tokens, components].contiguous(), factors, gradients
+    )
+
+
+def _component_log_prob_backward(
+    grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center, needs
+):
+    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
+    gradients = _new_gradients([x, means, loadings, noise_variance], needs) + [None]
+    for chunk in torch.arange(x.shape[0], device=x.device).split(max(1, portable.CHUNK // (2 * means.shape[0]))):
+        _accumulate_dense(x, chunk, grad[chunk], factors, gradients)
+    if gradients[0] is not None:
+        gradients[0] = gradients[0].to(x_dtype)
+    return _filled(gradients[:4], means)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("mfa_kernels::log_prob", _device)(_log_prob)
+    torch.library.impl("mfa_kernels::log_prob_backward", _device)(_log_prob_backward)
+    torch.library.impl("mfa_kernels::component_log_prob", _device)(_component_log_prob)
+    torch.library.impl("mfa_kernels::component_log_prob_backward", _device)(_component_log_prob_backward)
+
+
+@torch.library.register_fake("mfa_kernels::log_prob")
+def _(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots):
+    tokens = x.shape[0]
+    return (
+        means.new_empty(tokens),
+        means.new_empty(tokens, slots, dtype=torch.int32),
+        means.new_empty(tokens, slots),
+        means.new_empty(tokens, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("mfa_kernels::component_log_prob")
+def _(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    return means.new_empty(x.shape[0], means.shape[0])
+
+
+def _fake_gradients(inputs: list[Tensor], needs: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else inputs[1].new_empty(0)
+        for t, n in zip(inputs, needs)
+    )
+
+
+@torch.library.register_fake("mfa_kernels::log_prob_backward")
+def _(
+    grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
+    rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
+):  # fmt: skip
+    return _fake_gradients([x, means, loadings, noise_variance, log_weights], needs)
+
+
+@torch.library.register_fake("mfa_kernels::component_log_prob_backward")
+def _(grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center, needs):
+    return _fake_gradients([x, means, loadings, noise_variance], needs)
+
+
+def _log_prob_context(ctx, inputs, output) -> None:
+    *tensors, _ = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_counts):
+    saved = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    log_prob, logits = saved[10], saved[12]
+    grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
+    grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
+    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
+    return *(g if n else None for g, n in zip(gradients, needs)), None, None, None, None, None, None
+
+
+def _component_log_prob_context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _component_log_prob_gradient(ctx, grad):
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = torch.ops.mfa_kernels.component_log_prob_backward(grad.contiguous(), *ctx.saved_tensors, needs)
+    return *(g if n else None for g, n in zip(gradients, needs)), None, None, None, None, None
+
+
+torch.library.register_autograd("mfa_kernels::log_prob", _log_prob_gradient, setup_context=_log_prob_context)
+torch.library.register_autograd(
+    "mfa_kernels::component_log_prob", _component_log_prob_gradient, setup_context=_component_log_prob_context
+)
