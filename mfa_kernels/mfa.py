@@ -14,6 +14,7 @@ from mfa_kernels.code import Code
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
+_Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
 
 
@@ -70,7 +71,7 @@ class MFA(nn.Module):
         self.weight_logits = nn.Parameter(torch.empty(n_components, **where))
         self.center: Tensor
         self.register_buffer("center", torch.zeros(n_features, **where))
-        self._cache: tuple[Any, tuple[Tensor, ...], ops.Factors] | None = None
+        self._cache: tuple[Any, _Parameters, ops.Factors] | None = None
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -153,15 +154,17 @@ class MFA(nn.Module):
         """log pi, (K,)."""
         return self.weight_logits.log_softmax(-1)
 
-    def parameters_in_compute_dtype(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def parameters_in_compute_dtype(self) -> _Parameters:
         """means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""
-        return functional.compute_dtype(self.means, self.loadings, self.noise_variance, self.log_weights)  # type: ignore[return-value]
+        means, loadings = functional.compute_dtype(self.means, self.loadings)
+        noise_variance, log_weights = functional.compute_dtype(self.noise_variance, self.log_weights)
+        return means, loadings, noise_variance, log_weights
 
     def factors(self) -> ops.Factors:
         """Stage 0 of these parameters, computed once until one of them changes."""
         return self._prepared()[1]
 
-    def _prepared(self) -> tuple[tuple[Tensor, ...], ops.Factors]:
+    def _prepared(self) -> tuple[_Parameters, ops.Factors]:
         """Detached parameters in the compute dtype, and their factors."""
         sources = (self.means, self.loadings, self.log_noise, self.weight_logits, self.center)
         if torch.compiler.is_compiling():
@@ -171,7 +174,7 @@ class MFA(nn.Module):
             self._cache = (key, *self._factorize())
         return self._cache[1:]
 
-    def _factorize(self) -> tuple[tuple[Tensor, ...], ops.Factors]:
+    def _factorize(self) -> tuple[_Parameters, ops.Factors]:
         with torch.no_grad():
             parameters = self.parameters_in_compute_dtype()
             return parameters, ops.factorize(*parameters[:3], self.center.to(parameters[0].dtype))
@@ -274,11 +277,11 @@ class MFA(nn.Module):
     def decode(self, code: Code) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""
         means, loadings = functional.compute_dtype(self.means, self.loadings)
-        slots = code.components.shape[-1]
+        components = code.components.flatten(0, -2) if code.components.dim() > 1 else code.components.unsqueeze(0)
         out = ops.decode(
-            code.components.reshape(-1, slots).int(),
-            code.responsibilities.reshape(-1, slots).to(means.dtype),
-            code.latents.reshape(-1, slots, self.rank).to(means.dtype),
+            components.int(),
+            code.responsibilities.reshape(components.shape).to(means.dtype),
+            code.latents.reshape(*components.shape, self.rank).to(means.dtype),
             means,
             loadings,
         )
@@ -322,7 +325,8 @@ class MFA(nn.Module):
         """n draws from the mixture, (n, D)."""
         means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
         like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
-        components = torch.multinomial(log_weights.exp(), n, replacement=True, generator=generator)
+        uniform = torch.rand(n, **like)
+        components = torch.searchsorted(log_weights.exp().cumsum(0), uniform).clamp_max(self.n_components - 1)
         z = torch.randn(n, self.rank, **like)
         noise = torch.randn(n, self.n_features, **like) * noise_variance.expand_as(means)[components].sqrt()
         ones = torch.ones(n, 1, dtype=means.dtype, device=means.device)
@@ -338,10 +342,10 @@ class MFA(nn.Module):
         from mfa_kernels.interpret import rotation
 
         check_choice(method, ("varimax", "principal"), "method")
-        find = rotation.varimax if method == "varimax" else rotation.principal
-        (loadings,) = functional.compute_dtype(self.loadings)
-        rotated = find(loadings, iterations) if method == "varimax" else find(loadings)
-        self.loadings.copy_(rotated.to(self.loadings))
+        rotated = (
+            rotation.varimax(self.loadings, iterations) if method == "varimax" else rotation.principal(self.loadings)
+        )
+        self.loadings.copy_(rotated)
         return self
 
     @classmethod

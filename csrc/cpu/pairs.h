@@ -287,6 +287,7 @@ void decode(const Shape& shape, const int32_t* components, const T* responsibili
       for (int64_t c = 0; c < slots; ++c) {
         const int64_t k = components[n * slots + c];
         const T r = responsibilities[n * slots + c];
+        if (r != r) std::fill(row, row + D, r);  // a token that is not finite
         if (k < 0 || r == 0) continue;
         const T *mean = means + k * D, *w = loadings + k * D * R, *z = latents + (n * slots + c) * R;
         for (int64_t d = 0; d < D; ++d, w += R) {

@@ -7,7 +7,7 @@
 //           never that of |x|^2 - 2 x.mu + |mu|^2. Sums over features are flushed every kFlush of them.
 // Active    logit > best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
 //           than eps of the responsibility. A token with more than S active components overflows its slots: it keeps
-//           the S largest, and its logsumexp goes on as a running sum.
+//           the S largest, and log p(x) comes from a running sum of all the active ones.
 // Floor     N K (R + 2) D multiply-adds. Measured by bench/bench_step.py.
 #pragma once
 #include <algorithm>
@@ -22,7 +22,7 @@ namespace mfa {
 
 constexpr int kTokenVectors = 2;                                     // SIMD vectors of tokens per micro-tile
 constexpr int kMaxGroup = kRegisters >= 32 ? 12 : 5;                 // rows of A per pass over the features
-constexpr int64_t kFlush = 128;                                      // features between flushes of the sums
+constexpr int64_t kFlush = 64;                                       // features between flushes of the sums
 template <class T>
 constexpr int kPanel = kTokenVectors * kWidth<T>;                    // tokens per panel
 
@@ -36,7 +36,7 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T*
   constexpr int V = kWidth<T>, NV = kTokenVectors;
   const int64_t stride = shape.block_stride<T>(), component_stride = shape.component_stride<T>();
   const int64_t blocks = shape.blocks<T>();
-  Vec<T> square[C][NV] = {}, total[C][G > 0 ? G : 1][NV] = {};
+  Vec<T> square[C][NV] = {}, lost[C][NV] = {}, total[C][G > 0 ? G : 1][NV] = {};
   for (int64_t start = 0; start < blocks; start += kFlush / V) {
     const int64_t stop = std::min<int64_t>(blocks, start + kFlush / V);
     Vec<T> s[C][NV] = {}, t[C][G > 0 ? G : 1][NV] = {};
@@ -65,7 +65,10 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T*
     }
     for (int c = 0; c < C; ++c)
       for (int n = 0; n < NV; ++n) {
-        square[c][n] += s[c][n];
+        // Compensated (Kahan): |v|^2 is the largest sum, and with it the error no longer grows with D.
+        const Vec<T> term = s[c][n] - lost[c][n], sum = square[c][n] + term;
+        lost[c][n] = (sum - square[c][n]) - term;
+        square[c][n] = sum;
         for (int g = 0; g < G; ++g) total[c][g][n] += t[c][g][n];
       }
   }
@@ -132,78 +135,56 @@ class PanelDistance {
 // What stage 1 knows of one token while components stream by; the slots are the caller's output rows.
 template <class T>
 struct TokenState {
-  T best = -std::numeric_limits<T>::infinity();
-  T base = 0;       // running logsumexp of an overflowing token: base + log(sum)
+  static constexpr T kNone = -std::numeric_limits<T>::infinity();
+  T best = kNone;
+  T evicted = kNone;  // the largest logit that found no slot
+  T base = 0;         // once a logit was evicted, all active ones so far sum to exp(base) * sum
   double sum = 0;
-  int32_t count = 0;  // slots in use
-  bool overflow = false;
+  int32_t count = 0;     // slots in use
   bool invalid = false;  // a logit was NaN
 
+  bool summing() const { return evicted > kNone; }
+
+  // Takes a logit above best - threshold, or NaN.
   void offer(T logit, int32_t component, T threshold, int64_t slots, int32_t* components, T* logits) {
-    invalid |= logit != logit;
-    if (overflow) add(logit);
-    if (!(logit > best - threshold)) return;
+    if (logit != logit) {
+      invalid = true;
+      return;
+    }
     best = std::max(best, logit);
-    if (count == slots) {
-      drop_inactive(threshold, components, logits);
-      if (count == slots) {
-        if (!overflow) {
-          overflow = true;
-          base = best;
-          for (int32_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(logits[i] - base));
-          add(logit);
-        }
-        const int64_t smallest = std::min_element(logits, logits + count) - logits;
-        if (logits[smallest] >= logit) return;
-        components[smallest] = component;
-        logits[smallest] = logit;
-        return;
-      }
+    if (summing()) add(logit, 1);
+    if (count == slots) drop_inactive(threshold, components, logits);
+    if (count < slots) {
+      components[count] = component;
+      logits[count++] = logit;
+      return;
     }
-    components[count] = component;
-    logits[count++] = logit;
-  }
-
-  void add(T logit) {
-    if (logit > base) {
-      sum = sum * std::exp(static_cast<double>(base - logit)) + 1;
-      base = logit;
-    } else {
-      sum += std::exp(static_cast<double>(logit - base));
+    if (!summing()) {
+      sum_slots(logits);
+      add(logit, 1);
     }
-  }
-
-  void drop_inactive(T threshold, int32_t* components, T* logits) {
-    int32_t kept = 0;
-    for (int32_t i = 0; i < count; ++i)
-      if (logits[i] > best - threshold) {
-        components[kept] = components[i];
-        logits[kept++] = logits[i];
-      }
-    count = kept;
+    const int64_t smallest = std::min_element(logits, logits + count) - logits;
+    if (logits[smallest] < logit) {
+      std::swap(logits[smallest], logit);
+      components[smallest] = component;
+    }
+    evicted = std::max(evicted, logit);
   }
 
   // Takes over what another range of components found for the same token.
   void merge(const TokenState& other, T threshold, int64_t slots, int32_t* components, T* logits,
              const int32_t* other_components, const T* other_logits) {
     invalid |= other.invalid;
-    if (other.overflow && !overflow) {
-      overflow = true;
-      base = best;
-      for (int32_t i = 0; i < count; ++i) sum += std::exp(static_cast<double>(logits[i] - base));
-      if (count == 0) base = other.base;
-    }
-    const bool summed = other.overflow;
-    if (summed) {
-      const T top = std::max(base, other.base);
-      sum = sum * std::exp(static_cast<double>(base - top)) + other.sum * std::exp(static_cast<double>(other.base - top));
-      base = top;
+    if (other.summing()) {  // its slots are in its sum: they are offered below without being added again
+      if (!summing()) sum_slots(logits);
+      add(other.base, other.sum);
+      evicted = std::max(evicted, other.evicted);
     }
     for (int32_t i = 0; i < other.count; ++i) {
-      // `summed` candidates are in the running sum already: offer them as slots only.
+      if (!(other_logits[i] > best - threshold)) continue;
       const TokenState before = *this;
       offer(other_logits[i], other_components[i], threshold, slots, components, logits);
-      if (summed) base = before.base, sum = before.sum;
+      if (other.summing()) base = before.base, sum = before.sum;
     }
   }
 
@@ -219,12 +200,36 @@ struct TokenState {
       logits[j] = logit;
       components[j] = component;
     }
-    for (int64_t i = count; i < slots; ++i) components[i] = -1, logits[i] = -std::numeric_limits<T>::infinity();
+    for (int64_t i = count; i < slots; ++i) components[i] = -1, logits[i] = kNone;
     if (invalid || count == 0) return std::numeric_limits<T>::quiet_NaN();
-    if (overflow) return base + static_cast<T>(std::log(sum));
-    double total = 0;
-    for (int32_t i = count - 1; i >= 0; --i) total += std::exp(static_cast<double>(logits[i] - best));
-    return best + static_cast<T>(std::log(total));
+    if (!overflow(threshold)) sum_slots(logits);
+    return base + static_cast<T>(std::log(sum));
+  }
+
+  // Whether an active component is missing from the slots.
+  bool overflow(T threshold) const { return evicted > best - threshold; }
+
+ private:
+  void add(T other_base, double other_sum) {
+    const T top = std::max(base, other_base);
+    sum = sum * std::exp(static_cast<double>(base - top)) + other_sum * std::exp(static_cast<double>(other_base - top));
+    base = top;
+  }
+
+  void sum_slots(const T* logits) {
+    base = best;
+    sum = 0;
+    for (int32_t i = count - 1; i >= 0; --i) sum += std::exp(static_cast<double>(logits[i] - base));
+  }
+
+  void drop_inactive(T threshold, int32_t* components, T* logits) {
+    int32_t kept = 0;
+    for (int32_t i = 0; i < count; ++i)
+      if (logits[i] > best - threshold) {
+        components[kept] = components[i];
+        logits[kept++] = logits[i];
+      }
+    count = kept;
   }
 };
 
@@ -252,7 +257,7 @@ struct Schedule {
     const int64_t cached = std::clamp<int64_t>((int64_t(3) << 19) / bytes, 2, 32);  // 1.5 MB of tokens
     s.panels_per_block = std::max<int64_t>(1, std::min(cached, ceil_div(s.panels, threads)));
     s.blocks = ceil_div(s.panels, s.panels_per_block);
-    s.splits = s.blocks >= threads ? 1 : std::min(ceil_div(threads, s.blocks), ceil_div(shape.components, 32));
+    s.splits = s.blocks == 0 || s.blocks >= threads ? 1 : std::min(ceil_div(threads, s.blocks), ceil_div(shape.components, 32));
     return s;
   }
 };
@@ -320,7 +325,7 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
            TokenState<T>& state = states[split * tokens + n0 + i];
            state.offer(logit, static_cast<int32_t>(k), threshold, slots, components_of(split, n0 + i),
                        logits_of(split, n0 + i));
-           bar[i] = state.overflow ? -std::numeric_limits<T>::infinity() : state.best - threshold;
+           bar[i] = state.best - threshold;
          }
        },
        parallel_for);
@@ -331,7 +336,7 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
         state.merge(states[split * tokens + n], threshold, slots, components_of(0, n), logits_of(0, n),
                     components_of(split, n), logits_of(split, n));
       log_prob[n] = state.finish(threshold, slots, components_of(0, n), logits_of(0, n));
-      counts[n] = state.overflow ? static_cast<int32_t>(slots + 1) : state.count;
+      counts[n] = state.overflow(threshold) ? static_cast<int32_t>(slots + 1) : state.count;
     }
   });
 }

@@ -1,8 +1,8 @@
 """The fused operations, one folder each: derivation, oracle, backends, registration as ``torch.ops.mfa_kernels.*``.
 
-    factors   stage 0   parameters -> whitened rows, Cholesky factors, log-determinants
-    select    stage 1   tokens x components -> log p(x) and the active pairs
-    pairs     stage 2   latents, decoding and gradients, on the active pairs alone
+factors   stage 0   parameters -> whitened rows, Cholesky factors, log-determinants
+select    stage 1   tokens x components -> log p(x) and the active pairs
+pairs     stage 2   latents, decoding and gradients, on the active pairs alone
 """
 
 from mfa_kernels.ops.factors.op import Factors, factorize

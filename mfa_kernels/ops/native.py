@@ -12,6 +12,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -74,7 +75,7 @@ def is_built() -> bool:
 
 
 @functools.cache
-def library() -> ModuleType | None:
+def library() -> Any:
     """The loaded C++ library, built first if need be; None (after one warning) where it cannot be built.
 
     ``MFA_KERNELS_NATIVE=0`` turns it off: the portable PyTorch path then serves every CPU tensor.
@@ -100,7 +101,8 @@ def _first_line(error: Exception) -> str:
 def _load() -> ModuleType:
     name = library_name()
     spec = importlib.util.spec_from_file_location(name, cache_folder() / name / f"{name}.so")
-    assert spec is not None and spec.loader is not None
+    if spec is None or spec.loader is None:
+        raise ImportError(f"cannot load {name}")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

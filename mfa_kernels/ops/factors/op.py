@@ -71,36 +71,26 @@ def portable_rows(means: Tensor, noise_variance: Tensor, center: Tensor, a: Tens
     return torch.cat([((means - center) * noise_variance.rsqrt()).unsqueeze(1), a], dim=1)
 
 
-def portable(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     a, cholesky, log_det = reference.factors(loadings, noise_variance)
-    return portable_rows(means, noise_variance, center, a), cholesky, log_det.clone()
+    return portable_rows(means, noise_variance, center, a), cholesky.contiguous(), log_det
 
 
 @torch.library.impl("mfa_kernels::factors", "CPU")
-def _cpu(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cpu(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     library = native.library()
     if library is None:
         return portable(means, loadings, noise_variance, center)
-    return library.factors(
-        means.contiguous(), loadings.contiguous(), noise_variance.contiguous(), center.contiguous()
-    )
+    return library.factors(means.contiguous(), loadings.contiguous(), noise_variance.contiguous(), center.contiguous())
 
 
 @torch.library.impl("mfa_kernels::factors", "CUDA")
-def _cuda(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _cuda(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return portable(means, loadings, noise_variance, center)
 
 
 @torch.library.register_fake("mfa_kernels::factors")
-def _fake(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     components, features, rank = loadings.shape
     row_count = rank + noise_variance.dim()
     library = native.library() if means.device.type == "cpu" else None
@@ -115,15 +105,6 @@ def _fake(
 def unpack_rows(rows: Tensor, features: int) -> Tensor:
     """Any layout of the rows as (K, R+1, D) or (K, R+2, D)."""
     return rows if rows.dim() == 3 else rows.transpose(1, 2).flatten(2)[..., :features]
-
-
-def _pack_rows(rows: Tensor, like: Tensor) -> Tensor:
-    """(K, rows, D) in the layout of `like`."""
-    if like.dim() == 3:
-        return rows
-    _, blocks, count, width = like.shape
-    padded = torch.nn.functional.pad(rows, (0, blocks * width - rows.shape[-1]))
-    return padded.unflatten(-1, (blocks, width)).transpose(1, 2).contiguous()
 
 
 def _setup_context(ctx, inputs, output) -> None:

@@ -26,9 +26,7 @@ def latents(
     )
 
 
-def decode(
-    components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> Tensor:
+def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
     """sum_c r_c (mu_c + W_c z_c), (N, D). Differentiable in all but components.
 
     Args:
@@ -114,7 +112,7 @@ def _through(function, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor
     """Gradients by the reference formula: latents and decode are rarely trained through, and stay simple."""
     # Inside an operator the autograd keys are off; vjp works on its own level.
     with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutogradCPU):
-        _, pull_back = torch.func.vjp(function, *(t.detach() for t in inputs))
+        pull_back = torch.func.vjp(function, *(t.detach() for t in inputs))[1]
         return tuple(g.contiguous() for g in pull_back(grad))
 
 

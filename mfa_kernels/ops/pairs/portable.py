@@ -15,9 +15,7 @@ def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> 
     return torch.linalg.solve_triangular(factors.cholesky[components].mT, t.unsqueeze(-1), upper=True).squeeze(-1)
 
 
-def decode(
-    components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> Tensor:
+def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
     """sum_c r_c (mu_c + W_c z_c), (N, D), one slot at a time."""
     out = means.new_zeros(components.shape[0], means.shape[1])
     for slot in range(components.shape[1]):
@@ -27,7 +25,7 @@ def decode(
             k = index[token]
             point = means[k] + torch.einsum("pdr,pr->pd", loadings[k], latents[token, slot])
             out[token] += responsibilities[token, slot].unsqueeze(-1) * point
-    return out
+    return out.masked_fill(responsibilities.isnan().any(-1, keepdim=True), torch.nan)
 
 
 def backward(

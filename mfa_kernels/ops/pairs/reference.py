@@ -30,9 +30,7 @@ def latents(
     return torch.linalg.solve_triangular(cholesky[components].mT, explained.unsqueeze(-1), upper=True).squeeze(-1)
 
 
-def decode(
-    components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> Tensor:
+def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
     """sum_c r_c (mu_c + W_c z_c); an empty slot has component -1.
 
     Args:
@@ -45,7 +43,7 @@ def decode(
     Returns:
         (N, D).
     """
-    weight = torch.where(components < 0, 0, responsibilities)
+    weight = torch.where((components < 0) & ~responsibilities.isnan(), 0, responsibilities)
     index = components.clamp_min(0)
     point = means[index] + torch.einsum("ncdr,ncr->ncd", loadings[index], latents)
     return torch.einsum("nc,ncd->nd", weight, point)

@@ -75,9 +75,7 @@ def log_prob(
     )
 
 
-def component_log_prob(
-    x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors
-) -> Tensor:
+def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors) -> Tensor:
     """log p(x | k) for every component, (N, K): dense, differentiable."""
     f = factors
     return torch.ops.mfa_kernels.component_log_prob(
@@ -115,9 +113,7 @@ def _log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, l
     constants = factors.constants(log_weights)
     if not _is_native(factors):
         return portable.select(x, factors, constants, threshold, slots)
-    return native.library().select(
-        x, rows, constants, scale, center, factors.per_component, threshold, slots
-    )
+    return native.library().select(x, rows, constants, scale, center, factors.per_component, threshold, slots)
 
 
 def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
@@ -174,9 +170,7 @@ def _accumulate_dense(
 ) -> None:
     """Pairs of the tokens `rows` with every component that has weight (n, K)."""
     tokens, components = weight.nonzero(as_tuple=True)
-    accumulate_gradients(
-        x, rows[tokens], components.int(), weight[tokens, components].contiguous(), factors, gradients
-    )
+    accumulate_gradients(x, rows[tokens], components.int(), weight[tokens, components].contiguous(), factors, gradients)
 
 
 def _component_log_prob_backward(
@@ -184,7 +178,7 @@ def _component_log_prob_backward(
 ):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
-    gradients = _new_gradients([x, means, loadings, noise_variance], needs) + [None]
+    gradients = [*_new_gradients([x, means, loadings, noise_variance], needs), None]
     for chunk in torch.arange(x.shape[0], device=x.device).split(max(1, portable.CHUNK // (2 * means.shape[0]))):
         _accumulate_dense(x, chunk, grad[chunk], factors, gradients)
     if gradients[0] is not None:

@@ -1,0 +1,94 @@
+"""Where in a Hugging Face causal language model the residual stream passes: finding layers, reading their outputs."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import Tensor, nn
+
+# Paths of the stack of decoder layers, by architecture family: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX, OPT, MPT.
+_STACKS = (
+    "model.layers",
+    "transformer.h",
+    "gpt_neox.layers",
+    "model.decoder.layers",
+    "model.language_model.layers",
+    "language_model.model.layers",
+    "transformer.blocks",
+    "layers",
+    "h",
+)
+
+
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of a model's decoder layers.
+
+    Where none of the known places holds them, as in a wrapped model (PEFT, DDP) or a new architecture, the one list
+    of modules with as many entries as the configuration says there are hidden layers.
+
+    Raises:
+        ValueError: none is found, or several.
+    """
+    for path in _STACKS:
+        try:
+            stack = model.get_submodule(path)
+        except AttributeError:
+            continue
+        if isinstance(stack, nn.ModuleList):
+            return path, stack
+    depth = getattr(text_config(model), "num_hidden_layers", None)
+    found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise ValueError(
+            f"layer: {'no' if not found else 'more than one'} stack of decoder layers found in {type(model).__name__}"
+            f"{''.join(f' {path!r}' for path, _ in found)}; give the module path of a layer, as in "
+            "model.named_modules()"
+        )
+    return found[0]
+
+
+def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
+    """Path and module of a decoder layer.
+
+    Args:
+        model: a causal language model.
+        layer: an index (negative counts from the end), or a module path such as "model.layers.8".
+
+    Raises:
+        IndexError, TypeError, ValueError: naming what exists.
+    """
+    if isinstance(layer, str):
+        try:
+            return layer, model.get_submodule(layer)
+        except AttributeError:
+            raise ValueError(f"layer: {type(model).__name__} has no module {layer!r}") from None
+    try:
+        index = operator.index(layer)
+    except TypeError:
+        raise TypeError(f"layer must be an index or a module path, got {layer!r}") from None
+    path, stack = decoder_layers(model)
+    if not -len(stack) <= index < len(stack):
+        raise IndexError(f"layer must be in [{-len(stack)}, {len(stack)}), got {index}")
+    index %= len(stack)
+    return f"{path}.{index}", stack[index]
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part; None for a module without one."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states (batch, positions, D) in a layer's output: a tensor, or the first entry of a tuple."""
+    return output[0] if isinstance(output, tuple | list) else output
+
+
+def with_hidden_states(output: Any, hidden: Tensor) -> Any:
+    """`output` with its hidden states replaced."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    if isinstance(output, list):
+        return [hidden, *output[1:]]
+    return hidden

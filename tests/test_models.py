@@ -1,0 +1,65 @@
+"""Layers are found in every architecture, by index or by path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
+from tests.steering.tiny import ARCHITECTURES, causal_lm
+
+PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_layers_by_index_and_path(architecture: str) -> None:
+    model = causal_lm(architecture)
+    stack = PATHS.get(architecture, "model.layers")
+    path, layers = decoder_layers(model)
+    assert path == stack
+    assert len(layers) == 3
+    assert resolve_layer(model, 1) == (f"{stack}.1", layers[1])
+    assert resolve_layer(model, -1) == (f"{stack}.2", layers[2])
+    assert resolve_layer(model, torch.tensor(2)) == (f"{stack}.2", layers[2])
+    assert resolve_layer(model, f"{stack}.1.mlp") == (f"{stack}.1.mlp", layers[1].mlp)
+
+
+def test_layers_of_a_wrapped_model() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+            self.config = module.config
+
+    assert decoder_layers(Wrapper(causal_lm()))[0] == "module.model.layers"
+    two = Wrapper(causal_lm())
+    two.other = causal_lm("gpt2")
+    with pytest.raises(ValueError, match=r"more than one stack.*'module.model.layers' 'other.transformer.h'"):
+        decoder_layers(two)
+
+
+def test_bad_layers_are_named() -> None:
+    model = causal_lm()
+    with pytest.raises(IndexError, match=r"layer must be in \[-3, 3\), got 3"):
+        resolve_layer(model, 3)
+    with pytest.raises(IndexError, match="got -4"):
+        resolve_layer(model, -4)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module 'model.blocks.1'"):
+        resolve_layer(model, "model.blocks.1")
+    with pytest.raises(TypeError, match=r"an index or a module path, got 1\.5"):
+        resolve_layer(model, 1.5)
+    with pytest.raises(ValueError, match="no stack of decoder layers found in Linear"):
+        resolve_layer(nn.Linear(2, 2), 0)
+
+
+def test_text_config() -> None:
+    assert text_config(causal_lm("gpt2")).hidden_size == 32
+    assert text_config(nn.Linear(2, 2)) is None
+
+
+def test_hidden_states_in_tensor_tuple_and_list() -> None:
+    old, new, rest = torch.zeros(1), torch.ones(1), object()
+    for output, replaced in ((old, new), ((old, rest), (new, rest)), ([old, rest], [new, rest])):
+        assert hidden_states(output) is old
+        assert with_hidden_states(output, new) == replaced
