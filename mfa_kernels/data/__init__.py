@@ -1,0 +1,8 @@
+"""Activations: made from texts (`harvest`), kept on disk (`ActivationStore`), read by row."""
+
+from __future__ import annotations
+
+from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
+from mfa_kernels.data.text import read_texts
+
+__all__ = ["ActivationStore", "ActivationStoreWriter", "read_texts"]

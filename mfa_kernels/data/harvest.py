@@ -1,0 +1,323 @@
+"""Activations of a language model over texts: read by forward hooks, several layers in one pass, written to stores."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
+from mfa_kernels.data.text import read_texts
+from mfa_kernels.files import StrPath
+from mfa_kernels.models import hidden_states, resolve_layer
+
+Layer = int | str
+
+
+def harvest(
+    model: Any,
+    tokenizer: Any,
+    texts: StrPath | Iterable[str | tuple[str, str] | Mapping[str, Any] | os.PathLike[str]],
+    layer: Layer | Sequence[Layer],
+    out: StrPath | None = None,
+    *,
+    max_tokens: int | None = None,
+    context: int = 256,
+    batch_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    skip_first: int = 1,
+    drop_special: bool = True,
+    device: torch.device | str | None = None,
+    seed: int | None = 0,
+    progress: bool = True,
+    overwrite: bool = False,
+) -> ActivationStore | Any:  # Any: a dict, when there are several layers
+    """Runs texts through a causal language model and keeps the hidden states that leave a layer.
+
+    Texts are cut into windows of `context` tokens, each beginning with the tokenizer's BOS token where that is its
+    convention; each window is one document of the store. The forward pass ends at the last layer wanted.
+
+    Args:
+        model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
+            given back as they were.
+        tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
+        texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as `read_texts`
+            takes them; a lone string is a path.
+        layer: an index (negative counts from the end) or a module path whose output is (batch, positions, D); or
+            several of these, for as many stores from one pass over the model.
+        out: the folder of the store; with several layers, that of their folders, named by module path. None: a
+            temporary folder, removed with the store object.
+        max_tokens: rows to keep; None: all.
+        context: tokens per window, BOS included.
+        batch_size: windows per forward pass.
+        dtype: of the activations on disk: float32, float16 or bfloat16.
+        skip_first: positions without rows at the beginning of each window, where attention sinks live.
+        drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
+        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here.
+        seed: of the order of texts, so that `max_tokens` takes from all over (all texts are read first); None: the
+            order given, texts read as they are needed.
+        progress: show a progress bar.
+        overwrite: replace stores that are in `out` already.
+
+    Returns:
+        The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
+        finite in every layer are left out, counted in `store.meta["nonfinite_rows"]`, and warned of.
+
+    Raises:
+        FileExistsError: `out` holds a store, and not `overwrite`.
+        ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
+    """
+    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens!r}")
+    layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
+    several = not isinstance(layer, int | str)
+    if not layers:
+        raise ValueError("layer must name at least one layer, got none")
+    model, tokenizer, device = _load(model, tokenizer, device)
+    modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
+    if out is None:
+        folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
+    else:
+        folders = {path: Path(out) / path if several else Path(out) for path in modules}
+    meta = {
+        "model": _name(model),
+        "tokenizer": _name(tokenizer),
+        "site": "output",
+        "context": context,
+        "skip_first": skip_first,
+        "drop_special": drop_special,
+        "seed": seed,
+    }
+    windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
+    nonfinite = _run(model, modules, windows, folders, meta, max_tokens, batch_size, dtype, device, progress, overwrite)
+    if nonfinite:
+        warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=2)
+
+    stores = {path: ActivationStore(folder) for path, folder in folders.items()}
+    for path, temporary in temporaries.items():
+        weakref.finalize(stores[path], temporary.cleanup)
+    if not several:
+        return next(iter(stores.values()))
+    return {wanted: stores[resolve_layer(model, wanted)[0]] for wanted in layers}
+
+
+class _Window(NamedTuple):
+    """What the model reads at once."""
+
+    source: str
+    tokens: list[int]
+    positions: list[int]  # whose rows are kept
+
+
+def _run(
+    model: Any,
+    modules: dict[str, nn.Module],
+    windows: Iterator[_Window],
+    folders: dict[str, Path],
+    meta: dict[str, Any],
+    max_tokens: int | None,
+    batch_size: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    progress: bool,
+    overwrite: bool,
+) -> int:
+    """Writes one store per module; the number of rows that were left out because they are not finite."""
+    from tqdm import tqdm
+
+    kept = nonfinite = 0
+    writers: dict[str, ActivationStoreWriter] = {}
+    with ExitStack() as stack:
+        read = stack.enter_context(_reader(model, modules, device))
+        bar = stack.enter_context(
+            tqdm(total=max_tokens, desc="harvest", unit="token", unit_scale=True, disable=not progress)
+        )
+        while max_tokens is None or kept < max_tokens:
+            batch = list(islice(windows, batch_size))
+            if not batch:
+                break
+            rows = {path: states.to(dtype).cpu() for path, states in read(batch).items()}
+            if not writers:
+                for path, states in rows.items():
+                    writer = ActivationStoreWriter(
+                        folders[path], states.shape[1], dtype, {**meta, "layer": path}, overwrite=overwrite
+                    )
+                    writers[path] = stack.enter_context(writer)
+            finite = torch.stack([states.isfinite().all(1) for states in rows.values()]).all(0)
+            nonfinite += int((~finite).sum())
+            keep = torch.zeros_like(finite)
+            keep[finite.nonzero().squeeze(1)[: None if max_tokens is None else max_tokens - kept]] = True
+            start = 0
+            for window in batch:
+                stop = start + len(window.positions)
+                chosen = keep[start:stop]
+                if chosen.any():
+                    positions = torch.tensor(window.positions)[chosen]
+                    for path, writer in writers.items():
+                        writer.add_document(window.tokens, positions, rows[path][start:stop][chosen], window.source)
+                start = stop
+            kept += int(keep.sum())
+            bar.update(int(keep.sum()))
+        if not kept:
+            raise ValueError("texts hold no token to keep: special, first and non-finite positions are left out")
+        for writer in writers.values():
+            writer.meta["nonfinite_rows"] = nonfinite
+    return nonfinite
+
+
+class _Stop(BaseException):
+    """Ends a forward pass from a hook. Not an Exception, so that no handler inside a model takes it for an error."""
+
+
+@contextmanager
+def _reader(
+    model: Any, modules: dict[str, nn.Module], device: torch.device | str | None
+) -> Iterator[Callable[[list[_Window]], dict[str, Tensor]]]:
+    """A function from windows to the rows wanted of them, (n, D) per module; the model is as it was afterwards."""
+    rows: dict[str, Tensor] = {}
+    index: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # window and position of every row wanted
+    shape = torch.Size()
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            hidden = hidden_states(output)
+            if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
+                found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+                raise ValueError(f"layer {path!r} must give hidden states of shape {(*shape, 'D')}, it gives {found}")
+            # Taken here, not after the pass: what comes next may write over its input.
+            rows[path] = hidden[index[0].to(hidden.device), index[1].to(hidden.device)]
+            if len(rows) == len(modules):
+                raise _Stop
+
+        return keep
+
+    def read(batch: list[_Window]) -> dict[str, Tensor]:
+        nonlocal index, shape
+        rows.clear()
+        longest = max(len(window.tokens) for window in batch)
+        if limit is not None and longest > limit:
+            raise ValueError(f"context must be at most {limit}, the positions this model has; a window has {longest}")
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # which id pads does not matter: it is masked
+        mask = torch.zeros_like(tokens)
+        for i, window in enumerate(batch):
+            tokens[i, : len(window.tokens)] = torch.tensor(window.tokens)
+            mask[i, : len(window.tokens)] = 1
+        if int(tokens.max()) >= vocabulary:
+            raise ValueError(f"tokenizer gives token {int(tokens.max())}, the model knows {vocabulary}")
+        index = (
+            torch.repeat_interleave(torch.tensor([len(window.positions) for window in batch])),
+            torch.tensor([position for window in batch for position in window.positions]),
+        )
+        shape = tokens.shape
+        try:
+            model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+        except _Stop:
+            return dict(rows)
+        missing = ", ".join(modules.keys() - rows.keys())
+        raise ValueError(f"layer: {missing} took no part in the forward pass of {type(model).__name__}")
+
+    home = model.device
+    training = [(module, module.training) for module in model.modules()]
+    handles = []
+    try:
+        if device is not None:
+            model.to(device)
+        model.eval()
+        handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
+        # Not inference_mode: what a model caches on the way (rotary tables, ...) must remain usable in training.
+        with torch.no_grad():
+            yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in training:
+            module.training = flag
+        if device is not None:
+            model.to(home)
+
+
+def _windows(
+    texts: Iterable[tuple[str, str]], tokenizer: Any, context: int, skip_first: int, drop_special: bool
+) -> Iterator[_Window]:
+    """Texts as windows of at most `context` tokens that have at least one row to keep."""
+    bos = tokenizer.bos_token_id
+    # A tokenizer may have a BOS token that it does not put in front of texts, as GPT-2's.
+    prefix = [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
+    step = context - len(prefix)
+    if step < 1:
+        raise ValueError(f"context must be at least 2, BOS and one token, got {context}")
+    special = set(tokenizer.all_special_ids) if drop_special else set()
+    for source, text in texts:
+        tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        for start in range(0, len(tokens), step):
+            window = prefix + tokens[start : start + step]
+            positions = [p for p, token in enumerate(window) if p >= skip_first and token not in special]
+            if positions:
+                yield _Window(source, window, positions)
+
+
+def _named_texts(texts: Any, seed: int | None) -> Iterator[tuple[str, str]]:
+    if seed is None:
+        yield from _in_order(texts)
+        return
+    read = list(_in_order(texts))
+    for i in torch.randperm(len(read), generator=torch.Generator().manual_seed(seed)).tolist():
+        yield read[i]
+
+
+def _in_order(texts: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(texts, str | os.PathLike):
+        yield from read_texts(texts)
+        return
+    for i, text in enumerate(texts):
+        if isinstance(text, str):
+            yield f"text {i}", text
+        elif isinstance(text, os.PathLike):
+            yield from read_texts(text)
+        elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
+            yield text
+        elif isinstance(text, Mapping) and isinstance(text.get("text"), str):
+            yield f"text {i}", text["text"]
+        else:
+            raise TypeError(
+                f'texts[{i}] must be a string, a (name, string) pair, a mapping with "text" or a path, got {text!r:.80}'
+            )
+
+
+def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tuple[Any, Any, torch.device | str | None]:
+    """Model and tokenizer as objects, and where to move the model: None when it is in place."""
+    named = isinstance(model, str | os.PathLike)
+    if tokenizer is None and not named:
+        raise TypeError("tokenizer must be given when model is an object")
+    tokenizer = model if tokenizer is None else tokenizer
+    if isinstance(tokenizer, str | os.PathLike):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    if named:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = None
+    return model, tokenizer, device
+
+
+def _name(source: Any) -> str:
+    """The hub id or folder of a model or tokenizer, or its class."""
+    return getattr(source, "name_or_path", "") or type(source).__name__

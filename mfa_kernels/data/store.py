@@ -1,0 +1,465 @@
+"""Activations on disk: safetensors shards that are read by row, with the tokens they came from.
+
+A store is a folder:
+
+    manifest.json                    format, features, dtype, meta, and for each shard its file, rows, bytes and sha256
+    activations-00000.safetensors    activations (n, D); document (n,) and position (n,) int32, of each row;
+                                     tokens (T,) and lengths (d,) int32, of the documents that begin in this shard;
+                                     in its header, `sources`: where each of these is from, as a JSON list
+
+A document is what the model read at once: rows of one document may run over into the next shard, its tokens are in the
+shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json
+
+FORMAT = "mfa_kernels.activations"
+VERSION = 1
+MANIFEST = "manifest.json"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_HASH_CHUNK = 1 << 22
+
+
+class _Shard(NamedTuple):
+    """One shard's tensors, mapped from its file: nothing is read before it is used."""
+
+    activations: Tensor
+    document: Tensor
+    position: Tensor
+    tokens: Tensor
+    ends: Tensor  # (d,) int64, where each of its documents ends in `tokens`
+    sources: list[str]
+
+
+class ActivationStore:
+    """Activations on disk, read by row.
+
+    It follows the protocol that `mfa_kernels.fit` takes: `len()`, `n_features` and `rows(index)`. Row numbers are in
+    [0, n); the rows of a document follow one another.
+
+    Args:
+        folder: what `ActivationStoreWriter` or `harvest` wrote.
+
+    Attributes:
+        folder: its path.
+        n_features: D.
+        dtype: of the activations on disk.
+        meta: what the writer was told: model, layer, tokenizer, ...
+        complete: False where the writer did not come to its end.
+        n_documents: how many documents it holds.
+
+    Raises:
+        FileNotFoundError: naming the manifest or shard that is missing.
+        ValueError: naming the file that is not what the manifest says, or that this version cannot read.
+    """
+
+    def __init__(self, folder: StrPath):
+        self.folder = Path(folder)
+        manifest = _read_manifest(self.folder)
+        self.n_features: int = manifest["n_features"]
+        self.dtype: torch.dtype = _DTYPES[manifest["dtype"]]
+        self.meta: dict[str, Any] = manifest["meta"]
+        self.complete: bool = manifest["complete"]
+        self.shards: list[dict[str, Any]] = manifest["shards"]
+        for shard in self.shards:
+            path = self.folder / shard["file"]
+            if not path.is_file():
+                raise FileNotFoundError(f"{path}: this shard is in the manifest, but not in the folder")
+            if path.stat().st_size != shard["bytes"]:
+                raise ValueError(f"{path}: {path.stat().st_size} bytes found, {shard['bytes']} expected: truncated?")
+        self._row_ends = np.cumsum([shard["rows"] for shard in self.shards], dtype=np.int64)
+        self._document_ends = np.cumsum([shard["documents"] for shard in self.shards], dtype=np.int64)
+        self.n_documents = int(self._document_ends[-1]) if self.shards else 0
+        self._open: dict[int, _Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self._row_ends[-1]) if self.shards else 0
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        state = "" if self.complete else ", incomplete"
+        return f"ActivationStore({str(self.folder)!r}: {len(self)} rows x {self.n_features} {dtype}{state})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # another process maps the files itself
+
+    def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The activations of some rows, (n, D), on the CPU, in the order of `index`.
+
+        Args:
+            index: (n,) integers in [0, len(self)), in any order, repeated or not.
+            dtype: of the result; the store's own when None.
+        """
+        index = _integers(index, "index")
+        out = torch.empty(index.numel(), self.n_features, dtype=dtype or self.dtype)
+        if not index.numel():
+            return out
+        # Sorted, the rows of a shard are a slice, and the pages of its file are visited in order.
+        in_order = bool((index[1:] >= index[:-1]).all())
+        index, order = (index, None) if in_order else index.sort()
+        if index[0] < 0 or index[-1] >= len(self):
+            wrong = index[0] if index[0] < 0 else index[-1]
+            raise IndexError(f"index must be in [0, {len(self)}), got {int(wrong)}")
+        stops = np.searchsorted(index.numpy(), self._row_ends).tolist()
+        start = 0
+        for i, stop in enumerate(stops):
+            if stop > start:
+                local = index[start:stop] - self._first_row(i)
+                place = slice(start, stop) if order is None else order[start:stop]
+                out[place] = self._shard(i).activations.index_select(0, local).to(out.dtype)
+            start = stop
+        return out
+
+    def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """All the activations, (len(self), D), in memory."""
+        out = torch.empty(len(self), self.n_features, dtype=dtype)
+        for i in range(len(self.shards)):
+            out[self._first_row(i) : self._row_ends[i]] = self._shard(i).activations
+        return out
+
+    def batches(
+        self, batch_size: int, shuffle: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
+    ) -> Batches:
+        """Every row once, as an iterable of (B, D) with a length; the last batch may be smaller.
+
+        Args:
+            batch_size: B.
+            shuffle: rows in a random order over the whole store (8 bytes of memory per row), else as stored.
+            seed: of that order; iterating again gives the same batches, so give each epoch a seed of its own.
+            dtype: of the batches.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
+        return Batches(self, batch_size, shuffle, seed, dtype)
+
+    @property
+    def tokens(self) -> Tensor:
+        """The token id of every row, (len(self),) int32."""
+        parts = []
+        for i in range(len(self.shards)):
+            document, position = self._shard(i).document.long(), self._shard(i).position.long()
+            token = torch.empty(len(document), dtype=torch.int32)
+            # The first rows of a shard may belong to a document that begins in an earlier one.
+            owners = np.searchsorted(self._document_ends, document.numpy(), side="right")
+            for owner in np.unique(owners).tolist():
+                mine = torch.from_numpy(owners == owner)
+                shard = self._shard(owner)
+                starts = torch.nn.functional.pad(shard.ends, (1, 0))
+                token[mine] = shard.tokens[starts[document[mine] - self._first_document(owner)] + position[mine]]
+            parts.append(token)
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+
+    def document(self, row: int) -> int:
+        """The number of the document a row comes from, in [0, n_documents)."""
+        i, local = self._locate(row)
+        return int(self._shard(i).document[local])
+
+    def position(self, row: int) -> int:
+        """Where in its document a row's token stands: the row is what the model made of tokens [0, position]."""
+        i, local = self._locate(row)
+        return int(self._shard(i).position[local])
+
+    def source(self, document: int) -> str:
+        """Where a document is from, such as the name of a file."""
+        i, local = self._locate_document(document)
+        return self._shard(i).sources[local]
+
+    def document_tokens(self, document: int) -> Tensor:
+        """All the token ids of a document, (length,) int32, with those whose rows were not kept."""
+        i, local = self._locate_document(document)
+        shard = self._shard(i)
+        return shard.tokens[int(shard.ends[local - 1]) if local else 0 : int(shard.ends[local])].clone()
+
+    def token(self, row: int) -> int:
+        """The token id at a row."""
+        return int(self.document_tokens(self.document(row))[self.position(row)])
+
+    def context(self, row: int, before: int = 10, after: int = 10) -> tuple[list[int], int]:
+        """The tokens around a row, as far as its document reaches.
+
+        Returns:
+            At most before + 1 + after token ids, and the index of the row's own token among them.
+        """
+        if before < 0 or after < 0:
+            raise ValueError(f"before and after must not be negative, got {before} and {after}")
+        tokens, position = self.document_tokens(self.document(row)), self.position(row)
+        start = max(0, position - before)
+        return tokens[start : position + after + 1].tolist(), position - start
+
+    def verify(self, progress: bool = True) -> list[str]:
+        """Reads every shard and compares its size and checksum with the manifest.
+
+        Returns:
+            One line per shard that is missing or corrupt, beginning with its name; an empty list when all are sound.
+        """
+        from tqdm import tqdm
+
+        problems = []
+        total = sum(shard["bytes"] for shard in self.shards)
+        with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+            for shard in self.shards:
+                name, path = shard["file"], self.folder / shard["file"]
+                if not path.is_file():
+                    problems.append(f"{name}: missing")
+                elif path.stat().st_size != shard["bytes"]:
+                    problems.append(f"{name}: {path.stat().st_size} bytes, {shard['bytes']} expected")
+                elif _sha256(path) != shard["sha256"]:
+                    problems.append(f"{name}: corrupt, its sha256 is not the one in {MANIFEST}")
+                bar.update(shard["bytes"])
+        return problems
+
+    def _first_row(self, shard: int) -> int:
+        return int(self._row_ends[shard]) - self.shards[shard]["rows"]
+
+    def _first_document(self, shard: int) -> int:
+        return int(self._document_ends[shard]) - self.shards[shard]["documents"]
+
+    def _locate(self, row: int) -> tuple[int, int]:
+        """A row's shard, and its number there."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row must be in [0, {len(self)}), got {row}")
+        i = int(np.searchsorted(self._row_ends, row, side="right"))
+        return i, row - self._first_row(i)
+
+    def _locate_document(self, document: int) -> tuple[int, int]:
+        """The shard where a document begins, and its number there."""
+        if not 0 <= document < self.n_documents:
+            raise IndexError(f"document must be in [0, {self.n_documents}), got {document}")
+        i = int(np.searchsorted(self._document_ends, document, side="right"))
+        return i, document - self._first_document(i)
+
+    def _shard(self, i: int) -> _Shard:
+        if i not in self._open:
+            self._open[i] = self._map(self.shards[i])
+        return self._open[i]
+
+    def _map(self, entry: dict[str, Any]) -> _Shard:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / entry["file"]
+        try:
+            with safe_open(path, framework="pt") as file:
+                # On the CPU these are views of the mapped file.
+                tensors = {name: file.get_tensor(name) for name in (*_Shard._fields[:4], "lengths")}
+                sources = json.loads(file.metadata()["sources"])
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a readable shard ({error})") from error
+        found = (tuple(tensors["activations"].shape), tensors["activations"].dtype, len(tensors["lengths"]))
+        expected = ((entry["rows"], self.n_features), self.dtype, entry["documents"])
+        if found != expected:
+            raise ValueError(f"{path}: shape, dtype and documents are {found}, the manifest says {expected}")
+        ends = tensors.pop("lengths").long().cumsum(0)
+        return _Shard(**tensors, ends=ends, sources=sources)
+
+
+class Batches:
+    """What `ActivationStore.batches` gives: iterate as often as needed, `len()` is the number of batches."""
+
+    def __init__(self, store: ActivationStore, batch_size: int, shuffle: bool, seed: int, dtype: torch.dtype):
+        self.store, self.batch_size, self.shuffle, self.seed, self.dtype = store, batch_size, shuffle, seed, dtype
+
+    def __len__(self) -> int:
+        return -(-len(self.store) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        n = len(self.store)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)) if self.shuffle else None
+        for start in range(0, n, self.batch_size):
+            stop = min(n, start + self.batch_size)
+            yield self.store.rows(torch.arange(start, stop) if order is None else order[start:stop], self.dtype)
+
+
+class ActivationStoreWriter:
+    """Writes an `ActivationStore`, document by document.
+
+    As a context manager it closes the store at the end of the block; when the block raises, the rows that do not fill
+    a shard yet are lost and the store stays `complete: False`.
+
+    Args:
+        folder: made if it is missing.
+        n_features: D.
+        dtype: on disk: float32, float16 or bfloat16.
+        meta: whatever JSON can hold, kept in the manifest; may be added to until the store is closed.
+        rows_per_shard: rows in each shard but the last; one shard is held in memory while it fills.
+        overwrite: replace a store that is already in the folder.
+
+    Raises:
+        FileExistsError: when the folder holds a store, and not `overwrite`.
+    """
+
+    def __init__(
+        self,
+        folder: StrPath,
+        n_features: int,
+        dtype: torch.dtype = torch.float32,
+        meta: dict[str, Any] | None = None,
+        rows_per_shard: int = 65536,
+        overwrite: bool = False,
+    ):
+        if n_features < 1 or rows_per_shard < 1:
+            raise ValueError(
+                f"n_features and rows_per_shard must be at least 1, got {n_features!r} and {rows_per_shard!r}"
+            )
+        if dtype not in _DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
+        self.folder = Path(folder)
+        self.n_features, self.dtype, self.meta = n_features, dtype, dict(meta or {})
+        self.rows_per_shard = rows_per_shard
+        self._remove_old(overwrite)
+        self._shards: list[dict[str, Any]] = []
+        self._documents = 0
+        self._activations = torch.empty(rows_per_shard, n_features, dtype=dtype)
+        self._rows_of = torch.empty(2, rows_per_shard, dtype=torch.int32)  # document and position of each row
+        self._tokens: list[Tensor] = []
+        self._sources: list[str] = []
+        self._filled = 0
+        self._closed = False
+        self._write_manifest(complete=False)
+
+    def add_document(self, token_ids: Any, positions: Any, activations: Tensor, source: str = "") -> None:
+        """Adds one document and the rows that are kept of it.
+
+        Args:
+            token_ids: (length,) integers, everything the model read.
+            positions: (n,) integers in [0, length), the token each row belongs to.
+            activations: (n, D), any float dtype and device; n may be 0.
+            source: where the document is from, such as the name of a file.
+        """
+        if self._closed:
+            raise ValueError(f"{self.folder}: this store is closed")
+        tokens = _integers(token_ids, "token_ids")
+        places = _integers(positions, "positions")
+        if activations.shape != (len(places), self.n_features) or not activations.is_floating_point():
+            raise ValueError(
+                f"activations must be floats of shape ({len(places)}, {self.n_features}), one row per position, "
+                f"got {activations.dtype} of shape {tuple(activations.shape)}"
+            )
+        if len(places) and (int(places.min()) < 0 or int(places.max()) >= len(tokens)):
+            raise ValueError(
+                f"positions must be in [0, {len(tokens)}), got values from {int(places.min())} to {int(places.max())}"
+            )
+        self._tokens.append(tokens.int())
+        self._sources.append(source)
+        start = 0
+        while start < len(places):
+            stop = min(len(places), start + self.rows_per_shard - self._filled)
+            filling = slice(self._filled, self._filled + stop - start)
+            self._activations[filling] = activations[start:stop].detach().to("cpu", self.dtype)
+            self._rows_of[0, filling] = self._documents
+            self._rows_of[1, filling] = places[start:stop]
+            self._filled += stop - start
+            start = stop
+            if self._filled == self.rows_per_shard:
+                self._flush()
+        self._documents += 1
+
+    def close(self) -> None:
+        """Writes what is left, and a manifest that says the store is complete."""
+        if self._closed:
+            return
+        if self._filled or self._tokens:
+            self._flush()
+        self._write_manifest(complete=True)
+        self._closed = True
+
+    def __enter__(self) -> ActivationStoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        self._closed = True
+
+    def _remove_old(self, overwrite: bool) -> None:
+        manifest = self.folder / MANIFEST
+        if not manifest.exists():
+            return
+        if not overwrite:
+            raise FileExistsError(f"{self.folder} already holds {MANIFEST}: give another folder, or overwrite=True")
+        _read_manifest(self.folder)  # raises when it is somebody else's
+        manifest.unlink()  # first: shards without a manifest are no store, a manifest without shards is a broken one
+        for path in self.folder.iterdir():
+            if re.fullmatch(r"activations-\d{5,}\.safetensors", path.name):
+                path.unlink()
+
+    def _flush(self) -> None:
+        name = f"activations-{len(self._shards):05d}.safetensors"
+        path = self.folder / name
+        tensors = {
+            "activations": self._activations[: self._filled],
+            "document": self._rows_of[0, : self._filled],
+            "position": self._rows_of[1, : self._filled],
+            "tokens": torch.cat(self._tokens) if self._tokens else torch.empty(0, dtype=torch.int32),
+            "lengths": torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int32),
+        }
+        atomic_save_safetensors(tensors, path, {"sources": json.dumps(self._sources)})
+        size, digest = path.stat().st_size, _sha256(path)
+        self._shards.append(
+            {"file": name, "rows": self._filled, "documents": len(self._tokens), "bytes": size, "sha256": digest}
+        )
+        self._tokens, self._sources, self._filled = [], [], 0
+        self._write_manifest(complete=False)
+
+    def _write_manifest(self, complete: bool) -> None:
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "n_features": self.n_features,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "rows": sum(shard["rows"] for shard in self._shards),
+            "documents": sum(shard["documents"] for shard in self._shards),
+            "complete": complete,
+            "meta": self.meta,
+            "shards": self._shards,
+        }
+        atomic_write_json(self.folder / MANIFEST, manifest)
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found, so {folder} is no store of activations")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not the manifest of a store of activations (its format is not {FORMAT!r})")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"{path}: format version {manifest.get('version')!r}, this library reads version {VERSION}")
+    missing = {"n_features", "dtype", "complete", "meta", "shards"} - manifest.keys()
+    if missing or manifest["dtype"] not in _DTYPES:
+        raise ValueError(f"{path}: lacks {sorted(missing)}" if missing else f"{path}: dtype {manifest['dtype']!r}")
+    return manifest
+
+
+def _integers(values: Any, name: str) -> Tensor:
+    """`values` as int64 (n,) on the CPU; raises otherwise."""
+    tensor = torch.as_tensor(values).detach().cpu()
+    if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+        raise ValueError(f"{name} must be integers of shape (n,), got {tensor.dtype} of shape {tuple(tensor.shape)}")
+    return tensor.long()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

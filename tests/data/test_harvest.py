@@ -1,0 +1,398 @@
+"""Harvested rows are the model's hidden states, to the bit, and the model is left as it was."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from mfa_kernels import harvest
+from mfa_kernels.data import ActivationStore
+from mfa_kernels.models import hidden_states, with_hidden_states
+
+BOS, EOS, UNKNOWN, WORDS = 0, 1, 2, 40
+VOCABULARY = 3 + WORDS
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are too small for more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
+    """One token per word w0 ... w39; with `bos`, "<s>" in front of every text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {"<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN, **{f"w{i}": 3 + i for i in range(WORDS)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def make_model(kind: str, seed: int = 0) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        if kind == "llama":
+            config: Any = LlamaConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=64,
+            )
+            return LlamaForCausalLM(config)
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=64)
+        return GPT2LMHeadModel(config)
+
+
+def words(*numbers: int) -> str:
+    return " ".join(f"w{n % WORDS}" for n in numbers)
+
+
+TEXTS = [words(*range(i, i + 3 + 5 * i)) for i in range(6)]  # 3 to 28 words
+FOUR = (("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False))
+
+
+@pytest.fixture(params=FOUR, ids=[f"{kind}-{'bos' if bos else 'plain'}" for kind, bos in FOUR])
+def lm(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFast, bool]:
+    kind, bos = request.param
+    return make_model(kind), make_tokenizer(bos), bos
+
+
+@pytest.fixture
+def llama() -> tuple[Any, PreTrainedTokenizerFast]:
+    return make_model("llama"), make_tokenizer(bos=True)
+
+
+def hidden_states_of(model: Any, documents: list[Tensor], layer: int) -> list[Tensor]:
+    """transformers' own hidden states after a layer, for documents that are padded to one batch."""
+    longest = max(len(d) for d in documents)
+    tokens = torch.full((len(documents), longest), EOS)
+    mask = torch.zeros_like(tokens)
+    for i, document in enumerate(documents):
+        tokens[i, : len(document)] = document
+        mask[i, : len(document)] = 1
+    was = model.training
+    model.eval()
+    with torch.no_grad():
+        states = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
+    model.train(was)
+    return [states[i, : len(document)] for i, document in enumerate(documents)]
+
+
+def quiet(*args: Any, **options: Any) -> Any:
+    return harvest(*args, progress=False, **options)
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_rows_equal_the_hidden_states_of_transformers(lm: tuple, layer: int) -> None:
+    model, tokenizer, _ = lm
+    store = quiet(model, tokenizer, TEXTS, layer, context=8, batch_size=4)
+    documents = [store.document_tokens(d) for d in range(store.n_documents)]
+    assert len({len(d) for d in documents}) > 2, "no padding is exercised"
+    assert store.n_documents > 8
+    row = 0
+    for start in range(0, len(documents), 4):
+        batch = documents[start : start + 4]
+        for number, states in enumerate(hidden_states_of(model, batch, layer), start):
+            # Every word but the first position, which is BOS where there is one.
+            for position in range(1, len(documents[number])):
+                assert (store.document(row), store.position(row)) == (number, position)
+                assert torch.equal(store.rows(torch.tensor([row]))[0], states[position])
+                row += 1
+            alone = hidden_states_of(model, [documents[number]], layer)[0]
+            torch.testing.assert_close(states, alone, atol=1e-5, rtol=1e-5)
+    assert row == len(store)
+
+
+def test_windows_cover_the_texts(lm: tuple) -> None:
+    model, tokenizer, bos = lm
+    store = quiet(model, tokenizer, [("first", TEXTS[0]), ("last", TEXTS[-1])], 1, context=8, skip_first=0, seed=None)
+    assert store.meta["skip_first"] == 0
+    body = {"first": [], "last": []}  # type: dict[str, list[int]]
+    for document in range(store.n_documents):
+        tokens = store.document_tokens(document).tolist()
+        assert len(tokens) <= 8
+        assert (tokens[0] == BOS) == bos
+        body[store.source(document)] += tokens[bos:]
+    assert body["first"] == [3, 4, 5]
+    assert body["last"] == list(range(8, 8 + 28))
+    assert store.tokens.tolist() == body["first"] + body["last"]
+    assert store.context(0, before=5, after=1) == (([BOS, 3, 4], 1) if bos else ([3, 4], 0))
+
+
+def test_special_tokens_and_first_positions_are_dropped(llama: tuple) -> None:
+    model, tokenizer = llama
+    text = "w1 w2 </s> w3 nonsense w4"
+    kept = quiet(model, tokenizer, [text], 0, skip_first=2)
+    assert kept.tokens.tolist() == [5, 6, 7]
+    assert [kept.position(i) for i in range(3)] == [2, 4, 6]
+    everything = quiet(model, tokenizer, [text], 0, skip_first=0, drop_special=False)
+    assert everything.tokens.tolist() == [BOS, 4, 5, EOS, 6, UNKNOWN, 7]
+    assert torch.equal(everything.rows(torch.tensor([2, 4, 6])), kept.tensor())
+
+
+def test_the_forward_pass_stops_after_the_last_layer(llama: tuple) -> None:
+    model, tokenizer = llama
+    called: list[int] = []
+    for i, block in enumerate(model.model.layers):
+        block.register_forward_pre_hook(lambda *_, i=i: called.append(i))
+    model.lm_head.register_forward_pre_hook(lambda *_: called.append(99))
+    quiet(model, tokenizer, TEXTS[:2], 1)
+    assert called == [0, 1]
+    called.clear()
+    quiet(model, tokenizer, TEXTS[:2], [2, 0])
+    assert called == [0, 1, 2]
+
+
+def test_several_layers_in_one_pass(llama: tuple, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    calls: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    stores = quiet(model, tokenizer, TEXTS, [2, -4, "model.layers.1.mlp"], tmp_path, context=8, batch_size=4)
+    passes = len(calls)
+    assert list(stores) == [2, -4, "model.layers.1.mlp"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.layers.0", "model.layers.1.mlp", "model.layers.2"]
+    for layer, path in ((2, "model.layers.2"), (-4, "model.layers.0"), ("model.layers.1.mlp", "model.layers.1.mlp")):
+        single = quiet(model, tokenizer, TEXTS, layer, context=8, batch_size=4)
+        assert torch.equal(stores[layer].tensor(), single.tensor())
+        assert torch.equal(stores[layer].tokens, single.tokens)
+        assert stores[layer].meta["layer"] == path
+    assert len(calls) == 4 * passes
+    assert not torch.equal(stores[2].tensor(), stores[-4].tensor())
+
+
+def test_the_same_layer_twice_is_one_store(llama: tuple, tmp_path: Path) -> None:
+    stores = quiet(*llama, TEXTS, [3, -1], tmp_path)
+    assert stores[3] is stores[-1]
+
+
+def test_max_tokens_is_exact_and_takes_from_all_over(llama: tuple) -> None:
+    texts = [(str(i), words(*range(i, i + 10))) for i in range(40)]
+    state = torch.random.get_rng_state()
+    store = quiet(*llama, texts, 0, max_tokens=95, batch_size=4)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(store) == 95
+    assert store.complete
+    sources = [int(store.source(d)) for d in range(store.n_documents)]
+    assert len(sources) == 10
+    assert max(sources) > 20
+    assert torch.equal(quiet(*llama, texts, 0, max_tokens=95, batch_size=4).tensor(), store.tensor())
+    other = quiet(*llama, texts, 0, max_tokens=95, batch_size=4, seed=1)
+    assert [int(other.source(d)) for d in range(other.n_documents)] != sources
+
+
+def test_without_a_seed_texts_are_read_as_needed(llama: tuple) -> None:
+    taken = 0
+
+    def endless() -> Any:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield words(*range(taken, taken + 10))
+
+    store = quiet(*llama, endless(), 0, max_tokens=30, batch_size=2, seed=None)
+    assert len(store) == 30
+    assert taken == 4  # two batches of two
+    assert store.tokens[0] == 3 + 1
+
+
+def test_texts_from_files_and_records(llama: tuple, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXTS[0])
+    expected = quiet(*llama, [TEXTS[0]], 0).tensor()
+    for texts in (tmp_path, str(tmp_path / "a.txt"), [tmp_path / "a.txt"], [{"text": TEXTS[0]}], [("name", TEXTS[0])]):
+        assert torch.equal(quiet(*llama, texts, 0).tensor(), expected)
+    with pytest.raises(FileNotFoundError, match="given in a list"):
+        quiet(*llama, TEXTS[0], 0)
+    for wrong in (3, ("a", 3), {"body": "x"}):
+        with pytest.raises(TypeError, match=r"texts\[1\] must be a string"):
+            quiet(*llama, [TEXTS[0], wrong], 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_on_disk(llama: tuple, tmp_path: Path, dtype: torch.dtype) -> None:
+    full = quiet(*llama, TEXTS, 1)
+    store = quiet(*llama, TEXTS, 1, tmp_path, dtype=dtype)
+    assert ActivationStore(tmp_path).dtype == dtype
+    assert torch.equal(store.tensor(dtype), full.tensor().to(dtype))
+
+
+def test_a_bf16_model(llama: tuple) -> None:
+    model, tokenizer = llama
+    model.to(torch.bfloat16)
+    store = quiet(model, tokenizer, TEXTS[3:4], 1)
+    assert torch.equal(store.tensor(), hidden_states_of(model, [store.document_tokens(0)], 1)[0][1:].float())
+
+
+def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple) -> None:
+    model, tokenizer = llama
+    clean = quiet(model, tokenizer, TEXTS, [0, 1], seed=None)
+    assert clean[0].meta["nonfinite_rows"] == 0
+    token = 3 + 7
+    seen: dict[str, Tensor] = {}
+
+    def poison(module: nn.Module, args: Any, output: Any) -> Any:
+        states = hidden_states(output).clone()
+        states[seen["tokens"] == token, 0] = float("inf")
+        return with_hidden_states(output, states)
+
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))
+    model.model.layers[1].register_forward_hook(poison)
+    with pytest.warns(UserWarning, match="activations were not finite"):
+        stores = quiet(model, tokenizer, TEXTS, [0, 1], seed=None)
+    keep = clean[0].tokens != token
+    assert int((~keep).sum()) > 1
+    for layer in (0, 1):
+        assert stores[layer].meta["nonfinite_rows"] == int((~keep).sum())
+        assert torch.equal(stores[layer].tokens, clean[layer].tokens[keep])
+        assert torch.equal(stores[layer].tensor(), clean[layer].tensor()[keep])
+
+
+def test_a_model_that_gives_nothing_finite(llama: tuple, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    model.model.layers[1].mlp.down_proj.weight.data[0] = float("nan")
+    with pytest.raises(ValueError, match="hold no token to keep"):
+        quiet(model, tokenizer, TEXTS, 1, tmp_path)
+    assert not ActivationStore(tmp_path).complete
+
+
+def test_overflow_of_the_dtype_on_disk_counts_as_not_finite(llama: tuple) -> None:
+    model, tokenizer = llama
+    model.model.embed_tokens.weight.data[3 + 2] = 1e6
+    with pytest.warns(UserWarning, match="1 activations were not finite in torch.float16"):
+        store = quiet(model, tokenizer, [words(1, 2, 3)], 0, dtype=torch.float16)
+    assert store.tokens.tolist() == [3 + 1, 3 + 3]
+
+
+def hooks(model: nn.Module) -> list[int]:
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_the_model_is_left_as_it_was(llama: tuple) -> None:
+    model, tokenizer = llama
+    model.train()
+    model.model.layers[2].eval()
+    flags, before = [m.training for m in model.modules()], hooks(model)
+    quiet(model, tokenizer, TEXTS, 1)
+    assert [m.training for m in model.modules()] == flags
+    assert hooks(model) == before
+    assert model(torch.tensor([[5, 6]])).logits.requires_grad  # and trainable: nothing of inference mode is left
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_the_model_is_left_as_it_was_after_a_failure(llama: tuple, tmp_path: Path, failure: type) -> None:
+    model, tokenizer = llama
+    model.train()
+    passes = 0
+
+    def fail(module: nn.Module, args: Any) -> None:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            raise failure("on purpose")
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    before = hooks(model)
+    with pytest.raises(failure, match="on purpose"):
+        quiet(model, tokenizer, TEXTS, 2, tmp_path, context=8, batch_size=2)
+    assert all(m.training for m in model.modules())
+    assert hooks(model) == before
+    store = ActivationStore(tmp_path)
+    assert not store.complete
+
+    handle.remove()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        quiet(model, tokenizer, TEXTS, 2, tmp_path)
+    assert quiet(model, tokenizer, TEXTS, 2, tmp_path, overwrite=True).complete
+
+
+def test_a_temporary_store_lives_as_long_as_its_object(llama: tuple) -> None:
+    store = quiet(*llama, TEXTS, 0)
+    folder = store.folder
+    batches = store.batches(5)
+    del store
+    gc.collect()
+    assert folder.exists(), "the batches still need it"
+    assert sum(len(b) for b in batches) > 0
+    del batches
+    gc.collect()
+    assert not folder.exists()
+
+
+def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    expected = quiet(model, tokenizer, TEXTS, 1, device="cpu")
+    for name in (tmp_path / "lm", str(tmp_path / "lm")):
+        for also in (None, name):
+            store = quiet(name, also, TEXTS, 1, device="cpu")
+            assert torch.equal(store.tensor(), expected.tensor())
+    assert store.meta["model"] == str(tmp_path / "lm")
+    with pytest.raises(TypeError, match="tokenizer must be given"):
+        quiet(model, None, TEXTS, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": 1}, ValueError, "context must be at least 2"),
+        ({"context": 65, "texts": [words(*range(64))]}, ValueError, "context must be at most 64.* a window has 65"),
+        ({"batch_size": 0}, ValueError, "batch_size"),
+        ({"skip_first": -1}, ValueError, "skip_first"),
+        ({"max_tokens": 0}, ValueError, "max_tokens"),
+        ({"layer": 4}, IndexError, r"layer must be in \[-4, 4\), got 4"),
+        ({"layer": []}, ValueError, "layer must name at least one"),
+        ({"layer": "model.layers.9"}, ValueError, "no module 'model.layers.9'"),
+        ({"layer": "model.layers"}, ValueError, "model.layers took no part"),
+        ({"layer": "model.rotary_emb"}, ValueError, "layer 'model.rotary_emb' must give hidden states of shape"),
+        ({"texts": []}, ValueError, "texts hold no token to keep"),
+        ({"texts": ["", "   ", "</s>"]}, ValueError, "texts hold no token to keep"),
+        ({"dtype": torch.float64}, ValueError, "dtype must be one of"),
+    ],
+)
+def test_bad_arguments(llama: tuple, tmp_path: Path, options: dict, error: type, message: str) -> None:
+    model, tokenizer = llama
+    arguments: dict[str, Any] = {"texts": TEXTS, "layer": 0, "context": 8, "out": tmp_path / "s", **options}
+    with pytest.raises(error, match=message):
+        quiet(model, tokenizer, **arguments)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+    assert hooks(model) == [0] * len(hooks(model))
+
+
+def test_a_tokenizer_that_does_not_fit(llama: tuple) -> None:
+    model, tokenizer = llama
+    tokenizer.add_tokens(["extra"])
+    with pytest.raises(ValueError, match=f"tokenizer gives token {VOCABULARY}, the model knows {VOCABULARY}"):
+        quiet(model, tokenizer, ["w1 extra"], 0)
+
+
+def test_the_tokens_of_a_real_model_decode_to_the_text() -> None:
+    from mfa_kernels.data import tiny_lm
+
+    model, tokenizer = tiny_lm.load()
+    text = "def read(path):\n    with open(path) as file:\n        return file.read()\n"
+    store = quiet(model, tokenizer, [("reader.py", text)], 2)
+    assert tokenizer.decode(store.document_tokens(0).tolist(), skip_special_tokens=True) == text
+    row = store.tokens.tolist().index(tokenizer(" open", add_special_tokens=False)["input_ids"][0])
+    tokens, at = store.context(row, before=3, after=3)
+    assert tokenizer.decode(tokens[at]) == " open"
+    assert tokenizer.decode(tokens) in text
+    assert store.source(store.document(row)) == "reader.py"
+    assert store.n_features == model.config.hidden_size

@@ -1,0 +1,292 @@
+"""The activation store: what is written is what is read, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+
+D = 5
+
+
+def documents(lengths: list[int], seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """(token ids, positions, activations) per document; every third position is left out."""
+    generator = torch.Generator().manual_seed(seed)
+    out = []
+    for length in lengths:
+        positions = torch.tensor([p for p in range(length) if p % 3], dtype=torch.long)
+        tokens = torch.randint(0, 1000, (length,), generator=generator)
+        out.append((tokens, positions, torch.randn(len(positions), D, generator=generator)))
+    return out
+
+
+def write(folder: Path, docs: list[tuple[Tensor, Tensor, Tensor]], **options: object) -> ActivationStore:
+    options.setdefault("rows_per_shard", 7)
+    with ActivationStoreWriter(folder, D, **options) as writer:  # type: ignore[arg-type]
+        for i, document in enumerate(docs):
+            writer.add_document(*document, source=f"doc {i}")
+    return ActivationStore(folder)
+
+
+# Documents without rows, one that fills four shards alone, an end that falls on the end of a shard (49 rows = 7 x 7).
+LENGTHS = [4, 0, 1, 45, 9, 1, 8, 10]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_per_shard", [1, 7, 1000])
+def test_roundtrip(tmp_path: Path, dtype: torch.dtype, rows_per_shard: int) -> None:
+    docs = documents(LENGTHS)
+    expected = torch.cat([d[2] for d in docs]).to(dtype)
+    store = write(tmp_path / "s", docs, dtype=dtype, rows_per_shard=rows_per_shard, meta={"layer": "model.layers.3"})
+    assert len(store) == len(expected)
+    assert (store.n_features, store.dtype, store.complete, store.n_documents) == (D, dtype, True, len(docs))
+    assert store.meta == {"layer": "model.layers.3"}
+    assert len(store.shards) == -(-len(expected) // rows_per_shard)
+
+    shuffled = torch.randperm(len(expected), generator=torch.Generator().manual_seed(1))
+    for index in (torch.arange(len(expected)), shuffled, torch.tensor([3, 3, 0, 3]), torch.tensor([0]), shuffled[:0]):
+        rows = store.rows(index)
+        assert rows.dtype == dtype
+        assert torch.equal(rows, expected[index])
+        assert torch.equal(store.rows(index.int(), dtype=torch.float64), expected[index].double())
+    assert torch.equal(store.rows([2, 1]), expected[[2, 1]])  # type: ignore[arg-type]
+    assert torch.equal(store.tensor(), expected.float())
+
+    tokens = torch.cat([d[0][d[1]] for d in docs]).int()
+    assert torch.equal(store.tokens, tokens)
+    row = 0
+    for number, (ids, positions, _) in enumerate(docs):
+        assert torch.equal(store.document_tokens(number), ids.int())
+        assert store.source(number) == f"doc {number}"
+        for position in positions.tolist():
+            assert (store.document(row), store.position(row), store.token(row)) == (number, position, tokens[row])
+            row += 1
+    assert store.verify(progress=False) == []
+
+
+def test_rows_do_not_alias_the_file(tmp_path: Path) -> None:
+    store = write(tmp_path, documents(LENGTHS))
+    before = store.tensor()
+    store.rows(torch.arange(5)).zero_()
+    store.document_tokens(0).zero_()
+    assert torch.equal(store.tensor(), before)
+    assert torch.equal(ActivationStore(tmp_path).tensor(), before)
+    assert store.verify(progress=False) == []
+
+
+def test_a_pickled_store_does_not_carry_the_activations(tmp_path: Path) -> None:
+    store = write(tmp_path, [(torch.arange(5000), torch.arange(5000), torch.randn(5000, D))], rows_per_shard=5000)
+    expected = store.tensor()
+    data = pickle.dumps(store)
+    assert len(data) < 10_000
+    assert torch.equal(pickle.loads(data).tensor(), expected)
+
+
+def test_context_ends_where_the_document_does(tmp_path: Path) -> None:
+    store = write(tmp_path, [(torch.arange(100, 120), torch.tensor([0, 5, 19]), torch.zeros(3, D))])
+    assert store.context(0, before=3, after=2) == ([100, 101, 102], 0)
+    assert store.context(1, before=3, after=2) == ([102, 103, 104, 105, 106, 107], 3)
+    assert store.context(2, before=3, after=2) == ([116, 117, 118, 119], 3)
+    assert store.context(1, before=0, after=0) == ([105], 0)
+    with pytest.raises(ValueError, match="before and after"):
+        store.context(1, before=-1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 49, 100])
+def test_batches_give_every_row_once(tmp_path: Path, batch_size: int) -> None:
+    store = write(tmp_path, documents(LENGTHS), dtype=torch.bfloat16)
+    everything = store.tensor()
+    in_order = store.batches(batch_size)
+    assert len(list(in_order)) == len(in_order)
+    assert torch.equal(torch.cat(list(in_order)), everything)
+    assert all(len(batch) == batch_size for batch in list(in_order)[:-1])
+    first, again, other = (torch.cat(list(store.batches(batch_size, shuffle=True, seed=s))) for s in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.dtype == torch.float32
+    assert torch.equal(first[first[:, 0].argsort()], everything[everything[:, 0].argsort()])
+
+
+def test_batches_leave_the_global_generator_alone(tmp_path: Path) -> None:
+    store = write(tmp_path, documents(LENGTHS))
+    state = torch.random.get_rng_state()
+    list(store.batches(4, shuffle=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_an_empty_store(tmp_path: Path) -> None:
+    store = write(tmp_path, [])
+    assert (len(store), store.n_documents, store.complete) == (0, 0, True)
+    assert store.tensor().shape == (0, D)
+    assert store.tokens.shape == (0,)
+    assert store.rows(torch.empty(0, dtype=torch.long)).shape == (0, D)
+    assert list(store.batches(4, shuffle=True)) == []
+    with pytest.raises(IndexError, match=r"\[0, 0\)"):
+        store.rows(torch.tensor([0]))
+
+
+def test_rows_outside_or_not_integers(tmp_path: Path) -> None:
+    store = write(tmp_path, documents(LENGTHS))
+    for wrong in (-1, len(store)):
+        with pytest.raises(IndexError, match=f"index must be .*got {wrong}"):
+            store.rows(torch.tensor([0, wrong]))
+        with pytest.raises(IndexError, match=f"row must be .*got {wrong}"):
+            store.token(wrong)
+    for wrong in (torch.tensor([0.0]), torch.tensor(0), torch.zeros(len(store), dtype=torch.bool)):
+        with pytest.raises(ValueError, match="index must be integers"):
+            store.rows(wrong)
+    with pytest.raises(IndexError, match="document must be"):
+        store.document_tokens(store.n_documents)
+    with pytest.raises(ValueError, match="batch_size"):
+        store.batches(0)
+
+
+def test_an_aborted_write_opens_with_what_was_complete(tmp_path: Path) -> None:
+    docs = documents([6, 30])  # 4 and 20 rows, in shards of 7
+
+    def interrupted() -> None:
+        with ActivationStoreWriter(tmp_path, D, rows_per_shard=7) as writer:
+            for document in docs:
+                writer.add_document(*document)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    store = ActivationStore(tmp_path)
+    assert not store.complete
+    assert len(store) == 21
+    assert torch.equal(store.tensor(), torch.cat([d[2] for d in docs])[:21])
+    assert torch.equal(store.tokens, torch.cat([d[0][d[1]] for d in docs])[:21].int())
+    assert store.verify(progress=False) == []
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        ActivationStoreWriter(tmp_path, D)
+
+
+def test_a_writer_that_vanishes_leaves_a_store_too(tmp_path: Path) -> None:
+    writer = ActivationStoreWriter(tmp_path, D, rows_per_shard=7)
+    assert (len(ActivationStore(tmp_path)), ActivationStore(tmp_path).complete) == (0, False)
+    writer.add_document(torch.arange(10), torch.arange(10), torch.ones(10, D))
+    assert (len(ActivationStore(tmp_path)), ActivationStore(tmp_path).complete) == (7, False)
+
+
+def test_a_shard_that_cannot_be_written_is_not_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import safetensors.torch
+
+    writer = ActivationStoreWriter(tmp_path, D, rows_per_shard=4)
+    writer.add_document(torch.arange(4), torch.arange(4), torch.ones(4, D))
+
+    def full_disk(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        writer.add_document(torch.arange(4), torch.arange(4), torch.ones(4, D))
+    assert len(ActivationStore(tmp_path)) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["activations-00000.safetensors", "manifest.json"]
+
+
+def test_overwrite_replaces_a_store_and_nothing_else(tmp_path: Path) -> None:
+    write(tmp_path, documents(LENGTHS), rows_per_shard=3)
+    (tmp_path / "notes.txt").write_text("mine")
+    store = write(tmp_path, documents([7]), overwrite=True)
+    assert len(store) == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["activations-00000.safetensors", "manifest.json", "notes.txt"]
+
+
+def test_overwrite_leaves_a_foreign_manifest_alone(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web app"}')
+    with pytest.raises(ValueError, match="not the manifest of a store"):
+        ActivationStoreWriter(tmp_path, D, overwrite=True)
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"name": "a web app"}
+
+
+def test_bad_documents_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    with ActivationStoreWriter(tmp_path, D) as writer:
+        for positions, activations, message in (
+            ([0, 1], torch.zeros(1, D), r"activations must be floats of shape \(2, 5\)"),
+            ([0], torch.zeros(1, D + 1), r"activations must be floats of shape \(1, 5\)"),
+            ([0], torch.zeros(1, D, dtype=torch.long), "activations must be floats"),
+            ([3], torch.zeros(1, D), r"positions must be in \[0, 3\)"),
+            ([-1], torch.zeros(1, D), r"positions must be in \[0, 3\)"),
+            ([0.5], torch.zeros(1, D), "positions must be integers"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                writer.add_document([1, 2, 3], positions, activations)
+        with pytest.raises(ValueError, match="token_ids must be integers"):
+            writer.add_document([[1, 2]], [0], torch.zeros(1, D))
+    assert (len(ActivationStore(tmp_path)), ActivationStore(tmp_path).n_documents) == (0, 0)
+    with pytest.raises(ValueError, match="closed"):
+        writer.add_document([1], [0], torch.zeros(1, D))
+
+
+def test_bad_writers(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        ActivationStoreWriter(tmp_path, D, torch.float64)
+    with pytest.raises(ValueError, match="n_features and rows_per_shard"):
+        ActivationStoreWriter(tmp_path, 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_names_missing_truncated_and_corrupt_shards(tmp_path: Path) -> None:
+    store = write(tmp_path, documents(LENGTHS), rows_per_shard=7)
+    names = [shard["file"] for shard in store.shards]
+    flipped = bytearray((tmp_path / names[1]).read_bytes())
+    flipped[-1] ^= 1
+    (tmp_path / names[1]).write_bytes(flipped)
+    assert [problem.split(":")[0] for problem in store.verify(progress=False)] == [names[1]]
+    (tmp_path / names[2]).unlink()
+    (tmp_path / names[4]).write_bytes(b"short")
+    problems = store.verify(progress=False)
+    assert [problem.split(":")[0] for problem in problems] == [names[1], names[2], names[4]]
+    assert [word in problem for word, problem in zip(("corrupt", "missing", "5 bytes"), problems)] == [True] * 3
+
+
+def test_opening_what_is_not_a_store(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        ActivationStore(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"manifest\.json"):
+        ActivationStore(tmp_path)
+    manifest = tmp_path / "manifest.json"
+    for content, message in (
+        ('{"format": "mfa_ker', r"manifest\.json: not JSON"),
+        ("[]", "not the manifest"),
+        ('{"format": "other"}', "not the manifest"),
+        ('{"format": "mfa_kernels.activations", "version": 99}', "format version 99"),
+        ('{"format": "mfa_kernels.activations", "version": 1}', "lacks"),
+    ):
+        manifest.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            ActivationStore(tmp_path)
+
+
+def test_opening_names_the_shard_that_is_missing_or_cut_off(tmp_path: Path) -> None:
+    store = write(tmp_path, documents(LENGTHS))
+    path = tmp_path / store.shards[1]["file"]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match=r"activations-00001\.safetensors.*truncated"):
+        ActivationStore(tmp_path)
+    path.write_bytes(bytes(len(content)))
+    with pytest.raises(ValueError, match=r"activations-00001\.safetensors: not a readable shard"):
+        ActivationStore(tmp_path).tensor()
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"activations-00001\.safetensors"):
+        ActivationStore(tmp_path)
+
+
+def test_a_shard_of_another_store_is_noticed(tmp_path: Path) -> None:
+    store = write(tmp_path / "a", documents(LENGTHS), rows_per_shard=7)
+    other = write(tmp_path / "b", documents(LENGTHS), rows_per_shard=7, dtype=torch.float16)
+    manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = other.shards[0]["bytes"]
+    (tmp_path / "a" / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "b" / other.shards[0]["file"]).replace(tmp_path / "a" / store.shards[0]["file"])
+    with pytest.raises(ValueError, match=r"activations-00000\.safetensors: shape, dtype"):
+        ActivationStore(tmp_path / "a").rows(torch.tensor([0]))
