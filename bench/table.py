@@ -21,7 +21,9 @@ def ratios(report: dict) -> str:
     for name in names:
         cells = [f"{group[name] / group['gemm']:.2f}" if name in group else "" for group in groups.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    rates = [f"{group['gemm'] * 1e3:.0f} ms, {flops[g] / group['gemm'] / 1e9:.0f} GFLOP/s" for g, group in groups.items()]
+    rates = [
+        f"{group['gemm'] * 1e3:.0f} ms, {flops[g] / group['gemm'] / 1e9:.0f} GFLOP/s" for g, group in groups.items()
+    ]
     lines.append("| (the GEMM itself) | " + " | ".join(rates) + " |")
     return "\n".join(lines)
 

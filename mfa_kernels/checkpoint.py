@@ -152,7 +152,7 @@ def load_pretrained(
         )
     mfa = _allocate(mfa, device, dtype)
     mfa.load_state_dict(saved)
-    mfa.extra = config.get("extra", {})  # type: ignore[assignment]
+    mfa.extra = config.get("extra", {})
     return mfa
 
 
@@ -368,7 +368,7 @@ def load_reference(
             loadings = loadings @ rotation[part]
         mfa.loadings[part] = loadings.to(mfa.loadings)
     if isinstance(meta.get("extra"), dict):
-        mfa.extra = meta["extra"]  # type: ignore[assignment]
+        mfa.extra = meta["extra"]
     return mfa
 
 

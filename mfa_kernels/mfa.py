@@ -71,6 +71,7 @@ class MFA(nn.Module):
         self.weight_logits = nn.Parameter(torch.empty(n_components, **where))
         self.center: Tensor
         self.register_buffer("center", torch.zeros(n_features, **where))
+        self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
         self._cache: tuple[Any, _Parameters, ops.Factors] | None = None
         self.reset_parameters()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Paths of the stack of decoder layers, by architecture family: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX, OPT, MPT.
@@ -92,3 +93,23 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, list):
         return [hidden, *output[1:]]
     return hidden
+
+
+def load_language_model(name: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """A Hugging Face causal language model and its tokenizer, in eval mode.
+
+    Args:
+        name: a hub id or a folder; None is the small model that ships with the package. No code of a hub repository
+            is ever run.
+        dtype: of the weights; None: as stored (float32 for the small model).
+    """
+    if name is None:
+        from mfa_kernels.data import tiny_lm
+
+        return tiny_lm.load(dtype or torch.float32)
+    import transformers
+
+    kind = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    options = {kind: dtype or "auto", "trust_remote_code": False}
+    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -1,0 +1,260 @@
+"""The command line: mfa-kernels demo, doctor, harvest, fit, encode, evaluate, steer, convert."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mfa_kernels import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, IndexError, OSError) as error:
+        print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _layer(text: str) -> int | str:
+    """An index, or a module path."""
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mfa-kernels", description="Mixtures of factor analyzers over activations.")
+    parser.add_argument("--version", action="version", version=f"mfa_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_Defaults)
+        sub.set_defaults(run=run)
+        return sub
+
+    demo = command("demo", _demo, "harvest, fit, look and steer, on the model that ships with the package or on yours")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
+    _language_model(demo, layer_default="the middle one")
+    demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
+    demo.add_argument("--tokens", type=int, default=200_000, help="activations to fit on; a tenth more is held out")
+    _size(demo, 256)
+    demo.add_argument("--epochs", type=int, default=10)
+    demo.add_argument("--alpha", type=float, default=0.5, help="how far steering moves toward the region")
+    demo.add_argument("--prompt", nargs="+", help="prompts to steer")
+
+    command("doctor", _doctor, "what is built, what is missing, what runs where")
+
+    harvest = command("harvest", _harvest, "run texts through a language model, keep a layer's activations")
+    _language_model(harvest)
+    harvest.add_argument("--text", nargs="+", required=True, help="files or folders to read")
+    harvest.add_argument("--out", type=Path, required=True, help="folder of the store")
+    harvest.add_argument("--max-tokens", type=int, help="activations to keep")
+    harvest.add_argument("--context", type=int, default=256, help="tokens per window")
+    harvest.add_argument("--batch-size", type=int, default=16, help="windows per forward pass")
+    harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    harvest.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+
+    fit = command("fit", _fit, "fit a mixture to the activations of a store")
+    fit.add_argument("store", type=Path)
+    fit.add_argument("--out", type=Path, required=True, help="folder of the mixture")
+    _size(fit, None)
+    fit.add_argument("--noise", choices=("shared", "per_component"), default="shared")
+    fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
+    fit.add_argument("--epochs", type=int, default=10)
+    fit.add_argument("--batch-size", type=int, default=1024)
+    fit.add_argument("--lr", type=float, help="learning rate; see mfa_kernels.fit")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--log", type=Path, help="JSONL file of the curve")
+
+    encode = command("encode", _encode, "write the codes of a store's activations")
+    _mixture(encode)
+    encode.add_argument("store", type=Path)
+    encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    encode.add_argument("--top-k", type=int, default=8, help="components per token")
+
+    evaluate = command("evaluate", _evaluate, "likelihood, reconstruction and live regions on a store")
+    _mixture(evaluate)
+    evaluate.add_argument("store", type=Path)
+
+    steer = command("steer", _steer, "generate text from a steered model")
+    _mixture(steer)
+    steer.add_argument("prompt")
+    _language_model(steer, layer_default="the one the mixture was fitted to")
+    steer.add_argument("-k", "--component", type=int, help="region; without it, the responsibility-weighted mixture")
+    steer.add_argument("--alpha", type=float, default=0.5, help="how far toward the region")
+    steer.add_argument("--latents", type=float, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
+    steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
+    steer.add_argument("--gate", type=float, metavar="T", help="act only where the region's responsibility exceeds T")
+    steer.add_argument("--max-new-tokens", type=int, default=64)
+
+    convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
+    convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
+    convert.add_argument("output", type=Path, help="the other one")
+    convert.add_argument("--eps-floor", type=float, help="noise floor of a checkpoint that does not say it")
+    convert.add_argument("--format", type=int, choices=(1, 2), default=1, help="of the checkpoint written")
+    return parser
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+
+
+def _size(parser: argparse.ArgumentParser, components: int | None) -> None:
+    parser.add_argument("-K", "--components", type=int, default=components, required=components is None, help="regions")
+    parser.add_argument("-R", "--rank", type=int, default=10, help="local directions per region")
+
+
+def _language_model(parser: argparse.ArgumentParser, layer_default: str | None = None) -> None:
+    parser.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
+    note = f"; without it, {layer_default}" if layer_default else ""
+    parser.add_argument(
+        "--layer", type=_layer, required=layer_default is None, help=f"index or module path of a layer{note}"
+    )
+
+
+def _mixture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mfa", help="folder or hub id of the mixture")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import demo
+
+    demo.run(
+        demo.Options(
+            out=arguments.out,
+            model=arguments.model,
+            layer=arguments.layer,
+            text=tuple(arguments.text),
+            tokens=arguments.tokens,
+            components=arguments.components,
+            rank=arguments.rank,
+            epochs=arguments.epochs,
+            alpha=arguments.alpha,
+            prompts=tuple(arguments.prompt or demo.PROMPTS),
+        )
+    )
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from mfa_kernels.doctor import report
+
+    lines = report()
+    width = max(len(what) for what, _ in lines)
+    for what, state in lines:
+        print(f"{what:<{width}}  {state}")
+
+
+def _harvest(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mfa_kernels import harvest
+    from mfa_kernels.models import load_language_model
+
+    model, tokenizer = load_language_model(arguments.model)
+    store = harvest(
+        model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, arguments.out,
+        max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
+        dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite,
+    )  # fmt: skip
+    print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
+
+
+def _fit(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import fit
+    from mfa_kernels.data import ActivationStore
+
+    store = ActivationStore(arguments.store)
+    options = {} if arguments.lr is None else {"lr": arguments.lr}
+    mfa = fit(
+        store, arguments.components, arguments.rank, noise=arguments.noise, init=arguments.init,
+        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed, log=arguments.log, **options,
+    )  # fmt: skip
+    mfa.extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
+    mfa.save_pretrained(arguments.out)
+    print(
+        f"held-out negative log-likelihood {mfa.fit_report.held_out_nll:.3f} nats per token; saved in {arguments.out}"
+    )
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from mfa_kernels import MFA
+    from mfa_kernels.data import ActivationStore
+    from mfa_kernels.files import atomic_save_safetensors
+
+    mfa, store = MFA.from_pretrained(arguments.mfa), ActivationStore(arguments.store)
+    parts: dict[str, list[Any]] = {"components": [], "responsibilities": [], "latents": [], "dropped": []}
+    bar = tqdm(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
+    with torch.no_grad(), bar:
+        for batch in store.batches(8192):
+            code = mfa.encode(batch, top_k=arguments.top_k)
+            for name, tensors in parts.items():
+                tensors.append(getattr(code, name))
+            bar.update(len(batch))
+    atomic_save_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, arguments.out)
+    print(f"codes of {len(store):,} tokens in {arguments.out}: components, responsibilities, latents, dropped")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import MFA
+    from mfa_kernels.data import ActivationStore
+    from mfa_kernels.evaluation import evaluate
+
+    score = evaluate(MFA.from_pretrained(arguments.mfa), ActivationStore(arguments.store))
+    for name, value in score.as_dict().items():
+        if value is not None:
+            print(f"{name:<18}  {value:,.6g}")
+
+
+def _steer(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mfa_kernels import MFA, steer
+    from mfa_kernels.demo import continuation
+    from mfa_kernels.models import load_language_model
+
+    mfa = MFA.from_pretrained(arguments.mfa)
+    layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
+    if layer is None:
+        raise ValueError("--layer: the mixture does not say which layer it was fitted to; name one")
+    if arguments.gate is not None and arguments.component is None:
+        raise ValueError("--gate needs --component, whose responsibility it looks at")
+    gate = None if arguments.gate is None else (arguments.component, arguments.gate)
+    latents = None if arguments.latents is None else torch.tensor(arguments.latents)
+    model, tokenizer = load_language_model(arguments.model)
+    with steer(
+        model, mfa, layer, arguments.component, arguments.alpha, latents, positions=arguments.positions, gate=gate
+    ):
+        print(arguments.prompt + continuation(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import MFA
+
+    if not arguments.input.exists():
+        raise FileNotFoundError(f"input: {arguments.input} does not exist")
+    if arguments.input.is_dir():
+        MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format)
+    else:
+        mfa = MFA.from_reference_checkpoint(arguments.input, eps_floor=arguments.eps_floor)
+        mfa.save_pretrained(arguments.output)
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

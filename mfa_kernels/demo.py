@@ -1,0 +1,244 @@
+"""The main job from end to end: harvest, fit, look at regions, steer. `mfa-kernels demo`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels import MFA
+from mfa_kernels.data.harvest import harvest
+from mfa_kernels.data.store import ActivationStore
+from mfa_kernels.evaluation import Evaluation, evaluate
+from mfa_kernels.files import atomic_write_json
+from mfa_kernels.fitting import KMeansResult, fit, kmeans
+from mfa_kernels.interpret.contexts import (
+    Assignments,
+    RegionSummary,
+    assignments,
+    interesting_regions,
+    region_latents,
+    region_summaries,
+)
+from mfa_kernels.interpret.lens import logit_shift
+from mfa_kernels.models import load_language_model, resolve_layer
+from mfa_kernels.steering import steer
+
+PROMPTS = ("def read(self, ", "The return value is ", "import ")
+"""For the small model that ships with the package, which has read the standard library's sources."""
+
+STANDARD_DEVIATIONS = 3.0
+"""How far the second steering moves inside the region, along its widest local direction."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `mfa-kernels demo` takes; see its --help."""
+
+    out: Path
+    model: str | None = None
+    layer: int | str | None = None
+    text: tuple[str, ...] = ()
+    tokens: int = 200_000
+    components: int = 256
+    rank: int = 10
+    epochs: int = 10
+    alpha: float = 0.5
+    prompts: tuple[str, ...] = PROMPTS
+    new_tokens: int = 32
+    seed: int = 0
+
+
+class Rows:
+    """Rows [start, stop) of a store, as `fit` and `evaluate` take them."""
+
+    def __init__(self, store: ActivationStore, start: int, stop: int) -> None:
+        self.store, self.start, self.stop, self.n_features = store, start, stop, store.n_features
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.store.rows(index + self.start)
+
+
+def run(options: Options) -> list[Path]:
+    """Runs the demonstration, printing as it goes; returns the files that it wrote."""
+    torch.manual_seed(options.seed)  # of generate(); everything of ours has its own generators
+    model, tokenizer = load_language_model(options.model)
+    depth = model.config.get_text_config().num_hidden_layers
+    layer = depth // 2 if options.layer is None else options.layer
+    layer_path = resolve_layer(model, layer)[0]
+    print(f"model   {options.model or 'tiny_lm, the small model that ships with mfa_kernels'}, after {layer_path}")
+
+    held_out = max(options.tokens // 10, 1)
+    store, seconds = timed(
+        lambda: harvest(
+            model, tokenizer, _texts(options), layer, options.out / "activations",
+            max_tokens=options.tokens + held_out, seed=options.seed, overwrite=True,
+        )
+    )  # fmt: skip
+    print(f"harvest {len(store):,} activations of width {store.n_features} in {seconds:.1f} s")
+    split = min(options.tokens, len(store) * 10 // 11)
+    training, test = Rows(store, 0, split), Rows(store, split, len(store))
+
+    clusters, kmeans_seconds = timed(lambda: kmeans(training, options.components, seed=options.seed))
+    mfa, fit_seconds = timed(
+        lambda: fit(
+            training, options.components, options.rank, clusters=clusters, epochs=options.epochs, seed=options.seed,
+            log=options.out / "fit.jsonl",
+        )
+    )  # fmt: skip
+    mfa.extra = {"model": options.model or "tiny_lm", "layer": layer_path}
+    mfa.save_pretrained(options.out / "mfa")
+    score = evaluate(mfa, test, clusters.centroids)
+    print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
+    print(score_table(score, mfa, clusters, kmeans_seconds, fit_seconds))
+    atomic_write_json(options.out / "evaluation.json", score.as_dict())
+
+    assigned = assignments(mfa, store)
+    shown = interesting_regions(mfa, store, 12, assigned=assigned)
+    summaries = region_summaries(mfa, store, tokenizer, assigned=assigned)
+    by_component = {summary.component: summary for summary in summaries}
+    print("\nA dozen regions: tokens they prefer, and one context each (the token is in [brackets])\n")
+    for component in shown:
+        print(describe(by_component[component]))
+
+    _steering(options, model, tokenizer, mfa, store, layer, shown, by_component, assigned)
+    written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
+    written += _reports(options.out, mfa, store, tokenizer, model, shown, summaries, assigned)
+    print("\nWritten:")
+    for path in written:
+        print(f"  {path}")
+    return written
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of `work`, and the seconds it took."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def _texts(options: Options) -> Iterable[Any]:
+    if options.text:
+        return [Path(path) for path in options.text]
+    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+
+    return stdlib_texts("all")
+
+
+def score_table(score: Evaluation, mfa: MFA, clusters: KMeansResult, kmeans_seconds: float, fit_seconds: float) -> str:
+    """The mixture beside K-means with as many centroids, on activations that neither was fitted to."""
+    live_centroids = int((clusters.counts > 0).sum())
+    rate = f"{score.tokens_per_second:,.0f}"
+    rows = [
+        (f"on {score.rows:,} held-out activations", "K-means", "MFA"),
+        ("negative log-likelihood, nats per token", "", f"{score.nll:.2f}"),
+        ("reconstruction error, mean square", f"{score.kmeans_mse:.4f}", f"{score.mse:.4f}"),
+        ("variance unexplained", f"{score.kmeans_fvu:.1%}", f"{score.fvu:.1%}"),
+        ("live regions", f"{live_centroids} of {mfa.n_components}", f"{score.live} of {mfa.n_components}"),
+        ("active regions per token", "", f"{score.active:.2f}"),
+        ("tokens per second, log p(x)", "", rate),
+        ("seconds to fit", f"{kmeans_seconds:.1f}", f"{fit_seconds:.1f} more"),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def describe(summary: RegionSummary) -> str:
+    """Two lines: a region's share and preferred tokens, and where it is active."""
+    tokens = "  ".join(token.token for token in summary.tokens)
+    context = summary.contexts[0]
+    return (
+        f"{summary.component:>5}  {summary.share:6.2%}  {tokens}\n"
+        f"{'':>15}{context.before[-48:]}[{context.token}]{context.after[:32]}"
+    )
+
+
+def _steering(
+    options: Options,
+    model: Any,
+    tokenizer: Any,
+    mfa: MFA,
+    store: ActivationStore,
+    layer: int | str,
+    shown: list[int],
+    summaries: dict[int, RegionSummary],
+    assigned: Assignments,
+) -> None:
+    """The same prompts: unsteered, toward a region, and moved inside it."""
+    component = shown[0]
+    z = region_latents(mfa, store, component, assigned)
+    axis = int(z.std(0).argmax())
+    move = torch.zeros(mfa.rank)
+    move[axis] = STANDARD_DEVIATIONS * z[:, axis].std()
+    toward = {"component": component, "alpha": options.alpha}
+    ways: dict[str, dict[str, Any]] = {
+        f"toward region {component}, alpha {options.alpha}": toward,
+        f"and inside it, z[{axis}] {float(move[axis]):+.1f}": {**toward, "latents": move},
+        f"and inside it, z[{axis}] {float(-move[axis]):+.1f}": {**toward, "latents": -move},
+    }
+    tokens = " ".join(token.token for token in summaries[component].tokens)
+    print(f"\nSteering toward region {component} ({tokens}), greedy, {options.new_tokens} tokens\n")
+    for prompt in options.prompts:
+        print(f"  {prompt!r}")
+        print(f"    unsteered:  {continuation(model, tokenizer, prompt, options.new_tokens)!r}")
+        for name, arguments in ways.items():
+            with steer(model, mfa, layer, **arguments):
+                text = continuation(model, tokenizer, prompt, options.new_tokens)
+            print(f"    {name}:  {text!r}")
+    prompt = options.prompts[0]
+    print(f"\nNext token after {prompt!r}: log-probabilities that rise most")
+    for name, arguments in ways.items():
+        shift = logit_shift(model, tokenizer, prompt, lambda arguments=arguments: steer(model, mfa, layer, **arguments))
+        rises = "  ".join(f"{change.token} {change.change:+.1f}" for change in shift.rises[:8])
+        print(f"  {name}:  {rises}")
+
+
+def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """What the model writes after the prompt, greedily."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.no_grad():
+        ids = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+        )  # fmt: skip
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _reports(
+    out: Path,
+    mfa: MFA,
+    store: ActivationStore,
+    tokenizer: Any,
+    model: Any,
+    shown: list[int],
+    summaries: list[RegionSummary],
+    assigned: Assignments,
+) -> list[Path]:
+    """Figures and the page that holds them; without matplotlib, the page alone."""
+    from importlib.util import find_spec
+
+    from mfa_kernels.interpret.figures import region_scatter, regions_map
+    from mfa_kernels.interpret.report import write_report
+
+    figures = find_spec("matplotlib") is not None
+    paths = []
+    if figures:
+        paths.append(regions_map(mfa, summaries, out / "regions.png", labelled=shown))
+        paths.append(region_scatter(mfa, store, shown[0], out / "region.png", tokenizer=tokenizer, assigned=assigned))
+    else:
+        print("\n(no figures: pip install mfa_kernels[report])")
+    paths.append(
+        write_report(
+            out / "regions.html", mfa, store, tokenizer, model=model, components=shown, figures=figures,
+            assigned=assigned,
+        )
+    )  # fmt: skip
+    return paths

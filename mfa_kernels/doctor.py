@@ -1,0 +1,56 @@
+"""What is built, what is missing, and what would run for a device and a dtype."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+
+import torch
+
+from mfa_kernels.ops import native
+
+
+def version(package: str) -> str:
+    """Installed version of a package, or "not installed"."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def serving(device: str, dtype: torch.dtype) -> str:
+    """What runs the kernels for a mixture on this device, with parameters of this dtype."""
+    compute = "float64" if dtype == torch.float64 else "float32"
+    note = "" if str(dtype).endswith(compute) else f", computing in {compute}"
+    if device == "cuda":
+        return f"plain PyTorch{note} (no CUDA kernels in this version)"
+    if native.library() is None:
+        return f"plain PyTorch{note} (the C++ kernels are not available)"
+    return f"C++ kernels, {8 * native.library().vector_bytes}-bit vectors, {torch.get_num_threads()} threads{note}"
+
+
+def report() -> list[tuple[str, str]]:
+    """Rows (what, state), building the C++ library if it is not in the cache."""
+    compiler = native.compiler()
+    lines = [("python", platform.python_version()), ("platform", platform.platform())]
+    packages = ("mfa_kernels", "torch", "triton", "transformers", "numpy", "safetensors", "ninja", "matplotlib")
+    lines += [(name, version(name)) for name in packages]
+    if compiler is not None:
+        first = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+        compiler = f"{compiler} ({(first.splitlines() or ['?'])[0]})"
+    lines += [
+        ("C++ compiler", compiler or "none: install g++, or set CXX"),
+        ("ninja program", native.ninja() or "none"),
+    ]
+    lines += [("nvcc", shutil.which("nvcc") or "none (not needed on the CPU)")]
+    cached = native.is_built()
+    built = native.library() is not None
+    state = "in the cache" if cached and built else "built now" if built else "not available"
+    lines += [("kernel cache", str(native.cache_folder())), ("C++ kernels", f"{state}: {native.library_name()}")]
+    devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    for device in devices:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            lines.append((f"{device}, {str(dtype).removeprefix('torch.')}", serving(device.split(":")[0], dtype)))
+    return lines

@@ -1,0 +1,118 @@
+"""How well a mixture describes activations: likelihood, reconstruction beside K-means, live regions, speed."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.fitting.source import as_source
+from mfa_kernels.mfa import MFA
+
+_BATCH = 8192
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Averages over the rows that are finite.
+
+    Attributes:
+        rows: rows evaluated.
+        skipped: rows that were not finite.
+        nll: mean negative log-likelihood, nats per token.
+        mse: mean squared error of `MFA.reconstruct`, per value.
+        fvu: fraction of variance unexplained, mse / variance around the mean.
+        kmeans_mse, kmeans_fvu: the same for the nearest of the given centroids; None without centroids.
+        live: components that are the most responsible one of at least one row.
+        active: mean number of active components per row (all others weigh less than the rounding of the dtype).
+        tokens_per_second: rows per second through `MFA.log_prob`.
+    """
+
+    rows: int
+    skipped: int
+    nll: float
+    mse: float
+    fvu: float
+    kmeans_mse: float | None
+    kmeans_fvu: float | None
+    live: int
+    active: float
+    tokens_per_second: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, progress: bool = True) -> Evaluation:
+    """Evaluates a mixture on activations it was not fitted to.
+
+    Args:
+        mfa: the mixture.
+        activations: anything `fit` takes, (N, D).
+        centroids: (K', D) of a K-means to compare with.
+        progress: show a bar when it takes more than two seconds.
+
+    Raises:
+        ValueError: the width does not fit, or no row is finite.
+    """
+    from tqdm import tqdm
+
+    source = as_source(activations)
+    if source.n_features != mfa.n_features:
+        raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
+    device = mfa.means.device
+    sums = {name: 0.0 for name in ("nll", "error", "kmeans", "active")}
+    total, square = torch.zeros(mfa.n_features).double(), 0.0
+    owners = torch.zeros(mfa.n_components, dtype=torch.bool, device=device)
+    rows = skipped = 0
+    seconds = 0.0
+    center = None
+    mfa.factors()  # stage 0 is paid once, not per token
+    with tqdm(total=len(source), desc="evaluate", unit="token", unit_scale=True, delay=2, disable=not progress) as bar:
+        for start in range(0, len(source), _BATCH):
+            x = source.rows(torch.arange(start, min(start + _BATCH, len(source)))).to(device)
+            bar.update(len(x))
+            finite = x.isfinite().all(-1)
+            skipped += int((~finite).sum())
+            x = x[finite]
+            if not len(x):
+                continue
+            rows += len(x)
+            started = time.perf_counter()
+            log_prob = mfa.log_prob(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds += time.perf_counter() - started
+            sums["nll"] -= log_prob.double().sum().item()
+            code = mfa.encode(x, top_k=None)
+            sums["active"] += (code.components >= 0).sum().item()
+            owners[code.components[:, 0]] = True
+            sums["error"] += (mfa.decode(code) - x).double().square().sum().item()
+            if centroids is not None:
+                centroids = centroids.to(x)
+                nearest = torch.cdist(x, centroids, compute_mode="use_mm_for_euclid_dist").argmin(-1)
+                sums["kmeans"] += (x - centroids[nearest]).double().square().sum().item()
+            center = x[0].double() if center is None else center  # keeps the digits of the variance
+            total += (x.double() - center).sum(0).cpu()
+            square += (x.double() - center).square().sum().item()
+    if not rows:
+        raise ValueError("activations: no row is finite")
+    values = rows * mfa.n_features
+    variance = max(square - total.square().sum().item() / rows, 0.0)
+    kmeans = None if centroids is None else sums["kmeans"]
+    return Evaluation(
+        rows=rows,
+        skipped=skipped,
+        nll=sums["nll"] / rows,
+        mse=sums["error"] / values,
+        fvu=sums["error"] / variance if variance else 0.0,
+        kmeans_mse=None if kmeans is None else kmeans / values,
+        kmeans_fvu=None if kmeans is None else kmeans / variance if variance else 0.0,
+        live=int(owners.sum()),
+        active=sums["active"] / rows,
+        tokens_per_second=rows / seconds,
+    )
