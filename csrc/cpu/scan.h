@@ -16,7 +16,7 @@
 #include <utility>
 #include <vector>
 
-#include "layout.h"
+#include "residual.h"
 
 namespace mfa {
 
@@ -262,11 +262,34 @@ struct Schedule {
   }
 };
 
+// A generated token and its neighbours: rows stream past once, at the speed of memory, vectorised along the features.
+constexpr int64_t kFewTokens = 4;
+
+template <class T, class Visit, class ParallelFor>
+void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, const T* rows, const T* lam,
+              const T* center, Visit&& visit, ParallelFor&& parallel_for) {
+  parallel_for(splits, [&](int64_t begin, int64_t end) {
+    std::vector<T> v(shape.padded<T>() * kFewTokens), t(shape.rank * kFewTokens);
+    T out[kFewTokens];
+    for (int64_t split = begin; split < end; ++split)
+      for (int64_t k = shape.components * split / splits; k < shape.components * (split + 1) / splits; ++k) {
+        const T* own = rows + k * shape.component_stride<T>();
+        if (tokens == kFewTokens)
+          distances<T, kFewTokens>(shape, x, own, lam, center, v.data(), t.data(), out);
+        else
+          for (int64_t n = 0; n < tokens; ++n)
+            distances<T, 1>(shape, x + n * shape.features, own, lam, center, v.data(), t.data(), out + n);
+        visit(split, 0, tokens, k, out);
+      }
+  });
+}
+
 // The scan itself: visit(split, first token, tokens here, component, distances [kPanel]) for every component and panel.
 // A component's rows stay in cache while the panels of a block pass by.
 template <class T, class Visit, class ParallelFor>
 void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
           const T* center, Visit&& visit, ParallelFor&& parallel_for) {
+  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, center, visit, parallel_for);
   const PanelDistance<T> distance(shape);
   const int64_t panel_size = shape.padded<T>() * kPanel<T>;
   parallel_for(plan.blocks * plan.splits, [&](int64_t begin, int64_t end) {

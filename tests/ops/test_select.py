@@ -10,12 +10,14 @@ from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 
-# (N, K, D, R). Panels hold up to 32 tokens (fp32) and 16 (fp64), features go in blocks of up to 16 and are flushed
-# every 128, ranks above 12 take several passes: every one of these axes crosses three tiles with a ragged tail.
+# (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go in blocks of up to 16 and are flushed
+# every 64, ranks above 12 take several passes: every one of these axes crosses three tiles with a ragged tail.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 70, 33, 10),
     (3, 5, 16, 0),
+    (3, 35, 33, 7),
+    (4, 70, 50, 10),
     (33, 1, 40, 3),
     (101, 37, 71, 1),
     (101, 66, 71, 2),
@@ -207,7 +209,7 @@ def test_two_runs_are_bitwise_equal(backend):
 def test_a_split_batch_equals_the_whole(backend):
     m = mixture(90, 70, 5)
     x = tokens(m, 300)
-    whole, parts = m.active(x), [m.active(part) for part in (x[:1], x[1:130], x[130:])]
+    whole, parts = m.active(x), [m.active(part) for part in (x[:1], x[1:5], x[5:130], x[130:])]
     torch.testing.assert_close(torch.cat([p.log_prob for p in parts]), whole.log_prob, rtol=1e-6, atol=1e-5)
 
 
