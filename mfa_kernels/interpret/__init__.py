@@ -1,0 +1,50 @@
+"""Reading a mixture: what its regions are about, how they vary inside, what they do to the next token.
+
+contexts    rows of each region in their text, tokens that set it apart, latent axes from end to end
+lens        centroids, axes and steering in the vocabulary
+neighbors   which regions lie next to which
+figures     a map of the regions, a region from the inside (matplotlib)
+report      all of it on one HTML page
+rotation    the axes that single latents are read along
+"""
+
+from mfa_kernels.interpret.contexts import (
+    Assignments,
+    AxisContexts,
+    Context,
+    RegionSummary,
+    TokenShare,
+    assignments,
+    axis_contexts,
+    interesting_regions,
+    region_summaries,
+    show_token,
+    top_contexts,
+)
+from mfa_kernels.interpret.figures import region_scatter, regions_map
+from mfa_kernels.interpret.lens import LogitLens, LogitShift, TokenChange, logit_lens, logit_shift
+from mfa_kernels.interpret.neighbors import neighbors
+from mfa_kernels.interpret.report import write_report
+
+__all__ = [
+    "Assignments",
+    "AxisContexts",
+    "Context",
+    "LogitLens",
+    "LogitShift",
+    "RegionSummary",
+    "TokenChange",
+    "TokenShare",
+    "assignments",
+    "axis_contexts",
+    "interesting_regions",
+    "logit_lens",
+    "logit_shift",
+    "neighbors",
+    "region_scatter",
+    "region_summaries",
+    "regions_map",
+    "show_token",
+    "top_contexts",
+    "write_report",
+]

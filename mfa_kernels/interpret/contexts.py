@@ -1,0 +1,573 @@
+"""What a region is about: the tokens it owns, and the text around them.
+
+The rows of a region are those it is the most responsible for; measured mixtures of real activations are almost
+one-hot. One pass over the activations (`assignments`) finds them, and everything else here reads its result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_choice, check_component
+
+if TYPE_CHECKING:
+    from mfa_kernels.data.store import ActivationStore
+    from mfa_kernels.mfa import MFA
+
+BATCH_SIZE = 8192
+_VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
+_PRIOR = 10.0  # tokens of the overall distribution mixed into that of a region
+
+
+def show_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Tokens as one line of text: ⏎ and ⇥ for line ends and tabs, escapes for what else cannot be printed."""
+    if not len(ids):
+        return ""
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    # SentencePiece tokenizers drop the space that a text begins with; the piece still has it.
+    if str(tokenizer.convert_ids_to_tokens(int(ids[0]))).startswith("▁") and not text.startswith(" "):
+        text = " " + text
+    return "".join(_VISIBLE.get(c) or (c if c.isprintable() else c.encode("unicode_escape").decode()) for c in text)
+
+
+def show_token(tokenizer: Any, token_id: int) -> str:
+    """One token with every space visible: "·the", "⏎", "····"; its piece where it is not whole characters."""
+    text = show_text(tokenizer, [token_id])
+    if not text or "\N{REPLACEMENT CHARACTER}" in text:
+        text = str(tokenizer.convert_ids_to_tokens(int(token_id)))
+    return text.replace(" ", "·")
+
+
+@dataclass(frozen=True)
+class Context:
+    """A row of a store in its text.
+
+    Attributes:
+        row: its number in the store.
+        component: the region it belongs to.
+        score: what it was ranked by.
+        token_id: its token.
+        token: as `show_token` gives it.
+        before, after: the text around it, as `show_text` gives it.
+    """
+
+    row: int
+    component: int
+    score: float
+    token_id: int
+    token: str
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.before}⟦{self.token}⟧{self.after}"
+
+
+@dataclass(frozen=True, eq=False)
+class Assignments:
+    """Where each of N rows sits, on the CPU.
+
+    Attributes:
+        components: the most responsible component, (N,) int32; -1 for a row that is not finite.
+        responsibilities: p(component | x), (N,); NaN for a row that is not finite, as below.
+        distances: Mahalanobis distance to the centroid, in standard deviations of the component, (N,). Most rows are
+            near sqrt(D).
+        latents: E[z | x, component], (N, R), if asked for.
+        n_components: K.
+    """
+
+    components: Tensor
+    responsibilities: Tensor
+    distances: Tensor
+    latents: Tensor | None
+    n_components: int
+
+    @cached_property
+    def _groups(self) -> tuple[Tensor, list[int]]:
+        """Rows in the order of their components, and where each component begins among them."""
+        counts = torch.bincount(self.components + 1, minlength=self.n_components + 1)
+        return self.components.argsort(stable=True), counts.cumsum(0).tolist()
+
+    @property
+    def skipped(self) -> int:
+        """Rows that are not finite and belong to no component."""
+        return self._groups[1][0]
+
+    @property
+    def counts(self) -> Tensor:
+        """Rows of each component, (K,) int64."""
+        return torch.tensor(self._groups[1]).diff()
+
+    def rows(self, component: int) -> Tensor:
+        """The rows of a component, int64, ascending."""
+        k = check_component(component, self.n_components)
+        order, starts = self._groups
+        return order[starts[k] : starts[k + 1]]
+
+
+@torch.no_grad()
+def assignments(
+    mfa: MFA, store: ActivationStore, *, latents: bool = False, batch_size: int = BATCH_SIZE, progress: bool = True
+) -> Assignments:
+    """One pass over the activations: the most responsible component of every row.
+
+    Args:
+        mfa: the mixture, on any device.
+        store: N rows of its width.
+        latents: keep the latents of every row too, 4 R bytes each; the rest is 12 bytes a row.
+        batch_size: rows at once; changes no result.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: the store has another width than the mixture, or no rows.
+    """
+    from tqdm import tqdm
+
+    if store.n_features != mfa.n_features:
+        raise ValueError(f"store has {store.n_features} features, but the mixture has {mfa.n_features}")
+    n = len(store)
+    if n == 0:
+        raise ValueError("store has no rows")
+    components = torch.empty(n, dtype=torch.int32)
+    responsibilities, distances = torch.empty(2, n)
+    kept = torch.empty(n, mfa.rank) if latents else None
+    start = 0
+    with tqdm(total=n, desc="assign", unit="row", unit_scale=True, disable=not progress) as bar:
+        for batch in store.batches(batch_size):
+            x = batch.to(mfa.means.device)
+            code = mfa.encode(x, top_k=1)
+            k, z = code.components[:, 0], code.latents[:, 0]
+            here = slice(start, start + len(x))
+            components[here] = k
+            responsibilities[here] = code.responsibilities[:, 0]
+            distances[here] = _distance(mfa, x, k.clamp_min(0), z).masked_fill_(k < 0, torch.nan)
+            if kept is not None:
+                kept[here] = z.masked_fill(k.unsqueeze(-1) < 0, torch.nan)
+            start += len(x)
+            bar.update(len(x))
+    return Assignments(components, responsibilities, distances, kept, mfa.n_components)
+
+
+def _distance(mfa: MFA, x: Tensor, k: Tensor, z: Tensor) -> Tensor:
+    """sqrt((x - mu_k)^T C_k^-1 (x - mu_k)), (B,): |lam (x - mu_k)|^2 - |L_k^T z|^2, by the Woodbury identity."""
+    means, _, noise, _ = mfa.parameters_in_compute_dtype()
+    noise = noise if noise.dim() == 1 else noise[k]
+    outside = ((x.to(means.dtype) - means[k]).square() / noise).sum(-1)
+    inside = (mfa.factors().cholesky[k].mT @ z.unsqueeze(-1)).squeeze(-1).square().sum(-1)
+    return (outside - inside).clamp_min(0).sqrt()
+
+
+def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: Assignments) -> Tensor:
+    """E[z | x, component] of the rows of a component, (n, R), on the CPU; only these rows are read."""
+    rows = assigned.rows(component)
+    if assigned.latents is not None:
+        return assigned.latents[rows]
+    with torch.no_grad():
+        parts = [
+            mfa.posterior(store.rows(part).to(mfa.means.device), component)[0].cpu() for part in rows.split(BATCH_SIZE)
+        ]
+    return torch.cat(parts).float() if parts else torch.empty(0, mfa.rank)
+
+
+def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments | None, progress: bool) -> Assignments:
+    """`assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
+    if assigned is None:
+        return assignments(mfa, store, progress=progress)
+    if len(assigned.components) != len(store) or assigned.n_components != mfa.n_components:
+        raise ValueError(
+            f"assigned holds {len(assigned.components)} rows and {assigned.n_components} components, "
+            f"but store and mfa have {len(store)} and {mfa.n_components}"
+        )
+    return assigned
+
+
+def check_axis(mfa: MFA, axis: int) -> int:
+    """`axis` if the mixture has such a latent; raises otherwise."""
+    if not 0 <= axis < mfa.rank:
+        raise IndexError(f"axis must be in [0, {mfa.rank}), got {axis}")
+    return axis
+
+
+def _read(
+    store: ActivationStore, tokenizer: Any, component: int, before: int, after: int, row: int, score: float
+) -> Context:
+    ids, at = store.context(row, before, after)
+    texts = show_text(tokenizer, ids[:at]), show_text(tokenizer, ids[at + 1 :])
+    return Context(row, component, score, ids[at], show_token(tokenizer, ids[at]), *texts)
+
+
+def _read_distinct(read: Callable[[int, float], Context], rows: Tensor, scores: Tensor, n: int) -> list[Context]:
+    """The first n of these rows whose text is not one that came before."""
+    found: dict[str, Context] = {}
+    for row, score in zip(rows[: n * _LOOKED_AT].tolist(), scores[: n * _LOOKED_AT].tolist()):
+        if len(found) == n:
+            break
+        context = read(row, score)
+        found.setdefault(str(context), context)
+    return list(found.values())
+
+
+@overload
+def top_contexts(
+    mfa: MFA, store: ActivationStore, tokenizer: Any, component: int, n: int = ..., by: str = ..., *,
+    axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
+    assigned: Assignments | None = ..., progress: bool = ...,
+) -> list[Context]: ...  # fmt: skip
+@overload
+def top_contexts(
+    mfa: MFA, store: ActivationStore, tokenizer: Any, component: Sequence[int], n: int = ..., by: str = ..., *,
+    axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
+    assigned: Assignments | None = ..., progress: bool = ...,
+) -> dict[int, list[Context]]: ...  # fmt: skip
+def top_contexts(
+    mfa: MFA,
+    store: ActivationStore,
+    tokenizer: Any,
+    component: int | Sequence[int],
+    n: int = 20,
+    by: str = "responsibility",
+    *,
+    axis: int | None = None,
+    sign: int = 1,
+    before: int = 10,
+    after: int = 10,
+    assigned: Assignments | None = None,
+    progress: bool = True,
+) -> list[Context] | dict[int, list[Context]]:
+    """The rows of a region that show it best, in their text; texts that repeat are shown once.
+
+    Args:
+        mfa: the mixture.
+        store: activations with their tokens.
+        tokenizer: the Hugging Face tokenizer of these tokens.
+        component: a region, or several, all served by one pass over the data.
+        n: contexts per region; fewer come back where its best 50 n rows have fewer different ones.
+        by: "responsibility" (many rows have a responsibility that rounds to 1: among equals, the nearest first),
+            "distance" (nearest to the centroid in the Mahalanobis sense), or "latent" (largest sign * z_axis).
+        axis: of the latent, for by="latent".
+        sign: +1 or -1, for by="latent".
+        before, after: tokens of text on either side.
+        assigned: what `assignments` returned for this mixture and store; computed here when None.
+        progress: show a progress bar.
+
+    Returns:
+        Contexts, best first, with r, the distance or z_axis as score; for several regions, a dict of such lists.
+    """
+    from tqdm import tqdm
+
+    check_choice(by, ("responsibility", "distance", "latent"), "by")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n!r}")
+    if sign not in (1, -1):
+        raise ValueError(f"sign must be 1 or -1, got {sign!r}")
+    if by == "latent":
+        if axis is None:
+            raise ValueError('axis: by="latent" needs the index of a latent, got None')
+        check_axis(mfa, axis)
+    wanted = [component] if isinstance(component, int) else component
+    components = [check_component(k, mfa.n_components) for k in wanted]
+    assigned = ensure_assignments(mfa, store, assigned, progress)
+    result = {}
+    for k in tqdm(components, desc="contexts", unit="region", disable=not progress or len(components) == 1):
+        rows = assigned.rows(k)
+        if by == "latent":
+            score = region_latents(mfa, store, k, assigned)[:, axis]
+            order = score.argsort(descending=sign > 0, stable=True)
+        else:
+            score = assigned.distances[rows]
+            order = score.argsort(stable=True)
+            if by == "responsibility":
+                score = assigned.responsibilities[rows]
+                order = order[score[order].argsort(descending=True, stable=True)]
+        read = partial(_read, store, tokenizer, k, before, after)
+        result[k] = _read_distinct(read, rows[order], score[order], n)
+    return result[components[0]] if isinstance(component, int) else result
+
+
+@dataclass(frozen=True)
+class AxisContexts:
+    """Contexts near one quantile of a latent axis inside a region.
+
+    Attributes:
+        quantile: in [0, 1]; 0 and 1 are the extremes.
+        value: z at that quantile, in prior standard deviations (z ~ N(0, I)).
+        contexts: ordered by z, which is their score.
+    """
+
+    quantile: float
+    value: float
+    contexts: list[Context]
+
+
+def axis_contexts(
+    mfa: MFA,
+    store: ActivationStore,
+    tokenizer: Any,
+    component: int,
+    axis: int,
+    n: int = 5,
+    quantiles: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    *,
+    before: int = 10,
+    after: int = 10,
+    assigned: Assignments | None = None,
+    progress: bool = True,
+) -> list[AxisContexts]:
+    """How a region varies along one of its latents: contexts from one extreme of z_axis to the other.
+
+    Single axes mean something once a rotation is chosen: `mfa.rotate("varimax")` or `mfa.rotate("principal")`.
+
+    Args:
+        mfa: the mixture.
+        store: activations with their tokens.
+        tokenizer: the Hugging Face tokenizer of these tokens.
+        component: the region.
+        axis: the latent, in [0, R).
+        n: contexts per quantile, those of the rows nearest to it in rank; texts that repeat are shown once.
+        quantiles: of z_axis over the rows of the region.
+        before, after: tokens of text on either side.
+        assigned: what `assignments` returned; computed here when None.
+        progress: show a progress bar.
+
+    Returns:
+        One entry per quantile, in the order given; no entries for a region without rows.
+    """
+    check_component(component, mfa.n_components)
+    check_axis(mfa, axis)
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n!r}")
+    for quantile in quantiles:
+        if not 0 <= quantile <= 1:
+            raise ValueError(f"quantiles must be in [0, 1], got {quantile!r}")
+    assigned = ensure_assignments(mfa, store, assigned, progress)
+    rows = assigned.rows(component)
+    if not len(rows):
+        return []
+    z, order = region_latents(mfa, store, component, assigned)[:, axis].sort(stable=True)
+    rows = rows[order]
+    read = partial(_read, store, tokenizer, component, before, after)
+    groups = []
+    for quantile in quantiles:
+        at = round(quantile * (len(rows) - 1))
+        nearest = (torch.arange(len(rows)) - at).abs().argsort(stable=True)
+        contexts = _read_distinct(read, rows[nearest], z[nearest], n)
+        groups.append(AxisContexts(quantile, float(z[at]), sorted(contexts, key=lambda c: c.score)))
+    return groups
+
+
+@dataclass(frozen=True)
+class TokenShare:
+    """A token of a region.
+
+    Attributes:
+        token_id: the token.
+        token: as `show_token` gives it.
+        count: rows of the region with it.
+        total: rows of the store with it.
+        lift: its frequency in the region over its frequency in the store.
+    """
+
+    token_id: int
+    token: str
+    count: int
+    total: int
+    lift: float
+
+
+@dataclass(frozen=True)
+class RegionSummary:
+    """A region at a glance.
+
+    Attributes:
+        component: which.
+        rows: how many rows it is the most responsible for.
+        share: that over all finite rows.
+        tokens: what sets it apart, most telling first.
+        contexts: examples, nearest to the centroid first.
+    """
+
+    component: int
+    rows: int
+    share: float
+    tokens: list[TokenShare]
+    contexts: list[Context]
+
+
+def _token_table(groups: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct (group, token) pairs in ascending order, and how often each occurs."""
+    width = int(tokens.max()) + 1 if tokens.numel() else 1
+    keys, counts = torch.unique(groups.long() * width + tokens, return_counts=True)
+    return keys // width, keys % width, counts
+
+
+def region_summaries(
+    mfa: MFA,
+    store: ActivationStore,
+    tokenizer: Any,
+    components: Sequence[int] | None = None,
+    n_tokens: int = 8,
+    n_contexts: int = 5,
+    *,
+    before: int = 10,
+    after: int = 10,
+    assigned: Assignments | None = None,
+    progress: bool = True,
+) -> list[RegionSummary]:
+    """Per region: its share of the rows, the tokens that set it apart, and a few examples.
+
+    Tokens are ordered by p log(p / q), p their frequency in the region and q in the store: the part of the divergence
+    KL(region || store) that is theirs. The lift p / q alone would put first whatever occurred once.
+
+    Args:
+        mfa: the mixture.
+        store: activations with their tokens.
+        tokenizer: the Hugging Face tokenizer of these tokens.
+        components: which regions; all when None.
+        n_tokens: at most so many tokens each, all of them with a lift above 1.
+        n_contexts: at most so many examples each, all different.
+        before, after: tokens of text on either side.
+        assigned: what `assignments` returned; computed here when None.
+        progress: show a progress bar.
+
+    Returns:
+        In the order of `components`.
+    """
+    from tqdm import tqdm
+
+    chosen = range(mfa.n_components) if components is None else components
+    chosen = [check_component(k, mfa.n_components) for k in chosen]
+    assigned = ensure_assignments(mfa, store, assigned, progress)
+    counts = assigned.counts
+    finite = assigned.components >= 0
+    tokens = store.tokens[finite].long()
+    totals = torch.bincount(tokens)
+    groups, ids, held = _token_table(assigned.components[finite], tokens)
+    lift = (held / counts[groups]) / (totals[ids] / len(tokens))
+    telling = held / counts[groups] * lift.log()
+    starts = torch.searchsorted(groups, torch.arange(mfa.n_components + 1)).tolist()
+
+    def tokens_of(k: int) -> list[TokenShare]:
+        here = slice(starts[k], starts[k + 1])
+        best = telling[here].argsort(descending=True, stable=True)[:n_tokens] + starts[k]
+        return [
+            TokenShare(
+                int(ids[i]), show_token(tokenizer, int(ids[i])), int(held[i]), int(totals[ids[i]]), float(lift[i])
+            )
+            for i in best[telling[best] > 0].tolist()
+        ]
+
+    contexts: dict[int, list[Context]] = {}
+    if n_contexts:
+        options: dict[str, Any] = {"before": before, "after": after, "assigned": assigned, "progress": progress}
+        contexts = top_contexts(mfa, store, tokenizer, chosen, n_contexts, "responsibility", **options)
+    return [
+        RegionSummary(k, int(counts[k]), int(counts[k]) / max(1, len(tokens)), tokens_of(k), contexts.get(k, []))
+        for k in tqdm(chosen, desc="summarise", unit="region", disable=not progress)
+    ]
+
+
+def _gain(groups: Tensor, counts: Tensor, frequencies: Tensor, n_groups: int) -> Tensor:
+    """Nats by which a group's tokens are better predicted from the group than from the store, (n_groups,).
+
+    Each token is predicted from the others of its group, so that a group of few different tokens does not seem
+    specific by chance: an estimate of KL(group || store) that is not biased upwards.
+
+    Args:
+        groups: group of each (group, token) pair, (P,).
+        counts: of each pair, (P,).
+        frequencies: in the store, of each pair's token, (P,).
+    """
+    sizes = torch.zeros(n_groups).index_add_(0, groups, counts.float())[groups]
+    predicted = (counts - 1 + _PRIOR * frequencies) / (sizes - 1 + _PRIOR)
+    return torch.zeros(n_groups).index_add_(0, groups, counts / sizes * (predicted / frequencies).log())
+
+
+def interesting_regions(
+    mfa: MFA,
+    store: ActivationStore,
+    n: int = 12,
+    *,
+    min_rows: int | None = None,
+    samples: int = 64,
+    assigned: Assignments | None = None,
+    progress: bool = True,
+) -> list[int]:
+    """Regions worth showing: large enough, specific, and unlike one another.
+
+    A region is specific if its tokens, or the tokens right before them, are far more predictable than in the store
+    (held-out estimates of the divergence KL(region || store), added up). Regions are then taken one by one, best
+    first, each discounted by how much its tokens and preceding tokens overlap with those already taken.
+
+    Args:
+        mfa: the mixture.
+        store: activations with their tokens.
+        n: how many at most.
+        min_rows: rows a region must have; a quarter of the average region and at least 20 when None.
+        samples: rows per region whose preceding token is read.
+        assigned: what `assignments` returned; computed here when None.
+        progress: show a progress bar.
+
+    Returns:
+        Components, most interesting first.
+    """
+    from tqdm import tqdm
+
+    assigned = ensure_assignments(mfa, store, assigned, progress)
+    counts = assigned.counts
+    if min_rows is None:
+        min_rows = max(20, int(counts.sum()) // (4 * mfa.n_components))
+    candidates = (counts >= min_rows).nonzero().squeeze(1)
+    if not len(candidates):
+        return []
+    tokens = store.tokens.long()
+    nothing = int(tokens.max()) + 1  # what precedes the first token of a document
+    following, preceding = [], []
+    for k in tqdm(candidates.tolist(), desc="compare", unit="region", disable=not progress):
+        rows = assigned.rows(k)
+        rows = rows[torch.linspace(0, len(rows) - 1, min(samples, len(rows))).round().long()]
+        following.append(tokens[rows])
+        around = [store.context(row, 1, 0) for row in rows.tolist()]
+        preceding.append(torch.tensor([ids[0] if at else nothing for ids, at in around]))
+    group = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(p) for p in preceding]))
+    score = torch.zeros(len(candidates))
+    overlaps = []
+    for kind in (torch.cat(following), torch.cat(preceding)):
+        groups, ids, held = _token_table(group, kind)
+        # The tokens of the store stand for those before them; one more of each, for those that only come before.
+        frequencies = torch.bincount(tokens, minlength=int(kind.max()) + 1).float() + 1
+        frequencies /= frequencies.sum()
+        score += _gain(groups, held, frequencies[ids], len(candidates)).clamp_min(0)
+        overlaps.append(_Overlap(groups, ids, held, len(candidates)))
+    chosen: list[int] = []
+    distinct = torch.ones(len(candidates))
+    for _ in range(min(n, len(candidates))):
+        value = score * distinct
+        value[chosen] = -1
+        best = int(value.argmax())
+        chosen.append(best)
+        shared = torch.stack([overlap(best) for overlap in overlaps]).mean(0)
+        distinct = torch.minimum(distinct, 1 - shared)
+    return candidates[chosen].tolist()
+
+
+class _Overlap:
+    """Bhattacharyya coefficient of token distributions, 1 where two groups are alike and 0 where they share nothing."""
+
+    def __init__(self, groups: Tensor, ids: Tensor, counts: Tensor, n_groups: int):
+        self.groups, self.ids, self.n_groups = groups, ids, n_groups
+        sizes = torch.zeros(n_groups).index_add_(0, groups, counts.float())
+        self.roots = (counts / sizes[groups]).sqrt()
+
+    def __call__(self, group: int) -> Tensor:
+        """With every group, (n_groups,)."""
+        of_group = torch.zeros(int(self.ids.max()) + 1)
+        mine = self.groups == group
+        of_group[self.ids[mine]] = self.roots[mine]
+        return torch.zeros(self.n_groups).index_add_(0, self.groups, self.roots * of_group[self.ids])

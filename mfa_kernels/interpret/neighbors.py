@@ -1,0 +1,129 @@
+"""Which regions lie next to which: broad concepts are tiled by neighbourhoods of regions (arXiv 2602.02464)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_choice
+from mfa_kernels.functional import compute_dtype
+
+if TYPE_CHECKING:
+    from mfa_kernels.mfa import MFA
+
+_BLOCK_NUMBERS = 1 << 24  # in the largest temporary, 128 MiB in float64
+
+
+@torch.no_grad()
+def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool = True) -> tuple[Tensor, Tensor]:
+    """The n nearest regions of every region.
+
+    Computed in blocks of rows of the K x K distances, and in float64 but for the products of the "subspace" metric,
+    which are in the mixture's dtype: in float32 its distances are good to 1e-3.
+
+    Args:
+        mfa: the mixture, on any device.
+        n: neighbours, in [1, K).
+        metric: "centroid", |mu_j - mu_k|;
+            "mahalanobis", sqrt((mu_j - mu_k)^T C_k^-1 (mu_j - mu_k)), how many standard deviations of region k the
+            centroid of j is away: not symmetric;
+            "subspace", |P_j - P_k|_F / sqrt(2) with P the projector on the span of W: 0 for equal spans, sqrt(R) for
+            orthogonal ones. It does not depend on where the regions are, nor on a rotation of their loadings.
+        progress: show a progress bar.
+
+    Returns:
+        indices (K, n) int64 and distances (K, n) float64, nearest first, on the mixture's device. A region is not its
+        own neighbour.
+    """
+    from tqdm import tqdm
+
+    check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
+    components = mfa.n_components
+    if not 1 <= n < components:
+        raise ValueError(f"n must be in [1, {components}), one less than there are regions, got {n!r}")
+    if metric == "subspace" and mfa.rank == 0:
+        raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')
+    metrics: dict[str, type[_Metric]] = {
+        "centroid": _Centroids,
+        "mahalanobis": _Mahalanobis,
+        "subspace": _Subspaces,
+    }
+    rows = metrics[metric](mfa)
+    size = max(1, min(components, _BLOCK_NUMBERS // rows.numbers_per_row))
+    indices, distances = [], []
+    with tqdm(total=components, desc="neighbours", unit="region", disable=not progress) as bar:
+        for start in range(0, components, size):
+            block = torch.arange(start, min(components, start + size), device=mfa.means.device)
+            squared = rows.squared(block)
+            squared.scatter_(1, block.unsqueeze(1), torch.inf)
+            best, index = squared.topk(n, largest=False)
+            indices.append(index)
+            distances.append(best.clamp_min(0).sqrt())
+            bar.update(len(block))
+    return torch.cat(indices), torch.cat(distances)
+
+
+class _Metric(Protocol):
+    numbers_per_row: int  # of the largest temporary, for each region of a block
+
+    def __init__(self, mfa: MFA): ...
+
+    def squared(self, block: Tensor) -> Tensor:
+        """Squared distances from the regions in block (B,) to all, (B, K)."""
+
+
+class _Centroids(_Metric):
+    def __init__(self, mfa: MFA):
+        means = mfa.means.double()
+        self.means = means - means.mean(0)  # the digits that a common offset would cost
+        self.numbers_per_row = mfa.n_components
+        self.norms = self.means.square().sum(-1)
+
+    def squared(self, block: Tensor) -> Tensor:
+        return self.norms[block, None] - 2 * self.means[block] @ self.means.T + self.norms
+
+
+class _Mahalanobis(_Metric):
+    """d^2 = |lam v|^2 - |L^-1 W~^T lam v|^2 with v = mu_j - mu_k (Woodbury), lam, L and W~ those of region k."""
+
+    def __init__(self, mfa: MFA):
+        means = mfa.means.double()
+        self.means = means - means.mean(0)
+        self.loadings = mfa.loadings
+        self.precision = mfa.noise_variance.double().reciprocal()
+        self.numbers_per_row = max(mfa.n_components, mfa.n_features) * max(1, mfa.rank)
+
+    def squared(self, block: Tensor) -> Tensor:
+        means, loadings = self.means[block], self.loadings[block].double()
+        precision = self.precision.expand_as(self.means)[block]
+        weighted = loadings * precision.unsqueeze(-1)  # Psi^-1 W, (B, D, R)
+        outside = precision @ self.means.square().T - 2 * (precision * means) @ self.means.T
+        outside += (precision * means.square()).sum(-1, keepdim=True)
+        inner = torch.eye(loadings.shape[-1], dtype=means.dtype, device=means.device) + loadings.mT @ weighted
+        projected = weighted.mT @ self.means.T - weighted.mT @ means.unsqueeze(-1)  # (B, R, K)
+        inside = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), projected, upper=False)
+        return outside - inside.square().sum(1)
+
+
+class _Subspaces(_Metric):
+    """|P_j - P_k|_F^2 / 2 = (rank P_j + rank P_k) / 2 - |Q_j^T Q_k|_F^2, Q orthonormal bases of the loadings."""
+
+    def __init__(self, mfa: MFA):
+        (loadings,) = compute_dtype(mfa.loadings)
+        self.basis = torch.empty_like(loadings.mT, memory_format=torch.contiguous_format)  # (K, R, D)
+        self.ranks = torch.empty(mfa.n_components, dtype=torch.float64, device=loadings.device)
+        for part in torch.arange(mfa.n_components, device=loadings.device).split(256):
+            basis, values, _ = torch.linalg.svd(loadings[part].double(), full_matrices=False)
+            # Directions that the loadings do not span are no part of the subspace.
+            span = values > values[:, :1] * mfa.n_features * torch.finfo(mfa.loadings.dtype).eps
+            self.basis[part] = (basis * span.unsqueeze(1)).mT.to(loadings)
+            self.ranks[part] = span.sum(-1).double()
+        self.numbers_per_row = mfa.n_components * mfa.rank**2
+
+    def squared(self, block: Tensor) -> Tensor:
+        products = self.basis[block].flatten(0, 1) @ self.basis.flatten(0, 1).T
+        overlap = products.square_().unflatten(1, (-1, self.basis.shape[1])).sum(-1)
+        overlap = overlap.unflatten(0, (len(block), -1)).sum(1).double()
+        return (self.ranks[block, None] + self.ranks) / 2 - overlap

@@ -1,0 +1,181 @@
+"""The logit lens on small models of many architectures, and the shift of the next token by steering."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels import MFA
+from mfa_kernels.data import tiny_lm
+from mfa_kernels.interpret import logit_lens, logit_shift
+from tests.mixtures import mixture
+
+transformers = pytest.importorskip("transformers")
+
+WIDTH, VOCABULARY = 16, 40
+_COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
+_LLAMA_LIKE = {**_COMMON, "intermediate_size": 8, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("Llama", _LLAMA_LIKE, "model.norm"),
+    "qwen2": ("Qwen2", _LLAMA_LIKE, "model.norm"),
+    "gemma2": ("Gemma2", {**_LLAMA_LIKE, "head_dim": 8}, "model.norm"),
+    "phi": ("Phi", {**_COMMON, "intermediate_size": 8}, "model.final_layernorm"),
+    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2}, "transformer.ln_f"),
+    "neox": ("GPTNeoX", {**_COMMON, "intermediate_size": 8}, "gpt_neox.final_layer_norm"),
+    "opt": (
+        "OPT",
+        {**_COMMON, "ffn_dim": 8, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 16},
+        "model.decoder.final_layer_norm",
+    ),
+}
+
+
+def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    family, options, norm = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**options)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        class_name = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+        model = getattr(transformers, class_name)(config).eval()
+        for parameter in model.get_submodule(norm).parameters():  # not just ones and zeros
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.to(dtype)
+
+
+def _mfa(components: int = 5, rank: int = 3) -> MFA:
+    m = mixture(components, WIDTH, rank)
+    return MFA.from_parameters(*m[:3], m.log_weights.exp())
+
+
+def _logits(model: Any, norm: str, points: Tensor) -> Tensor:
+    """Final norm and unembedding as they are, in float64."""
+    final, head = copy.deepcopy(model.get_submodule(norm)).double(), copy.deepcopy(model.get_output_embeddings())
+    with torch.no_grad():
+        return head.double()(final(points.double()))
+
+
+def _expected(model: Any, norm: str, mfa: MFA, k: int, direction: int | None) -> Tensor:
+    means, w = mfa.means.detach().double(), mfa.loadings.detach().double()
+    if direction is None:
+        return _logits(model, norm, means[k]) - mfa.log_weights.detach().double().exp() @ _logits(model, norm, means)
+    return _logits(model, norm, means[k] + w[k, :, direction]) - _logits(model, norm, means[k] - w[k, :, direction])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("direction", [None, 1])
+def test_the_lens_is_the_difference_of_logits(name: str, direction: int | None) -> None:
+    model, mfa = _model(name), _mfa()
+    lens = logit_lens(model, mfa, 2, direction=direction, top=VOCABULARY)
+    expected = _expected(model, MODELS[name][2], mfa, 2, direction).sort(descending=True)
+    torch.testing.assert_close(
+        torch.tensor([t.change for t in lens.top]).double(), expected.values, rtol=1e-3, atol=1e-5
+    )
+    assert [t.token_id for t in lens.top[:3]] == expected.indices[:3].tolist()
+    assert [t.token_id for t in lens.bottom] == [t.token_id for t in reversed(lens.top)]
+
+
+@pytest.mark.parametrize("direction", [None, 0])
+def test_a_model_in_bfloat16_keeps_the_precision_of_its_weights(direction: int | None) -> None:
+    """The mean is a hundred times longer than what tells regions apart: logits rounded before they are subtracted
+    would be wrong by more than their difference."""
+    model, mfa = _model("llama", torch.bfloat16), _mfa()
+    with torch.no_grad():
+        mfa.means += 100
+    lens = logit_lens(model, mfa, 1, direction=direction, top=VOCABULARY)
+    expected = _expected(model, "model.norm", mfa, 1, direction)
+    found = torch.zeros(VOCABULARY, dtype=torch.float64)
+    for token in lens.top:
+        found[token.token_id] = token.change
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+def test_ids_stand_for_tokens_without_a_tokenizer() -> None:
+    lens = logit_lens(_model("llama"), _mfa(), 0, top=2)
+    assert [t.token for t in lens.top] == [str(t.token_id) for t in lens.top]
+    assert len(lens.top) == len(lens.bottom) == 2
+
+
+def test_a_final_norm_can_be_named() -> None:
+    model, mfa = _model("gpt2"), _mfa()
+    assert logit_lens(model, mfa, 0) == logit_lens(model, mfa, 0, norm="transformer.ln_f")
+    other = logit_lens(model, mfa, 0, norm="transformer.h.0.ln_1")
+    assert other != logit_lens(model, mfa, 0)
+    with pytest.raises(ValueError, match="norm: GPT2LMHeadModel has no module 'ln'"):
+        logit_lens(model, mfa, 0, norm="ln")
+
+
+def test_bad_input_is_named() -> None:
+    model, mfa = _model("llama"), _mfa()
+    with pytest.raises(IndexError, match=r"component must be in \[0, 5\), got 5"):
+        logit_lens(model, mfa, 5)
+    with pytest.raises(IndexError, match=r"direction must be in \[0, 3\) or None, got 3"):
+        logit_lens(model, mfa, 0, direction=3)
+    with pytest.raises(ValueError, match="top must be at least 1"):
+        logit_lens(model, mfa, 0, top=0)
+    with pytest.raises(ValueError, match="no output embeddings"):
+        logit_lens(nn.Linear(2, 2), mfa, 0)
+    with pytest.raises(ValueError, match="takes 16 features, but the mixture has 4"):
+        logit_lens(model, MFA(2, 4, 1), 0)
+    del model.model.norm
+    with pytest.raises(ValueError, match="no final norm"):
+        logit_lens(model, mfa, 0)
+
+
+@pytest.fixture(scope="module")
+def language_model() -> tuple[Any, Any]:
+    return tiny_lm.load()
+
+
+@contextmanager
+def _pushed(model: Any, amount: float) -> Iterator[None]:
+    """Adds to the residual stream after layer 2."""
+    handle = model.model.layers[2].register_forward_hook(
+        lambda module, inputs, output: output + amount if isinstance(output, Tensor) else (output[0] + amount,)
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_the_shift_is_that_of_log_probabilities(language_model: tuple[Any, Any]) -> None:
+    model, tokenizer = language_model
+    prompt = "def __init__(self"
+    shift = logit_shift(model, tokenizer, prompt, lambda: _pushed(model, 5.0), top=6)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        plain = model(ids).logits[0, -1].double().log_softmax(-1)
+        with _pushed(model, 5.0):
+            steered = model(ids).logits[0, -1].double().log_softmax(-1)
+    change = steered - plain
+    for found, expected in ((shift.rises, change.topk(6)), (shift.falls, change.topk(6, largest=False))):
+        assert [t.token_id for t in found] == expected.indices.tolist()
+        torch.testing.assert_close(
+            torch.tensor([t.change for t in found]).double(), expected.values, rtol=1e-3, atol=1e-3
+        )
+    assert shift.divergence == pytest.approx(float((steered.exp() * change).sum()), rel=1e-3)
+    assert shift.divergence > 0.01
+    assert all(t.token for t in shift.rises)
+
+
+def test_no_steering_is_no_shift(language_model: tuple[Any, Any]) -> None:
+    model, tokenizer = language_model
+    shift = logit_shift(model, tokenizer, "import", nullcontext, top=3)
+    assert shift.divergence == 0
+    assert {t.change for t in shift.rises + shift.falls} == {0.0}
+
+
+def test_dropout_does_not_pass_for_steering(language_model: tuple[Any, Any]) -> None:
+    model, tokenizer = language_model
+    model.train()
+    try:
+        with pytest.raises(ValueError, match="training mode"):
+            logit_shift(model, tokenizer, "import", nullcontext)
+    finally:
+        model.eval()
