@@ -1,0 +1,213 @@
+"""Where in its sequence each token of a forward pass is: under a KV cache, padding, chunks and recomputation."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels.models import decoder_layers
+
+_UNKNOWN = 2**62  # the end of a prompt nobody has seen
+_ATTRIBUTE = "_mfa_kernels_tracker"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass: T columns of a (padded) batch of sequences.
+
+    Attributes:
+        start: column of the first token, padding included.
+        tokens: T.
+        prompt_end: first column that was generated.
+        real: (B, T) bool, False for padding; None where there is none.
+        padding: columns of padding before `start`, (B, 1); None where there are none.
+    """
+
+    start: int
+    tokens: int
+    prompt_end: int
+    real: Tensor | None = None
+    padding: Tensor | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens
+
+    def steps(self) -> tuple[int, ...]:
+        """Generation step of each column, 0 for the prompt; one number where all share it."""
+        if self.end <= self.prompt_end:
+            return (0,)
+        return tuple(max(0, column - self.prompt_end + 1) for column in range(self.start, self.end))
+
+    def columns(self, device: torch.device) -> Tensor:
+        """(1, T)."""
+        return torch.arange(self.start, self.end, device=device).unsqueeze(0)
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Absolute positions, which count each row's real tokens from 0: (B, T), or (1, T) without padding.
+
+        Those of padding mean nothing.
+        """
+        positions = self.columns(device)
+        if self.padding is not None:
+            positions = positions - self.padding.to(device)
+        if self.real is not None:
+            positions = positions - (~self.real.to(device)).cumsum(1)
+        return positions
+
+
+class Tracker:
+    """Follows the forward passes of one model, for all the handles that steer it.
+
+    A pre-hook on the stack of decoder layers reads its arguments. What they cannot say, where the prompt ends when it
+    comes in chunks or is recomputed at each step, is read from the call to `model.generate`, which is wrapped as long
+    as the model is steered. In a loop of one's own, without `generate`, a pass of several tokens is a prompt (or a
+    further chunk of it), and a pass of one token that extends a cache is generated.
+    """
+
+    @classmethod
+    def acquire(cls, model: nn.Module) -> Tracker:
+        """The tracker of this model, installed with the first handle."""
+        tracker = vars(model).get(_ATTRIBUTE)
+        if tracker is None:
+            tracker = cls(model)
+        tracker._users += 1
+        return tracker
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._users = 0
+        self._generating = False
+        self._prompt_end = _UNKNOWN
+        self._next = 0  # column after the last pass
+        self._padding: Tensor | None = None
+        self.current: Pass | None = None
+        stack = _stack_owner(model)
+        self._names = list(inspect.signature(stack.forward).parameters)
+        self._hook = stack.register_forward_pre_hook(self._observe, with_kwargs=True)
+        setattr(model, _ATTRIBUTE, self)
+        self._shadowed = vars(model).get("generate")
+        self._generate: Any = getattr(model, "generate", None)
+        if self._generate is not None:
+            model.generate = self.generate  # type: ignore[assignment]
+
+    def release(self) -> None:
+        """Takes the hooks off when the last handle lets go."""
+        self._users -= 1
+        if self._users:
+            return
+        self._hook.remove()
+        delattr(self._model, _ATTRIBUTE)
+        if vars(self._model).get("generate") == self.generate:
+            del self._model.generate
+            if self._shadowed is not None:
+                self._model.generate = self._shadowed
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`model.generate`, with the end of the prompt noted."""
+        before = self._generating, self._prompt_end
+        self._generating, self._prompt_end, self._next, self._padding = True, _prompt_columns(args, kwargs), 0, None
+        try:
+            return self._generate(*args, **kwargs)
+        finally:
+            self._generating, self._prompt_end = before
+
+    def at(self, hidden: Tensor) -> Pass:
+        """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence."""
+        batch, tokens = hidden.shape[:2]
+        now = self.current or Pass(0, tokens, tokens)
+        if now.tokens != tokens or (now.real is not None and now.real.shape[0] not in (1, batch)):
+            raise ValueError(
+                f"the steered layer returned hidden states of shape {tuple(hidden.shape)}, but the model was called "
+                f"with {now.tokens} tokens per row: call the model itself, and steer a layer that sees every token"
+            )
+        return now
+
+    @torch.compiler.disable
+    def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(self._names, args)), **kwargs}
+        inputs = given.get("input_ids")
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if not isinstance(inputs, Tensor):
+            raise ValueError(f"{type(module).__name__} was called without input_ids and inputs_embeds as tensors")
+        tokens = inputs.shape[1]
+        start = self._start(given)
+        if start == 0:
+            self._padding = None
+        if not self._generating:
+            extends = start > 0 and tokens == 1
+            self._prompt_end = min(self._prompt_end, start) if extends else start + tokens
+        real, padding = None, self._padding
+        # What generate() appends is never masked: a mask needs no look after the prompt.
+        if not self._generating or start < self._prompt_end:
+            real, before = _read_mask(given.get("attention_mask"), start, tokens)
+            padding = padding if before is None else before
+        self.current = Pass(start, tokens, self._prompt_end, real, padding)
+        self._next = start + tokens
+        if real is not None:
+            added = (~real).sum(1, keepdim=True)
+            self._padding = added if padding is None else padding + added
+
+    def _start(self, given: dict[str, Any]) -> int:
+        """Tokens in the cache."""
+        cache = given.get("past_key_values")
+        cache = given.get("cache_params") if cache is None else cache
+        if cache is None:
+            return 0
+        if isinstance(cache, tuple | list):
+            return cache[0][0].shape[-2] if cache else 0
+        try:
+            length = cache.get_seq_length()
+        except (AttributeError, ValueError):  # caches of state-space models have no length
+            return self._next
+        if isinstance(length, Tensor) and self._generating and self._next:
+            return self._next  # a static cache keeps it on the device, and asking would wait for that
+        return int(length)
+
+
+def _stack_owner(model: nn.Module) -> nn.Module:
+    """The module whose forward runs the decoder layers, and gets masks and cache as tensors."""
+    try:
+        path, _ = decoder_layers(model)
+    except ValueError:
+        return model
+    return model.get_submodule(path.rpartition(".")[0])
+
+
+def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Columns of the prompt given to `generate`, with what a cache already holds."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor):
+        return mask.shape[1]
+    for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]):
+        if isinstance(given, Tensor):
+            return given.shape[1]
+    return 1  # generate starts from a beginning-of-sequence token
+
+
+def _read_mask(mask: Any, start: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+    """Which of the pass's tokens are real, (B, T), and the columns of padding before it, (B, 1), as far as it says."""
+    if isinstance(mask, dict):  # one per kind of attention
+        mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
+    if mask is None:
+        return None, None
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        raise TypeError(
+            "attention_mask must be a tensor of shape (B, T), or (B, 1, T, columns), for padding to be told from "
+            f"tokens; got {type(mask).__name__} {tuple(getattr(mask, 'shape', ()))}"
+        )
+    if mask.shape[-1] < tokens:
+        raise ValueError(f"attention_mask covers {mask.shape[-1]} columns, fewer than the {tokens} tokens of the pass")
+    known = mask.shape[-1] >= start + tokens
+    first = start if known else mask.shape[-1] - tokens
+    if mask.dim() == 2:
+        real = mask != 0
+        before = (~real[:, :start]).sum(1, keepdim=True) if known and start else None
+        return real[:, first : first + tokens], before
+    # A real token sees itself.
+    own = torch.diagonal(mask[:, 0], offset=first, dim1=-2, dim2=-1)
+    return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2), None

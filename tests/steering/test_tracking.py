@@ -1,0 +1,265 @@
+"""Passes as they are recorded while models run: in `generate`, and in loops of one's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels.steering.tracking import Pass, Tracker
+from tests.steering.tiny import causal_lm, count_hooks, generate, prompts
+
+
+class Log:
+    """A tracker whose passes are kept: (start, tokens, prompt_end), and positions with -1 for padding."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tracker = Tracker.acquire(model)
+        self.passes: list[tuple[int, int, int]] = []
+        self.positions: list[list[list[int]]] = []
+        _, layer = next((n, m) for n, m in model.named_modules() if n.endswith(".1"))
+        layer.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        now = self.tracker.at(hidden)
+        self.passes.append((now.start, now.tokens, now.prompt_end))
+        positions = now.positions(hidden.device).expand(hidden.shape[:2])
+        if now.real is not None:
+            positions = positions.masked_fill(~now.real, -1)
+        self.positions.append(positions.tolist())
+
+
+PADDED = prompts(padded=True)  # 7 columns, of which 1 and 2 are padding
+PREFILL = [[-1, 0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_with_a_cache(cache: dict[str, Any], attention: str) -> None:
+    model = causal_lm()
+    model.set_attn_implementation(attention)
+    log = Log(model)
+    for _ in range(2):  # a new sequence begins anew
+        generate(model, PADDED, new=4, **cache)
+    assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7), (9, 1, 7)] * 2
+    assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]] * 2
+
+
+def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
+    """Its length is a tensor; one without a value would raise if it were read after the prompt."""
+
+    class StaticCache:
+        lengths = (0, torch.zeros((), device="meta"), torch.zeros((), device="meta"))
+        calls = 0
+
+        def get_seq_length(self) -> Any:
+            self.calls += 1
+            return self.lengths[self.calls - 1]
+
+    def steps(input_ids: Tensor) -> None:
+        for tokens in (input_ids, input_ids[:, :1], input_ids[:, :1]):
+            tracker._observe(nn.Identity(), (), {"input_ids": tokens, "past_key_values": cache})
+            starts.append(tracker.current.start)
+
+    tracker, cache, starts = Tracker.acquire(causal_lm()), StaticCache(), []
+    tracker._generate = steps
+    tracker.generate(input_ids=PADDED["input_ids"])
+    assert starts == [0, 7, 8]
+
+
+def test_a_call_after_generate_is_a_prompt_of_its_own() -> None:
+    model = causal_lm()
+    log = Log(model)
+    generate(model, PADDED, new=1)
+    model(**PADDED)
+    model(input_ids=PADDED["input_ids"][:, :3])
+    model(torch.full((1, 9), 5))
+    assert log.passes == [(0, 7, 7), (0, 7, 7), (0, 3, 3), (0, 9, 9)]
+
+
+def test_static_sliding_window_cache() -> None:
+    model = causal_lm("gemma2")
+    log = Log(model)
+    generate(model, PADDED, new=4, cache_implementation="static")
+    assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7), (9, 1, 7)]
+    assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]]
+
+
+def test_generate_without_a_cache() -> None:
+    model = causal_lm()
+    log = Log(model)
+    generate(model, PADDED, new=3, use_cache=False)
+    assert log.passes == [(0, 7, 7), (0, 8, 7), (0, 9, 7)]
+    assert log.positions[0] == PREFILL
+    assert log.positions[2] == [[*PREFILL[0], 6, 7], [*PREFILL[1], 5, 6]]
+
+
+@pytest.mark.parametrize("chunk", [3, 6], ids=["short last chunk", "last chunk of one token"])
+def test_chunked_prefill(chunk: int) -> None:
+    model = causal_lm()
+    log = Log(model)
+    generate(model, PADDED, new=3, prefill_chunk_size=chunk)
+    assert [p[2] for p in log.passes] == [7] * len(log.passes)
+    assert sum(tokens for start, tokens, _ in log.passes if start < 7) == 7
+    joined = [[p for part in log.positions for p in part[row]] for row in range(2)]
+    assert joined == [[*PREFILL[0], 6, 7], [*PREFILL[1], 5, 6]]
+
+
+def test_a_second_turn_on_the_same_cache() -> None:
+    model = causal_lm()
+    log = Log(model)
+    first = generate(model, PADDED, new=3)
+    again = torch.cat([first.sequences, torch.tensor([[5, 6], [7, 8]])], 1)
+    mask = torch.cat([PADDED["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
+    log.passes.clear()
+    log.positions.clear()
+    generate(model, {"input_ids": again, "attention_mask": mask}, new=2, past_key_values=first.past_key_values)
+    assert log.passes == [(9, 3, 12), (12, 1, 12)]
+    assert log.positions == [[[8, 9, 10], [7, 8, 9]], [[11], [10]]]
+
+
+def test_assisted_decoding_reads_guesses_as_generated() -> None:
+    model = causal_lm()
+    log = Log(model)
+    ids = torch.tensor([[4, 5, 6, 4, 5, 6, 4, 5]])
+    generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2)
+    assert {end for _, _, end in log.passes} == {8}
+    assert any(tokens > 1 for start, tokens, _ in log.passes if start >= 8) or log.passes[0][1] > 8
+
+
+def test_loop_of_ones_own() -> None:
+    model, ids, mask = causal_lm(), PADDED["input_ids"], PADDED["attention_mask"]
+    log = Log(model)
+    with torch.no_grad():
+        cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4]).past_key_values
+        model(ids[:, 4:], mask, past_key_values=cache)  # a second chunk, by position
+        for _ in range(2):
+            mask = nn.functional.pad(mask, (0, 1), value=1)
+            model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+        model(input_ids=ids[:, :2])
+    assert log.passes == [(0, 4, 4), (4, 3, 7), (7, 1, 7), (8, 1, 7), (0, 2, 2)]
+    assert log.positions[1] == [row[4:] for row in PREFILL]
+    assert log.positions[3:] == [[[7], [6]], [[0, 1], [0, 1]]]
+
+
+def test_joining_in_the_middle_of_a_sequence() -> None:
+    model, ids = causal_lm(), PADDED["input_ids"]
+    with torch.no_grad():
+        cache = model(**PADDED).past_key_values
+        log = Log(model)
+        model(input_ids=ids[:, :1], attention_mask=torch.cat([PADDED["attention_mask"], ids[:, -1:] ** 0], 1),
+              past_key_values=cache)  # fmt: skip
+    assert log.passes == [(7, 1, 7)]
+    assert log.positions == [[[6], [5]]]
+
+
+def test_embeddings_instead_of_tokens() -> None:
+    model = causal_lm()
+    log = Log(model)
+    embeds = model.get_input_embeddings()(PADDED["input_ids"]).detach()
+    model.generate(inputs_embeds=embeds, attention_mask=PADDED["attention_mask"], max_new_tokens=2, do_sample=False)
+    assert log.passes == [(0, 7, 7), (7, 1, 7)]
+
+
+def test_state_space_model_whose_cache_has_no_length() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    log = Log(model)
+    generate(model, PADDED, new=3)
+    assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7)]
+    assert log.positions == [PREFILL, [[6], [5]], [[7], [6]]]
+
+
+def test_legacy_cache_of_tuples() -> None:
+    tracker = Tracker.acquire(causal_lm())
+    legacy = ((torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)),)
+    tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 1), "past_key_values": legacy})
+    assert (tracker.current.start, tracker.current.tokens) == (5, 1)
+
+
+def test_steps() -> None:
+    assert Pass(0, 4, 4).steps() == (0,)
+    assert Pass(4, 1, 4).steps() == (1,)
+    assert Pass(6, 1, 4).steps() == (3,)
+    assert Pass(2, 4, 4).steps() == (0, 0, 1, 2)
+
+
+def test_users_share_a_tracker_and_the_last_one_cleans_up() -> None:
+    model = causal_lm()
+    hooks, names = count_hooks(model), set(vars(model))
+    first, second = Tracker.acquire(model), Tracker.acquire(model)
+    assert first is second
+    assert count_hooks(model) == hooks + 1
+    first.release()
+    assert "generate" in vars(model)
+    second.release()
+    assert (count_hooks(model), set(vars(model))) == (hooks, names)
+
+
+def test_an_existing_wrapper_of_generate_is_put_back() -> None:
+    model = causal_lm()
+    calls = []
+    inner = model.generate
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return inner(*args, **kwargs)
+
+    model.generate = wrapper
+    tracker = Tracker.acquire(model)
+    generate(model, PADDED, new=1)
+    tracker.release()
+    assert model.generate is wrapper
+    assert len(calls) == 1
+
+
+def test_layers_called_by_themselves() -> None:
+    tracker = Tracker.acquire(causal_lm())
+    assert tracker.at(torch.zeros(2, 5, 32)) == Pass(0, 5, 5)
+    tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 3)})
+    with pytest.raises(ValueError, match=r"shape \(2, 5, 32\), but the model was called with 3 tokens per row"):
+        tracker.at(torch.zeros(2, 5, 32))
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.ones(2, 2), ValueError, "attention_mask covers 2 columns, fewer than the 3 tokens"),
+        (torch.ones(2, 3, 3), TypeError, r"attention_mask must be a tensor of shape \(B, T\).*got Tensor \(2, 3, 3\)"),
+        ([1, 1, 1], TypeError, "got list"),
+    ],
+)  # fmt: skip
+def test_masks_that_do_not_tell_padding(mask: Any, error: type[Exception], message: str) -> None:
+    tracker = Tracker.acquire(causal_lm())
+    with pytest.raises(error, match=message):
+        tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 3), "attention_mask": mask})
+
+
+def test_a_call_without_tokens_is_named() -> None:
+    tracker = Tracker.acquire(causal_lm())
+    with pytest.raises(ValueError, match="Identity was called without input_ids"):
+        tracker._observe(nn.Identity(), (), {})
+
+
+def additive(real: Tensor) -> Tensor:
+    """A causal mask (B, 1, T, T) to be added to attention scores."""
+    columns = real.shape[1]
+    allowed = real[:, None, None, :] & torch.ones(columns, columns).tril().bool()
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "dict"])
+def test_padding_in_masks_of_four_dimensions(kind: str) -> None:
+    real = PADDED["attention_mask"].bool()
+    mask: Any = additive(real)
+    if kind == "bool":
+        mask = mask == 0
+    elif kind == "dict":
+        mask = {"sliding_attention": None, "full_attention": mask}
+    tracker = Tracker.acquire(causal_lm())
+    tracker._observe(nn.Identity(), (), {"input_ids": PADDED["input_ids"], "attention_mask": mask})
+    assert torch.equal(tracker.current.real, real)

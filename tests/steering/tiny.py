@@ -1,0 +1,84 @@
+"""Tiny randomly initialised models of several architectures, a mixture that fits them, and prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels import MFA
+from mfa_kernels.models import hidden_states, resolve_layer
+from tests.mixtures import mixture
+
+WIDTH, RANK, COMPONENTS, LAYER, PAD = 32, 3, 6, 1, 0
+ARCHITECTURES = ("gpt2", "llama", "gemma2", "qwen2", "gpt_neox")
+
+
+def causal_lm(architecture: str = "llama", **changes: Any) -> nn.Module:
+    """Three layers, hidden size 32, vocabulary 64; its weights are the same at each call."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {
+        "hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2,
+    }  # fmt: skip
+    if architecture == "gpt2":
+        sizes = {"n_embd": WIDTH, "n_layer": 3, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+    elif architecture == "gpt_neox":
+        del sizes["num_key_value_heads"], sizes["head_dim"]
+    elif architecture == "gemma2":
+        sizes["sliding_window"] = 6
+    config = AutoConfig.for_model(
+        architecture, vocab_size=64, pad_token_id=PAD, bos_token_id=1, eos_token_id=None, **{**sizes, **changes}
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def fitting_mixture(dtype: torch.dtype = torch.float32, features: int = WIDTH, rank: int = RANK) -> MFA:
+    m = mixture(COMPONENTS, features, rank, spread=0.3, dtype=dtype)
+    return MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).requires_grad_(False)
+
+
+def prompts(batch: int = 2, length: int = 7, padded: bool = False) -> dict[str, Tensor]:
+    """Token ids and attention mask; with padding, row b has b + 1 columns of it on the left."""
+    ids = torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(batch):
+            ids[row, : row + 1] = PAD
+            mask[row, : row + 1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model: nn.Module, inputs: dict[str, Tensor], new: int = 5, **options: Any) -> Any:
+    """Greedy tokens (`.sequences`), and the logits of each step (`.logits`)."""
+    return model.generate(
+        **inputs, max_new_tokens=new, pad_token_id=PAD,
+        **{"do_sample": False, "return_dict_in_generate": True, "output_logits": True, **options},
+    )  # fmt: skip
+
+
+def generated(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor]:
+    """Greedy tokens (B, new), and their logits (B, new, vocabulary)."""
+    out = generate(model, inputs, **options)
+    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
+
+
+@torch.no_grad()
+def layer_output(model: nn.Module, inputs: dict[str, Tensor], layer: int = LAYER, **options: Any) -> Tensor:
+    """What the layer hands on, (B, T, D), after the hooks that are on it now."""
+    kept: list[Tensor] = []
+    _, module = resolve_layer(model, layer)
+    hook = module.register_forward_hook(lambda module, args, output: kept.append(hidden_states(output)))
+    try:
+        model(**inputs, **options)
+    finally:
+        hook.remove()
+    return kept[0]
+
+
+def count_hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
