@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--tokens", type=int, default=200_000, help="activations to fit on; a tenth more is held out")
     _size(demo, 256)
     demo.add_argument("--epochs", type=int, default=10)
-    demo.add_argument("--alpha", type=float, default=0.5, help="how far steering moves toward the region")
+    demo.add_argument("--alpha", type=float, default=0.3, help="how far steering moves toward the region")
+    demo.add_argument("-k", "--component", type=int, help="region to steer toward; without it, one is chosen")
     demo.add_argument("--prompt", nargs="+", help="prompts to steer")
 
     command("doctor", _doctor, "what is built, what is missing, what runs where")
@@ -91,11 +92,13 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("prompt")
     _language_model(steer, layer_default="the one the mixture was fitted to")
     steer.add_argument("-k", "--component", type=int, help="region; without it, the responsibility-weighted mixture")
-    steer.add_argument("--alpha", type=float, default=0.5, help="how far toward the region")
+    steer.add_argument("--alpha", type=float, default=0.3, help="how far toward the region")
     steer.add_argument("--latents", type=float, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
     steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
     steer.add_argument("--gate", type=float, metavar="T", help="act only where the region's responsibility exceeds T")
     steer.add_argument("--max-new-tokens", type=int, default=64)
+    steer.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    steer.add_argument("--seed", type=int, default=0)
 
     convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
     convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
@@ -143,6 +146,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             rank=arguments.rank,
             epochs=arguments.epochs,
             alpha=arguments.alpha,
+            component=arguments.component,
             prompts=tuple(arguments.prompt or demo.PROMPTS),
         )
     )
@@ -240,7 +244,10 @@ def _steer(arguments: argparse.Namespace) -> None:
     with steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents, positions=arguments.positions, gate=gate
     ):
-        print(arguments.prompt + continuation(model, tokenizer, arguments.prompt, arguments.max_new_tokens))
+        text = continuation(
+            model, tokenizer, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed
+        )
+    print(arguments.prompt + text)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

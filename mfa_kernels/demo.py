@@ -29,10 +29,10 @@ from mfa_kernels.interpret.lens import logit_shift
 from mfa_kernels.models import load_language_model, resolve_layer
 from mfa_kernels.steering import steer
 
-PROMPTS = ("def read(self, ", "The return value is ", "import ")
+PROMPTS = ("    def close(self):\n", "The return value is", "    def test_read(self):\n")
 """For the small model that ships with the package, which has read the standard library's sources."""
 
-STANDARD_DEVIATIONS = 3.0
+STANDARD_DEVIATIONS = 2.0
 """How far the second steering moves inside the region, along its widest local direction."""
 
 
@@ -48,9 +48,11 @@ class Options:
     components: int = 256
     rank: int = 10
     epochs: int = 10
-    alpha: float = 0.5
+    alpha: float = 0.3
+    component: int | None = None
     prompts: tuple[str, ...] = PROMPTS
     new_tokens: int = 32
+    temperature: float = 0.7
     seed: int = 0
 
 
@@ -69,7 +71,6 @@ class Rows:
 
 def run(options: Options) -> list[Path]:
     """Runs the demonstration, printing as it goes; returns the files that it wrote."""
-    torch.manual_seed(options.seed)  # of generate(); everything of ours has its own generators
     model, tokenizer = load_language_model(options.model)
     depth = model.config.get_text_config().num_hidden_layers
     layer = depth // 2 if options.layer is None else options.layer
@@ -109,7 +110,8 @@ def run(options: Options) -> list[Path]:
     for component in shown:
         print(describe(by_component[component]))
 
-    _steering(options, model, tokenizer, mfa, store, layer, shown, by_component, assigned)
+    chosen = worth_steering(shown, by_component) if options.component is None else options.component
+    _steering(options, model, tokenizer, mfa, store, layer, by_component[chosen], assigned)
     written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
     written += _reports(options.out, mfa, store, tokenizer, model, shown, summaries, assigned)
     print("\nWritten:")
@@ -169,12 +171,11 @@ def _steering(
     mfa: MFA,
     store: ActivationStore,
     layer: int | str,
-    shown: list[int],
-    summaries: dict[int, RegionSummary],
+    region: RegionSummary,
     assigned: Assignments,
 ) -> None:
     """The same prompts: unsteered, toward a region, and moved inside it."""
-    component = shown[0]
+    component = region.component
     z = region_latents(mfa, store, component, assigned)
     axis = int(z.std(0).argmax())
     move = torch.zeros(mfa.rank)
@@ -185,15 +186,17 @@ def _steering(
         f"and inside it, z[{axis}] {float(move[axis]):+.1f}": {**toward, "latents": move},
         f"and inside it, z[{axis}] {float(-move[axis]):+.1f}": {**toward, "latents": -move},
     }
-    tokens = " ".join(token.token for token in summaries[component].tokens)
-    print(f"\nSteering toward region {component} ({tokens}), greedy, {options.new_tokens} tokens\n")
+    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}\n")
+
+    def write(prompt: str) -> str:
+        return continuation(model, tokenizer, prompt, options.new_tokens, options.temperature, options.seed)
+
     for prompt in options.prompts:
         print(f"  {prompt!r}")
-        print(f"    unsteered:  {continuation(model, tokenizer, prompt, options.new_tokens)!r}")
+        print(f"    unsteered:  {write(prompt)!r}")
         for name, arguments in ways.items():
             with steer(model, mfa, layer, **arguments):
-                text = continuation(model, tokenizer, prompt, options.new_tokens)
-            print(f"    {name}:  {text!r}")
+                print(f"    {name}:  {write(prompt)!r}")
     prompt = options.prompts[0]
     print(f"\nNext token after {prompt!r}: log-probabilities that rise most")
     for name, arguments in ways.items():
@@ -202,12 +205,26 @@ def _steering(
         print(f"  {name}:  {rises}")
 
 
-def continuation(model: Any, tokenizer: Any, prompt: str, new_tokens: int) -> str:
-    """What the model writes after the prompt, greedily."""
+def worth_steering(shown: list[int], summaries: dict[int, RegionSummary]) -> int:
+    """The first of the regions shown whose favourite tokens are words: their effect on a text can be read."""
+    for component in shown:
+        tokens = [token.token.strip("·") for token in summaries[component].tokens[:3]]
+        if all(len(token) > 1 and token.isidentifier() for token in tokens):
+            return component
+    return shown[0]
+
+
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    with torch.no_grad():
+    options = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature > 0 else {"do_sample": False}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator
+        torch.manual_seed(seed)
         ids = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
+            **inputs, **options, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id
         )  # fmt: skip
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
