@@ -9,7 +9,8 @@ from mfa_kernels.mfa import MFA
 
 if TYPE_CHECKING:
     from mfa_kernels.data.harvest import harvest
-    from mfa_kernels.fitting import fit, kmeans
+    from mfa_kernels.fitting.kmeans import kmeans
+    from mfa_kernels.fitting.loop import fit
     from mfa_kernels.steering import steer
 
 __version__ = "0.1.0"

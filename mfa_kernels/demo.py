@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def _steering(
     prompt = options.prompts[0]
     print(f"\nNext token after {prompt!r}: log-probabilities that rise most")
     for name, arguments in ways.items():
-        shift = logit_shift(model, tokenizer, prompt, lambda arguments=arguments: steer(model, mfa, layer, **arguments))
+        shift = logit_shift(model, tokenizer, prompt, partial(steer, model, mfa, layer, **arguments))
         rises = "  ".join(f"{change.token} {change.change:+.1f}" for change in shift.rises[:8])
         print(f"  {name}:  {rises}")
 

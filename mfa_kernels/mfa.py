@@ -39,6 +39,8 @@ class MFA(nn.Module):
         center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
     """
 
+    fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here
+
     def __init__(
         self,
         n_components: int,

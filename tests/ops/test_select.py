@@ -10,8 +10,9 @@ from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 
-# (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go in blocks of up to 16 and are flushed
-# every 64, ranks above 12 take several passes: every one of these axes crosses three tiles with a ragged tail.
+# (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go
+# in blocks of up to 16 and are flushed every 64, ranks above 12 take several passes: every one of these axes crosses
+# three tiles with a ragged tail.
 SHAPES = [
     (1, 1, 1, 1),
     (1, 70, 33, 10),
