@@ -2,6 +2,10 @@
 #include <ATen/Parallel.h>
 #include <torch/extension.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "factors.h"
 #include "pairs.h"
 #include "scan.h"
@@ -25,13 +29,27 @@ T* data(const Tensor& t) {
   return t.defined() ? t.data_ptr<T>() : nullptr;
 }
 
+// Fresh memory costs a page fault per 4 kB, as much as writing it several times over: ask for huge pages.
+Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  Tensor t = at::empty(sizes, options);
+#ifdef __linux__
+  constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may not be taken
+#endif
+  return t;
+}
+
+Tensor zeros_like(const Tensor& like) { return allocate(like.sizes(), like.options()).zero_(); }
+
 int64_t width(const Tensor& like) { return mfa::kVectorBytes / like.element_size(); }
 
 std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& loadings, const Tensor& noise,
                                            const Tensor& center) {
   const auto shape = shape_of(means, loadings.size(2), noise.dim() == 2);
   const int64_t V = width(means);
-  Tensor rows = at::empty({shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, means.options());
+  Tensor rows = allocate({shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, means.options());
   Tensor chol = at::empty({shape.components, shape.rank, shape.rank}, means.options());
   Tensor log_det = at::empty({shape.components}, means.options());
   AT_DISPATCH_FLOATING_TYPES(means.scalar_type(), "factors", [&] {
@@ -67,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
              bool per_component) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
-  Tensor out = at::empty({shape.components, x.size(0)}, x.options());
+  Tensor out = allocate({shape.components, x.size(0)}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "dense", [&] {
     mfa::dense<scalar_t>(shape, data<scalar_t>(x), x.size(0), data<scalar_t>(rows), data<scalar_t>(constants),
                          data<scalar_t>(lam), data<scalar_t>(center), data<scalar_t>(out), at::get_num_threads(),
@@ -122,6 +140,7 @@ Tensor decode(const Tensor& components, const Tensor& responsibilities, const Te
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("vector_bytes") = mfa::kVectorBytes;
   const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
+  m.def("zeros_like", &binding::zeros_like, no_gil);
   m.def("factors", &binding::factors, no_gil);
   m.def("select", &binding::select, no_gil);
   m.def("dense", &binding::dense, no_gil);

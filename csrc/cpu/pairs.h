@@ -73,7 +73,7 @@ struct Statistics {
   T weight;
   std::vector<T> q, q2, qz;
   std::vector<T> v, t, z;  // scratch of a group of tokens
-  static constexpr int kGroup = 4;
+  static constexpr int kGroup = 8;
 
   explicit Statistics(const Shape& shape)
       : q(shape.padded<T>()), q2(shape.padded<T>()), qz(shape.padded<T>() * shape.rank),
@@ -104,6 +104,7 @@ struct Statistics {
       for (int g = 0; g < G; ++g) c[g] = load(v.data() + g * padded + b * V);
       for (int64_t r = 0; r < R; ++r) {
         const Vec<T> row = load(a + r * V);
+#pragma GCC unroll 8
         for (int g = 0; g < G; ++g) c[g] -= row * t[g * R + r];
       }
       Vec<T> sum = load(q.data() + b * V), sum2 = load(q2.data() + b * V);
@@ -116,6 +117,7 @@ struct Statistics {
       for (int64_t r = 0; r < R; ++r) {
         T* cell = qz.data() + (b * R + r) * V;
         Vec<T> value = load(cell);
+#pragma GCC unroll 8
         for (int g = 0; g < G; ++g) value += c[g] * z[g * R + r];
         store<T>(cell, value);
       }
@@ -186,7 +188,7 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
           const T* token[Statistics<T>::kGroup];
           T weight[Statistics<T>::kGroup];
           for (int64_t i = first; i < last;) {
-            const int64_t group = last - i >= Statistics<T>::kGroup ? Statistics<T>::kGroup : 1;
+            const int64_t group = last - i >= Statistics<T>::kGroup ? Statistics<T>::kGroup : last - i >= 4 ? 4 : 1;
             for (int64_t g = 0; g < group; ++g) {
               const int64_t p = by.order[i + g];
               token[g] = x + tokens[p] * D;
@@ -194,6 +196,8 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
             }
             if (group == 1)
               statistics.template add<1>(shape, own, chol + k * R * R, token, weight, lam, center);
+            else if (group == 4)
+              statistics.template add<4>(shape, own, chol + k * R * R, token, weight, lam, center);
             else
               statistics.template add<Statistics<T>::kGroup>(shape, own, chol + k * R * R, token, weight, lam, center);
             i += group;

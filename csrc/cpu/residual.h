@@ -28,22 +28,31 @@ void residual(const Shape& shape, const T* x, const T* rows, const T* lam, const
   }
 }
 
+// t [G, R] at r, ..., r + M - 1: M rows of A against G tokens, M x G sums in registers.
+template <class T, int G, int M>
+void project_rows(const Shape& shape, const T* rows, const T* v, int64_t r, T* t) {
+  constexpr int V = kWidth<T>;
+  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
+  Vec<T> sum[M][G] = {};
+  for (int64_t b = 0; b < B; ++b) {
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> a = load(rows + b * stride + (1 + r + m) * V);
+#pragma GCC unroll 8
+      for (int g = 0; g < G; ++g) sum[m][g] += a * load(v + g * padded + b * V);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int g = 0; g < G; ++g) t[g * shape.rank + r + m] = horizontal_sum<T>(sum[m][g]);
+}
+
 // t [G, R] = A v for G tokens of one component; v [G, D padded]
 template <class T, int G>
 void project(const Shape& shape, const T* rows, const T* v, T* t) {
-  constexpr int V = kWidth<T>;
-  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
-  for (int64_t r0 = 0; r0 < shape.rank; r0 += 4) {
-    const int64_t r1 = std::min(shape.rank, r0 + 4);
-    Vec<T> sum[4][G] = {};
-    for (int64_t b = 0; b < B; ++b)
-      for (int64_t r = r0; r < r1; ++r) {
-        const Vec<T> a = load(rows + b * stride + (1 + r) * V);
-        for (int g = 0; g < G; ++g) sum[r - r0][g] += a * load(v + g * padded + b * V);
-      }
-    for (int64_t r = r0; r < r1; ++r)
-      for (int g = 0; g < G; ++g) t[g * shape.rank + r] = horizontal_sum<T>(sum[r - r0][g]);
-  }
+  constexpr int M = G > 4 ? 2 : 4;  // M G sums in registers
+  int64_t r = 0;
+  for (; r + M <= shape.rank; r += M) project_rows<T, G, M>(shape, rows, v, r, t);
+  for (; r < shape.rank; ++r) project_rows<T, G, 1>(shape, rows, v, r, t);
 }
 
 // |v|^2 - |t|^2 for G tokens x [G, D] of one component; v [G, D padded] and t [G, R] are scratch.

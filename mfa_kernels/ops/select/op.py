@@ -129,8 +129,13 @@ def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     return library.dense(x, factors.rows, constants, factors.scale, factors.center, factors.per_component).t()
 
 
-def _new_gradients(inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    return [torch.zeros_like(t, memory_format=torch.contiguous_format) if n else None for t, n in zip(inputs, needs)]
+def _new_gradients(factors: Factors, inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
+    def zeros(t: Tensor) -> Tensor:
+        if _is_native(factors):
+            return native.library().zeros_like(t)
+        return torch.zeros_like(t, memory_format=torch.contiguous_format)
+
+    return [zeros(t) if needed else None for t, needed in zip(inputs, needs)]
 
 
 def _filled(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -144,7 +149,7 @@ def _log_prob_backward(
 ):  # fmt: skip
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
-    gradients = _new_gradients([x, means, loadings, noise_variance, log_weights], needs)
+    gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs)
     slots = components.shape[1]
     held = components >= 0
     overflow = counts > slots
@@ -178,7 +183,7 @@ def _component_log_prob_backward(
 ):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
-    gradients = [*_new_gradients([x, means, loadings, noise_variance], needs), None]
+    gradients = [*_new_gradients(factors, [x, means, loadings, noise_variance], needs), None]
     for chunk in torch.arange(x.shape[0], device=x.device).split(max(1, portable.CHUNK // (2 * means.shape[0]))):
         _accumulate_dense(x, chunk, grad[chunk], factors, gradients)
     if gradients[0] is not None:
