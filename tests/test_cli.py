@@ -1,0 +1,112 @@
+"""Every command, on the small language model and a few thousand activations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mfa_kernels import MFA
+from mfa_kernels.cli import main
+from mfa_kernels.data import ActivationStore
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory):
+    """A store of 3,000 activations, and a mixture fitted to it, both by the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    text = folder / "text"
+    text.mkdir()
+    for i in range(6):
+        lines = [f"def function_{i}_{j}(self, x):\n    return self.value_{j} + {j}\n\n" for j in range(60)]
+        (text / f"{i}.py").write_text("".join(lines))
+    store = ["--text", str(text), "--layer", "1", "--max-tokens", "3000", "--out", str(folder / "store")]
+    assert main(["harvest", *store]) == 0
+    fitting = ["-K", "16", "-R", "3", "--epochs", "2", "--log", str(folder / "fit.jsonl")]
+    assert main(["fit", str(folder / "store"), "--out", str(folder / "mfa"), *fitting]) == 0
+    return folder
+
+
+def test_harvest_and_fit(folder):
+    store, mfa = ActivationStore(folder / "store"), MFA.from_pretrained(folder / "mfa")
+    assert len(store) == 3000
+    assert (mfa.n_components, mfa.n_features, mfa.rank) == (16, 256, 3)
+    assert mfa.extra["layer"] == "model.layers.1"
+    records = [json.loads(line) for line in (folder / "fit.jsonl").read_text().splitlines()]
+    assert records[-1]["held_out_nll"] < records[0]["held_out_nll"]
+
+
+def test_encode(folder):
+    out = folder / "codes.safetensors"
+    assert main(["encode", str(folder / "mfa"), str(folder / "store"), "--out", str(out), "--top-k", "2"]) == 0
+    codes = load_file(out)
+    mfa = MFA.from_pretrained(folder / "mfa")
+    expected = mfa.encode(ActivationStore(folder / "store").tensor(), top_k=2)
+    assert torch.equal(codes["components"], expected.components)
+    torch.testing.assert_close(codes["latents"], expected.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_evaluate(folder, capsys):
+    assert main(["evaluate", str(folder / "mfa"), str(folder / "store")]) == 0
+    assert "nll" in capsys.readouterr().out
+
+
+def test_steer_changes_the_text(folder, capsys):
+    arguments = ["steer", str(folder / "mfa"), "def f(self):", "-k", "3", "--max-new-tokens", "8"]
+    texts = []
+    for alpha in ("0", "0.9"):
+        assert main([*arguments, "--alpha", alpha]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] != texts[1]
+    assert all(text.startswith("def f(self):") for text in texts)
+    assert main([*arguments, "--latents", "1", "2", "-3", "--gate", "0.5", "--positions", "generated"]) == 0
+
+
+def test_convert_both_ways(folder):
+    assert main(["convert", str(folder / "mfa"), str(folder / "reference.pt")]) == 0
+    assert main(["convert", str(folder / "reference.pt"), str(folder / "again")]) == 0
+    x = ActivationStore(folder / "store").tensor()[:50]
+    first, second = (MFA.from_pretrained(folder / name) for name in ("mfa", "again"))
+    torch.testing.assert_close(first.log_prob(x), second.log_prob(x), rtol=1e-5, atol=1e-2)
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for word in ("torch", "C++ compiler", "kernel cache", "cpu, float32"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "{folder}/nothing", "{folder}/store"], "nothing"),
+        (["evaluate", "{folder}/mfa", "{folder}/nothing"], "nothing"),
+        (["steer", "{folder}/mfa", "x", "-k", "16"], "component must be in [0, 16), got 16"),
+        (["steer", "{folder}/mfa", "x", "-k", "1", "--layer", "9"], "layer must be in [-5, 5), got 9"),
+        (["steer", "{folder}/mfa", "x", "--gate", "0.5"], "--gate needs --component"),
+        (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "5000"], "5000"),
+        (["harvest", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/store"], "store"),
+        (["harvest", "--text", "{folder}/missing", "--layer", "1", "--out", "{folder}/y"], "missing"),
+        (["convert", "{folder}/missing.pt", "{folder}/y"], "missing.pt"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(folder, capsys, arguments, message):
+    assert main([argument.format(folder=folder) for argument in arguments]) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mfa-kernels ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_demo(tmp_path, capsys):
+    small = ["--tokens", "4000", "-K", "16", "-R", "3", "--epochs", "1"]
+    assert main(["demo", "--out", str(tmp_path), *small]) == 0
+    out = capsys.readouterr().out
+    assert "negative log-likelihood" in out
+    assert "unsteered:" in out
+    for name in ("mfa/model.safetensors", "evaluation.json", "fit.jsonl", "regions.png", "region.png", "regions.html"):
+        assert (tmp_path / name).is_file(), name
+        assert name.split("/")[0] in out
