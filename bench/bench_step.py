@@ -72,6 +72,22 @@ def test_step(benchmark, shape, problem, mfa):
     measure(benchmark, step, shape)
 
 
+def test_diffuse_step(benchmark, shape, problem):
+    """Every component active for every token, as after a random start: the dense fallback."""
+    n, k, d, r = shape
+    diffuse = MFA(k, d, r)
+    with torch.no_grad():
+        diffuse.means.mul_(0.01)
+    x = torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+    def step() -> None:
+        diffuse.zero_grad()
+        diffuse._cache = None
+        diffuse(x).backward()
+
+    measure(benchmark, step, shape, rounds=3)
+
+
 def test_plain_log_prob(benchmark, shape, problem):
     x, parameters = problem
     with torch.no_grad():

@@ -1,0 +1,194 @@
+"""K-means: where the regions of a mixture begin."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_choice
+from mfa_kernels.fitting.lloyd import Partition, finite_rows, lloyd
+from mfa_kernels.fitting.seeding import draw, k_means_parallel
+from mfa_kernels.fitting.source import Source, as_source
+
+_SAMPLE_PER_CLUSTER = 128
+_LEAST_SAMPLE = 50_000
+_SEED_ROWS_PER_CLUSTER = 32
+_FULL_PASSES = 2  # updates on all the rows, after those on the sample
+
+
+@dataclass(frozen=True)
+class KMeansResult:
+    """Clusters of N rows.
+
+    Attributes:
+        centroids: (K, D), float32 or float64 as the data.
+        assignment: the cluster of each row, (N,) int64 on the CPU; -1 for a row that is not finite.
+        inertia: sum of the (weighted) squared distances of the rows to their centroids.
+        counts: rows of each cluster, (K,) int64; the sums of their weights, float64, where weights were given.
+        iterations: updates of the centroids that were done.
+        skipped: rows that are not finite.
+    """
+
+    centroids: Tensor
+    assignment: Tensor
+    inertia: float
+    counts: Tensor
+    iterations: int
+    skipped: int = 0
+
+
+@torch.no_grad()
+def kmeans(
+    x: Any,
+    n_clusters: int,
+    *,
+    weights: Tensor | None = None,
+    iterations: int = 25,
+    init: str | Tensor = "k-means||",
+    tol: float = 1e-4,
+    sample: int | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> KMeansResult:
+    """K-means clusters: Lloyd's iterations from a k-means|| start, the same bits for the same seed.
+
+    More than `sample` rows are clustered on a random subset of them first; two updates and the assignment then run
+    over all. A cluster that loses its rows moves into the cluster with the largest inertia. Rows that are not finite
+    are left out and counted. Where the data has fewer distinct rows than clusters, the clusters left over repeat a
+    centroid and own no row, and a warning says so.
+
+    Args:
+        x: (N, D) activations of any kind that `as_source` takes.
+        n_clusters: K.
+        weights: (N,), finite and non-negative: a row of weight 2 counts as two rows.
+        iterations: most updates of the centroids (on the sample, where there is one); 0 keeps the start.
+        init: "k-means||", "random" (rows drawn by weight), or the centroids (K, D) themselves.
+        tol: iterations end when the inertia falls by less than this fraction of itself.
+        sample: rows of the subset; max(50000, 128 K) when None.
+        seed: of everything that is drawn.
+        device: that computes; where x is when None.
+        progress: show progress bars.
+
+    Raises:
+        TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
+    """
+    source = as_source(x, "x")
+    device = torch.device(device) if device is not None else source.device
+    _check_arguments(n_clusters, iterations, tol, sample)
+    weights = _check_weights(weights, len(source), device)
+    generator = torch.Generator().manual_seed(seed)
+    sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
+    options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress}
+
+    subset, index = _finite_sample(source, sample, weights, generator, device)
+    if len(index) < n_clusters:
+        positive = "" if weights is None else " of positive weight"
+        sampled = f" in a sample of {sample}" if sample < len(source) else ""
+        raise ValueError(
+            f"n_clusters = {n_clusters} needs at least as many finite rows{positive}, "
+            f"got {len(index)} of {len(source)}{sampled}"
+        )
+    subset_weights = None if weights is None else weights[index]
+    center = subset.chunk(0, len(subset)).mean(0, dtype=torch.float64).to(subset.dtype)
+    centroids = _start(subset, subset_weights, center, n_clusters, init, generator)
+    centroids, part, updates = lloyd(subset, centroids, center, subset_weights, iterations=iterations, **options)
+    if len(subset) < len(source):
+        full = min(_FULL_PASSES, iterations) if sample < len(source) else 0
+        options["name"] = "k-means, all rows"
+        centroids, part, more = lloyd(source, centroids, center, weights, iterations=full, **options)
+        updates += more
+    return _result(part, centroids + center, weights is not None, updates)
+
+
+def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int | None) -> None:
+    for name, value, least in (("n_clusters", n_clusters, 1), ("iterations", iterations, 0), ("sample", sample, 1)):
+        if value is not None and (int(value) != value or value < least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if sample is not None and sample < n_clusters:
+        raise ValueError(f"sample must be at least n_clusters = {n_clusters}, got {sample}")
+    if not tol >= 0:
+        raise ValueError(f"tol must be >= 0, got {tol!r}")
+
+
+def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+    if weights is None:
+        return None
+    weights = torch.as_tensor(weights).to(device=device, dtype=torch.float64)
+    if weights.shape != (rows,):
+        raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")
+    if not (weights.isfinite() & (weights >= 0)).all():
+        raise ValueError("weights must be finite and non-negative")
+    return weights
+
+
+def _finite_sample(
+    source: Source, sample: int, weights: Tensor | None, generator: torch.Generator, device: torch.device
+) -> tuple[Source, Tensor]:
+    """The finite rows (of positive weight) of a random sample of the source, and their row numbers."""
+    if sample >= len(source):
+        index = torch.arange(len(source))
+        x = source.chunk(0, len(source)).to(device)
+    else:
+        index = torch.randperm(len(source), generator=generator)[:sample].sort().values
+        x = source.rows(index).to(device)
+    index = index.to(device)
+    keep = finite_rows(x)
+    if weights is not None:
+        keep &= weights[index] > 0
+    if not keep.all():
+        x, index = x[keep], index[keep]
+    if not len(x):
+        raise ValueError(f"x has no finite row of positive weight among {min(sample, len(source))}")
+    return as_source(x, "x"), index
+
+
+def _start(
+    subset: Source,
+    weights: Tensor | None,
+    center: Tensor,
+    clusters: int,
+    init: str | Tensor,
+    generator: torch.Generator,
+) -> Tensor:
+    """First centroids, less the centre."""
+    if isinstance(init, Tensor):
+        if init.shape != (clusters, subset.n_features):
+            raise ValueError(
+                f"init must have shape (K, D) = ({clusters}, {subset.n_features}), got {tuple(init.shape)}"
+            )
+        if not init.isfinite().all():
+            raise ValueError("init must be finite")
+        return init.to(center) - center
+    check_choice(init, ("k-means||", "random"), "init")
+    mass = torch.ones(len(subset), device=center.device) if weights is None else weights
+    if init == "random":
+        return subset.rows(draw(mass, clusters, generator)) - center
+    rows = draw(torch.ones_like(mass), max(_SEED_ROWS_PER_CLUSTER * clusters, 4096), generator)
+    x = subset.rows(rows) - center
+    centroids = k_means_parallel(x, None if weights is None else weights[rows], clusters, generator)
+    # Where these rows are not distinct enough, the first pass finds the clusters that are empty and moves them.
+    return torch.cat([centroids, centroids[:1].expand(clusters - len(centroids), -1)])
+
+
+def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int) -> KMeansResult:
+    clusters = len(centroids)
+    empty = int((part.mass == 0).sum())
+    if empty:
+        warnings.warn(
+            f"kmeans: {empty} of {clusters} clusters own no row: fewer distinct rows than clusters", stacklevel=3
+        )
+    assignment = part.owner.cpu()
+    lost = assignment == clusters
+    return KMeansResult(
+        centroids,
+        assignment.masked_fill_(lost, -1),
+        float(part.inertia.sum()),
+        part.mass if weighted else part.mass.long(),
+        updates,
+        int(lost.sum()),
+    )

@@ -1,0 +1,210 @@
+"""Lloyd's iterations in chunks: assign by GEMM, average by sorted segments, split where a cluster lost its rows.
+
+Never held: the N x K distances, or a copy of the data. Every sum runs over rows in one fixed order: two runs agree
+to the bit.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from mfa_kernels.fitting.source import Source
+
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
+_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of rows and scores while a tile is compared: within a CPU's cache
+_SAME_POINT = 1e-10  # squared distance over squared norm at which two float32 rows count as one
+_SPLIT_ROWS = 1 << 16  # members of a cluster looked at to split it
+_EXTRA_PASSES = 10  # to settle clusters that are still empty when the iterations are over
+
+
+class Partition(NamedTuple):
+    """Who owns what, and the sums over each cluster.
+
+    Attributes:
+        owner: nearest centroid, (N,) int64; K for a row that is not finite (or whose distance is not).
+        distance: squared distance to it, (N,).
+        sums: weighted sums of the rows less the centre, (K, D) float64.
+        mass: sums of the weights, (K,) float64.
+        inertia: weighted sums of the squared distances, (K,) float64.
+    """
+
+    owner: Tensor
+    distance: Tensor
+    sums: Tensor
+    mass: Tensor
+    inertia: Tensor
+
+
+def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest centroid of every row, (n,) int64, and the squared distance to it, (n,).
+
+    Args:
+        x: (n, D).
+        centroids: (K, D). Both less a common centre, so that |x|^2 does not drown the differences.
+    """
+    owner = torch.empty(len(x), dtype=torch.long, device=x.device)
+    distance = torch.empty(len(x), dtype=x.dtype, device=x.device)
+    half_norm = centroids.square().sum(1) / 2
+    transposed = centroids.t()
+    elements = _TILE_ELEMENTS.get(x.device.type, 1 << 22)
+    rows = max(64, elements // sum(centroids.shape))
+    for start in range(0, len(x), rows):
+        tile = x[start : start + rows]
+        index = torch.addmm(half_norm, tile, transposed, beta=-1).max(1).indices
+        # By difference: the expanded square would leave the rounding of |x|^2 where the distance is 0.
+        gap = tile - centroids[index]
+        owner[start : start + rows] = index
+        distance[start : start + rows] = torch.linalg.vecdot(gap, gap)
+    return owner, distance
+
+
+def segment_sums(values: Tensor, owner: Tensor, segments: int, weights: Tensor | None = None) -> Tensor:
+    """Sums of the rows of values (n, m) by owner (n,): (segments, m). Owners from `segments` on are left out."""
+    order = owner.argsort(stable=True)
+    counts = owner.bincount(minlength=segments + 1)
+    # A last bag takes the rows that nobody owns.
+    offsets = (counts.cumsum(0) - counts)[: segments + 1]
+    ordered = None if weights is None else weights[order].to(values.dtype)
+    return embedding_bag(order, values, offsets, mode="sum", per_sample_weights=ordered)[:segments]
+
+
+def chunks(source: Source, clusters: int, device: torch.device) -> list[tuple[int, int]]:
+    """Ranges of rows that bound the memory of a pass; long enough to outweigh the K x D sums of each."""
+    rows = max(clusters, _CHUNK_ELEMENTS.get(device.type, 1 << 22) // source.n_features)
+    return [(start, min(start + rows, len(source))) for start in range(0, len(source), rows)]
+
+
+def finite_rows(x: Tensor) -> Tensor:
+    """Which rows of x (n, D) are finite, (n,) bool."""
+    return x.abs().amax(1).isfinite()
+
+
+@torch.no_grad()
+def partition(source: Source, centroids: Tensor, center: Tensor, weights: Tensor | None, bar: Any = None) -> Partition:
+    """One pass over the data.
+
+    Args:
+        source: N rows.
+        centroids: less the centre, (K, D), on the device that computes.
+        center: (D,).
+        weights: (N,) non-negative, or None.
+        bar: a progress bar of rows.
+    """
+    clusters, features = centroids.shape
+    like: dict[str, Any] = {"device": centroids.device}
+    owner = torch.empty(len(source), dtype=torch.long, **like)
+    distance = torch.empty(len(source), dtype=centroids.dtype, **like)
+    sums = torch.zeros(clusters, features, dtype=torch.float64, **like)
+    totals = torch.zeros(clusters, 2, dtype=torch.float64, **like)
+    for start, stop in chunks(source, clusters, centroids.device):
+        x = source.chunk(start, stop).to(centroids) - center
+        mine, gap = nearest(x, centroids)
+        lost = ~gap.isfinite()
+        mine.masked_fill_(lost, clusters)
+        gap.masked_fill_(lost, 0)
+        weight = None if weights is None else weights[start:stop].to(centroids)
+        sums += segment_sums(x, mine, clusters, weight)
+        pair = torch.stack([gap, torch.ones_like(gap)], dim=1).double()
+        totals += segment_sums(pair, mine, clusters, None if weight is None else weight.double())
+        owner[start:stop], distance[start:stop] = mine, gap
+        if bar is not None:
+            bar.update(stop - start)
+    return Partition(owner, distance, sums, totals[:, 1], totals[:, 0])
+
+
+@torch.no_grad()
+def split_empty(
+    source: Source,
+    part: Partition,
+    centroids: Tensor,
+    center: Tensor,
+    weights: Tensor | None,
+    generator: torch.Generator,
+) -> Tensor | None:
+    """Centroids whose empty clusters have been moved to rows of the clusters with the largest inertia.
+
+    A row is drawn with a probability proportional to its squared distance (k-means++ within the cluster), so that no
+    two centroids coincide. None where nothing is empty, or nothing is left to split: fewer distinct rows than clusters.
+    """
+    empty = (part.mass == 0).nonzero().squeeze(1).tolist()
+    inertia = part.inertia.clone()
+    members: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # rows, their norms, their share of the inertia
+    out = centroids.clone()
+    moved = False
+    for cluster in empty:
+        while True:
+            donor = int(inertia.argmax())
+            if not inertia[donor] > 0:
+                return out if moved else None
+            if donor in members:
+                break
+            # Seen from where the centroid is now: it may have moved onto all of its rows.
+            index = (part.owner == donor).nonzero().squeeze(1)
+            index = index[:: math.ceil(len(index) / _SPLIT_ROWS)]
+            x = source.rows(index).to(centroids) - center
+            weight = torch.ones_like(x[:, 0]) if weights is None else weights[index].to(x)
+            members[donor] = x, weight, _spread(x, centroids[donor], weight)
+            inertia[donor] = members[donor][2].sum()
+        x, weight, spread = members[donor]
+        pick = int(torch.multinomial(spread.cpu(), 1, generator=generator))
+        out[cluster] = x[pick]
+        spread = torch.minimum(spread, _spread(x, x[pick], weight))
+        members[donor] = x, weight, spread
+        inertia[donor] = spread.sum()
+        moved = True
+    return out if moved else None
+
+
+def _spread(x: Tensor, point: Tensor, weight: Tensor) -> Tensor:
+    """Weighted squared distances (n,) in float64; 0 where a row is the point but for rounding."""
+    distance = (x - point).double().square().sum(1)
+    same = distance <= _SAME_POINT * x.double().square().sum(1)
+    return (distance * weight).masked_fill(same, 0)
+
+
+def lloyd(
+    source: Source,
+    centroids: Tensor,
+    center: Tensor,
+    weights: Tensor | None,
+    *,
+    iterations: int,
+    tol: float,
+    generator: torch.Generator,
+    progress: bool,
+    name: str = "k-means",
+) -> tuple[Tensor, Partition, int]:
+    """Lloyd's iterations until the inertia falls by less than `tol` of itself.
+
+    Returns:
+        Centroids less the centre (K, D), the partition they make, and the updates that were done.
+    """
+    from tqdm import tqdm
+
+    previous = math.inf
+    updates = 0
+    with tqdm(
+        total=(iterations + 1) * len(source), desc=name, unit="row", unit_scale=True, disable=not progress
+    ) as bar:
+        while True:
+            part = partition(source, centroids, center, weights, bar)
+            total = float(part.inertia.sum())
+            bar.set_postfix(inertia=f"{total:.5g}", refresh=False)
+            finished = updates >= iterations or total >= previous * (1 - tol)
+            means = centroids
+            if not finished:
+                mass = part.mass.unsqueeze(1)
+                means = torch.where(mass > 0, part.sums / mass, centroids.double()).to(centroids)
+            split = None
+            if updates < iterations + _EXTRA_PASSES and iterations:
+                split = split_empty(source, part, means, center, weights, generator)
+            if finished and split is None:
+                return centroids, part, updates
+            centroids = means if split is None else split
+            previous = total
+            updates += 1

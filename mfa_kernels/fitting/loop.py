@@ -1,0 +1,219 @@
+"""`fit`: from activations to a mixture, with the best state on held-out rows."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_choice
+from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
+from mfa_kernels.fitting.lloyd import finite_rows
+from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Settings, Training
+from mfa_kernels.fitting.source import Source, as_source
+from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
+from mfa_kernels.functional import PRECISIONS
+from mfa_kernels.mfa import MFA
+
+METHODS = ("sgd",)
+_HELD_OUT_ROWS = 20_000  # at most
+_START_ROWS_PER_COMPONENT = 128
+_LEAST_START_ROWS = 100_000
+_KMEANS_ITERATIONS = 10
+_LIVE_ROWS_PER_COMPONENT = 64
+_CHUNK_ROWS = 4096  # of these that are assigned at once
+_DEAD_SHARE = 0.1  # of the components, from which on a warning is due
+
+
+def fit(
+    activations: Any,
+    n_components: int,
+    rank: int = 10,
+    *,
+    method: str = "sgd",
+    noise: str = "shared",
+    init: str = "pca",
+    clusters: KMeansResult | Tensor | None = None,
+    epochs: int = 10,
+    batch_size: int = 1024,
+    lr: float = 1e-2,
+    schedule: str = "cosine",
+    held_out: float = 0.05,
+    eval_every: int | None = None,
+    patience: int | None = 5,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    precision: str = "exact",
+    callbacks: Sequence[Callback] = (),
+    log: StrPath | None = None,
+    progress: bool = True,
+) -> MFA:
+    """Fits a mixture of factor analyzers to activations by the paper's procedure; returns the best on held-out rows.
+
+    K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then Adam on the
+    mean negative log-likelihood (arXiv 2602.02464). Rows are shuffled by number and never moved. The same seed gives
+    the same bits on one device. Rows that are not finite are left out and counted.
+
+    Args:
+        activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
+            concatenated in memory; see `mfa_kernels.fitting.as_source`.
+        n_components: K, at most the number of rows to train on.
+        rank: R, at most D; 0 is a mixture of diagonal Gaussians.
+        method: "sgd", the one there is.
+        noise: "shared" or "per_component".
+        init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.
+        clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.
+        epochs: passes over the rows; 0 returns the start.
+        batch_size: rows per step, at most; an epoch is cut into batches of equal size.
+        lr: Adam's learning rate. Means and loadings move in units of the standard deviation within clusters, per
+            dimension, so that the rate depends neither on the scale of the activations nor on outlier dimensions.
+        schedule: "cosine" (down to 0) or "constant", both after a short linear warm-up.
+        held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows. With
+            0 nothing is chosen: the last state is returned.
+        eval_every: steps between evaluations on the held-out rows; None: once an epoch.
+        patience: evaluations without improvement after which to stop; None: never.
+        seed: of everything that is drawn.
+        device: of the mixture and of the work; None: where the activations are.
+        dtype: of the parameters, float32 or float64.
+        precision: of the mixture: "exact", "fast" or "reference".
+        callbacks: called as callback(mfa, record) after every evaluation, the one of the start included; `record` is
+            the entry of `FitReport.history`. They may change the mixture's parameters in place.
+        log: path of a file of JSON lines, one per evaluation.
+        progress: show progress bars.
+
+    Returns:
+        The mixture, with a `FitReport` as its attribute `fit_report`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        RuntimeError: when step after step has a loss or a gradient that is not finite.
+    """
+    source = as_source(activations)
+    check_choice(method, METHODS, "method")
+    check_choice(init, INITS, "init")
+    check_choice(noise, ("shared", "per_component"), "noise")
+    check_choice(schedule, SCHEDULES, "schedule")
+    check_choice(precision, PRECISIONS, "precision")
+    _check_numbers(n_components, rank, source.n_features, epochs, batch_size, lr, held_out, eval_every, patience)
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    device = torch.device(device) if device is not None else source.device
+    settings = Settings(epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress)
+    generator = torch.Generator().manual_seed(seed)
+    report = FitReport()
+
+    rows, held_index = _split(len(source), held_out, generator)
+    held_out_rows = _finite(source, held_index, device, report).to(dtype)
+    report.held_out_rows = len(held_out_rows)
+    if len(held_index) and not len(held_out_rows):
+        raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
+    sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
+    # What is left out of the sample is counted when training meets it.
+    start_rows = _finite(source, rows[:sample], device, None if epochs else report)
+    if len(start_rows) < n_components:
+        raise ValueError(
+            f"n_components = {n_components} needs at least as many finite rows to train on, got {len(start_rows)} "
+            f"of {len(source)} (held out: {len(held_index)})"
+        )
+
+    with _timed(report, "kmeans"):
+        if clusters is None:
+            clusters = kmeans(start_rows, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
+        centroids = centroids_of(clusters, source.n_features, n_components)
+    with _timed(report, "start"):
+        mfa = start_from_clusters(
+            start_rows, centroids, rank, noise,
+            init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
+        )  # fmt: skip
+    del start_rows
+    with _timed(report, "sgd"):
+        training = Training(mfa, source, rows, held_out_rows, settings, generator, report)
+        training.run()
+        training.restore_best()
+    _count_live(mfa, held_out_rows, source, rows[: _LIVE_ROWS_PER_COMPONENT * n_components], report)
+    mfa.zero_grad()
+    mfa.fit_report = report
+    return mfa
+
+
+@contextmanager
+def _timed(report: FitReport, stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    report.seconds[stage] = time.perf_counter() - began
+
+
+def _split(rows: int, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to hold out, in random order."""
+    order = torch.randperm(rows, generator=generator)
+    held = min(_HELD_OUT_ROWS, max(1, round(held_out * rows))) if held_out else 0
+    return order[held:], order[:held]
+
+
+def _check_numbers(
+    n_components: int,
+    rank: int,
+    n_features: int,
+    epochs: int,
+    batch_size: int,
+    lr: float,
+    held_out: float,
+    eval_every: int | None,
+    patience: int | None,
+) -> None:
+    for name, value, least in (
+        ("n_components", n_components, 1),
+        ("rank", rank, 0),
+        ("epochs", epochs, 0),
+        ("batch_size", batch_size, 1),
+        ("eval_every", eval_every, 1),
+        ("patience", patience, 1),
+    ):
+        if value is not None and (int(value) != value or value < least):
+            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    if rank > n_features:
+        raise ValueError(f"rank must be at most the width of the activations, {n_features}, got {rank}")
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+
+
+def _finite(source: Source, index: Tensor, device: torch.device, report: FitReport | None = None) -> Tensor:
+    """The finite ones of some rows, on `device`; the others are counted where there is a report."""
+    if not len(index):
+        return torch.empty(0, source.n_features, dtype=source.dtype, device=device)
+    x = source.rows(index).to(device)
+    finite = finite_rows(x)
+    if finite.all():
+        return x
+    if report is not None:
+        report.skipped_rows += int((~finite).sum())
+    return x[finite]
+
+
+@torch.no_grad()
+def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport) -> None:
+    """Counts the components that own a held-out row or one at `index`, and warns where many own none."""
+    owned = torch.zeros(mfa.n_components, dtype=torch.bool, device=mfa.means.device)
+    others = (_finite(source, part, mfa.means.device) for part in index.split(_CHUNK_ROWS))
+    for x in chain(held_out.split(_CHUNK_ROWS), others):
+        owned[mfa.assign(x)] = True
+        report.live_rows += len(x)
+    report.live_components = int(owned.sum())
+    dead = mfa.n_components - report.live_components
+    if dead > _DEAD_SHARE * mfa.n_components:
+        warnings.warn(
+            f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
+            f"{report.live_rows} rows; fewer components, more rows or another start may serve better",
+            stacklevel=3,
+        )

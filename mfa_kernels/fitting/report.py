@@ -1,0 +1,49 @@
+"""What a fit did."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from mfa_kernels.files import StrPath, atomic_write_text
+
+
+@dataclass
+class FitReport:
+    """What `fit` did, attached to the mixture as `mfa.fit_report`.
+
+    Attributes:
+        history: one record per evaluation: step, epoch (the one in training, from 1; 0 at the start), train_nll (mean
+            since the record before; None in the first), held_out_nll (None without held-out rows), both in nats per
+            token, seconds (of training so far) and tokens_per_second (since the record before).
+        best_step: the step whose parameters were kept.
+        held_out_nll: of these, in nats per token; None without held-out rows.
+        held_out_rows: finite rows held out.
+        skipped_rows: distinct rows left out because they are not finite, as far as they were read.
+        skipped_steps: steps left out because the loss or its gradient was not finite.
+        live_components: components that are the most responsible for at least one of `live_rows` rows.
+        live_rows: the held-out rows and a sample of the others.
+        seconds: wall time by stage: "kmeans", "start", "sgd".
+        stopped_early: whether `patience` ran out.
+    """
+
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int = 0
+    held_out_nll: float | None = None
+    held_out_rows: int = 0
+    skipped_rows: int = 0
+    skipped_steps: int = 0
+    live_components: int = 0
+    live_rows: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    stopped_early: bool = False
+
+    def write_history(self, path: StrPath) -> None:
+        """Writes the history as JSON lines, replacing the file; a number that is not finite becomes null."""
+        lines = [
+            json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()})
+            for record in self.history
+        ]
+        atomic_write_text(path, "".join(line + "\n" for line in lines))

@@ -1,0 +1,69 @@
+"""First centroids: k-means|| (Bahmani et al., arXiv 1203.6402), in a fixed number of passes over the rows."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.fitting.lloyd import nearest, segment_sums
+
+_ROUNDS = 4  # passes over the rows, each of which draws K candidates
+
+
+def draw(mass: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    """At most n distinct indices into mass (N,), with probability proportional to it; never one whose mass is 0."""
+    n = min(n, int((mass > 0).sum()))
+    # An exponential race: of any length, unlike multinomial.
+    uniform = torch.rand(len(mass), dtype=torch.float64, generator=generator).to(mass.device)
+    times = -uniform.log() / mass.double()
+    times.masked_fill_(~(mass > 0), float("inf"))
+    return times.topk(n, largest=False, sorted=True).indices
+
+
+def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator: torch.Generator) -> Tensor:
+    """K of the rows x (n, D), far apart: (m, D), m < K only where x has fewer distinct rows.
+
+    Four rounds draw K candidates each, by squared distance to the candidates so far; these, weighted by the rows they
+    stand for, are then reduced to K by greedy k-means++.
+    """
+    weights = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
+    first = draw(weights, 1, generator)
+    candidates, owner = x[first], torch.zeros(len(x), dtype=torch.long, device=x.device)
+    gap = x - candidates
+    distance = torch.linalg.vecdot(gap, gap)
+    for _ in range(_ROUNDS):
+        new = x[draw(weights * distance, clusters, generator)]
+        if not len(new):
+            break
+        index, gap = nearest(x, new)
+        owner = torch.where(gap < distance, index + len(candidates), owner)
+        distance = torch.minimum(distance, gap)
+        candidates = torch.cat([candidates, new])
+    mass = segment_sums(weights.unsqueeze(1), owner, len(candidates)).squeeze(1)
+    return _reduce(candidates, mass, clusters, generator)
+
+
+def _reduce(candidates: Tensor, mass: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
+    """K of the weighted candidates by greedy k-means++: of a few draws, the one that leaves the least inertia."""
+    trials = 2 + int(math.log2(clusters))
+    square = candidates.square().sum(1)
+    chosen = draw(mass, 1, generator)
+    distance = nearest(candidates, candidates[chosen])[1]
+    found = [chosen]
+    while len(found) < clusters:
+        # On the CPU: a GPU's running sum of floats is not the same twice.
+        ends = (mass * distance).double().cpu().cumsum(0)
+        if not ends[-1] > 0:
+            break
+        uniform = torch.rand(trials, dtype=torch.float64, generator=generator)
+        drawn = torch.searchsorted(ends, uniform * ends[-1], right=True).clamp_max(len(candidates) - 1)
+        drawn = drawn.to(mass.device)
+        gap = torch.addmm(square, candidates[drawn], candidates.t(), alpha=-2) + square[drawn].unsqueeze(1)
+        left = torch.minimum(distance, gap.clamp_min_(0))
+        best = int((left @ mass).argmin())
+        gap = candidates - candidates[drawn[best]]
+        distance = torch.minimum(distance, torch.linalg.vecdot(gap, gap))
+        found.append(drawn[best : best + 1])
+    return candidates[torch.cat(found)]

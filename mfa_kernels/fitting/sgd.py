@@ -1,0 +1,264 @@
+"""Adam on the negative log-likelihood: the paper's procedure, in units that do not depend on the data's scale."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.lloyd import finite_rows
+from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.fitting.source import Source
+from mfa_kernels.mfa import MFA
+
+Callback = Callable[[MFA, dict[str, Any]], Any]
+
+SCHEDULES = ("cosine", "constant")
+_WARMUP = 50  # steps, or a tenth of them where there are fewer than 500
+_CLIP = 3.0  # times the running mean of the gradient's norm
+_MOST_BAD_STEPS = 10  # in a row
+_EVALUATION_ROWS = 4096  # at once
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; `fit` documents the fields."""
+
+    epochs: int
+    batch_size: int
+    lr: float
+    schedule: str
+    eval_every: int | None
+    patience: int | None
+    callbacks: Sequence[Callback]
+    log: StrPath | None
+    progress: bool
+
+
+class StandardizedAdam:
+    """Adam whose means and loadings are in units of a standard deviation per dimension.
+
+    Adam moves every coordinate by about its learning rate: one rate fits activations only when their dimensions have
+    one scale, and those of language models differ by orders of magnitude. What is stepped is the means less the
+    mixture's centre, and the loadings, divided by `scale`; log-noise and weight logits have no unit.
+
+    Args:
+        mfa: the mixture.
+        scale: (D,).
+        lr: of the first step.
+    """
+
+    def __init__(self, mfa: MFA, scale: Tensor, lr: float) -> None:
+        self.scaled = (
+            (mfa.means, mfa.center, scale),
+            (mfa.loadings, torch.zeros_like(scale).unsqueeze(-1), scale.unsqueeze(-1)),
+        )
+        self.parameters = [torch.empty_like(p).requires_grad_() for p, _, _ in self.scaled]
+        self.all = [*self.parameters, mfa.log_noise, mfa.weight_logits]
+        # Fused: the others make several passes over the parameters.
+        self.adam = torch.optim.Adam(self.all, lr=lr, fused=True)
+        self.typical: float | None = None  # norm of the gradient
+        self.read()
+
+    @torch.no_grad()
+    def read(self) -> None:
+        """Takes over the mixture's parameters, after somebody changed them."""
+        for own, (parameter, offset, scale) in zip(self.parameters, self.scaled):
+            own.copy_((parameter - offset) / scale)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> bool:
+        """One step along the gradients in the mixture; False, and no step, where one of them is not finite."""
+        for own, (parameter, _, scale) in zip(self.parameters, self.scaled):
+            assert parameter.grad is not None
+            own.grad = parameter.grad.mul_(scale)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.all if p.grad is not None])
+        size = float(norm)
+        if not math.isfinite(size):
+            return False
+        # A batch with an outlier would otherwise slow down the components it touches for a thousand steps.
+        limit = _CLIP * (self.typical or size)
+        torch.nn.utils.clip_grads_with_norm_(self.all, limit, norm)
+        self.typical = size if self.typical is None else 0.95 * self.typical + 0.05 * min(size, limit)
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.adam.step()
+        for own, (parameter, offset, scale) in zip(self.parameters, self.scaled):
+            torch.addcmul(offset, own, scale, out=parameter)
+        return True
+
+
+def learning_rate(step: int, steps: int, settings: Settings) -> float:
+    """The rate of step `step` of `steps`: a linear warm-up, then constant, or a half cosine down to 0."""
+    warmup = min(_WARMUP, steps // 10)
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    if settings.schedule == "constant":
+        return settings.lr
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def read_ahead(source: Source, indices: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The rows at each of the indices; from a disk, the next ones are read while the caller works."""
+    if source.in_memory:
+        yield from map(source.rows, indices)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = None
+        for index in indices:
+            due, ahead = ahead, pool.submit(source.rows, index)
+            if due is not None:
+                yield due.result()
+        if ahead is not None:
+            yield ahead.result()
+
+
+def shuffled(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The row numbers `rows` in random batches of nearly equal size, sorted within each, as disks like it."""
+    order = rows[torch.randperm(len(rows), generator=generator)]
+    for batch in order.tensor_split(-(-len(rows) // batch_size)):
+        yield batch.sort().values
+
+
+@torch.no_grad()
+def standard_deviation(mfa: MFA) -> Tensor:
+    """Of x within a component, averaged over the components: (D,)."""
+    weights = mfa.log_weights.exp()
+    noise = mfa.noise_variance
+    noise = noise if noise.dim() == 1 else weights @ noise
+    return (noise + torch.einsum("k,kdr,kdr->d", weights, mfa.loadings, mfa.loadings)).sqrt()
+
+
+@torch.no_grad()
+def mean_nll(mfa: MFA, x: Tensor) -> float:
+    """Mean negative log-likelihood of x (n, D), in nats per row."""
+    return -float(torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double().mean())
+
+
+class Training:
+    """Trains a mixture in place, and leaves in it the parameters that are best on held-out rows.
+
+    Args:
+        mfa: the start.
+        source: the data.
+        rows: numbers of the rows to train on, int64.
+        held_out: finite rows (n, D) on the mixture's device; where there are none, the last parameters are left.
+        settings: how.
+        generator: of the order of the rows.
+        report: is filled.
+    """
+
+    def __init__(
+        self,
+        mfa: MFA,
+        source: Source,
+        rows: Tensor,
+        held_out: Tensor,
+        settings: Settings,
+        generator: torch.Generator,
+        report: FitReport,
+    ) -> None:
+        self.mfa, self.source, self.rows, self.held_out = mfa, source, rows, held_out
+        self.settings, self.generator, self.report = settings, generator, report
+        self.adam = StandardizedAdam(mfa, standard_deviation(mfa), settings.lr)
+        self.best: list[Tensor] | None = None
+        self.evaluations_since_best = 0
+        self.bad_steps = 0
+        self.losses: list[float] = []  # since the last evaluation, as the two below
+        self.tokens = 0
+        self.began = time.perf_counter()
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        """Raises RuntimeError after ten steps in a row without a finite loss and gradient."""
+        from tqdm import tqdm
+
+        settings = self.settings
+        per_epoch = -(-len(self.rows) // settings.batch_size)
+        steps, step = per_epoch * settings.epochs, 0
+        every = settings.eval_every or per_epoch
+        with tqdm(total=steps, desc="fit", unit="step", disable=not settings.progress) as bar:
+            self._evaluate(0, 0, bar)
+            for epoch in range(settings.epochs):
+                indices = shuffled(self.rows, settings.batch_size, self.generator)
+                for x in read_ahead(self.source, indices):
+                    self._step(x, learning_rate(step, steps, settings), count_skipped=epoch == 0)
+                    step += 1
+                    bar.update()
+                    if step % every == 0 or step == steps:
+                        self._evaluate(step, epoch + 1, bar)
+                        if settings.patience is not None and self.evaluations_since_best >= settings.patience:
+                            self.report.stopped_early = step < steps
+                            return
+
+    def restore_best(self) -> None:
+        """Puts the best parameters back into the mixture."""
+        if self.best is not None:
+            with torch.no_grad():
+                for parameter, kept in zip(self.mfa.parameters(), self.best):
+                    parameter.copy_(kept)
+
+    def _step(self, x: Tensor, lr: float, count_skipped: bool) -> None:
+        x = x.to(self.mfa.means.device)
+        finite = finite_rows(x)
+        if not finite.all():
+            if count_skipped:
+                self.report.skipped_rows += int((~finite).sum())
+            x = x[finite]
+            if not len(x):
+                return
+        self.mfa.zero_grad()
+        loss = self.mfa(x)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            loss.backward()
+            if self.adam.step(lr):
+                self.losses.append(value)
+                self.tokens += len(x)
+                self.bad_steps = 0
+                return
+        self.report.skipped_steps += 1
+        self.bad_steps += 1
+        if self.bad_steps >= _MOST_BAD_STEPS:
+            raise RuntimeError(
+                f"fit: {self.bad_steps} steps in a row had a loss or gradient that is not finite (the last loss: "
+                f"{value}); try a smaller lr than {self.settings.lr}, or look at the scale of the activations"
+            )
+
+    def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
+        spent = time.perf_counter() - self.began
+        self.seconds += spent
+        held_out = mean_nll(self.mfa, self.held_out) if len(self.held_out) else None
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
+            "held_out_nll": held_out,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / spent,
+        }
+        report = self.report
+        report.history.append(record)
+        self.evaluations_since_best += 1
+        if held_out is None:
+            report.best_step = step
+        elif report.held_out_nll is None or held_out < report.held_out_nll:
+            report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
+            self.best = [p.detach().clone() for p in self.mfa.parameters()]
+        bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
+        if self.settings.log is not None:
+            report.write_history(self.settings.log)
+        versions = [p._version for p in self.mfa.parameters()]
+        for callback in self.settings.callbacks:
+            callback(self.mfa, record)
+        if versions != [p._version for p in self.mfa.parameters()]:
+            self.adam.read()
+        self.losses, self.tokens = [], 0
+        self.began = time.perf_counter()

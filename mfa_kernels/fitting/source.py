@@ -1,0 +1,181 @@
+"""One view of activations wherever they are: a tensor, an array, an object that is read by row, or batches."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Source:
+    """N activations of width D, read by row number in one float dtype. Made by `as_source`.
+
+    Attributes:
+        n_features: D.
+        dtype: of the rows as they are read: float32, or float64 where the data is float64.
+        device: where the rows are when they have been read.
+        in_memory: whether reading is cheap, or worth doing ahead.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        n_features: int,
+        dtype: torch.dtype,
+        read: Callable[[Tensor], Tensor],
+        read_range: Callable[[int, int], Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        in_memory: bool = True,
+    ) -> None:
+        self._length, self.n_features, self.in_memory = length, n_features, in_memory
+        self.device = torch.device(device)
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._read, self._read_range = read, read_range
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows (n, D) at `index` (n,) int64, in its order."""
+        return self._read(index).to(self.dtype)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop): a view of the data where that is possible."""
+        return self._read_range(start, stop).to(self.dtype)
+
+
+def as_source(activations: Any, name: str = "activations") -> Source:
+    """Activations of any accepted kind as a `Source`.
+
+    Args:
+        activations: one of
+            a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
+            a numpy array (..., D), such as a memory map, which is then read row by row;
+            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`;
+            an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
+            concatenated in memory, in their own dtype.
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit; integers, no rows, or batches of several widths among it.
+    """
+    if isinstance(activations, Source):
+        source = activations
+    elif isinstance(activations, Tensor):
+        source = _tensor_source(activations.detach(), name)
+    elif isinstance(activations, np.ndarray):
+        source = _array_source(activations, name)
+    elif hasattr(activations, "rows") and hasattr(activations, "n_features"):
+        source = _store_source(activations, name)
+    elif isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
+        source = _tensor_source(_concatenate(activations, name), name)
+    else:
+        raise TypeError(
+            f"{name} must be a tensor, an array, an object with rows(index) and n_features (an ActivationStore) "
+            f"or an iterable of batches (B, D), got {type(activations).__name__}"
+        )
+    if not len(source) or not source.n_features:
+        raise ValueError(f"{name} must hold at least one row and one feature, got {len(source)} x {source.n_features}")
+    return source
+
+
+def _check_shape(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"{name} must have shape (N, D) or (..., D), got {tuple(shape)}")
+
+
+def _check_dtype(dtype: torch.dtype, name: str) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {dtype}")
+
+
+def _tensor_source(data: Tensor, name: str) -> Source:
+    _check_shape(data.shape, name)
+    _check_dtype(data.dtype, name)
+    data = data.flatten(0, -2)
+    return Source(
+        len(data),
+        data.shape[1],
+        data.dtype,
+        lambda index: data.index_select(0, index.to(data.device)),
+        lambda start, stop: data[start:stop],
+        device=data.device,
+    )
+
+
+def _array_source(data: np.ndarray, name: str) -> Source:
+    _check_shape(data.shape, name)
+    if data.dtype.kind != "f":
+        raise TypeError(f"{name} must have a floating-point dtype, got {data.dtype}")
+    if data.dtype.itemsize > 8 or not data.dtype.isnative:
+        raise TypeError(f"{name} must be float16, float32 or float64 in this machine's byte order, got {data.dtype!r}")
+    data = data.reshape(-1, data.shape[-1])
+    if not isinstance(data, np.memmap) and data.flags.writeable:
+        return _tensor_source(torch.from_numpy(data), name)
+    return Source(
+        len(data),
+        data.shape[1],
+        torch.from_numpy(np.empty(0, data.dtype)).dtype,
+        lambda index: torch.from_numpy(data[index.cpu().numpy()]),
+        lambda start, stop: torch.from_numpy(np.array(data[start:stop])),
+        in_memory=not isinstance(data, np.memmap),
+    )
+
+
+def _store_source(store: Any, name: str) -> Source:
+    length, features = len(store), int(store.n_features)
+
+    def read(index: Tensor) -> Tensor:
+        out = store.rows(index.cpu())
+        if not isinstance(out, Tensor) or tuple(out.shape) != (len(index), features):
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"{name}.rows must return a tensor of shape ({len(index)}, {features}), got {found}")
+        return out
+
+    if not length:
+        return Source(0, features, torch.float32, read, lambda start, stop: read(torch.arange(start, stop)))
+    first = read(torch.zeros(1, dtype=torch.long))
+    _check_dtype(first.dtype, f"{name}.rows")
+    return Source(
+        length,
+        features,
+        first.dtype,
+        read,
+        lambda start, stop: read(torch.arange(start, stop)),
+        device=first.device,
+        in_memory=False,
+    )
+
+
+def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
+    """All the batches in one tensor; each is let go when it has been copied, so that the data is held once."""
+    held: deque[Tensor] = deque()
+    dtype: torch.dtype | None = None
+    for i, item in enumerate(batches):
+        batch = item[0] if isinstance(item, tuple | list) and len(item) else item
+        if isinstance(batch, np.ndarray):
+            batch = torch.from_numpy(np.array(batch))
+        if not isinstance(batch, Tensor):
+            raise TypeError(f"{name}: batch {i} must be a tensor or an array, got {type(batch).__name__}")
+        _check_shape(batch.shape, f"{name}: batch {i}")
+        _check_dtype(batch.dtype, f"{name}: batch {i}")
+        if held and batch.shape[-1] != held[0].shape[-1]:
+            raise ValueError(
+                f"{name}: batch {i} has width {batch.shape[-1]}, but batch 0 has width {held[0].shape[-1]}"
+            )
+        dtype = batch.dtype if dtype is None else torch.promote_types(dtype, batch.dtype)
+        held.append(batch.detach().flatten(0, -2))
+    if not held:
+        raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
+    out = torch.empty(sum(len(batch) for batch in held), held[0].shape[-1], dtype=dtype, device=held[0].device)
+    start = 0
+    while held:
+        batch = held.popleft()
+        out[start : start + len(batch)] = batch
+        start += len(batch)
+    return out

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mfa_kernels.fitting import as_source
+from tests.fitting.planted import Store
+
+DATA = torch.arange(24.0).view(8, 3)
+INDEX = torch.tensor([7, 0, 3, 3])
+
+
+def memory_map(tmp_path):
+    np.save(tmp_path / "x.npy", DATA.numpy())
+    return np.load(tmp_path / "x.npy", mmap_mode="r")
+
+
+def read_only(tmp_path):
+    array = DATA.numpy().copy()
+    array.flags.writeable = False
+    return array
+
+
+KINDS = {
+    "tensor": lambda _: DATA,
+    "needs gradient": lambda _: DATA.clone().requires_grad_(),
+    "leading dimensions": lambda _: DATA.view(2, 4, 3),
+    "strided": lambda _: DATA.t().contiguous().t(),
+    "half": lambda _: DATA.half(),
+    "bfloat16": lambda _: DATA.bfloat16(),
+    "array": lambda _: DATA.numpy().copy(),
+    "read-only array": read_only,
+    "memory map": memory_map,
+    "store": lambda _: Store(DATA),
+    "half store": lambda _: Store(DATA.half()),
+    "list of batches": lambda _: list(DATA.split(3)),
+    "generator": lambda _: (batch for batch in DATA.split(3)),
+    "arrays": lambda _: [batch.numpy() for batch in DATA.split(5)],
+    "loader with tokens": lambda _: [(batch, torch.zeros(len(batch))) for batch in DATA.split(3)],
+    "batches of sequences": lambda _: [DATA.view(2, 4, 3)],
+    "data loader": lambda _: torch.utils.data.DataLoader(torch.utils.data.TensorDataset(DATA), batch_size=3),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("error")
+def test_every_kind_reads_the_same(kind, tmp_path):
+    source = as_source(KINDS[kind](tmp_path))
+    assert len(source) == 8
+    assert source.n_features == 3
+    assert source.dtype == torch.float32
+    for rows, expected in ((source.rows(INDEX), DATA[INDEX]), (source.chunk(2, 7), DATA[2:7])):
+        assert rows.dtype == torch.float32
+        assert not rows.requires_grad
+        assert torch.equal(rows, expected)
+    assert source.rows(INDEX[:0]).shape == (0, 3)
+
+
+@pytest.mark.parametrize("data", [DATA.double(), DATA.double().numpy(), Store(DATA.double()), [DATA, DATA.double()]])
+def test_float64_stays(data):
+    source = as_source(data)
+    assert source.rows(INDEX).dtype == torch.float64
+
+
+def test_a_source_passes_through():
+    source = as_source(DATA)
+    assert as_source(source) is source
+
+
+def test_a_tensor_is_not_copied():
+    assert as_source(DATA).chunk(0, 8).data_ptr() == DATA.data_ptr()
+
+
+def test_batches_keep_their_dtype_in_memory():
+    source = as_source([DATA.half(), DATA.half()])
+    assert source._read_range(0, 2).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (DATA.long(), TypeError, r"activations must have a floating-point dtype, got torch.int64"),
+        (DATA.long().numpy(), TypeError, r"activations must have a floating-point dtype, got int64"),
+        (DATA.numpy().astype(">f4"), TypeError, r"byte order"),
+        (Store(DATA.long()), TypeError, r"activations.rows must have a floating-point dtype"),
+        ([DATA.long()], TypeError, r"batch 0 must have a floating-point dtype"),
+        (DATA[0], ValueError, r"shape \(N, D\) or \(\.\.\., D\), got \(3,\)"),
+        (DATA[:0], ValueError, r"at least one row and one feature, got 0 x 3"),
+        (DATA[:, :0], ValueError, r"at least one row and one feature, got 8 x 0"),
+        (Store(DATA[:0]), ValueError, r"got 0 x 3"),
+        ([], ValueError, r"iterable without batches"),
+        ([DATA, DATA[:, :2]], ValueError, r"batch 1 has width 2, but batch 0 has width 3"),
+        ([DATA[0]], ValueError, r"batch 0 must have shape .* got \(3,\)"),
+        ([[1.0, 2.0]], TypeError, r"batch 0 must be a tensor or an array, got float"),
+        ("folder", TypeError, r"activations must be a tensor, .* got str"),
+        (3, TypeError, r"got int"),
+    ],
+)
+def test_what_does_not_fit_is_named(data, error, message):
+    with pytest.raises(error, match=message):
+        as_source(data)
+
+
+def test_a_store_that_returns_the_wrong_shape_is_named():
+    store = Store(DATA)
+    store.n_features = 4
+    with pytest.raises(ValueError, match=r"activations.rows must return a tensor of shape \(1, 4\), got \(1, 3\)"):
+        as_source(store)
