@@ -19,7 +19,9 @@ def mfa(request: pytest.FixtureRequest) -> MFA:
 
 def measure(benchmark, mfa: MFA, function) -> None:
     rows = mfa.factors().rows
-    benchmark.group = f"one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank}, {rows.nbytes / 1e6:.0f} MB of rows"
+    benchmark.group = (
+        f"one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank}, {rows.nbytes / 1e6:.0f} MB of rows"
+    )
     with torch.no_grad():
         benchmark.pedantic(function, rounds=50, warmup_rounds=5)
 
