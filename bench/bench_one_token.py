@@ -1,4 +1,4 @@
-"""One generated token against all components: the floor is reading every row once, so the baseline is a sum over them."""
+"""One generated token against all components. The floor is reading every row once: the baseline is a sum over them."""
 
 from __future__ import annotations
 
