@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, IndexError, OSError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
         print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

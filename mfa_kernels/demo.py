@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
+from mfa_kernels.checks import check_component
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.store import ActivationStore
 from mfa_kernels.evaluation import Evaluation, evaluate
@@ -72,6 +73,10 @@ class Rows:
 
 def run(options: Options) -> list[Path]:
     """Runs the demonstration, printing as it goes; returns the files that it wrote."""
+    if options.component is not None:
+        check_component(options.component, options.components)
+    if options.rank < 1:
+        raise ValueError(f"rank must be at least 1 to move inside a region, got {options.rank}")
     model, tokenizer = load_language_model(options.model)
     depth = model.config.get_text_config().num_hidden_layers
     layer = depth // 2 if options.layer is None else options.layer
@@ -112,6 +117,8 @@ def run(options: Options) -> list[Path]:
         print(describe(by_component[component]))
 
     chosen = worth_steering(shown, by_component) if options.component is None else options.component
+    if chosen not in by_component:
+        raise ValueError(f"component {chosen} owns no token of this store: choose another region to steer toward")
     _steering(options, model, tokenizer, mfa, store, layer, by_component[chosen], assigned)
     written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
     written += _reports(options.out, mfa, store, tokenizer, model, shown, summaries, assigned)

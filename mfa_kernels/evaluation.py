@@ -90,7 +90,8 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
             sums["nll"] -= log_prob.double().sum().item()
             code = mfa.encode(x, top_k=None)
             sums["active"] += (code.components >= 0).sum().item()
-            owners[code.components[:, 0]] = True
+            owned = code.components[:, 0]
+            owners[owned[owned >= 0]] = True
             sums["error"] += (mfa.decode(code) - x).double().square().sum().item()
             if centroids is not None:
                 centroids = centroids.to(x)

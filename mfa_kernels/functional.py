@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mfa_kernels import ops
 from mfa_kernels.checks import check_activations, check_choice, check_parameters
+from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.ops.select import reference
 
 PRECISIONS = ("exact", "fast", "reference")
@@ -50,9 +51,10 @@ def log_prob(
     means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
     flat = x.reshape(-1, x.shape[-1])
     if precision == "reference":
-        flat = flat.to(means.dtype)
-        return reference.log_prob(flat, means, loadings, noise_variance, log_weights).reshape(x.shape[:-1])
-    center = torch.zeros_like(means[0]) if center is None else center.to(means)
+        with full_precision(means):
+            out = reference.log_prob(flat.to(means.dtype), means, loadings, noise_variance, log_weights)
+        return out.reshape(x.shape[:-1])
+    center = torch.zeros_like(means[0]) if center is None else center
     factors = ops.factorize(means, loadings, noise_variance, center)
     return ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors).log_prob.reshape(x.shape[:-1])
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from mfa_kernels import functional, ops
 from mfa_kernels.checks import check_activations, check_choice, check_component, check_parameters
 from mfa_kernels.code import Code
+from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.ops.select import reference
-from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+from mfa_kernels.ops.select.op import SLOTS
 
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
@@ -74,7 +75,7 @@ class MFA(nn.Module):
         self.center: Tensor
         self.register_buffer("center", torch.zeros(n_features, **where))
         self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
-        self._cache: tuple[Any, _Parameters, ops.Factors] | None = None
+        self._cache: tuple[Any, tuple[Tensor, ...], _Parameters, ops.Factors] | None = None
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -164,23 +165,35 @@ class MFA(nn.Module):
         return means, loadings, noise_variance, log_weights
 
     def factors(self) -> ops.Factors:
-        """Stage 0 of these parameters, computed once until one of them changes."""
+        """Stage 0 of these parameters, outside autograd; kept until a parameter changes (see `refresh`)."""
         return self._prepared()[1]
+
+    def refresh(self) -> None:
+        """Forgets the factors. Needed only after a change that PyTorch does not count, as through `parameter.data`."""
+        self._cache = None
 
     def _prepared(self) -> tuple[_Parameters, ops.Factors]:
         """Detached parameters in the compute dtype, and their factors."""
         sources = (self.means, self.loadings, self.log_noise, self.weight_logits, self.center)
         if torch.compiler.is_compiling():
             return self._factorize()
-        key = tuple((id(t), t.data_ptr(), t._version) for t in sources)
-        if self._cache is None or self._cache[0] != key:
-            self._cache = (key, *self._factorize())
-        return self._cache[1:]
+        if self._training_step() or any(t.is_inference() for t in sources):
+            # Parameters are about to change, and not every optimiser counts its steps (fused ones do not).
+            self.refresh()
+            return self._factorize()
+        key = (self.noise_floor, *(t._version for t in sources))
+        if self._cache is None or self._cache[0] != key or any(a is not b for a, b in zip(self._cache[1], sources)):
+            self._cache = (key, sources, *self._factorize())
+        return self._cache[2:]
+
+    def _training_step(self) -> bool:
+        """Whether gradients to the parameters are wanted."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def _factorize(self) -> tuple[_Parameters, ops.Factors]:
         with torch.no_grad():
             parameters = self.parameters_in_compute_dtype()
-            return parameters, ops.factorize(*parameters[:3], self.center.to(parameters[0].dtype))
+            return parameters, ops.factorize(*parameters[:3], self.center)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}  # derived: neither copied nor pickled
@@ -188,8 +201,7 @@ class MFA(nn.Module):
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
         detached, factors = self._prepared()
-        wanted = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        parameters = self.parameters_in_compute_dtype() if wanted else detached
+        parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
         return ops.log_prob(x, *parameters, factors, slots)
 
     def _flat(self, x: Tensor) -> Tensor:
@@ -203,8 +215,7 @@ class MFA(nn.Module):
         """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
         flat = self._flat(x)
         if self.precision == "reference":
-            parameters = self.parameters_in_compute_dtype()
-            return reference.log_prob(flat.to(parameters[0].dtype), *parameters).reshape(x.shape[:-1])
+            return functional.log_prob(x, *self.parameters_in_compute_dtype(), precision="reference")
         return self._active(flat).log_prob.reshape(x.shape[:-1])
 
     def component_log_prob(self, x: Tensor) -> Tensor:
@@ -212,7 +223,8 @@ class MFA(nn.Module):
         flat = self._flat(x)
         parameters = self.parameters_in_compute_dtype()[:3]
         if self.precision == "reference":
-            out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
+            with full_precision(flat):
+                out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
         else:
             out = ops.component_log_prob(flat, *parameters, self.factors())
         return out.reshape(*x.shape[:-1], self.n_components)
@@ -252,14 +264,18 @@ class MFA(nn.Module):
             held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
         else:
             held = min(top_k, self.n_components)
-        responsibilities = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-        dtype = responsibilities.dtype
+        # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
+        overflow = active.counts > slots
+        of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
+        responsibilities = torch.where(overflow.unsqueeze(-1), of_all, active.logits.softmax(-1))
         with torch.no_grad():
+            eps = torch.finfo(of_all.dtype).eps
+            rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
             rest = torch.where(
-                active.counts > slots, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
-            )
-            unseen = self.n_components * torch.exp(torch.tensor(-activity_threshold(self.n_components, dtype)))
-            dropped = rest.clamp_min(0) + unseen.to(rest)
+                overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
+            ).clamp_min(0)
+            # eps: what all the components that are not active weigh together.
+            dropped = (rest + eps + rounding).clamp_max(1)
         components = active.components[:, :held]
         latents = self._latents(flat, components)
         return Code(

@@ -242,12 +242,18 @@ def test_a_half_precision_module_computes_in_fp32():
     assert half.loadings.grad.dtype == torch.bfloat16
 
 
-def test_autocast_leaves_the_density_alone():
-    mfa = module(9, 12, 3, dtype=torch.float32)
+@pytest.mark.parametrize("precision", ["exact", "reference"])
+def test_autocast_leaves_the_density_alone(backend, precision):
+    mfa = module(9, 64, 3, dtype=torch.float32)
+    mfa.precision = precision
     x = mfa.sample(5)
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = mfa.log_prob(x)
-    assert torch.equal(inside, mfa.log_prob(x))
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            with torch.autocast("cpu", torch.bfloat16):
+                inside = mfa.log_prob(x), mfa.component_log_prob(x)
+            outside = mfa.log_prob(x), mfa.component_log_prob(x)
+        for a, b in zip(inside, outside, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_factors_are_cached_until_a_parameter_changes(monkeypatch):
@@ -258,23 +264,107 @@ def test_factors_are_cached_until_a_parameter_changes(monkeypatch):
     monkeypatch.setattr(ops, "factorize", lambda *args: calls.append(1) or real(*args))
     mfa = module(9, 12, 3)
     x = mfa.sample(5)
-    for _ in range(3):
-        mfa.log_prob(x), mfa.encode(x), mfa.responsibilities(x)
-    assert len(calls) == 1
-    before = mfa.log_prob(x)
-    for change in (mfa.means, mfa.loadings, mfa.log_noise, mfa.center):
-        with torch.no_grad():
+    with torch.no_grad():
+        for _ in range(3):
+            mfa.log_prob(x), mfa.encode(x), mfa.responsibilities(x)
+        assert len(calls) == 1
+        before = mfa.log_prob(x)
+        for change in (mfa.means, mfa.loadings, mfa.log_noise, mfa.center):
             change.add_(0.1)
+            mfa.log_prob(x)
+        assert len(calls) == 5
+        assert not torch.equal(before, mfa.log_prob(x))
+        mfa.noise_floor = 0.5
+        floored = mfa.log_prob(x)
+        assert len(calls) == 6
+        mfa.means.data.add_(1.0)  # not counted by PyTorch
+        mfa.refresh()
+        assert not torch.equal(floored, mfa.log_prob(x))
+        mfa.load_state_dict(module(9, 12, 3, seed=5).state_dict())
+        mfa.noise_floor = 0.0
+        torch.testing.assert_close(mfa.log_prob(x), module(9, 12, 3, seed=5).log_prob(x))
+    frozen = module(9, 12, 3).requires_grad_(False)
+    calls.clear()
+    frozen.log_prob(x), frozen.encode(x)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=["default", "foreach", "fused"])
+def test_every_optimiser_trains_on_fresh_factors(kind):
+    mfa = module(9, 12, 3, dtype=torch.float32)
+    x = mfa.sample(50)
+    with torch.no_grad():
+        mfa.means.add_(0.5)
         mfa.log_prob(x)
-    assert len(calls) == 5
-    assert not torch.equal(before, mfa.log_prob(x))
-    optimizer = torch.optim.SGD(mfa.parameters(), lr=0.1)
+    optimizer = torch.optim.Adam(mfa.parameters(), lr=0.05, **kind)
+    for _ in range(5):
+        optimizer.zero_grad()
+        mfa(x).backward()
+        optimizer.step()
+        with torch.no_grad():
+            wanted = MFA.from_parameters(mfa.means, mfa.loadings, mfa.noise_variance, mfa.log_weights.exp())
+            torch.testing.assert_close(mfa.log_prob(x), wanted.log_prob(x), rtol=1e-4, atol=1e-3)
+
+
+def test_inference_mode_and_training_mix():
+    mfa = module(9, 12, 3)
+    x = mfa.sample(5)
+    with torch.inference_mode():
+        inside = mfa.log_prob(x)
+        made_inside = MFA(3, 12, 2)
+        made_inside.log_prob(x.float())
     mfa(x).backward()
-    optimizer.step()
-    mfa.log_prob(x)
-    assert len(calls) == 6
-    mfa.load_state_dict(module(9, 12, 3, seed=5).state_dict())
-    torch.testing.assert_close(mfa.log_prob(x), module(9, 12, 3, seed=5).log_prob(x))
+    assert torch.equal(inside, mfa.log_prob(x).detach())
+    with torch.no_grad():
+        assert torch.equal(inside, mfa.log_prob(x))
+
+
+def test_second_derivatives_are_refused(backend):
+    mfa = module(5, 6, 2, spread=0.5)
+    x = mfa.sample(4).requires_grad_()
+    for function in (mfa.log_prob, mfa.component_log_prob, mfa.reconstruct):
+        (gradient,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative: use precision='reference'"):
+            gradient.square().sum().backward()
+    mfa.precision = "reference"
+    assert torch.autograd.gradgradcheck(mfa.log_prob, x)
+
+
+def test_decode_refuses_components_out_of_range():
+    mfa = module(9, 12, 3)
+    code = mfa.encode(mfa.sample(2), top_k=1)
+    for bad in (9, -2):
+        wrong = Code(torch.full_like(code.components, bad), code.responsibilities, code.latents, code.dropped)
+        with pytest.raises(IndexError, match=r"components must be in \[-1, 9\)"):
+            mfa.decode(wrong)
+
+
+def test_center_is_only_an_offset(backend):
+    mfa = module(9, 12, 3)
+    x = mfa.sample(20)
+    expected = mfa.log_prob(x)
+    mfa.center = torch.arange(24.0, dtype=torch.float64)[::2]
+    torch.testing.assert_close(mfa.log_prob(x), expected, rtol=1e-10, atol=1e-9)
+    mfa.center = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"center must have shape \(D,\) = \(12,\), got \(3,\)"):
+        mfa.log_prob(x)
+
+
+def test_dropped_is_a_bound_in_fp32(backend):
+    """Log-densities of thousands of nats carry 1e-4 of rounding; the certificate must not."""
+    mfa = module(64, 768, 4, dtype=torch.float32, spread=0.05)
+    x = mfa.sample(64, generator=torch.Generator().manual_seed(0))
+    logits = reference.component_log_prob(
+        x.double(), *(t.detach().double() for t in (mfa.means, mfa.loadings, mfa.noise_variance))
+    )
+    truth = (logits + mfa.log_weights.detach().double()).softmax(-1)
+    for top_k in (1, 3, 8):
+        code = mfa.encode(x, top_k=top_k)
+        kept = truth.gather(1, code.components.clamp_min(0)).masked_fill(code.components < 0, 0).sum(-1)
+        # Which components are largest, and by how much, is known up to the rounding of float32 logits.
+        assert (code.dropped.double() >= 1 - kept - 2e-3 * (1 - kept) - 1e-4).all()
+    every = mfa.encode(x, top_k=None)
+    torch.testing.assert_close(every.responsibilities.sum(-1), torch.ones(64), rtol=0, atol=1e-3)
 
 
 def test_training_recovers_a_planted_mixture():

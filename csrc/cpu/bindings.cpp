@@ -45,17 +45,36 @@ Tensor zeros_like(const Tensor& like) { return allocate(like.sizes(), like.optio
 
 int64_t width(const Tensor& like) { return mfa::kVectorBytes / like.element_size(); }
 
-std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& loadings, const Tensor& noise,
-                                           const Tensor& center) {
+// The kernels read raw memory: whatever is handed over must be what they take it for.
+void check(const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name) {
+  TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.is_contiguous() && t.device().is_cpu(), name, " must be contiguous and on the CPU");
+}
+
+void check_range(const Tensor& index, int64_t low, int64_t high, const char* name) {
+  if (index.numel() == 0) return;
+  const auto [least, largest] = at::aminmax(index);
+  TORCH_CHECK_INDEX(least.item<int64_t>() >= low && largest.item<int64_t>() < high, name, " must be in [", low, ", ",
+                    high, "), got values from ", least.item<int64_t>(), " to ", largest.item<int64_t>());
+}
+
+std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& loadings, const Tensor& noise) {
   const auto shape = shape_of(means, loadings.size(2), noise.dim() == 2);
   const int64_t V = width(means);
+  const auto type = means.scalar_type();
+  check(means, {shape.components, shape.features}, type, "means");
+  check(loadings, {shape.components, shape.features, shape.rank}, type, "loadings");
+  if (shape.per_component)
+    check(noise, {shape.components, shape.features}, type, "noise_variance");
+  else
+    check(noise, {shape.features}, type, "noise_variance");
   Tensor rows = allocate({shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, means.options());
   Tensor chol = at::empty({shape.components, shape.rank, shape.rank}, means.options());
   Tensor log_det = at::empty({shape.components}, means.options());
   AT_DISPATCH_FLOATING_TYPES(means.scalar_type(), "factors", [&] {
     mfa::factors<scalar_t>(shape, data<scalar_t>(means), data<scalar_t>(loadings), data<scalar_t>(noise),
-                           data<scalar_t>(center), data<scalar_t>(rows), data<scalar_t>(chol),
-                           data<scalar_t>(log_det), parallel_for);
+                           data<scalar_t>(rows), data<scalar_t>(chol), data<scalar_t>(log_det), parallel_for);
   });
   return {rows, chol, log_det};
 }
@@ -64,10 +83,29 @@ mfa::Shape shape_of_rows(const Tensor& rows, int64_t features, bool per_componen
   return {rows.size(0), features, rows.size(2) - 1 - (per_component ? 1 : 0), per_component};
 }
 
+void check_scan(const mfa::Shape& shape, const Tensor& x, const Tensor& rows, const Tensor& lam) {
+  const int64_t V = width(x);
+  check(x, {x.size(0), shape.features}, x.scalar_type(), "x");
+  check(rows, {shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, x.scalar_type(), "rows");
+  check(lam, {shape.features}, x.scalar_type(), "scale");
+}
+
+void check_pairs(const mfa::Shape& shape, const Tensor& x, const Tensor& tokens, const Tensor& components,
+                 const Tensor& chol) {
+  check(tokens, {tokens.size(0)}, at::kLong, "tokens");
+  check(components, {tokens.size(0)}, at::kInt, "components");
+  check(chol, {shape.components, shape.rank, shape.rank}, x.scalar_type(), "cholesky");
+  check_range(tokens, 0, x.size(0), "tokens");
+  check_range(components, 0, shape.components, "components");
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor& rows, const Tensor& constants,
-                                                  const Tensor& lam, const Tensor& center, bool per_component,
+                                                  const Tensor& lam, bool per_component,
                                                   double threshold, int64_t slots) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
+  check_scan(shape, x, rows, lam);
+  check(constants, {shape.components}, x.scalar_type(), "constants");
+  TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
   const int64_t N = x.size(0);
   Tensor log_prob = at::empty({N}, x.options());
   Tensor components = at::empty({N, slots}, x.options().dtype(at::kInt));
@@ -75,32 +113,36 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
   Tensor counts = at::empty({N}, x.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "select", [&] {
     mfa::select<scalar_t>(shape, data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
-                          data<scalar_t>(lam), data<scalar_t>(center), static_cast<scalar_t>(threshold), slots,
+                          data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots,
                           data<scalar_t>(log_prob), data<int32_t>(components), data<scalar_t>(logits),
                           data<int32_t>(counts), at::get_num_threads(), parallel_for);
   });
   return {log_prob, components, logits, counts};
 }
 
-Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
+Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam,
              bool per_component) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
+  check_scan(shape, x, rows, lam);
+  check(constants, {shape.components}, x.scalar_type(), "constants");
   Tensor out = allocate({shape.components, x.size(0)}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "dense", [&] {
     mfa::dense<scalar_t>(shape, data<scalar_t>(x), x.size(0), data<scalar_t>(rows), data<scalar_t>(constants),
-                         data<scalar_t>(lam), data<scalar_t>(center), data<scalar_t>(out), at::get_num_threads(),
+                         data<scalar_t>(lam), data<scalar_t>(out), at::get_num_threads(),
                          parallel_for);
   });
   return out;
 }
 
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
-               const Tensor& lam, const Tensor& center, bool per_component) {
+               const Tensor& lam, bool per_component) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
+  check_scan(shape, x, rows, lam);
+  check_pairs(shape, x, tokens, components, chol);
   Tensor out = at::empty({tokens.size(0), shape.rank}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "latents", [&] {
     mfa::latents<scalar_t>(shape, data<scalar_t>(x), data<int64_t>(tokens), data<int32_t>(components), tokens.size(0),
-                           data<scalar_t>(rows), data<scalar_t>(chol), data<scalar_t>(lam), data<scalar_t>(center),
+                           data<scalar_t>(rows), data<scalar_t>(chol), data<scalar_t>(lam),
                            data<scalar_t>(out), parallel_for);
   });
   return out;
@@ -108,24 +150,34 @@ Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, 
 
 // Adds to the tensors given; an undefined one (None) is not computed.
 void backward(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& weights,
-              const Tensor& rows, const Tensor& chol, const Tensor& lam, const Tensor& center, bool per_component,
+              const Tensor& rows, const Tensor& chol, const Tensor& lam, bool per_component,
               const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_means,
               const std::optional<Tensor>& grad_loadings, const std::optional<Tensor>& grad_noise,
               const std::optional<Tensor>& grad_log_weights) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
+  check_scan(shape, x, rows, lam);
+  check_pairs(shape, x, tokens, components, chol);
+  check(weights, {tokens.size(0)}, x.scalar_type(), "weights");
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "backward", [&] {
     auto pointer = [](const std::optional<Tensor>& t) { return t ? t->data_ptr<scalar_t>() : nullptr; };
     const mfa::Gradients<scalar_t> grad{pointer(grad_x), pointer(grad_means), pointer(grad_loadings),
                                         pointer(grad_noise), pointer(grad_log_weights)};
     mfa::backward<scalar_t>(shape, data<scalar_t>(x), data<int64_t>(tokens), data<int32_t>(components),
                             data<scalar_t>(weights), tokens.size(0), data<scalar_t>(rows), data<scalar_t>(chol),
-                            data<scalar_t>(lam), data<scalar_t>(center), grad, parallel_for);
+                            data<scalar_t>(lam), grad, parallel_for);
   });
 }
 
 Tensor decode(const Tensor& components, const Tensor& responsibilities, const Tensor& latents, const Tensor& means,
               const Tensor& loadings) {
   const auto shape = shape_of(means, loadings.size(2), false);
+  const auto type = means.scalar_type();
+  check(means, {shape.components, shape.features}, type, "means");
+  check(loadings, {shape.components, shape.features, shape.rank}, type, "loadings");
+  check(components, {components.size(0), components.size(1)}, at::kInt, "components");
+  check(responsibilities, components.sizes(), type, "responsibilities");
+  check(latents, {components.size(0), components.size(1), shape.rank}, type, "latents");
+  check_range(components, -1, shape.components, "components");
   Tensor out = at::empty({components.size(0), shape.features}, means.options());
   AT_DISPATCH_FLOATING_TYPES(means.scalar_type(), "decode", [&] {
     mfa::decode<scalar_t>(shape, data<int32_t>(components), data<scalar_t>(responsibilities), data<scalar_t>(latents),

@@ -37,8 +37,8 @@ double inverse_scale(const T* noise, int64_t features, T* lam) {
 
 // Writes one component's rows and Cholesky factor; returns log|M|.
 template <class T>
-double factor_component(const Shape& shape, const T* mean, const T* loadings, const T* lam, const T* center, T* rows,
-                        T* chol, double* gram) {
+double factor_component(const Shape& shape, const T* mean, const T* loadings, const T* lam, T* rows, T* chol,
+                        double* gram) {
   constexpr int V = kWidth<T>;
   const int64_t D = shape.features, R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>();
   std::memset(rows + (B - 1) * stride, 0, stride * sizeof(T));  // the padding of the last block
@@ -47,38 +47,44 @@ double factor_component(const Shape& shape, const T* mean, const T* loadings, co
     const int64_t lanes = std::min<int64_t>(V, D - b * V);
     for (int64_t j = 0; j < lanes; ++j) {
       const int64_t d = b * V + j;
-      block[j] = (mean[d] - center[d]) * (shape.per_component ? T(1) : lam[d]);
+      block[j] = mean[d];
       for (int64_t r = 0; r < R; ++r) block[(1 + r) * V + j] = lam[d] * loadings[d * R + r];
       if (shape.per_component) block[(1 + R) * V + j] = lam[d];
     }
   }
   if (R == 0) return 0;
+  // In double precision, products too: nearly collinear loadings cost M its definiteness otherwise.
   for (int64_t i = 0; i < R; ++i)
     for (int64_t j = 0; j <= i; ++j) {
-      Vec<T> sum = {};
-      for (int64_t b = 0; b < B; ++b) sum += load(rows + b * stride + (1 + i) * V) * load(rows + b * stride + (1 + j) * V);
-      gram[i * R + j] = horizontal_sum<T>(sum) + (i == j ? 1.0 : 0.0);
+      typename Wide<T>::Vec sum = {};
+      for (int64_t b = 0; b < B; ++b)
+        sum += widen<T>(load(rows + b * stride + (1 + i) * V)) * widen<T>(load(rows + b * stride + (1 + j) * V));
+      double total = i == j ? 1 : 0;
+      for (int lane = 0; lane < V; ++lane) total += sum[lane];
+      gram[i * R + j] = total;
     }
   cholesky(gram, R);
   double log_diagonal = 0;
   for (int64_t i = 0; i < R; ++i) log_diagonal += std::log(gram[i * R + i]);
   for (int64_t i = 0; i < R * R; ++i) chol[i] = static_cast<T>(gram[i]);
   // A = L^-1 W~^T by forward substitution, V features at a time, in place of W~.
+  std::vector<typename Wide<T>::Vec> solved(R);
   for (int64_t b = 0; b < B; ++b) {
     T* a = rows + b * stride + V;
     for (int64_t i = 0; i < R; ++i) {
-      Vec<T> value = load(a + i * V);
-      for (int64_t j = 0; j < i; ++j) value -= chol[i * R + j] * load(a + j * V);
-      store<T>(a + i * V, value * static_cast<T>(1 / gram[i * R + i]));
+      solved[i] = widen<T>(load(a + i * V));
+      for (int64_t j = 0; j < i; ++j) solved[i] -= gram[i * R + j] * solved[j];
+      solved[i] /= gram[i * R + i];
+      store<T>(a + i * V, __builtin_convertvector(solved[i], Vec<T>));
     }
   }
   return 2 * log_diagonal;
 }
 
-// means [K, D], loadings [K, D, R], noise [D] or [K, D], center [D] -> rows (layout.h), chol [K, R, R], log_det [K]
+// means [K, D], loadings [K, D, R], noise [D] or [K, D] -> rows (layout.h), chol [K, R, R], log_det [K]
 template <class T, class ParallelFor>
-void factors(const Shape& shape, const T* means, const T* loadings, const T* noise, const T* center, T* rows,
-             T* chol, T* log_det, ParallelFor&& parallel_for) {
+void factors(const Shape& shape, const T* means, const T* loadings, const T* noise, T* rows, T* chol,
+             T* log_det, ParallelFor&& parallel_for) {
   const int64_t D = shape.features, R = shape.rank;
   std::vector<T> shared_lam(D);
   const double shared_log_noise = shape.per_component ? 0 : inverse_scale(noise, D, shared_lam.data());
@@ -89,7 +95,7 @@ void factors(const Shape& shape, const T* means, const T* loadings, const T* noi
       const double log_noise =
           shape.per_component ? inverse_scale(noise + k * D, D, own_lam.data()) : shared_log_noise;
       const T* lam = shape.per_component ? own_lam.data() : shared_lam.data();
-      log_det[k] = static_cast<T>(log_noise + factor_component(shape, means + k * D, loadings + k * D * R, lam, center,
+      log_det[k] = static_cast<T>(log_noise + factor_component(shape, means + k * D, loadings + k * D * R, lam,
                                                                rows + k * shape.component_stride<T>(),
                                                                chol + k * R * R, gram.data()));
     }

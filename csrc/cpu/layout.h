@@ -1,11 +1,11 @@
 // Where stage 0 puts what stages 1 and 2 read.
 //
 //   rows  [K, D/V, row_count, V]   V = SIMD width; features padded with zeros to a multiple of V
-//     row 0          mean      lam * (mu - center)  (shared noise)   |  mu - center  (noise per component)
+//     row 0          mu        as it is: x - mu is then as exact as the dtype allows
 //     rows 1..R      A         L^-1 W^T lam, so that t = A v is the part of v that the loadings explain
 //     row R+1        lam       Psi^-1/2, only when every component has its own noise
 //
-// v = lam * (x - mu) is the whitened residual. Blocks of V features keep a component's rows together for the
+// v = (x - mu) * lam is the whitened residual. Blocks of V features keep a component's rows together for the
 // scan (which broadcasts one feature at a time) and contiguous along features for the pairs (which do not).
 #pragma once
 #include "vec.h"

@@ -43,7 +43,7 @@ void latents_of(int64_t rank, const T* chol, const T* t, T* z) {
 // x [N, D], tokens [P], components [P] -> latents [P, R]
 template <class T, class ParallelFor>
 void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_t* components, int64_t pairs,
-             const T* rows, const T* chol, const T* lam, const T* center, T* out, ParallelFor&& parallel_for) {
+             const T* rows, const T* chol, const T* lam, T* out, ParallelFor&& parallel_for) {
   const ByComponent by(components, pairs, shape.components);
   const int64_t R = shape.rank;
   parallel_for(pairs, [&](int64_t begin, int64_t end) {
@@ -51,7 +51,7 @@ void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = by.order[i], k = components[p];
       const T* own = rows + k * shape.component_stride<T>();
-      residual(shape, x + tokens[p] * shape.features, own, lam, center, v.data());
+      residual(shape, x + tokens[p] * shape.features, own, lam, v.data());
       project<T, 1>(shape, own, v.data(), t.data());
       latents_of(R, chol + k * R * R, t.data(), out + p * R);
     }
@@ -87,11 +87,10 @@ struct Statistics {
   }
 
   template <int G>
-  void add(const Shape& shape, const T* rows, const T* chol, const T* const* x, const T* w, const T* lam,
-           const T* center) {
+  void add(const Shape& shape, const T* rows, const T* chol, const T* const* x, const T* w, const T* lam) {
     constexpr int V = kWidth<T>;
     const int64_t R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
-    for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, center, v.data() + g * padded);
+    for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, v.data() + g * padded);
     project<T, G>(shape, rows, v.data(), t.data());
     for (int g = 0; g < G; ++g) {
       latents_of(R, chol, t.data() + g * R, z.data() + g * R);
@@ -168,7 +167,7 @@ void add_gradients(const Shape& shape, const Statistics<T>& s, const T* rows, co
 // Adds sum_pairs w d logit / d parameter to the gradients. Pairs are ordered by token: tokens ascending.
 template <class T, class ParallelFor>
 void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32_t* components, const T* weights,
-              int64_t pairs, const T* rows, const T* chol, const T* lam, const T* center, const Gradients<T>& grad,
+              int64_t pairs, const T* rows, const T* chol, const T* lam, const Gradients<T>& grad,
               ParallelFor&& parallel_for) {
   const int64_t D = shape.features, R = shape.rank, K = shape.components;
   if (grad.means || grad.loadings || grad.noise || grad.log_weights) {
@@ -195,11 +194,11 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
               weight[g] = weights[p];
             }
             if (group == 1)
-              statistics.template add<1>(shape, own, chol + k * R * R, token, weight, lam, center);
+              statistics.template add<1>(shape, own, chol + k * R * R, token, weight, lam);
             else if (group == 4)
-              statistics.template add<4>(shape, own, chol + k * R * R, token, weight, lam, center);
+              statistics.template add<4>(shape, own, chol + k * R * R, token, weight, lam);
             else
-              statistics.template add<Statistics<T>::kGroup>(shape, own, chol + k * R * R, token, weight, lam, center);
+              statistics.template add<Statistics<T>::kGroup>(shape, own, chol + k * R * R, token, weight, lam);
             i += group;
           }
           T* noise = !grad.noise ? nullptr : shape.per_component ? grad.noise + k * D : partial.data() + chunk * D;
@@ -222,7 +221,7 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
       std::vector<T> v(shape.padded<T>()), t(R);
       for (int64_t p = starts[begin]; p < starts[end]; ++p) {
         const T* own = rows + components[p] * shape.component_stride<T>();
-        residual(shape, x + tokens[p] * D, own, lam, center, v.data());
+        residual(shape, x + tokens[p] * D, own, lam, v.data());
         project<T, 1>(shape, own, v.data(), t.data());
         T* out = grad.x + tokens[p] * D;
         for (int64_t b = 0; b < shape.blocks<T>(); ++b) {

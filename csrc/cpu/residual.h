@@ -8,23 +8,24 @@ namespace mfa {
 
 // v [D padded] of one token for one component.
 template <class T>
-void residual(const Shape& shape, const T* x, const T* rows, const T* lam, const T* center, T* v) {
+void residual(const Shape& shape, const T* x, const T* rows, const T* lam, T* v) {
   constexpr int V = kWidth<T>;
   const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>();
   for (int64_t b = 0; b < B; ++b) {
     const int64_t d = b * V;
     const T* block = rows + b * stride;
-    Vec<T> value = {};
+    Vec<T> token, scale;
     if (d + V <= shape.features) {
-      value = (load(x + d) - load(center + d)) * load(lam + d);
-    } else {
-      T tail[V] = {};
-      for (int64_t j = 0; d + j < shape.features; ++j) tail[j] = (x[d + j] - center[d + j]) * lam[d + j];
-      value = load(tail);
+      token = load(x + d);
+      scale = load(lam + d);
+    } else {  // lam is zero past the last feature
+      T tail[V] = {}, tail_scale[V] = {};
+      for (int64_t j = 0; d + j < shape.features; ++j) tail[j] = x[d + j], tail_scale[j] = lam[d + j];
+      token = load(tail);
+      scale = load(tail_scale);
     }
-    value -= load(block);
-    if (shape.per_component) value *= load(block + (1 + shape.rank) * V);
-    store<T>(v + d, value);
+    if (shape.per_component) scale = load(block + (1 + shape.rank) * V);
+    store<T>(v + d, (token - load(block)) * scale);
   }
 }
 
@@ -57,9 +58,9 @@ void project(const Shape& shape, const T* rows, const T* v, T* t) {
 
 // |v|^2 - |t|^2 for G tokens x [G, D] of one component; v [G, D padded] and t [G, R] are scratch.
 template <class T, int G>
-void distances(const Shape& shape, const T* x, const T* rows, const T* lam, const T* center, T* v, T* t, T* out) {
+void distances(const Shape& shape, const T* x, const T* rows, const T* lam, T* v, T* t, T* out) {
   const int64_t padded = shape.padded<T>();
-  for (int g = 0; g < G; ++g) residual(shape, x + g * shape.features, rows, lam, center, v + g * padded);
+  for (int g = 0; g < G; ++g) residual(shape, x + g * shape.features, rows, lam, v + g * padded);
   project<T, G>(shape, rows, v, t);
   for (int g = 0; g < G; ++g) {
     Vec<T> square = {};

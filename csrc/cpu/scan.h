@@ -1,14 +1,14 @@
 // Stage 1, select: tokens x components -> log p(x) and, per token, the active pairs.
 //
-// Symbols   x token, k component, v = lam (x - mu_k), t = A_k v, logit = constant_k - (|v|^2 - |t|^2) / 2.
+// Symbols   x token, k component, v = (x - mu_k) lam, t = A_k v, logit = constant_k - (|v|^2 - |t|^2) / 2.
 // Never materialised: anything of size N x K or larger. A micro-tile of one component by two SIMD vectors of tokens
 //           holds |v|^2 and the R values of t in registers; its logits go straight into the per-token candidates.
-// Exact because v is formed as a difference before it is squared: the rounding error is that of the true distance,
-//           never that of |x|^2 - 2 x.mu + |mu|^2. Sums over features are flushed every kFlush of them.
-// Active    logit > best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
+// Exact because x - mu is formed before anything is scaled or squared: the rounding error is that of the true distance,
+//           never that of |x|^2 - 2 x.mu + |mu|^2, wherever the origin lies. Sums over features are flushed every kFlush of them.
+// Active    logit >= best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
 //           than eps of the responsibility. A token with more than S active components overflows its slots: it keeps
 //           the S largest, and log p(x) comes from a running sum of all the active ones.
-// Floor     N K (R + 2) D multiply-adds. Measured by bench/bench_step.py.
+// Floor     N K (R + 3) D vector operations, R + 1 of them multiply-adds. Measured by bench/bench_step.py.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -29,10 +29,11 @@ constexpr int kPanel = kTokenVectors * kWidth<T>;                    // tokens p
 // |v|^2 - |t|^2 over `G` rows of A for C neighbouring components and one panel of tokens, features blocked by V.
 //   rows   component c starts at rows + c * component_stride
 //   x      [D padded, kPanel]
+//   lam    [D padded], zeros past the last feature; not read when the noise is per component
 //   first  index of the first row of A in this pass; |v|^2 itself is added when it is 0
 //   out    [C, kPanel], accumulated into
 template <class T, int C, int G, bool PerComponent>
-void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T* out) {
+void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int64_t first, T* out) {
   constexpr int V = kWidth<T>, NV = kTokenVectors;
   const int64_t stride = shape.block_stride<T>(), component_stride = shape.component_stride<T>();
   const int64_t blocks = shape.blocks<T>();
@@ -47,11 +48,11 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T*
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
           const T* row = block + c * component_stride + j;
+          const T scale = PerComponent ? row[(1 + shape.rank) * V] : lam[b * V + j];
           Vec<T> v[NV];
 #pragma GCC unroll 2
           for (int n = 0; n < NV; ++n) {
-            v[n] = load(panel + n * V) - row[0];
-            if (PerComponent) v[n] *= row[(1 + shape.rank) * V];
+            v[n] = (load(panel + n * V) - row[0]) * scale;
             s[c][n] += v[n] * v[n];
           }
 #pragma GCC unroll 16
@@ -82,7 +83,7 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, int64_t first, T*
 }
 
 template <class T>
-using MicroTile = void (*)(const Shape&, const T*, const T*, int64_t, T*);
+using MicroTile = void (*)(const Shape&, const T*, const T*, const T*, int64_t, T*);
 
 // Components per micro-tile: with few rows, several components share the loads of x and keep the FMA units busy.
 constexpr int components_per_tile(int group) {
@@ -109,12 +110,12 @@ class PanelDistance {
   int64_t tile() const { return tile_; }
 
   // out [count, kPanel] for components k, ..., k + count - 1; count is tile() or 1
-  void operator()(const T* rows, const T* x, int64_t count, T* out) const {
+  void operator()(const T* rows, const T* x, const T* lam, int64_t count, T* out) const {
     std::fill(out, out + count * kPanel<T>, T(0));
     for (int64_t first = 0, pass = 0; pass < passes_; ++pass) {
       const int64_t group = std::min(group_, shape_.rank - first);
       const MicroTile<T> kernel = group < group_ ? pick(group, false) : count == 1 ? single_ : wide_;
-      kernel(shape_, rows, x, first, out);
+      kernel(shape_, rows, x, lam, first, out);
       first += group;
     }
   }
@@ -145,12 +146,13 @@ struct TokenState {
 
   bool summing() const { return evicted > kNone; }
 
-  // Takes a logit above best - threshold, or NaN.
+  // Takes a logit of at least best - threshold (which may round to best), or NaN.
   void offer(T logit, int32_t component, T threshold, int64_t slots, int32_t* components, T* logits) {
     if (logit != logit) {
       invalid = true;
       return;
     }
+    if (logit == kNone) return;
     best = std::max(best, logit);
     if (summing()) add(logit, 1);
     if (count == slots) drop_inactive(threshold, components, logits);
@@ -181,7 +183,7 @@ struct TokenState {
       evicted = std::max(evicted, other.evicted);
     }
     for (int32_t i = 0; i < other.count; ++i) {
-      if (!(other_logits[i] > best - threshold)) continue;
+      if (other_logits[i] < best - threshold) continue;
       const TokenState before = *this;
       offer(other_logits[i], other_components[i], threshold, slots, components, logits);
       if (other.summing()) base = before.base, sum = before.sum;
@@ -191,7 +193,8 @@ struct TokenState {
   // Sorts the slots, largest first; empty ones become (-1, -inf). Returns log p(x).
   T finish(T threshold, int64_t slots, int32_t* components, T* logits) {
     drop_inactive(threshold, components, logits);
-    for (int32_t i = 1; i < count; ++i) {  // insertion sort: a handful of entries
+    if (count > 32) sort(components, logits);
+    for (int32_t i = 1; i < count; ++i) {  // insertion sort: a handful of entries, or in order already
       const T logit = logits[i];
       const int32_t component = components[i];
       int32_t j = i;
@@ -207,7 +210,7 @@ struct TokenState {
   }
 
   // Whether an active component is missing from the slots.
-  bool overflow(T threshold) const { return evicted > best - threshold; }
+  bool overflow(T threshold) const { return summing() && evicted >= best - threshold; }
 
  private:
   void add(T other_base, double other_sum) {
@@ -222,10 +225,17 @@ struct TokenState {
     for (int32_t i = count - 1; i >= 0; --i) sum += std::exp(static_cast<double>(logits[i] - base));
   }
 
+  void sort(int32_t* components, T* logits) const {
+    std::vector<std::pair<T, int32_t>> pairs(count);
+    for (int32_t i = 0; i < count; ++i) pairs[i] = {-logits[i], components[i]};
+    std::sort(pairs.begin(), pairs.end());
+    for (int32_t i = 0; i < count; ++i) logits[i] = -pairs[i].first, components[i] = pairs[i].second;
+  }
+
   void drop_inactive(T threshold, int32_t* components, T* logits) {
     int32_t kept = 0;
     for (int32_t i = 0; i < count; ++i)
-      if (logits[i] > best - threshold) {
+      if (logits[i] >= best - threshold) {
         components[kept] = components[i];
         logits[kept++] = logits[i];
       }
@@ -233,14 +243,14 @@ struct TokenState {
   }
 };
 
-// Whitens one panel of tokens: x [N, D] -> out [D padded, kPanel], zeros where there is no token.
+// Transposes one panel of tokens: x [N, D] -> out [D padded, kPanel], zeros where there is no token.
 template <class T>
-void pack_panel(const Shape& shape, const T* x, int64_t tokens, const T* lam, const T* center, T* out) {
+void pack_panel(const Shape& shape, const T* x, int64_t tokens, T* out) {
   const int64_t D = shape.features;
   std::fill(out + D * kPanel<T>, out + shape.padded<T>() * kPanel<T>, T(0));
   for (int64_t d = 0; d < D; ++d) {
     T* row = out + d * kPanel<T>;
-    for (int64_t n = 0; n < tokens; ++n) row[n] = (x[n * D + d] - center[d]) * lam[d];
+    for (int64_t n = 0; n < tokens; ++n) row[n] = x[n * D + d];
     std::fill(row + tokens, row + kPanel<T>, T(0));
   }
 }
@@ -267,7 +277,7 @@ constexpr int64_t kFewTokens = 4;
 
 template <class T, class Visit, class ParallelFor>
 void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, const T* rows, const T* lam,
-              const T* center, Visit&& visit, ParallelFor&& parallel_for) {
+              Visit&& visit, ParallelFor&& parallel_for) {
   parallel_for(splits, [&](int64_t begin, int64_t end) {
     std::vector<T> v(shape.padded<T>() * kFewTokens), t(shape.rank * kFewTokens);
     T out[kFewTokens];
@@ -275,10 +285,10 @@ void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, co
       for (int64_t k = shape.components * split / splits; k < shape.components * (split + 1) / splits; ++k) {
         const T* own = rows + k * shape.component_stride<T>();
         if (tokens == kFewTokens)
-          distances<T, kFewTokens>(shape, x, own, lam, center, v.data(), t.data(), out);
+          distances<T, kFewTokens>(shape, x, own, lam, v.data(), t.data(), out);
         else
           for (int64_t n = 0; n < tokens; ++n)
-            distances<T, 1>(shape, x + n * shape.features, own, lam, center, v.data(), t.data(), out + n);
+            distances<T, 1>(shape, x + n * shape.features, own, lam, v.data(), t.data(), out + n);
         visit(split, 0, tokens, k, out);
       }
   });
@@ -288,8 +298,10 @@ void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, co
 // A component's rows stay in cache while the panels of a block pass by.
 template <class T, class Visit, class ParallelFor>
 void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
-          const T* center, Visit&& visit, ParallelFor&& parallel_for) {
-  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, center, visit, parallel_for);
+          Visit&& visit, ParallelFor&& parallel_for) {
+  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, visit, parallel_for);
+  std::vector<T> scale(shape.padded<T>());
+  std::copy(lam, lam + shape.features, scale.begin());
   const PanelDistance<T> distance(shape);
   const int64_t panel_size = shape.padded<T>() * kPanel<T>;
   parallel_for(plan.blocks * plan.splits, [&](int64_t begin, int64_t end) {
@@ -300,13 +312,13 @@ void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, 
       const int64_t p0 = block * plan.panels_per_block, p1 = std::min(plan.panels, p0 + plan.panels_per_block);
       auto tokens_of = [&](int64_t p) { return std::min<int64_t>(kPanel<T>, tokens - p * kPanel<T>); };
       for (int64_t p = p0; p < p1; ++p)
-        pack_panel(shape, x + p * kPanel<T> * shape.features, tokens_of(p), lam, center,
-                   panels.data() + (p - p0) * panel_size);
+        pack_panel(shape, x + p * kPanel<T> * shape.features, tokens_of(p), panels.data() + (p - p0) * panel_size);
       const int64_t k1 = shape.components * (split + 1) / plan.splits;
       for (int64_t k = shape.components * split / plan.splits, count; k < k1; k += count) {
         count = k + distance.tile() <= k1 ? distance.tile() : 1;
         for (int64_t p = p0; p < p1; ++p) {
-          distance(rows + k * shape.component_stride<T>(), panels.data() + (p - p0) * panel_size, count, distances);
+          distance(rows + k * shape.component_stride<T>(), panels.data() + (p - p0) * panel_size, scale.data(), count,
+                   distances);
           for (int64_t c = 0; c < count; ++c)
             visit(split, p * kPanel<T>, tokens_of(p), k + c, distances + c * kPanel<T>);
         }
@@ -319,7 +331,7 @@ void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, 
 //   -> log_prob [N], components [N, S], logits [N, S], counts [N] (S + 1 marks an overflow)
 template <class T, class ParallelFor>
 void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
-            const T* center, T threshold, int64_t slots, T* log_prob, int32_t* components, T* logits, int32_t* counts,
+            T threshold, int64_t slots, T* log_prob, int32_t* components, T* logits, int32_t* counts,
             int64_t threads, ParallelFor&& parallel_for) {
   const Schedule plan = Schedule::of<T>(shape, tokens, threads);
   // Ranges of components after the first keep their findings apart until all are done.
@@ -335,16 +347,16 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
     return split == 0 ? logits + n * slots : spare_logits.data() + ((split - 1) * tokens + n) * slots;
   };
 
-  scan(shape, plan, x, tokens, rows, lam, center,
+  scan(shape, plan, x, tokens, rows, lam,
        [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
          const T constant = constants[k];
          T* bar = bars.data() + split * tokens + n0;
          int any = 0;
-         for (int64_t i = 0; i < here; ++i) any |= !(constant - distances[i] / 2 <= bar[i]);  // NaN counts too
+         for (int64_t i = 0; i < here; ++i) any |= !(constant - distances[i] / 2 < bar[i]);  // NaN counts too
          if (!any) return;
          for (int64_t i = 0; i < here; ++i) {
            const T logit = constant - distances[i] / 2;
-           if (logit <= bar[i]) continue;
+           if (logit < bar[i]) continue;
            TokenState<T>& state = states[split * tokens + n0 + i];
            state.offer(logit, static_cast<int32_t>(k), threshold, slots, components_of(split, n0 + i),
                        logits_of(split, n0 + i));
@@ -367,8 +379,8 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
 // Every logit, on request: x [N, D] -> out [K, N]
 template <class T, class ParallelFor>
 void dense(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
-           const T* center, T* out, int64_t threads, ParallelFor&& parallel_for) {
-  scan(shape, Schedule::of<T>(shape, tokens, threads), x, tokens, rows, lam, center,
+           T* out, int64_t threads, ParallelFor&& parallel_for) {
+  scan(shape, Schedule::of<T>(shape, tokens, threads), x, tokens, rows, lam,
        [&](int64_t, int64_t n0, int64_t here, int64_t k, const T* distances) {
          for (int64_t i = 0; i < here; ++i) out[k * tokens + n0 + i] = constants[k] - distances[i] / 2;
        },

@@ -38,6 +38,17 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
+// The same lanes in double precision.
+template <class T>
+struct Wide {
+  typedef double Vec __attribute__((vector_size(kWidth<T> * sizeof(double))));
+};
+
+template <class T>
+inline typename Wide<T>::Vec widen(Vec<T> v) {
+  return __builtin_convertvector(v, typename Wide<T>::Vec);
+}
+
 template <class T>
 inline T horizontal_sum(Vec<T> v) {
   // Pairwise: the error grows with log2(width), and the order is fixed.

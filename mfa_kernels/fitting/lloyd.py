@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 from mfa_kernels.fitting.source import Source
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
-_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of rows and scores while a tile is compared: within a CPU's cache
+_TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of rows and scores while a tile is compared: a CPU's cache
 _SAME_POINT = 1e-10  # squared distance over squared norm at which two float32 rows count as one
 _SPLIT_ROWS = 1 << 16  # members of a cluster looked at to split it
 _EXTRA_PASSES = 10  # to settle clusters that are still empty when the iterations are over

@@ -237,9 +237,9 @@ def _cluster_pca(
     rest = (trace - eigenvalues.sum(1)).clamp_min(0) / max(1, features - rank)
     level = float((rest * part.mass.to(rest)).sum() / part.mass.sum()) or 1.0  # of the noise; the rows are whitened
     strength = _shrink(eigenvalues / level, features / freedom) * level
-    shown = strength > _PADDING**2 * level
+    strong = strength > _PADDING**2 * level
     directions *= strength.sqrt().unsqueeze(1)
-    cluster, column = (~shown).nonzero(as_tuple=True)
+    cluster, column = (~strong).nonzero(as_tuple=True)
     noise = torch.randn(len(cluster), features, generator=generator).to(**like)
     directions[cluster, :, column] = noise * (_PADDING * math.sqrt(level / features))
     return directions * variance.sqrt().unsqueeze(-1)

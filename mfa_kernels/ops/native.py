@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -83,7 +84,10 @@ def library() -> Any:
     if os.environ.get("MFA_KERNELS_NATIVE", "1") == "0":
         return None
     try:
-        return _load() if is_built() else _build()
+        if is_built():
+            with contextlib.suppress(ImportError):  # a build that was killed, or is going on: build() takes the lock
+                return _load()
+        return _build()
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
         warnings.warn(
             f"mfa_kernels: the C++ kernels could not be built ({_first_line(error)}); using plain PyTorch on the CPU, "

@@ -114,14 +114,19 @@ def test_groups_and_samples_of_rows_do_not_matter(monkeypatch):
 
 def test_shrinkage_inverts_the_bias_of_a_sample():
     g = torch.Generator().manual_seed(0)
-    n, d, true = 1000, 2000, 5.0
-    x = torch.randn(n, d, generator=g, dtype=torch.float64)
-    x[:, 0] *= (1 + true) ** 0.5
-    values, vectors = torch.linalg.eigh(x.t() @ x / n)
-    strength = float(start_module._shrink(values[-1], torch.tensor(d / n).double()))
-    assert strength == pytest.approx(true * float(vectors[0, -1] ** 2), rel=0.15)
-    noise = torch.linalg.eigvalsh(x[:, 1:].t() @ x[:, 1:] / n)[-1]
-    assert float(start_module._shrink(0.95 * noise, torch.tensor(d / n).double())) == 0
+    n, d, true = 200, 400, 4.0
+    aspect = torch.tensor(d / n).double()
+    found, expected = [], []
+    for _ in range(20):
+        x = torch.randn(n, d, generator=g, dtype=torch.float64)
+        noise = torch.linalg.matrix_norm(x[:, 1:], 2) ** 2 / n
+        assert float(start_module._shrink(0.9 * noise, aspect)) == 0
+        x[:, 0] *= (1 + true) ** 0.5
+        values, vectors = torch.linalg.eigh(x @ x.t() / n)
+        found.append(float(start_module._shrink(values[-1], aspect)))
+        direction = x.t() @ vectors[:, -1]
+        expected.append(true * float(direction[0] ** 2 / direction.square().sum()))
+    assert sum(found) == pytest.approx(sum(expected), rel=0.15)
 
 
 def test_constant_dimensions_keep_a_density():

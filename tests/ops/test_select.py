@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mfa_kernels import ops
+from mfa_kernels.ops import native
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
@@ -123,6 +124,49 @@ def test_outlier_dimensions_and_close_components(backend):
     t = torch.einsum("nd,krd->nkr", x, a) - torch.einsum("kd,krd->kr", m.means, a)
     naive = m.log_weights - 0.5 * (log_det + distance - t.square().sum(-1))
     assert (naive.argmax(-1) == truth.argmax(-1)).double().mean() < 0.5
+
+
+@pytest.mark.parametrize("spread", [10.0, 300.0, 3000.0])
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+def test_regions_far_from_the_center_are_as_exact(backend, spread, per_component):
+    m = mixture(16, 512, 4, per_component=per_component, spread=spread)
+    x = tokens(m, 64)
+    truth = m.log_prob_fp64(x)
+    plain = torch.logsumexp(plain_fp32(m, x), -1)
+    unit = torch.finfo(torch.float32).eps * truth.abs()
+    found = m.active(x, center=m.means.mean(0)).log_prob
+    budget = 3 * torch.maximum((plain.double() - truth).abs(), unit)
+    assert ((found.double() - truth).abs() <= budget).all()
+
+
+def test_a_token_whose_logits_are_coarser_than_the_threshold(backend):
+    """Near -5e8 nats, float32 cannot tell the best logit from best - threshold; the best is active all the same."""
+    m = mixture(30, 100, 3)
+    x = tokens(m, 8) * 1000
+    x[0] *= 10
+    active = m.active(x)
+    truth = m.log_prob_fp64(x)
+    torch.testing.assert_close(active.log_prob.double(), truth, rtol=1e-5, atol=0)
+    assert (active.counts >= 1).all()
+    assert (active.components[:, 0] >= 0).all()
+
+
+def test_what_does_not_fit_is_refused():
+    if native.library() is None:
+        pytest.skip("the checks guard the C++ kernels, which could not be built here")
+    m = mixture(9, 21, 2)
+    f, x = m.factors(), tokens(m, 7)
+    tensors = (f.rows, f.cholesky, f.log_det, f.scale, f.center)
+    call = torch.ops.mfa_kernels.log_prob
+    with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
+        call(x, *m, *tensors, 0)
+    with pytest.raises(ValueError, match="rows must have shape"):
+        call(x[:, :12], *m, *tensors, 4)
+    n, k = torch.tensor([0, 7]), torch.tensor([0, 1]).int()
+    with pytest.raises(IndexError, match="tokens must be in"):
+        torch.ops.mfa_kernels.latents(x, n, k, *m[:3], *tensors)
+    with pytest.raises(IndexError, match="components must be in"):
+        torch.ops.mfa_kernels.latents(x, n.clamp_max(6), k + 8, *m[:3], *tensors)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e4])

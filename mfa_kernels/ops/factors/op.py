@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import native
 from mfa_kernels.ops.factors import reference
+from mfa_kernels.ops.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -17,12 +18,12 @@ class Factors:
     """What stages 1 and 2 need of the parameters, in one dtype and on one device.
 
     Attributes:
-        rows: the backend's own layout of {lam (mu_k - center), A_k}: (K, R+1, D) in plain PyTorch (a further row
+        rows: the backend's own layout of {mu_k, A_k}: (K, R+1, D) in plain PyTorch (a further row
             lam_k when every component has its own noise), (K, D/V, R+1, V) for the C++ kernels.
         cholesky: L_k, (K, R, R).
         log_det: log|C_k|, (K,).
         scale: lam = Psi^-1/2 (D,), or ones where the noise is per component (its lam is in the rows).
-        center: (D,).
+        center: (D,), for backends that expand the square; those that form x - mu need none.
         per_component: whether the noise is per component.
     """
 
@@ -52,45 +53,43 @@ def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: T
         noise_variance: (D,) or (K, D).
         center: (D,).
     """
+    if center.shape != means.shape[1:]:
+        raise ValueError(f"center must have shape (D,) = ({means.shape[1]},), got {tuple(center.shape)}")
     with torch.no_grad():
-        rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance, center)
-        return Factors(rows, cholesky, log_det, scale_of(noise_variance), center, noise_variance.dim() == 2)
+        rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance)
+        scale, center = scale_of(noise_variance).contiguous(), center.to(means).contiguous()
+        return Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
 
 
 torch.library.define(
     "mfa_kernels::factors",
-    "(Tensor means, Tensor loadings, Tensor noise_variance, Tensor center)"
-    " -> (Tensor rows, Tensor cholesky, Tensor log_det)",
+    "(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)",
 )
 
 
-def portable_rows(means: Tensor, noise_variance: Tensor, center: Tensor, a: Tensor) -> Tensor:
-    """The portable layout, (K, R+1, D) or (K, R+2, D): mean row, A, and lam where it is per component."""
-    if noise_variance.dim() == 2:
-        return torch.cat([(means - center).unsqueeze(1), a, noise_variance.rsqrt().unsqueeze(1)], dim=1)
-    return torch.cat([((means - center) * noise_variance.rsqrt()).unsqueeze(1), a], dim=1)
-
-
-def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula, its rows in the portable layout: mu, A, and lam where it is per component."""
     a, cholesky, log_det = reference.factors(loadings, noise_variance)
-    return portable_rows(means, noise_variance, center, a), cholesky.contiguous(), log_det
+    rows = [means.unsqueeze(1), a]
+    if noise_variance.dim() == 2:
+        rows.append(noise_variance.rsqrt().unsqueeze(1))
+    return torch.cat(rows, dim=1), cholesky.contiguous(), log_det
 
 
-@torch.library.impl("mfa_kernels::factors", "CPU")
-def _cpu(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    library = native.library()
-    if library is None:
-        return portable(means, loadings, noise_variance, center)
-    return library.factors(means.contiguous(), loadings.contiguous(), noise_variance.contiguous(), center.contiguous())
+def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with full_precision(means):
+        library = native.library() if means.device.type == "cpu" else None
+        if library is None:
+            return portable(means, loadings, noise_variance)
+        return library.factors(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
 
 
-@torch.library.impl("mfa_kernels::factors", "CUDA")
-def _cuda(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return portable(means, loadings, noise_variance, center)
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("mfa_kernels::factors", _device)(_factors)
 
 
 @torch.library.register_fake("mfa_kernels::factors")
-def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     components, features, rank = loadings.shape
     row_count = rank + noise_variance.dim()
     library = native.library() if means.device.type == "cpu" else None
@@ -108,13 +107,12 @@ def unpack_rows(rows: Tensor, features: int) -> Tensor:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    means, loadings, noise_variance, center = inputs
     rows, cholesky, _ = output
-    ctx.save_for_backward(means, loadings, noise_variance, center, rows, cholesky)
+    ctx.save_for_backward(*inputs, rows, cholesky)
 
 
 def _backward(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
-    means, loadings, noise, center, rows, cholesky = ctx.saved_tensors
+    means, loadings, noise, rows, cholesky = ctx.saved_tensors
     features, rank = loadings.shape[1:]
     scale = noise.rsqrt().expand_as(means)  # lam_k
     grad_rows = unpack_rows(grad_rows, features)
@@ -132,17 +130,12 @@ def _backward(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tenso
     grad_whitened = upstream.mT + whitened @ symmetric
     grad_loadings = grad_whitened * scale.unsqueeze(-1)
     grad_scale = (grad_whitened * loadings).sum(-1)
-    grad_mean_row = grad_rows[:, 0]
-    if noise.dim() == 1:
-        grad_means = grad_mean_row * scale
-        grad_scale = grad_scale + grad_mean_row * (means - center)
-    else:
-        grad_means = grad_mean_row
+    if noise.dim() == 2:
         grad_scale = grad_scale + grad_rows[:, rank + 1]
     grad_noise = -0.5 * grad_scale * scale**3 + grad_log_det.unsqueeze(-1) * scale.square()
     if noise.dim() == 1:
         grad_noise = grad_noise.sum(0)
-    return grad_means, grad_loadings, grad_noise, -grad_means.sum(0)
+    return grad_rows[:, 0], grad_loadings, grad_noise
 
 
 torch.library.register_autograd("mfa_kernels::factors", _backward, setup_context=_setup_context)

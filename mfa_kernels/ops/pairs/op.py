@@ -8,6 +8,7 @@ from torch import Tensor
 from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs import portable, reference
+from mfa_kernels.ops.precision import full_precision, once_differentiable
 
 
 def latents(
@@ -57,7 +58,7 @@ def accumulate_gradients(
     """
     if factors.rows.dim() == 4:
         native.library().backward(
-            x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale, factors.center,
+            x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale,
             factors.per_component, *gradients,
         )  # fmt: skip
     else:
@@ -79,41 +80,37 @@ torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) ->
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x = x.to(means.dtype).contiguous()
-    if rows.dim() == 3:
+    if rows.dim() == 4:
+        return native.library().latents(
+            x, tokens.contiguous(), components.contiguous(), rows, cholesky, scale, factors.per_component
+        )
+    with full_precision(means):
         return portable.latents(x, tokens, components, factors)
-    return native.library().latents(
-        x, tokens.contiguous(), components.contiguous(), rows, cholesky, scale, center, factors.per_component
-    )
 
 
 def _decode(components, responsibilities, latents, means, loadings):
-    if means.device.type != "cpu" or native.library() is None:
+    if means.device.type == "cpu" and native.library() is not None:
+        tensors = components, responsibilities, latents, means, loadings
+        return native.library().decode(*(t.contiguous() for t in tensors))
+    with full_precision(means):
         return portable.decode(components, responsibilities, latents, means, loadings)
-    return native.library().decode(
-        components.contiguous(), responsibilities.contiguous(), latents.contiguous(), means.contiguous(),
-        loadings.contiguous(),
-    )  # fmt: skip
 
 
 def _latents_backward(grad, x, tokens, components, means, loadings, noise_variance):
-    inputs = x, means, loadings, noise_variance
-    return _through(
-        lambda x, *parameters: reference.latents(x.to(means.dtype), tokens, components.long(), *parameters),
-        inputs, grad,
-    )  # fmt: skip
+    """By the reference formula: latents are rarely trained through, and stay simple."""
+
+    def latents(x: Tensor, *parameters: Tensor) -> Tensor:
+        return reference.latents(x.to(means.dtype), tokens, components.long(), *parameters)
+
+    # Inside an operator the autograd keys are off; vjp works on its own level.
+    with full_precision(means), torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutogradCPU):
+        pull_back = torch.func.vjp(latents, *(t.detach() for t in (x, means, loadings, noise_variance)))[1]
+        return tuple(g.contiguous() for g in pull_back(grad))
 
 
 def _decode_backward(grad, components, responsibilities, latents, means, loadings):
-    inputs = responsibilities, latents, means, loadings
-    return _through(lambda *args: reference.decode(components.long(), *args), inputs, grad)
-
-
-def _through(function, inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients by the reference formula: latents and decode are rarely trained through, and stay simple."""
-    # Inside an operator the autograd keys are off; vjp works on its own level.
-    with torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutogradCPU):
-        pull_back = torch.func.vjp(function, *(t.detach() for t in inputs))[1]
-        return tuple(g.contiguous() for g in pull_back(grad))
+    with full_precision(means):
+        return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)
 
 
 for _device in ("CPU", "CUDA"):
@@ -162,3 +159,5 @@ def _decode_gradient(ctx, grad):
 
 torch.library.register_autograd("mfa_kernels::latents", _latents_gradient, setup_context=_latents_context)
 torch.library.register_autograd("mfa_kernels::decode", _decode_gradient, setup_context=_decode_context)
+once_differentiable("latents_backward")
+once_differentiable("decode_backward")

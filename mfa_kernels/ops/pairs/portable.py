@@ -11,8 +11,12 @@ from mfa_kernels.ops.select.portable import CHUNK, explained, residuals
 
 def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R)."""
-    t = explained(residuals(x[tokens], components, factors), components, factors)
-    return torch.linalg.solve_triangular(factors.cholesky[components].mT, t.unsqueeze(-1), upper=True).squeeze(-1)
+    step = max(1, CHUNK // factors.rows[0].numel())
+    out = [x.new_empty(0, factors.cholesky.shape[-1])]
+    for n, k in zip(tokens.split(step), components.split(step)):
+        t = explained(residuals(x[n], k, factors), k, factors).unsqueeze(-1)
+        out.append(torch.linalg.solve_triangular(factors.cholesky[k].mT, t, upper=True).squeeze(-1))
+    return torch.cat(out)
 
 
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
@@ -26,6 +30,24 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
             point = means[k] + torch.einsum("pdr,pr->pd", loadings[k], latents[token, slot])
             out[token] += responsibilities[token, slot].unsqueeze(-1) * point
     return out.masked_fill(responsibilities.isnan().any(-1, keepdim=True), torch.nan)
+
+
+def decode_backward(
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `decode` to responsibilities, latents, means and loadings: grad (N, D), pairs in chunks."""
+    grad_r, grad_z = torch.zeros_like(responsibilities), torch.zeros_like(latents)
+    grad_means, grad_loadings = torch.zeros_like(means), torch.zeros_like(loadings)
+    tokens, columns = (components >= 0).nonzero(as_tuple=True)
+    step = max(1, CHUNK // max(1, means.shape[1] * (1 + loadings.shape[2])))
+    for n, c in zip(tokens.split(step), columns.split(step)):
+        k, g, r, z = components[n, c].long(), grad[n], responsibilities[n, c].unsqueeze(-1), latents[n, c]
+        back = torch.einsum("pdr,pd->pr", loadings[k], g)
+        grad_r[n, c] = (g * means[k]).sum(-1) + (back * z).sum(-1)
+        grad_z[n, c] = r * back
+        grad_means.index_add_(0, k, r * g)
+        grad_loadings.index_add_(0, k, (r * g).unsqueeze(-1) * z.unsqueeze(1))
+    return grad_r, grad_z, grad_means, grad_loadings
 
 
 def backward(

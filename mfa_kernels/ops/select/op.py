@@ -16,6 +16,7 @@ from torch import Tensor
 from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs.op import accumulate_gradients
+from mfa_kernels.ops.precision import full_precision, once_differentiable
 from mfa_kernels.ops.select import portable
 
 SLOTS = 16
@@ -112,8 +113,9 @@ def _log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, l
     threshold = activity_threshold(means.shape[0], means.dtype)
     constants = factors.constants(log_weights)
     if not _is_native(factors):
-        return portable.select(x, factors, constants, threshold, slots)
-    return native.library().select(x, rows, constants, scale, center, factors.per_component, threshold, slots)
+        with full_precision(means):
+            return portable.select(x, factors, constants, threshold, slots)
+    return native.library().select(x, rows, constants, scale, factors.per_component, threshold, slots)
 
 
 def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
@@ -124,9 +126,10 @@ def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_
 def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     """Every logit (N, K)."""
     if not _is_native(factors):
-        return portable.dense(x, factors, constants)
+        with full_precision(x):
+            return portable.dense(x, factors, constants)
     library = native.library()
-    return library.dense(x, factors.rows, constants, factors.scale, factors.center, factors.per_component).t()
+    return library.dense(x, factors.rows, constants, factors.scale, factors.per_component).t()
 
 
 def _new_gradients(factors: Factors, inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
@@ -153,16 +156,18 @@ def _log_prob_backward(
     slots = components.shape[1]
     held = components >= 0
     overflow = counts > slots
-    responsibility = (logits - log_prob.unsqueeze(-1)).exp().masked_fill(overflow.unsqueeze(-1), 0)
+    # Softmax, not exp(logits - log_prob): log_prob is rounded, and at thousands of nats that costs four digits.
+    responsibility = logits.softmax(-1).masked_fill(overflow.unsqueeze(-1), 0)
+    # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
     weight = torch.where(held, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
-    tokens, columns = weight.nonzero(as_tuple=True)  # a NaN is not zero, and goes where it belongs
+    tokens, columns = weight.nonzero(as_tuple=True)
     accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], factors, gradients)
     diffuse = overflow.nonzero().squeeze(-1)
     if diffuse.numel():
         constants = factors.constants(log_weights)
         least = math.exp(-activity_threshold(means.shape[0], means.dtype))
         for chunk in diffuse.split(max(1, portable.CHUNK // (2 * means.shape[0]))):
-            r = (_dense(x[chunk], factors, constants) - log_prob[chunk].unsqueeze(-1)).exp()
+            r = _dense(x[chunk], factors, constants).softmax(-1)
             weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
             _accumulate_dense(x, chunk, weight, factors, gradients)
     if gradients[0] is not None:
@@ -263,3 +268,5 @@ torch.library.register_autograd("mfa_kernels::log_prob", _log_prob_gradient, set
 torch.library.register_autograd(
     "mfa_kernels::component_log_prob", _component_log_prob_gradient, setup_context=_component_log_prob_context
 )
+once_differentiable("log_prob_backward")
+once_differentiable("component_log_prob_backward")
