@@ -207,7 +207,8 @@ def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, repor
     owned = torch.zeros(mfa.n_components, dtype=torch.bool, device=mfa.means.device)
     others = (_finite(source, part, mfa.means.device) for part in index.split(_CHUNK_ROWS))
     for x in chain(held_out.split(_CHUNK_ROWS), others):
-        owned[mfa.assign(x)] = True
+        owners = mfa.assign(x)
+        owned[owners[owners >= 0]] = True  # a row too far out for the dtype has none
         report.live_rows += len(x)
     report.live_components = int(owned.sum())
     dead = mfa.n_components - report.live_components

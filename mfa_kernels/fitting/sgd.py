@@ -249,7 +249,7 @@ class Training:
         self.evaluations_since_best += 1
         if held_out is None:
             report.best_step = step
-        elif report.held_out_nll is None or held_out < report.held_out_nll:
+        elif report.held_out_nll is None or held_out < report.held_out_nll or math.isnan(report.held_out_nll):
             report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
             self.best = [p.detach().clone() for p in self.mfa.parameters()]
         bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")

@@ -323,3 +323,17 @@ def test_activations_of_a_language_model(tmp_path):
     assert pca.history[0]["held_out_nll"] < random.history[1]["held_out_nll"]
     assert pca.live_components == 16
     assert pca.skipped_rows == pca.skipped_steps == 0
+
+
+def test_a_held_out_row_too_far_for_the_dtype_does_not_stop_the_choice():
+    """1e25 squared overflows float32: the held-out mean is not finite, and the fit must not fall back to its start."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 6, generator=generator)
+    x[::40] = 1e25
+    seen = []
+    mfa = fit(
+        x, 2, 1, epochs=2, held_out=0.3, patience=None, clusters=torch.randn(2, 6, generator=generator),
+        callbacks=[lambda mfa, record: seen.append(record["held_out_nll"])], progress=False,
+    )  # fmt: skip
+    assert not math.isfinite(seen[-1])
+    assert mfa.fit_report.best_step == mfa.fit_report.history[-1]["step"] > 0
