@@ -11,15 +11,15 @@ from typing import Any
 from mfa_kernels.files import StrPath
 
 PLAIN = (".txt", ".md", ".rst", ".py")
-RECORDS = (".jsonl", ".json")
+IN_FOLDERS = (*PLAIN, ".jsonl")  # a folder's .json files are mostly settings: name the one that holds texts
 
 
 def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
     """Reads (name, text) pairs, one file at a time.
 
     Args:
-        paths: files and folders. Of a folder, every file below it that ends in .txt, .md, .rst, .py, .jsonl or .json,
-            in the order of names, those in hidden folders left out. A .jsonl file has an object with a "text" field
+        paths: files and folders. Of a folder, every file below it that ends in .txt, .md, .rst, .py or .jsonl, in
+            the order of names, those in hidden folders left out. A .jsonl file has an object with a "text" field
             (or a string) on each line, a .json file has a list of these; any other file is one text.
 
     Yields:
@@ -48,12 +48,12 @@ def _files(path: Path) -> list[Path]:
     files = sorted(
         file
         for file in path.rglob("*")
-        if file.suffix in PLAIN + RECORDS
+        if file.suffix in IN_FOLDERS
         and file.is_file()
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
     )
     if not files:
-        raise ValueError(f"{path}: this folder holds no {', '.join(PLAIN + RECORDS)} file")
+        raise ValueError(f"{path}: this folder holds no {', '.join(IN_FOLDERS)} file")
     return files
 
 

@@ -59,7 +59,13 @@ def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> Non
 def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        list(read_texts(tmp_path))
+        list(read_texts(tmp_path / name))
+
+
+def test_settings_in_a_folder_are_not_texts(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"hidden_size": 4}')
+    (tmp_path / "a.txt").write_text("one")
+    assert [text for _, text in read_texts(tmp_path)] == ["one"]
 
 
 def test_missing_paths_and_empty_folders_are_named(tmp_path: Path) -> None:
