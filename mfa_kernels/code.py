@@ -20,7 +20,8 @@ class Code:
         components: (..., C) int64; -1 marks an empty slot (fewer than C components are active).
         responsibilities: p(k | x), (..., C); 0 in an empty slot, NaN for a token that is not finite.
         latents: E[z | x, k], (..., C, R); 0 in an empty slot.
-        dropped: upper bound on the responsibility of all the components left out, (...).
+        dropped: upper bound on the responsibility of all the components left out, (...); it holds for the logits as
+            computed, which in float32 carry the rounding of their own magnitude (1e-4 at thousands of nats).
     """
 
     components: Tensor
