@@ -1,4 +1,4 @@
-"""log p(x) and the training step against the GEMM of the same flops. `make bench-step` prints the table of ratios."""
+"""log p(x) and the training step against the GEMM of the same flops. `python -m bench.table` prints the ratios."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from mfa_kernels.ops.precision import full_precision, once_differentiable
 from mfa_kernels.ops.select import portable
 
 SLOTS = 16
-"""Active components kept per token; measured mixtures of real activations need 4 at most (README)."""
+"""Active components kept per token; the mixture that `mfa-kernels demo` fits has about one (README)."""
 
 _PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
 _FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
