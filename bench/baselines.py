@@ -44,7 +44,7 @@ def plain_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: T
     """log p(x) (N,) with the expanded distance and the N x K x R products in memory (arXiv 2602.02464's code)."""
     precision = noise_variance.reciprocal()
     scaled = loadings * precision.unsqueeze(-1)  # (K, D, R)
-    gram = torch.eye(loadings.shape[2]) + loadings.mT @ scaled
+    gram = torch.eye(loadings.shape[2], device=loadings.device) + loadings.mT @ scaled
     cholesky = torch.linalg.cholesky(gram)
     distance = (x.square() @ precision).unsqueeze(1) - 2 * x @ (means * precision).T + means.square() @ precision
     v = torch.einsum("nd,kdr->nkr", x, scaled) - torch.einsum("kd,kdr->kr", means, scaled)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import shutil
 import subprocess
 
 import torch
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import cuda, native
 
 
 def version(package: str) -> str:
@@ -25,7 +24,12 @@ def serving(device: str, dtype: torch.dtype) -> str:
     compute = "float64" if dtype == torch.float64 else "float32"
     note = "" if str(dtype).endswith(compute) else f", computing in {compute}"
     if device == "cuda":
-        return f"plain PyTorch{note} (no CUDA kernels in this version)"
+        if compute == "float64":
+            return "plain PyTorch in float64"
+        if version("triton") == "not installed":
+            return f"plain PyTorch{note} (triton is not installed)"
+        few = "CUDA C++ for stage 0 and up to 16 tokens" if cuda.library() is not None else "no CUDA C++ (nvcc)"
+        return f"Triton kernels, {few}{note}"
     if native.library() is None:
         return f"plain PyTorch{note} (the C++ kernels are not available)"
     return f"C++ kernels, {8 * native.library().vector_bytes}-bit vectors, {torch.get_num_threads()} threads{note}"
@@ -44,7 +48,7 @@ def report() -> list[tuple[str, str]]:
         ("C++ compiler", compiler or "none: install g++, or set CXX"),
         ("ninja program", native.ninja() or "none"),
     ]
-    lines += [("nvcc", shutil.which("nvcc") or "none (not needed on the CPU)")]
+    lines += [("nvcc", cuda.nvcc() or "none (not needed on the CPU)")]
     cached = native.is_built()
     built = native.library() is not None
     state = "in the cache" if cached and built else "built now" if built else "not available"

@@ -36,7 +36,8 @@ def log_prob(
         noise_variance: (D,), or (K, D) for noise per component; positive.
         log_weights: (K,), normalised: logsumexp is 0.
         center: (D,), subtracted from x and means; changes no result, saves digits where magnitudes are large.
-        precision: "exact" (agrees with float64 to the rounding of the dtype), "fast" (the same on the CPU), or
+        precision: "exact" (agrees with float64 to the rounding of the dtype), "fast" (on a GPU without the exact
+            recompute: logits are off by the rounding of fp16 operands, tenths of a nat; the same on the CPU), or
             "reference" (the plain formula, dense).
 
     Returns:
@@ -56,7 +57,8 @@ def log_prob(
         return out.reshape(x.shape[:-1])
     center = torch.zeros_like(means[0]) if center is None else center
     factors = ops.factorize(means, loadings, noise_variance, center)
-    return ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors).log_prob.reshape(x.shape[:-1])
+    active = ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors, exact=precision != "fast")
+    return active.log_prob.reshape(x.shape[:-1])
 
 
 def compute_dtype(*parameters: Tensor) -> tuple[Tensor, ...]:

@@ -202,7 +202,7 @@ class MFA(nn.Module):
         """Stage 1 on (N, D); differentiable when gradients are on."""
         detached, factors = self._prepared()
         parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
-        return ops.log_prob(x, *parameters, factors, slots)
+        return ops.log_prob(x, *parameters, factors, slots, exact=self.precision != "fast")
 
     def _flat(self, x: Tensor) -> Tensor:
         return check_activations(x, self.n_features, self.means.device).reshape(-1, self.n_features)
@@ -287,11 +287,11 @@ class MFA(nn.Module):
 
     def _latents(self, x: Tensor, components: Tensor) -> Tensor:
         """E[z | x, k] for the held slots of components (N, C): (N, C, R), 0 elsewhere."""
-        tokens, columns = (components >= 0).nonzero(as_tuple=True)
+        count, slots = components.shape
+        tokens = torch.arange(count * slots, device=x.device) // slots
         parameters = self.parameters_in_compute_dtype()[:3]
-        pairs = ops.latents(x, tokens, components[tokens, columns], *parameters, self.factors())
-        latents = pairs.new_zeros(*components.shape, self.rank)
-        return latents.index_put((tokens, columns), pairs)
+        pairs = ops.latents(x, tokens, components.flatten(), *parameters, self.factors())
+        return pairs.view(count, slots, self.rank)
 
     def decode(self, code: Code) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -20,10 +19,10 @@ import torch
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
 
 
-def source_folder() -> Path:
-    """The folder csrc/cpu: inside the package when installed from a wheel, beside it in a checkout."""
+def source_folder(backend: str = "cpu") -> Path:
+    """The folder csrc/<backend>: inside the package when installed from a wheel, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    inside, beside = package / "csrc" / "cpu", package.parent / "csrc" / "cpu"
+    inside, beside = package / "csrc" / backend, package.parent / "csrc" / backend
     return inside if inside.is_dir() else beside
 
 
@@ -37,13 +36,18 @@ def cache_folder() -> Path:
 
 def library_name() -> str:
     """Name of the library for these sources, this Torch, this Python and this processor."""
-    digest = hashlib.sha256()
-    for path in sorted(source_folder().iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
     # -march=native: a cache shared between machines must not hand one's instructions to the other.
-    facts = [torch.__version__, sys.version, platform.machine(), _processor_flags(), *FLAGS]
-    digest.update("\0".join(facts).encode())
-    return f"mfa_kernels_cpu_{digest.hexdigest()[:16]}"
+    return name_for("cpu", source_folder(), [_processor_flags(), *FLAGS])
+
+
+def name_for(backend: str, sources: Path, facts: list[str]) -> str:
+    """Name of a library that is built from these sources; `facts` is what else a build depends on, beyond Torch,
+    Python and the kind of machine."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in sources.iterdir() if p.suffix != ".md"):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    digest.update("\0".join([torch.__version__, sys.version, platform.machine(), *facts]).encode())
+    return f"mfa_kernels_{backend}_{digest.hexdigest()[:16]}"
 
 
 def _processor_flags() -> str:
@@ -71,8 +75,16 @@ def ninja() -> str | None:
 
 def is_built() -> bool:
     """Whether the library for these sources is in the cache."""
-    name = library_name()
-    return (cache_folder() / name / f"{name}.so").is_file()
+    return _file(library_name()).is_file()
+
+
+def _file(name: str) -> Path:
+    return cache_folder() / name / f"{name}.so"
+
+
+def is_on() -> bool:
+    """Whether kernels may be built: ``MFA_KERNELS_NATIVE=0`` says no."""
+    return os.environ.get("MFA_KERNELS_NATIVE", "1") != "0"
 
 
 @functools.cache
@@ -81,16 +93,16 @@ def library() -> Any:
 
     ``MFA_KERNELS_NATIVE=0`` turns it off: the portable PyTorch path then serves every CPU tensor.
     """
-    if os.environ.get("MFA_KERNELS_NATIVE", "1") == "0":
+    if not is_on():
         return None
     try:
-        if is_built():
-            with contextlib.suppress(ImportError):  # a build that was killed, or is going on: build() takes the lock
-                return _load()
-        return _build()
+        name = library_name()
+        return cached(name) or build(
+            name, [source_folder() / "bindings.cpp"], "the C++ kernels, once (about half a minute)", extra_cflags=FLAGS
+        )
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
         warnings.warn(
-            f"mfa_kernels: the C++ kernels could not be built ({_first_line(error)}); using plain PyTorch on the CPU, "
+            f"mfa_kernels: the C++ kernels could not be built ({first_line(error)}); using plain PyTorch on the CPU, "
             "which is slower and gives the same results. `mfa-kernels doctor` says what is missing.",
             RuntimeWarning,
             stacklevel=2,
@@ -98,21 +110,34 @@ def library() -> Any:
         return None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The kind of an error and the first line of what it says, for a warning."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _load() -> ModuleType:
-    name = library_name()
-    spec = importlib.util.spec_from_file_location(name, cache_folder() / name / f"{name}.so")
-    if spec is None or spec.loader is None:
-        raise ImportError(f"cannot load {name}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def cached(name: str) -> ModuleType | None:
+    """The library from the cache; None where it is not there, or does not load: a build that was killed, or is going
+    on (`build` takes the lock)."""
+    path = _file(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        return None
+    try:
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    except ImportError:
+        return None
 
 
-def _build() -> ModuleType:
+def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleType:
+    """Compiles the sources into the cache and loads the library.
+
+    Args:
+        name: from `name_for`.
+        what: is being built, in words, for the line on stderr.
+        options: of torch.utils.cpp_extension.load.
+    """
     if compiler() is None:
         raise RuntimeError("no C++ compiler found (c++ or g++, or the CXX environment variable)")
     program = ninja()
@@ -120,16 +145,13 @@ def _build() -> ModuleType:
         raise RuntimeError("ninja not found: pip install ninja")
     from torch.utils import cpp_extension
 
-    name = library_name()
-    folder = cache_folder() / name
+    folder = _file(name).parent
     folder.mkdir(parents=True, exist_ok=True)
-    print("mfa_kernels: building the C++ kernels, once (about half a minute)...", file=sys.stderr, flush=True)
+    print(f"mfa_kernels: building {what}...", file=sys.stderr, flush=True)
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = f"{Path(program).parent}{os.pathsep}{path}"
     try:
         # load() takes a lock in the folder, so that processes started together build once.
-        return cpp_extension.load(
-            name, [str(source_folder() / "bindings.cpp")], extra_cflags=FLAGS, build_directory=str(folder)
-        )
+        return cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
     finally:
         os.environ["PATH"] = path

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import backends, cuda, native
 from mfa_kernels.ops.factors import reference
 from mfa_kernels.ops.precision import full_precision
 
@@ -25,6 +25,7 @@ class Factors:
         scale: lam = Psi^-1/2 (D,), or ones where the noise is per component (its lam is in the rows).
         center: (D,), for backends that expand the square; those that form x - mu need none.
         per_component: whether the noise is per component.
+        scan: what the GPU scan reads instead of the rows (factors/triton_rows.py); of size 0 on other backends.
     """
 
     rows: Tensor
@@ -33,6 +34,7 @@ class Factors:
     scale: Tensor
     center: Tensor
     per_component: bool
+    scan: tuple[Tensor, ...] = ()
 
     def constants(self, log_weights: Tensor) -> Tensor:
         """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
@@ -58,7 +60,9 @@ def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: T
     with torch.no_grad():
         rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance)
         scale, center = scale_of(noise_variance).contiguous(), center.to(means).contiguous()
-        return Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+        per_component = noise_variance.dim() == 2
+        scan = torch.ops.mfa_kernels.scan_rows(rows, cholesky, scale, center, per_component)
+        return Factors(rows, cholesky, log_det, scale, center, per_component, tuple(scan))
 
 
 torch.library.define(
@@ -78,7 +82,8 @@ def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
 
 def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(means):
-        library = native.library() if means.device.type == "cpu" else None
+        serving = backends.serving(means, loadings.shape[2])
+        library = native.library() if serving == "native" else cuda.library() if serving == "triton" else None
         if library is None:
             return portable(means, loadings, noise_variance)
         return library.factors(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
@@ -92,13 +97,49 @@ for _device in ("CPU", "CUDA"):
 def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     components, features, rank = loadings.shape
     row_count = rank + noise_variance.dim()
-    library = native.library() if means.device.type == "cpu" else None
-    if library is None:
+    if backends.serving(means, rank) != "native":
         rows = means.new_empty(components, row_count, features)
     else:
-        width = library.vector_bytes // means.element_size()
+        width = native.library().vector_bytes // means.element_size()
         rows = means.new_empty(components, -(-features // width), row_count, width)
     return rows, means.new_empty(components, rank, rank), means.new_empty(components)
+
+
+torch.library.define(
+    "mfa_kernels::scan_rows",
+    "(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component)"
+    " -> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst)",
+)
+
+
+def _scan_rows(rows, cholesky, scale, center, per_component):
+    if not _has_scan(rows, cholesky):
+        return _no_scan(rows)
+    from mfa_kernels.ops.factors import triton_rows
+
+    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+    return tuple(triton_rows.scan_rows(factors))
+
+
+def _has_scan(rows: Tensor, cholesky: Tensor) -> bool:
+    return rows.dim() == 3 and backends.serving(rows, cholesky.shape[-1]) == "triton"
+
+
+def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(rows.new_empty(0) for _ in range(6))
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("mfa_kernels::scan_rows", _device)(_scan_rows)
+
+
+@torch.library.register_fake("mfa_kernels::scan_rows")
+def _(rows, cholesky, scale, center, per_component):
+    if not _has_scan(rows, cholesky):
+        return _no_scan(rows)
+    from mfa_kernels.ops.factors import triton_rows
+
+    return tuple(triton_rows.allocate(rows, cholesky.shape[-1], per_component))
 
 
 def unpack_rows(rows: Tensor, features: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs import portable, reference
 from mfa_kernels.ops.precision import full_precision, once_differentiable
@@ -19,7 +19,7 @@ def latents(
     Args:
         x: (N, D).
         tokens: (P,) int64.
-        components: (P,) int32, every one a real component.
+        components: (P,) int32; -1 stands for no pair, whose latents are 0.
         means, loadings, noise_variance: the parameters behind `f`.
     """
     return torch.ops.mfa_kernels.latents(
@@ -53,7 +53,7 @@ def accumulate_gradients(
     Args:
         x: (N, D), contiguous.
         tokens: (P,) int64, ascending.
-        components: (P,) int32.
+        components: (P,) int32; on the Triton backend -1 stands for no pair.
         weights: (P,).
     """
     if factors.rows.dim() == 4:
@@ -61,8 +61,16 @@ def accumulate_gradients(
             x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale,
             factors.per_component, *gradients,
         )  # fmt: skip
+    elif _is_triton(factors.rows, factors.cholesky.shape[-1]):
+        from mfa_kernels.ops.pairs import triton_backward
+
+        triton_backward.backward(x, tokens, components, weights, factors, *gradients)
     else:
         portable.backward(x, tokens, components, weights, factors, *gradients)
+
+
+def _is_triton(like: Tensor, rank: int) -> bool:
+    return backends.serving(like, rank) == "triton"
 
 
 _PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
@@ -79,37 +87,59 @@ torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) ->
 
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x = x.to(means.dtype).contiguous()
     if rows.dim() == 4:
-        return native.library().latents(
-            x, tokens.contiguous(), components.contiguous(), rows, cholesky, scale, factors.per_component
-        )
+        out = means.new_zeros(tokens.shape[0], loadings.shape[2])
+        held = (components != -1).nonzero().squeeze(-1)
+        out[held] = native.library().latents(
+            x.to(means.dtype).contiguous(), tokens[held], components[held], rows, cholesky, scale,
+            factors.per_component,
+        )  # fmt: skip
+        return out
     with full_precision(means):
-        return portable.latents(x, tokens, components, factors)
+        if _is_triton(rows, cholesky.shape[-1]):
+            from mfa_kernels.ops.pairs import triton_pairs
+
+            x = x if x.dtype != torch.float64 else x.float()
+            return triton_pairs.latents(x.contiguous(), tokens, components, factors)
+        out = portable.latents(x.to(means.dtype), tokens, components.clamp_min(0), factors)
+        return out.masked_fill((components == -1).unsqueeze(-1), 0)
 
 
 def _decode(components, responsibilities, latents, means, loadings):
-    if means.device.type == "cpu" and native.library() is not None:
-        tensors = components, responsibilities, latents, means, loadings
-        return native.library().decode(*(t.contiguous() for t in tensors))
+    tensors = [t.contiguous() for t in (components, responsibilities, latents, means, loadings)]
+    serving = backends.serving(means, loadings.shape[2])
+    if serving == "native":
+        return native.library().decode(*tensors)
     with full_precision(means):
+        if serving == "triton":
+            from mfa_kernels.ops.pairs import triton_decode
+
+            return triton_decode.decode(*tensors)
         return portable.decode(components, responsibilities, latents, means, loadings)
 
 
 def _latents_backward(grad, x, tokens, components, means, loadings, noise_variance):
     """By the reference formula: latents are rarely trained through, and stay simple."""
+    held = (components != -1).nonzero().squeeze(-1)
+    grad, tokens, components = grad[held], tokens[held], components[held]
 
     def latents(x: Tensor, *parameters: Tensor) -> Tensor:
         return reference.latents(x.to(means.dtype), tokens, components.long(), *parameters)
 
     # Inside an operator the autograd keys are off; vjp works on its own level.
-    with full_precision(means), torch._C._IncludeDispatchKeyGuard(torch._C.DispatchKey.AutogradCPU):
+    autograd = torch._C.DispatchKey.AutogradCUDA if means.is_cuda else torch._C.DispatchKey.AutogradCPU
+    with full_precision(means), torch._C._IncludeDispatchKeyGuard(autograd):
         pull_back = torch.func.vjp(latents, *(t.detach() for t in (x, means, loadings, noise_variance)))[1]
         return tuple(g.contiguous() for g in pull_back(grad))
 
 
 def _decode_backward(grad, components, responsibilities, latents, means, loadings):
     with full_precision(means):
+        if _is_triton(means, loadings.shape[2]):
+            from mfa_kernels.ops.pairs import triton_decode
+
+            tensors = (grad, components, responsibilities, latents, means, loadings)
+            return triton_decode.decode_backward(*(t.contiguous() for t in tensors))
         return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)
 
 

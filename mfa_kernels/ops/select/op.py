@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs import dense
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.precision import full_precision, once_differentiable
 from mfa_kernels.ops.select import portable
@@ -24,6 +25,7 @@ SLOTS = 16
 
 _PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
 _FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
+_SCAN = ", ".join(f"Tensor? {name}=None" for name in ("rows16", "scales", "offsets", "squares", "bounds", "worst"))
 
 
 class Active(NamedTuple):
@@ -56,6 +58,7 @@ def log_prob(
     log_weights: Tensor,
     factors: Factors,
     slots: int = SLOTS,
+    exact: bool = True,
 ) -> Active:
     """log p(x) and the active pairs, differentiable in the first five arguments (log_prob and logits).
 
@@ -67,13 +70,15 @@ def log_prob(
         log_weights: (K,).
         factors: of these parameters.
         slots: S, the most active components kept per token.
+        exact: False allows a backend to leave out the exact recompute of a low-precision scan.
     """
     f = factors
     return Active(
         *torch.ops.mfa_kernels.log_prob(
-            x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center, slots
+            x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
+            slots, exact, *f.scan,
         )
-    )
+    )  # fmt: skip
 
 
 def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors) -> Tensor:
@@ -86,7 +91,7 @@ def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_varianc
 
 torch.library.define(
     "mfa_kernels::log_prob",
-    f"({_PARAMETERS}, Tensor log_weights, {_FACTORS}, int slots)"
+    f"({_PARAMETERS}, Tensor log_weights, {_FACTORS}, int slots, bool exact=True, {_SCAN})"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)",
 )
 torch.library.define(
@@ -107,36 +112,63 @@ def _is_native(factors: Factors) -> bool:
     return factors.rows.dim() == 4
 
 
-def _log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots):
+def _is_triton(factors: Factors) -> bool:
+    return not _is_native(factors) and backends.serving(factors.rows, factors.cholesky.shape[-1]) == "triton"
+
+
+def _prepared(x: Tensor, means: Tensor, factors: Factors) -> Tensor:
+    """x as the backend reads it: only Triton converts the halves as it loads them."""
+    keep = _is_triton(factors) and x.dtype in (torch.bfloat16, torch.float16)
+    return x.contiguous() if keep else x.to(means.dtype).contiguous()
+
+
+def _log_prob(
+    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
+):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x = x.to(means.dtype).contiguous()
+    x = _prepared(x, means, factors)
     threshold = activity_threshold(means.shape[0], means.dtype)
     constants = factors.constants(log_weights)
-    if not _is_native(factors):
-        with full_precision(means):
+    if _is_native(factors):
+        return native.library().select(x, rows, constants, scale, factors.per_component, threshold, slots)
+    with full_precision(means):
+        if not _is_triton(factors):
             return portable.select(x, factors, constants, threshold, slots)
-    return native.library().select(x, rows, constants, scale, factors.per_component, threshold, slots)
+        from mfa_kernels.ops.factors import triton_rows
+        from mfa_kernels.ops.select import triton_select
+
+        view = (
+            triton_rows.ScanRows(*scan)
+            if scan and scan[0] is not None and scan[0].numel()
+            else triton_rows.scan_rows(factors)
+        )
+        return triton_select.select(x, factors, view, constants, slots, exact)
 
 
 def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    return _dense(x.to(means.dtype).contiguous(), factors, factors.constants(torch.zeros_like(log_det))).contiguous()
+    x = _prepared(x, means, factors)
+    return _dense(x, factors, factors.constants(torch.zeros_like(log_det))).contiguous()
 
 
 def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     """Every logit (N, K)."""
-    if not _is_native(factors):
-        with full_precision(x):
+    if _is_native(factors):
+        library = native.library()
+        return library.dense(x, factors.rows, constants, factors.scale, factors.per_component).t()
+    with full_precision(x):
+        if not _is_triton(factors):
             return portable.dense(x, factors, constants)
-    library = native.library()
-    return library.dense(x, factors.rows, constants, factors.scale, factors.per_component).t()
+        from mfa_kernels.ops.select import triton_dense
+
+        return triton_dense.dense(x, factors, constants)
 
 
 def _new_gradients(factors: Factors, inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
     def zeros(t: Tensor) -> Tensor:
         if _is_native(factors):
             return native.library().zeros_like(t)
-        return torch.zeros_like(t, memory_format=torch.contiguous_format)
+        return torch.zeros(t.shape, dtype=factors.rows.dtype, device=t.device)
 
     return [zeros(t) if needed else None for t, needed in zip(inputs, needs)]
 
@@ -151,7 +183,7 @@ def _log_prob_backward(
     rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
 ):  # fmt: skip
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
+    x_dtype, x = x.dtype, _prepared(x, means, factors)
     gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs)
     slots = components.shape[1]
     held = components >= 0
@@ -160,27 +192,28 @@ def _log_prob_backward(
     responsibility = logits.softmax(-1).masked_fill(overflow.unsqueeze(-1), 0)
     # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
     weight = torch.where(held, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
-    tokens, columns = weight.nonzero(as_tuple=True)
-    accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], factors, gradients)
+    if _is_triton(factors):  # every slot, the empty ones too: nothing waits for the device
+        tokens = torch.arange(weight.numel(), device=x.device) // slots
+        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), factors, gradients)
+    else:
+        tokens, columns = weight.nonzero(as_tuple=True)
+        accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], factors, gradients)
     diffuse = overflow.nonzero().squeeze(-1)
     if diffuse.numel():
         constants = factors.constants(log_weights)
         least = math.exp(-activity_threshold(means.shape[0], means.dtype))
-        for chunk in diffuse.split(max(1, portable.CHUNK // (2 * means.shape[0]))):
+        for chunk in diffuse.split(_dense_step(means)):
             r = _dense(x[chunk], factors, constants).softmax(-1)
             weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
-            _accumulate_dense(x, chunk, weight, factors, gradients)
+            dense.backward(x, chunk, weight, factors, gradients)
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(x_dtype)
     return _filled(gradients, means)
 
 
-def _accumulate_dense(
-    x: Tensor, rows: Tensor, weight: Tensor, factors: Factors, gradients: list[Tensor | None]
-) -> None:
-    """Pairs of the tokens `rows` with every component that has weight (n, K)."""
-    tokens, components = weight.nonzero(as_tuple=True)
-    accumulate_gradients(x, rows[tokens], components.int(), weight[tokens, components].contiguous(), factors, gradients)
+def _dense_step(means: Tensor) -> int:
+    """Tokens at a time of a dense backward: logits, weights and tokens each within bounds."""
+    return max(1, portable.CHUNK // max(2 * means.shape[0], means.shape[1]))
 
 
 def _component_log_prob_backward(
@@ -189,8 +222,8 @@ def _component_log_prob_backward(
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
     gradients = [*_new_gradients(factors, [x, means, loadings, noise_variance], needs), None]
-    for chunk in torch.arange(x.shape[0], device=x.device).split(max(1, portable.CHUNK // (2 * means.shape[0]))):
-        _accumulate_dense(x, chunk, grad[chunk], factors, gradients)
+    for chunk in torch.arange(x.shape[0], device=x.device).split(_dense_step(means)):
+        dense.backward(x, chunk, grad[chunk], factors, gradients)
     if gradients[0] is not None:
         gradients[0] = gradients[0].to(x_dtype)
     return _filled(gradients[:4], means)
@@ -204,7 +237,9 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("mfa_kernels::log_prob")
-def _(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots):
+def _(
+    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
+):
     tokens = x.shape[0]
     return (
         means.new_empty(tokens),
@@ -240,8 +275,7 @@ def _(grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, 
 
 
 def _log_prob_context(ctx, inputs, output) -> None:
-    *tensors, _ = inputs
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*inputs[:10], *output)
 
 
 def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_counts):
@@ -251,7 +285,7 @@ def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_co
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
     gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), None, None, None, None, None, None
+    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 13
 
 
 def _component_log_prob_context(ctx, inputs, output) -> None:

@@ -1,0 +1,119 @@
+"""python3 -m bench.gpu: every measurement on a GPU in nine minutes; JSON, and a short table last."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu.cases import CASES, Results
+from bench.gpu.harness import Bench
+from mfa_kernels.files import atomic_write_json
+from mfa_kernels.ops import configs
+
+_HIDDEN = ("ms_fastest", "ms_slowest", "repeats", "error_nats", "traceback")
+
+
+def marks(results: Results) -> list[tuple[str, str, str]]:
+    """(what, the mark, what was measured) for the figures that decide."""
+
+    def at(case: str, key: str) -> Any:
+        return results.get(case, {}).get(key)
+
+    def shown(value: Any, pattern: str) -> str:
+        return "not measured" if value is None else pattern.format(value)
+
+    exact, fast = at("scan llama K=8192", "ms"), at("scan, fast llama K=8192", "ms")
+    large = at("scan llama K=32768", "temporaries_mb")
+    passed, failed = at("gpu tests", "passed"), at("gpu tests", "failed")
+    return [
+        ("dense scan, N=16384 K=8192 D=4096 R=10, of the bf16 matmul rate", ">= 65%",
+         shown(at("scan llama K=8192", "percent_of_bf16_matmul"), "{:.1f}%")),
+        ("the same, precision=\"fast\"", "", shown(at("scan, fast llama K=8192", "percent_of_bf16_matmul"), "{:.1f}%")),
+        ("exact / fast", "<= 1.15", shown(exact and fast and exact / fast, "{:.3f}")),
+        ("training step / scan", "<= 1.35", shown(at("step llama K=8192", "ratio_to_scan"), "{:.2f}")),
+        ("one token, K=8192 D=4096, of the copy bandwidth", ">= 70%",
+         shown(at("few tokens llama K=8192", "n1_percent_of_copy"), "{:.1f}%")),
+        ("temporaries, N=16384 K=32768 D=4096", "< 1 GB", shown(large and large / 1e3, "{:.2f} GB")),
+        ("plain PyTorch / ours, log_prob", "", shown(at("plain llama K=8192", "times_our_scan"), "{:.1f}x")),
+        ("plain PyTorch / ours, step", "", shown(at("plain llama K=8192", "times_our_step"), "{:.1f}x")),
+        ("torch.compile of it / ours, log_prob", "",
+         shown(at("plain, compiled llama K=8192", "times_our_scan"), "{:.1f}x")),
+        ("torch.compile of it / ours, step", "",
+         shown(at("plain, compiled llama K=8192", "times_our_step"), "{:.1f}x")),
+        ("tests marked gpu", "all", shown(passed, f"{{}} passed, {failed} failed")),
+    ]  # fmt: skip
+
+
+def table(results: Results, device: str) -> str:
+    """The marks, as Markdown."""
+    lines = [f"| | mark | {device} |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {what} | {mark} | {value} |" for what, mark, value in marks(results))])
+
+
+def one_line(found: dict[str, Any]) -> str:
+    """What a case found, short enough for a terminal."""
+    few = {key: value for key, value in found.items() if key not in _HIDDEN and value not in (None, "")}
+    return ", ".join(
+        f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {str(v).splitlines()[0]}" for k, v in few.items()
+    )
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN: None instead."""
+    if isinstance(value, dict):
+        return {key: finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the cases; 1 where one failed."""
+    parser = argparse.ArgumentParser(prog="python3 -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "bench/results"))
+    parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name contains one of these")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
+    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--rehearse", action="store_true", help="every case at toy sizes on the CPU")
+    arguments = parser.parse_args(argv)
+    # Ceilings are what percentages are of: they run whatever is chosen.
+    wanted = [
+        c for c in CASES if not arguments.only or c.name == "ceilings" or any(t in c.name for t in arguments.only)
+    ]
+    if arguments.list:
+        print("\n".join(f"{case.name}  (about {case.estimate:.0f} s)" for case in wanted))
+        return 0
+    if not arguments.rehearse and not torch.cuda.is_available():
+        parser.error("no CUDA device; --rehearse runs toy sizes on the CPU")
+    bench = Bench("cpu" if arguments.rehearse else "cuda", arguments.minutes)
+    device = "rehearsal of toy sizes" if bench.rehearsal else torch.cuda.get_device_name()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"gpu-{configs.file_name('rehearsal' if bench.rehearsal else device)}"
+    results: Results = {}
+    for case in wanted:
+        before = bench.elapsed
+        if bench.remaining < case.estimate + 5:
+            results[case.name] = {"skipped": "out of time"}
+        else:
+            try:
+                results[case.name] = case.run(bench, results, arguments.out)
+            except Exception as error:  # the other cases are worth having all the same
+                trace = traceback.format_exc()
+                results[case.name] = {"error": f"{type(error).__name__}: {error}", "traceback": trace}
+        bench.clean()
+        found = results[case.name]
+        line = f"skipped: {found['skipped']}" if found.get("skipped") == "out of time" else one_line(found)
+        print(f"[{bench.elapsed:5.0f} s] {case.name} ({bench.elapsed - before:.1f} s): {line}", flush=True)
+        report = {"device": device, "results": results, "marks": marks(results)}
+        atomic_write_json(path, finite(report))  # after every case: a run that is cut off keeps what it has
+    print(f"\n{path}\n\n{table(results, device)}")
+    return 1 if any("error" in found or found.get("failed") for found in results.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,387 @@
+"""What is measured, the most important first. Each case returns what it found, a flat dictionary for the JSON file."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import baselines
+from bench.gpu import problems
+from bench.gpu.harness import SETS, Bench, Timing
+from bench.gpu.problems import Problem, Shape
+from mfa_kernels import doctor, kmeans, ops
+
+Results = dict[str, dict[str, Any]]
+
+LLAMA, GEMMA = 4096, 2304
+TOKENS, RANK = 16384, 10
+_TOY = Shape(48, 40, 64, 3)
+_RELATIVE_ERROR = 3e-6
+"""Of log p(x) against float64 on a few tokens: a fast version that computes something else is not timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement.
+
+    Attributes:
+        estimate: seconds it takes, about: it is skipped where fewer are left.
+        run: (bench, results so far, folder for logs) -> what was found.
+    """
+
+    name: str
+    estimate: float
+    run: Callable[[Bench, Results, Path], dict[str, Any]]
+
+
+def _shape(bench: Bench, components: int, features: int, tokens: int = TOKENS) -> Shape:
+    if bench.rehearsal:
+        return _TOY._replace(tokens=min(tokens, _TOY.tokens))
+    return Shape(tokens, components, features, RANK)
+
+
+def _timed(timing: Timing, tokens: int) -> dict[str, Any]:
+    return {
+        "ms": 1e3 * timing.median, "ms_fastest": 1e3 * timing.fastest, "ms_slowest": 1e3 * timing.slowest,
+        "repeats": timing.repeats, "tokens_per_s": tokens / timing.median,
+    }  # fmt: skip
+
+
+# Ceilings
+
+
+def environment(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
+    """The machine, and what serves its tensors."""
+    found: dict[str, Any] = {
+        name: doctor.version(name) for name in ("mfa_kernels", "torch", "triton", "transformers", "pytest")
+    }
+    found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "cpus": os.cpu_count()}
+    found["served_by"] = doctor.serving(bench.device.type, torch.float32)
+    if not bench.rehearsal:
+        chip = torch.cuda.get_device_properties(0)
+        found |= {
+            "device": chip.name, "capability": f"{chip.major}.{chip.minor}",
+            "multiprocessors": chip.multi_processor_count, "memory_gb": chip.total_memory / 1e9,
+            "l2_mb": getattr(chip, "L2_cache_size", 0) / 1e6,
+        }  # fmt: skip
+        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+        with contextlib.suppress(OSError):
+            found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return found
+
+
+def ceilings(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
+    """Matrix products through torch, and a device-to-device copy counting bytes read and written."""
+    found: dict[str, Any] = {}
+    scan = _shape(bench, 8192, LLAMA)
+    side = 64 if bench.rehearsal else 8192
+    like: dict[str, Any] = {"device": bench.device}
+    products = {
+        "bf16": (torch.bfloat16, side, side, side),
+        "fp16": (torch.float16, side, side, side),
+        "bf16_scan_shape": (torch.bfloat16, scan.tokens, scan.features, scan.components * (scan.rank + 1)),
+        "fp32": (torch.float32, side // 2, side // 2, side // 2),
+    }
+    for name, (dtype, m, k, n) in products.items():
+        left = [torch.randn(m, k, dtype=dtype, **like) for _ in range(SETS)]
+        right = torch.randn(k, n, dtype=dtype, **like) if n > 2 * side else None
+        rights = [torch.randn(k, n, dtype=dtype, **like) if right is None else right for _ in range(SETS)]
+        out = torch.empty(m, n, dtype=dtype, **like)
+        timing = bench.median(lambda i, a=left, b=rights, out=out: torch.mm(a[i], b[i], out=out))
+        found[f"{name}_tflops"] = 2 * m * n * k / timing.median / 1e12
+        del left, right, rights, out
+        bench.clean()
+    count = 1 << 12 if bench.rehearsal else 1 << 30
+    sources = [torch.randn(count, **like) for _ in range(SETS)]
+    target = torch.empty(count, **like)
+    timing = bench.median(lambda i: target.copy_(sources[i]))
+    return {**found, "copy_gb_per_s": 2 * target.nbytes / timing.median / 1e9}
+
+
+def _of_matmul(results: Results, flops: int, seconds: float) -> dict[str, Any]:
+    rate = flops / seconds / 1e12
+    ceiling = results.get("ceilings", {}).get("bf16_tflops")
+    return {"tflops": rate, **({"percent_of_bf16_matmul": 100 * rate / ceiling} if ceiling else {})}
+
+
+# log p(x) and the training step
+
+
+def scan(bench: Bench, results: Results, folder: Path, components: int, features: int, precision: str = "exact"):
+    """mfa.log_prob(x), stage 0 cached."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape, precision=precision)
+    mfa = problem.mfa
+    with torch.no_grad():
+        found = _checked(problem, precision)
+        timing = bench.median(lambda i: mfa.log_prob(problem.batches[i]))
+        found |= _timed(timing, shape.tokens) | _of_matmul(results, shape.scan_flops, timing.median)
+        found["temporaries_mb"] = bench.peak(lambda i: mfa.log_prob(problem.batches[i])) / 1e6
+        counts = mfa._active(problem.batches[0]).counts
+        found["active_per_token"] = counts.double().mean().item()
+
+        def stage_0(i: int) -> None:
+            mfa._cache = None
+            mfa.factors()
+
+        found["factors_ms"] = 1e3 * bench.median(stage_0, 0.5).median
+    return found
+
+
+def _checked(problem: Problem, precision: str) -> dict[str, Any]:
+    """The error on a few tokens of a batch; raises where it is not that of the policy."""
+    x = problem.batches[0]
+    found, truth = problem.mfa.log_prob(x)[:4].double(), problems.log_prob_fp64(problem, x[:4])
+    error = float(((found - truth).abs() / truth.abs()).max())
+    if precision == "exact" and not error < _RELATIVE_ERROR:
+        raise AssertionError(f"log p(x) is off by {error:.1e} of itself: {found.tolist()} for {truth.tolist()}")
+    return {"relative_error": error, "error_nats": float((found - truth).abs().max())}
+
+
+def step(bench: Bench, results: Results, folder: Path, components: int, features: int, diffuse: bool = False):
+    """loss = mfa(x); loss.backward(), stage 0 and the gradients of all parameters included."""
+    shape = _shape(bench, components, features)
+    if diffuse and not bench.rehearsal:
+        shape = shape._replace(tokens=4096)
+    problem = problems.make(bench, shape, diffuse=diffuse)
+    mfa = problem.mfa
+
+    def train(i: int) -> None:
+        mfa.zero_grad(set_to_none=True)
+        mfa._cache = None  # an optimiser would have changed the parameters
+        mfa(problem.batches[i]).backward()
+
+    timing = bench.median(train)
+    if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mfa.parameters()):
+        raise AssertionError("a gradient is missing or not finite")
+    gradients = sum(p.grad.nbytes for p in mfa.parameters())
+    found = _timed(timing, shape.tokens) | _of_matmul(results, shape.scan_flops, timing.median)
+    found["gradients_mb"] = gradients / 1e6
+    mfa.zero_grad(set_to_none=True)
+    found["peak_mb"] = bench.peak(train) / 1e6
+    scanned = results.get(_name("scan", components, features), {}).get("ms")
+    if scanned and not diffuse:
+        found["ratio_to_scan"] = found["ms"] / scanned
+    return found
+
+
+def few_tokens(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """1, 4 and 16 tokens against all components: the cost of steering. The rows are far larger than the cache."""
+    problem = problems.make(bench, _shape(bench, components, features, tokens=16))
+    shape = _shape(bench, components, features, tokens=16)
+    mfa, found = problem.mfa, {}
+    bandwidth = results.get("ceilings", {}).get("copy_gb_per_s")
+    with torch.no_grad():
+        found |= _checked(problem, "exact")
+        for count in (1, 4, 16):
+            batches = [x[:count].clone() for x in problem.batches]
+            timing = bench.median(lambda i, batches=batches: mfa.log_prob(batches[i]), 0.5)
+            found[f"n{count}_us"] = 1e6 * timing.median
+            try:
+                timing = bench.graph(lambda i, batches=batches: mfa.log_prob(batches[i]))
+            except RuntimeError as error:
+                found[f"n{count}_graph"] = f"not captured: {str(error).splitlines()[0]}"
+            else:
+                found[f"n{count}_graph_us"] = 1e6 * timing.median
+            # Of the rows in half precision: a path that reads them in float32 reaches half of the ceiling at most.
+            rate = shape.row_bytes / timing.median / 1e9
+            found[f"n{count}_gb_per_s"] = rate
+            if bandwidth:
+                found[f"n{count}_percent_of_copy"] = 100 * rate / bandwidth
+    return found
+
+
+# Everything downstream, K-means
+
+
+def pairs(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """What runs on the active pairs: latents, decoding, the backward of log p(x), and encode as a whole."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape)
+    mfa, batches = problem.mfa, problem.batches
+    parameters, factors = problem.parameters(), mfa.factors()
+    with torch.no_grad():
+        active = [mfa._active(x) for x in batches]
+        tokens = torch.arange(shape.tokens, device=bench.device)
+        codes = [mfa.encode(x) for x in batches]
+        f = (factors.rows, factors.cholesky, factors.log_det, factors.scale, factors.center)
+        upstream = torch.full_like(active[0].log_prob, 1 / shape.tokens), torch.zeros_like(active[0].logits)
+
+        def backward(i: int) -> Any:
+            return torch.ops.mfa_kernels.log_prob_backward(
+                *upstream, batches[i], *parameters, *f, *active[i], [False, True, True, True, True]
+            )
+
+        def latents(i: int) -> Tensor:
+            return ops.latents(batches[i], tokens, active[i].components[:, 0].clamp_min(0), *parameters[:3], factors)
+
+        calls: dict[str, Callable[[int], Any]] = {
+            "latents": latents,
+            "decode": lambda i: mfa.decode(codes[i]),
+            "backward": backward,
+            "encode": lambda i: mfa.encode(batches[i]),
+        }
+        found: dict[str, Any] = {f"{name}_ms": 1e3 * bench.median(call, 0.7).median for name, call in calls.items()}
+    return {**found, "pairs_per_token": float((active[0].components >= 0).sum()) / shape.tokens}
+
+
+def k_means(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """One update of the centroids and the assignment after it: two passes over the rows; and cdist for comparison."""
+    shape = _shape(bench, components, features, tokens=4 * TOKENS)
+    problem = problems.make(bench, shape)
+    start = problem.mfa.means.detach().clone()
+    batches, features_, clusters = problem.batches, shape.features, shape.components
+    del problem
+    bench.clean()
+
+    def passes(i: int) -> None:
+        kmeans(batches[i], clusters, init=start, iterations=1, tol=0.0, sample=shape.tokens, progress=False)
+
+    timing = bench.median(passes)
+    found = _timed(timing, 2 * shape.tokens)
+    found |= _of_matmul(results, 2 * 2 * shape.tokens * clusters * features_, timing.median)
+    found["temporaries_mb"] = bench.peak(passes) / 1e6
+
+    def plain(i: int) -> None:
+        for part in batches[i].split(16384):
+            torch.cdist(part.float(), start).argmin(1)
+
+    found["cdist_argmin_ms_for_two_passes"] = 2e3 * bench.median(plain).median
+    return found
+
+
+# What people run today
+
+
+def plain(bench: Bench, results: Results, folder: Path, components: int, features: int, compiled: bool = False):
+    """The formula as the paper's code writes it, float32, in as few slices of tokens as memory allows; or compiled."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape)
+    leaves = [p.clone().requires_grad_() for p in problem.parameters()]
+    batches = problem.batches
+    del problem
+    bench.clean()
+    log_prob = baselines.plain_log_prob
+    if compiled:
+        log_prob = torch.compile(log_prob, dynamic=False, backend="aot_eager" if bench.rehearsal else "inductor")
+    # N x K x R several times over: products, their transposed copy, the solution, and what autograd keeps of them.
+    slice_ = shape.tokens
+    while slice_ > 16 and 6 * 4 * slice_ * shape.components * shape.rank > 0.7 * bench.free_bytes():
+        slice_ //= 2
+
+    def forward(i: int) -> None:
+        with torch.no_grad():
+            for part in batches[i].split(slice_):
+                log_prob(part.float(), *leaves)
+
+    def train(i: int) -> None:
+        for leaf in leaves:
+            leaf.grad = None
+        for part in batches[i].split(slice_):
+            (-log_prob(part.float(), *leaves).sum() / shape.tokens).backward()
+
+    timing = bench.median(forward)
+    found = {"tokens_per_slice": slice_, **_timed(timing, shape.tokens)}
+    found["step_ms"] = 1e3 * bench.median(train).median
+    scanned, trained = (results.get(_name(kind, components, features), {}).get("ms") for kind in ("scan", "step"))
+    if scanned:
+        found["times_our_scan"] = found["ms"] / scanned
+    if trained:
+        found["times_our_step"] = found["step_ms"] / trained
+    return found
+
+
+# The tests
+
+
+def gpu_tests(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
+    """`pytest -m gpu` in a process of its own, on several workers where pytest-xdist is there."""
+    root, report, log = Path(__file__).parents[2], folder / "gpu-tests.xml", folder / "gpu-tests.log"
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", "--durations=10"]
+    environment = dict(os.environ)
+    if bench.rehearsal:
+        environment["MFA_KERNELS_TEST_DEVICE"] = "cpu"
+        command += ["-k", "threshold"]
+    elif importlib.util.find_spec("xdist"):
+        command += ["-n", "4"]
+    report.unlink(missing_ok=True)
+    with log.open("w") as file:
+        limit = max(30.0, min(240.0, bench.remaining - 30))
+        try:
+            status: Any = subprocess.run(
+                command, cwd=root, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = f"stopped after {limit:.0f} s"
+    if not report.exists():
+        return {"passed": 0, "failed": 0, "status": status, "log": log.read_text()[-3000:]}
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    total = {key: sum(int(suite.get(key, 0)) for suite in suites) for key in ("tests", "failures", "errors", "skipped")}
+    failed = total["failures"] + total["errors"]
+    found = {"passed": total["tests"] - failed - total["skipped"], "failed": failed, "skipped": total["skipped"]}
+    found |= {"seconds": sum(float(suite.get("time", 0)) for suite in suites), "status": status}
+    if status != 0:
+        lines = [line for line in log.read_text().splitlines() if line.startswith(("FAILED", "ERROR"))]
+        found["log"] = "\n".join(lines)[-6000:]
+    return found
+
+
+def _name(kind: str, components: int, features: int) -> str:
+    return f"{kind} {'llama' if features == LLAMA else 'gemma'} K={components}"
+
+
+def _case(kind: str, estimate: float, function: Any, components: int, features: int, **options: Any) -> Case:
+    run = functools.partial(function, components=components, features=features, **options)
+    return Case(_name(kind, components, features), estimate, run)
+
+
+CASES = [
+    Case("environment", 2, environment),
+    Case("ceilings", 15, ceilings),
+    _case("scan", 20, scan, 8192, LLAMA),
+    _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
+    _case("step", 20, step, 8192, LLAMA),
+    _case("few tokens", 10, few_tokens, 8192, LLAMA),
+    Case("gpu tests", 90, gpu_tests),
+    _case("scan", 25, scan, 32768, LLAMA),
+    _case("plain", 40, plain, 8192, LLAMA),
+    _case("plain, compiled", 60, plain, 8192, LLAMA, compiled=True),
+    _case("pairs", 15, pairs, 8192, LLAMA),
+    _case("k-means", 15, k_means, 8192, LLAMA),
+    _case("scan", 15, scan, 8192, GEMMA),
+    _case("step", 15, step, 8192, GEMMA),
+    _case("few tokens", 8, few_tokens, 8192, GEMMA),
+    _case("scan", 10, scan, 1024, LLAMA),
+    _case("step", 10, step, 1024, LLAMA),
+    _case("few tokens", 8, few_tokens, 1024, LLAMA),
+    _case("scan", 10, scan, 1024, GEMMA),
+    _case("step", 10, step, 1024, GEMMA),
+    _case("few tokens", 8, few_tokens, 1024, GEMMA),
+    _case("diffuse step", 20, step, 1024, LLAMA, diffuse=True),
+    _case("k-means", 15, k_means, 1024, GEMMA),
+    _case("pairs", 10, pairs, 1024, GEMMA),
+    _case("plain", 15, plain, 1024, GEMMA),
+    _case("plain, compiled", 45, plain, 1024, GEMMA, compiled=True),
+    _case("few tokens", 15, few_tokens, 32768, LLAMA),
+    _case("scan", 20, scan, 32768, GEMMA),
+    _case("step", 30, step, 32768, LLAMA),
+    _case("few tokens", 12, few_tokens, 32768, GEMMA),
+    _case("step", 25, step, 32768, GEMMA),
+    _case("k-means", 25, k_means, 32768, GEMMA),
+    _case("plain", 60, plain, 32768, GEMMA),
+    _case("diffuse step", 40, step, 8192, LLAMA, diffuse=True),
+]

@@ -1,0 +1,244 @@
+"""Gradients from weighted pairs, on a GPU, in closed form (README.md), each with one writer.
+
+With v = (x_n - mu_k) lam_k, t = A_k v, q = v - A_k^T t and S = sum w, summed over the pairs of component k in order:
+
+    d mu   = lam sum w q          d W   = lam (sum w q t^T - S A^T) L^-1
+    d Psi  = lam^2 (sum w q^2 - S (1 - sum_r A_r^2)) / 2          d log pi = S          d x_n = -sum_k w lam q
+
+A program of `gradient_kernel` owns one component and BD features. It keeps A_k and the sums of its features in
+registers, walks over the pairs BP at a time, and applies L^-1 at the end, by substitution: once per component, not per
+pair. t comes from triton_pairs.py. Never materialised: q, z, anything else with P x D, or a gradient of the rows. A
+program of `token_kernel` owns one token and BD features. The noise that all components share is summed over K from
+partial sums (K, D).
+
+Deterministic: a stable sort, one writer per value, sums in a fixed order, float32, no atomics. Nothing asks the device
+how many pairs there are. Floor: rows read once, gradients read and written once (README.md). The worst case is one
+component that owns every token: only D / BD programs have work then, and each of them walks over all P pairs, P / BP
+times three loads that wait for one another; at a microsecond each time, 16 ms for 65536 pairs four at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops import configs
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs.triton_groups import group
+from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.pairs.triton_residual import (
+    back_substitute,
+    feature_offsets,
+    load_explaining,
+    load_residual,
+    rank_tile,
+    vector,
+)
+
+
+@triton.jit
+def gradient_kernel(
+    p_x,  # (N, D)
+    p_tokens,  # (P,)
+    p_weights,  # (P,)
+    p_t,  # (P, R)
+    p_order,  # (P,)
+    p_starts,  # (K + 1,)
+    p_rows,  # (K, R + 1 or R + 2, D)
+    p_scale,  # (D,)
+    p_cholesky,  # (K, R, R)
+    p_means,  # (K, D), added to; None where it is not wanted, as the next three
+    p_loadings,  # (K, D, R), added to
+    p_noise,  # (K, D), added to
+    p_log_weights,  # (K,), added to
+    D,
+    R: tl.constexpr,
+    PER_COMPONENT: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    i_k = tl.program_id(0) // feature_blocks
+    i_d = tl.program_id(0) % feature_blocks
+    first = tl.load(p_starts + i_k)
+    last = tl.load(p_starts + i_k + 1)
+    if first == last:
+        return
+    i_k = i_k.to(tl.int64)
+    o_d = feature_offsets(i_d * BD, BD, VEC)  # [1, 1, BD]
+    o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
+    p_rows += i_k * (R + 1 + PER_COMPONENT) * D
+    b_a = load_explaining(p_rows, o_r, o_d, D, R)  # [1, BR, BD]
+    b_weight = tl.zeros([1, 1, 1], dtype=tl.float32)
+    b_q = tl.zeros([1, 1, BD], dtype=tl.float32)  # sum w q
+    b_q2 = tl.zeros([1, 1, BD], dtype=tl.float32)  # sum w q^2
+    b_qt = tl.zeros([1, BR, BD], dtype=tl.float32)  # sum w q t^T
+    for i in tl.range(first, last, BP, num_stages=STAGES):
+        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
+        m_i = o_i < last
+        o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+        o_n = tl.load(p_tokens + o_p, mask=m_i, other=0).to(tl.int64)
+        b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0)  # [BP, 1, 1]
+        b_t = tl.load(p_t + o_p * R + o_r, mask=m_i & (o_r < R), other=0.0)  # [BP, BR, 1]
+        b_v, _ = load_residual(p_x + o_n * D, m_i, p_rows, p_scale, o_d, D, R, PER_COMPONENT)  # [BP, 1, BD]
+        b_v -= tl.sum(b_a * b_t, axis=1, keep_dims=True)
+        b_weight += tl.sum(b_w, axis=0, keep_dims=True)
+        b_q += tl.sum(b_w * b_v, axis=0, keep_dims=True)
+        if p_noise is not None:
+            b_q2 += tl.sum(b_w * b_v * b_v, axis=0, keep_dims=True)
+        if p_loadings is not None:
+            b_qt += tl.sum((b_w * b_v) * b_t, axis=0, keep_dims=True)
+
+    m_d = o_d < D
+    p_lam = p_rows + (R + 1) * D if PER_COMPONENT else p_scale
+    b_scale = tl.load(p_lam + o_d, mask=m_d, other=0.0)  # [1, 1, BD]
+    if p_log_weights is not None:
+        m_first = (i_d + tl.zeros([1, 1, 1], dtype=tl.int32)) == 0
+        p_out = p_log_weights + i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
+        tl.store(p_out, tl.load(p_out, mask=m_first) + b_weight, mask=m_first)
+    if p_means is not None:
+        p_out = p_means + i_k * D + o_d
+        tl.store(p_out, tl.load(p_out, mask=m_d) + b_scale * b_q, mask=m_d)
+    if p_noise is not None:
+        b_prior = b_weight * (1.0 - tl.sum(b_a * b_a, axis=1, keep_dims=True))  # S diag(I - A^T A)
+        p_out = p_noise + i_k * D + o_d
+        tl.store(p_out, tl.load(p_out, mask=m_d) + 0.5 * b_scale * b_scale * (b_q2 - b_prior), mask=m_d)
+    if p_loadings is not None:
+        b_loadings = back_substitute(b_qt - b_weight * b_a, p_cholesky + i_k * R * R, o_r, R)  # [1, BR, BD]
+        p_out = p_loadings + (i_k * D + o_d) * R + o_r
+        m_out = (o_r < R) & m_d
+        tl.store(p_out, tl.load(p_out, mask=m_out) + b_scale * b_loadings, mask=m_out)
+
+
+@triton.jit
+def token_kernel(
+    p_x,  # (N, D)
+    p_components,  # (P,)
+    p_weights,  # (P,)
+    p_t,  # (P, R)
+    p_ranges,  # (N + 1,): the pairs of token n are ranges[n], ..., ranges[n + 1] - 1
+    p_rows,  # (K, R + 1 or R + 2, D)
+    p_scale,  # (D,)
+    p_grad_x,  # (N, D), added to
+    D,
+    R: tl.constexpr,
+    PER_COMPONENT: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    i_n = tl.program_id(0) // feature_blocks
+    o_d = feature_offsets(tl.program_id(0) % feature_blocks * BD, BD, VEC)  # [1, 1, BD]
+    m_d = o_d < D
+    p_x += i_n.to(tl.int64) * D
+    b_grad = tl.zeros([1, 1, BD], dtype=tl.float32)
+    first = tl.load(p_ranges + i_n)
+    for i in range(0, tl.load(p_ranges + i_n + 1) - first):
+        p = first.to(tl.int64) + i
+        k = tl.load(p_components + p).to(tl.int64)
+        w = tl.load(p_weights + p)
+        if k >= 0:
+            p_own = p_rows + k * (R + 1 + PER_COMPONENT) * D
+            b_q, b_scale = load_residual(p_x, m_d, p_own, p_scale, o_d, D, R, PER_COMPONENT)  # [1, 1, BD]
+            for r0 in range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
+                b_t = tl.load(p_t + p * R + o_r, mask=o_r < R, other=0.0)  # [1, BR, 1]
+                b_q -= tl.sum(b_t * load_explaining(p_own, o_r, o_d, D, R), axis=1, keep_dims=True)
+            b_grad += w * (b_scale * b_q)
+    p_out = p_grad_x + i_n.to(tl.int64) * D + o_d
+    tl.store(p_out, tl.load(p_out, mask=m_d) - b_grad, mask=m_d)
+
+
+def backward(
+    x: Tensor,
+    tokens: Tensor,
+    components: Tensor,
+    weights: Tensor,
+    factors: Factors,
+    grad_x: Tensor | None,
+    grad_means: Tensor | None,
+    grad_loadings: Tensor | None,
+    grad_noise: Tensor | None,
+    grad_log_weights: Tensor | None,
+) -> None:
+    """Adds sum_p w_p d logit_p / d parameter to the gradients given. Does not wait for the device.
+
+    Args:
+        x: (N, D) contiguous, bfloat16, float16 or float32.
+        tokens: (P,) int32 or int64, ascending, P < 2^31.
+        components: (P,) int32; -1 marks a slot without a pair.
+        weights: (P,) float32; a pair of weight 0 is skipped.
+        factors: in the portable layout, float32.
+        grad_x: (N, D) float32, contiguous.
+        grad_means, grad_loadings, grad_noise, grad_log_weights: float32, contiguous, in the shapes of the parameters.
+    """
+    (pairs,), (count, _, features), rank = components.shape, factors.rows.shape, factors.cholesky.shape[-1]
+    if pairs == 0:
+        return
+    tokens, weights = tokens.contiguous(), weights.contiguous()
+    components = components.masked_fill(weights == 0, -1).contiguous()
+    blocks = configs.configured(configs.Pairs, x, x.shape[0], count)
+    config = configs.configured(configs.Gradient, x, x.shape[0], count)
+    groups = group(components, count, blocks.pairs)
+    _, t = explain(x, tokens, components, factors, groups=groups)
+    shared = None if grad_noise is None or factors.per_component else torch.zeros_like(factors.rows[:, 0])
+    noise = grad_noise if shared is None else shared
+    if rank == 0:
+        grad_loadings = None
+    with torch.cuda.device_of(x):
+        if any(g is not None for g in (grad_means, grad_loadings, noise, grad_log_weights)):
+            tiles = _gradient_tiles(config, rank)
+            gradient_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
+                x, tokens, weights, t, groups.order, groups.starts, factors.rows, factors.scale, factors.cholesky,
+                grad_means, grad_loadings, noise, grad_log_weights,
+                features, rank, factors.per_component, **tiles, num_warps=config.warps,
+            )  # fmt: skip
+        if grad_x is not None:
+            edges = torch.arange(x.shape[0] + 1, dtype=tokens.dtype, device=tokens.device)
+            ranges = torch.searchsorted(tokens, edges, out_int32=True)
+            tiles = _token_tiles(config, rank)
+            token_kernel[(x.shape[0] * triton.cdiv(features, tiles["BD"]),)](
+                x, components, weights, t, ranges, factors.rows, factors.scale, grad_x,
+                features, rank, factors.per_component, **tiles, num_warps=config.warps,
+            )  # fmt: skip
+    if grad_noise is not None and shared is not None:
+        grad_noise += shared.sum(0)
+
+
+def _gradient_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
+    """All rows of A_k and of their sums are in registers: the more of them, the fewer features and pairs at a time."""
+    rows = triton.next_power_of_2(max(1, rank))
+    features = min(config.features, 32 * config.warps * max(1, 32 // rows))
+    pairs = max(1, min(config.pairs, 64 // rows))
+    return {
+        "BP": pairs, "BR": rows, "BD": features, "VEC": vector(features, config.warps), "STAGES": config.stages
+    }  # fmt: skip
+
+
+def _token_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
+    rows = rank_tile(rank, 1, config.features, config.warps)
+    return {"BR": rows, "BD": config.features, "VEC": vector(config.features, config.warps)}
+
+
+def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10."""
+    rank = 10
+    floats = "p_weights p_t p_rows p_scale p_cholesky p_means p_loadings p_noise p_log_weights"
+    types = dict.fromkeys(floats.split(), "*fp32") | {
+        "p_x": "*bf16", "p_tokens": "*i64", "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32",
+        "p_ranges": "*i32", "p_grad_x": "*fp32", "D": "i32:16",
+    }  # fmt: skip
+    shape = {"R": rank, "PER_COMPONENT": False}
+    options = {"num_warps": config.warps}
+    return [
+        ("gradient", gradient_kernel, types, shape | _gradient_tiles(config, rank), options),
+        ("gradient of tokens", token_kernel, types, shape | _token_tiles(config, rank), options),
+    ]

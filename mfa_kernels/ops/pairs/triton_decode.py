@@ -1,0 +1,220 @@
+"""Decoding on a GPU: sum_c r_c (mu_c + W_c z_c) over the slots of a code, and its gradients.
+
+A program of `decode_kernel` owns one token and BD features and walks over the slots; of `slots_kernel`, one slot; of
+`parameters_kernel`, one component and BD features, with the slots of that component in order. Never materialised:
+mu_c + W_c z_c of every slot, N x C x D. Deterministic: one writer per value, sums in a fixed order, float32, no
+atomics. Slots are visited by component in `slots_kernel`, so that loadings are found in the second-level cache.
+Floor: the loadings of every slot, read once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops import configs
+from mfa_kernels.ops.pairs.triton_groups import group
+from mfa_kernels.ops.pairs.triton_residual import feature_offsets, vector
+
+_RANK_TILE = 16
+"""Most columns of W_k per pass."""
+
+
+@triton.jit
+def decode_kernel(
+    p_components,  # (N, C)
+    p_responsibilities,  # (N, C)
+    p_latents,  # (N, C, R)
+    p_means,  # (K, D)
+    p_loadings,  # (K, D, R)
+    p_out,  # (N, D)
+    C,
+    D,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    i_n = (tl.program_id(0) // feature_blocks).to(tl.int64)
+    o_d = tl.program_id(0) % feature_blocks * BD + tl.arange(0, BD)  # [BD]
+    m_d = o_d < D
+    b_out = tl.zeros([BD], dtype=tl.float32)
+    for c in range(0, C):
+        i_c = i_n * C + c
+        k = tl.load(p_components + i_c).to(tl.int64)
+        weight = tl.load(p_responsibilities + i_c)
+        if k >= 0:
+            b_point = tl.load(p_means + k * D + o_d, mask=m_d, other=0.0)  # [BD]
+            for r0 in range(0, R, BR):
+                o_r = r0 + tl.arange(0, BR)  # [BR]
+                b_z = tl.load(p_latents + i_c * R + o_r, mask=o_r < R, other=0.0)  # [BR]
+                m_w = m_d[:, None] & (o_r < R)[None, :]
+                b_w = tl.load(p_loadings + (k * D + o_d[:, None]) * R + o_r[None, :], mask=m_w, other=0.0)  # [BD, BR]
+                b_point += tl.sum(b_w * b_z[None, :], axis=1)
+            b_out += weight * b_point
+        elif weight != weight:
+            b_out += weight  # a token that is not finite: NaN, though it holds no component
+    tl.store(p_out + i_n * D + o_d, b_out, mask=m_d)
+
+
+@triton.jit
+def slots_kernel(
+    p_grad,  # (N, D)
+    p_components,  # (N C,)
+    p_responsibilities,  # (N C,)
+    p_latents,  # (N C, R)
+    p_means,  # (K, D)
+    p_loadings,  # (K, D, R)
+    p_order,  # (N C,)
+    p_grad_responsibilities,  # (N C,)
+    p_grad_latents,  # (N C, R)
+    C,
+    D,
+    R: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    i_c = tl.load(p_order + tl.program_id(0)).to(tl.int64)
+    k = tl.load(p_components + i_c).to(tl.int64)
+    m_k = k >= 0
+    k = tl.maximum(k, 0)
+    weight = tl.load(p_responsibilities + i_c)
+    grad_weight = 0.0
+    for r0 in range(0, R if R > 0 else 1, BR):
+        o_r = r0 + tl.arange(0, BR)  # [BR]
+        m_r = o_r < R
+        b_dot = tl.zeros([BD], dtype=tl.float32)
+        b_back = tl.zeros([BD, BR], dtype=tl.float32)
+        for d0 in range(0, D, BD):
+            o_d = d0 + tl.arange(0, BD)  # [BD]
+            m_d = (o_d < D) & m_k
+            b_g = tl.load(p_grad + (i_c // C) * D + o_d, mask=m_d, other=0.0)  # [BD]
+            m_w = m_d[:, None] & m_r[None, :]
+            b_w = tl.load(p_loadings + (k * D + o_d[:, None]) * R + o_r[None, :], mask=m_w, other=0.0)  # [BD, BR]
+            b_back += b_w * b_g[:, None]
+            b_dot += b_g * tl.load(p_means + k * D + o_d, mask=m_d & (r0 == 0), other=0.0)
+        b_z = tl.load(p_latents + i_c * R + o_r, mask=m_r & m_k, other=0.0)  # [BR]
+        b_sum = tl.sum(b_back, axis=0)  # [BR]
+        grad_weight += tl.sum(b_dot, axis=0) + tl.sum(b_sum * b_z, axis=0)
+        tl.store(p_grad_latents + i_c * R + o_r, tl.where(m_k, weight * b_sum, 0.0), mask=m_r)
+    tl.store(p_grad_responsibilities + i_c, grad_weight)
+
+
+@triton.jit
+def parameters_kernel(
+    p_grad,  # (N, D)
+    p_responsibilities,  # (N C,)
+    p_latents,  # (N C, R)
+    p_order,  # (N C,)
+    p_starts,  # (K + 1,)
+    p_grad_means,  # (K, D)
+    p_grad_loadings,  # (K, D, R)
+    C,
+    D,
+    R: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    i_k = (tl.program_id(0) // feature_blocks).to(tl.int64)
+    o_d = feature_offsets(tl.program_id(0) % feature_blocks * BD, BD, VEC)  # [1, 1, BD]
+    o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
+    m_d = o_d < D
+    last = tl.load(p_starts + i_k + 1)
+    b_means = tl.zeros([1, 1, BD], dtype=tl.float32)
+    b_loadings = tl.zeros([1, BR, BD], dtype=tl.float32)
+    for i in range(tl.load(p_starts + i_k), last, BP):
+        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
+        m_i = o_i < last
+        o_c = tl.load(p_order + o_i, mask=m_i, other=0)
+        b_weight = tl.load(p_responsibilities + o_c, mask=m_i, other=0.0)  # [BP, 1, 1]
+        b_z = tl.load(p_latents + o_c * R + o_r, mask=m_i & (o_r < R), other=0.0)  # [BP, BR, 1]
+        b_g = b_weight * tl.load(p_grad + (o_c // C) * D + o_d, mask=m_i & m_d, other=0.0)  # [BP, 1, BD]
+        b_means += tl.sum(b_g, axis=0, keep_dims=True)
+        b_loadings += tl.sum(b_g * b_z, axis=0, keep_dims=True)
+    tl.store(p_grad_means + i_k * D + o_d, b_means, mask=m_d)
+    tl.store(p_grad_loadings + (i_k * D + o_d) * R + o_r, b_loadings, mask=m_d & (o_r < R))
+
+
+def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
+    """sum_c r_c (mu_c + W_c z_c), (N, D) float32. Does not wait for the device.
+
+    Args:
+        components: (N, C) int32; -1 marks an empty slot. All arguments are contiguous.
+        responsibilities: (N, C) float32; where one of them is NaN, the token's row is NaN.
+        latents: (N, C, R) float32.
+        means: (K, D) float32.
+        loadings: (K, D, R) float32.
+    """
+    (tokens, slots), (_, features, rank) = components.shape, loadings.shape
+    out = means.new_empty(tokens, features)
+    if out.numel():
+        config = configs.configured(configs.Gradient, means, tokens, means.shape[0])
+        with torch.cuda.device_of(means):
+            decode_kernel[(tokens * triton.cdiv(features, config.features),)](
+                components, responsibilities, latents, means, loadings, out,
+                slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
+            )  # fmt: skip
+    return out
+
+
+def decode_backward(
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `decode` to responsibilities, latents, means and loadings; grad is (N, D) float32, contiguous."""
+    grads = tuple(torch.empty_like(t) for t in (responsibilities, latents, means, loadings))
+    count, features, rank = loadings.shape
+    slots = components.shape[-1]
+    config = configs.configured(configs.Gradient, means, components.shape[0], count)
+    groups = group(components.flatten(), count, 1)
+    with torch.cuda.device_of(means):
+        if components.numel():
+            slots_kernel[(components.numel(),)](
+                grad, components, responsibilities, latents, means, loadings, groups.order, *grads[:2],
+                slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
+            )  # fmt: skip
+        tiles = _parameter_tiles(config, rank)
+        parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
+            grad, responsibilities, latents, groups.order, groups.starts, *grads[2:],
+            slots, features, rank, **tiles, num_warps=config.warps,
+        )  # fmt: skip
+    return grads  # type: ignore[return-value]
+
+
+def _tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
+    return {"BR": min(_RANK_TILE, triton.next_power_of_2(max(1, rank))), "BD": config.features}
+
+
+def _parameter_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
+    """All columns of W_k are in registers: the more of them, the fewer features."""
+    columns = triton.next_power_of_2(max(1, rank))
+    features = min(config.features, 32 * config.warps * max(1, 32 // columns))
+    pairs = max(1, min(config.pairs, 64 // columns))
+    return {"BP": pairs, "BR": columns, "BD": features, "VEC": vector(features, config.warps)}
+
+
+def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, argument types, constexpr values, options) as a launch has them: R = 10."""
+    rank = 10
+    names = {name for kernel in (decode_kernel, slots_kernel, parameters_kernel) for name in kernel.arg_names}
+    types = {name: "*fp32" for name in names if name.startswith("p_")} | {
+        "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32", "C": "i32", "D": "i32:16",
+    }  # fmt: skip
+    options = {"num_warps": config.warps}
+    return [
+        ("decode", decode_kernel, types, {"R": rank, **_tiles(config, rank)}, options),
+        ("decode, gradient of slots", slots_kernel, types, {"R": rank, **_tiles(config, rank)}, options),
+        (
+            "decode, gradient of parameters",
+            parameters_kernel,
+            types,
+            {"R": rank, **_parameter_tiles(config, rank)},
+            options,
+        ),
+    ]

@@ -1,0 +1,42 @@
+"""Pairs grouped by component, on the device: what lets a component have one writer and its rows be read once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Groups(NamedTuple):
+    """Pairs sorted by component and cut into blocks that belong to one component each.
+
+    Attributes:
+        order: (P,) int64, the pairs by component and, within one, by position: those without a component come first.
+        starts: (K + 1,) int32: the pairs of component k are order[starts[k] : starts[k + 1]].
+        blocks: (K + 1,) int32: the blocks of component k are blocks[k], ..., blocks[k + 1] - 1.
+        grid: an upper bound on blocks[K], known without asking the device.
+    """
+
+    order: Tensor
+    starts: Tensor
+    blocks: Tensor
+    grid: int
+
+
+def group(components: Tensor, count: int, block: int) -> Groups:
+    """Groups pairs by component. Nothing waits for the device, so a CUDA graph can hold it.
+
+    Args:
+        components: (P,) int32, P < 2^31; -1 marks a slot without a pair.
+        count: K.
+        block: the most pairs of a block.
+    """
+    ordered, order = torch.sort(components, stable=True)
+    edges = torch.arange(count + 1, dtype=components.dtype, device=components.device)
+    starts = torch.searchsorted(ordered, edges, out_int32=True)
+    lengths = (starts.diff() + (block - 1)) // block
+    blocks = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    pairs = components.shape[0]
+    grid = (pairs + (block - 1) * min(count, pairs)) // block  # every non-empty component can leave one block ragged
+    return Groups(order, starts, blocks, grid)

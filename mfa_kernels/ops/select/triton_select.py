@@ -1,0 +1,102 @@
+"""Stage 1 on a GPU: low-precision speed, fp32 results.
+
+    tokens -> scan -> candidates -> exact logits of the candidates -> finish
+                          \\-> crowded tokens (diffuse mixtures): every logit, from differences -> finish
+
+Nothing here waits for the device: shapes are fixed, crowded tokens are counted there, and programs that have nothing to
+do leave at once. So it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import configs, cuda
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.factors.triton_rows import ScanRows, reference_scale
+from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.select import triton_merge as merge
+from mfa_kernels.ops.select.triton_dense import dense
+from mfa_kernels.ops.select.triton_scan import scan
+from mfa_kernels.ops.select.triton_tokens import scan_tokens
+
+CANDIDATES = 16
+"""Components per token that are recomputed exactly; more, and the token is treated densely."""
+
+FEW = 16
+"""Up to so many tokens, reading the rows is all that takes time: CUDA C++ does it, where it could be built."""
+
+DENSE = 1 << 26
+"""Most logits of crowded tokens in memory at a time (256 MB)."""
+
+
+def select(
+    x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int, exact: bool = True
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_prob (N,), components (N, S) int32, logits (N, S), counts (N,) int32; see `mfa_kernels.ops.select.op`.
+
+    Args:
+        x: (N, D), contiguous, any float dtype but float64.
+        factors: float32, portable layout.
+        rows: the scan's view of them.
+        constants: (K,).
+        slots: S.
+        exact: recompute the candidates; without, logits are off by the rounding of fp16 operands.
+    """
+    count, components = x.shape[0], constants.shape[0]
+    with torch.cuda.device_of(x):
+        out = (
+            constants.new_empty(count),
+            constants.new_empty(count, slots, dtype=torch.int32),
+            constants.new_empty(count, slots),
+            constants.new_empty(count, dtype=torch.int32),
+        )
+        if count == 0:
+            return out
+        if exact and count <= FEW and not factors.per_component and slots <= CANDIDATES:
+            library = cuda.library()
+            if library is not None:
+                return _few_tokens(library, x, factors, rows, constants, slots)
+        config = configs.configured(configs.Scan, x, count, components)
+        scale = reference_scale(factors)
+        tokens = scan_tokens(x, scale, factors.center, rows.rows.shape[-1], factors.per_component)
+        partials = scan(tokens, rows, constants, config, bounds=exact)
+        if not exact:
+            merge.finish_fast(partials, tokens.length, not factors.per_component, components, out)
+            return out
+        found, crowded = merge.candidates(partials, tokens.norms, components, CANDIDATES)
+        each = torch.arange(count * CANDIDATES, device=x.device) // CANDIDATES
+        logits, _ = explain(x, each, found.flatten(), factors, constants, with_t=False)
+        assert logits is not None  # constants were given
+        merge.finish(found, logits, crowded, components, out)
+        _crowded_tokens(x, factors, constants, crowded, out)
+    return out
+
+
+def _few_tokens(
+    library: Any, x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same by csrc/cuda/few_tokens.cuh: the rows are read once, at the speed of memory, in two launches."""
+    f, threshold = factors, math.log(constants.shape[0]) - merge.LOG_EPS
+    out = library.few_tokens(x, f.rows, f.scale, f.center, *rows[:5], constants, threshold, slots)
+    counts = out[3]
+    _crowded_tokens(x, factors, constants, (counts < 0).int(), out)
+    return out
+
+
+def _crowded_tokens(x: Tensor, factors: Factors, constants: Tensor, crowded: Tensor, out: tuple[Tensor, ...]) -> None:
+    """Decides the tokens whose `crowded` (N,) is 1, from all their logits."""
+    count, components = x.shape[0], constants.shape[0]
+    index = torch.argsort(crowded, stable=True, descending=True).int()
+    total = crowded.sum(dtype=torch.int32)
+    at_once = max(1, min(count, DENSE // components))
+    buffer = constants.new_empty(at_once, components)
+    for first in range(0, count, at_once):
+        part = index[first : first + at_once]
+        left = (total - first).clamp(0, at_once).view(1)
+        dense(x, factors, constants, part, left, buffer[: part.shape[0]])
+        merge.finish_dense(buffer, part, left, components, out)

@@ -1,0 +1,75 @@
+"""Every Triton kernel compiles for every GPU we ship for, within its registers and shared memory (no GPU needed)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+
+from bench import aot
+
+pytest.importorskip("triton", reason="no Triton on this machine")
+
+
+def compiled(*arguments: str, folder: Path) -> tuple[int, list[dict]]:
+    """Exit status and rows of `python -m bench.aot`, in a process where Triton compiles instead of interpreting."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = folder / "aot.json"
+    command = [sys.executable, "-m", "bench.aot", *arguments, "--json", str(path)]
+    root = Path(__file__).parents[2]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
+    assert path.exists(), out.stderr[-4000:]
+    return out.returncode, json.loads(path.read_text())
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> list[dict]:
+    if not aot.modules():
+        warnings.warn("no Triton kernels in the package: nothing is compiled", stacklevel=1)
+        pytest.skip("no Triton kernels in the package")
+    return compiled(folder=tmp_path_factory.mktemp("aot"))[1]
+
+
+def test_every_kernel_ships(package):
+    """Compiled, no spills, shared memory within the chip, the scan on the chip's own matrix instructions."""
+    bad = {f"{r['module']}.{r['kernel']} sm_{r['architecture']}": r["problems"] for r in package if r["problems"]}
+    assert not bad
+
+
+def test_no_module_and_no_architecture_is_skipped(package):
+    assert {row["module"] for row in package} == set(aot.modules())
+    for name in aot.modules():
+        assert {row["architecture"] for row in package if row["module"] == name} == set(aot.ARCHITECTURES)
+
+
+def test_what_it_sees_in_known_kernels(tmp_path):
+    status, rows = compiled("tests.ops.aot_kernels", "--sm", "90", folder=tmp_path)
+    found = {row["kernel"]: row for row in rows}
+    assert status == 1
+    good = found["scan_product"]
+    assert good["problems"] == []
+    assert good["tensor_cores"]["HGMMA"] > 0
+    assert 0 < good["registers"] <= 255
+    assert 64 << 10 <= good["shared"] <= 227 << 10  # at least two stages of two tiles of 16 KB
+    assert good["instructions"]["LDGSTS.128"] == good["instructions"]["LDGSTS"] > 0
+    assert "no HGMMA" in found["scan_in_fp32"]["problems"][0]
+    assert found["spilling"]["spills"] > 0
+    assert "accesses to local memory" in found["spilling"]["problems"][0]
+    assert any("shared memory" in problem for problem in found["too_large"]["problems"])
+    assert "arange" in found["broken"]["error"]
+    assert found["unlisted"]["problems"] == ["not in ahead_of_time"]
+
+
+def test_the_interpreter_is_refused():
+    out = subprocess.run(
+        [sys.executable, "-m", "bench.aot"],
+        capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
+        cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert out.returncode == 2
+    assert "unset it" in out.stderr

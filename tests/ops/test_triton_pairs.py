@@ -1,0 +1,408 @@
+"""The pair kernels of the GPU: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from mfa_kernels.ops import configs
+from mfa_kernels.ops.factors import op as factors_op
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs import portable, reference, triton_backward, triton_decode, triton_pairs
+from mfa_kernels.ops.pairs.triton_groups import group
+from mfa_kernels.ops.select.portable import explained, pair_logits, residuals
+from tests.mixtures import Mixture, mixture, tokens
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("x", "means", "loadings", "noise", "log_weights")
+
+# (N, K, D, R): with the tiles below, features, ranks and the pairs of one component take three tiles and a ragged tail.
+SHAPES = [(3, 1, 50, 10), (7, 5, 50, 10), (3, 4, 50, 17), (3, 4, 50, 1), (3, 4, 50, 0), (4, 3, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def small_tiles() -> Iterator[None]:
+    with configs.override(
+        configs.Pairs(pairs=2, features=16, warps=1, stages=2),
+        configs.Gradient(pairs=2, features=16, warps=1, stages=2),
+    ):
+        yield
+
+
+class Case(NamedTuple):
+    """Pairs of a mixture in slots, as stage 1 leaves them: S per token, some of them empty."""
+
+    mixture: Mixture
+    x: Tensor
+    tokens: Tensor
+    components: Tensor
+    weights: Tensor
+    factors: Factors
+
+    @property
+    def held(self) -> Tensor:
+        return self.components >= 0
+
+    def wide(self) -> tuple[Tensor, Tensor, Factors]:
+        """x, constants and factors in float64, of the same parameters."""
+        wide = self.mixture.to(torch.float64)
+        factors = portable_factors(wide)
+        return self.x.double(), factors.constants(wide.log_weights), factors
+
+
+def portable_factors(m: Mixture) -> Factors:
+    noise = m.noise_variance
+    center = m.means.mean(0)
+    return Factors(
+        *factors_op.portable(*m[:3]), factors_op.scale_of(noise).contiguous(), center, noise.dim() == 2
+    )  # fmt: skip
+
+
+def rounded(factors: Factors) -> Factors:
+    """Factors of float64 in float32: their rounding alone separates them from the oracle's."""
+    names = ("rows", "cholesky", "log_det", "scale", "center")
+    return replace(factors, **{name: getattr(factors, name).float().contiguous() for name in names})
+
+
+def case(
+    shape: tuple[int, int, int, int],
+    *,
+    per_component: bool = False,
+    dtype: torch.dtype = torch.float32,
+    slots: int = 3,
+    index: torch.dtype = torch.int64,
+    offset: float = 0.0,
+) -> Case:
+    """Component 0 is in the first slot of every token; where there are more, 1 is in one slot and 2 in none."""
+    n, k, d, r = shape
+    m = mixture(k, d, r, per_component=per_component)
+    m = m._replace(means=m.means + offset)
+    x = tokens(m, n).to(dtype)
+    generator = torch.Generator().manual_seed(5)
+    components = torch.randint(3, max(k, 4), (n, slots), generator=generator).int()
+    components = components.masked_fill(components >= k, -1)
+    components[:, 0] = 0
+    if slots > 1 and k > 1:
+        components[-1, 1] = 1
+    weights = torch.randn(n * slots, generator=generator)
+    weights[slots::7] = 0
+    m, x = Mixture(*(t.to(DEVICE) for t in m)), x.to(DEVICE)
+    each = torch.arange(n).repeat_interleave(slots).to(index)
+    factors = rounded(portable_factors(m.to(torch.float64)))
+    return Case(m, x, each.to(DEVICE), components.flatten().to(DEVICE), weights.to(DEVICE), factors)
+
+
+def within_budget(found: Tensor, plain: Tensor, exact: Tensor, terms: Tensor | None = None) -> None:
+    """At most three times the error of the plain float32 formula, per row; or three roundings, where that was lucky.
+
+    `terms` is what the absolute values of the summands add up to, where the sum itself is much smaller.
+    """
+    assert found.shape == exact.shape
+    assert found.dtype == torch.float32
+    if not exact.numel():
+        return
+    terms = exact.abs() if terms is None else terms
+    found, plain, exact, terms = (t.double().reshape(exact.shape[0], -1) for t in (found, plain, exact, terms))
+    unit = torch.finfo(torch.float32).eps * terms.amax(-1)
+    error, budget = (found - exact).abs().amax(-1), 3 * torch.maximum((plain - exact).abs().amax(-1), unit)
+    assert (error <= budget).all(), f"errors of {error} where {budget} is allowed"
+
+
+def test_groups_cover_every_pair_once():
+    components = torch.tensor([2, -1, 0, 2, 5, 2, 2, -1, 0, 2], dtype=torch.int32, device=DEVICE)
+    groups = group(components, 6, 2)
+    assert groups.order.tolist() == [1, 7, 2, 8, 0, 3, 5, 6, 9, 4]
+    assert groups.starts.tolist() == [2, 4, 4, 9, 9, 9, 10]
+    assert groups.blocks.tolist() == [0, 1, 1, 4, 4, 4, 5]
+    assert groups.grid >= 5
+
+
+@pytest.mark.parametrize(("pairs", "count", "block"), [(0, 3, 4), (1, 1, 4), (64, 64, 16), (7, 3, 16), (100, 7, 3)])
+def test_groups_bound_the_blocks(pairs, count, block):
+    """Spread evenly, in one component, and in none."""
+    spread = torch.arange(pairs, dtype=torch.int32, device=DEVICE) % count
+    for components in (spread, torch.zeros_like(spread), torch.full_like(spread, -1)):
+        groups = group(components, count, block)
+        assert int(groups.blocks[-1]) <= groups.grid
+
+
+def test_the_bound_on_the_blocks_is_reached():
+    """Five components with one pair more than fills a block: no smaller bound would do."""
+    components = torch.arange(5, dtype=torch.int32, device=DEVICE).repeat(4)
+    groups = group(components, 5, 3)
+    assert int(groups.blocks[-1]) == groups.grid == 10
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+@pytest.mark.usefixtures("poisoned")
+def test_explain(shape, per_component):
+    check_explain(case(shape, per_component=per_component))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_explain_reads_halves(dtype):
+    check_explain(case((5, 4, 50, 10), dtype=dtype, index=torch.int32))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_explain_far_from_the_origin():
+    """x - mu first: a common offset of 1000 noise deviations costs no digits beyond those that x itself lacks."""
+    check_explain(case((5, 4, 50, 10), offset=1e3))
+
+
+def check_explain(c: Case) -> None:
+    constants = c.factors.constants(c.mixture.log_weights)
+    logits, t = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants)
+    assert (logits[~c.held] == -math.inf).all()
+    assert (t[~c.held] == 0).all()
+    n, k = c.tokens[c.held], c.components[c.held].long()
+    x, wide_constants, wide = c.wide()
+    truth = c.mixture.logits_fp64(c.x)[n, k]
+    torch.testing.assert_close(pair_logits(x, n, k, wide, wide_constants), truth, rtol=1e-10, atol=1e-8)
+    plain = pair_logits(c.x.float(), n, k, c.factors, constants)
+    within_budget(logits[c.held], plain, truth)
+    plain = explained(residuals(c.x.float()[n], k, c.factors), k, c.factors)
+    within_budget(t[c.held], plain, explained(residuals(x[n], k, wide), k, wide))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_few_programs_walk_over_many_blocks(monkeypatch):
+    monkeypatch.setattr(triton_pairs, "_PROGRAMS", 2)
+    check_explain(case((7, 5, 50, 3)))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_explain_gives_what_is_asked_for():
+    c = case((5, 4, 50, 10))
+    constants = c.factors.constants(c.mixture.log_weights)
+    logits, t = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants)
+    only, nothing = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants, with_t=False)
+    assert nothing is None
+    assert torch.equal(only, logits)
+    nothing, only = triton_pairs.explain(c.x, c.tokens, c.components, c.factors)
+    assert nothing is None
+    assert torch.equal(only, t)
+    none = c.components[:0]
+    logits, t = triton_pairs.explain(c.x, c.tokens[:0], none, c.factors, constants)
+    assert (logits.shape, t.shape) == ((0,), (0, 10))
+    logits, t = triton_pairs.explain(c.x, c.tokens, torch.full_like(c.components, -1), c.factors, constants)
+    assert (logits == -math.inf).all()
+    assert (t == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_latents(shape):
+    c = case(shape, per_component=True)
+    z = triton_pairs.latents(c.x, c.tokens, c.components, c.factors)
+    assert (z[~c.held] == 0).all()
+    n, k = c.tokens[c.held], c.components[c.held].long()
+    wide = c.mixture.to(torch.float64)
+    within_budget(
+        z[c.held],
+        portable.latents(c.x, n, k, c.factors),
+        reference.latents(c.x.double(), n, k, *wide[:3]),
+    )
+
+
+def test_latents_of_nearly_collinear_loadings():
+    """L far from a multiple of the identity: substitution loses no more than the plain formula does."""
+    m = mixture(3, 50, 17)
+    m = m._replace(loadings=30 * (m.loadings[..., :1] + 1e-2 * m.loadings))
+    m = Mixture(*(t.to(DEVICE) for t in m))
+    factors = rounded(portable_factors(m.to(torch.float64)))
+    x = tokens(Mixture(*(t.cpu() for t in m)), 40).to(DEVICE)
+    n, k = torch.arange(40, device=DEVICE), (torch.arange(40, device=DEVICE) % 3).int()
+    wide = replace(factors, **{name: getattr(factors, name).double() for name in ("rows", "cholesky", "scale")})
+    exact = portable.latents(x.double(), n, k.long(), wide)
+    within_budget(triton_pairs.latents(x, n, k, factors), portable.latents(x, n, k.long(), factors), exact)
+
+
+def gradients(c: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Fresh gradients that are not zero, since the kernels add."""
+    generator = torch.Generator().manual_seed(9)
+    shapes = [c.x.shape, *(t.shape for t in c.mixture)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE, dtype) for s in shapes]
+
+
+def exact_gradients(c: Case) -> list[Tensor]:
+    """By autograd of the reference formula, float64."""
+    leaves = [t.double().requires_grad_() for t in (c.x, *c.mixture)]
+    x, *parameters = leaves
+    m = Mixture(*parameters)
+    logits = m.logits_fp64(x)[c.tokens[c.held].long(), c.components[c.held].long()]
+    found = torch.autograd.grad((c.weights[c.held].double() * logits).sum(), leaves, allow_unused=True)
+    return [g + (0 if s is None else s) for g, s in zip(gradients(c, torch.float64), found)]
+
+
+def plain_gradients(c: Case) -> list[Tensor]:
+    found = gradients(c)
+    n, k, w = (t[c.held] for t in (c.tokens, c.components, c.weights))
+    portable.backward(c.x.float(), n, k, w, c.factors, *found)
+    return found
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+@pytest.mark.usefixtures("poisoned")
+def test_backward(shape, per_component):
+    check_backward(case(shape, per_component=per_component))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_backward_reads_halves(dtype):
+    check_backward(case((5, 4, 50, 10), dtype=dtype, index=torch.int32))
+
+
+def check_backward(c: Case) -> None:
+    found = gradients(c)
+    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *found)
+    for name, *tensors in zip(NAMES, found, plain_gradients(c), exact_gradients(c)):
+        rows = [t.reshape(1, -1) if name in ("noise", "log_weights") and t.dim() == 1 else t for t in tensors]
+        try:
+            within_budget(*rows)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+
+
+def test_backward_computes_only_what_is_asked_for():
+    c = case((5, 4, 50, 10))
+    whole = gradients(c)
+    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *whole)
+    for i, expected in enumerate(whole):
+        part: list[Tensor | None] = [None] * len(NAMES)
+        part[i] = gradients(c)[i]
+        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *part)
+        assert torch.equal(part[i], expected), NAMES[i]
+
+
+def test_backward_of_no_pairs_changes_nothing():
+    c = case((5, 4, 50, 10))
+    found = gradients(c)
+    for weights, components in (
+        (c.weights, torch.full_like(c.components, -1)),
+        (torch.zeros_like(c.weights), c.components),
+    ):
+        triton_backward.backward(c.x, c.tokens, components, weights, c.factors, *found)
+    triton_backward.backward(c.x, c.tokens[:0], c.components[:0], c.weights[:0], c.factors, *found)
+    assert all(torch.equal(f, g) for f, g in zip(found, gradients(c)))
+
+
+def test_a_bad_token_is_alone():
+    """NaN in x: NaN in its own logits and latents; nowhere else, and in no gradient, once it holds no pair."""
+    c = case((5, 4, 50, 10))
+    bad = c.tokens == 4
+    x = c.x.clone()
+    x[4, 7] = math.nan
+    constants = c.factors.constants(c.mixture.log_weights)
+    logits, t = triton_pairs.explain(x, c.tokens, c.components, c.factors, constants)
+    expected, expected_t = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants)
+    assert logits[bad & c.held].isnan().all()
+    assert torch.equal(logits[~bad], expected[~bad])
+    assert torch.equal(t[~bad], expected_t[~bad])
+    components = c.components.masked_fill(bad, -1)
+    found, expected = gradients(c), gradients(c)
+    triton_backward.backward(x, c.tokens, components, c.weights, c.factors, *found)
+    triton_backward.backward(c.x, c.tokens, components, c.weights, c.factors, *expected)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected))
+    assert all(f.isfinite().all() for f in found)
+
+
+def test_one_component_owns_everything():
+    """Its pairs are many tiles long, and all the others have none."""
+    c = case((11, 4, 20, 3), slots=1)
+    assert (c.components == 0).all()
+    check_explain(c)
+    check_backward(c)
+
+
+def test_same_bits_twice():
+    c = case((5, 4, 50, 10))
+    constants = c.factors.constants(c.mixture.log_weights)
+    runs = []
+    for _ in range(2):
+        found = gradients(c)
+        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *found)
+        code = random_code(c, 3)
+        grads = triton_decode.decode_backward(c.x, *code)
+        explained_ = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants)
+        runs.append([*found, *explained_, triton_decode.decode(*code), *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter copies its arguments: 17 GB of them")
+def test_rows_beyond_2_to_the_31_are_addressed():
+    """K D passes 2^31 values: the last component's are found, read and written."""
+    features, last = 1 << 20, 1 << 11
+    count = last + 1
+    rows, grad = (torch.empty(count, 1, features, device=DEVICE) for _ in range(2))
+    rows[last], grad[last] = 1, 0
+    constants = torch.zeros(count, device=DEVICE)
+    empty = constants.new_empty(count, 0, 0)
+    factors = Factors(rows, empty, constants, torch.ones(features, device=DEVICE), constants, False)
+    x = torch.full((1, features), 3.0, device=DEVICE)
+    tokens_, components = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), last, device=DEVICE).int()
+    with configs.override(configs.Pairs(1, 1024, 4, 1), configs.Gradient(1, 1024, 4, 1)):
+        logits, _ = triton_pairs.explain(x, tokens_, components, factors, constants)
+        triton_backward.backward(
+            x, tokens_, components, torch.ones(1, device=DEVICE), factors, None, grad.view(count, features), *[None] * 3
+        )
+    assert logits.item() == -2.0 * features
+    assert (grad[last] == 2).all()
+
+
+def random_code(c: Case, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    n = c.x.shape[0]
+    k, _, r = c.mixture.loadings.shape
+    components = torch.randint(-1, k, (n, slots), generator=generator).int()
+    responsibilities = torch.rand(n, slots, generator=generator)
+    z = torch.randn(n, slots, r, generator=generator)
+    return *(t.to(DEVICE) for t in (components, responsibilities, z)), c.mixture.means, c.mixture.loadings
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_decode_and_its_gradients(shape):
+    c = case(shape)
+    components, *floats = random_code(c, 4)
+    leaves = [t.double().requires_grad_() for t in floats]
+    exact = reference.decode(components.long(), *leaves)
+    within_budget(triton_decode.decode(components, *floats), portable.decode(components, *floats), exact.detach())
+    grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    wanted = torch.autograd.grad(exact, leaves, grad.double())
+    found = triton_decode.decode_backward(grad, components, *floats)
+    plain = portable.decode_backward(grad, components, *floats)
+    terms = portable.decode_backward(grad.abs(), components, *(t.abs() for t in floats))
+    for tensors in zip(found, plain, wanted, terms):
+        within_budget(*tensors)
+
+
+def test_decode_of_a_bad_token_is_nan_alone():
+    c = case((3, 4, 50, 2))
+    components = torch.tensor([[0, -1], [-1, -1], [2, 1]], dtype=torch.int32, device=DEVICE)
+    responsibilities = torch.tensor([[1.0, 0.0], [0.0, math.nan], [0.5, 0.5]], device=DEVICE)
+    z = torch.zeros(3, 2, 2, device=DEVICE)
+    out = triton_decode.decode(components, responsibilities, z, c.mixture.means, c.mixture.loadings)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
+    held = torch.tensor([[0, -1], [3, -1], [2, 1]], dtype=torch.int32, device=DEVICE)
+    nan = torch.tensor([[1.0, 0.0], [math.nan, 0.0], [0.5, 0.5]], device=DEVICE)
+    out = triton_decode.decode(held, nan, z, c.mixture.means, c.mixture.loadings)
+    assert out[1].isnan().all()
+    assert out[[0, 2]].isfinite().all()
