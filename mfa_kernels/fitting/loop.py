@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -14,20 +16,22 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
-from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Settings, Training
+from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
 
-METHODS = ("sgd",)
+METHODS = ("sgd", "em", "online", "auto")
 _HELD_OUT_ROWS = 20_000  # at most
 _START_ROWS_PER_COMPONENT = 128
 _LEAST_START_ROWS = 100_000
 _KMEANS_ITERATIONS = 10
+_LEAST_ONLINE_STEPS = 8  # a pass, for "auto"
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
 _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
@@ -46,6 +50,7 @@ def fit(
     batch_size: int = 1024,
     lr: float = 1e-2,
     schedule: str = "cosine",
+    polish: int = 0,
     held_out: float = 0.05,
     eval_every: int | None = None,
     patience: int | None = 5,
@@ -57,29 +62,40 @@ def fit(
     log: StrPath | None = None,
     progress: bool = True,
 ) -> MFA:
-    """Fits a mixture of factor analyzers to activations by the paper's procedure; returns the best on held-out rows.
+    """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
-    K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then Adam on the
-    mean negative log-likelihood (arXiv 2602.02464). Rows are shuffled by number and never moved. The same seed gives
-    the same bits on one device. Rows that are not finite are left out and counted.
+    K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
+
+    - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464);
+    - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
+      held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common;
+    - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
+      held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go;
+    - "auto": "online" for an iterator, and where a pass over the rows makes at least 8 of its M-steps; else "em".
+
+    Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
+    finite are left out and counted. Ctrl-C ends the training with a warning, and returns the best so far.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
-            concatenated in memory; see `mfa_kernels.fitting.as_source`.
+            concatenated in memory, unless it is an iterator that is fitted online; see `mfa_kernels.fitting.as_source`.
         n_components: K, at most the number of rows to train on.
         rank: R, at most D; 0 is a mixture of diagonal Gaussians.
-        method: "sgd", the one there is.
+        method: "sgd", "em", "online" or "auto".
         noise: "shared" or "per_component".
         init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.
         clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.
-        epochs: passes over the rows; 0 returns the start.
-        batch_size: rows per step, at most; an epoch is cut into batches of equal size.
+        epochs: passes over the rows, at most; 0 returns the start.
+        batch_size: rows per step, at most; an epoch is cut into batches of equal size. Online, rows per M-step, but
+            at least 16 K. Passes of "em" do not depend on it.
         lr: Adam's learning rate. Means and loadings move in units of the standard deviation within clusters, per
             dimension, so that the rate depends neither on the scale of the activations nor on outlier dimensions.
-        schedule: "cosine" (down to 0) or "constant", both after a short linear warm-up.
+        schedule: of Adam's rate: "cosine" (down to 0) or "constant", both after a short linear warm-up.
+        polish: epochs of Adam after EM; not for an iterator, whose rows are gone.
         held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows. With
             0 nothing is chosen: the last state is returned.
-        eval_every: steps between evaluations on the held-out rows; None: once an epoch.
+        eval_every: steps (of EM: M-steps) between evaluations on the held-out rows; None: once an epoch, and every
+            20 M-steps of an iterator.
         patience: evaluations without improvement after which to stop; None: never.
         seed: of everything that is drawn.
         device: of the mixture and of the work; None: where the activations are.
@@ -97,28 +113,46 @@ def fit(
         TypeError, ValueError: naming the argument.
         RuntimeError: when step after step has a loss or a gradient that is not finite.
     """
-    source = as_source(activations)
     check_choice(method, METHODS, "method")
     check_choice(init, INITS, "init")
     check_choice(noise, ("shared", "per_component"), "noise")
     check_choice(schedule, SCHEDULES, "schedule")
     check_choice(precision, PRECISIONS, "precision")
-    _check_numbers(n_components, rank, source.n_features, epochs, batch_size, lr, held_out, eval_every, patience)
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    streamed = isinstance(activations, Iterator) and method in ("online", "auto")
+    _check_counts(n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0), batch_size=(batch_size, 1),
+                  polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1))  # fmt: skip
+    if not 0 < lr < float("inf"):
+        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    if polish and (streamed or method == "sgd"):
+        raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
+    sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
+    stream: Iterable[Tensor] | None = None
+    if streamed:
+        source, stream = _head(activations, math.ceil(sample / (1 - held_out)))
+        sample = len(source)  # what the last batch brought besides is not read again
+    else:
+        source = as_source(activations)
+    if rank > source.n_features:
+        raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+    if method == "auto":
+        steps = len(source) * (1 - held_out) / online_rows(n_components, batch_size)
+        method = "online" if streamed or steps >= _LEAST_ONLINE_STEPS else "em"
     device = torch.device(device) if device is not None else source.device
     settings = Settings(epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress)
     generator = torch.Generator().manual_seed(seed)
-    report = FitReport()
+    report = FitReport(method=method)
 
     rows, held_index = _split(len(source), held_out, generator)
     held_out_rows = _finite(source, held_index, device, report).to(dtype)
     report.held_out_rows = len(held_out_rows)
     if len(held_index) and not len(held_out_rows):
         raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
-    sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
     # What is left out of the sample is counted when training meets it.
-    start_rows = _finite(source, rows[:sample], device, None if epochs else report)
+    start_rows = _finite(source, rows[:sample], device, None if epochs and not streamed else report)
     if len(start_rows) < n_components:
         raise ValueError(
             f"n_components = {n_components} needs at least as many finite rows to train on, got {len(start_rows)} "
@@ -134,15 +168,56 @@ def fit(
             start_rows, centroids, rank, noise,
             init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
         )  # fmt: skip
-    del start_rows
-    with _timed(report, "sgd"):
-        training = Training(mfa, source, rows, held_out_rows, settings, generator, report)
-        training.run()
-        training.restore_best()
+    arguments = mfa, source, rows, held_out_rows
+    with _timed(report, method):
+        run: Run
+        if method == "sgd":
+            run = Training(*arguments, settings, generator, report)
+        elif method == "em":
+            run = BatchEM(*arguments, settings, generator, report, start_rows=start_rows)
+        else:
+            run = OnlineEM(*arguments, settings, generator, report, start_rows=start_rows, stream=stream)
+        del start_rows
+        _run(run, report)
+    if polish and not report.interrupted:
+        with _timed(report, "polish"):
+            _run(Training(*arguments, replace(settings, epochs=polish), generator, report), report)
     _count_live(mfa, held_out_rows, source, rows[: _LIVE_ROWS_PER_COMPONENT * n_components], report)
     mfa.zero_grad()
     mfa.fit_report = report
     return mfa
+
+
+def _run(run: Run, report: FitReport) -> None:
+    try:
+        run.run()
+    except KeyboardInterrupt:
+        report.interrupted = True
+        warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=3)
+    run.restore_best()
+
+
+def _head(batches: Iterator[Any], rows: int) -> tuple[Source, Iterator[Tensor]]:
+    """The first batches of a stream, of at least `rows` rows where it has as many, and the others as they come."""
+    first: list[Any] = []
+    count = 0
+    for batch in batches:
+        first.append(batch)
+        count += len(as_source([batch]))
+        if count >= rows:
+            break
+    source = as_source(iter(first))
+
+    def others() -> Iterator[Tensor]:
+        for batch in batches:
+            part = as_source([batch])
+            if part.n_features != source.n_features:
+                raise ValueError(
+                    f"activations: a batch has width {part.n_features}, but the first has {source.n_features}"
+                )
+            yield part.chunk(0, len(part))
+
+    return source, others()
 
 
 @contextmanager
@@ -159,33 +234,11 @@ def _split(rows: int, held_out: float, generator: torch.Generator) -> tuple[Tens
     return order[held:], order[:held]
 
 
-def _check_numbers(
-    n_components: int,
-    rank: int,
-    n_features: int,
-    epochs: int,
-    batch_size: int,
-    lr: float,
-    held_out: float,
-    eval_every: int | None,
-    patience: int | None,
-) -> None:
-    for name, value, least in (
-        ("n_components", n_components, 1),
-        ("rank", rank, 0),
-        ("epochs", epochs, 0),
-        ("batch_size", batch_size, 1),
-        ("eval_every", eval_every, 1),
-        ("patience", patience, 1),
-    ):
+def _check_counts(**named: tuple[int | None, int]) -> None:
+    """Raises where a value is neither None nor an integer of at least its least."""
+    for name, (value, least) in named.items():
         if value is not None and (int(value) != value or value < least):
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    if rank > n_features:
-        raise ValueError(f"rank must be at most the width of the activations, {n_features}, got {rank}")
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be positive and finite, got {lr!r}")
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
 
 
 def _finite(source: Source, index: Tensor, device: torch.device, report: FitReport | None = None) -> Tensor:

@@ -18,18 +18,23 @@ class FitReport:
         history: one record per evaluation: step, epoch (the one in training, from 1; 0 at the start), train_nll (mean
             since the record before; None in the first), held_out_nll (None without held-out rows), both in nats per
             token, seconds (of training so far) and tokens_per_second (since the record before).
-        best_step: the step whose parameters were kept.
+        method: that was run: "sgd", "em" or "online".
+        best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.
         held_out_rows: finite rows held out.
         skipped_rows: distinct rows left out because they are not finite, as far as they were read.
         skipped_steps: steps left out because the loss or its gradient was not finite.
         live_components: components that are the most responsible for at least one of `live_rows` rows.
         live_rows: the held-out rows and a sample of the others.
-        seconds: wall time by stage: "kmeans", "start", "sgd".
+        seconds: wall time by stage: "kmeans", "start", the method, and "polish" where there was one.
         stopped_early: whether `patience` ran out.
+        interrupted: whether Ctrl-C ended the training.
+        prior_strength: of EM's prior, tokens per region; None without EM.
+        revived_components: times that EM moved a component because it owned nothing of its own.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
+    method: str = "sgd"
     best_step: int = 0
     held_out_nll: float | None = None
     held_out_rows: int = 0
@@ -39,6 +44,9 @@ class FitReport:
     live_rows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     stopped_early: bool = False
+    interrupted: bool = False
+    prior_strength: float | None = None
+    revived_components: int = 0
 
     def write_history(self, path: StrPath) -> None:
         """Writes the history as JSON lines, replacing the file; a number that is not finite becomes null."""

@@ -142,8 +142,10 @@ def mean_nll(mfa: MFA, x: Tensor) -> float:
     return -float(torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double().mean())
 
 
-class Training:
-    """Trains a mixture in place, and leaves in it the parameters that are best on held-out rows.
+class Run:
+    """What all methods share: they change a mixture in place, and keep the parameters that are best on held-out rows.
+
+    A run whose report has a history goes on from there: with the mixture as the best so far.
 
     Args:
         mfa: the start.
@@ -167,14 +169,88 @@ class Training:
     ) -> None:
         self.mfa, self.source, self.rows, self.held_out = mfa, source, rows, held_out
         self.settings, self.generator, self.report = settings, generator, report
-        self.adam = StandardizedAdam(mfa, standard_deviation(mfa), settings.lr)
-        self.best: list[Tensor] | None = None
+        last: dict[str, Any] = report.history[-1] if report.history else {"step": 0, "epoch": 0, "seconds": 0.0}
+        self.first_step, self.first_epoch, self.seconds = last["step"], last["epoch"], last["seconds"]
+        self.best = None if report.held_out_nll is None else self._copy()
         self.evaluations_since_best = 0
-        self.bad_steps = 0
         self.losses: list[float] = []  # since the last evaluation, as the two below
         self.tokens = 0
         self.began = time.perf_counter()
-        self.seconds = 0.0
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.mfa.parameters()]
+
+    def run(self) -> None:
+        """Changes the mixture, evaluating on the way."""
+        raise NotImplementedError
+
+    def restore_best(self) -> None:
+        """Puts the best parameters back into the mixture."""
+        if self.best is not None:
+            with torch.no_grad():
+                for parameter, kept in zip(self.mfa.parameters(), self.best):
+                    parameter.copy_(kept)
+
+    def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
+        """The finite rows of a batch, on the mixture's device; the others are counted, once."""
+        x = x.to(self.mfa.means.device)
+        finite = finite_rows(x)
+        if finite.all():
+            return x
+        if count_skipped:
+            self.report.skipped_rows += int((~finite).sum())
+        return x[finite]
+
+    def _out_of_patience(self, finished: bool) -> bool:
+        """Whether to stop for want of improvement; the report says so, unless the run has `finished` anyway."""
+        if self.settings.patience is None or self.evaluations_since_best < self.settings.patience:
+            return False
+        self.report.stopped_early = not finished
+        return True
+
+    def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
+        spent = time.perf_counter() - self.began
+        self.seconds += spent
+        held_out = mean_nll(self.mfa, self.held_out) if len(self.held_out) else None
+        step, epoch = step + self.first_step, epoch + self.first_epoch
+        record = {
+            "step": step,
+            "epoch": epoch,
+            "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
+            "held_out_nll": held_out,
+            "seconds": self.seconds,
+            "tokens_per_second": self.tokens / spent,
+        }
+        report = self.report
+        report.history.append(record)
+        self.evaluations_since_best += 1
+        if held_out is None:
+            report.best_step = step
+        elif report.held_out_nll is None or held_out < report.held_out_nll or math.isnan(report.held_out_nll):
+            report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
+            self.best = self._copy()
+        bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
+        if self.settings.log is not None:
+            report.write_history(self.settings.log)
+        versions = [p._version for p in self.mfa.parameters()]
+        for callback in self.settings.callbacks:
+            callback(self.mfa, record)
+        if versions != [p._version for p in self.mfa.parameters()]:
+            self._parameters_changed()
+        self.losses, self.tokens = [], 0
+        self.began = time.perf_counter()
+
+    def _parameters_changed(self) -> None:
+        """A callback changed the mixture's parameters."""
+
+
+class Training(Run):
+    """Trains a mixture by Adam; see `Run` for the arguments."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.adam = StandardizedAdam(self.mfa, standard_deviation(self.mfa), self.settings.lr)
+        self.bad_steps = 0
 
     def run(self) -> None:
         """Raises RuntimeError after ten steps in a row without a finite loss and gradient."""
@@ -185,7 +261,8 @@ class Training:
         steps, step = per_epoch * settings.epochs, 0
         every = settings.eval_every or per_epoch
         with tqdm(total=steps, desc="fit", unit="step", disable=not settings.progress) as bar:
-            self._evaluate(0, 0, bar)
+            if not self.report.history:
+                self._evaluate(0, 0, bar)
             for epoch in range(settings.epochs):
                 indices = shuffled(self.rows, settings.batch_size, self.generator)
                 for x in read_ahead(self.source, indices):
@@ -194,26 +271,16 @@ class Training:
                     bar.update()
                     if step % every == 0 or step == steps:
                         self._evaluate(step, epoch + 1, bar)
-                        if settings.patience is not None and self.evaluations_since_best >= settings.patience:
-                            self.report.stopped_early = step < steps
+                        if self._out_of_patience(finished=step == steps):
                             return
 
-    def restore_best(self) -> None:
-        """Puts the best parameters back into the mixture."""
-        if self.best is not None:
-            with torch.no_grad():
-                for parameter, kept in zip(self.mfa.parameters(), self.best):
-                    parameter.copy_(kept)
+    def _parameters_changed(self) -> None:
+        self.adam.read()
 
     def _step(self, x: Tensor, lr: float, count_skipped: bool) -> None:
-        x = x.to(self.mfa.means.device)
-        finite = finite_rows(x)
-        if not finite.all():
-            if count_skipped:
-                self.report.skipped_rows += int((~finite).sum())
-            x = x[finite]
-            if not len(x):
-                return
+        x = self._finite(x, count_skipped)
+        if not len(x):
+            return
         self.mfa.zero_grad()
         loss = self.mfa(x)
         value = float(loss.detach())
@@ -231,34 +298,3 @@ class Training:
                 f"fit: {self.bad_steps} steps in a row had a loss or gradient that is not finite (the last loss: "
                 f"{value}); try a smaller lr than {self.settings.lr}, or look at the scale of the activations"
             )
-
-    def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
-        spent = time.perf_counter() - self.began
-        self.seconds += spent
-        held_out = mean_nll(self.mfa, self.held_out) if len(self.held_out) else None
-        record = {
-            "step": step,
-            "epoch": epoch,
-            "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
-            "held_out_nll": held_out,
-            "seconds": self.seconds,
-            "tokens_per_second": self.tokens / spent,
-        }
-        report = self.report
-        report.history.append(record)
-        self.evaluations_since_best += 1
-        if held_out is None:
-            report.best_step = step
-        elif report.held_out_nll is None or held_out < report.held_out_nll or math.isnan(report.held_out_nll):
-            report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
-            self.best = [p.detach().clone() for p in self.mfa.parameters()]
-        bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
-        if self.settings.log is not None:
-            report.write_history(self.settings.log)
-        versions = [p._version for p in self.mfa.parameters()]
-        for callback in self.settings.callbacks:
-            callback(self.mfa, record)
-        if versions != [p._version for p in self.mfa.parameters()]:
-            self.adam.read()
-        self.losses, self.tokens = [], 0
-        self.began = time.perf_counter()

@@ -1,0 +1,474 @@
+from __future__ import annotations
+
+import copy
+import math
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels import MFA
+from mfa_kernels.fitting import em, fit
+from mfa_kernels.ops.statistics.op import Statistics, expectation
+from tests.fitting.planted import Store, draw, nll, planted
+
+TRUE = planted()
+ROWS = draw(TRUE, 6000)
+TEST = draw(TRUE, 3000, seed=2)
+BEST = nll(TRUE, TEST)
+
+
+def run(x=ROWS, n_components: int = 6, rank: int = 2, **options) -> MFA:
+    return fit(x, n_components, rank, **{"method": "em", "epochs": 8, "progress": False, **options})
+
+
+def same(a: MFA, b: MFA) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+
+
+def collect(mfa: MFA, x: Tensor) -> Statistics:
+    s = Statistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
+    with torch.no_grad():
+        expectation(x, *mfa.parameters_in_compute_dtype(), mfa.factors(), s)
+    return s
+
+
+def poor(components: int, rank: int, noise: str, x: Tensor) -> MFA:
+    """A start that knows nothing but a few rows."""
+    generator = torch.Generator().manual_seed(3)
+    loadings = torch.randn(components, x.shape[1], rank, generator=generator, dtype=x.dtype)
+    psi = x.var(0) if noise == "shared" else x.var(0).expand(components, -1)
+    return MFA.from_parameters(x[:components], loadings, psi, torch.ones(components, dtype=x.dtype))
+
+
+def covariance_of(x: Tensor) -> Tensor:
+    return torch.cov(x.mT).double() / 10
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+@pytest.mark.parametrize(("rank", "strength"), [(0, 4.0), (2, 0.0), (2, 4.0), (12, 4.0)])
+def test_the_log_posterior_never_falls(noise, rank, strength):
+    x = ROWS[:600].double()
+    mfa = poor(6, rank, noise, x)
+    prior = em.Prior(covariance_of(x), strength)
+    posterior = []
+    for _ in range(60):
+        s = collect(mfa, x)
+        posterior.append(float(s.log_likelihood + prior.log_density(mfa)))
+        em.maximize(mfa, s, prior)
+    gains = torch.tensor(posterior).double().diff()
+    assert gains.min() > -1e-11 * abs(posterior[-1])
+    assert gains.sum() > 1000
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+def test_where_it_settles_the_gradient_is_zero(noise):
+    """The log posterior written out anew: a wrong M-step, or a wrong density of the prior, would settle elsewhere."""
+    x = draw(planted(3, 6, 2), 300).double()
+    mfa = poor(3, 2, noise, x)
+    prior = em.Prior(covariance_of(x), 5.0, 2.0)
+
+    def steepness() -> dict[str, float]:
+        covariance = mfa.loadings @ mfa.loadings.mT + torch.diag_embed(mfa.noise_variance.expand_as(mfa.means))
+        trace = (torch.linalg.inv(covariance) * prior.covariance).sum((1, 2))
+        log_prior = -2.5 * (covariance.logdet() + trace).sum() + 2 * mfa.log_weights.sum()
+        assert log_prior.item() == pytest.approx(float(prior.log_density(mfa)))
+        mfa.zero_grad()
+        (mfa.log_prob(x).sum() + log_prior).backward()
+        return {name: float(parameter.grad.abs().max()) for name, parameter in mfa.named_parameters()}
+
+    em.maximize(mfa, collect(mfa, x), prior)
+    before = steepness()
+    for _ in range(1500):
+        em.maximize(mfa, collect(mfa, x), prior)
+    assert all(after < 1e-3 * before[name] for name, after in steepness().items())
+
+
+def test_one_component_is_factor_analysis():
+    true = planted(1, 8, 2)
+    x = draw(true, 4000)
+    mfa = run(x, 1, 2, epochs=40, held_out=0)
+    sample = torch.cov(x.t())
+    covariance = mfa.loadings[0] @ mfa.loadings[0].t() + mfa.noise_variance.diag()
+    exact = -torch.distributions.MultivariateNormal(x.mean(0), sample).log_prob(x).mean()
+    assert nll(mfa, x) < float(exact) + 0.01, "the maximum over all covariances"
+    torch.testing.assert_close(covariance.detach(), sample, rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+def test_a_region_without_tokens_stays_and_hurts_nobody(noise):
+    mfa = poor(6, 2, noise, ROWS.double())
+    with torch.no_grad():
+        mfa.means[2] = 1e3
+    before = copy.deepcopy(mfa)
+    s = collect(mfa, ROWS.double())
+    assert s.mass[2] == 0
+    change = em.maximize(mfa, s, em.Prior(covariance_of(ROWS)))
+    assert (change[2] == 0).all()
+    assert torch.equal(mfa.means[2], before.means[2])
+    assert torch.equal(mfa.loadings[2], before.loadings[2])
+    assert not torch.equal(mfa.loadings[1], before.loadings[1])
+    assert all(p.isfinite().all() for p in mfa.parameters())
+    assert mfa.log_weights[2].exp().item() == pytest.approx(1 / 6006)
+
+
+def test_the_m_step_does_not_depend_on_its_chunks(monkeypatch):
+    x = ROWS.double()
+    mfa = poor(6, 2, "per_component", x)
+    other = copy.deepcopy(mfa)
+    s, prior = collect(mfa, x), em.Prior(covariance_of(x))
+    density = prior.log_density(mfa)
+    em.maximize(mfa, s, prior)
+    monkeypatch.setattr(em, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
+    torch.testing.assert_close(prior.log_density(other), density)
+    em.maximize(other, s, prior)
+    assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(mfa.parameters(), other.parameters()))
+
+
+def test_the_noise_floor_holds():
+    x = ROWS.clone()
+    x[:, 3] = 7.0
+    for noise in ("shared", "per_component"):
+        mfa = run(x, noise=noise)
+        assert mfa.noise_floor > 0
+        assert (mfa.noise_variance[..., 3] >= mfa.noise_floor).all()
+        assert mfa.log_prob(x).isfinite().all()
+
+
+def test_pooled_covariance(monkeypatch):
+    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
+    owner = TRUE.assign(ROWS)
+    y = (ROWS - TRUE.means.detach()[owner]).double()
+    x = torch.cat([ROWS, torch.full((3, 12), 1e6)])
+    torch.testing.assert_close(em.pooled_covariance(TRUE, x), y.mT @ y / 6000, rtol=1e-4, atol=1e-3)
+
+
+def test_the_prior_is_chosen_by_the_rows_held_out():
+    many, few = planted(4, 12, 2), planted(40, 12, 2)
+    strength = {}
+    for name, true, rows in (("many", many, 20000), ("few", few, 200)):
+        x, mfa = draw(true, rows), copy.deepcopy(true)
+        s = collect(mfa, x)
+        before = [p.detach().clone() for p in mfa.parameters()]
+        strength[name] = em.choose_prior(mfa, s, em.pooled_covariance(mfa, x), draw(true, 2000, seed=5)).strength
+        assert all(torch.equal(p, b) for p, b in zip(mfa.parameters(), before))
+    assert strength["many"] < strength["few"]
+    assert em.choose_prior(many, collect(many, ROWS[:50]), torch.eye(12).double(), ROWS[:0]).strength == 10
+
+
+def test_overlap_finds_duplicates_alone():
+    mfa = MFA.from_parameters(
+        torch.cat([TRUE.means, TRUE.means[:1]]).detach(),
+        torch.cat([TRUE.loadings, TRUE.loadings[:1]]).detach(),
+        TRUE.noise_variance.detach(),
+        torch.tensor([0.9, 1, 1, 1, 1, 1, 0.1]),
+    )
+    overlap, mass = em.Overlap(7), torch.zeros(7, dtype=torch.float64)
+    for part in ROWS.split(1700):
+        s = Statistics.zeros(mfa.means, 2, False)
+        with torch.no_grad():
+            active, r = expectation(part, *mfa.parameters_in_compute_dtype(), mfa.factors(), s)
+        overlap.add(active.components, r)
+        mass += s.mass
+    assert overlap.duplicates(mass) == [(0, 6)]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_revived_regions_take_half_of_the_largest(rank):
+    mfa = poor(4, rank, "per_component", ROWS)
+    with torch.no_grad():
+        mfa.loadings[1] *= torch.linspace(1, 3, rank)
+    before = copy.deepcopy(mfa)
+    mass = torch.tensor([500.0, 3000.0, 0.0, 600.0]).double()
+    assert em.revive(mfa, mass, em.Overlap(4), covariance_of(ROWS)) == 1
+    halves = mfa.means[[1, 2]].mean(0)
+    torch.testing.assert_close(halves, before.means[1])
+    assert (mfa.means[1] - mfa.means[2]).norm() > 1
+    assert torch.equal(mfa.means[[0, 3]], before.means[[0, 3]])
+    if rank:  # the two together have the covariance of the one
+        step = (mfa.means[1] - halves).unsqueeze(1)
+        covariance = mfa.loadings[2] @ mfa.loadings[2].mT + step @ step.mT
+        torch.testing.assert_close(covariance, before.loadings[1] @ before.loadings[1].mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mfa.weight_logits[[1, 2]].exp().sum(), before.weight_logits[1].exp())
+
+
+@pytest.mark.parametrize("wrong", ["dead", "duplicated"])
+def test_dead_and_duplicated_regions_come_back(wrong):
+    centroids = TRUE.means.detach().clone()
+    centroids[4:] = 1e3 + torch.arange(2.0).unsqueeze(1) if wrong == "dead" else centroids[0]
+    report = (mfa := run(clusters=centroids, epochs=20)).fit_report
+    assert report.revived_components >= 2
+    assert report.live_components == 6
+    assert nll(mfa, TEST) < BEST + 0.3
+
+
+@pytest.mark.parametrize(
+    ("method", "init", "noise"), [*product(["em", "online"], ["pca", "random"], ["shared", "per_component"])]
+)
+def test_reaches_the_likelihood_of_the_truth(method, init, noise):
+    mfa = run(method=method, init=init, noise=noise, epochs=25 if init == "random" else 8)
+    assert nll(mfa, TEST) < BEST + 0.15
+    assert nll(mfa, TEST) > BEST - 0.05, "nothing is better than the truth"
+    assert mfa.noise_variance.shape == ((12,) if noise == "shared" else (6, 12))
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+def test_the_held_out_curve_does_not_rise(noise):
+    """12 tokens for a region of 40 features: without a prior, it rises by tens of nats."""
+    true = planted(50, 40, 4)
+    mfa = run(draw(true, 900), 50, 4, noise=noise, held_out=0.33, epochs=15, patience=None)
+    curve = [record["held_out_nll"] for record in mfa.fit_report.history]
+    assert curve[-1] < min(curve) + 0.5
+    assert curve[-1] < curve[0] - 1
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_same_seed_same_bits_and_global_generator_untouched(method):
+    state = torch.get_rng_state()
+    a, b = run(method=method, epochs=2), run(method=method, epochs=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(a, b)
+    assert not same(a, run(method=method, epochs=2, seed=1))
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_kinds_of_data_agree(method, monkeypatch):
+    monkeypatch.setattr(em, "_LEAST_BATCH", 1000)
+    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1000)
+    expected = run(method=method, epochs=2)
+    for data in (ROWS.numpy(), Store(ROWS), list(ROWS.split(700))):
+        assert same(run(data, method=method, epochs=2), expected), type(data)
+
+
+def test_passes_do_not_depend_on_the_batches(monkeypatch):
+    whole = run(epochs=3)
+    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 700)
+    parts = run(epochs=3)
+    for p, q in zip(whole.parameters(), parts.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
+
+
+def test_float64():
+    mfa = run(ROWS.double(), dtype=torch.float64)
+    assert mfa.means.dtype == torch.float64
+    assert nll(mfa, TEST) < BEST + 0.1
+
+
+def test_report():
+    report = run(epochs=4, patience=None).fit_report
+    assert report.method == "em"
+    assert [record["step"] for record in report.history] == [0, 1, 2, 3, 4]
+    assert [record["epoch"] for record in report.history] == [0, 1, 2, 3, 4]
+    assert report.history[0]["train_nll"] is None
+    train = [record["train_nll"] for record in report.history[1:]]
+    assert train == sorted(train, reverse=True)
+    assert set(report.seconds) == {"kmeans", "start", "em"}
+    assert report.prior_strength in em.STRENGTHS
+    assert report.revived_components == 0
+    assert not report.interrupted
+    assert report.held_out_nll == min(record["held_out_nll"] for record in report.history)
+
+
+def test_ends_when_there_is_nothing_to_gain():
+    report = run(epochs=200, patience=None).fit_report
+    assert report.history[-1]["step"] < 150
+    assert not report.stopped_early
+
+
+def test_patience_stops_early():
+    def ruin(mfa: MFA, record: dict) -> None:
+        with torch.no_grad():
+            mfa.means.add_(50.0)
+
+    report = run(epochs=20, patience=3, callbacks=[ruin]).fit_report
+    assert report.stopped_early
+    assert len(report.history) == 4
+
+
+def test_online_statistics_follow_means_that_a_callback_moves():
+    def shake(mfa: MFA, record: dict) -> None:
+        with torch.no_grad():
+            mfa.means.add_(0.5 if record["step"] % 2 else -0.5)
+
+    mfa = run(method="online", epochs=1, eval_every=1, patience=None, callbacks=[shake], held_out=0)
+    with torch.no_grad():
+        mfa.means.add_(-0.5 if len(mfa.fit_report.history) % 2 == 0 else 0.5)
+    assert nll(mfa, TEST) < BEST + 0.3
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_rows_that_are_not_finite_are_skipped_and_counted(method):
+    dirty = ROWS.clone()
+    dirty[::50] = float("nan")
+    dirty[1::50, 3] = float("inf")
+    mfa = run(dirty, method=method, epochs=3)
+    assert mfa.fit_report.skipped_rows == 240
+    assert nll(mfa, TEST) < BEST + 0.3
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_without_held_out_rows_the_last_state_is_returned(method):
+    states = []
+    mfa = run(method=method, held_out=0, epochs=3, callbacks=[lambda m, _: states.append(m.means.detach().clone())])
+    assert torch.equal(mfa.means, states[-1])
+    assert mfa.fit_report.held_out_nll is None
+    assert mfa.fit_report.prior_strength == 10
+    assert nll(mfa, TEST) < BEST + 0.1
+
+
+@pytest.mark.parametrize("method", ["sgd", "em", "online"])
+def test_interrupted_it_returns_the_best_so_far(method):
+    held = []
+
+    def interrupt(mfa: MFA, record: dict) -> None:
+        held.append(mfa.means.detach().clone())
+        if len(held) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted; the mixture is the best so far"):
+        mfa = run(method=method, callbacks=[interrupt])
+    report = mfa.fit_report
+    assert report.interrupted
+    best = min(range(3), key=lambda i: report.history[i]["held_out_nll"])
+    assert torch.equal(mfa.means, held[best])
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_constant_and_outlier_dimensions(method):
+    x = ROWS.clone()
+    x[:, 0] = 3.0
+    x[:, 1] = 1e4 + 100 * x[:, 1]
+    mfa = run(x, method=method)
+    assert mfa.log_prob(x).isfinite().all()
+    assert mfa.fit_report.held_out_nll <= mfa.fit_report.history[1]["held_out_nll"]
+
+
+def test_a_row_that_is_met_too_far_out_changes_nothing():
+    """1e25 squared overflows float32: it has no density, and no part in the statistics."""
+    centroids = TRUE.means.detach()
+    dirty = ROWS.clone()
+    dirty[-1] = 1e25
+    mfa = MFA.from_parameters(centroids, TRUE.loadings, TRUE.noise_variance, TRUE.log_weights.exp())
+    s, clean = collect(mfa, dirty), collect(mfa, ROWS[:-1])
+    assert s.mass.sum() == pytest.approx(5999)
+    assert em.pooled_covariance(mfa, dirty).isfinite().all()
+    torch.testing.assert_close(s.cross, clean.cross, rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_with_a_finite_density_is_an_error():
+    x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)) * 1e18
+    mfa = MFA.from_parameters(torch.zeros(2, 3), torch.zeros(2, 3, 1), torch.full((3,), 1e-6), torch.ones(2))
+    from mfa_kernels.fitting.report import FitReport
+    from mfa_kernels.fitting.source import as_source
+    from tests.fitting.test_sgd import settings
+
+    batch = em.BatchEM(
+        mfa, as_source(x), torch.arange(60), x[:0], settings(), torch.Generator(), FitReport(), start_rows=x
+    )
+    with pytest.raises(RuntimeError, match="no row has a finite density"):
+        batch.run()
+
+
+def test_polish_goes_on_from_em():
+    plain = run(epochs=2)
+    mfa = run(epochs=2, polish=2, batch_size=256)
+    report = mfa.fit_report
+    assert [record["step"] for record in report.history] == [0, 1, 2, 25, 48]
+    assert [record["epoch"] for record in report.history] == [0, 1, 2, 3, 4]
+    assert set(report.seconds) == {"kmeans", "start", "em", "polish"}
+    seconds = [record["seconds"] for record in report.history]
+    assert seconds == sorted(seconds)
+    assert report.held_out_nll <= plain.fit_report.held_out_nll
+    assert mfa.fit_report.best_step in (1, 2, 25, 48)
+
+
+def test_auto():
+    assert run(method="auto", epochs=1).fit_report.method == "em"
+    assert run(list(ROWS.split(700)), method="auto", epochs=1).fit_report.method == "em"
+    assert run(method="auto", epochs=1, batch_size=256).fit_report.method == "online"
+    assert run(method="auto", n_components=50, epochs=1, batch_size=1).fit_report.method == "em"
+    assert run(iter(ROWS.split(700)), method="auto").fit_report.method == "online"
+
+
+class TestStreams:
+    @pytest.fixture(autouse=True)
+    def small_head(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from mfa_kernels.fitting import loop
+
+        monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1500)
+
+    def test_every_row_is_read_once_and_let_go(self):
+        import weakref
+
+        alive: list[weakref.ref] = []
+        most = 0
+
+        def batches():
+            nonlocal most
+            for part in ROWS.split(300):
+                batch = part.clone()
+                alive.append(weakref.ref(batch))
+                most = max(most, sum(ref() is not None for ref in alive))
+                yield batch
+                del batch
+
+        mfa = run(batches(), method="online", seed=1)
+        assert len(alive) == 20
+        assert most < 10, "the head, and what is read"
+        assert nll(mfa, TEST) < BEST + 0.15
+        report = mfa.fit_report
+        assert report.method == "online"
+        assert report.held_out_rows == round(0.05 * 1800)
+        assert report.history[-1]["step"] == 5, "4200 rows after the head, 1024 at a time"
+
+    def test_bad_rows_and_ragged_batches(self):
+        dirty = ROWS.clone()
+        dirty[::50] = float("nan")
+        mfa = run(iter(dirty.split([1, 2999, 7, 1500, 1493])), method="online", eval_every=1)
+        assert mfa.fit_report.skipped_rows == 120
+        assert nll(mfa, TEST) < BEST + 0.15
+
+    def test_a_stream_that_ends_with_its_head(self):
+        report = run(iter(ROWS[:1000].split(100)), method="online").fit_report
+        assert [record["step"] for record in report.history] == [0, 0]
+        assert report.history[-1]["held_out_nll"] < report.history[0]["held_out_nll"] + 0.1
+
+    def test_widths_must_agree(self):
+        with pytest.raises(ValueError, match="a batch has width 11, but the first has 12"):
+            run(iter([*ROWS.split(1000), ROWS[:10, :11]]), method="online")
+
+    def test_regrouped(self):
+        parts = [torch.arange(a, b) for a, b in ((0, 3), (3, 4), (4, 14), (14, 15))]
+        groups = [g.tolist() for g in em._regrouped(parts, 4)]
+        assert groups == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"polish": -1}, "polish must be an integer >= 0, got -1"),
+        ({"polish": 1, "method": "sgd"}, "polish must be 0 with method sgd, got 1"),
+        ({"polish": 1, "method": "online", "x": iter([])}, "polish must be 0 for an iterator, got 1"),
+        ({"method": "online", "x": iter([])}, "activations is an iterable without batches"),
+    ],
+)
+def test_bad_input_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        run(**options)
+
+
+def test_activations_of_a_language_model(tmp_path):
+    from mfa_kernels.data import harvest as harvesting
+    from mfa_kernels.data import tiny_lm
+    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+
+    model, tokenizer = tiny_lm.load()
+    texts = stdlib_texts("held_out")[:20]
+    store = harvesting.harvest(model, tokenizer, texts, 2, tmp_path, max_tokens=6000, progress=False)
+    found = run(store, 16, 5, epochs=5).fit_report
+    sgd = run(store, 16, 5, method="sgd", epochs=5).fit_report
+    assert math.isfinite(found.held_out_nll)
+    assert found.held_out_nll < sgd.held_out_nll
+    assert found.live_components == 16
