@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import backends, cuda, native
 from mfa_kernels.ops.factors import reference
+from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.precision import full_precision
 
 
@@ -81,12 +83,20 @@ def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
 
 
 def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    with full_precision(means):
+    with full_precision(means), _room(means, loadings.shape[2], 2):
         serving = backends.serving(means, loadings.shape[2])
         library = native.library() if serving == "native" else cuda.library() if serving == "triton" else None
         if library is None:
             return portable(means, loadings, noise_variance)
         return library.factors(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
+
+
+def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
+    """Says how large the factors are where they do not fit."""
+    components, features = means.shape
+    what = f"the factors of {components} components of rank {rank}"
+    size = copies * components * (rank + 1) * features
+    return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
 
 
 for _device in ("CPU", "CUDA"):
@@ -118,7 +128,8 @@ def _scan_rows(rows, cholesky, scale, center, per_component):
     from mfa_kernels.ops.factors import triton_rows
 
     factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
-    return tuple(triton_rows.scan_rows(factors))
+    with _room(rows[:, 0], cholesky.shape[-1], 1):
+        return tuple(triton_rows.scan_rows(factors))
 
 
 def _has_scan(rows: Tensor, cholesky: Tensor) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.pairs import portable, reference
+from mfa_kernels.ops.pairs import portable
 from mfa_kernels.ops.precision import full_precision, once_differentiable
 
 
@@ -79,7 +79,8 @@ _CODE = "Tensor components, Tensor responsibilities, Tensor latents, Tensor mean
 
 torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {_FACTORS}) -> Tensor")
 torch.library.define(
-    "mfa_kernels::latents_backward", f"(Tensor grad, {_PARAMETERS}) -> (Tensor, Tensor, Tensor, Tensor)"
+    "mfa_kernels::latents_backward",
+    f"(Tensor grad, Tensor latents, {_PARAMETERS}, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("mfa_kernels::decode", f"({_CODE}) -> Tensor")
 torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -118,19 +119,11 @@ def _decode(components, responsibilities, latents, means, loadings):
         return portable.decode(components, responsibilities, latents, means, loadings)
 
 
-def _latents_backward(grad, x, tokens, components, means, loadings, noise_variance):
-    """By the reference formula: latents are rarely trained through, and stay simple."""
-    held = (components != -1).nonzero().squeeze(-1)
-    grad, tokens, components = grad[held], tokens[held], components[held]
-
-    def latents(x: Tensor, *parameters: Tensor) -> Tensor:
-        return reference.latents(x.to(means.dtype), tokens, components.long(), *parameters)
-
-    # Inside an operator the autograd keys are off; vjp works on its own level.
-    autograd = torch._C.DispatchKey.AutogradCUDA if means.is_cuda else torch._C.DispatchKey.AutogradCPU
-    with full_precision(means), torch._C._IncludeDispatchKeyGuard(autograd):
-        pull_back = torch.func.vjp(latents, *(t.detach() for t in (x, means, loadings, noise_variance)))[1]
-        return tuple(g.contiguous() for g in pull_back(grad))
+def _latents_backward(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky):
+    with full_precision(means):
+        return portable.latents_backward(
+            grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky
+        )
 
 
 def _decode_backward(grad, components, responsibilities, latents, means, loadings):
@@ -161,8 +154,9 @@ def _(components, responsibilities, latents, means, loadings):
 
 
 @torch.library.register_fake("mfa_kernels::latents_backward")
-def _(grad, x, tokens, components, means, loadings, noise_variance):
-    return tuple(torch.empty_like(t) for t in (x, means, loadings, noise_variance))
+def _(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky):
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(t, memory_format=contiguous) for t in (x, means, loadings, noise_variance))
 
 
 @torch.library.register_fake("mfa_kernels::decode_backward")
@@ -171,7 +165,7 @@ def _(grad, components, responsibilities, latents, means, loadings):
 
 
 def _latents_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:6])
+    ctx.save_for_backward(output, *inputs[:6], inputs[7])
 
 
 def _latents_gradient(ctx, grad):

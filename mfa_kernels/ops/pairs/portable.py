@@ -19,6 +19,45 @@ def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> 
     return torch.cat(out)
 
 
+def latents_backward(
+    grad: Tensor,
+    latents: Tensor,
+    x: Tensor,
+    tokens: Tensor,
+    components: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    cholesky: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `latents` to x, means, loadings and noise: grad and latents (P, R), pairs in chunks.
+
+    With u = x - mu, h = M^-1 grad and Lam = Psi^-1:  d x = -d mu = Lam W h,  d W = Lam (u - W z) h^T - Lam W h z^T,
+    d Psi = -Lam^2 (W h) (u - W z).
+    """
+    grads = [torch.zeros(t.shape, dtype=means.dtype, device=means.device) for t in (x, means, loadings, noise_variance)]
+    grad_x, grad_means, grad_loadings, grad_noise = grads
+    held = (components != -1).nonzero().squeeze(-1)
+    for pair in held.split(max(1, CHUNK // max(1, loadings[0].numel()))):
+        n, k, z = tokens[pair], components[pair].long(), latents[pair]
+        w, precision = loadings[k], noise_variance.expand_as(means)[k].reciprocal()
+        h = torch.cholesky_solve(grad[pair].unsqueeze(-1), cholesky[k]).squeeze(-1)
+        wh = torch.einsum("pdr,pr->pd", w, h)
+        left = x[n].to(means.dtype) - means[k] - torch.einsum("pdr,pr->pd", w, z)  # u - W z
+        pull = precision * wh
+        # index_put_ sorts where it would otherwise add in any order: index_add_ on a GPU is not deterministic.
+        grad_x.index_put_((n,), pull, accumulate=True)
+        grad_means.index_put_((k,), -pull, accumulate=True)
+        change = (precision * left).unsqueeze(-1) * h.unsqueeze(1) - pull.unsqueeze(-1) * z.unsqueeze(1)
+        grad_loadings.index_put_((k,), change, accumulate=True)
+        change = -precision * pull * left
+        if noise_variance.dim() == 2:
+            grad_noise.index_put_((k,), change, accumulate=True)
+        else:
+            grad_noise += change.sum(0)
+    return grad_x.to(x.dtype), grad_means, grad_loadings, grad_noise
+
+
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
     """sum_c r_c (mu_c + W_c z_c), (N, D), one slot at a time."""
     out = means.new_zeros(components.shape[0], means.shape[1])

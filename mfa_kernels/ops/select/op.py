@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.pairs import dense
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.precision import full_precision, once_differentiable
@@ -131,7 +132,9 @@ def _log_prob(
     constants = factors.constants(log_weights)
     if _is_native(factors):
         return native.library().select(x, rows, constants, scale, factors.per_component, threshold, slots)
-    with full_precision(means):
+    size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
+    shrink = "pass fewer tokens x at a time"
+    with full_precision(means), explained(f"the scan of {x.shape[0]} tokens", size, means.element_size(), shrink):
         if not _is_triton(factors):
             return portable.select(x, factors, constants, threshold, slots)
         from mfa_kernels.ops.factors import triton_rows
