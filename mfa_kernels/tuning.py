@@ -33,11 +33,11 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "tokens": (64, 128), "width": (1, 2, 4), "features": (32, 64), "warps": (4, 8), "stages": (2, 3, 4),
         "swizzle": (4, 8, 16), "descriptors": (False, True),
     },
-    "pairs": {"pairs": (16, 32), "features": (64, 128, 256), "warps": (2, 4, 8), "stages": (1, 2, 3)},
-    "gradient": {"pairs": (16, 32), "features": (64, 128, 256), "warps": (2, 4, 8), "stages": (1, 2, 3)},
+    "pairs": {"pairs": (2, 4, 8, 16), "features": (128, 256, 512), "warps": (2, 4, 8), "stages": (1, 2, 3, 4)},
+    "gradient": {"pairs": (2, 4, 8, 16), "features": (128, 256, 512), "warps": (2, 4, 8), "stages": (1, 2, 3)},
     "dense": {
-        "tokens": (32, 64, 128), "components": (4, 8, 16), "features": (32, 64, 128), "warps": (4, 8),
-        "stages": (1, 2, 3),
+        "tokens": (4, 8, 16, 32), "components": (4, 8, 16), "features": (64, 128, 256), "warps": (4, 8),
+        "stages": (1, 2),
     },
 }  # fmt: skip
 KINDS = {"scan": configs.Scan, "pairs": configs.Pairs, "gradient": configs.Gradient, "dense": configs.Dense}
