@@ -22,6 +22,7 @@ from mfa_kernels.ops.select.op import activity_threshold
 from mfa_kernels.ops.select.portable import dense
 from tests.cuda_emulation import A100, H100, Chip, Emulation
 from tests.mixtures import Mixture, mixture, tokens
+from tests.ops.test_select import check_slots
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -428,6 +429,39 @@ def test_on_the_rows_that_the_library_makes(kernels):
     assert ((found - exact).abs() <= error).all()
     found = kernels.few_tokens(x, factors.rows, factors.scale, factors.center, *view, constants, 20.0, 8)
     check_active(found, x, factors, constants, 20.0, 8)
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
+def test_the_operators_use_them(monkeypatch, spread):
+    """Stage 0 and few tokens through torch.ops.mfa_kernels; a token with too many candidates is decided densely."""
+    pytest.importorskip("triton")
+    if cuda.library() is not None:
+        pytest.skip("tests/gpu does it on the device")
+    used = []
+
+    class Recorded(Emulation):
+        def factors(self, *arguments: Any) -> Any:
+            used.append("factors")
+            return super().factors(*arguments)
+
+        def few_tokens(self, *arguments: Any) -> Any:
+            used.append("few_tokens")
+            return super().few_tokens(*arguments)
+
+    kernels = Recorded(SMALL)
+    monkeypatch.setattr(cuda, "library", lambda: kernels)
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
+    m = mixture(70, 130, 3, spread=spread)
+    x = tokens(m, 5)
+    active = m.active(x, slots=8, center=m.means.mean(0))
+    assert used == ["factors", "few_tokens"]
+    truth = m.logits_fp64(x)
+    torch.testing.assert_close(active.log_prob.double(), torch.logsumexp(truth, -1), rtol=1e-6, atol=1e-3)
+    check_slots(active, truth, 8, 1e-3)
+    assert (active.counts > 8).any() == (spread < 1)
+    sixteen_slots_at_most = m.active(x, slots=17)  # more are the Triton path's
+    assert used.count("few_tokens") == 1
+    torch.testing.assert_close(sixteen_slots_at_most.log_prob, active.log_prob, rtol=1e-6, atol=1e-3)
 
 
 # The compiler
