@@ -241,6 +241,7 @@ def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 @pytest.mark.parametrize("spread", [2.0, 0.05], ids=["one_hot", "diffuse"])
+@pytest.mark.usefixtures("poisoned")
 def test_gradients(spread, per_component):
     m = on_device(20, 40, 3, spread=spread, per_component=per_component)
     x = tokens(m, 12)
@@ -270,7 +271,9 @@ def test_component_log_prob_and_its_gradient():
         torch.testing.assert_close(a.grad.double(), b.grad, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("test", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"])
+@pytest.mark.parametrize(
+    "test", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+)
 def test_opcheck(test):
     m = on_device(5, 21, 2)
     x = tokens(m, 6)

@@ -47,6 +47,7 @@ def accumulate_gradients(
     weights: Tensor,
     factors: Factors,
     gradients: list[Tensor | None],
+    add: bool = True,
 ) -> None:
     """Adds sum_p w_p d logit_p to [x, means, loadings, noise, log_weights], those that are not None.
 
@@ -55,6 +56,7 @@ def accumulate_gradients(
         tokens: (P,) int64, ascending.
         components: (P,) int32; on the Triton backend -1 stands for no pair.
         weights: (P,).
+        add: on the Triton backend, False writes the gradients instead of adding to them.
     """
     if factors.rows.dim() == 4:
         native.library().backward(
@@ -64,7 +66,7 @@ def accumulate_gradients(
     elif _is_triton(factors.rows, factors.cholesky.shape[-1]):
         from mfa_kernels.ops.pairs import triton_backward
 
-        triton_backward.backward(x, tokens, components, weights, factors, *gradients)
+        triton_backward.backward(x, tokens, components, weights, factors, *gradients, add=add)
     else:
         portable.backward(x, tokens, components, weights, factors, *gradients)
 

@@ -41,6 +41,13 @@ from mfa_kernels.ops.pairs.triton_residual import (
 
 
 @triton.jit
+def _put(p_out, b_value, m_out, ADD: tl.constexpr):
+    if ADD:
+        b_value += tl.load(p_out, mask=m_out)
+    tl.store(p_out, b_value, mask=m_out)
+
+
+@triton.jit
 def gradient_kernel(
     p_x,  # (N, D)
     p_tokens,  # (P,)
@@ -51,13 +58,14 @@ def gradient_kernel(
     p_rows,  # (K, R + 1 or R + 2, D)
     p_scale,  # (D,)
     p_cholesky,  # (K, R, R)
-    p_means,  # (K, D), added to; None where it is not wanted, as the next three
-    p_loadings,  # (K, D, R), added to
-    p_noise,  # (K, D), added to
-    p_log_weights,  # (K,), added to
+    p_means,  # (K, D), added to or written; None where it is not wanted, as the next three
+    p_loadings,  # (K, D, R), added to or written
+    p_noise,  # (K, D), added to or written
+    p_log_weights,  # (K,), added to or written
     D,
     R: tl.constexpr,
     PER_COMPONENT: tl.constexpr,
+    ADD: tl.constexpr,
     BP: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
@@ -69,7 +77,7 @@ def gradient_kernel(
     i_d = tl.program_id(0) % feature_blocks
     first = tl.load(p_starts + i_k)
     last = tl.load(p_starts + i_k + 1)
-    if first == last:
+    if ADD and first == last:
         return
     i_k = i_k.to(tl.int64)
     o_d = feature_offsets(i_d * BD, BD, VEC)  # [1, 1, BD]
@@ -102,19 +110,19 @@ def gradient_kernel(
     if p_log_weights is not None:
         m_first = (i_d + tl.zeros([1, 1, 1], dtype=tl.int32)) == 0
         p_out = p_log_weights + i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
-        tl.store(p_out, tl.load(p_out, mask=m_first) + b_weight, mask=m_first)
+        _put(p_out, b_weight, m_first, ADD)
     if p_means is not None:
         p_out = p_means + i_k * D + o_d
-        tl.store(p_out, tl.load(p_out, mask=m_d) + b_scale * b_q, mask=m_d)
+        _put(p_out, b_scale * b_q, m_d, ADD)
     if p_noise is not None:
         b_prior = b_weight * (1.0 - tl.sum(b_a * b_a, axis=1, keep_dims=True))  # S diag(I - A^T A)
         p_out = p_noise + i_k * D + o_d
-        tl.store(p_out, tl.load(p_out, mask=m_d) + 0.5 * b_scale * b_scale * (b_q2 - b_prior), mask=m_d)
+        _put(p_out, 0.5 * b_scale * b_scale * (b_q2 - b_prior), m_d, ADD)
     if p_loadings is not None:
         b_loadings = back_substitute(b_qt - b_weight * b_a, p_cholesky + i_k * R * R, o_r, R)  # [1, BR, BD]
         p_out = p_loadings + (i_k * D + o_d) * R + o_r
         m_out = (o_r < R) & m_d
-        tl.store(p_out, tl.load(p_out, mask=m_out) + b_scale * b_loadings, mask=m_out)
+        _put(p_out, b_scale * b_loadings, m_out, ADD)
 
 
 @triton.jit
@@ -126,10 +134,11 @@ def token_kernel(
     p_ranges,  # (N + 1,): the pairs of token n are ranges[n], ..., ranges[n + 1] - 1
     p_rows,  # (K, R + 1 or R + 2, D)
     p_scale,  # (D,)
-    p_grad_x,  # (N, D), added to
+    p_grad_x,  # (N, D), added to or written
     D,
     R: tl.constexpr,
     PER_COMPONENT: tl.constexpr,
+    ADD: tl.constexpr,
     BR: tl.constexpr,
     BD: tl.constexpr,
     VEC: tl.constexpr,
@@ -154,7 +163,7 @@ def token_kernel(
                 b_q -= tl.sum(b_t * load_explaining(p_own, o_r, o_d, D, R), axis=1, keep_dims=True)
             b_grad += w * (b_scale * b_q)
     p_out = p_grad_x + i_n.to(tl.int64) * D + o_d
-    tl.store(p_out, tl.load(p_out, mask=m_d) - b_grad, mask=m_d)
+    _put(p_out, -b_grad, m_d, ADD)
 
 
 def backward(
@@ -168,6 +177,7 @@ def backward(
     grad_loadings: Tensor | None,
     grad_noise: Tensor | None,
     grad_log_weights: Tensor | None,
+    add: bool = True,
 ) -> None:
     """Adds sum_p w_p d logit_p / d parameter to the gradients given. Does not wait for the device.
 
@@ -179,9 +189,14 @@ def backward(
         factors: in the portable layout, float32.
         grad_x: (N, D) float32, contiguous.
         grad_means, grad_loadings, grad_noise, grad_log_weights: float32, contiguous, in the shapes of the parameters.
+        add: False writes the gradients, whatever they held: half the traffic of zeroing them and adding.
     """
     (pairs,), (count, _, features), rank = components.shape, factors.rows.shape, factors.cholesky.shape[-1]
     if pairs == 0:
+        if not add:
+            for gradient in (grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights):
+                if gradient is not None:
+                    gradient.zero_()
         return
     tokens, weights = tokens.contiguous(), weights.contiguous()
     components = components.masked_fill(weights == 0, -1).contiguous()
@@ -189,7 +204,11 @@ def backward(
     config = configs.configured(configs.Gradient, x, x.shape[0], count)
     groups = group(components, count, blocks.pairs)
     _, t = explain(x, tokens, components, factors, groups=groups)
-    shared = None if grad_noise is None or factors.per_component else torch.zeros_like(factors.rows[:, 0])
+    shared = None  # each component's part of the noise that they share
+    if grad_noise is not None and not factors.per_component:
+        shared = torch.empty_like(factors.rows[:, 0], memory_format=torch.contiguous_format)
+        if add:
+            shared.zero_()
     noise = grad_noise if shared is None else shared
     if rank == 0:
         grad_loadings = None
@@ -199,7 +218,7 @@ def backward(
             gradient_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
                 x, tokens, weights, t, groups.order, groups.starts, factors.rows, factors.scale, factors.cholesky,
                 grad_means, grad_loadings, noise, grad_log_weights,
-                features, rank, factors.per_component, **tiles, num_warps=config.warps,
+                features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
             )  # fmt: skip
         if grad_x is not None:
             edges = torch.arange(x.shape[0] + 1, dtype=tokens.dtype, device=tokens.device)
@@ -207,10 +226,10 @@ def backward(
             tiles = _token_tiles(config, rank)
             token_kernel[(x.shape[0] * triton.cdiv(features, tiles["BD"]),)](
                 x, components, weights, t, ranges, factors.rows, factors.scale, grad_x,
-                features, rank, factors.per_component, **tiles, num_warps=config.warps,
+                features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
             )  # fmt: skip
     if grad_noise is not None and shared is not None:
-        grad_noise += shared.sum(0)
+        grad_noise.copy_(grad_noise + shared.sum(0) if add else shared.sum(0))
 
 
 def _gradient_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
@@ -236,7 +255,7 @@ def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, st
         "p_x": "*bf16", "p_tokens": "*i64", "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32",
         "p_ranges": "*i32", "p_grad_x": "*fp32", "D": "i32:16",
     }  # fmt: skip
-    shape = {"R": rank, "PER_COMPONENT": False}
+    shape = {"R": rank, "PER_COMPONENT": False, "ADD": False}
     options = {"num_warps": config.warps}
     return [
         ("gradient", gradient_kernel, types, shape | _gradient_tiles(config, rank), options),

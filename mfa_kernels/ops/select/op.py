@@ -167,13 +167,18 @@ def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
         return triton_dense.dense(x, factors, constants)
 
 
-def _new_gradients(factors: Factors, inputs: list[Tensor], needs: list[bool]) -> list[Tensor | None]:
-    def zeros(t: Tensor) -> Tensor:
+def _new_gradients(
+    factors: Factors, inputs: list[Tensor], needs: list[bool], written: bool = False
+) -> list[Tensor | None]:
+    """Room for the gradients: zeros, unless all of it is going to be written."""
+
+    def new(t: Tensor) -> Tensor:
         if _is_native(factors):
             return native.library().zeros_like(t)
-        return torch.zeros(t.shape, dtype=factors.rows.dtype, device=t.device)
+        make = torch.empty if written else torch.zeros
+        return make(t.shape, dtype=factors.rows.dtype, device=t.device)
 
-    return [zeros(t) if needed else None for t, needed in zip(inputs, needs)]
+    return [new(t) if needed else None for t, needed in zip(inputs, needs)]
 
 
 def _filled(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -187,7 +192,8 @@ def _log_prob_backward(
 ):  # fmt: skip
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, _prepared(x, means, factors)
-    gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs)
+    fused = _is_triton(factors)
+    gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs, written=fused)
     slots = components.shape[1]
     held = components >= 0
     overflow = counts > slots
@@ -195,9 +201,9 @@ def _log_prob_backward(
     responsibility = logits.softmax(-1).masked_fill(overflow.unsqueeze(-1), 0)
     # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
     weight = torch.where(held, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
-    if _is_triton(factors):  # every slot, the empty ones too: nothing waits for the device
+    if fused:  # every slot, the empty ones too: nothing waits for the device
         tokens = torch.arange(weight.numel(), device=x.device) // slots
-        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), factors, gradients)
+        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), factors, gradients, add=False)
     else:
         tokens, columns = weight.nonzero(as_tuple=True)
         accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], factors, gradients)
