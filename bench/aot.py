@@ -123,6 +123,9 @@ def launched(module: ModuleType) -> set[str]:
     return {kernel.__name__ for kernel in kernels if kernel is not None}
 
 
+_SIZES = {"N", "K", "D", "R", "P", "C", "S", "tiles"}  # arguments that can be 1
+
+
 def entries(module: ModuleType, architecture: int) -> list[tuple[str, Any, dict, dict, dict]]:
     """(name, kernel, signature, constexprs, options) of a module's kernels for an architecture."""
     if not hasattr(module, "ahead_of_time"):
@@ -154,9 +157,17 @@ def compile_entry(module_name: str, index: int, architecture: int) -> Row:
         signature[argument], _, divisor = kind.partition(":")
         if divisor or kind.startswith("*"):
             attrs[(i,)] = [["tt.divisibility", int(divisor or 16)]]
-    try:
+
+    def compiled_for(signature: dict[str, str], constexprs: dict[str, Any], attrs: dict[tuple[int], list]) -> Any:
         source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
+        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
+
+    try:
+        compiled = compiled_for(signature, constexprs, attrs)
+        if architecture == ARCHITECTURES[0]:  # a launch turns a size of 1 into a constant, which has no dtype
+            ones = {argument: 1 for argument in _SIZES & set(signature) - set(constexprs)}
+            sized = {i: hints for i, hints in attrs.items() if kernel.arg_names[i[0]] not in ones}
+            compiled_for(signature | dict.fromkeys(ones, "constexpr"), constexprs | ones, sized)
     except Exception as error:  # one kernel that does not compile must not hide the others
         return Row(**row, error=f"{type(error).__name__}: {error}".strip()[-2000:])
     row |= resources(compiled.asm["cubin"])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mfa_kernels import ops
 from mfa_kernels.checks import check_activations, check_choice, check_parameters
-from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 
 PRECISIONS = ("exact", "fast", "reference")
@@ -52,7 +52,7 @@ def log_prob(
     means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
     flat = x.reshape(-1, x.shape[-1])
     if precision == "reference":
-        with full_precision(means):
+        with no_autocast(means):
             out = reference.log_prob(flat.to(means.dtype), means, loadings, noise_variance, log_weights)
         return out.reshape(x.shape[:-1])
     center = torch.zeros_like(means[0]) if center is None else center

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mfa_kernels import functional, ops
 from mfa_kernels.checks import check_activations, check_choice, check_component, check_parameters
 from mfa_kernels.code import Code
-from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS
 
@@ -223,7 +223,7 @@ class MFA(nn.Module):
         flat = self._flat(x)
         parameters = self.parameters_in_compute_dtype()[:3]
         if self.precision == "reference":
-            with full_precision(flat):
+            with no_autocast(flat):
                 out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
         else:
             out = ops.component_log_prob(flat, *parameters, self.factors())

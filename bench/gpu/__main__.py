@@ -95,22 +95,28 @@ def main(argv: list[str] | None = None) -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"gpu-{configs.file_name('rehearsal' if bench.rehearsal else device)}"
     results: Results = {}
+    lost = ""  # what an illegal access leaves of a process: every later call on the device fails too
     for case in wanted:
         before = bench.elapsed
         if bench.remaining < case.estimate + 5:
             results[case.name] = {"skipped": "out of time"}
+        elif lost and case.name != "gpu tests":  # those have a process of their own
+            results[case.name] = {"error": f"not run: the device was lost in {lost!r}"}
         else:
             try:
                 results[case.name] = case.run(bench, results, arguments.out)
             except Exception as error:  # the other cases are worth having all the same
                 trace = traceback.format_exc()
                 results[case.name] = {"error": f"{type(error).__name__}: {error}", "traceback": trace}
-        bench.clean()
         found = results[case.name]
         line = f"skipped: {found['skipped']}" if found.get("skipped") == "out of time" else one_line(found)
         print(f"[{bench.elapsed:5.0f} s] {case.name} ({bench.elapsed - before:.1f} s): {line}", flush=True)
         report = {"device": device, "results": results, "marks": marks(results)}
         atomic_write_json(path, finite(report))  # after every case: a run that is cut off keeps what it has
+        try:
+            bench.clean()
+        except Exception:
+            lost = lost or case.name
     print(f"\n{path}\n\n{table(results, device)}")
     return 1 if any("error" in found or found.get("failed") for found in results.values()) else 0
 

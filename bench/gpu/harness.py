@@ -50,6 +50,11 @@ class Bench:
         """Seconds that are left."""
         return self._seconds - self.elapsed
 
+    @property
+    def cache_bytes(self) -> int:
+        """Of the second-level cache; 0 where nobody knows."""
+        return 0 if self.rehearsal else getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
+
     def median(self, call: Callable[[int], Any], seconds: float = 1.5) -> Timing:
         """The median time of call(0), call(1), ...: after a warm-up, at least five calls, for about `seconds`."""
         for i in range(SETS):  # compiles, allocates

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def full_precision(like: Tensor) -> torch.autocast:
+def no_autocast(like: Tensor) -> torch.autocast:
     """Autocast off on the device of `like`: a bfloat16 product would lose what the exact policy promises."""
     return torch.autocast(like.device.type, enabled=False)
+
+
+@contextlib.contextmanager
+def full_precision(like: Tensor) -> Iterator[None]:
+    """Inside an operator: no autocast, and float32 products in float32, whatever the user allows elsewhere (TF32)."""
+    owner = _products(like.device.type)
+    before = owner.fp32_precision if owner is not None else None
+    if owner is not None and before != "ieee":
+        owner.fp32_precision = "ieee"
+    legacy = owner is None and like.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    if legacy:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with no_autocast(like):
+            yield
+    finally:
+        if owner is not None and before != "ieee":
+            owner.fp32_precision = before
+        if legacy:
+            torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def _products(device: str) -> Any:
+    """What holds the precision of float32 products on a device; None before torch 2.9."""
+    backend = torch.backends.cuda if device == "cuda" else getattr(torch.backends, "mkldnn", None)
+    owner = getattr(backend, "matmul", None)
+    try:
+        return owner if isinstance(owner.fp32_precision, str) else None
+    except AttributeError:
+        return None
 
 
 def once_differentiable(name: str) -> None:

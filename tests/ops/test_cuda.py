@@ -24,7 +24,7 @@ from tests.cuda_emulation import A100, H100, Chip, Emulation
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots
 
-pytestmark = pytest.mark.usefixtures("poisoned")
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 
 @pytest.fixture(params=["emulated", "device"])

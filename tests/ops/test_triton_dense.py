@@ -20,6 +20,8 @@ from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.select import portable, triton_dense
 from tests.mixtures import Mixture, mixture, tokens
 
+pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # (N, K, D, R): tiles of 4 tokens, 2 components in a band, 16 features and up to 16 ranks: three and a ragged tail each.

@@ -25,6 +25,8 @@ from mfa_kernels.ops.pairs.triton_groups import group
 from mfa_kernels.ops.select.portable import explained, pair_logits, residuals
 from tests.mixtures import Mixture, mixture, tokens
 
+pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "means", "loadings", "noise", "log_weights")
 

@@ -14,6 +14,8 @@ from mfa_kernels.ops.select import reference, triton_merge, triton_scan, triton_
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots, component_log_prob
 
+pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Tokens, components and features cross three tiles (of 16, 64 and 64) with a ragged tail; ranks take every combination
 # of four rows, two and one.

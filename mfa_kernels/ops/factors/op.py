@@ -43,6 +43,9 @@ class Factors:
         return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)
 
 
+_CHUNK = 1 << 26  # loadings in float64 at a time
+
+
 def scale_of(noise_variance: Tensor) -> Tensor:
     """lam (D,): ones where each component has its own noise."""
     return noise_variance.rsqrt() if noise_variance.dim() == 1 else torch.ones_like(noise_variance[0])
@@ -74,8 +77,17 @@ torch.library.define(
 
 
 def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula, its rows in the portable layout: mu, A, and lam where it is per component."""
-    a, cholesky, log_det = reference.factors(loadings, noise_variance)
+    """The formula, its rows in the portable layout: mu, A, and lam where it is per component.
+
+    In float64, as the C++ kernels: nearly collinear loadings cost M its definiteness in float32.
+    """
+    step = max(1, _CHUNK // max(1, loadings[0].numel()))
+    noise = noise_variance.double()
+    parts = [
+        [t.to(means.dtype) for t in reference.factors(part.double(), noise if noise.dim() == 1 else own)]
+        for part, own in zip(loadings.split(step), noise.expand_as(means).split(step))
+    ]
+    a, cholesky, log_det = (torch.cat(column) for column in zip(*parts))
     rows = [means.unsqueeze(1), a]
     if noise_variance.dim() == 2:
         rows.append(noise_variance.rsqrt().unsqueeze(1))
@@ -118,7 +130,7 @@ def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tens
 torch.library.define(
     "mfa_kernels::scan_rows",
     "(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component)"
-    " -> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst)",
+    " -> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)",
 )
 
 
@@ -137,7 +149,7 @@ def _has_scan(rows: Tensor, cholesky: Tensor) -> bool:
 
 
 def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(rows.new_empty(0) for _ in range(6))
+    return tuple(rows.new_empty(0) for _ in range(7))
 
 
 for _device in ("CPU", "CUDA"):

@@ -49,6 +49,7 @@ class ScanRows(NamedTuple):
             eps_m >= |w m - row|, mu >= |w m|, eps_B >= |B - rows|_F, phi >= |B|_F, eps_w >= max_d |w - row|,
             omega >= max_d w, and the error g of a sum of D' products.
         worst: (5,): over the components, the largest M1 / M2, E1, E2, E3 / M2 and N1 / N2.
+        scale: s, (D,).
     """
 
     rows: Tensor
@@ -57,6 +58,7 @@ class ScanRows(NamedTuple):
     squares: Tensor
     bounds: Tensor
     worst: Tensor
+    scale: Tensor
 
 
 @triton.jit
@@ -164,6 +166,7 @@ def allocate(rows: Tensor, rank: int, per_component: bool) -> ScanRows:
         rows.new_empty(components, dtype=torch.float64),
         rows.new_empty(BOUNDS, tiles * TILE),
         rows.new_empty(5),
+        rows.new_empty(features),
     )
 
 
@@ -173,7 +176,7 @@ def scan_rows(factors: Factors) -> ScanRows:
     components, groups, features = rows.shape
     out = allocate(rows, rank, per_component)
     padded = out.rows.shape[-1]
-    scale = reference_scale(factors)
+    scale = out.scale.copy_(reference_scale(factors))
     beta = rows.new_full(
         (components,), 2.0**-5
     )  # |A_rd| <= 1, so B is brought into [0, 64) with noise per component too

@@ -26,7 +26,9 @@ SLOTS = 16
 
 _PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
 _FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
-_SCAN = ", ".join(f"Tensor? {name}=None" for name in ("rows16", "scales", "offsets", "squares", "bounds", "worst"))
+_SCAN = ", ".join(
+    f"Tensor? {name}=None" for name in ("rows16", "scales", "offsets", "squares", "bounds", "worst", "reference")
+)
 
 
 class Active(NamedTuple):
@@ -294,7 +296,7 @@ def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_co
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
     gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 13
+    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 14
 
 
 def _component_log_prob_context(ctx, inputs, output) -> None:

@@ -22,12 +22,13 @@ from mfa_kernels.ops.factors.triton_rows import TILE
 from mfa_kernels.ops.select.triton_scan import TOP, Partials
 
 LOG_EPS = math.log(torch.finfo(torch.float32).eps)
+MANY = 64  # slots, from which on sorting all logits of a token is faster
 
 
 @triton.jit
 def _threshold(K, LOG_EPS: tl.constexpr):
     """T, as `activity_threshold` has it."""
-    return tl.log(K.to(tl.float32)) - LOG_EPS
+    return tl.log(tl.cast(K, tl.float32)) - LOG_EPS  # K = 1 arrives as a constant
 
 
 @triton.jit
@@ -100,6 +101,24 @@ def candidates(partials: Partials, norms: Tensor, components: int, slots: int) -
         TILE=TILE, TOP=TOP, C=slots, LOG_EPS=LOG_EPS, BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
     )  # fmt: skip
     return found, crowded
+
+
+@triton.jit
+def gather_kernel(
+    p_flags,  # (N,) int32
+    p_index,  # (N,) int32
+    p_total,  # (1,) int32
+    N,
+    BN: tl.constexpr,
+):
+    """One program: the tokens whose flag is 1 first, in order, and how many they are."""
+    total = 0
+    for n in range(0, N, BN):
+        o_n = n + tl.arange(0, BN)
+        b_flag = tl.load(p_flags + o_n, o_n < N, 0)
+        tl.store(p_index + total + tl.cumsum(b_flag, 0) - 1, o_n, b_flag == 1)
+        total += tl.sum(b_flag, 0)
+    tl.store(p_total, total)
 
 
 @triton.jit
@@ -270,6 +289,13 @@ def finish_fast_kernel(
         tl.store(p_components + i_n * S + s, tl.where(held, b_component, -1))
 
 
+def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (N,) int32 of the tokens whose flag (N,) int32 is 1, and their number (1,): the rest is 0."""
+    index, total = torch.zeros_like(flags), flags.new_empty(1)
+    gather_kernel[(1,)](flags, index, total, flags.shape[0], BN=4096 if flags.shape[0] > 4096 else 1024, num_warps=8)
+    return index, total
+
+
 def finish(found: Tensor, exact: Tensor, crowded: Tensor, components: int, out: tuple[Tensor, ...]) -> None:
     """Writes log_prob, components, logits and counts of the tokens that are not crowded."""
     log_prob, best, logits, counts = out
@@ -284,11 +310,37 @@ def finish_dense(logits: Tensor, index: Tensor, count: Tensor, components: int, 
     """Writes the four of tokens index[i], i < count, from all their logits (n, K)."""
     log_prob, best, kept, counts = out
     slots = best.shape[1]
+    if slots > MANY:
+        _finish_many(logits, index, count, out)
+        return
     block = min(2048, triton.next_power_of_2(components))
     finish_dense_kernel[(index.shape[0],)](
         logits, index, count, log_prob, best, kept, counts, components, slots,
         LOG_EPS=LOG_EPS, BK=block, num_warps=4,
     )  # fmt: skip
+
+
+def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: tuple[Tensor, ...]) -> None:
+    """finish_dense for more slots than a kernel should search one by one: by sorting."""
+    log_prob, best, kept, counts = out
+    slots, rows = best.shape[1], index.shape[0]
+    logits = logits[:rows]
+    value = torch.logsumexp(logits, -1)
+    value = value.masked_fill(value == -torch.inf, torch.nan)
+    least = logits.amax(-1, keepdim=True) - (math.log(logits.shape[1]) - LOG_EPS)
+    active = (logits >= least) & (logits > -torch.inf)
+    found = active.sum(-1).masked_fill(value.isnan(), 0)
+    ordered, components = logits.masked_fill(~active, -torch.inf).topk(min(slots, logits.shape[1]), -1)
+    ordered = torch.nn.functional.pad(ordered, (0, slots - ordered.shape[1]), value=-torch.inf)
+    components = torch.nn.functional.pad(components, (0, slots - components.shape[1]))
+    ordered = ordered.masked_fill(value.isnan().unsqueeze(-1), -torch.inf)
+    components = components.masked_fill(ordered == -torch.inf, -1).int()
+    real = torch.arange(rows, device=logits.device) < count
+    n = index.long()
+    log_prob[n] = torch.where(real, value, log_prob[n])
+    counts[n] = torch.where(real, found.clamp_max(slots + 1).int(), counts[n])
+    best[n] = torch.where(real.unsqueeze(-1), components, best[n])
+    kept[n] = torch.where(real.unsqueeze(-1), ordered, kept[n])
 
 
 def finish_fast(partials: Partials, length: Tensor, shared: bool, components: int, out: tuple[Tensor, ...]) -> None:
@@ -306,12 +358,13 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
     """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
     types = {
         "p_found": "*i32", "p_components": "*i32", "p_crowded": "*i32", "p_counts": "*i32", "p_index": "*i32",
-        "p_count": "*i32", "K": "i32", "S": "i32", "tiles": "i32",
+        "p_count": "*i32", "p_flags": "*i32", "p_total": "*i32", "N": "i32", "K": "i32", "S": "i32", "tiles": "i32",
     }  # fmt: skip
     common = {"LOG_EPS": LOG_EPS}
     partials = {**common, "TILE": TILE, "TOP": TOP, "BT": 512}
     kernels = [
         ("candidates", candidates_kernel, {**partials, "C": 16}, 4),
+        ("gather", gather_kernel, {"BN": 4096}, 8),
         ("finish", finish_kernel, {**common, "C": 16, "BS": 16}, 1),
         ("finish, dense", finish_dense_kernel, {**common, "BK": 2048}, 4),
         ("finish, fast", finish_fast_kernel, {**partials, "SHARED": True}, 4),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import configs, cuda
 from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.factors.triton_rows import ScanRows, reference_scale
+from mfa_kernels.ops.factors.triton_rows import ScanRows
 from mfa_kernels.ops.pairs.triton_pairs import explain
 from mfa_kernels.ops.select import triton_merge as merge
 from mfa_kernels.ops.select.triton_dense import dense
@@ -62,8 +62,7 @@ def select(
             if library is not None:
                 return _few_tokens(library, x, factors, rows, constants, slots)
         config = configs.configured(configs.Scan, x, count, components)
-        scale = reference_scale(factors)
-        tokens = scan_tokens(x, scale, factors.center, rows.rows.shape[-1], factors.per_component)
+        tokens = scan_tokens(x, rows.scale, factors.center, rows.rows.shape[-1], factors.per_component)
         partials = scan(tokens, rows, constants, config, bounds=exact)
         if not exact:
             merge.finish_fast(partials, tokens.length, not factors.per_component, components, out)
@@ -91,12 +90,11 @@ def _few_tokens(
 def _crowded_tokens(x: Tensor, factors: Factors, constants: Tensor, crowded: Tensor, out: tuple[Tensor, ...]) -> None:
     """Decides the tokens whose `crowded` (N,) is 1, from all their logits."""
     count, components = x.shape[0], constants.shape[0]
-    index = torch.argsort(crowded, stable=True, descending=True).int()
-    total = crowded.sum(dtype=torch.int32)
+    index, total = merge.gather(crowded)
     at_once = max(1, min(count, DENSE // components))
     buffer = constants.new_empty(at_once, components)
     for first in range(0, count, at_once):
         part = index[first : first + at_once]
-        left = (total - first).clamp(0, at_once).view(1)
+        left = total if at_once == count else (total - first).clamp(0, at_once)
         dense(x, factors, constants, part, left, buffer[: part.shape[0]])
         merge.finish_dense(buffer, part, left, components, out)
