@@ -13,7 +13,7 @@ from mfa_kernels.checks import check_activations, check_choice, check_component,
 from mfa_kernels.code import Code
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
-from mfa_kernels.ops.select.op import SLOTS
+from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
@@ -38,6 +38,8 @@ class MFA(nn.Module):
         log_noise: log(Psi - noise_floor), parameter (D,) or (K, D).
         weight_logits: parameter (K,); log pi is its log-softmax.
         center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
+        evaluated: after a call with a screen (see `screen`), components per token whose logit was computed, int32;
+            -1 where the token took the dense scan. None otherwise.
     """
 
     fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here
@@ -76,6 +78,8 @@ class MFA(nn.Module):
         self.register_buffer("center", torch.zeros(n_features, **where))
         self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
         self._cache: tuple[Any, tuple[Tensor, ...], _Parameters, ops.Factors] | None = None
+        self._screen: tuple[ops.Factors, Any] | None = None
+        self.evaluated: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -171,6 +175,35 @@ class MFA(nn.Module):
     def refresh(self) -> None:
         """Forgets the factors. Needed only after a change that PyTorch does not count, as through `parameter.data`."""
         self._cache = None
+        self._screen = None
+
+    @torch.no_grad()
+    def screen(self, x: Tensor) -> bool:
+        """Prepares certified screening for many tokens to come: most components are then ruled out by bounds.
+
+        Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`). It serves `log_prob`,
+        `encode`, `assign` and `reconstruct` outside training, until a parameter changes. Preparing takes about as long
+        as the dense scan of a thousand tokens.
+
+        Args:
+            x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use.
+
+        Returns:
+            Whether screening will be used: False where the dense scan costs less on x (diffuse mixtures), for noise
+            per component, and where the C++ kernels do not serve the mixture.
+        """
+        from mfa_kernels.ops.screen import op as screening
+
+        self._screen = self.evaluated = None
+        flat = self._flat(x)
+        (means, loadings, noise, log_weights), factors = self._prepared()
+        if factors.rows.dim() != 4 or not flat.shape[0]:
+            return False
+        flat = flat.to(means.dtype).contiguous()
+        chosen = screening.choose(flat, means, loadings, noise, log_weights, factors)
+        if chosen is not None:
+            self._screen = factors, chosen
+        return chosen is not None
 
     def _prepared(self) -> tuple[_Parameters, ops.Factors]:
         """Detached parameters in the compute dtype, and their factors."""
@@ -196,11 +229,24 @@ class MFA(nn.Module):
             return parameters, ops.factorize(*parameters[:3], self.center)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None}  # derived: neither copied nor pickled
+        return {**super().__getstate__(), "_cache": None, "_screen": None}  # derived: neither copied nor pickled
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
         detached, factors = self._prepared()
+        if not torch.compiler.is_compiling() and not self._training_step():
+            self.evaluated = None
+            if self._screen is not None and self._screen[0] is factors:
+                from mfa_kernels.ops.screen import op as screening
+
+                flat, threshold = (
+                    x.detach().to(factors.scale.dtype).contiguous(),
+                    activity_threshold(self.n_components, factors.scale.dtype),
+                )
+                constants = factors.constants(detached[3])
+                screened = screening.select(flat, factors, constants, self._screen[1], threshold, slots)
+                self.evaluated = screened.evaluated
+                return screened.active
         parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
         return ops.log_prob(x, *parameters, factors, slots, exact=self.precision != "fast")
 

@@ -471,3 +471,48 @@ def test_noise_floor_holds_while_training():
 def test_tokens_helper_draws_from_the_mixture():
     m = mixture(4, 6, 2)
     assert tokens(m, 10).shape == (10, 6)
+
+
+def screened_mixture() -> tuple[MFA, torch.Tensor]:
+    m = mixture(200, 64, 4, spread=3.0)
+    return MFA.from_parameters(*m[:3], m.log_weights.exp()), tokens(m, 300)
+
+
+def test_a_screen_changes_the_cost_and_not_the_result():
+    mfa, x = screened_mixture()
+    with torch.no_grad():
+        dense, code = mfa.log_prob(x), mfa.encode(x)
+        assert mfa.evaluated is None
+        if mfa.factors().rows.dim() != 4:
+            assert not mfa.screen(x[:100])
+            return
+        assert mfa.screen(x[:100])
+        torch.testing.assert_close(mfa.log_prob(x), dense, rtol=1e-5, atol=1e-4)
+        assert mfa.evaluated.shape == (300,)
+        assert mfa.evaluated.double().mean() < 20  # of 200
+        again = mfa.encode(x)
+        assert torch.equal(again.components[:, 0], code.components[:, 0])
+        torch.testing.assert_close(again.responsibilities, code.responsibilities, rtol=1e-4, atol=1e-6)
+
+
+def test_a_screen_is_for_these_parameters_and_not_for_training():
+    mfa, x = screened_mixture()
+    if not mfa.screen(x):
+        pytest.skip("screening needs the C++ kernels")
+    mfa(x).backward()
+    assert mfa.evaluated is None
+    with torch.no_grad():
+        mfa.screen(x)
+        mfa.means += 0.5
+        shifted = mfa.log_prob(x)
+        assert mfa.evaluated is None
+        mfa.refresh()
+        assert torch.equal(mfa.log_prob(x), shifted)
+
+
+def test_a_screen_that_would_not_pay_is_not_used():
+    m = mixture(50, 32, 3, spread=0.01)
+    mfa, x = MFA.from_parameters(*m[:3], m.log_weights.exp()), tokens(m, 100)
+    assert not mfa.screen(x)
+    per_component = mixture(50, 32, 3, per_component=True)
+    assert not MFA.from_parameters(*per_component[:3], per_component.log_weights.exp()).screen(x)

@@ -1,0 +1,167 @@
+"""How many components screening leaves per token, in plain PyTorch, on mixtures of real activations.
+
+    python -m bench.screen_survivors [--components 512] [--width 256] [--split 8]
+    python -m bench.screen_survivors --check 100000    # the bounds as computed in float32, against logits in float64
+
+Activations of the small language model that ships with the package, those of several layers side by side where more
+than 256 features are wanted (real correlations at a width that the model does not have); a mixture fitted to most of
+them; the bounds (ops/screen/reference.py) on the others. Three bounds are compared at each p:
+
+    triangle    |A v| <= |A P'P v| + |A (I - P'P)| s, maximised over the norm s that the triangle inequality allows
+    rows        the same with the rows of A (I - P'P) told apart: |A v|^2 <= |h|^2 + 2 s sqrt(sum g h^2) + g_max s^2
+    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen.h
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mfa_kernels import MFA, fit
+from mfa_kernels.data.harvest import harvest
+from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+from mfa_kernels.models import load_language_model
+from mfa_kernels.ops.factors.reference import factors as factors_fp64
+from mfa_kernels.ops.screen import op
+from mfa_kernels.ops.screen.basis import basis as choose_basis
+from mfa_kernels.ops.screen.reference import bounds
+from mfa_kernels.ops.select import reference
+
+HELD_OUT = 4096
+"""Activations kept from the fit, for measuring."""
+
+LAYERS = (2, 1, 3)
+"""In the order in which they are taken as the width grows by 256 each."""
+
+
+def activations(width: int, count: int) -> Tensor:
+    """(count + HELD_OUT, width) in random order."""
+    model, tokenizer = load_language_model(None)
+    layers = LAYERS[: width // 256]
+    with tempfile.TemporaryDirectory() as folder:
+        stores = harvest(model, tokenizer, stdlib_texts("all"), layers, folder, max_tokens=count + HELD_OUT)
+        index = torch.arange(len(stores[layers[0]]))
+        x = torch.cat([stores[layer].rows(index).float() for layer in layers], 1)
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+
+
+def fitted(components: int, width: int, folder: Path, count: int = 80_000, epochs: int = 3) -> tuple[MFA, Tensor]:
+    """A mixture of the activations and those held out; kept in the folder, for it takes minutes."""
+    path, x_path = folder / f"mixture_{width}_{components}", folder / f"activations_{width}.pt"
+    if not x_path.exists():
+        torch.save(activations(width, count), x_path)
+    x = torch.load(x_path)
+    if not path.exists():
+        fit(x[:-HELD_OUT], components, 10, epochs=epochs, seed=0).save_pretrained(path)
+    return MFA.from_pretrained(path), x[-HELD_OUT:]
+
+
+def split(mfa: MFA, children: int, share: float = 0.8) -> MFA:
+    """Every component in `children`, whose means take `share` of its covariance and whose loadings keep the rest."""
+    generator = torch.Generator().manual_seed(0)
+    means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
+    z = torch.randn(len(means), loadings.shape[2], children, generator=generator)
+    grown = means.unsqueeze(1) + share**0.5 * (loadings @ z).mT
+    kept = ((1 - share) ** 0.5 * loadings).repeat_interleave(children, 0)
+    weights = log_weights.exp().repeat_interleave(children) / children
+    return MFA.from_parameters(grown.flatten(0, 1), kept, noise, weights)
+
+
+def survivors(x: Tensor, mfa: MFA, kept: int, threshold: float) -> dict[str, Tensor]:
+    """Components per token that a bound leaves within `threshold` of the best logit, by bound: (N,) each."""
+    q = choose_basis(mfa.factors(), mfa.log_weights.detach().exp(), kept)
+    means, loadings, noise, log_weights = (p.detach().double() for p in mfa.parameters_in_compute_dtype())
+    parameters = (means, loadings, noise, log_weights)
+    logits = log_weights + torch.cat([reference.component_log_prob(part, *parameters[:3]) for part in x.split(16)])
+    best = logits.amax(-1, keepdim=True)
+    marginal = torch.cat([bounds(part, *parameters, q) for part in x.split(16)])
+    assert (marginal >= logits - 1e-6).all()
+    upper = {"marginal": marginal, **_norm_bounds(x, parameters, q)}
+    return {name: (value >= best - threshold).sum(-1).double() for name, value in upper.items()}
+
+
+def _norm_bounds(x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor) -> dict[str, Tensor]:
+    means, loadings, noise, log_weights = parameters
+    a, _, log_det = factors_fp64(loadings, noise)
+    constants = log_weights - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det)
+    scale, center = noise.rsqrt(), means.mean(0)
+    y, m = (x - center) * scale, (means - center) * scale
+    rest = a - a @ q @ q.mT
+    g, u = torch.linalg.eigh(rest @ rest.mT)
+    g = g.clamp(0, 1 - 1e-9)
+    inside = torch.cdist(y @ q, m @ q).square()
+    own = (u.mT @ a @ q).flatten(0, 1).mT  # (p, K R), rows turned so that their rests are orthogonal
+    h = (y @ q @ own).unflatten(1, g.shape) - torch.einsum("kp,pkr->kr", m @ q, own.unflatten(1, g.shape))
+    outside = [(t - t @ q @ q.mT).norm(dim=-1) for t in (y, m)]
+    low = (outside[0].unsqueeze(-1) - outside[1]).abs()
+    high = outside[0].unsqueeze(-1) + outside[1]
+    size, largest = h.square().sum(-1), g[:, -1]
+    slopes = {"triangle": (size * largest).sqrt(), "rows": (h.square() * g).sum(-1).sqrt()}
+    out = {}
+    for name, slope in slopes.items():
+        s = (slope / (1 - largest)).maximum(low).minimum(high)
+        out[name] = constants - 0.5 * (inside - size + s.square() * (1 - largest) - 2 * s * slope)
+    return out
+
+
+def check(x: Tensor, mfa: MFA, kept: int) -> None:
+    """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above."""
+    means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
+    factors = mfa.factors()
+    constants = factors.constants(log_weights)
+    screen = op.screen(means, loadings, noise, log_weights, factors, kept)
+    a, _, log_det = factors_fp64(loadings.double(), noise.double())
+    center, scale = means.double().mean(0), noise.double().rsqrt()
+    m = (means.double() - center) * scale
+    offsets = torch.einsum("krd,kd->kr", a, m)
+    wide = log_weights.double() - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det)
+    violated, least = 0, math.inf
+    for part in x.split(512):
+        y = (part.double() - center) * scale  # the expanded square: 1e-16 of it is far below a float32's slack
+        t = (y @ a.flatten(0, 1).mT).unflatten(1, offsets.shape) - offsets
+        distance = y.square().sum(-1, keepdim=True) - 2 * y @ m.mT + m.square().sum(-1) - t.square().sum(-1)
+        margin = op.bounds(part, factors, constants, screen).double() - (wide - 0.5 * distance)
+        violated += int((margin < 0).sum())
+        least = min(least, margin.amin().item())
+    print(
+        f"p={kept}: {violated} of {len(x) * mfa.n_components:.2e} bounds violated, the closest {least:.2e} nats above"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--components", type=int, default=512)
+    parser.add_argument("--width", type=int, default=256, choices=[256, 512, 768])
+    parser.add_argument("--split", type=int, default=1, help="children per fitted component; tokens are then sampled")
+    parser.add_argument("--check", type=int, default=0, metavar="TOKENS", help="look for violated bounds instead")
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mfa_kernels_screen")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    mfa, x = fitted(options.components, options.width, options.folder)
+    if options.check:
+        x = torch.load(options.folder / f"activations_{options.width}.pt")[: options.check]
+        for share in (12, 4, 1):
+            check(x, mfa, -(-options.width // (16 * share)) * 16)
+        return
+    if options.split > 1:
+        mfa = split(mfa, options.split)
+        x = mfa.sample(options.tokens, generator=torch.Generator().manual_seed(1))
+    x = x[: options.tokens].double()
+    sure = math.log(mfa.n_components / torch.finfo(torch.float32).eps)
+    print(f"K={mfa.n_components} D={mfa.n_features} R={mfa.rank}, {len(x)} tokens: mean / median / 95% left")
+    for threshold in (12.0, sure):
+        for share in (24, 16, 12, 8, 16 / 3, 4, 2):
+            kept = math.ceil(mfa.n_features / (16 * share)) * 16
+            counts = survivors(x, mfa, kept, threshold)
+            columns = (f"{n} {c.mean():.2f} / {c.median():.0f} / {c.quantile(0.95):.0f}" for n, c in counts.items())
+            print(f"T={threshold:4.1f}  p={kept:4d} (D/{mfa.n_features / kept:.1f})  " + "   ".join(columns))
+
+
+if __name__ == "__main__":
+    main()

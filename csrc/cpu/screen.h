@@ -1,0 +1,377 @@
+// Stage 1 below the flops of the dense scan: bounds from p << D coordinates first, exact logits for what they leave.
+//
+// Symbols   y = Q^T lam (x - c), p coordinates of a whitened token; m_k the same of mu_k; B_k the rows of A of the
+//           mixture that y follows, noise one. F = |y - m|^2 - |B (y - m)|^2 is the Mahalanobis distance of a marginal,
+//           so it is at most that of the whole, and
+//             bound_k = constant_k - F / 2 + slack_k (|x~| + |m~_k|)^2  >=  logit_k
+//           with everything that rounding can do inside the slack (mfa_kernels/ops/screen/README.md).
+// Never materialised: N x K. Bounds are kept for one stretch of tokens a thread, kBoundValues of them.
+// Exact     because the logit of a token's largest bound is computed in full, and whatever could come within the
+//           threshold of it too. A token for which that is too much work takes the dense scan.
+// Floor     N K (R + 3) p vector operations. Measured by bench/bench_screen.py.
+#pragma once
+#include "scan.h"
+
+namespace mfa {
+
+// What stage 0 leaves for the bounds (mfa_kernels/ops/screen/op.py).
+template <class T>
+struct Screen {
+  int64_t features;    // p, a multiple of 8 and of the SIMD width
+  const T* basis;      // Q [D, p]
+  const T* center;     // c [D]
+  const T* rows;       // {m_k, B_k} [K, p/V, R+1, V]
+  const T* constants;  // [K] those of the mixture, rounded up
+  const T* radii;      // [K] |m~_k|, rounded up
+  const T* slack;      // [K]
+  T exact_slack;       // what a logit computed in full adds to it
+};
+
+constexpr int64_t kBoundValues = int64_t(1) << 21;  // bounds held at a time, 8 MB in float: within reach of a cache
+constexpr int64_t kStretch = 256;                   // tokens at a time at least, so that rows are read seldom enough
+constexpr int64_t kPilot = 128;                     // tokens that decide whether screening pays
+constexpr int64_t kPairCost = 16;                   // a pair computed alone, in units of a pair in the dense scan
+
+// One panel of tokens: y [tokens, p] and norms |x~| [tokens], rounded up.
+template <class T>
+void project_panel(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, T* panel,
+                   T* y, T* norms) {
+  constexpr int V = kWidth<T>, NV = kTokenVectors, J = kRegisters >= 32 ? 8 : 4;
+  const int64_t D = shape.features, p = screen.features;
+  for (int64_t d = 0; d < D; ++d)
+    for (int64_t n = 0; n < kPanel<T>; ++n)
+      panel[d * kPanel<T> + n] = n < tokens ? (x[n * D + d] - screen.center[d]) * lam[d] : T(0);
+  for (int64_t j = 0; j < p; j += J) {
+    Vec<T> total[J][NV] = {};
+    for (int64_t start = 0; start < D; start += kFlush) {
+      Vec<T> sum[J][NV] = {};
+      for (int64_t d = start; d < std::min(D, start + kFlush); ++d)
+#pragma GCC unroll 8
+        for (int i = 0; i < J; ++i)
+#pragma GCC unroll 2
+          for (int v = 0; v < NV; ++v) sum[i][v] += load(panel + d * kPanel<T> + v * V) * screen.basis[d * p + j + i];
+      for (int i = 0; i < J; ++i)
+        for (int v = 0; v < NV; ++v) total[i][v] += sum[i][v];
+    }
+    for (int i = 0; i < J; ++i) {
+      T column[kPanel<T>];
+      for (int v = 0; v < NV; ++v) store<T>(column + v * V, total[i][v]);
+      for (int64_t n = 0; n < tokens; ++n) y[n * p + j + i] = column[n];
+    }
+  }
+  Vec<T> square[NV] = {};
+  for (int64_t start = 0; start < D; start += kFlush) {
+    Vec<T> sum[NV] = {};
+    for (int64_t d = start; d < std::min(D, start + kFlush); ++d)
+      for (int v = 0; v < NV; ++v) sum[v] += load(panel + d * kPanel<T> + v * V) * load(panel + d * kPanel<T> + v * V);
+    for (int v = 0; v < NV; ++v) square[v] += sum[v];
+  }
+  T squares[kPanel<T>];
+  for (int v = 0; v < NV; ++v) store<T>(squares + v * V, square[v]);
+  const T up = 1 + (kFlush + ceil_div(D, kFlush) + 16) * std::numeric_limits<T>::epsilon();
+  for (int64_t n = 0; n < tokens; ++n) norms[n] = std::sqrt(squares[n]) * up;
+}
+
+// Exact distances of G tokens, anywhere in memory, to one component; v [G, D padded], t [G, R] are scratch.
+template <class T, int G>
+void distances_of(const Shape& shape, const T* x, const int64_t* tokens, const T* rows, const T* lam, T* v, T* t,
+                  T* out) {
+  const int64_t padded = shape.padded<T>();
+  for (int g = 0; g < G; ++g) residual(shape, x + tokens[g] * shape.features, rows, lam, v + g * padded);
+  project<T, G>(shape, rows, v, t);
+  for (int g = 0; g < G; ++g) {
+    Vec<T> square = {};
+    for (int64_t d = 0; d < padded; d += kWidth<T>) square += load(v + g * padded + d) * load(v + g * padded + d);
+    out[g] = horizontal_sum<T>(square);
+    for (int64_t r = 0; r < shape.rank; ++r) out[g] -= t[g * shape.rank + r] * t[g * shape.rank + r];
+  }
+}
+
+// Pairs of a token and a component, and their logits once they are computed.
+template <class T>
+struct Pairs {
+  std::vector<int64_t> tokens;
+  std::vector<int32_t> components;
+  std::vector<T> logits;
+
+  int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+  void add(int64_t token, int32_t component) {
+    tokens.push_back(token);
+    components.push_back(component);
+  }
+  void append(const Pairs& other) {
+    tokens.insert(tokens.end(), other.tokens.begin(), other.tokens.end());
+    components.insert(components.end(), other.components.begin(), other.components.end());
+    logits.insert(logits.end(), other.logits.begin(), other.logits.end());
+  }
+};
+
+// The order that brings equal keys together, earlier entries first; first [keys + 1] is where each key begins.
+template <class Key>
+std::vector<int64_t> counting_sort(const std::vector<Key>& of, int64_t keys, std::vector<int64_t>& first) {
+  first.assign(keys + 1, 0);
+  for (Key key : of) ++first[key + 1];
+  for (int64_t key = 0; key < keys; ++key) first[key + 1] += first[key];
+  std::vector<int64_t> next(first), order(of.size());
+  for (size_t i = 0; i < of.size(); ++i) order[next[of[i]]++] = static_cast<int64_t>(i);
+  return order;
+}
+
+// Fills in the logits, component by component, so that its rows are read once for up to eight tokens.
+template <class T, class ParallelFor>
+void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants, const T* lam, Pairs<T>& pairs,
+              ParallelFor&& parallel_for) {
+  constexpr int64_t G = 8, kChunk = 64;  // groups of tokens, and pairs per task whatever the threads
+  std::vector<int64_t> first;
+  const std::vector<int64_t> order = counting_sort(pairs.components, shape.components, first);
+  pairs.logits.resize(pairs.size());
+  parallel_for(ceil_div(pairs.size(), kChunk), [&](int64_t begin, int64_t end) {
+    std::vector<T> v(shape.padded<T>() * G), t(shape.rank * G);
+    int64_t group[G];
+    T out[G];
+    for (int64_t chunk = begin; chunk < end; ++chunk)
+      for (int64_t i = chunk * kChunk, stop = std::min(pairs.size(), i + kChunk), count; i < stop; i += count) {
+        const int64_t k = pairs.components[order[i]], left = std::min(stop, first[k + 1]) - i;
+        count = left >= G ? G : left >= 2 ? 2 : 1;
+        for (int64_t g = 0; g < count; ++g) group[g] = pairs.tokens[order[i + g]];
+        const T* own = rows + k * shape.component_stride<T>();
+        const auto kernel = count == G ? distances_of<T, G> : count == 2 ? distances_of<T, 2> : distances_of<T, 1>;
+        kernel(shape, x, group, own, lam, v.data(), t.data(), out);
+        for (int64_t g = 0; g < count; ++g) pairs.logits[order[i + g]] = constants[k] - out[g] / 2;
+      }
+  });
+}
+
+// One stretch of tokens: what the bounds say of it.
+template <class T>
+struct Stretch {
+  std::vector<T> y, norms;        // [tokens, p], [tokens]
+  std::vector<T> bounds;          // [panels, K, kPanel]
+  std::vector<int32_t> guesses;   // [tokens] the component with the largest bound
+
+  template <class ParallelFor>
+  void bound(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, int64_t threads,
+             ParallelFor&& parallel_for) {
+    const int64_t K = shape.components, D = shape.features, p = screen.features;
+    const int64_t panels = ceil_div(tokens, kPanel<T>);
+    y.resize(tokens * p);
+    norms.resize(tokens);
+    parallel_for(panels, [&](int64_t begin, int64_t end) {
+      std::vector<T> panel(D * kPanel<T>);
+      for (int64_t n = begin * kPanel<T>; n < std::min(tokens, end * kPanel<T>); n += kPanel<T>)
+        project_panel(shape, screen, x + n * D, std::min<int64_t>(kPanel<T>, tokens - n), lam, panel.data(),
+                      y.data() + n * p, norms.data() + n);
+    });
+    const Shape marginal{K, p, shape.rank, false};
+    const std::vector<T> ones(p, T(1));
+    const Schedule plan = Schedule::of<T>(marginal, tokens, threads);
+    bounds.resize(panels * K * kPanel<T>);
+    std::vector<T> largest(plan.splits * tokens, -std::numeric_limits<T>::infinity());
+    std::vector<int32_t> owners(plan.splits * tokens, 0);
+    scan(marginal, plan, y.data(), tokens, screen.rows, ones.data(),
+         [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
+           const T constant = screen.constants[k], radius = screen.radii[k], slack = screen.slack[k];
+           const T* norm = norms.data() + n0;
+           T* out = bounds.data() + n0 * K + k * kPanel<T>;
+           T* top = largest.data() + split * tokens + n0;
+           int32_t* owner = owners.data() + split * tokens + n0;
+           for (int64_t i = 0; i < here; ++i) {
+             const T reach = norm[i] + radius;
+             const T bound = constant - distances[i] / 2 + slack * (reach * reach);
+             out[i] = bound;
+             const bool best = bound > top[i] && bound < std::numeric_limits<T>::infinity();
+             owner[i] = best ? static_cast<int32_t>(k) : owner[i];
+             top[i] = best ? bound : top[i];
+           }
+         },
+         parallel_for);
+    for (int64_t split = 1; split < plan.splits; ++split)
+      for (int64_t n = 0; n < tokens; ++n)
+        if (largest[split * tokens + n] > largest[n]) {
+          largest[n] = largest[split * tokens + n];
+          owners[n] = owners[split * tokens + n];
+        }
+    guesses = std::move(owners);
+  }
+};
+
+// What is left of one panel under the bars of its tokens, `best` known to be reached: appends the pairs beside the
+// guesses, and writes `evaluated` and `dropped` (see select_screened).
+template <class T>
+void sweep_panel(const T* bounds, int64_t K, int64_t tokens, int64_t first_token, const int32_t* guesses, const T* best,
+                 T threshold, int64_t limit, Pairs<T>& pairs, T* dropped, int32_t* evaluated) {
+  constexpr T kInf = std::numeric_limits<T>::infinity();
+  T bar[kPanel<T>], top[kPanel<T>];
+  int32_t kept[kPanel<T>] = {};
+  for (int64_t i = 0; i < kPanel<T>; ++i) bar[i] = i < tokens ? best[i] - threshold : kInf, top[i] = -kInf;
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t i = 0; i < kPanel<T>; ++i) {
+      const T bound = bounds[k * kPanel<T> + i];
+      const bool below = bound < bar[i];  // NaN is not
+      kept[i] += below ? 0 : 1;
+      top[i] = below && bound > top[i] ? bound : top[i];
+    }
+  for (int64_t i = 0; i < tokens; ++i) {
+    const bool diffuse = kept[i] > limit;
+    evaluated[i] = diffuse ? -1 : kept[i];
+    const double largest = std::exp(static_cast<double>(top[i]) - static_cast<double>(best[i]));
+    dropped[i] = diffuse || kept[i] == K ? T(0) : static_cast<T>((K - kept[i]) * largest * (1 + 1e-6));
+    if (diffuse) bar[i] = kInf;
+  }
+  for (int64_t k = 0; k < K; ++k) {
+    int any = 0;
+    for (int64_t i = 0; i < kPanel<T>; ++i) any |= !(bounds[k * kPanel<T> + i] < bar[i]);
+    if (!any) continue;
+    for (int64_t i = 0; i < tokens; ++i)
+      if (evaluated[i] >= 0 && k != guesses[i] && !(bounds[k * kPanel<T> + i] < bar[i]))
+        pairs.add(first_token + i, static_cast<int32_t>(k));
+  }
+}
+
+// The outputs of `select`, a row per token.
+template <class T>
+struct Selection {
+  T* log_prob;          // [N]
+  int32_t* components;  // [N, S]
+  T* logits;            // [N, S]
+  int32_t* counts;      // [N]
+};
+
+// Tokens one by one: from their guess, guesses holding one pair per token in order, and from the other pairs.
+template <class T, class ParallelFor>
+void collect(int64_t tokens, const Pairs<T>& guesses, const Pairs<T>& pairs, const int32_t* evaluated, T threshold, int64_t slots,
+             const Selection<T>& out, ParallelFor&& parallel_for) {
+  std::vector<int64_t> first;
+  const std::vector<int64_t> order = counting_sort(pairs.tokens, tokens, first);
+  parallel_for(tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (evaluated[n] < 0) continue;
+      TokenState<T> state;
+      int32_t* components = out.components + n * slots;
+      T* logits = out.logits + n * slots;
+      auto offer = [&](const Pairs<T>& from, int64_t i) {
+        if (from.logits[i] < state.best - threshold) return;  // NaN is offered
+        state.offer(from.logits[i], from.components[i], threshold, slots, components, logits);
+      };
+      offer(guesses, n);
+      for (int64_t i = first[n]; i < first[n + 1]; ++i) offer(pairs, order[i]);
+      out.log_prob[n] = state.finish(threshold, slots, components, logits);
+      out.counts[n] = state.overflow(threshold) ? static_cast<int32_t>(slots + 1) : state.count;
+    }
+  });
+}
+
+// The dense scan for some of the tokens.
+template <class T, class ParallelFor>
+void select_some(const Shape& shape, const T* x, const std::vector<int64_t>& some, const T* rows, const T* constants,
+                 const T* lam, T threshold, int64_t slots, const Selection<T>& out, int64_t threads,
+                 ParallelFor&& parallel_for) {
+  const int64_t count = static_cast<int64_t>(some.size()), D = shape.features;
+  std::vector<T> own_x(count * D), log_prob(count), logits(count * slots);
+  std::vector<int32_t> components(count * slots), counts(count);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(x + some[i] * D, D, own_x.data() + i * D);
+  select(shape, own_x.data(), count, rows, constants, lam, threshold, slots, log_prob.data(), components.data(),
+         logits.data(), counts.data(), threads, parallel_for);
+  for (int64_t i = 0; i < count; ++i) {
+    out.log_prob[some[i]] = log_prob[i];
+    out.counts[some[i]] = counts[i];
+    std::copy_n(components.data() + i * slots, slots, out.components + some[i] * slots);
+    std::copy_n(logits.data() + i * slots, slots, out.logits + some[i] * slots);
+  }
+}
+
+// Tokens [begin, end): appends to `guesses` (one a token, in order) and to `pairs`.
+template <class T, class ParallelFor>
+void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int64_t begin, int64_t end, const T* rows,
+                   const T* constants, const T* lam, T threshold, int64_t limit, Pairs<T>& guesses, Pairs<T>& pairs,
+                   T* dropped, int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
+  const int64_t K = shape.components, here = end - begin, panels = ceil_div(here, kPanel<T>);
+  Stretch<T> stretch;
+  stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+
+  Pairs<T> guess;
+  for (int64_t n = 0; n < here; ++n) guess.add(begin + n, stretch.guesses[n]);
+  evaluate(shape, x, rows, constants, lam, guess, parallel_for);
+  std::vector<T> best(here);  // reached for certain: a logit less its rounding
+  for (int64_t n = 0; n < here; ++n) {
+    const int32_t k = guess.components[n];
+    const T reach = stretch.norms[n] + screen.radii[k], slack = screen.exact_slack + screen.slack[k];
+    const T size = std::abs(guess.logits[n]);
+    best[n] = guess.logits[n] - slack * (reach * reach) - 8 * std::numeric_limits<T>::epsilon() * size;
+  }
+  guesses.append(guess);
+
+  std::vector<Pairs<T>> found(panels);
+  parallel_for(panels, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t n = i * kPanel<T>;
+      sweep_panel(stretch.bounds.data() + n * K, K, std::min<int64_t>(kPanel<T>, here - n), begin + n,
+                  stretch.guesses.data() + n, best.data() + n, threshold, limit, found[i], dropped + begin + n,
+                  evaluated + begin + n);
+    }
+  });
+  for (const Pairs<T>& some : found) pairs.append(some);
+}
+
+// As `select`, shared noise only, and
+//   dropped    [N] bound on the responsibility, all together, of the components whose logit was never computed
+//   evaluated  [N] how many had theirs computed; -1 where the token took the dense scan
+template <class T, class ParallelFor>
+void select_screened(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* rows,
+                     const T* constants, const T* lam, T threshold, int64_t slots, const Selection<T>& out, T* dropped,
+                     int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
+  const int64_t K = shape.components, limit = std::max<int64_t>(slots, K / kPairCost);
+  auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
+  auto run = [&](int64_t begin, int64_t end, Pairs<T>& guesses, Pairs<T>& pairs, int64_t inner, auto&& inner_for) {
+    screen_tokens(shape, screen, x, begin, end, rows, constants, lam, threshold, limit, guesses, pairs, dropped,
+                  evaluated, inner, inner_for);
+  };
+  const int64_t pilot = std::min(tokens, kPilot);
+  Pairs<T> guesses, pairs;
+  if (pilot > 0) run(0, pilot, guesses, pairs, threads, parallel_for);
+
+  // One stretch, one thread: threads meet only at the end. Each has some even when tokens are few.
+  const int64_t rest = tokens - pilot;
+  const int64_t step = std::min(std::max(kStretch, kBoundValues / K), ceil_div(rest, threads));
+  const int64_t size = std::max<int64_t>(1, ceil_div(step, kPanel<T>)) * kPanel<T>, stretches = ceil_div(rest, size);
+  if (2 * std::count(evaluated, evaluated + pilot, -1) > pilot) {  // the rest goes the same way
+    std::fill(evaluated + pilot, evaluated + tokens, -1);
+    std::fill(dropped + pilot, dropped + tokens, T(0));
+  } else {
+    std::vector<Pairs<T>> guessed(stretches), found(stretches);
+    parallel_for(stretches, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        run(pilot + i * size, std::min(tokens, pilot + (i + 1) * size), guessed[i], found[i], 1, serially);
+    });
+    for (const Pairs<T>& some : guessed) guesses.append(some);
+    for (const Pairs<T>& some : found) pairs.append(some);
+  }
+
+  std::vector<int64_t> diffuse;
+  for (int64_t n = 0; n < tokens; ++n)
+    if (evaluated[n] < 0) diffuse.push_back(n);
+  if (static_cast<int64_t>(diffuse.size()) == tokens)
+    return select(shape, x, tokens, rows, constants, lam, threshold, slots, out.log_prob, out.components, out.logits,
+                  out.counts, threads, parallel_for);
+  evaluate(shape, x, rows, constants, lam, pairs, parallel_for);
+  collect(tokens, guesses, pairs, evaluated, threshold, slots, out, parallel_for);
+  if (!diffuse.empty())
+    select_some(shape, x, diffuse, rows, constants, lam, threshold, slots, out, threads, parallel_for);
+}
+
+// Every bound, on request: x [N, D] -> out [N, K]
+template <class T, class ParallelFor>
+void bounds(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, T* out,
+            int64_t threads, ParallelFor&& parallel_for) {
+  Stretch<T> stretch;
+  for (int64_t begin = 0; begin < tokens; begin += kStretch) {
+    const int64_t here = std::min(kStretch, tokens - begin);
+    stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+    for (int64_t n = 0; n < here; ++n)
+      for (int64_t k = 0; k < shape.components; ++k)
+        out[(begin + n) * shape.components + k] =
+            stretch.bounds[(n / kPanel<T> * shape.components + k) * kPanel<T> + n % kPanel<T>];
+  }
+}
+
+}  // namespace mfa

@@ -1,0 +1,39 @@
+"""Which p coordinates the bounds look at: any basis gives valid bounds, a good one gives tight ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.factors.op import Factors, unpack_rows
+
+MEANS = 0.3
+"""Weight of the covariance of the means beside the Gram matrix of the loadings. On the fitted mixtures of
+bench/screen_survivors.py anything from 0.1 to 3 leaves nearly the same pairs."""
+
+
+def basis(factors: Factors, weights: Tensor, features: int) -> Tensor:
+    """Leading eigenvectors of 0.3 x covariance of the whitened means + Gram of the loadings, each of trace one.
+
+    Args:
+        factors: of a mixture with shared noise.
+        weights: pi, (K,).
+        features: p, coordinates to keep, at most D.
+
+    Returns:
+        Q (D, p) float64, columns orthonormal up to rounding. Costs a D x D eigenproblem: for training, keep it over
+        many steps (`screen` takes it).
+    """
+    center = factors.center
+    rows = unpack_rows(factors.rows, center.shape[0])
+    means = (rows[:, 0] - center) * factors.scale
+    scatter = _normalised(means.mT @ (means * weights.to(means).unsqueeze(-1)))
+    loadings = rows[:, 1:].flatten(0, 1)
+    if loadings.shape[0]:
+        scatter = MEANS * scatter + _normalised(loadings.mT @ loadings)
+    return torch.linalg.eigh(scatter)[1][:, -features:].flip(1).contiguous()
+
+
+def _normalised(scatter: Tensor) -> Tensor:
+    scatter = scatter.double()
+    return scatter / scatter.trace().clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,0 +1,39 @@
+"""The bound in plain PyTorch, without rounding: the oracle. See README.md in this folder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.select import reference
+
+
+def bounds(
+    x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, basis: Tensor
+) -> Tensor:
+    """Upper bounds of every log pi_k + log p(x | k), from p coordinates: (N, K).
+
+    Args:
+        x: (N, D), float64.
+        means: (K, D).
+        loadings: (K, D, R).
+        noise_variance: (D,).
+        log_weights: (K,).
+        basis: Q, (D, p), columns orthonormal.
+    """
+    scale = noise_variance.rsqrt().unsqueeze(-1)
+    projection = scale * basis  # (D, p)
+    marginal = (means @ projection, projection.mT @ loadings, torch.ones_like(basis[0]))
+    log_det = 2 * torch.linalg.cholesky(_gram(loadings * scale)).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    log_det_marginal = 2 * torch.linalg.cholesky(_gram(marginal[1])).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    features, kept = basis.shape
+    # log N of the marginal, its log-determinant and dimension exchanged for those of the whole.
+    constants = log_det_marginal - log_det - noise_variance.log().sum() - (features - kept) * math.log(2 * math.pi)
+    return log_weights + 0.5 * constants + reference.component_log_prob(x @ projection, *marginal)
+
+
+def _gram(loadings: Tensor) -> Tensor:
+    """I + W^T W, (K, R, R)."""
+    return loadings.mT @ loadings + torch.eye(loadings.shape[-1], dtype=loadings.dtype, device=loadings.device)

@@ -1,0 +1,351 @@
+"""Screening: bounds never violated, results those of the dense scan, fallbacks seen by the caller."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import native
+from mfa_kernels.ops.screen import op, reference
+from mfa_kernels.ops.select.op import activity_threshold
+from tests.mixtures import Mixture, mixture, tokens
+from tests.ops.test_select import check_slots, plain_fp32
+
+# (N, K, D, p, R): panels of up to 32 tokens, stretches of 256, flushes every 64 features (of D and of p), passes of 12
+# rows, pairs in groups of eight and tasks of 64: three of each and a ragged tail.
+SHAPES = [
+    (1, 70, 40, 16, 3),
+    (3, 70, 40, 32, 10),
+    (101, 37, 71, 16, 1),
+    (101, 66, 71, 48, 2),
+    (40, 131, 50, 16, 0),
+    (70, 35, 391, 208, 5),
+    (40, 67, 64, 32, 13),
+    (900, 97, 45, 16, 4),
+]
+
+
+@pytest.fixture(autouse=True)
+def _needs_native() -> None:
+    if native.library() is None:
+        pytest.skip("the C++ kernels could not be built here")
+
+
+def screened(m: Mixture, x: Tensor, features: int | None = 16, slots: int = 16, **options) -> op.Screened:
+    factors = m.factors(m.means.mean(0))
+    threshold = options.pop("threshold", activity_threshold(len(m.means), x.dtype))
+    screen = op.screen(*m, factors, features, **options)
+    return op.select(x, factors, factors.constants(m.log_weights), screen, threshold, slots)
+
+
+def bounds(m: Mixture, x: Tensor, features: int | None = 16, slack: bool = True) -> Tensor:
+    factors = m.factors(m.means.mean(0))
+    screen = op.screen(*m, factors, features)
+    if not slack:
+        screen = screen._replace(slack=torch.zeros_like(screen.slack))
+    return op.bounds(x, factors, factors.constants(m.log_weights), screen)
+
+
+def orthonormal(features: int, kept: int) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.linalg.qr(torch.randn(features, kept, generator=generator, dtype=torch.float64))[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1, 7])
+@pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
+def test_the_marginal_bounds_the_whole(rank, spread):
+    m = mixture(40, 30, rank, spread=spread, dtype=torch.float64)
+    x = tokens(m, 100)
+    logits = m.logits_fp64(x)
+    previous = torch.full_like(logits, torch.inf)
+    for kept in (1, 9, 20, 30):
+        upper = reference.bounds(x, *m, orthonormal(30, 30)[:, :kept])
+        assert (upper >= logits - 1e-9).all()
+        assert (upper <= previous + 1e-9).all()  # more coordinates, tighter bounds
+        previous = upper
+    torch.testing.assert_close(previous, logits)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
+@pytest.mark.usefixtures("poisoned")
+def test_log_prob_and_pairs_in_fp64(shape, spread):
+    n, k, d, p, r = shape
+    m = mixture(k, d, r, spread=spread, dtype=torch.float64)
+    x = tokens(m, n)
+    found = screened(m, x, p, slots=8)
+    logits = m.logits_fp64(x)
+    torch.testing.assert_close(found.active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
+    check_slots(found.active, logits, 8, 1e-9)
+    assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
+    assert (found.evaluated <= k).all()
+    assert (found.dropped >= 0).all()
+    assert (found.dropped <= torch.finfo(x.dtype).eps).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_computed_bounds_are_the_formula_and_its_slack(shape):
+    n, k, d, p, r = shape
+    m = mixture(k, d, r, dtype=torch.float64)
+    x = tokens(m, n)
+    factors = m.factors(m.means.mean(0))
+    screen = op.screen(*m, factors, p)
+    upper = op.bounds(x, factors, factors.constants(m.log_weights), screen)
+    wanted = reference.bounds(x, *m, screen.basis)
+    assert (upper >= wanted).all()
+    torch.testing.assert_close(upper, wanted, rtol=0, atol=1e-6)
+
+
+def adversarial(case: str) -> tuple[Mixture, Tensor]:
+    """Float32 parameters and tokens near and far from every component."""
+    k, d, r = 83, 144, 6
+    m = mixture(k, d, r, dtype=torch.float64)
+    means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
+    if case == "near_duplicates":
+        means[1:] = means[0] + 1e-4 * means[1:]
+        loadings[1:] = loadings[0] + 1e-4 * loadings[1:]
+    elif case == "huge_norms":
+        means *= 1e4
+        loadings *= 1e3
+    elif case == "rank_deficient":
+        loadings[:, :, 1] = loadings[:, :, 0]
+        loadings[:, :, 2] = 0
+        loadings[::2, :, 3] = 1e3 * loadings[::2, :, 4]
+        loadings[5] *= 1e7
+    elif case == "small_noise":
+        noise[:] = 1e-6
+    elif case == "uneven_noise":
+        noise = 10 ** (12 * torch.linspace(0, 1, d, dtype=torch.float64) - 6)
+    elif case == "far_regions":
+        means += 3000
+        means[40:, :7] -= 1e5
+    elif case == "outlier_dimensions":
+        means[:, 7] += 3000
+        loadings[:, 7] *= 1e3
+    else:
+        assert case == "plain"
+    m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
+    x = tokens(m, 300)
+    generator = torch.Generator().manual_seed(3)
+    x[200:250] = means[:50].float() + 1e-3 * torch.randn(50, d, generator=generator)
+    x[250:] *= 50 * torch.rand(50, 1, generator=generator)
+    return m, x
+
+
+CASES = [
+    "plain", "near_duplicates", "huge_norms", "rank_deficient", "small_noise", "uneven_noise", "far_regions",
+    "outlier_dimensions",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("features", [16, 80, 144])
+def test_no_bound_is_violated(case, features):
+    m, x = adversarial(case)
+    assert (bounds(m, x, features).double() >= m.logits_fp64(x)).all()
+
+
+def test_rounding_does_break_bounds_that_have_no_slack():
+    """What the slack is for: with p = D the bound is the logit, and float32 is on either side of it."""
+    m, x = adversarial("plain")
+    assert (bounds(m, x, 144, slack=False).double() < m.logits_fp64(x) - 1e-6).any()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adversarial_results_are_those_of_the_dense_scan(case):
+    m, x = adversarial(case)
+    factors = m.factors(m.means.mean(0))
+    threshold = activity_threshold(len(m.means), x.dtype)
+    dense = native.library().select(
+        x, factors.rows, factors.constants(m.log_weights), factors.scale, False, threshold, 16
+    )
+    found = screened(m, x, 48).active
+    # Both round the same formula, in another order.
+    truth = m.logits_fp64(x)
+    plain = (plain_fp32(m, x).double() - truth).abs().amax(-1)
+    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
+    budget = 3 * torch.maximum(plain, unit)
+    assert ((found.log_prob.double() - truth.logsumexp(-1)).abs() <= budget).all()
+    assert ((found.log_prob - dense[0]).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("shape", [(70, 150, 384, 48, 10), (70, 67, 768, 96, 10)], ids=str)
+def test_fp32_error_is_that_of_the_plain_formula(shape):
+    n, k, d, p, r = shape
+    m = mixture(k, d, r, spread=2.0)
+    x = tokens(m, n)
+    truth = m.logits_fp64(x)
+    found = screened(m, x, p)
+    assert (found.evaluated > 0).any()
+    wanted = torch.logsumexp(truth, -1)
+    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
+    budget = 3 * torch.maximum((torch.logsumexp(plain_fp32(m, x), -1).double() - wanted).abs(), unit)
+    assert ((found.active.log_prob.double() - wanted).abs() <= budget).all()
+
+
+@pytest.mark.parametrize("threshold", [0.5, 2.0])
+def test_what_is_dropped_weighs_no_more_than_certified(threshold):
+    """A low threshold makes the dropped mass visible: those with the smallest bounds were dropped."""
+    m = mixture(90, 48, 3, spread=0.5)
+    x = tokens(m, 600)
+    found = screened(m, x, 32, threshold=threshold)
+    upper = bounds(m, x, 32)
+    screened_tokens = found.evaluated >= 0
+    rank = upper.argsort(-1, descending=True).argsort(-1)
+    never = rank >= found.evaluated.unsqueeze(-1)
+    mass = (m.logits_fp64(x).softmax(-1) * never).sum(-1)
+    assert (mass[screened_tokens] > 1e-3).any()
+    assert (mass <= found.dropped)[screened_tokens].all()
+    assert (found.dropped <= 90 * math.exp(-threshold) * (1 + 1e-4)).all()
+
+
+def test_one_hot_tokens_are_screened_and_few_components_computed():
+    m = mixture(300, 96, 4, spread=3.0)
+    found = screened(m, tokens(m, 500), 32)
+    assert (found.evaluated > 0).all()
+    assert found.evaluated.double().mean() < 3
+
+
+def test_diffuse_tokens_take_the_dense_scan_alone():
+    """Tokens half-way between all components, among others."""
+    m = mixture(300, 96, 4, spread=3.0)
+    x = tokens(m, 600)
+    x[1::5] = 0.02 * x[1::5] + m.means.mean(0)
+    found = screened(m, x, 16)
+    diffuse = found.evaluated < 0
+    assert diffuse[1::5].all()
+    assert not diffuse.all()
+    truth = m.logits_fp64(x).logsumexp(-1)
+    torch.testing.assert_close(found.active.log_prob.double(), truth, rtol=1e-5, atol=0)
+    assert (found.dropped[diffuse] == 0).all()
+
+
+def test_gives_up_where_most_tokens_are_diffuse():
+    """Tokens after a diffuse pilot take the dense scan, although their bounds would have decided."""
+    m = mixture(300, 96, 4, spread=3.0)
+    x = tokens(m, 1000)
+    x[:600] = 0.02 * x[:600] + m.means.mean(0)
+    assert (screened(m, x[600:], 32).evaluated > 0).all()
+    found = screened(m, x, 32)
+    assert (found.evaluated == -1).all()
+    assert (found.dropped == 0).all()
+    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+
+
+def test_tokens_that_are_not_finite_are_nan_alone():
+    m = mixture(130, 64, 3)
+    x = tokens(m, 70)
+    clean = screened(m, x).active
+    x[3, 5], x[40, 0] = torch.nan, torch.inf
+    found = screened(m, x).active
+    bad = torch.zeros(70, dtype=torch.bool)
+    bad[[3, 40]] = True
+    assert found.log_prob[bad].isnan().all()
+    assert torch.equal(found.log_prob[~bad], clean.log_prob[~bad])
+    assert torch.equal(found.components[~bad], clean.components[~bad])
+
+
+def test_components_of_no_weight_and_a_component_that_is_not_finite():
+    m = mixture(130, 64, 3)
+    m.log_weights[::2] = -torch.inf
+    x = tokens(m, 70)
+    found = screened(m, x).active
+    torch.testing.assert_close(found.log_prob.double(), m.log_prob_fp64(x), rtol=1e-6, atol=0)
+    m.means[1, 3] = torch.nan
+    assert screened(m, x).active.log_prob.isnan().all()
+
+
+def test_a_degenerate_component_is_always_computed_and_the_others_screened():
+    m = mixture(130, 64, 3, spread=3.0)
+    m.loadings[7, :, 1] = m.loadings[7, :, 0]
+    m.loadings[7] *= 1e7
+    x = tokens(m, 200)
+    x = x[x.abs().amax(-1) < 100]
+    found = screened(m, x, 32)
+    assert (found.evaluated >= 2).all()
+    assert found.evaluated.double().mean() < 5
+    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+
+
+def test_two_runs_are_bitwise_equal():
+    m = mixture(200, 64, 5, spread=1.0)
+    x = tokens(m, 700)
+    first, second = screened(m, x), screened(m, x)
+    assert all(torch.equal(a, b) for a, b in zip([*first.active, *first[1:]], [*second.active, *second[1:]]))
+
+
+def test_the_number_of_threads_changes_no_bit():
+    m = mixture(200, 64, 5, spread=1.0)
+    x = tokens(m, 700)
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        runs.append(screened(m, x, 32))
+    torch.set_num_threads(before)
+    assert (runs[0].evaluated > 0).any()
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))
+
+
+def test_any_basis_gives_the_same_results():
+    m = mixture(200, 64, 5, spread=2.0)
+    x = tokens(m, 300)
+    chosen = screened(m, x, 32).active
+    kept = screened(m, x, basis=orthonormal(64, 32).float()).active
+    assert torch.equal(chosen.components, kept.components)
+    torch.testing.assert_close(chosen.log_prob, kept.log_prob, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tokens_one_component_and_duplicates(dtype):
+    m = mixture(1, 32, 2, dtype=dtype)
+    x = tokens(m, 5)
+    torch.testing.assert_close(screened(m, x[:0]).active.log_prob, x.new_empty(0))
+    torch.testing.assert_close(screened(m, x).active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+    twice = Mixture(*(torch.cat([t, t]) for t in m[:2]), m.noise_variance, torch.cat([m[3], m[3]]) - math.log(2))
+    torch.testing.assert_close(screened(twice, x).active.log_prob, screened(m, x).active.log_prob)
+
+
+def test_errors_name_the_argument():
+    m = mixture(20, 64, 2)
+    factors = m.factors()
+    with pytest.raises(ValueError, match=r"features must be a multiple of 16 between 16 and D = 64, got 24"):
+        op.screen(*m, factors, 24)
+    with pytest.raises(ValueError, match=r"between 16 and D = 64, got 80"):
+        op.screen(*m, factors, 80)
+    with pytest.raises(ValueError, match=r"noise_variance must have shape \(D,\)"):
+        op.screen(m.means, m.loadings, m.noise_variance.expand(20, 64), m.log_weights, factors)
+    with pytest.raises(ValueError, match=r"basis must have shape \(D, p\) = \(64, p\), got \(63, 32\)"):
+        op.screen(*m, factors, basis=orthonormal(63, 32))
+
+
+def test_default_features():
+    assert op.default_features(768) == 96
+    assert op.default_features(64) == 48
+    assert op.default_features(40) == 32
+
+
+def chosen(m: Mixture, x: Tensor) -> op.Screen | None:
+    return op.choose(x, *m, m.factors(m.means.mean(0)))
+
+
+def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_does():
+    m = mixture(400, 128, 4, spread=3.0)
+    screen = chosen(m, tokens(m, 200))
+    assert screen is not None
+    assert screen.basis.shape == (128, 16)
+    closer = mixture(400, 128, 4, spread=1.3)
+    screen = chosen(closer, tokens(closer, 200))
+    assert screen is not None
+    assert screen.basis.shape[1] > 16
+    diffuse = mixture(400, 128, 4, spread=0.01)
+    assert chosen(diffuse, tokens(diffuse, 200)) is None
+    assert chosen(mixture(400, 24, 4), torch.zeros(10, 24)) is None
+    per_component = mixture(400, 128, 4, per_component=True)
+    assert chosen(per_component, tokens(per_component, 200)) is None
