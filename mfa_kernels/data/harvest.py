@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import warnings
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
+from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences
 from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
 from mfa_kernels.models import hidden_states, resolve_layer
@@ -39,7 +40,9 @@ def harvest(
     device: torch.device | str | None = None,
     seed: int | None = 0,
     progress: bool = True,
+    rows_per_shard: int = 65536,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> ActivationStore | Any:  # Any: a dict, when there are several layers
     """Runs texts through a causal language model and keeps the hidden states that leave a layer.
 
@@ -66,21 +69,25 @@ def harvest(
         seed: of the order of texts, so that `max_tokens` takes from all over (all texts are read first); None: the
             order given, texts read as they are needed.
         progress: show a progress bar.
+        rows_per_shard: rows in each file of the store; a shard is held in memory while it fills.
         overwrite: replace stores that are in `out` already.
+        resume: go on with stores in `out` that were cut off, with the same texts and settings: they become, to the bit,
+            what they would have been. Texts are cut up again from the first, but the model reads only what is missing.
+            Where there is no store yet, one is begun; a complete one is returned.
 
     Returns:
         The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
         finite in every layer are left out, counted in `store.meta["nonfinite_rows"]`, and warned of.
 
     Raises:
-        FileExistsError: `out` holds a store, and not `overwrite`.
+        FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
+        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or the settings
+            that differ.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
-    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens!r}")
+    _check_sizes(max_tokens, context, batch_size, skip_first)
+    if resume and (overwrite or out is None):
+        raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
     layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
     several = not isinstance(layer, int | str)
     if not layers:
@@ -97,14 +104,25 @@ def harvest(
         "tokenizer": _name(tokenizer),
         "site": "output",
         "context": context,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
         "skip_first": skip_first,
         "drop_special": drop_special,
         "seed": seed,
     }
-    windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
-    nonfinite = _run(model, modules, windows, folders, meta, max_tokens, batch_size, dtype, device, progress, overwrite)
-    if nonfinite:
-        warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=2)
+    metas = {path: {**meta, "layer": path} for path in modules}
+    reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
+    if reached:
+        windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
+
+        def writer(path: str, n_features: int) -> ActivationStoreWriter:
+            return ActivationStoreWriter(
+                folders[path], n_features, dtype, metas[path], rows_per_shard, overwrite=overwrite, resume=resume
+            )
+
+        nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
+        if nonfinite:
+            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=2)
 
     stores = {path: ActivationStore(folder) for path, folder in folders.items()}
     for path, temporary in temporaries.items():
@@ -112,6 +130,90 @@ def harvest(
     if not several:
         return next(iter(stores.values()))
     return {wanted: stores[resolve_layer(model, wanted)[0]] for wanted in layers}
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    texts: StrPath | Iterable[str | tuple[str, str] | Mapping[str, Any] | os.PathLike[str]],
+    layer: Layer,
+    *,
+    max_tokens: int | None = None,
+    context: int = 256,
+    batch_size: int = 16,
+    skip_first: int = 1,
+    drop_special: bool = True,
+    seed: int | None = 0,
+) -> Iterator[Tensor]:
+    """The activations that `harvest` would keep, batch by batch as the model makes them: nothing touches the disk.
+
+    `mfa_kernels.fit(stream(...), ..., method="auto")` fits online while it reads. Between two batches the model is as
+    it was, without hooks, and may be used for something else.
+
+    Args:
+        model: as of `harvest`; it runs where it is (when it is loaded here: on a GPU if there is one).
+        tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed: as of `harvest`.
+        layer: an index, or a module path.
+
+    Yields:
+        Rows (n, D), on the layer's device and in its dtype. Those that are not finite are among them: `fit` leaves
+        them out and counts them.
+
+    Raises:
+        TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
+    """
+    _check_sizes(max_tokens, context, batch_size, skip_first)
+    model, tokenizer, _ = _load(model, tokenizer, None)
+    modules = dict([resolve_layer(model, layer)])
+
+    def batches() -> Iterator[Tensor]:
+        windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
+        left = max_tokens
+        while (left is None or left > 0) and (batch := list(islice(windows, batch_size))):
+            with _reader(model, modules, None) as read:
+                (rows,) = read(batch).values()
+            yield rows[:left]
+            left = None if left is None else left - len(rows)
+
+    return batches()
+
+
+def _check_sizes(max_tokens: int | None, context: int, batch_size: int, skip_first: int) -> None:
+    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens!r}")
+
+
+class _Reached(NamedTuple):
+    """How far a harvest has come, before a batch."""
+
+    batches: int
+    documents: int
+    rows: int
+    nonfinite: int
+    texts: str  # a hash of the windows read
+
+
+_BEGINNING = _Reached(0, 0, 0, 0, hashlib.sha256().hexdigest())
+
+
+def _reached(folders: dict[str, Path], metas: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, _Reached]:
+    """Where each of the stores that are not complete goes on."""
+    out = {}
+    for path, folder in folders.items():
+        out[path] = _BEGINNING
+        if (folder / MANIFEST).exists():
+            store = ActivationStore(folder)
+            different = differences(store, dtype, metas[path])
+            if different:
+                raise ValueError(f"resume: {folder} was written with other settings: here {'; '.join(different)}")
+            if store.complete:
+                del out[path]
+            elif store.progress:
+                out[path] = _Reached(**store.progress)
+    return out
 
 
 class _Window(NamedTuple):
@@ -126,24 +228,29 @@ def _run(
     model: Any,
     modules: dict[str, nn.Module],
     windows: Iterator[_Window],
-    folders: dict[str, Path],
-    meta: dict[str, Any],
+    make_writer: Callable[[str, int], ActivationStoreWriter],
+    reached: dict[str, _Reached],
     max_tokens: int | None,
     batch_size: int,
     dtype: torch.dtype,
     device: torch.device | str | None,
     progress: bool,
-    overwrite: bool,
 ) -> int:
-    """Writes one store per module; the number of rows that were left out because they are not finite."""
+    """Writes one store per module in `reached`; the number of rows left out because they are not finite."""
     from tqdm import tqdm
 
-    kept = nonfinite = 0
+    first = min(reached.values(), key=lambda position: position.batches)
+    batches, documents, kept, nonfinite, _ = first
+    digest = hashlib.sha256()
+    for window in islice(windows, batches * batch_size):
+        digest.update(repr(window).encode())
+    if digest.hexdigest() != first.texts:
+        raise ValueError(f"resume: the first {batches * batch_size} windows of texts are not those of the stores")
     writers: dict[str, ActivationStoreWriter] = {}
     with ExitStack() as stack:
         read = stack.enter_context(_reader(model, modules, device))
         bar = stack.enter_context(
-            tqdm(total=max_tokens, desc="harvest", unit="token", unit_scale=True, disable=not progress)
+            tqdm(total=max_tokens, initial=kept, desc="harvest", unit="token", unit_scale=True, disable=not progress)
         )
         while max_tokens is None or kept < max_tokens:
             batch = list(islice(windows, batch_size))
@@ -151,11 +258,13 @@ def _run(
                 break
             rows = {path: states.to(dtype).cpu() for path, states in read(batch).items()}
             if not writers:
-                for path, states in rows.items():
-                    writer = ActivationStoreWriter(
-                        folders[path], states.shape[1], dtype, {**meta, "layer": path}, overwrite=overwrite
-                    )
-                    writers[path] = stack.enter_context(writer)
+                for path in reached:
+                    writers[path] = stack.enter_context(make_writer(path, rows[path].shape[1]))
+                    writers[path].rewind(documents, kept)
+            # A shard that this batch fills is followed by more of it: after that shard, one goes on from here.
+            position = _Reached(batches, documents, kept, nonfinite, digest.hexdigest())._asdict()
+            for writer in writers.values():
+                writer.progress = position
             finite = torch.stack([states.isfinite().all(1) for states in rows.values()]).all(0)
             nonfinite += int((~finite).sum())
             keep = torch.zeros_like(finite)
@@ -168,7 +277,10 @@ def _run(
                     positions = torch.tensor(window.positions)[chosen]
                     for path, writer in writers.items():
                         writer.add_document(window.tokens, positions, rows[path][start:stop][chosen], window.source)
+                    documents += 1
                 start = stop
+                digest.update(repr(window).encode())
+            batches += 1
             kept += int(keep.sum())
             bar.update(int(keep.sum()))
         if not kept:

@@ -8,7 +8,8 @@ A store is a folder:
                                      in its header, `sources`: where each of these is from, as a JSON list
 
 A document is what the model read at once: rows of one document may run over into the next shard, its tokens are in the
-shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens.
+shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens,
+and that a writer can go on with; until it is complete, its manifest says under `progress` where.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ VERSION = 1
 MANIFEST = "manifest.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _HASH_CHUNK = 1 << 22
+# What a process that was killed while it wrote leaves; the second is the name that safetensors writes under.
+_TEMPORARY = re.compile(r"\.(activations-\d+\.safetensors|manifest\.json)\.\w+\.tmp|\.tmp\w+")
 
 
 class _Shard(NamedTuple):
@@ -60,6 +63,7 @@ class ActivationStore:
         dtype: of the activations on disk.
         meta: what the writer was told: model, layer, tokenizer, ...
         complete: False where the writer did not come to its end.
+        progress: of such a store, what the writer noted with its last shard.
         n_documents: how many documents it holds.
 
     Raises:
@@ -74,6 +78,7 @@ class ActivationStore:
         self.dtype: torch.dtype = _DTYPES[manifest["dtype"]]
         self.meta: dict[str, Any] = manifest["meta"]
         self.complete: bool = manifest["complete"]
+        self.progress: dict[str, Any] = manifest.get("progress", {})
         self.shards: list[dict[str, Any]] = manifest["shards"]
         for shard in self.shards:
             path = self.folder / shard["file"]
@@ -296,9 +301,18 @@ class ActivationStoreWriter:
         meta: whatever JSON can hold, kept in the manifest; may be added to until the store is closed.
         rows_per_shard: rows in each shard but the last; one shard is held in memory while it fills.
         overwrite: replace a store that is already in the folder.
+        resume: go on with a store in the folder that was cut off. The same documents are then added again, from the
+            first or from where `rewind` says; what is on disk of them is not written again, so that the store becomes
+            the one that it would have been. Its shards are read, to find corrupt ones first.
+
+    Attributes:
+        progress: whatever JSON can hold, kept in the manifest with each shard until the store is complete; after
+            `resume`, what it was with the last shard.
 
     Raises:
-        FileExistsError: when the folder holds a store, and not `overwrite`.
+        FileExistsError: when the folder holds a store, and neither `overwrite` nor `resume`.
+        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or what of it
+            differs from the arguments.
     """
 
     def __init__(
@@ -309,6 +323,7 @@ class ActivationStoreWriter:
         meta: dict[str, Any] | None = None,
         rows_per_shard: int = 65536,
         overwrite: bool = False,
+        resume: bool = False,
     ):
         if n_features < 1 or rows_per_shard < 1:
             raise ValueError(
@@ -319,9 +334,15 @@ class ActivationStoreWriter:
         self.folder = Path(folder)
         self.n_features, self.dtype, self.meta = n_features, dtype, dict(meta or {})
         self.rows_per_shard = rows_per_shard
-        self._remove_old(overwrite)
         self._shards: list[dict[str, Any]] = []
-        self._documents = 0
+        self.progress: dict[str, Any] = {}
+        if resume and (self.folder / MANIFEST).exists():
+            self._take_over()
+        else:
+            self._remove_old(overwrite)
+        self._rows_on_disk = sum(shard["rows"] for shard in self._shards)
+        self._documents_on_disk = sum(shard["documents"] for shard in self._shards)
+        self._rows = self._documents = 0  # added
         self._activations = torch.empty(rows_per_shard, n_features, dtype=dtype)
         self._rows_of = torch.empty(2, rows_per_shard, dtype=torch.int32)  # document and position of each row
         self._tokens: list[Tensor] = []
@@ -329,6 +350,15 @@ class ActivationStoreWriter:
         self._filled = 0
         self._closed = False
         self._write_manifest(complete=False)
+
+    def rewind(self, documents: int, rows: int) -> None:
+        """Says which document is added next, and how many rows there are before it; both at most what is on disk."""
+        if not 0 <= documents <= self._documents_on_disk or not 0 <= rows <= self._rows_on_disk:
+            raise ValueError(
+                f"documents and rows must be in [0, {self._documents_on_disk}] and [0, {self._rows_on_disk}], what "
+                f"{self.folder} holds, got {documents} and {rows}"
+            )
+        self._documents, self._rows = documents, rows
 
     def add_document(self, token_ids: Any, positions: Any, activations: Tensor, source: str = "") -> None:
         """Adds one document and the rows that are kept of it.
@@ -352,9 +382,10 @@ class ActivationStoreWriter:
             raise ValueError(
                 f"positions must be in [0, {len(tokens)}), got values from {int(places.min())} to {int(places.max())}"
             )
-        self._tokens.append(tokens.int())
-        self._sources.append(source)
-        start = 0
+        if self._documents >= self._documents_on_disk:
+            self._tokens.append(tokens.int())
+            self._sources.append(source)
+        start = max(0, self._rows_on_disk - self._rows)
         while start < len(places):
             stop = min(len(places), start + self.rows_per_shard - self._filled)
             filling = slice(self._filled, self._filled + stop - start)
@@ -366,6 +397,7 @@ class ActivationStoreWriter:
             if self._filled == self.rows_per_shard:
                 self._flush()
         self._documents += 1
+        self._rows += len(places)
 
     def close(self) -> None:
         """Writes what is left, and a manifest that says the store is complete."""
@@ -385,6 +417,27 @@ class ActivationStoreWriter:
         if kind is None:
             self.close()
         self._closed = True
+
+    def _take_over(self) -> None:
+        """Goes on with the store in the folder."""
+        store = ActivationStore(self.folder)
+        different = differences(store, self.dtype, self.meta)
+        if store.n_features != self.n_features:
+            different.append(f"n_features = {self.n_features}, there {store.n_features}")
+        sizes = [shard["rows"] for shard in store.shards]
+        if any(size != self.rows_per_shard for size in sizes[:-1]) or max(sizes, default=0) > self.rows_per_shard:
+            different.append(f"rows_per_shard = {self.rows_per_shard}, there {sizes[0]}")
+        if different:
+            raise ValueError(f"resume: {self.folder} was written with other settings: here {'; '.join(different)}")
+        if store.complete:
+            raise ValueError(f"resume: {self.folder} is complete")
+        problems = store.verify(progress=False)
+        if problems:
+            raise ValueError(f"resume: {self.folder} cannot go on: {'; '.join(problems)}")
+        self._shards, self.progress = store.shards, store.progress
+        for path in self.folder.iterdir():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink()
 
     def _remove_old(self, overwrite: bool) -> None:
         manifest = self.folder / MANIFEST
@@ -428,7 +481,16 @@ class ActivationStoreWriter:
             "meta": self.meta,
             "shards": self._shards,
         }
+        if not complete:
+            manifest["progress"] = self.progress
         atomic_write_json(self.folder / MANIFEST, manifest)
+
+
+def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]) -> list[str]:
+    """What of a store is not as wanted, one line each."""
+    wanted = {"dtype": str(dtype), **json.loads(json.dumps(meta))}  # a tuple, say, comes back as a list
+    found = {"dtype": str(store.dtype), **store.meta}
+    return [f"{k} = {v!r}, there {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:

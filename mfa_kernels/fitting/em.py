@@ -8,8 +8,9 @@ Hinton, "The EM algorithm for mixtures of factor analyzers", 1996).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -173,6 +174,11 @@ def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor) 
     return Prior(covariance, min(scores, key=scores.__getitem__))
 
 
+def statistics_state(s: Statistics) -> dict[str, Tensor]:
+    """Statistics by the names they have in a checkpoint."""
+    return {f"statistics.{field.name}": getattr(s, field.name) for field in fields(Statistics)}
+
+
 class Overlap:
     """How much of their tokens pairs of regions share: sum_n r_ni r_nj over the two largest responsibilities."""
 
@@ -264,6 +270,23 @@ class _EM(Run):
         super().__init__(*args)
         self.covariance = pooled_covariance(self.mfa, start_rows)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
+        self.step = self.batch = 0  # M-steps done, and batches of the pass going on
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super()._state()
+        tensors["covariance"] = self.covariance
+        strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
+        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch}
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super()._load(tensors, values)
+        self.covariance = tensors["covariance"].to(self.covariance, copy=True)
+        self.prior = None if values["prior"] is None else Prior(self.covariance, *values["prior"])
+        self.step, self.batch = values["step"], values["batch"]
+
+    def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
+        device = self.mfa.means.device
+        return Statistics(*(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(Statistics)))
 
     def _zeros(self) -> Statistics:
         return Statistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
@@ -292,19 +315,47 @@ class BatchEM(_EM):
         super().__init__(*args, start_rows=start_rows)
         self.rows = self.rows.sort().values  # as disks like it; the order does not matter
         self.log_posteriors: list[float] = []  # per token, before each M-step
+        self.revivals = 0  # passes that moved regions
+        self.partial: tuple[Statistics, Overlap] | None = None  # of the batches of a pass that were seen
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super()._state()
+        tensors["log_posteriors"] = torch.tensor(self.log_posteriors, dtype=torch.float64)
+        if self.partial is not None:
+            s, overlap = self.partial
+            tensors |= statistics_state(s)
+            if overlap.pairs:
+                tensors |= {"overlap.pairs": torch.cat(overlap.pairs), "overlap.shares": torch.cat(overlap.shares)}
+        return tensors, values | {"revivals": self.revivals}
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super()._load(tensors, values)
+        self.log_posteriors, self.revivals = tensors["log_posteriors"].tolist(), values["revivals"]
+        if self.batch:
+            overlap, device = Overlap(self.mfa.n_components), self.mfa.means.device
+            if "overlap.pairs" in tensors:
+                overlap.pairs = [tensors["overlap.pairs"].to(device, copy=True)]
+                overlap.shares = [tensors["overlap.shares"].to(device, copy=True)]
+            self.partial = self._saved_statistics(tensors), overlap
 
     def run(self) -> None:
         """Ends when a pass gains too little to matter, when patience runs out, or after `epochs` passes."""
         from tqdm import tqdm
 
-        passes, revivals = self.settings.epochs, 0
+        passes = self.settings.epochs
         every = self.settings.eval_every or 1
-        total = passes * len(self.rows)
-        bar = tqdm(total=total, desc="EM", unit="token", unit_scale=True, disable=not self.settings.progress)
+        bar = tqdm(
+            total=passes * len(self.rows),
+            initial=self.step * len(self.rows) + min(len(self.rows), self.batch * self._batch_rows()),
+            desc="EM",
+            unit="token",
+            unit_scale=True,
+            disable=not self.settings.progress,
+        )
         with bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
-            for step in range(1, passes + 1):
+            for step in range(self.step + 1, passes + 1):
                 s, overlap = self._pass(step == 1, bar)
                 prior = self.prior or self._choose_prior(s)
                 tokens = float(s.mass.sum())
@@ -312,24 +363,28 @@ class BatchEM(_EM):
                 self.log_posteriors.append(float(s.log_likelihood + prior.log_density(self.mfa)) / tokens)
                 maximize(self.mfa, s, prior)
                 moved = 0
-                if revivals < _REVIVALS and step < passes:
+                if self.revivals < _REVIVALS and step < passes:
                     moved = revive(self.mfa, s.mass, overlap, self.covariance)
-                    revivals += moved > 0
+                    self.revivals += moved > 0
                     self.report.revived_components += moved
                 settled = step == passes or (not moved and self._settled())
                 if step % every == 0 or settled:
                     self._evaluate(step, step, bar)
                 if settled or self._out_of_patience(finished=step == passes):
                     return
+                self.step, self.batch, self.partial = step, 0, None
+                self._save_if_due()
 
     def _pass(self, count_skipped: bool, bar: Any) -> tuple[Statistics, Overlap]:
-        s, overlap = self._zeros(), Overlap(self.mfa.n_components)
-        for x in read_ahead(self.source, iter(self.rows.split(self._batch_rows()))):
+        s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
+        for x in read_ahead(self.source, iter(self.rows.split(self._batch_rows())[self.batch :])):
             bar.update(len(x))
             x = self._finite(x, count_skipped)
             active, responsibilities = self._expect(x, s)
             overlap.add(active.components, responsibilities)
             self.tokens += len(x)
+            self.batch += 1
+            self._save_if_due()
         return s, overlap
 
     def _settled(self) -> bool:
@@ -361,50 +416,80 @@ class OnlineEM(_EM):
         self.start_rows: Tensor | None = start_rows  # until they have been looked at
         self.stream = stream
         self.batch_rows = online_rows(self.mfa.n_components, self.settings.batch_size)
+        self.known = 1.0  # batches that the start rows are worth
+        self.epoch = 1  # the pass going on
+        self.order = self.generator.get_state()  # that its order is drawn from
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super()._state()
+        tensors["order"] = self.order
+        if self.start_rows is None:
+            tensors |= {**statistics_state(self.statistics), "about": self.about}
+        return tensors, values | {"known": self.known, "epoch": self.epoch}
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super()._load(tensors, values)
+        self.generator.set_state(tensors["order"])
+        self.known, self.epoch = values["known"], values["epoch"]
+        if "about" in tensors:
+            self.start_rows = None
+            self.about = tensors["about"].to(self.mfa.means, copy=True)
+            self.statistics = self._saved_statistics(tensors)
 
     def run(self) -> None:
         """Ends when the rows do, or when patience runs out."""
         from tqdm import tqdm
 
         settings = self.settings
-        passes = settings.epochs if self.stream is None else 1
+        passes = settings.epochs if self.stream is None else min(1, settings.epochs)
         per_pass = -(-len(self.rows) // self.batch_rows)
         total = None if self.stream is not None else passes * len(self.rows)
         every = settings.eval_every or (per_pass if self.stream is None else _STREAM_EVALUATION)
-        bar = tqdm(total=total, desc="online EM", unit="token", unit_scale=True, disable=not settings.progress)
+        bar = tqdm(
+            total=total,
+            initial=(self.epoch - 1) * len(self.rows) + min(len(self.rows), self.batch * self.batch_rows),
+            desc="online EM",
+            unit="token",
+            unit_scale=True,
+            disable=not settings.progress,
+        )
         with bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
             if not passes:
                 return
-            known = self._look_at_start()
-            step = 0
-            for epoch in range(1, passes + 1):
+            if self.start_rows is not None:
+                self._look_at_start(self.start_rows)
+                self._save_if_due()
+            for epoch in range(self.epoch, passes + 1):
+                self.epoch, self.order = epoch, self.generator.get_state()
                 for x in self._batches():
                     bar.update(len(x))
                     x = self._finite(x, count_skipped=epoch == 1)
+                    self.batch += 1
                     if not len(x):
                         continue
-                    step += 1
-                    self._step(x, (step + known) ** -_KAPPA)
-                    if step % every == 0:
-                        self._evaluate(step, epoch, bar)
+                    self.step += 1
+                    self._step(x, (self.step + self.known) ** -_KAPPA)
+                    if self.step % every == 0:
+                        self._evaluate(self.step, epoch, bar)
                         if self._out_of_patience(finished=False):
                             return
-            if step % every or not step:
-                self._evaluate(step, passes, bar)
+                    self._save_if_due()
+                self.batch = 0
+            if self.step % every or not self.step:
+                self._evaluate(self.step, passes, bar)
 
-    def _look_at_start(self) -> float:
-        """The statistics of the start rows, and the first M-step; returns how many batches these rows are worth."""
-        assert self.start_rows is not None
-        s, rows = self._zeros(), len(self.start_rows)
-        for x in self.start_rows.split(self._batch_rows()):
+    def _look_at_start(self, start_rows: Tensor) -> None:
+        """The statistics of the start rows, and the first M-step."""
+        s, rows = self._zeros(), len(start_rows)
+        for x in start_rows.split(self._batch_rows()):
             self._expect(x, s)
             self.tokens += len(x)
         self.start_rows = None
         self._maximize(s, self._choose_prior(s))
         self.statistics.scale_(1 / rows)
-        return max(1.0, rows / self.batch_rows)
+        self.known = max(1.0, rows / self.batch_rows)
 
     def _step(self, x: Tensor, eta: float) -> None:
         s, prior = self.statistics, self.prior
@@ -429,9 +514,11 @@ class OnlineEM(_EM):
             self.about = self.mfa.means.detach().clone()
 
     def _batches(self) -> Iterator[Tensor]:
+        """The batches of a pass that were not seen yet."""
         if self.stream is None:
-            return read_ahead(self.source, shuffled(self.rows, self.batch_rows, self.generator))
-        return _regrouped(self.stream, self.batch_rows)
+            order = shuffled(self.rows, self.batch_rows, self.generator)
+            return read_ahead(self.source, islice(order, self.batch, None))
+        return islice(_regrouped(self.stream, self.batch_rows), self.batch, None)
 
 
 def _regrouped(batches: Iterable[Tensor], rows: int) -> Iterator[Tensor]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +18,12 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
-from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training
+from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
@@ -34,6 +37,7 @@ _KMEANS_ITERATIONS = 10
 _LEAST_ONLINE_STEPS = 8  # a pass, for "auto"
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
+_FINGERPRINT_ROWS = 256  # from all over, or the first of an iterator: they tell whether the data is the same
 _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 
 
@@ -60,6 +64,9 @@ def fit(
     precision: str = "exact",
     callbacks: Sequence[Callback] = (),
     log: StrPath | None = None,
+    checkpoint: StrPath | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: StrPath | bool = False,
     progress: bool = True,
 ) -> MFA:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
@@ -75,6 +82,11 @@ def fit(
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
     finite are left out and counted. Ctrl-C ends the training with a warning, and returns the best so far.
+
+    With a `checkpoint`, a fit that is killed at any moment goes on, with `resume`, to the bits that it would have
+    come to (timings apart; on the same kind of device). The first one is written when the start is there: K-means is
+    not cut up, and one that was killed runs again. An iterator has to be given again from its beginning: the rows that
+    were used are read and passed over. What callbacks remember is theirs to keep.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
@@ -104,13 +116,21 @@ def fit(
         callbacks: called as callback(mfa, record) after every evaluation, the one of the start included; `record` is
             the entry of `FitReport.history`. They may change the mixture's parameters in place.
         log: path of a file of JSON lines, one per evaluation.
+        checkpoint: folder for what is needed to go on, replaced atomically; of one fit. See
+            `mfa_kernels.fitting.checkpoint`.
+        checkpoint_seconds: at least, between two of them.
+        resume: a folder to go on from (and to write to, where `checkpoint` names no other), with the same data and
+            settings. True: from `checkpoint`, or from the beginning where it holds none yet. A fit that came to its
+            end returns its result.
         progress: show progress bars.
 
     Returns:
         The mixture, with a `FitReport` as its attribute `fit_report`.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: naming the argument; for `resume`, each setting that differs.
+        FileExistsError: `checkpoint` holds one, and there is no `resume`.
+        FileNotFoundError: `resume` names a folder without a checkpoint.
         RuntimeError: when step after step has a loss or a gradient that is not finite.
     """
     check_choice(method, METHODS, "method")
@@ -127,6 +147,7 @@ def fit(
         raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    folder, resumed = _checkpoint_folders(checkpoint, checkpoint_seconds, resume)
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
     sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
@@ -159,42 +180,112 @@ def fit(
             f"of {len(source)} (held out: {len(held_index)})"
         )
 
-    with _timed(report, "kmeans"):
-        if clusters is None:
-            clusters = kmeans(start_rows, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
-        centroids = centroids_of(clusters, source.n_features, n_components)
-    with _timed(report, "start"):
-        mfa = start_from_clusters(
-            start_rows, centroids, rank, noise,
-            init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
-        )  # fmt: skip
-    arguments = mfa, source, rows, held_out_rows
-    with _timed(report, method):
+    if clusters is not None:
+        clusters = centroids_of(clusters, source.n_features, n_components)
+    checkpoints: Checkpoints | None = None
+    saved: State | None = None
+    if folder is not None:
+        every = 1 if streamed else max(1, len(source) // _FINGERPRINT_ROWS)
+        looked_at = source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS])
+        facts = {
+            "rows": None if streamed else len(source), "n_features": source.n_features,
+            "data": fingerprint(looked_at),
+            "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
+            "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
+            "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
+            "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
+        }  # fmt: skip
+        checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
+        saved = None if resumed is None else checkpoints.load(resumed)
+
+    if saved is None:
+        with _timed(report, "kmeans"):
+            if clusters is None:
+                clusters = kmeans(start_rows, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
+            centroids = centroids_of(clusters, source.n_features, n_components)
+        with _timed(report, "start"):
+            mfa = start_from_clusters(
+                start_rows, centroids, rank, noise,
+                init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
+            )  # fmt: skip
+    else:
+        report = saved.report
+        mfa = _restored(saved, noise, precision, device)
+    if saved is None or saved.stage != DONE:
+        arguments = mfa, source, rows, held_out_rows
         run: Run
-        if method == "sgd":
-            run = Training(*arguments, settings, generator, report)
-        elif method == "em":
-            run = BatchEM(*arguments, settings, generator, report, start_rows=start_rows)
-        else:
-            run = OnlineEM(*arguments, settings, generator, report, start_rows=start_rows, stream=stream)
-        del start_rows
-        _run(run, report)
-    if polish and not report.interrupted:
-        with _timed(report, "polish"):
-            _run(Training(*arguments, replace(settings, epochs=polish), generator, report), report)
-    _count_live(mfa, held_out_rows, source, rows[: _LIVE_ROWS_PER_COMPONENT * n_components], report)
+        if saved is None or saved.stage == method:
+            if method == "sgd":
+                run = Training(*arguments, settings, generator, report)
+            elif method == "em":
+                run = BatchEM(*arguments, settings, generator, report, start_rows=start_rows)
+            else:
+                run = OnlineEM(*arguments, settings, generator, report, start_rows=start_rows, stream=stream)
+            del start_rows
+            _run(run, method, checkpoints, saved)
+            saved = None
+        if polish and not report.interrupted:
+            run = Training(*arguments, replace(settings, epochs=polish), generator, report)
+            _run(run, "polish", checkpoints, saved)
+        _count_live(mfa, held_out_rows, source, rows[: _LIVE_ROWS_PER_COMPONENT * n_components], report)
+        if checkpoints is not None and not report.interrupted:
+            checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
     mfa.zero_grad()
     mfa.fit_report = report
     return mfa
 
 
-def _run(run: Run, report: FitReport) -> None:
+def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:
+    run.enter(stage, checkpoints, saved)
     try:
         run.run()
     except KeyboardInterrupt:
-        report.interrupted = True
+        run.report.interrupted = True
         warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=3)
+    run.note_time()
     run.restore_best()
+
+
+def _checkpoint_folders(
+    checkpoint: StrPath | None, seconds: float, resume: StrPath | bool
+) -> tuple[Path | None, Path | None]:
+    """Where checkpoints go, and the folder to go on from, where there is one."""
+    if not seconds >= 0:
+        raise ValueError(f"checkpoint_seconds must be >= 0, got {seconds!r}")
+    if not isinstance(resume, bool | str | os.PathLike):
+        raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
+    held = checkpoint is not None and (Path(checkpoint) / FILE).exists()
+    if resume is True:
+        if checkpoint is None:
+            raise ValueError("resume = True needs a checkpoint folder to go on from")
+        return Path(checkpoint), Path(checkpoint) if held else None
+    if resume is False:
+        if held:
+            raise FileExistsError(
+                f"checkpoint: {checkpoint} holds the {FILE} of a fit: resume=True goes on with it; else name another"
+            )
+        return None if checkpoint is None else Path(checkpoint), None
+    folder = Path(resume if checkpoint is None else checkpoint)
+    if held and folder.resolve() != Path(resume).resolve():
+        raise FileExistsError(f"checkpoint: {checkpoint} holds the {FILE} of another fit than resume: {resume}")
+    return folder, Path(resume)
+
+
+@torch.no_grad()
+def _restored(saved: State, noise: str, precision: str, device: torch.device) -> MFA:
+    """The mixture of a checkpoint."""
+    tensors = {name.removeprefix("mfa."): t for name, t in saved.tensors.items() if name.startswith("mfa.")}
+    mfa: MFA = torch.nn.utils.skip_init(
+        MFA,
+        *tensors["loadings"].shape,
+        noise,
+        precision=precision,
+        noise_floor=saved.values["noise_floor"],
+        device=device,
+        dtype=tensors["means"].dtype,
+    )
+    mfa.load_state_dict(tensors)
+    return mfa
 
 
 def _head(batches: Iterator[Any], rows: int) -> tuple[Source, Iterator[Tensor]]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
@@ -72,6 +74,26 @@ class StandardizedAdam:
         """Takes over the mixture's parameters, after somebody changed them."""
         for own, (parameter, offset, scale) in zip(self.parameters, self.scaled):
             own.copy_((parameter - offset) / scale)
+
+    def state(self) -> dict[str, Tensor]:
+        """What the next steps depend on besides the mixture and `typical`, by name."""
+        out = {"scale": self.scaled[0][2]}
+        for i, parameter in enumerate(self.all):
+            out[f"{i}.parameter"] = parameter.detach()
+            out |= {f"{i}.{name}": value for name, value in self.adam.state[parameter].items()}
+        return out
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        self.scaled[0][2].copy_(state["scale"])  # that of the loadings is a view of it
+        for i, parameter in enumerate(self.all):
+            parameter.copy_(state[f"{i}.parameter"])
+            if f"{i}.step" in state:  # there is none before the first step
+                self.adam.state[parameter] = {
+                    name: state[f"{i}.{name}"].to(parameter.device, copy=True)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
 
     @torch.no_grad()
     def step(self, lr: float) -> bool:
@@ -142,6 +164,11 @@ def mean_nll(mfa: MFA, x: Tensor) -> float:
     return -float(torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double().mean())
 
 
+def mixture_state(mfa: MFA) -> dict[str, Tensor]:
+    """A mixture's parameters and centre, by the names they have in a checkpoint."""
+    return {f"mfa.{name}": tensor for name, tensor in mfa.state_dict().items()}
+
+
 class Run:
     """What all methods share: they change a mixture in place, and keep the parameters that are best on held-out rows.
 
@@ -176,6 +203,9 @@ class Run:
         self.losses: list[float] = []  # since the last evaluation, as the two below
         self.tokens = 0
         self.began = time.perf_counter()
+        self.checkpoints: Checkpoints | None = None
+        self.stage = ""  # of the fit, for the report and the checkpoints
+        self.created, self.spent_before = self.began, 0.0
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.mfa.parameters()]
@@ -183,6 +213,50 @@ class Run:
     def run(self) -> None:
         """Changes the mixture, evaluating on the way."""
         raise NotImplementedError
+
+    def enter(self, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:
+        """Says which stage of the fit this is and where its checkpoints go; goes on from one of this stage."""
+        self.stage, self.checkpoints = stage, checkpoints
+        self.spent_before = self.report.seconds.get(stage, 0.0)
+        if saved is not None:
+            self._load(saved.tensors, saved.values)
+        elif checkpoints is not None:
+            self._save(checkpoints)
+
+    def note_time(self) -> None:
+        """Tells the report what this stage has taken so far."""
+        self.report.seconds[self.stage] = self.spent_before + time.perf_counter() - self.created
+
+    def _save_if_due(self) -> None:
+        """To be called between two batches, where a run can go on from."""
+        if self.checkpoints is not None and self.checkpoints.due():
+            self._save(self.checkpoints)
+
+    def _save(self, checkpoints: Checkpoints) -> None:
+        self.note_time()
+        checkpoints.save(State(self.stage, *self._state(), self.report))
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the rest of the run depends on: tensors, and what JSON can hold."""
+        tensors = mixture_state(self.mfa)
+        tensors |= {f"best.{i}": kept for i, kept in enumerate(self.best or ())}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        return tensors, {
+            "noise_floor": self.mfa.noise_floor,
+            "first_step": self.first_step,
+            "first_epoch": self.first_epoch,
+            "seconds": self.seconds + time.perf_counter() - self.began,
+            "evaluations_since_best": self.evaluations_since_best,
+        }
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Takes over what `_state` gave; the mixture's own part is in it already."""
+        kept = [tensors[f"best.{i}"] for i in range(4) if f"best.{i}" in tensors]
+        self.best = [tensor.to(self.mfa.means.device, copy=True) for tensor in kept] or None
+        self.losses = tensors["losses"].tolist()
+        self.first_step, self.first_epoch = values["first_step"], values["first_epoch"]
+        self.seconds = values["seconds"]
+        self.evaluations_since_best = values["evaluations_since_best"]
 
     def restore_best(self) -> None:
         """Puts the best parameters back into the mixture."""
@@ -251,6 +325,22 @@ class Training(Run):
         super().__init__(*args)
         self.adam = StandardizedAdam(self.mfa, standard_deviation(self.mfa), self.settings.lr)
         self.bad_steps = 0
+        self.epoch = self.batch = 0  # passes done, and batches of the one going on
+        self.order = self.generator.get_state()  # that its order is drawn from
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super()._state()
+        tensors |= {f"adam.{name}": tensor for name, tensor in self.adam.state().items()}
+        tensors["order"] = self.order
+        own = {"bad_steps": self.bad_steps, "epoch": self.epoch, "batch": self.batch, "typical": self.adam.typical}
+        return tensors, values | own
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super()._load(tensors, values)
+        self.adam.load({n.removeprefix("adam."): tensor for n, tensor in tensors.items() if n.startswith("adam.")})
+        self.generator.set_state(tensors["order"])
+        self.adam.typical, self.bad_steps = values["typical"], values["bad_steps"]
+        self.epoch, self.batch = values["epoch"], values["batch"]
 
     def run(self) -> None:
         """Raises RuntimeError after ten steps in a row without a finite loss and gradient."""
@@ -258,21 +348,25 @@ class Training(Run):
 
         settings = self.settings
         per_epoch = -(-len(self.rows) // settings.batch_size)
-        steps, step = per_epoch * settings.epochs, 0
+        steps, step = per_epoch * settings.epochs, per_epoch * self.epoch + self.batch
         every = settings.eval_every or per_epoch
-        with tqdm(total=steps, desc="fit", unit="step", disable=not settings.progress) as bar:
+        with tqdm(total=steps, initial=step, desc="fit", unit="step", disable=not settings.progress) as bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
-            for epoch in range(settings.epochs):
-                indices = shuffled(self.rows, settings.batch_size, self.generator)
+            for epoch in range(self.epoch, settings.epochs):
+                self.epoch, self.order = epoch, self.generator.get_state()
+                indices = islice(shuffled(self.rows, settings.batch_size, self.generator), self.batch, None)
                 for x in read_ahead(self.source, indices):
                     self._step(x, learning_rate(step, steps, settings), count_skipped=epoch == 0)
                     step += 1
+                    self.batch += 1
                     bar.update()
                     if step % every == 0 or step == steps:
                         self._evaluate(step, epoch + 1, bar)
                         if self._out_of_patience(finished=step == steps):
                             return
+                    self._save_if_due()
+                self.batch = 0
 
     def _parameters_changed(self) -> None:
         self.adam.read()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mfa_kernels import harvest
-from mfa_kernels.data import ActivationStore
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+from mfa_kernels.data.harvest import stream
 from mfa_kernels.models import hidden_states, with_hidden_states
 
 BOS, EOS, UNKNOWN, WORDS = 0, 1, 2, 40
@@ -396,3 +398,198 @@ def test_the_tokens_of_a_real_model_decode_to_the_text() -> None:
     assert tokenizer.decode(tokens) in text
     assert store.source(store.document(row)) == "reader.py"
     assert store.n_features == model.config.hidden_size
+
+
+LONG = [words(*range(i, i + 20 + i % 7)) for i in range(30)]
+CUT = {"context": 9, "batch_size": 3, "rows_per_shard": 40}
+
+
+class CutOff(Exception):
+    pass
+
+
+def cut_off_after(writes: int, patch: pytest.MonkeyPatch) -> None:
+    """The process 'dies' before it writes another manifest; a shard that the manifest lacks may be there."""
+    whole, left = ActivationStoreWriter._write_manifest, [writes]
+
+    def write(self: ActivationStoreWriter, complete: bool) -> None:
+        if not left[0]:
+            raise CutOff
+        left[0] -= 1
+        whole(self, complete)
+
+    patch.setattr(ActivationStoreWriter, "_write_manifest", write)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("max_tokens", [None, 333])
+def test_cut_off_anywhere_it_goes_on_to_the_same_files(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int | None
+) -> None:
+    model, tokenizer = llama
+    options = {**CUT, "max_tokens": max_tokens}
+    whole = quiet(model, tokenizer, LONG, [0, 2], tmp_path / "whole", **options)
+    assert len(whole[0].shards) > 8
+    assert max_tokens is None or len(whole[0]) == 333
+    cuts = 0
+    while True:
+        with monkeypatch.context() as patch:
+            cut_off_after(3, patch)  # two stores begin with a manifest each: one more shard in each life
+            try:
+                quiet(model, tokenizer, LONG, [0, 2], tmp_path / "cut", resume=True, **options)
+            except CutOff:
+                cuts += 1
+                continue
+        break
+    assert cuts > 8
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert "progress" not in (tmp_path / "cut" / "model.layers.0" / "manifest.json").read_text()
+
+
+def test_going_on_the_model_reads_only_what_is_missing(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = llama
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    quiet(model, tokenizer, LONG, 1, tmp_path / "whole", **CUT)
+    total = len(passes)
+    with monkeypatch.context() as patch:
+        cut_off_after(7, patch)
+        with pytest.raises(CutOff):
+            quiet(model, tokenizer, LONG, 1, tmp_path / "cut", **CUT)
+    passes.clear()
+    quiet(model, tokenizer, LONG, 1, tmp_path / "cut", resume=True, **CUT)
+    assert 0 < len(passes) < total * 3 // 4
+    passes.clear()
+    quiet(model, tokenizer, LONG, 1, tmp_path / "cut", resume=True, **CUT)
+    assert not passes, "it is complete"
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_rows_that_are_not_finite_are_counted_once(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = llama
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet(model, tokenizer, LONG, 0, tmp_path / "whole", **CUT)
+    with monkeypatch.context() as patch:
+        cut_off_after(3, patch)
+        with pytest.raises(CutOff):
+            quiet(model, tokenizer, LONG, 0, tmp_path / "cut", **CUT)
+    with pytest.warns(UserWarning, match="not finite"):
+        quiet(model, tokenizer, LONG, 0, tmp_path / "cut", resume=True, **CUT)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+@pytest.fixture
+def cut(llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A store of four shards that is not complete."""
+    with monkeypatch.context() as patch:
+        cut_off_after(5, patch)
+        with pytest.raises(CutOff):
+            quiet(*llama, LONG, 1, tmp_path, **CUT)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (lambda path: path.unlink(), FileNotFoundError, "activations-00002.safetensors: this shard is in the manifest"),
+        (lambda path: path.write_bytes(b"x"), ValueError, "activations-00002.safetensors: 1 bytes found"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+            ValueError,
+            "activations-00002.safetensors: corrupt",
+        ),
+    ],
+    ids=["missing", "truncated", "corrupt"],
+)
+def test_damaged_shards_are_reported_by_name(
+    llama: tuple, cut: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
+) -> None:
+    damage(cut / "activations-00002.safetensors")
+    with pytest.raises(error, match=message):
+        quiet(*llama, LONG, 1, cut, resume=True, **CUT)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": 8}, "context = 8, there 9"),
+        ({"batch_size": 4, "seed": 1}, "batch_size = 4, there 3; seed = 1, there 0"),
+        ({"dtype": torch.bfloat16}, "dtype = 'torch.bfloat16', there 'torch.float32'"),
+        ({"rows_per_shard": 50}, "rows_per_shard = 50, there 40"),
+        ({"layer": 0}, "layer = 'model.layers.0', there 'model.layers.1'"),
+        ({"texts": [*LONG[:-1], "w1"]}, "windows of texts are not those of the stores"),
+    ],
+)
+def test_what_differs_is_named(llama: tuple, cut: Path, change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {"texts": LONG, "layer": 1, **CUT, **change}
+    with pytest.raises(ValueError, match=message):
+        quiet(*llama, options.pop("texts"), options.pop("layer"), cut, resume=True, **options)
+
+
+def test_what_a_killed_process_left_is_removed(llama: tuple, cut: Path) -> None:
+    names = [".activations-00009.safetensors.0af.tmp", ".manifest.json.0af.tmp", ".tmpK3eXbq"]
+    for name in [*names, ".mine"]:
+        (cut / name).write_text("")
+    quiet(*llama, LONG, 1, cut, resume=True, **CUT)
+    assert [path.name for path in cut.iterdir() if path.name.startswith(".")] == [".mine"]
+
+
+def test_resume_needs_a_folder_and_spares_it(llama: tuple, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="it needs out"):
+        quiet(*llama, TEXTS, 1, resume=True)
+    with pytest.raises(ValueError, match="it needs no overwrite"):
+        quiet(*llama, TEXTS, 1, tmp_path, resume=True, overwrite=True)
+
+
+def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
+    model, tokenizer = llama
+    model.train()
+    options = {"context": 9, "batch_size": 3}
+    expected = quiet(model, tokenizer, LONG, 1, **options).tensor()
+    batches = []
+    for batch in stream(model, tokenizer, LONG, 1, **options):
+        assert model.training, "between two batches the model is as it was"
+        assert not any(module._forward_hooks for module in model.modules())
+        batches.append(batch)
+    assert len(batches) > 10
+    assert torch.equal(torch.cat(batches), expected)
+    first = torch.cat(list(stream(model, tokenizer, LONG, 1, max_tokens=50, **options)))
+    assert torch.equal(first, expected[:50])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        stream(model, tokenizer, LONG, 1, batch_size=0)
+    with pytest.raises(IndexError, match="layer"):
+        stream(model, tokenizer, LONG, 9)
+
+
+def test_fit_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mfa_kernels import fit
+    from mfa_kernels.fitting import loop
+    from mfa_kernels.models import load_language_model
+
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1500)
+    model, tokenizer = load_language_model(None)
+    texts = [f"def function_{i}(self, x):\n    return self.value_{i % 7} + {i} * x\n\n" * 4 for i in range(60)]
+    options = {"context": 64, "batch_size": 4, "max_tokens": 4000}
+
+    def fitted(batches: Iterator[Tensor], **more: Any) -> Any:
+        return fit(batches, 8, 2, method="auto", held_out=0.0, batch_size=300, progress=False, **more)
+
+    mfa = fitted(stream(model, tokenizer, texts, 1, **options))
+    assert mfa.fit_report.method == "online"
+    batches = list(stream(model, tokenizer, texts, 1, **options))
+    head = next(rows for rows in accumulate(map(len, batches)) if rows >= 1500)
+    assert mfa.fit_report.best_step == -(-(4000 - head) // 300)
+    later = torch.cat(batches)[1800:]
+    assert mfa(later) < fitted(iter(batches), epochs=0)(later) - 1, "the start has not seen these"
+    assert torch.equal(torch.cat(batches), quiet(model, tokenizer, texts, 1, **options).tensor())
+    again = fitted(iter(batches))
+    assert all(torch.equal(a, b) for a, b in zip(mfa.state_dict().values(), again.state_dict().values()))

@@ -290,3 +290,58 @@ def test_a_shard_of_another_store_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "b" / other.shards[0]["file"]).replace(tmp_path / "a" / store.shards[0]["file"])
     with pytest.raises(ValueError, match=r"activations-00000\.safetensors: shape, dtype"):
         ActivationStore(tmp_path / "a").rows(torch.tensor([0]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["from the first document", "rewound"])
+@pytest.mark.parametrize("rows_per_shard", [3, 7, 1000])
+def test_a_writer_goes_on_after_any_document(tmp_path: Path, rows_per_shard: int, known: bool) -> None:
+    docs = documents(LENGTHS)
+    write(tmp_path / "whole", docs, rows_per_shard=rows_per_shard)
+    for cut in range(len(docs) + 1):
+        folder = tmp_path / f"cut {cut}"
+        writer = ActivationStoreWriter(folder, D, rows_per_shard=rows_per_shard)
+        first, rows = 0, 0
+        for i, document in enumerate(docs[:cut]):
+            writer.progress = {"document": i, "rows": writer._rows}
+            writer.add_document(*document, source=f"doc {i}")
+        writer = ActivationStoreWriter(folder, D, rows_per_shard=rows_per_shard, resume=True)
+        if known and writer.progress:
+            first, rows = writer.progress["document"], writer.progress["rows"]
+            writer.rewind(first, rows)
+        writer.progress = {}
+        for i, document in enumerate(docs[first:], first):
+            writer.add_document(*document, source=f"doc {i}")
+        writer.close()
+        assert contents(folder) == contents(tmp_path / "whole"), cut
+
+
+def test_what_a_writer_cannot_go_on_with(tmp_path: Path) -> None:
+    docs = documents(LENGTHS)
+    folder = tmp_path / "s"
+    writer = ActivationStoreWriter(folder, D, rows_per_shard=7, meta={"a": (1, 2)})
+    for document in docs[:5]:
+        writer.add_document(*document)
+    on_disk = len(ActivationStore(folder))
+    for options, message in (
+        ({"n_features": 6}, "n_features = 6, there 5"),
+        ({"dtype": torch.float16}, "dtype = 'torch.float16', there 'torch.float32'"),
+        ({"meta": {"a": (1, 3)}}, r"a = \[1, 3\], there \[1, 2\]"),
+        ({"rows_per_shard": 8}, "rows_per_shard = 8, there 7"),
+        ({"rows_per_shard": 6}, "rows_per_shard = 6, there 7"),
+    ):
+        chosen = {"n_features": D, "rows_per_shard": 7, "meta": {"a": (1, 2)}, **options}
+        with pytest.raises(ValueError, match=f"resume: .* was written with other settings: here {message}"):
+            ActivationStoreWriter(folder, resume=True, **chosen)
+    again = ActivationStoreWriter(folder, D, rows_per_shard=7, meta={"a": (1, 2)}, resume=True)
+    for documents_, rows in ((0, on_disk + 1), (-1, 0), (99, 0)):
+        with pytest.raises(ValueError, match=rf"\[0, {on_disk}\], what .* holds, got {documents_} and {rows}"):
+            again.rewind(documents_, rows)
+    for document in docs:
+        again.add_document(*document)
+    again.close()
+    with pytest.raises(ValueError, match="is complete"):
+        ActivationStoreWriter(folder, D, rows_per_shard=7, meta={"a": (1, 2)}, resume=True)

@@ -1,0 +1,132 @@
+"""Checkpoints of a fit: what a run needs to go on bit for bit.
+
+A checkpoint is a folder:
+
+    checkpoint.json           settings, report, where the run is, and the name of the file with its tensors
+    state-00007.safetensors   parameters, the best ones, the state of the optimiser or of EM
+
+The tensors are complete on disk before the rename of checkpoint.json makes them count, and the older ones are removed
+after it: a crash at any moment leaves one complete checkpoint, or none when there was none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text
+from mfa_kernels.fitting.report import FitReport
+
+FORMAT = "mfa_kernels.fit"
+VERSION = 1
+FILE = "checkpoint.json"
+DONE = "done"  # the stage of a fit that came to its end
+# States, and what a process that was killed while it wrote leaves; the last is the name that safetensors writes under.
+_OURS = re.compile(r"state-\d+\.safetensors|\.(state-\d+\.safetensors|checkpoint\.json)\.\w+\.tmp|\.tmp\w+")
+
+
+class State(NamedTuple):
+    """One checkpoint: what stage it was written in, tensors by name, whatever JSON can hold, and the report so far."""
+
+    stage: str
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+    report: FitReport
+
+
+class Checkpoints:
+    """Writes the checkpoints of one fit.
+
+    Args:
+        folder: made if it is missing.
+        seconds: at least, between two of them.
+        settings: of the fit, what JSON can hold; a fit with others cannot go on from here.
+    """
+
+    def __init__(self, folder: StrPath, seconds: float, settings: Mapping[str, Any]) -> None:
+        self.folder, self.seconds, self.settings = Path(folder), seconds, dict(settings)
+        self.written = time.monotonic()
+
+    def due(self) -> bool:
+        """Whether it is time for one."""
+        return time.monotonic() - self.written >= self.seconds
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, and removes the one before."""
+        numbers = [int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*.safetensors")]
+        name = f"state-{max(numbers, default=-1) + 1:05d}.safetensors"
+        atomic_save_safetensors(state.tensors, self.folder / name)
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tensors": name,
+            "bytes": (self.folder / name).stat().st_size,
+            "stage": state.stage,
+            "settings": self.settings,
+            "report": asdict(state.report),
+            "values": state.values,
+        }
+        # Not `atomic_write_json`: a likelihood on the way may be NaN, and has to come back as it was.
+        atomic_write_text(self.folder / FILE, json.dumps(content, indent=2) + "\n")
+        for path in self.folder.iterdir():
+            if _OURS.fullmatch(path.name) and path.name != name:
+                path.unlink()
+        self.written = time.monotonic()
+
+    def load(self, folder: StrPath) -> State:
+        """The checkpoint in a folder; its tensors are views of the file, to be copied.
+
+        Raises:
+            FileNotFoundError: there is none, or its tensors are missing.
+            ValueError: a file is not ours or incomplete, or the settings differ, each of which is named.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        path = Path(folder) / FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"resume: {folder} holds no {FILE}")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"resume: {path} is not JSON ({error})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"resume: {path} is not the checkpoint of a fit (its format is not {FORMAT!r})")
+        if content.get("version") != VERSION:
+            raise ValueError(
+                f"resume: {path} has version {content.get('version')!r}, this library reads version {VERSION}"
+            )
+        before = content["settings"]
+        different = [
+            f"{name} = {self.settings.get(name)!r}, there {before.get(name)!r}"
+            for name in {**before, **self.settings}
+            if self.settings.get(name) != before.get(name)
+        ]
+        if different:
+            raise ValueError(f"resume: {folder} is of a fit with other settings: here {'; '.join(different)}")
+        tensors = path.parent / content["tensors"]
+        if not tensors.is_file():
+            raise FileNotFoundError(f"resume: {tensors} is missing")
+        size = tensors.stat().st_size
+        if size != content["bytes"]:
+            raise ValueError(f"resume: {tensors} has {size} bytes, expected {content['bytes']}")
+        try:
+            state = load_file(tensors)
+        except SafetensorError as error:
+            raise ValueError(f"resume: {tensors} is not a safetensors file: {error}") from error
+        return State(content["stage"], state, content["values"], FitReport(**content["report"]))
+
+
+def fingerprint(tensor: Tensor) -> str:
+    """Of the bits of a tensor of any dtype and device, and of its shape."""
+    bits = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + bits).hexdigest()[:16]

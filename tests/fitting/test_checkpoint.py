@@ -1,0 +1,249 @@
+"""A fit that is cut off anywhere goes on to the same bits; what does not belong together is refused by name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mfa_kernels import MFA
+from mfa_kernels.fitting import em, fit, loop, sgd
+from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
+from tests.fitting.planted import Store, draw, planted
+
+ROWS = draw(planted(), 3000)
+ROWS[::97, 0] = torch.nan
+METHODS: dict[str, dict[str, Any]] = {
+    "sgd": {"method": "sgd", "batch_size": 300},
+    "sgd, random, no held-out rows": {"method": "sgd", "batch_size": 900, "init": "random", "held_out": 0.0},
+    "sgd, out of patience": {
+        "method": "sgd",
+        "batch_size": 900,
+        "lr": 0.5,
+        "eval_every": 1,
+        "patience": 4,
+        "epochs": 9,
+    },
+    "em": {"method": "em", "noise": "per_component", "n_components": 9},
+    "em, settles": {"method": "em", "epochs": 9},
+    "em, polish": {"method": "em", "polish": 2, "epochs": 2, "eval_every": 2},
+    "online": {"method": "online", "batch_size": 300, "eval_every": 4},
+    "online, per component": {"method": "online", "batch_size": 300, "noise": "per_component"},
+    "online, rank 0": {"method": "online", "batch_size": 700, "rank": 0, "dtype": torch.float64},
+}
+
+
+class CutOff(Exception):
+    pass
+
+
+def run(x: Any = ROWS, **options: Any) -> MFA:
+    chosen = {"n_components": 6, "rank": 2, "epochs": 3, "progress": False, "checkpoint_seconds": 0, **options}
+    return fit(x, **chosen)
+
+
+def result(mfa: MFA) -> tuple[list[bytes], dict[str, Any]]:
+    """All bits of a mixture, and of its report all but the times."""
+    report = asdict(mfa.fit_report)
+    report["seconds"] = sorted(report["seconds"])
+    for record in report["history"]:
+        del record["seconds"], record["tokens_per_second"]
+    return [t.numpy().tobytes() for t in mfa.state_dict().values()] + [repr(mfa.noise_floor).encode()], report
+
+
+@pytest.fixture
+def eventful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Passes of EM in several batches, to be cut off in their middle too, that settle soon; gradients are clipped."""
+    monkeypatch.setattr(sgd, "_CLIP", 0.7)
+    monkeypatch.setattr(em, "_TOLERANCE", 1e-3)
+    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+
+
+def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process 'dies' right after so many checkpoints."""
+    whole, left = Checkpoints.save, [saves]
+
+    def save(self: Checkpoints, state: Any) -> None:
+        if not left[0]:
+            raise CutOff
+        left[0] -= 1
+        whole(self, state)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+
+
+@pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize("wrap", [torch.Tensor.clone, Store], ids=["tensor", "store"])
+def test_cut_off_at_every_checkpoint(options, wrap, eventful, monkeypatch, tmp_path):
+    expected = result(run(wrap(ROWS), **options))
+    steps = expected[1]["history"][-1]["step"]
+    if options == METHODS["sgd, out of patience"]:
+        assert expected[1]["stopped_early"]
+    if options == METHODS["em, settles"]:
+        assert 2 < steps < 9
+    cuts = 0
+    while True:
+        with monkeypatch.context() as patch:
+            cut_off_after(1 if cuts else 0, patch)
+            try:
+                mfa = run(wrap(ROWS), checkpoint=tmp_path, resume=True, **options)
+            except CutOff:
+                cuts += 1
+                continue
+        break
+    assert result(mfa) == expected
+    # Each life came one checkpoint further; the first one, K-means included, was lost.
+    assert cuts > 4
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, f"state-{cuts - 1:05d}.safetensors"]
+
+
+@pytest.mark.parametrize("method", ["sgd", "em", "online"])
+def test_checkpoints_change_nothing(method, tmp_path):
+    assert result(run(method=method)) == result(run(method=method, checkpoint=tmp_path))
+    seldom = run(method=method, checkpoint=tmp_path / "seldom", checkpoint_seconds=1e9)
+    assert result(seldom) == result(run(method=method))
+    written = json.loads((tmp_path / "seldom" / FILE).read_text())["tensors"]
+    assert written == "state-00001.safetensors", "the start and the end"
+
+
+def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
+    expected = result(run(checkpoint=tmp_path))
+    monkeypatch.setattr(loop, "kmeans", None)
+    monkeypatch.setattr(loop, "Training", None)
+    assert result(run(resume=tmp_path)) == expected
+    assert result(run(checkpoint=tmp_path, resume=True)) == expected
+
+
+def test_an_iterator_is_given_again_from_its_beginning(monkeypatch, tmp_path):
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+
+    def batches() -> Any:
+        return iter(ROWS.split(130))
+
+    options = {"method": "online", "batch_size": 200, "eval_every": 2}
+    expected = result(run(batches(), **options))
+    cut_off_after(6, monkeypatch)
+    with pytest.raises(CutOff):
+        run(batches(), checkpoint=tmp_path, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+    assert result(run(batches(), resume=tmp_path, **options)) == expected
+
+
+def test_another_folder_to_write_to(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        cut_off_after(4, patch)
+        with pytest.raises(CutOff):
+            run(checkpoint=tmp_path / "a")
+    before = {path: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    assert result(run(resume=tmp_path / "a", checkpoint=tmp_path / "b")) == result(run())
+    assert {path: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+    with pytest.raises(FileExistsError, match="another fit"):
+        run(resume=tmp_path / "a", checkpoint=tmp_path / "b")
+
+
+def test_interrupted_by_hand_it_can_still_go_on(tmp_path):
+    def stop(mfa: MFA, record: dict[str, Any]) -> None:
+        if record["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="interrupted"):
+        assert run(checkpoint=tmp_path, callbacks=[stop]).fit_report.interrupted
+    assert result(run(resume=tmp_path)) == result(run())
+
+
+def test_a_likelihood_that_is_no_number_comes_back(tmp_path):
+    history = [{"step": 0, "held_out_nll": float("nan"), "train_nll": float("inf")}]
+    state = loop.State("sgd", {"a": torch.arange(3)}, {"x": 0.1}, loop.FitReport(history=history))
+    checkpoints = Checkpoints(tmp_path, 60, {})
+    checkpoints.save(state)
+    loaded = checkpoints.load(tmp_path)
+    assert repr(loaded) == repr(state)
+    assert not checkpoints.due()
+
+
+def test_what_was_left_by_a_process_that_died_is_removed(tmp_path):
+    ours = [".state-00003.safetensors.0af.tmp", f".{FILE}.0af.tmp", "state-00003.safetensors", ".tmpK3eXbq"]
+    for name in [*ours, "notes.txt"]:
+        (tmp_path / name).write_text("")
+    run(checkpoint=tmp_path, epochs=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "notes.txt", "state-00005.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"epochs": 4}, ["epochs = 4, there 3"]),
+        ({"lr": 0.5, "seed": 1}, ["lr = 0.5, there 0.01", "seed = 1, there 0"]),
+        ({"n_components": 5}, ["n_components = 5, there 6"]),
+        ({"method": "em"}, ["method = 'em', there 'sgd'"]),
+        ({"dtype": torch.float64}, ["dtype = 'torch.float64'"]),
+        ({"clusters": ROWS[1:7]}, ["clusters ="]),
+        ({"x": ROWS[:2000]}, ["rows = 2000, there 3000", "data ="]),
+        ({"x": ROWS + 1}, ["data ="]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_settings_that_differ_are_named(change, named, tmp_path):
+    run(checkpoint=tmp_path)
+    with pytest.raises(ValueError, match="resume: .* is of a fit with other settings") as caught:
+        run(**{"resume": tmp_path, **change})
+    text = str(caught.value)
+    assert all(name in text for name in named), text
+    assert text.count(", there ") == (2 if len(change) == 2 or "rows" in named[0] else 1)
+
+
+def spoil(path: Path, data: bytes | None) -> None:
+    if data is None:
+        path.unlink()
+    else:
+        path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "error", "message"),
+    [
+        ("state-00001.safetensors", None, FileNotFoundError, "state-00001.safetensors is missing"),
+        ("state-00001.safetensors", b"abc", ValueError, "state-00001.safetensors has 3 bytes, expected"),
+        (FILE, None, FileNotFoundError, f"holds no {FILE}"),
+        (FILE, b"{", ValueError, "is not JSON"),
+        (FILE, b"[]", ValueError, "is not the checkpoint of a fit"),
+        (FILE, b'{"format": "mfa_kernels.fit", "version": 99}', ValueError, "has version 99"),
+    ],
+)
+def test_damage_is_reported_by_name(name, data, error, message, tmp_path):
+    run(checkpoint=tmp_path, epochs=0)
+    spoil(tmp_path / name, data)
+    with pytest.raises(error, match=message):
+        run(resume=tmp_path, epochs=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"resume": True}, ValueError, "resume = True needs a checkpoint"),
+        ({"resume": 3}, TypeError, "resume must be a folder or a bool, got int"),
+        ({"checkpoint_seconds": -1}, ValueError, "checkpoint_seconds must be >= 0, got -1"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        run(**options)
+
+
+def test_a_checkpoint_is_not_written_over(tmp_path):
+    run(checkpoint=tmp_path, epochs=0)
+    with pytest.raises(FileExistsError, match="resume=True goes on with it"):
+        run(checkpoint=tmp_path, epochs=0)
+
+
+def test_fingerprint():
+    x = torch.arange(6.0).view(2, 3)
+    prints = {fingerprint(t) for t in (x, x.view(3, 2), x.double(), x.bfloat16(), x.t(), x[:0])}
+    assert len(prints) == 6
+    assert fingerprint(x.t()) == fingerprint(x.t().contiguous())

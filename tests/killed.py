@@ -1,0 +1,140 @@
+"""Jobs that are killed at random moments and started again, until they come to their end.
+
+Run as a module by `tests.test_killed`, in a process of its own that imports once, hardly computes, and forks a
+child for every life of a job. (To fork a process that has run threads is asking for trouble.)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from mfa_kernels import MFA, fit, harvest
+from mfa_kernels.ops import native
+from tests.data.test_harvest import make_model, make_tokenizer, words
+from tests.fitting.planted import Store, draw, planted
+
+Job = Callable[[Path, bool], None]  # works in a folder; whether it may find something there to go on with
+
+TRUE = planted(8, 16, 2)
+TEXTS = [words(*range(i, i + 9 + i % 17)) for i in range(100)]
+
+
+def fitting(method: str) -> Job:
+    options = {"em": {"polish": 1}, "sgd": {}, "online": {"noise": "per_component"}}[method]
+
+    def job(folder: Path, resume: bool) -> None:
+        rows = Store(draw(TRUE, 3000))
+        mfa = fit(
+            rows, 8, 2, method=method, epochs=2, batch_size=300, seed=3, progress=False,
+            checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume, **options,
+        )  # fmt: skip
+        mfa.save_pretrained(folder / "out")
+
+    return job
+
+
+def harvesting(folder: Path, resume: bool) -> None:
+    harvest(
+        make_model("llama"), make_tokenizer(bos=True), TEXTS, [0, 2], folder / "out",
+        context=12, batch_size=4, rows_per_shard=100, progress=False, resume=resume,
+    )  # fmt: skip
+
+
+def saving(folder: Path, resume: bool) -> None:
+    """Saves two mixtures in turn, `resume` or not: the second one in the end."""
+    for seed in [1, 2] * 25:
+        planted(8, 16, 2, seed=seed).save_pretrained(folder / "out")
+
+
+JOBS: dict[str, Job] = {
+    **{f"fit, {method}": fitting(method) for method in ("sgd", "em", "online")},
+    "harvest": harvesting,
+    "save": saving,
+}
+
+
+def live(job: Job, folder: Path, resume: bool, seconds: float | None) -> bool:
+    """One life of a job, killed after so many seconds; whether it came to its end before."""
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            job(folder, resume)
+            status = 0
+        finally:
+            os._exit(status)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and seconds is not None:
+        return False
+    assert status == 0, f"a life failed with status {status}"
+    return True
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Every file there is, but those that a killed process left under a temporary name."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
+    return {str(path.relative_to(folder)): content(path) for path in files}
+
+
+def content(path: Path) -> Any:
+    """All bits of a file; but the order of the strings in a header of safetensors is random."""
+    if path.suffix != ".safetensors":
+        return path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        bits = {name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+        return file.metadata(), {name: (tensors[name].dtype, tensors[name].shape, bits[name]) for name in bits}
+
+
+def readable(folder: Path) -> None:
+    """What is there after a kill is one of the two mixtures, whole."""
+    if (folder / "out").exists() and (folder / "out" / "config.json").exists():
+        found = MFA.from_pretrained(folder / "out").state_dict()
+        wanted = [planted(8, 16, 2, seed=seed).state_dict() for seed in (1, 2)]
+        assert any(all(torch.equal(found[name], state[name]) for name in state) for state in wanted)
+
+
+def check(name: str, job: Job, folder: Path, kills: int) -> None:
+    """Kills a job `kills` times, over as many runs as that takes; each run ends as the one that nobody touched."""
+    random.seed(0)
+    for attempt in ("warm-up", "whole"):
+        began = time.perf_counter()
+        assert live(job, folder / attempt, False, None)
+        seconds = time.perf_counter() - began
+    expected = contents(folder / "whole" / "out")
+    left, runs = kills, 0
+    while left:
+        run = folder / f"{runs}"
+        while left and not live(job, run, True, random.uniform(0, 0.7 * seconds)):
+            left -= 1
+            if job is saving:
+                readable(run)
+        assert live(job, run, True, None)
+        assert contents(run / "out") == expected, f"{name}: run {runs} ended differently"
+        shutil.rmtree(run)
+        runs += 1
+    print(f"{name}: {kills} kills in {runs} runs of {seconds:.2f} s", flush=True)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    native.library()  # built and loaded once, as the model's classes are
+    make_model("llama")
+    for name, kills in json.loads(sys.argv[2]).items():
+        check(name, JOBS[name], Path(sys.argv[1]) / name, kills)

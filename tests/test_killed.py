@@ -1,0 +1,26 @@
+"""Nothing is lost by `kill -9`: fits and harvests go on to the same bits, a saved mixture is always a whole one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KILLS = {"fit, sgd": 7, "fit, em": 7, "fit, online": 7, "harvest": 20, "save": 20}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that it forks")
+def test_killed_at_random_moments(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.killed", str(tmp_path), json.dumps(KILLS)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    reported = [line.split(" in ")[0] for line in done.stdout.splitlines()]
+    assert reported == [f"{job}: {kills} kills" for job, kills in KILLS.items()]
