@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mfa_kernels import __version__
+from mfa_kernels import __version__, tuning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,6 +55,11 @@ def _parser() -> argparse.ArgumentParser:
 
     command("doctor", _doctor, "what is built, what is missing, what runs where")
 
+    tune = command(
+        "tune", tuning.main, "measure launch configurations of the GPU kernels on this GPU, keep the fastest"
+    )
+    tuning.add_arguments(tune)
+
     harvest = command("harvest", _harvest, "run texts through a language model, keep a layer's activations")
     _language_model(harvest)
     harvest.add_argument("--text", nargs="+", required=True, help="files or folders to read")
@@ -64,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("--batch-size", type=int, default=16, help="windows per forward pass")
     harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     harvest.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
 
     fit = command("fit", _fit, "fit a mixture to the activations of a store")
     fit.add_argument("store", type=Path)
@@ -71,11 +77,23 @@ def _parser() -> argparse.ArgumentParser:
     _size(fit, None)
     fit.add_argument("--noise", choices=("shared", "per_component"), default="shared")
     fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
-    fit.add_argument("--epochs", type=int, default=10)
-    fit.add_argument("--batch-size", type=int, default=1024)
-    fit.add_argument("--lr", type=float, help="learning rate; see mfa_kernels.fit")
+    fit.add_argument(
+        "--method",
+        choices=("auto", "em", "online", "sgd"),
+        default="auto",
+        help="auto: online where a pass makes 8 steps, else em; see mfa_kernels.fit",
+    )
+    fit.add_argument("--epochs", type=int, default=10, help="passes over the store, at most")
+    fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online")
+    fit.add_argument("--batch-size", type=int, default=1024, help="of sgd and online")
+    fit.add_argument("--lr", type=float, help="learning rate of sgd; see mfa_kernels.fit")
     fit.add_argument("--seed", type=int, default=0)
     fit.add_argument("--log", type=Path, help="JSONL file of the curve")
+    fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
+    fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
+    fit.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint; from the beginning where there is none yet"
+    )
 
     encode = command("encode", _encode, "write the codes of a store's activations")
     _mixture(encode)
@@ -96,6 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--latents", type=float, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
     steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
     steer.add_argument("--gate", type=float, metavar="T", help="act only where the region's responsibility exceeds T")
+    steer.add_argument("--norm", choices=("keep",), help="give each steered activation back the norm it had")
+    steer.add_argument(
+        "--live", action="store_true", help="stream the text, and read commands from standard input meanwhile"
+    )
     steer.add_argument("--max-new-tokens", type=int, default=64)
     steer.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     steer.add_argument("--seed", type=int, default=0)
@@ -171,7 +193,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     store = harvest(
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, arguments.out,
         max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
-        dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite,
+        dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite, resume=arguments.resume,
     )  # fmt: skip
     print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
 
@@ -183,8 +205,10 @@ def _fit(arguments: argparse.Namespace) -> None:
     store = ActivationStore(arguments.store)
     options = {} if arguments.lr is None else {"lr": arguments.lr}
     mfa = fit(
-        store, arguments.components, arguments.rank, noise=arguments.noise, init=arguments.init,
-        epochs=arguments.epochs, batch_size=arguments.batch_size, seed=arguments.seed, log=arguments.log, **options,
+        store, arguments.components, arguments.rank, method=arguments.method, noise=arguments.noise,
+        init=arguments.init, epochs=arguments.epochs, polish=arguments.polish, batch_size=arguments.batch_size,
+        seed=arguments.seed, log=arguments.log, checkpoint=arguments.checkpoint,
+        checkpoint_seconds=arguments.checkpoint_seconds, resume=arguments.resume, **options,
     )  # fmt: skip
     mfa.extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
     mfa.save_pretrained(arguments.out)
@@ -231,6 +255,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     from mfa_kernels import MFA, steer
     from mfa_kernels.demo import continuation
     from mfa_kernels.models import load_language_model
+    from mfa_kernels.steering import live
 
     mfa = MFA.from_pretrained(arguments.mfa)
     layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
@@ -242,12 +267,14 @@ def _steer(arguments: argparse.Namespace) -> None:
     latents = None if arguments.latents is None else torch.tensor(arguments.latents)
     model, tokenizer = load_language_model(arguments.model)
     with steer(
-        model, mfa, layer, arguments.component, arguments.alpha, latents, positions=arguments.positions, gate=gate
-    ):
-        text = continuation(
-            model, tokenizer, arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed
-        )
-    print(arguments.prompt + text)
+        model, mfa, layer, arguments.component, arguments.alpha, latents,
+        positions=arguments.positions, gate=gate, norm=arguments.norm,
+    ) as handle:  # fmt: skip
+        options = (arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+        if arguments.live:
+            live.stream(model, tokenizer, handle, arguments.component, *options)
+        else:
+            print(arguments.prompt + continuation(model, tokenizer, *options))
 
 
 def _convert(arguments: argparse.Namespace) -> None:

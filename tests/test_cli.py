@@ -38,6 +38,18 @@ def test_harvest_and_fit(folder):
     assert records[-1]["held_out_nll"] < records[0]["held_out_nll"]
 
 
+@pytest.mark.parametrize("method", ["sgd", "em", "online"])
+def test_fit_by_every_method(folder, method, capsys):
+    log = folder / f"{method}.jsonl"
+    arguments = ["-K", "8", "-R", "2", "--epochs", "1", "--method", method, "--log", str(log)]
+    arguments += ["--polish", "1"] if method == "em" else []
+    assert main(["fit", str(folder / "store"), "--out", str(folder / method), *arguments]) == 0
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["epoch"] for record in records] == ([0, 1, 2] if method == "em" else [0, 1])
+    best = min(record["held_out_nll"] for record in records)
+    assert f"{best:.3f} nats per token" in capsys.readouterr().out
+
+
 def test_encode(folder):
     out = folder / "codes.safetensors"
     assert main(["encode", str(folder / "mfa"), str(folder / "store"), "--out", str(out), "--top-k", "2"]) == 0
@@ -110,3 +122,20 @@ def test_demo(tmp_path, capsys):
     for name in ("mfa/model.safetensors", "evaluation.json", "fit.jsonl", "regions.png", "region.png", "regions.html"):
         assert (tmp_path / name).is_file(), name
         assert name.split("/")[0] in out
+
+
+def test_fit_and_harvest_go_on(folder, tmp_path, capsys):
+    arguments = ["fit", str(folder / "store"), "-K", "8", "-R", "2", "--epochs", "1", "--method", "em"]
+    checkpoint = ["--checkpoint", str(tmp_path / "checkpoint"), "--checkpoint-seconds", "0"]
+    assert main([*arguments, "--out", str(tmp_path / "a"), *checkpoint, "--resume"]) == 0
+    assert main([*arguments, "--out", str(tmp_path / "b"), *checkpoint]) == 1
+    assert main([*arguments, "--out", str(tmp_path / "b"), *checkpoint, "--resume"]) == 0
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert main([*arguments, "--out", str(tmp_path / "c"), *checkpoint, "--resume", "--seed", "1"]) == 1
+    assert "seed = 1, there 0" in capsys.readouterr().err
+
+    manifest = (folder / "store" / "manifest.json").read_bytes()
+    again = ["--text", str(folder / "text"), "--layer", "1", "--max-tokens", "3000", "--out", str(folder / "store")]
+    assert main(["harvest", *again, "--resume"]) == 0
+    assert (folder / "store" / "manifest.json").read_bytes() == manifest

@@ -1,15 +1,46 @@
 """Steering a language model with a mixture: interventions as values, and hooks that apply them while it runs.
 
-interventions   what to do to an activation: `Toward` a region (eq. 14), `Offset` inside it (eq. 15)
+interventions   what to do to an activation: `Toward` a region (eq. 14), `Offset` inside it (eq. 15), `Add` a vector,
+                `Reconstruct`, `Remove`
 composition     a list of them folded into one affine map per batch row
+gates           where to act: `Responsibility`, `LogDensity`, and what `&`, `|`, `~` make of them
+evidence        what the mixture says about tokens, for gates and for what depends on responsibilities
+latents         latents to give: drawn from the prior, or quantiles of those observed in a region
 apply           that map on hidden states; `intervene` for any framework
 tracking        where in its sequence each token of a forward pass is, under a KV cache and padding
 positions       which tokens are meant
 handle          `steer`: the hooks, their updating, removal and counts
+functions       the same as a function for TransformerLens hooks and nnsight
+paper           `MFASteerer`, the method names of the paper's code
+live            commands that change the steering while text streams
+budget          `alpha_for_kl`: how far to steer for a given change of the next-token distribution
 """
 
 from mfa_kernels.steering.apply import intervene
+from mfa_kernels.steering.budget import alpha_for_kl
+from mfa_kernels.steering.functions import Function
+from mfa_kernels.steering.gates import Gate, LogDensity, Responsibility
 from mfa_kernels.steering.handle import Handle, Stats, steer
-from mfa_kernels.steering.interventions import Offset, Toward
+from mfa_kernels.steering.interventions import Add, Offset, Reconstruct, Remove, Toward
+from mfa_kernels.steering.latents import latent_quantiles, prior_latents
+from mfa_kernels.steering.paper import MFASteerer
 
-__all__ = ["Handle", "Offset", "Stats", "Toward", "intervene", "steer"]
+__all__ = [
+    "Add",
+    "Function",
+    "Gate",
+    "Handle",
+    "LogDensity",
+    "MFASteerer",
+    "Offset",
+    "Reconstruct",
+    "Remove",
+    "Responsibility",
+    "Stats",
+    "Toward",
+    "alpha_for_kl",
+    "intervene",
+    "latent_quantiles",
+    "prior_latents",
+    "steer",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
-from mfa_kernels.steering.apply import Gate, Program, check_gate, check_hidden
+from mfa_kernels.steering.apply import Program, check_hidden
+from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Toward, as_rows
 from mfa_kernels.steering.positions import Positions, check_positions, choose
 from mfa_kernels.steering.tracking import Tracker
@@ -23,10 +25,17 @@ class Stats(NamedTuple):
     """Tokens that passed the steered layer, padding excluded; a token read twice (without a KV cache) counts twice.
 
     What `generate` appends to a row that has ended looks like a token, and is counted.
+
+    Attributes:
+        tokens_seen: all of them.
+        tokens_steered: those that were acted on.
+        mean_responsibility: of the first region that a row's gate looks at, over the tokens that `positions` chose;
+            None where no gate looks at a region, or no token was chosen.
     """
 
     tokens_seen: int
     tokens_steered: int
+    mean_responsibility: float | None = None
 
 
 def steer(
@@ -40,7 +49,8 @@ def steer(
     interventions: Any = None,
     rows: Any = None,
     positions: Positions = "all",
-    gate: Gate | None = None,
+    gate: Gates = None,
+    norm: Any = None,
 ) -> Handle:
     """Steers the output of a layer, from now until the handle is removed or its `with` block ends.
 
@@ -59,13 +69,17 @@ def steer(
         alpha: a float, a tensor (B,), or a function of the generation step: 0 for the prompt, 1 for the first generated
             token that the model reads, ... None leaves eq. 14 out.
         latents: z, (R,), or (B, R) with one per batch row. None leaves eq. 15 out.
-        interventions: instead of component, alpha and latents: `Toward`, `Offset` or a sequence of them.
+        interventions: instead of component, alpha and latents: a `Toward`, `Offset`, `Add`, `Reconstruct` or `Remove`
+            (`mfa_kernels.steering`), or a sequence of them, applied in order.
         rows: instead of those: one entry per batch row, each an intervention, a sequence of them, or None to leave the
             row alone.
         positions: "all"; "prompt"; "generated"; "last", the prompt's last token and every one after it; a slice; or a
             bool mask (T,) or (B, T), False past its end. Slices and masks are in absolute positions, which count each
             row's real tokens from 0 whatever a KV cache holds. Padding is never touched.
         gate: (component, threshold): act only on tokens whose responsibility for the component exceeds the threshold.
+            Or a gate of `mfa_kernels.steering`: `Responsibility`, its complement `~Responsibility(...)`, `LogDensity`,
+            and what `&` and `|` make of them. A list has one gate, or None, per batch row.
+        norm: "keep" gives each steered token back the Euclidean norm it had. A list has "keep" or None per batch row.
 
     Inside `generate` the prompt is what it was given, in however many passes it is read; steps and positions do not
     depend on the cache. In a decoding loop of one's own, a pass of several tokens is prompt, and a pass of one token
@@ -74,6 +88,13 @@ def steer(
     Where `generate` repeats rows (beams, num_return_sequences), what was given for B rows follows: row i of the
     repeated batch B' takes entry i // (B' / B).
 
+    Several layers, and several mixtures, are steered by as many handles; on one layer they act in the order in which
+    they were made. Interventions under different gates are handles too.
+
+    Compiled (`torch.compile`, `fullgraph=True`), a pass of one token compiles whole where alpha is no function and
+    positions is "all", "generated" or "last": such a pass counts as generated, even if it is a prompt of one token.
+    Everything else breaks the graph, and is right.
+
     Returns:
         A `Handle`.
 
@@ -81,7 +102,7 @@ def steer(
         IndexError, TypeError, ValueError: naming the argument that does not fit.
     """
     given = {"component": component, "alpha": alpha, "latents": latents, "interventions": interventions, "rows": rows}
-    return Handle(model, mfa, layer, given, positions, gate)
+    return Handle(model, mfa, layer, given, positions, gate, norm)
 
 
 class Handle:
@@ -93,8 +114,9 @@ class Handle:
         mfa: MFA,
         layer: int | str,
         given: dict[str, Any],
-        positions: Positions,
-        gate: Gate | None,
+        positions: Positions = "all",
+        gate: Gates = None,
+        norm: Any = None,
     ) -> None:
         if not isinstance(mfa, MFA):
             raise TypeError(f"mfa must be an MFA, got {type(mfa).__name__}")
@@ -103,10 +125,10 @@ class Handle:
         self._mfa = mfa
         self.layer, self._module = resolve_layer(self._model, layer)
         _check_width(self._model, self.layer, mfa.n_features)
-        self._given, self._positions, self._gate = given, positions, gate
-        self._program = self._build(given, positions, gate)
-        self._seen: int | Tensor = 0
-        self._steered: int | Tensor = 0
+        self._given, self._where = given, {"positions": positions, "gate": gate, "norm": norm}
+        self._program = self._build(given, self._where)
+        self._counts = _Counts(_example(self._module, mfa.means).device)
+        self._is_paused = False
         self._tracker: Tracker | None = None
         self._hook: Any = None
         self._install()
@@ -120,7 +142,8 @@ class Handle:
         interventions: Any = _KEEP,
         rows: Any = _KEEP,
         positions: Positions = _KEEP,
-        gate: Gate | None = _KEEP,
+        gate: Gates = _KEEP,
+        norm: Any = _KEEP,
     ) -> Handle:
         """Changes what is given and keeps the rest, without hooking again; also rereads the mixture's parameters.
 
@@ -136,10 +159,10 @@ class Handle:
             given.update(lists, **changes)
         else:
             given = {**self._given, **changes}
-        positions = self._positions if positions is _KEEP else positions
-        gate = self._gate if gate is _KEEP else gate
-        self._program = self._build(given, positions, gate)
-        self._given, self._positions, self._gate = given, positions, gate
+        where = {"positions": positions, "gate": gate, "norm": norm}
+        where = {name: self._where[name] if value is _KEEP else value for name, value in where.items()}
+        self._program = self._build(given, where)
+        self._given, self._where = given, where
         return self
 
     def remove(self) -> None:
@@ -147,13 +170,39 @@ class Handle:
         if self._tracker is None:
             return
         self._hook.remove()
-        self._tracker.release()
+        self._tracker.release(self)
         self._tracker = None
         _forget_compiled(self._given_model)
 
+    @contextmanager
+    def paused(self) -> Iterator[Handle]:
+        """Leaves the model alone for the length of a `with` block, without hooking again; nothing is counted."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield self
+        finally:
+            self._is_paused = before
+
+    @contextmanager
+    def restored(self) -> Iterator[Handle]:
+        """Takes back, at the end of a `with` block, what was updated and counted inside it."""
+        program, given, where, counts = self._program, self._given, self._where, self._counts.totals()
+        try:
+            yield self
+        finally:
+            self._program, self._given, self._where = program, given, where
+            self._counts.reset(counts)
+
+    @property
+    def asks_where(self) -> bool:
+        """Whether what happens to a generated token depends on its place in the sequence."""
+        positions = self._where["positions"]
+        return self._program.composition.is_scheduled or not isinstance(positions, str) or positions == "prompt"
+
     def stats(self) -> Stats:
-        """Tokens seen and tokens steered so far."""
-        return Stats(int(self._seen), int(self._steered))
+        """Tokens seen and tokens steered so far; asks the device."""
+        seen, steered, total, watched = self._counts.totals()
+        return Stats(int(seen), int(steered), total / watched if watched else None)
 
     def __enter__(self) -> Handle:
         self._install()
@@ -166,49 +215,106 @@ class Handle:
 
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if value is not None)
+        where = ", ".join(f"{name}={value!r}" for name, value in self._where.items() if value is not None)
         state = "" if self._tracker is not None else ", removed"
-        return f"Handle({self.layer!r}, {given}, positions={self._positions!r}, gate={self._gate!r}{state})"
+        return f"Handle({self.layer!r}, {given}, {where}{state})"
 
     def _install(self) -> None:
         if self._tracker is None:
-            self._tracker = Tracker.acquire(self._model)
+            self._tracker = Tracker.acquire(self._model, self)
             self._hook = self._module.register_forward_hook(self._act)
             _forget_compiled(self._given_model)
 
-    def _build(self, given: dict[str, Any], positions: Positions, gate: Gate | None) -> Program:
-        check_positions(positions)
-        gate = check_gate(gate, self._mfa)
-        example = next(
-            (p for p in self._module.parameters() if p.is_floating_point() and not p.is_meta), self._mfa.means
-        )  # of the dtype and device that hidden states probably have; quantised and offloaded weights are not
+    def _build(self, given: dict[str, Any], where: dict[str, Any]) -> Program:
+        check_positions(where["positions"])
+        example = _example(self._module, self._mfa.means)
         rows = as_rows(*_as_lists(given), self._mfa)
-        mfa = self._mfa
-        by_responsibility = gate is not None or any(entry.component is None for row in rows for entry in row)
-        if by_responsibility and mfa.means.dtype in (torch.bfloat16, torch.float16):
-            mfa = copy.deepcopy(mfa).float()  # once, instead of at every token
-        with torch.no_grad():
-            program = Program(mfa, rows, gate, example.device)
-            if not by_responsibility and not program.composition.is_scheduled:
-                program.prepare(len(rows), example.dtype, example.device, (0,))
+        with torch.inference_mode(False), torch.no_grad():  # it may be used outside inference mode
+            program = Program(self._mfa, rows, example.device, where["gate"], where["norm"])
+            if not program.composition.is_scheduled:
+                program.prepare(example.dtype, example.device, (0,))
         return program
 
-    @torch.compiler.disable
     def _act(self, module: nn.Module, args: Any, output: Any) -> Any:
-        assert self._tracker is not None
+        if self._is_paused:
+            return None
         hidden = hidden_states(output)
+        is_token = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] == 1
+        if torch.compiler.is_compiling() and is_token and not self.asks_where:
+            steered = self._steer(hidden, True, None, (0,))
+        else:
+            steered = self._act_by_position(hidden)
+        return None if steered is None else with_hidden_states(output, steered)
+
+    @torch.compiler.disable
+    def _act_by_position(self, hidden: Any) -> Tensor | None:
+        assert self._tracker is not None
         check_hidden(hidden, self._mfa.n_features, f"the output of {self.layer}")
         if hidden.dim() != 3:
             raise ValueError(f"the output of {self.layer} must be (batch, tokens, D), got {tuple(hidden.shape)}")
         now = self._tracker.at(hidden)
-        every = hidden.shape[0] * hidden.shape[1]
-        self._seen = self._seen + (every if now.real is None else now.real.expand(hidden.shape[:2]).sum())
-        chosen = choose(self._positions, now, hidden.shape[0], hidden.device)
-        if chosen is False or not every:
+        chosen = choose(self._where["positions"], now, hidden.shape[0], hidden.device)
+        if not hidden.shape[0] * hidden.shape[1]:
             return None
         steps = now.steps() if self._program.composition.is_scheduled else (0,)
-        steered, chosen = self._program(hidden, chosen, steps)
-        self._steered = self._steered + (chosen.expand(hidden.shape[:2]).sum() if isinstance(chosen, Tensor) else every)
-        return with_hidden_states(output, steered)
+        return self._steer(hidden, chosen, now.real, steps)
+
+    def _steer(
+        self, hidden: Tensor, chosen: bool | Tensor, real: Tensor | None, steps: tuple[int, ...]
+    ) -> Tensor | None:
+        """The hidden states with the interventions at the chosen tokens, and all of them counted."""
+        shape = hidden.shape[:2]
+        every = shape[0] * shape[1]
+        counts: list[int | Tensor] = [every if real is None else real.expand(shape).sum(), 0, 0, 0]
+        steered = None
+        if chosen is not False:
+            steered, reached, responsibility = self._program(hidden, chosen, steps)
+            counts[1] = reached.expand(shape).sum() if isinstance(reached, Tensor) else every
+            if responsibility is not None:
+                looked_at = ~responsibility.isnan()
+                if isinstance(chosen, Tensor):
+                    looked_at = looked_at & chosen.to(looked_at.device)
+                counts[2] = torch.where(looked_at, responsibility, 0).sum(dtype=torch.float64)
+                counts[3] = looked_at.sum()
+        self._counts.add(counts)
+        return steered
+
+
+def _example(module: nn.Module, otherwise: Tensor) -> Tensor:
+    """A tensor of the dtype and device that hidden states probably have; quantised and offloaded weights are not."""
+    return next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), otherwise)
+
+
+class _Counts(nn.Module):
+    """Tokens seen, tokens steered, the sum of the responsibilities looked at and their number.
+
+    What is known on the host is counted there; what is not, and everything in compiled code, which would be compiled
+    again for every number, on the device. A module, because a CUDA graph may change its buffers in place.
+    """
+
+    on_device: Tensor
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        with torch.inference_mode(False):
+            self.register_buffer("on_device", torch.zeros(4, dtype=torch.float64, device=device), persistent=False)
+        self._on_host = [0.0] * 4
+
+    def add(self, counts: list[int | Tensor]) -> None:
+        for i, count in enumerate(counts):
+            if isinstance(count, Tensor):
+                self.on_device[i].add_(count.detach().to(self.on_device.device))
+            elif torch.compiler.is_compiling():
+                self.on_device[i].add_(count)
+            else:
+                self._on_host[i] += count
+
+    def totals(self) -> list[float]:
+        return [host + device for host, device in zip(self._on_host, self.on_device.tolist())]
+
+    def reset(self, totals: list[float]) -> None:
+        self.on_device.zero_()
+        self._on_host = list(totals)
 
 
 def _as_lists(given: dict[str, Any]) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_choice, check_component
 from mfa_kernels.mfa import MFA
 
 Alpha: TypeAlias = "float | Tensor | Callable[[int], float]"
@@ -44,14 +44,62 @@ class Offset:
     latents: Tensor | Sequence[float]
 
 
-Intervention: TypeAlias = "Toward | Offset"
+@dataclass(frozen=True, eq=False)
+class Add:
+    """x <- x + alpha v: a steering vector, such as a difference of means.
+
+    Attributes:
+        direction: v, (D,), or (B, D) with one per batch row.
+        alpha: as in `Toward`; 0 leaves x alone.
+    """
+
+    direction: Tensor | Sequence[float]
+    alpha: Alpha = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruct:
+    """x <- (1 - alpha) x + alpha sum_k r_k(x) (mu_k + W_k E[z | x, k]): what the mixture sees of x (eq. 11-13).
+
+    Attributes:
+        alpha: as in `Toward`; 1 replaces the activation by its reconstruction.
+    """
+
+    alpha: Alpha = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Remove:
+    """Takes out of x what a region put into it, as estimated from the activation before any intervention.
+
+    part="latents"  x <- x - alpha W_k E[z | x, k]. The variation along the region's own directions; every token loses
+                    it, whichever region it is in, which a gate can change. For None, sum_k r_k(x) W_k E[z | x, k].
+    part="region"   x <- x - alpha r_k(x) (mu_k - m + W_k E[z | x, k]), with m = sum_j pi_j mu_j, the mixture's mean.
+                    The region's term of the reconstruction, exchanged for the mean: a token that is wholly in the
+                    region keeps only what the mixture does not explain of it, around m; one that has no part in the
+                    region keeps everything. It does not depend on where the origin is. For None, the sum over all k.
+
+    Attributes:
+        component: k; an integer tensor (B,) with one per batch row; or None for all of them.
+        part: "latents" or "region".
+        alpha: as in `Toward`; 1 removes it, a negative number amplifies it.
+    """
+
+    component: int | Tensor | None
+    part: str = "latents"
+    alpha: Alpha = 1.0
+
+
+Intervention: TypeAlias = "Toward | Offset | Add | Reconstruct | Remove"
 Row: TypeAlias = "tuple[Intervention, ...]"
+
+_KINDS = (Toward, Offset, Add, Reconstruct, Remove)
 
 
 def as_rows(interventions: Any, rows: Any, mfa: MFA) -> list[Row]:
     """One checked tuple of interventions per batch row, a single one where all rows are treated alike.
 
-    In the result every component is an int or None, every alpha a float or a function, and latents are (R,).
+    In the result every component is an int or None, every alpha a float or a function, and vectors are (R,) or (D,).
 
     Args:
         interventions: an intervention or a sequence of them, whose tensors may have a batch dimension; or None.
@@ -74,9 +122,10 @@ def as_rows(interventions: Any, rows: Any, mfa: MFA) -> list[Row]:
 
 
 def _as_tuple(value: Any, name: str) -> Row:
-    entries = (value,) if isinstance(value, Toward | Offset) else value
-    if not isinstance(entries, Sequence) or not all(isinstance(e, Toward | Offset) for e in entries):
-        raise TypeError(f"{name} must be Toward, Offset or a sequence of them, got {value!r}")
+    entries = (value,) if isinstance(value, _KINDS) else value
+    if not isinstance(entries, Sequence) or not all(isinstance(e, _KINDS) for e in entries):
+        kinds = ", ".join(kind.__name__ for kind in _KINDS)
+        raise TypeError(f"{name} must be {kinds} or a sequence of them, got {value!r}")
     return tuple(entries)
 
 
@@ -98,11 +147,20 @@ def _split(interventions: Row, mfa: MFA) -> list[Row]:
 
 def _checked(intervention: Intervention, mfa: MFA) -> dict[str, Any]:
     """Each field as a sequence over batch rows, of length 1 where all share it."""
-    fields: dict[str, Any] = {"component": _components(intervention.component, mfa.n_components)}
-    if isinstance(intervention, Toward):
-        fields["alpha"] = _alphas(intervention.alpha)
+    if isinstance(intervention, Remove):
+        check_choice(intervention.part, ("latents", "region"), "part")
+        if intervention.part == "latents":
+            _check_rank(mfa, "Remove")
+    fields: dict[str, Any] = {}
+    if isinstance(intervention, Toward | Offset | Remove):
+        fields["component"] = _components(intervention.component, mfa.n_components)
+    if isinstance(intervention, Offset):
+        _check_rank(mfa, "latents")
+        fields["latents"] = _vectors(intervention.latents, mfa.rank, "latents", "R")
     else:
-        fields["latents"] = _latents(intervention.latents, mfa.rank)
+        fields["alpha"] = _alphas(intervention.alpha)
+    if isinstance(intervention, Add):
+        fields["direction"] = _vectors(intervention.direction, mfa.n_features, "direction", "D")
     return fields
 
 
@@ -134,15 +192,22 @@ def _alphas(alpha: Alpha) -> list[float | Callable[[int], float]]:
     return [finite(value, "alpha") for value in values]
 
 
-def _latents(latents: Tensor | Sequence[float], rank: int) -> Tensor:
-    if rank == 0:
-        raise ValueError("latents: the mixture has rank 0, its components have no directions to move along")
-    z = torch.as_tensor(latents)
-    if z.dim() not in (1, 2) or z.shape[-1] != rank or not len(z):
-        raise ValueError(f"latents must have shape (R,) = ({rank},) or (B, R) = (B, {rank}), got {tuple(z.shape)}")
-    if not z.isfinite().all():
-        raise ValueError("latents must be finite")
-    return z.reshape(-1, rank)
+def _check_rank(mfa: MFA, name: str) -> None:
+    if mfa.rank == 0:
+        raise ValueError(f"{name}: the mixture has rank 0, its components have no directions to move along")
+
+
+def _vectors(values: Tensor | Sequence[float], width: int, name: str, letter: str) -> Tensor:
+    """(1 or B, width)."""
+    vectors = torch.as_tensor(values)
+    if vectors.dim() not in (1, 2) or vectors.shape[-1] != width or not len(vectors):
+        raise ValueError(
+            f"{name} must have shape ({letter},) = ({width},) or (B, {letter}) = (B, {width}), "
+            f"got {tuple(vectors.shape)}"
+        )
+    if not vectors.isfinite().all():
+        raise ValueError(f"{name} must be finite")
+    return vectors.reshape(-1, width)
 
 
 def finite(value: Any, name: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,13 @@ from mfa_kernels.models import decoder_layers
 
 _UNKNOWN = 2**62  # the end of a prompt nobody has seen
 _ATTRIBUTE = "_mfa_kernels_tracker"
+
+
+class User(Protocol):
+    """A handle. `asks_where` is whether it needs to know where the one token of a pass is."""
+
+    @property
+    def asks_where(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -70,24 +77,25 @@ class Tracker:
     """
 
     @classmethod
-    def acquire(cls, model: nn.Module) -> Tracker:
+    def acquire(cls, model: nn.Module, user: User) -> Tracker:
         """The tracker of this model, installed with the first handle."""
         tracker = vars(model).get(_ATTRIBUTE)
         if tracker is None:
             tracker = cls(model)
-        tracker._users += 1
+        tracker._users.append(user)
         return tracker
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._users = 0
+        self._users: list[User] = []
         self._generating = False
         self._prompt_end = _UNKNOWN
         self._next = 0  # column after the last pass
         self._padding: Tensor | None = None
         self.current: Pass | None = None
         stack = _stack_owner(model)
-        self._names = list(inspect.signature(stack.forward).parameters)
+        # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
+        self._names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self._hook = stack.register_forward_pre_hook(self._observe, with_kwargs=True)
         setattr(model, _ATTRIBUTE, self)
         self._shadowed = vars(model).get("generate")
@@ -95,9 +103,9 @@ class Tracker:
         if self._generate is not None:
             model.generate = self.generate  # type: ignore[assignment]
 
-    def release(self) -> None:
+    def release(self, user: User) -> None:
         """Takes the hooks off when the last handle lets go."""
-        self._users -= 1
+        self._users.remove(user)
         if self._users:
             return
         self._hook.remove()
@@ -127,15 +135,19 @@ class Tracker:
             )
         return now
 
-    @torch.compiler.disable
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(self._names, args)), **kwargs}
-        inputs = given.get("input_ids")
-        inputs = given.get("inputs_embeds") if inputs is None else inputs
-        if not isinstance(inputs, Tensor):
-            raise ValueError(f"{type(module).__name__} was called without input_ids and inputs_embeds as tensors")
+        compiled = torch.compiler.is_compiling()
+        if not compiled or _tokens(given) != 1 or any(user.asks_where for user in self._users):
+            self._note(type(module).__name__, given, compiled)
+
+    @torch.compiler.disable
+    def _note(self, name: str, given: dict[str, Any], compiled: bool) -> None:
+        inputs = _inputs(given)
+        if inputs is None:
+            raise ValueError(f"{name} was called without input_ids and inputs_embeds as tensors")
         tokens = inputs.shape[1]
-        start = self._start(given)
+        start = self._start(given, compiled)
         if start == 0:
             self._padding = None
         if not self._generating:
@@ -152,7 +164,7 @@ class Tracker:
             added = (~real).sum(1, keepdim=True)
             self._padding = added if padding is None else padding + added
 
-    def _start(self, given: dict[str, Any]) -> int:
+    def _start(self, given: dict[str, Any], compiled: bool) -> int:
         """Tokens in the cache."""
         cache = given.get("past_key_values")
         cache = given.get("cache_params") if cache is None else cache
@@ -164,9 +176,23 @@ class Tracker:
             length = cache.get_seq_length()
         except (AttributeError, ValueError):  # caches of state-space models have no length
             return self._next
-        if isinstance(length, Tensor) and self._generating and self._next:
-            return self._next  # a static cache keeps it on the device, and asking would wait for that
+        if isinstance(length, Tensor) and self._generating and self._next and not compiled:
+            # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have
+            # passed tokens that nobody asked about.
+            return self._next
         return int(length)
+
+
+def _inputs(given: dict[str, Any]) -> Tensor | None:
+    """(B, T), or (B, T, D), among the arguments of the stack."""
+    inputs = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if inputs is None else inputs
+    return inputs if isinstance(inputs, Tensor) else None
+
+
+def _tokens(given: dict[str, Any]) -> int:
+    inputs = _inputs(given)
+    return 0 if inputs is None else inputs.shape[1]
 
 
 def _stack_owner(model: nn.Module) -> nn.Module:

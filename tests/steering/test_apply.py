@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.steering import Offset, Toward, intervene
+from mfa_kernels.steering import Add, Offset, Reconstruct, Remove, Toward, intervene
 from mfa_kernels.steering.apply import Program
 from mfa_kernels.steering.interventions import as_rows
 from tests.steering.tiny import WIDTH, fitting_mixture
@@ -115,20 +115,67 @@ def test_fixed_path_never_waits_for_the_device() -> None:
     mfa, device = fitting_mixture(), torch.device("meta")
     hidden = tokens(4, 3).to(device)
     for rows in (as_rows(BOTH, None, mfa), as_rows(None, [BOTH, None], mfa)):
-        program = Program(mfa, rows, None, device)
+        program = Program(mfa, rows, device)
         for chosen in (True, torch.ones(4, 3, dtype=torch.bool, device=device)):
-            out, reached = program(hidden, chosen, (0,))
+            out, reached, _ = program(hidden, chosen, (0,))
             assert out.shape == hidden.shape
-            assert reached is chosen or reached.shape == (4, 3)
+            assert reached is True or reached.expand(4, 3).dtype == torch.bool
 
 
 def test_differentiable_in_x_and_latents() -> None:
     mfa, x = fitting_mixture(torch.float64), tokens(3, dtype=torch.float64).requires_grad_()
     z = Z.double().requires_grad_()
-    for component in (1, None):
-        assert torch.autograd.gradcheck(
-            lambda x, z, k=component: intervene(x, mfa, [Toward(k, 0.4), Offset(k, z)]), (x, z), atol=1e-6
-        )
+    v = torch.linspace(-1, 1, WIDTH, dtype=torch.float64, requires_grad=True)
+    for k in (1, None):
+        for entries in (lambda z, v, k=k: [Toward(k, 0.4), Offset(k, z), Add(v, 0.3)],
+                        lambda z, v, k=k: [Remove(k, "region", 0.7), Remove(k), Reconstruct(0.2)]):  # fmt: skip
+            assert torch.autograd.gradcheck(
+                lambda x, z, v, make=entries: intervene(x, mfa, make(z, v), norm="keep"), (x, z, v), atol=1e-6
+            )
+
+
+def test_differentiable_in_the_parameters(backend: str) -> None:
+    """The gradient of the mixture's parameters is that of the dense formula."""
+    x, gradients = tokens(5, dtype=torch.float64), []
+    for dense in (False, True):
+        mfa = fitting_mixture(torch.float64).requires_grad_()
+        if dense:
+            r, k = mfa.responsibilities(x), 2
+            w = mfa.loadings[k]
+            z = (x - mfa.means[k]) @ torch.linalg.solve(w @ w.mT + mfa.noise_variance.diag(), w)
+            mean = mfa.log_weights.exp() @ mfa.means
+            out = 0.6 * x + 0.4 * r @ mfa.means - 0.7 * r[:, [k]] * (mfa.means[k] - mean + z @ w.mT) - 0.5 * z @ w.mT
+        else:
+            out = intervene(x, mfa, [Toward(None, 0.4), Remove(2, "region", 0.7), Remove(2, "latents", 0.5)])
+        out.square().sum().backward()
+        gradients.append([p.grad for p in mfa.parameters()])
+    for got, expected in zip(*gradients):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norm_is_kept(dtype: torch.dtype) -> None:
+    mfa, x = fitting_mixture(), (300 * tokens(4, 3)).to(dtype)  # squares of float16 would overflow
+    for entries in (BOTH, MIXTURE, [Add(100 * torch.ones(WIDTH))]):
+        free, kept = intervene(x, mfa, entries), intervene(x, mfa, entries, norm="keep")
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(kept.double().norm(dim=-1), x.double().norm(dim=-1), rtol=2 * eps + 1e-6, atol=0)
+        cosine = torch.cosine_similarity(kept.double(), free.double(), dim=-1)
+        torch.testing.assert_close(cosine, torch.ones_like(cosine), rtol=0, atol=8 * eps**2 + 1e-12)
+        rows = intervene(x, mfa, entries, norm=["keep", None])
+        torch.testing.assert_close(rows[:2], kept[:2])
+        torch.testing.assert_close(rows[2:], free[2:], rtol=eps, atol=300 * eps)
+    zero = torch.zeros(1, WIDTH, dtype=dtype)
+    assert torch.equal(intervene(zero, mfa, BOTH, norm="keep"), zero)
+    assert torch.equal(intervene(x, mfa, Add(0 * Z.sum() * torch.ones(WIDTH)), norm="keep"), x)
+    assert intervene(zero + 1, mfa, Toward(1, 1.0), norm="keep").isfinite().all()
+
+
+def test_to_nothing_and_back_has_no_norm_to_keep() -> None:
+    """Where the result is zero it has no direction: it stays zero instead of becoming NaN."""
+    mfa, x = fitting_mixture(), tokens(2)
+    mfa.means[1] = 0
+    assert torch.equal(intervene(x, mfa, Toward(1, 1.0), norm="keep"), torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("interventions", [BOTH, MIXTURE], ids=["fixed", "mixture"])
@@ -165,5 +212,11 @@ def test_bad_input_is_named() -> None:
         intervene(x, mfa, BOTH, gate=(6, 0.5))
     with pytest.raises(ValueError, match=r"gate threshold must be in \[0, 1\)"):
         intervene(x, mfa, BOTH, gate=(0, 1.0))
-    with pytest.raises(TypeError, match=r"gate must be \(component, threshold\), got 3"):
+    with pytest.raises(ValueError, match="norm must be one of 'keep', got 'hold'"):
+        intervene(x, mfa, BOTH, norm="hold")
+    with pytest.raises(ValueError, match="norms for 3 batch rows do not fit a batch of 2"):
+        intervene(x, mfa, BOTH, norm=["keep", None, None])
+    with pytest.raises(
+        TypeError, match=r"gate must be \(component, threshold\) or a gate such as Responsibility, got 3"
+    ):
         intervene(x, mfa, BOTH, gate=3)

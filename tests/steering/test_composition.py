@@ -10,26 +10,45 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.steering import Offset, Toward, intervene
+from mfa_kernels.steering import Add, Offset, Reconstruct, Remove, Toward, intervene
 from mfa_kernels.steering.composition import Composition
 from mfa_kernels.steering.interventions import as_rows
+from tests.mixtures import mixture
 from tests.steering.tiny import COMPONENTS, RANK, WIDTH, fitting_mixture
 
 
 def one_by_one(x: Tensor, mfa: MFA, interventions: list[Any], step: int = 0) -> Tensor:
-    """Equations 14 and 15 as they are written, dense, with the responsibilities of the x that came in; x is (N, D)."""
-    responsibilities = mfa.responsibilities(x)
-    out = x
+    """The definitions as they are written, dense, with the responsibilities and latents of the incoming x, (N, D)."""
+    responsibilities, out = mfa.responsibilities(x), x
+    noise = mfa.noise_variance.expand_as(mfa.means).diag_embed()
+    covariance = mfa.loadings @ mfa.loadings.mT + noise
+    away = x.unsqueeze(1) - mfa.means
+    local = torch.linalg.solve(covariance, away.unsqueeze(-1)).squeeze(-1)  # W_k^T C_k^-1 (x - mu_k) are the latents
+    local = torch.einsum("kdr,ker,nke->nkd", mfa.loadings, mfa.loadings, local)
+    mean = mfa.log_weights.exp() @ mfa.means
     for entry in interventions:
-        weights = responsibilities
-        if entry.component is not None:
-            weights = torch.nn.functional.one_hot(torch.tensor(entry.component), COMPONENTS).to(x).expand(len(x), -1)
+        k = getattr(entry, "component", None)
+        every = torch.ones_like(responsibilities) if k is None else one_hot(k).expand(len(x), -1)
+        weights = responsibilities if k is None else every
+        alpha = getattr(entry, "alpha", 0.0)
+        alpha = alpha(step) if callable(alpha) else alpha
         if isinstance(entry, Toward):
-            alpha = entry.alpha(step) if callable(entry.alpha) else entry.alpha
             out = (1 - alpha) * out + alpha * weights @ mfa.means
-        else:
+        elif isinstance(entry, Offset):
             out = out + torch.einsum("nk,kdr,r->nd", weights, mfa.loadings, entry.latents.to(x))
+        elif isinstance(entry, Add):
+            out = out + alpha * entry.direction
+        elif isinstance(entry, Reconstruct):
+            out = (1 - alpha) * out + alpha * (responsibilities.unsqueeze(-1) * (mfa.means + local)).sum(1)
+        elif entry.part == "latents":
+            out = out - alpha * (weights.unsqueeze(-1) * local).sum(1)
+        else:
+            out = out - alpha * ((responsibilities * every).unsqueeze(-1) * (mfa.means - mean + local)).sum(1)
     return out
+
+
+def one_hot(k: int) -> Tensor:
+    return torch.nn.functional.one_hot(torch.tensor(k), COMPONENTS).double()
 
 
 def z(seed: int) -> Tensor:
@@ -49,6 +68,16 @@ LISTS: dict[str, list[Any]] = {
     "mixture both ways": [Offset(None, z(1)), Toward(None, 0.4), Offset(None, z(2)), Toward(None, 0.25)],
     "mixed": [Toward(5, 0.2), Offset(None, z(3)), Toward(None, 0.6), Offset(4, z(4)), Toward(2, 0.1)],
     "scheduled": [Toward(1, lambda step: 0.1 * step), Offset(None, z(1)), Toward(None, lambda step: 0.5 / (step + 1))],
+    "vector": [Add(torch.linspace(-1, 1, WIDTH).double(), 1.5)],
+    "reconstruct": [Reconstruct()],
+    "toward the reconstruction": [Toward(3, 0.3), Reconstruct(0.25), Offset(2, z(1))],
+    "remove latents": [Remove(2)],
+    "remove a region": [Remove(2, "region")],
+    "remove all latents": [Remove(None, alpha=0.8)],
+    "remove all regions": [Remove(None, "region", -0.5)],
+    "remove several": [Remove(0, "region", 0.9), Toward(None, 0.4), Remove(3), Remove(1, "region"), Toward(4, 0.2)],
+    "remove by schedule": [Remove(1, "region", lambda step: 0.2 + 0.1 * step), Reconstruct(lambda step: 0.3 * step)],
+    "vector and mixture": [Offset(None, z(4)), Add(torch.ones(WIDTH).double(), lambda step: step), Reconstruct(0.5)],
     "nothing": [],
 }
 
@@ -88,6 +117,34 @@ def test_steps_of_a_schedule_are_separate_columns() -> None:
         assert isinstance(single.scale, float)
         assert several.scale[0, column].item() == pytest.approx(single.scale)
         torch.testing.assert_close(several.shift[0, column], single.shift[0, 0])
+
+
+def test_noise_per_component(backend: str) -> None:
+    m = mixture(COMPONENTS, WIDTH, RANK, per_component=True, spread=0.3, dtype=torch.float64)
+    mfa = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).requires_grad_(False)
+    for name in ("remove several", "vector and mixture", "remove all regions"):
+        out = intervene(tokens(), mfa, LISTS[name], step=1)
+        torch.testing.assert_close(out, one_by_one(tokens(), mfa, LISTS[name], 1), rtol=1e-11, atol=1e-11)
+
+
+def test_removing_a_region_does_not_depend_on_the_origin() -> None:
+    mfa, x = fitting_mixture(torch.float64), tokens()
+    moved = fitting_mixture(torch.float64)
+    moved.means += 5
+    for entry in (Remove(1, "region"), Remove(1), Remove(None, "region"), Reconstruct()):
+        out = intervene(x, mfa, entry)
+        torch.testing.assert_close(intervene(x + 5, moved, entry), out + 5, rtol=1e-9, atol=1e-9)
+
+
+def test_many_diffuse_components_all_count(backend: str) -> None:
+    """More active components than slots: none is left out."""
+    m = mixture(40, WIDTH, RANK, spread=0.05, dtype=torch.float64)
+    mfa = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).requires_grad_(False)
+    x = tokens()
+    r = mfa.responsibilities(x)
+    assert (r > 1e-10).all()
+    torch.testing.assert_close(intervene(x, mfa, Toward(None, 1.0)), r @ mfa.means, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(intervene(x, mfa, Reconstruct()), mfa.reconstruct(x), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("bad", [lambda step: float("nan"), lambda step: None])

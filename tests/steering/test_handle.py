@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import resource
 from typing import Any
 
 import pytest
@@ -10,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import steer
-from mfa_kernels.steering import Handle, Offset, Stats, Toward, intervene
+from mfa_kernels.steering import (
+    Add,
+    Handle,
+    LogDensity,
+    Offset,
+    Reconstruct,
+    Remove,
+    Responsibility,
+    Stats,
+    Toward,
+    intervene,
+)
 from tests.steering.tiny import (
     ARCHITECTURES,
     LAYER,
@@ -102,6 +115,51 @@ def test_positions_do_not_depend_on_how_the_sequence_is_cut(component: Any, alph
             other_tokens, other_logits = generated(model, inputs, **options)
             assert torch.equal(tokens, other_tokens)
             torch.testing.assert_close(logits, other_logits, **TOLERANCE)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "add": {"interventions": Add(torch.linspace(-1, 1, WIDTH), ramp)},
+    "reconstruct": {"interventions": Reconstruct(0.8)},
+    "remove latents": {"interventions": [Remove(2, "latents"), Offset(None, Z)]},
+    "remove region": {"interventions": Remove(2, "region", ramp)},
+    "norm": {**BOTH, "norm": "keep"},
+    "gate": {**BOTH, "gate": Responsibility(0, 0.1) | Responsibility(1, 0.1)},
+    "out of distribution": {**MIXTURE, "gate": ~LogDensity(-90.0)},
+    "rows": {
+        "rows": [[Remove(None), Toward(1, ramp)], [Reconstruct(0.5), Add(torch.ones(WIDTH), 0.2)]],
+        "norm": ["keep", None],
+        "gate": [None, ~Responsibility(3, 0.5)],
+    },
+}
+
+
+@pytest.mark.parametrize("positions", ["all", slice(3, 10)], ids=["all", "slice"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_however_the_sequence_is_read(kind: str, positions: Any) -> None:
+    """Cache, recomputation, chunks, beams that reorder the cache, and rows by themselves, all with left padding."""
+    model, inputs = causal_lm(), prompts(padded=True)
+    beams = {"num_beams": 3, "num_return_sequences": 2, "output_logits": False}
+    with steer(model, fitting_mixture(), LAYER, **KINDS[kind], positions=positions) as handle:
+        tokens, logits = generated(model, inputs)
+        assert 0 < handle.stats().tokens_steered <= handle.stats().tokens_seen
+        for options in ({"use_cache": False}, {"prefill_chunk_size": 3}):
+            other_tokens, other_logits = generated(model, inputs, **options)
+            assert torch.equal(tokens, other_tokens)
+            torch.testing.assert_close(logits, other_logits, **TOLERANCE)
+        searched = generate(model, inputs, **beams).sequences
+        assert torch.equal(searched, generate(model, inputs, **beams, use_cache=False).sequences)
+    for row in range(2):
+        single = {"input_ids": inputs["input_ids"][row : row + 1, row + 1 :]}
+        spec = {
+            "interventions" if name == "rows" else name: value[row] if isinstance(value, list) else value
+            for name, value in KINDS[kind].items()
+        }
+        if kind == "remove latents":
+            spec = KINDS[kind]
+        with steer(model, fitting_mixture(), LAYER, **spec, positions=positions):
+            single_tokens, single_logits = generated(model, single)
+        assert torch.equal(tokens[row], single_tokens[0])
+        torch.testing.assert_close(logits[row], single_logits[0], **TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +280,8 @@ def test_gate_acts_where_the_responsibility_exceeds_the_threshold() -> None:
     for arguments in (BOTH, MIXTURE):
         with steer(model, mfa, LAYER, **arguments, gate=(component, (low + high) / 2)) as handle:
             steered = layer_output(model, inputs)
-            assert handle.stats() == Stats(28, int(gated.sum()))
+            assert handle.stats()[:2] == (28, int(gated.sum()))
+            assert handle.stats().mean_responsibility == pytest.approx(float(r[..., component].mean()), rel=1e-5)
         assert torch.equal((steered != clean).any(-1), gated)
 
 
@@ -310,13 +369,42 @@ class TestHandle:
         assert torch.equal(layer_output(model, inputs), clean)
         assert handle.stats() == Stats(28, 28)
 
-    def test_many_cycles_leave_nothing(self) -> None:
-        model, mfa = causal_lm(), fitting_mixture()
-        names, hooks = set(vars(model)), count_hooks(model)
-        for cycle in range(200):
-            with steer(model, mfa, cycle % 3, **BOTH), steer(model, mfa, LAYER, 1, 0.5, gate=(1, 0.2)):
+    def test_a_thousand_cycles_leave_nothing(self) -> None:
+        model, mfa, inputs = causal_lm(), fitting_mixture(), prompts()
+        before, names, hooks = layer_output(model, inputs), set(vars(model)), count_hooks(model)
+        tensors, memory, handle = 0, 0, None
+        for cycle in range(1100):
+            if cycle == 100:  # by then what is made once has been made
+                del handle
+                tensors, memory = _live_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            with steer(model, mfa, cycle % 3, **BOTH), steer(model, mfa, LAYER, 1, 0.5, gate=(1, 0.2)) as handle:
                 assert count_hooks(model) == hooks + 3
+                if cycle % 50 == 0:
+                    layer_output(model, inputs)
+                handle.update(component=None)
         assert (set(vars(model)), count_hooks(model)) == (names, hooks)
+        assert torch.equal(layer_output(model, inputs), before)
+        del handle
+        assert _live_tensors() <= tensors  # fewer where garbage of earlier tests went meanwhile
+        # Kilobytes: a thousand leaked programs would hold some 20 MB.
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 4096
+
+    @pytest.mark.parametrize(
+        "arguments", [BOTH, {**MIXTURE, "gate": ~Responsibility(1, 0.1)}], ids=["fixed", "mixture"]
+    )
+    def test_made_and_used_inside_and_outside_inference_mode(self, arguments: dict[str, Any]) -> None:
+        model, inputs, mfa = causal_lm(), prompts(padded=True), fitting_mixture()
+        with steer(model, mfa, LAYER, **arguments) as handle:
+            expected, stats = generated(model, inputs), handle.stats()
+            with torch.inference_mode():
+                assert all(torch.equal(*pair) for pair in zip(generated(model, inputs), expected))
+        with torch.inference_mode():
+            handle = steer(model, mfa, LAYER, **arguments)
+            handle.update()
+        with handle:
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            assert all(torch.equal(*pair) for pair in zip(generated(model, inputs), expected))
+            assert handle.stats().tokens_steered > stats.tokens_steered
 
     def test_stats_without_a_cache_count_every_reading(self) -> None:
         model = causal_lm()
@@ -354,6 +442,37 @@ class TestHandle:
             assert all(torch.equal(*pair) for pair in zip(generated(model, inputs), expected))
             assert handle.stats().tokens_steered - between.tokens_steered == first.tokens_steered == 8
 
+    @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError])
+    @pytest.mark.parametrize("where", ["layer", "streamer"])
+    def test_whatever_is_raised_inside_generate_leaves_the_model_clean(
+        self, where: str, error: type[BaseException]
+    ) -> None:
+        model, inputs, calls = causal_lm(), prompts(1), []
+        names, hooks, before = set(vars(model)), count_hooks(model), generated(model, inputs)
+
+        def fail(*args: Any) -> None:
+            calls.append(1)
+            if len(calls) == 3:
+                raise error("stop")
+
+        class Streamer:
+            put = staticmethod(fail)
+            end = staticmethod(lambda: None)
+
+        hook = model.model.layers[2].register_forward_hook(fail) if where == "layer" else None
+        first, second = steer(model, fitting_mixture(), 0, 2, ramp), steer(model, fitting_mixture(), LAYER, **MIXTURE)
+        with pytest.raises(error), first, second:
+            generate(model, inputs, streamer=Streamer() if hook is None else None)
+        if hook is not None:
+            hook.remove()
+        assert (set(vars(model)), count_hooks(model)) == (names, hooks)
+        assert all(torch.equal(*pair) for pair in zip(generated(model, inputs), before))
+
+
+def _live_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
 
 class _Stop:
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -374,6 +493,36 @@ class TestNesting:
         outer.remove()
         with steer(model, first, 0, 2, 0.6):
             assert torch.equal(layer_output(model, inputs, 2), clean_after)
+
+    def test_three_mixtures_on_three_layers_while_text_is_generated(self) -> None:
+        """What leaves each layer is its own mixture's formula, at every step."""
+        model, inputs = causal_lm(), prompts(padded=True)
+        specs: list[dict[str, Any]] = [{"alpha": 0.4, "component": 1}, MIXTURE, {"interventions": Reconstruct(0.5)}]
+        before: list[list[Tensor]] = [[], [], []]
+        after: list[list[Tensor]] = [[], [], []]
+        handles, mixtures = [], []
+        for layer, spec in enumerate(specs):
+            mfa = fitting_mixture()
+            mfa.means.mul_(layer + 1)
+            mixtures.append(mfa)
+            module = model.model.layers[layer]
+            module.register_forward_hook(lambda m, a, out, kept=before[layer]: kept.append(out))
+            handles.append(steer(model, mfa, layer, **spec, positions="generated"))
+            module.register_forward_hook(lambda m, a, out, kept=after[layer]: kept.append(out))
+        generate(model, inputs)
+        handles[1].update(component=5)
+        generate(model, inputs)
+        for layer, mfa in enumerate(mixtures):
+            assert len(before[layer]) == 10
+            for step, (x, out) in enumerate(zip(before[layer], after[layer])):
+                spec = specs[layer] if layer != 1 or step < 5 else {**MIXTURE, "component": 5}
+                entries = spec.get("interventions") or [
+                    Toward(spec["component"], spec["alpha"]),
+                    *([Offset(spec["component"], spec["latents"])] if "latents" in spec else []),
+                ]
+                expected = intervene(x, mfa, entries) if x.shape[1] == 1 else x
+                torch.testing.assert_close(out, expected)
+        assert [handle.stats().tokens_steered for handle in handles] == [16, 16, 16]
 
     def test_one_layer_in_order(self) -> None:
         model, inputs, mfa = causal_lm(), prompts(), fitting_mixture()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from mfa_kernels.steering import Offset, Toward
+from mfa_kernels.steering import Add, Offset, Remove, Toward
 from mfa_kernels.steering.interventions import as_rows
 from tests.steering.tiny import fitting_mixture
 
@@ -35,6 +35,10 @@ def test_tensors_with_a_batch_dimension_become_rows() -> None:
     # One entry is shared by all rows, however it is wrapped.
     (row,) = as_rows(Toward(torch.tensor(3), torch.tensor([0.5])), None, mfa)
     assert (row[0].component, row[0].alpha) == (3, 0.5)
+    vectors = torch.arange(64.0).reshape(2, 32)
+    rows = as_rows([Add(vectors, torch.tensor([1.0, 2.0])), Remove(torch.tensor([5, 3]), "region")], None, mfa)
+    assert [(row[0].alpha, row[1].component, row[1].part) for row in rows] == [(1.0, 5, "region"), (2.0, 3, "region")]
+    assert torch.equal(torch.stack([row[0].direction for row in rows]), vectors)
 
 
 def test_rows() -> None:
@@ -62,9 +66,13 @@ def test_rows() -> None:
         (Offset(0, torch.ones(2, 2, 3)), ValueError, r"got \(2, 2, 3\)"),
         (Offset(0, torch.ones(0, 3)), ValueError, r"got \(0, 3\)"),
         (Offset(0, torch.full((3,), float("nan"))), ValueError, "latents must be finite"),
+        (Add(torch.ones(31)), ValueError, r"direction must have shape \(D,\) = \(32,\) or \(B, D\) = \(B, 32\), got"),
+        (Add(torch.full((32,), float("inf"))), ValueError, "direction must be finite"),
+        (Remove(7), IndexError, r"component must be in \[0, 6\), got 7"),
+        (Remove(0, "mean"), ValueError, "part must be one of 'latents', 'region', got 'mean'"),
         ([Toward(torch.tensor([0, 1]), torch.zeros(3))], ValueError, "batch dimensions differ"),
         ([Toward(torch.tensor([0, 1])), Offset(0, torch.ones(3, 3))], ValueError, "batch dimensions differ"),
-        ("all", TypeError, "must be Toward, Offset or a sequence of them, got 'all'"),
+        ("all", TypeError, "must be Toward, Offset, Add, Reconstruct, Remove or a sequence of them, got 'all'"),
         ([Toward(0), 3], TypeError, "must be Toward, Offset"),
     ],
 )  # fmt: skip

@@ -1,0 +1,86 @@
+"""How far to steer: alpha for a given change of the next-token distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels.steering.handle import Handle
+from mfa_kernels.steering.interventions import finite
+
+_HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
+_FIRST = 2.0**-6  # part of `most` at which the search begins, upwards: far out, KL need not grow with alpha
+
+
+@torch.no_grad()
+def alpha_for_kl(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    handle: Handle,
+    kl: float,
+    *,
+    spec: Callable[[float], Any] | None = None,
+    most: float = 1.0,
+    tolerance: float = 1e-3,
+) -> float:
+    """The least alpha in (0, most] that moves the next-token distribution by `kl`, bracketed and then bisected.
+
+    KL(steered || unsteered) in nats, of the token after each row's last prompt token, averaged over the rows; against
+    the model with this handle paused, so that others stay as they are. At equal KL, ways to steer can be compared.
+
+    Args:
+        model: the model that the handle steers.
+        inputs: keyword arguments of its forward: input_ids (B, T), attention_mask (B, T) where there is padding.
+        handle: made by `steer`; it is left as it was.
+        kl: nats, positive.
+        spec: interventions as a function of alpha, for a handle that was made from `interventions` or `rows`, as
+            `lambda alpha: [Toward(3, alpha), Offset(3, z)]`. Without it, the handle's alpha is varied.
+        most: largest alpha tried, in doublings; interpolation reaches its target at 1.
+        tolerance: relative, of the KL found.
+
+    Raises:
+        ValueError: the KL at `most` is too small, or KL jumps over the value, as it can where a gate opens.
+    """
+    target, most = finite(kl, "kl"), finite(most, "most")
+    if target <= 0 or most <= 0:
+        raise ValueError(f"kl and most must be positive, got {kl} and {most}")
+    row = _last_tokens(inputs)
+
+    def log_probs() -> Tensor:
+        logits = model(**inputs).logits
+        return logits[torch.arange(len(logits)), row.to(logits.device)].double().log_softmax(-1)
+
+    with handle.paused():
+        unsteered = log_probs()
+
+    def divergence(alpha: float) -> float:
+        handle.update(**({"alpha": alpha} if spec is None else {"interventions": spec(alpha)}))
+        steered = log_probs()
+        return float((steered.exp() * (steered - unsteered)).sum(-1).mean())
+
+    with handle.restored():
+        low, alpha = 0.0, most * _FIRST
+        while (reached := divergence(alpha)) < target * (1 - tolerance):
+            if alpha == most:
+                raise ValueError(f"kl: at alpha = {most} it is {reached:.4g} nats, less than {target}; raise `most`")
+            low, alpha = alpha, min(2 * alpha, most)
+        high = alpha
+        for _ in range(_HALVINGS):
+            if abs(reached - target) <= tolerance * target:
+                return alpha
+            low, high = (alpha, high) if reached < target else (low, alpha)
+            alpha = (low + high) / 2
+            reached = divergence(alpha)
+    raise ValueError(f"kl jumps over {target}: it is {reached:.4g} nats at alpha = {alpha}")
+
+
+def _last_tokens(inputs: Mapping[str, Any]) -> Tensor:
+    """Column of each row's last real token, (B,)."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    if mask is None:
+        return torch.full((ids.shape[0],), ids.shape[1] - 1)
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask != 0, columns, -1).amax(1)

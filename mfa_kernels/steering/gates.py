@@ -1,0 +1,123 @@
+"""Where to act, as values: conditions on a token's place in the mixture, which combine with `&`, `|` and `~`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from mfa_kernels.checks import check_component
+from mfa_kernels.mfa import MFA
+from mfa_kernels.steering.evidence import Evidence
+from mfa_kernels.steering.interventions import finite
+
+
+class Gate:
+    """A condition on a token. `a & b`, `a | b` and `~a` are gates too."""
+
+    def __and__(self, other: Gate) -> Gate:
+        return Both(self, _operand(other))
+
+    def __or__(self, other: Gate) -> Gate:
+        return Either(self, _operand(other))
+
+    def __invert__(self) -> Gate:
+        return Not(self)
+
+    def passes(self, seen: Evidence) -> Tensor:
+        """(N,) bool. A token that is not finite passes no gate that `steer` is given, inverted or not."""
+        raise NotImplementedError
+
+    def leaves(self) -> Iterator[Gate]:
+        """The conditions it is made of."""
+        yield self
+
+
+@dataclass(frozen=True)
+class Responsibility(Gate):
+    """Tokens whose responsibility for a region, p(component | x), exceeds the threshold; `~` gives its complement."""
+
+    component: int
+    threshold: float
+
+    def passes(self, seen: Evidence) -> Tensor:
+        return seen.responsibility(self.component) > self.threshold
+
+
+@dataclass(frozen=True)
+class LogDensity(Gate):
+    """Tokens with log p(x) above the threshold, in nats; `~LogDensity(t)` acts out of the mixture's distribution."""
+
+    threshold: float
+
+    def passes(self, seen: Evidence) -> Tensor:
+        return seen.log_prob > self.threshold
+
+
+@dataclass(frozen=True)
+class Both(Gate):
+    first: Gate
+    second: Gate
+
+    def passes(self, seen: Evidence) -> Tensor:
+        return self.first.passes(seen) & self.second.passes(seen)
+
+    def leaves(self) -> Iterator[Gate]:
+        yield from self.first.leaves()
+        yield from self.second.leaves()
+
+
+@dataclass(frozen=True)
+class Either(Both):
+    def passes(self, seen: Evidence) -> Tensor:
+        return self.first.passes(seen) | self.second.passes(seen)
+
+
+@dataclass(frozen=True)
+class Not(Gate):
+    inner: Gate
+
+    def passes(self, seen: Evidence) -> Tensor:
+        return ~self.inner.passes(seen)
+
+    def leaves(self) -> Iterator[Gate]:
+        yield from self.inner.leaves()
+
+
+Gates: TypeAlias = "Gate | tuple[int, float] | list[Gate | tuple[int, float] | None] | None"
+
+
+def check_gates(gate: Any, mfa: MFA) -> list[Gate | None]:
+    """One checked gate per batch row, a single one where all rows share it; [None] where there is none."""
+    if not isinstance(gate, list):
+        return [_checked(gate, mfa, "gate")]
+    if not gate:
+        raise ValueError("gate is an empty list; it takes one gate, or None, per batch row")
+    return [_checked(entry, mfa, f"gate[{i}]") for i, entry in enumerate(gate)]
+
+
+def _checked(gate: Any, mfa: MFA, name: str) -> Gate | None:
+    if gate is None:
+        return None
+    if isinstance(gate, tuple) and len(gate) == 2:
+        gate = Responsibility(*gate)
+    if not isinstance(gate, Gate):
+        raise TypeError(f"{name} must be (component, threshold) or a gate such as Responsibility, got {gate!r}")
+    for leaf in gate.leaves():
+        if isinstance(leaf, Responsibility):
+            check_component(leaf.component, mfa.n_components, f"{name} component")
+            if not 0 <= finite(leaf.threshold, f"{name} threshold") < 1:
+                raise ValueError(
+                    f"{name} threshold must be in [0, 1), a responsibility to exceed; got {leaf.threshold}"
+                )
+        elif isinstance(leaf, LogDensity):
+            finite(leaf.threshold, f"{name} threshold")
+    return gate
+
+
+def _operand(gate: Any) -> Gate:
+    if not isinstance(gate, Gate):
+        raise TypeError(f"a gate combines with a gate such as Responsibility, got {gate!r}")
+    return gate

@@ -1,0 +1,70 @@
+"""Latents to give to `Offset`: drawn from the prior, or as they are found among a region's activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_component
+from mfa_kernels.mfa import MFA
+
+_BATCH = 8192
+
+
+def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator | None = None) -> Tensor:
+    """Latents drawn from the prior of every region, z ~ N(0, I): (R,), or (rows, R), one for each batch row.
+
+    Args:
+        mfa: the mixture.
+        rows: how many; None for a single vector.
+        generator: seeded, on the device that the latents shall be on; None draws from the CPU's global one.
+    """
+    shape = (mfa.rank,) if rows is None else (rows, mfa.rank)
+    device = "cpu" if generator is None else generator.device
+    dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32
+    return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequence[float] | Tensor) -> Tensor:
+    """Quantiles of a region's latents as observed, axis by axis.
+
+    The latents are E[z | x, k] of the activations that the region is the most responsible one for.
+
+    Args:
+        mfa: the mixture.
+        activations: anything `fit` takes, (N, D). Rows that are not finite belong to no region.
+        component: k.
+        q: in [0, 1]; a number, or (Q,) of them.
+
+    Returns:
+        (R,) for a number, else (Q, R).
+
+    Raises:
+        ValueError: the width or q does not fit, or the region owns none of the activations.
+    """
+    from mfa_kernels.fitting.source import as_source  # steering alone needs nothing of fitting
+
+    k = check_component(component, mfa.n_components)
+    wanted = torch.as_tensor(q, dtype=torch.float64)
+    if wanted.dim() > 1 or not ((wanted >= 0) & (wanted <= 1)).all():
+        raise ValueError(f"q must be a number in [0, 1] or a vector of them, got {q!r}")
+    source = as_source(activations)
+    if source.n_features != mfa.n_features:
+        raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
+    found = []
+    for start in range(0, len(source), _BATCH):
+        x = source.chunk(start, min(start + _BATCH, len(source))).to(mfa.means.device)
+        own = x[mfa.assign(x) == k]
+        found.append(mfa.posterior(own, k)[0])
+    observed = torch.cat(found) if found else mfa.means.new_empty(0, mfa.rank)
+    if not len(observed):
+        raise ValueError(f"component {k} is the most responsible one for none of the {len(source)} activations")
+    # Not torch.quantile, which takes at most 2^24 numbers.
+    ordered = observed.sort(0).values
+    at = wanted.to(ordered.device) * (len(ordered) - 1)
+    low, high = at.floor().long(), at.ceil().long()
+    return torch.lerp(ordered[low], ordered[high], (at - low).to(ordered).unsqueeze(-1))
