@@ -39,10 +39,7 @@ def _products(device: str) -> Any:
     """What holds the precision of float32 products on a device; None before torch 2.9."""
     backend = torch.backends.cuda if device == "cuda" else getattr(torch.backends, "mkldnn", None)
     owner = getattr(backend, "matmul", None)
-    try:
-        return owner if isinstance(owner.fp32_precision, str) else None
-    except AttributeError:
-        return None
+    return owner if isinstance(getattr(owner, "fp32_precision", None), str) else None
 
 
 def once_differentiable(name: str) -> None:

@@ -273,7 +273,7 @@ def test_backward_reads_halves(dtype):
 
 def check_backward(c: Case) -> None:
     found = gradients(c)
-    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *found)
+    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, list(found))
     for name, *tensors in zip(NAMES, found, plain_gradients(c), exact_gradients(c)):
         rows = [t.reshape(1, -1) if name in ("noise", "log_weights") and t.dim() == 1 else t for t in tensors]
         try:
@@ -285,11 +285,11 @@ def check_backward(c: Case) -> None:
 def test_backward_computes_only_what_is_asked_for():
     c = case((5, 4, 50, 10))
     whole = gradients(c)
-    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *whole)
+    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, list(whole))
     for i, expected in enumerate(whole):
         part: list[Tensor | None] = [None] * len(NAMES)
         part[i] = gradients(c)[i]
-        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *part)
+        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, list(part))
         assert torch.equal(part[i], expected), NAMES[i]
 
 
@@ -300,8 +300,8 @@ def test_backward_of_no_pairs_changes_nothing():
         (c.weights, torch.full_like(c.components, -1)),
         (torch.zeros_like(c.weights), c.components),
     ):
-        triton_backward.backward(c.x, c.tokens, components, weights, c.factors, *found)
-    triton_backward.backward(c.x, c.tokens[:0], c.components[:0], c.weights[:0], c.factors, *found)
+        triton_backward.backward(c.x, c.tokens, components, weights, c.factors, list(found))
+    triton_backward.backward(c.x, c.tokens[:0], c.components[:0], c.weights[:0], c.factors, list(found))
     assert all(torch.equal(f, g) for f, g in zip(found, gradients(c)))
 
 
@@ -319,8 +319,8 @@ def test_a_bad_token_is_alone():
     assert torch.equal(t[~bad], expected_t[~bad])
     components = c.components.masked_fill(bad, -1)
     found, expected = gradients(c), gradients(c)
-    triton_backward.backward(x, c.tokens, components, c.weights, c.factors, *found)
-    triton_backward.backward(c.x, c.tokens, components, c.weights, c.factors, *expected)
+    triton_backward.backward(x, c.tokens, components, c.weights, c.factors, list(found))
+    triton_backward.backward(c.x, c.tokens, components, c.weights, c.factors, list(expected))
     assert all(torch.equal(f, e) for f, e in zip(found, expected))
     assert all(f.isfinite().all() for f in found)
 
@@ -339,7 +339,7 @@ def test_same_bits_twice():
     runs = []
     for _ in range(2):
         found = gradients(c)
-        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, *found)
+        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, list(found))
         code = random_code(c, 3)
         grads = triton_decode.decode_backward(c.x, *code)
         explained_ = triton_pairs.explain(c.x, c.tokens, c.components, c.factors, constants)

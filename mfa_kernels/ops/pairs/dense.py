@@ -98,7 +98,7 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
     rank = factors.cholesky.shape[-1]
     y = (x - center) * scale
     features_first = y.t().contiguous()  # [D, n]
-    squares = y.square()
+    squares = y.square().double()
     # For x: sum_k w lam_k^2 and sum_k w (lam_k^2 m + A^T t).
     mass = torch.zeros_like(y) if factors.per_component else weight.sum(1, keepdim=True)
     pull = torch.zeros_like(y)
@@ -141,8 +141,8 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
         torch.baddbmm(cross, moment, a, alpha=-1, out=change)  # sum w t q - s A
         if grad_noise is not None:
             # sum w q^2 = sum w (y - m)^2 - A sum w t (y - m) - A sum w t q
-            # (`@` and not `_product`: it sums in blocks, and of these sums little is left)
-            square = (w @ squares).sub_(m * (2 * first + s * m)).mul_(precision.square())
+            # (the first sum in float64: little is left of it, and products differ in the order in which they sum)
+            square = (w.double() @ squares).to(w.dtype).sub_(m * (2 * first + s * m)).mul_(precision.square())
             square.sub_(s * precision).sub_(cross.add_(change).mul_(a).sum(1)).mul_(0.5 * scale.square())
             if factors.per_component:
                 grad_noise[k] += square

@@ -66,7 +66,7 @@ def accumulate_gradients(
     elif _is_triton(factors.rows, factors.cholesky.shape[-1]):
         from mfa_kernels.ops.pairs import triton_backward
 
-        triton_backward.backward(x, tokens, components, weights, factors, *gradients, add=add)
+        triton_backward.backward(x, tokens, components, weights, factors, gradients, add)
     else:
         portable.backward(x, tokens, components, weights, factors, *gradients)
 

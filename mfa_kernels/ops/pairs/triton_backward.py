@@ -172,11 +172,7 @@ def backward(
     components: Tensor,
     weights: Tensor,
     factors: Factors,
-    grad_x: Tensor | None,
-    grad_means: Tensor | None,
-    grad_loadings: Tensor | None,
-    grad_noise: Tensor | None,
-    grad_log_weights: Tensor | None,
+    gradients: list[Tensor | None],
     add: bool = True,
 ) -> None:
     """Adds sum_p w_p d logit_p / d parameter to the gradients given. Does not wait for the device.
@@ -187,14 +183,14 @@ def backward(
         components: (P,) int32; -1 marks a slot without a pair.
         weights: (P,) float32; a pair of weight 0 is skipped.
         factors: in the portable layout, float32.
-        grad_x: (N, D) float32, contiguous.
-        grad_means, grad_loadings, grad_noise, grad_log_weights: float32, contiguous, in the shapes of the parameters.
+        gradients: of x (N, D), means, loadings, noise and log_weights in their shapes; float32, contiguous, or None.
         add: False writes the gradients, whatever they held: half the traffic of zeroing them and adding.
     """
+    grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
     (pairs,), (count, _, features), rank = components.shape, factors.rows.shape, factors.cholesky.shape[-1]
     if pairs == 0:
         if not add:
-            for gradient in (grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights):
+            for gradient in gradients:
                 if gradient is not None:
                     gradient.zero_()
         return

@@ -362,7 +362,7 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
     }  # fmt: skip
     common = {"LOG_EPS": LOG_EPS}
     partials = {**common, "TILE": TILE, "TOP": TOP, "BT": 512}
-    kernels = [
+    kernels: list[tuple[str, Any, dict[str, Any], int]] = [
         ("candidates", candidates_kernel, {**partials, "C": 16}, 4),
         ("gather", gather_kernel, {"BN": 4096}, 8),
         ("finish", finish_kernel, {**common, "C": 16, "BS": 16}, 1),

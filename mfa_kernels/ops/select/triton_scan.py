@@ -275,14 +275,15 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
     from mfa_kernels.ops import configs
 
     entries = []
-    for name, change in {
+    variants: dict[str, dict[str, Any]] = {
         "scan": {},
         "scan, fast": {"BOUNDS": False},
         "scan, noise per component": {"PER_COMPONENT": True},
         "scan, rank 5": {"R": 5},
         "scan, rank 7": {"R": 7},
         "scan, rank 16": {"R": 16},
-    }.items():
+    }
+    for name, change in variants.items():
         default = configs.default(Scan, architecture, 16384, 8192)
         config = fitted(default, architecture, change.get("R", 10), "PER_COMPONENT" in change)
         descriptor = config.descriptors and architecture >= 90
