@@ -229,7 +229,12 @@ class MFA(nn.Module):
             return parameters, ops.factorize(*parameters[:3], self.center)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_cache": None, "_screen": None}  # derived: neither copied nor pickled
+        return {
+            **super().__getstate__(),
+            "_cache": None,
+            "_screen": None,
+            "evaluated": None,
+        }  # derived: neither copied nor pickled
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
