@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 FOLDER = Path(__file__).parent / "tuned"
-"""Configurations that ship with the package: one JSON per GPU."""
+"""Measured configurations that ship with the package, one JSON per GPU: none yet."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ BLOCK = 1 << 20
 """Largest number of values of a block's temporaries on a CPU, where they should stay in cache; CHUNK elsewhere."""
 
 DENSITY, OVERHEAD = 0.3, 90
-"""Measured: GEMMs for n tokens take the time of K (DENSITY n + OVERHEAD) pairs."""
+"""GEMMs for n tokens are taken to cost as much as K (DENSITY n + OVERHEAD) pairs: fitted by eye to timings on one
+machine. Where it is off, the choice costs time and changes no result."""
 
 CANCELLATION = 2.0
 """Largest (|y|^2 + |m|^2) / |y - m|^2 of a token and its heaviest component: the factor on the rounding errors."""

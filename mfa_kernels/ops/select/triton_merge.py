@@ -32,6 +32,16 @@ def _threshold(K, LOG_EPS: tl.constexpr):
 
 
 @triton.jit
+def _largest(p_values, count, BT: tl.constexpr):
+    """The largest of `count` values; NaN does not count."""
+    b_best = tl.full([BT], -float("inf"), tl.float32)
+    for i in range(0, count, BT):
+        o_i = i + tl.arange(0, BT)
+        b_best = tl.maximum(b_best, tl.load(p_values + o_i, o_i < count, -float("inf")))
+    return tl.max(b_best, 0)
+
+
+@triton.jit
 def _hides_more(o_e, K, TILE: tl.constexpr, TOP: tl.constexpr):
     """Whether an entry is the last that its tile reports, of a tile that has more components."""
     return (o_e % TOP == TOP - 1) & (K - o_e // TOP * TILE > TOP)
@@ -54,11 +64,7 @@ def candidates_kernel(
     BT: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    b_best = tl.full([BT], -float("inf"), tl.float32)
-    for i_t in range(0, tiles, BT):
-        o_t = i_t + tl.arange(0, BT)
-        b_best = tl.maximum(b_best, tl.load(p_lower + i_n * tiles + o_t, o_t < tiles, -float("inf")))
-    b_window = tl.max(b_best, 0) - _threshold(K, LOG_EPS)
+    b_window = _largest(p_lower + i_n * tiles, tiles, BT) - _threshold(K, LOG_EPS)
 
     b_count = tl.zeros([BT], tl.int32)
     b_hidden = tl.zeros([BT], tl.int32)
@@ -244,11 +250,7 @@ def finish_fast_kernel(
     BT: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    b_best = tl.full([BT], -float("inf"), tl.float32)
-    for t in range(0, tiles, BT):
-        o_t = t + tl.arange(0, BT)
-        b_best = tl.maximum(b_best, tl.load(p_largest + i_n * tiles + o_t, o_t < tiles, -float("inf")))
-    b_top = tl.max(b_best, 0)
+    b_top = _largest(p_largest + i_n * tiles, tiles, BT)
     b_common = 0.0
     if SHARED:
         b_common = 0.5 * tl.load(p_length + i_n)
@@ -292,7 +294,7 @@ def finish_fast_kernel(
 def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (N,) int32 of the tokens whose flag (N,) int32 is 1, and their number (1,): the rest is 0."""
     index, total = torch.zeros_like(flags), flags.new_empty(1)
-    gather_kernel[(1,)](flags, index, total, flags.shape[0], BN=4096 if flags.shape[0] > 4096 else 1024, num_warps=8)
+    gather_kernel[(1,)](flags, index, total, flags.shape[0], BN=4096, num_warps=8)
     return index, total
 
 

@@ -15,7 +15,7 @@ per 64 components. Neither N x K nor N x K x R is ever written.
 Four rows at a time: 128 tokens and 64 features take (128 + 4 x 64) x 64 x 2 bytes from the second-level cache for
 128 x 256 x 64 multiply-adds, 85 flops a byte; one row at a time would be 43, far more than that cache delivers at full
 rate. A 128 x 64 logit tile beside a 128 x 256 product is 160 registers a thread; a 128 x 128 tile with two rows at a
-time (192) spills.
+time (192) spilled when it was tried.
 
 The bound. With |tokens - y| <= eta, |y| <= a, squares off by psi (triton_tokens.py), and the rows' own M1, M2, E1, E2,
 E3, N1, N2 (factors/triton_rows.py), by Cauchy-Schwarz and with every sum of D products off by at most g = D 2^-23:
