@@ -8,8 +8,7 @@ from torch import Tensor
 from mfa_kernels.ops.factors.op import Factors, unpack_rows
 
 MEANS = 0.3
-"""Weight of the covariance of the means beside the Gram matrix of the loadings. On the fitted mixtures of
-bench/screen_survivors.py anything from 0.1 to 3 leaves nearly the same pairs."""
+"""Weight of the covariance of the means beside the Gram matrix of the loadings: a choice that matters little."""
 
 
 def basis(factors: Factors, weights: Tensor, features: int) -> Tensor:
