@@ -122,10 +122,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
   return {log_prob, components, logits, counts};
 }
 
-// The tensors of a Screen (mfa_kernels/ops/screen/op.py); bounds [3, K] are its constants, radii and slack.
+// The tensors of a Screen (mfa_kernels/ops/screen/op.py) and the constants of its mixture.
 template <class T>
-mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor& basis, const Tensor& center,
-                         const Tensor& marginal_rows, const Tensor& bounds, double exact_slack) {
+mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor& constants, const Tensor& center,
+                         const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
+                         const Tensor& slack, double exact_slack) {
   const auto type = x.scalar_type();
   const int64_t K = shape.components, p = basis.size(1), V = width(x);
   check(basis, {shape.features, p}, type, "basis");
@@ -133,18 +134,20 @@ mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor&
                     " columns, got ", p);
   check(center, {shape.features}, type, "center");
   check(marginal_rows, {K, p / V, shape.row_count(), V}, type, "marginal_rows");
-  check(bounds, {3, K}, type, "bounds");
-  const T* of_component = data<T>(bounds);
-  return {p, data<T>(basis), data<T>(center), data<T>(marginal_rows), of_component, of_component + K,
-          of_component + 2 * K, static_cast<T>(exact_slack)};
+  check(constants, {K}, type, "constants");
+  check(log_det, {K}, type, "log_det");
+  check(radii, {K}, type, "radii");
+  check(slack, {K}, type, "slack");
+  return {p,           data<T>(basis), data<T>(center), data<T>(marginal_rows),     data<T>(constants), data<T>(log_det),
+          data<T>(radii), data<T>(slack), static_cast<T>(exact_slack)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
-    const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, double threshold, int64_t slots,
-    const Tensor& basis, const Tensor& center, const Tensor& marginal_rows, const Tensor& bounds, double exact_slack) {
+    const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
+    const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii, const Tensor& slack,
+    double exact_slack, double threshold, int64_t slots) {
   const auto shape = shape_of_rows(rows, x.size(1), false);
   check_scan(shape, x, rows, lam);
-  check(constants, {shape.components}, x.scalar_type(), "constants");
   TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
   const int64_t N = x.size(0);
   Tensor log_prob = at::empty({N}, x.options());
@@ -154,25 +157,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
   Tensor dropped = at::empty({N}, x.options());
   Tensor evaluated = at::empty({N}, x.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "select_screened", [&] {
+    const auto screen = screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack,
+                                            exact_slack);
     const mfa::Selection<scalar_t> out{data<scalar_t>(log_prob), data<int32_t>(components), data<scalar_t>(logits),
                                        data<int32_t>(counts)};
-    mfa::select_screened<scalar_t>(
-        shape, screen_of<scalar_t>(shape, x, basis, center, marginal_rows, bounds, exact_slack), data<scalar_t>(x), N,
-        data<scalar_t>(rows), data<scalar_t>(constants), data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots,
-        out, data<scalar_t>(dropped), data<int32_t>(evaluated), at::get_num_threads(), parallel_for);
+    mfa::select_screened<scalar_t>(shape, screen, data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
+                                   data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots, out,
+                                   data<scalar_t>(dropped), data<int32_t>(evaluated), at::get_num_threads(),
+                                   parallel_for);
   });
   return {log_prob, components, logits, counts, dropped, evaluated};
 }
 
-Tensor screen_bounds(const Tensor& x, const Tensor& lam, const Tensor& basis, const Tensor& center,
-                     const Tensor& marginal_rows, const Tensor& bounds) {
-  const mfa::Shape shape{bounds.size(1), x.size(1), marginal_rows.size(2) - 1, false};
+Tensor screen_bounds(const Tensor& x, const Tensor& constants, const Tensor& lam, const Tensor& center,
+                     const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
+                     const Tensor& slack) {
+  const mfa::Shape shape{constants.size(0), x.size(1), marginal_rows.size(2) - 1, false};
   check(x, {x.size(0), shape.features}, x.scalar_type(), "x");
   check(lam, {shape.features}, x.scalar_type(), "scale");
   Tensor out = allocate({x.size(0), shape.components}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "screen_bounds", [&] {
-    mfa::bounds<scalar_t>(shape, screen_of<scalar_t>(shape, x, basis, center, marginal_rows, bounds, 0),
-                          data<scalar_t>(x), x.size(0), data<scalar_t>(lam), data<scalar_t>(out),
+    const auto screen =
+        screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack, 0);
+    mfa::bounds<scalar_t>(shape, screen, data<scalar_t>(x), x.size(0), data<scalar_t>(lam), data<scalar_t>(out),
                           at::get_num_threads(), parallel_for);
   });
   return out;

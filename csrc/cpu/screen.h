@@ -21,10 +21,17 @@ struct Screen {
   const T* basis;      // Q [D, p]
   const T* center;     // c [D]
   const T* rows;       // {m_k, B_k} [K, p/V, R+1, V]
-  const T* constants;  // [K] those of the mixture, rounded up
+  const T* constants;  // [K] those of the mixture
+  const T* log_det;    // [K] log|C_k|
   const T* radii;      // [K] |m~_k|, rounded up
   const T* slack;      // [K]
   T exact_slack;       // what a logit computed in full adds to it
+
+  // A constant raised by the rounding of its terms.
+  T raised(int64_t k, int64_t all_features) const {
+    const T size = std::abs(constants[k]) + std::abs(log_det[k]) + 2 * static_cast<T>(all_features);
+    return constants[k] + 2 * std::numeric_limits<T>::epsilon() * size;
+  }
 };
 
 constexpr int64_t kBoundValues = int64_t(1) << 21;  // bounds held at a time, 8 MB in float: within reach of a cache
@@ -170,7 +177,7 @@ struct Stretch {
     std::vector<int32_t> owners(plan.splits * tokens, 0);
     scan(marginal, plan, y.data(), tokens, screen.rows, ones.data(),
          [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
-           const T constant = screen.constants[k], radius = screen.radii[k], slack = screen.slack[k];
+           const T constant = screen.raised(k, D), radius = screen.radii[k], slack = screen.slack[k];
            const T* norm = norms.data() + n0;
            T* out = bounds.data() + n0 * K + k * kPanel<T>;
            T* top = largest.data() + split * tokens + n0;

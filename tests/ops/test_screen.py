@@ -349,3 +349,31 @@ def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_doe
     assert chosen(mixture(400, 24, 4), torch.zeros(10, 24)) is None
     per_component = mixture(400, 128, 4, per_component=True)
     assert chosen(per_component, tokens(per_component, 200)) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    m = mixture(21, 40, 2, dtype=dtype)
+    f = m.factors()
+    s = op.screen(*m, f, 32)
+    torch.library.opcheck(
+        torch.ops.mfa_kernels.select_screened.default,
+        (tokens(m, 7), f.rows, f.constants(m.log_weights), f.scale, f.center, s.basis, s.rows, s.log_det, s.radii,
+         s.slack, s.exact_slack, 12.0, 4),
+    )  # fmt: skip
+
+
+def test_compiles_whole_and_takes_half_precision_tokens():
+    m = mixture(90, 48, 3)
+    x = tokens(m, 40).bfloat16()
+    factors = m.factors()
+    screen, constants = op.screen(*m, factors, 32), factors.constants(m.log_weights)
+
+    def found(x: Tensor) -> Tensor:
+        selected = op.select(x, factors, constants, screen, 20.0, 4)
+        return torch.cat([selected.active.log_prob, selected.dropped, selected.evaluated.float()])
+
+    torch.compiler.reset()
+    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(compiled, found(x))
+    assert torch.equal(compiled, found(x.float()))

@@ -195,32 +195,54 @@ def _exact_slack(features: int, rank: int, unit: float) -> float:
 
 
 def select(x: Tensor, factors: Factors, constants: Tensor, screen: Screen, threshold: float, slots: int) -> Screened:
-    """Stage 1 through the bounds; contract of the C++ `select`, with what screening did beside it.
+    """Stage 1 through the bounds; contract of the C++ `select`, with what screening did beside it. No gradients.
 
     Args:
-        x: (N, D), contiguous, in the dtype of the factors.
+        x: (N, D), any float dtype; it is brought to the dtype of the factors.
         factors: shared noise, in the layout of the C++ kernels.
         constants: `factors.constants(log_weights)`, (K,).
         screen: of the same parameters.
         threshold: nats below the best logit at which a component stops being active.
         slots: S, the most active components kept per token.
     """
-    *active, dropped, evaluated = native.library().select_screened(
-        x, factors.rows, constants, factors.scale, threshold, slots,
-        screen.basis, factors.center, screen.rows, _per_component(constants, screen), screen.exact_slack,
+    *active, dropped, evaluated = torch.ops.mfa_kernels.select_screened(
+        x, factors.rows, constants, factors.scale, factors.center, screen.basis, screen.rows, screen.log_det,
+        screen.radii, screen.slack, screen.exact_slack, threshold, slots,
     )  # fmt: skip
     return Screened(Active(*active), dropped, evaluated)
 
 
 def bounds(x: Tensor, factors: Factors, constants: Tensor, screen: Screen) -> Tensor:
-    """The upper bounds of all logits that `select` works from, (N, K); arguments as there."""
+    """The upper bounds of all logits that `select` works from, (N, K); arguments as there, in one dtype."""
     return native.library().screen_bounds(
-        x, factors.scale, screen.basis, factors.center, screen.rows, _per_component(constants, screen)
+        x, constants, factors.scale, factors.center, screen.basis, screen.rows, screen.log_det, screen.radii,
+        screen.slack,
+    )  # fmt: skip
+
+
+torch.library.define(
+    "mfa_kernels::select_screened",
+    "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows,"
+    " Tensor log_det, Tensor radii, Tensor slack, float exact_slack, float threshold, int slots)"
+    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
+)
+
+
+@torch.library.impl("mfa_kernels::select_screened", "CPU")
+def _select_screened(x, rows, *rest):
+    return native.library().select_screened(x.to(rows.dtype).contiguous(), rows, *rest)
+
+
+@torch.library.register_fake("mfa_kernels::select_screened")
+def _(
+    x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, exact_slack, threshold, slots
+):  # fmt: skip
+    tokens = x.shape[0]
+    return (
+        rows.new_empty(tokens),
+        rows.new_empty(tokens, slots, dtype=torch.int32),
+        rows.new_empty(tokens, slots),
+        rows.new_empty(tokens, dtype=torch.int32),
+        rows.new_empty(tokens),
+        rows.new_empty(tokens, dtype=torch.int32),
     )
-
-
-def _per_component(constants: Tensor, screen: Screen) -> Tensor:
-    """Constants raised by their rounding, radii and slack: (3, K)."""
-    eps, features = torch.finfo(constants.dtype).eps, screen.basis.shape[0]
-    raised = constants + 2 * eps * (constants.abs() + screen.log_det.abs() + 2 * features)
-    return torch.stack([raised, screen.radii, screen.slack])
