@@ -297,9 +297,8 @@ void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, co
 // The scan itself: visit(split, first token, tokens here, component, distances [kPanel]) for every component and panel.
 // A component's rows stay in cache while the panels of a block pass by.
 template <class T, class Visit, class ParallelFor>
-void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
-          Visit&& visit, ParallelFor&& parallel_for) {
-  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, visit, parallel_for);
+void scan_panels(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
+                 Visit&& visit, ParallelFor&& parallel_for) {
   std::vector<T> scale(shape.padded<T>());
   std::copy(lam, lam + shape.features, scale.begin());
   const PanelDistance<T> distance(shape);
@@ -325,6 +324,13 @@ void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, 
       }
     }
   });
+}
+
+template <class T, class Visit, class ParallelFor>
+void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
+          Visit&& visit, ParallelFor&& parallel_for) {
+  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, visit, parallel_for);
+  scan_panels(shape, plan, x, tokens, rows, lam, visit, parallel_for);
 }
 
 // x [N, D], lam [D] (ones when the noise is per component), constants [K]

@@ -8,31 +8,13 @@
 // Never materialised: N x K. Bounds are kept for one stretch of tokens a thread, kBoundValues of them.
 // Exact     because the logit of a token's largest bound is computed in full, and whatever could come within the
 //           threshold of it too. A token for which that is too much work takes the dense scan.
-// Floor     N K (R + 3) p vector operations. Measured by bench/bench_screen.py.
+// Floor     N K (R + 3) p vector operations; for a few tokens, one read of Q, of the rows {m, B} and of what is computed
+//           in full (screen_few.h). Measured by bench/bench_screen.py.
 #pragma once
 #include "scan.h"
+#include "screen_few.h"
 
 namespace mfa {
-
-// What stage 0 leaves for the bounds (mfa_kernels/ops/screen/op.py).
-template <class T>
-struct Screen {
-  int64_t features;    // p, a multiple of 8 and of the SIMD width
-  const T* basis;      // Q [D, p]
-  const T* center;     // c [D]
-  const T* rows;       // {m_k, B_k} [K, p/V, R+1, V]
-  const T* constants;  // [K] those of the mixture
-  const T* log_det;    // [K] log|C_k|
-  const T* radii;      // [K] |m~_k|, rounded up
-  const T* slack;      // [K]
-  T exact_slack;       // what a logit computed in full adds to it
-
-  // A constant raised by the rounding of its terms.
-  T raised(int64_t k, int64_t all_features) const {
-    const T size = std::abs(constants[k]) + std::abs(log_det[k]) + 2 * static_cast<T>(all_features);
-    return constants[k] + 2 * std::numeric_limits<T>::epsilon() * size;
-  }
-};
 
 constexpr int64_t kBoundValues = int64_t(1) << 21;  // bounds held at a time, 8 MB in float: within reach of a cache
 constexpr int64_t kStretch = 256;                   // tokens at a time at least, so that rows are read seldom enough
@@ -128,16 +110,17 @@ std::vector<int64_t> counting_sort(const std::vector<Key>& of, int64_t keys, std
 template <class T, class ParallelFor>
 void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants, const T* lam, Pairs<T>& pairs,
               ParallelFor&& parallel_for) {
-  constexpr int64_t G = 8, kChunk = 64;  // groups of tokens, and pairs per task whatever the threads
+  constexpr int64_t G = 8;  // groups of tokens
+  const int64_t chunk_size = std::clamp<int64_t>(pairs.size() / 16, G, 64);  // pairs per task, whatever the threads
   std::vector<int64_t> first;
   const std::vector<int64_t> order = counting_sort(pairs.components, shape.components, first);
   pairs.logits.resize(pairs.size());
-  parallel_for(ceil_div(pairs.size(), kChunk), [&](int64_t begin, int64_t end) {
+  parallel_for(ceil_div(pairs.size(), chunk_size), [&](int64_t begin, int64_t end) {
     std::vector<T> v(shape.padded<T>() * G), t(shape.rank * G);
     int64_t group[G];
     T out[G];
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      for (int64_t i = chunk * kChunk, stop = std::min(pairs.size(), i + kChunk), count; i < stop; i += count) {
+      for (int64_t i = chunk * chunk_size, stop = std::min(pairs.size(), i + chunk_size), count; i < stop; i += count) {
         const int64_t k = pairs.components[order[i]], left = std::min(stop, first[k + 1]) - i;
         count = left >= G ? G : left >= 2 ? 2 : 1;
         for (int64_t g = 0; g < count; ++g) group[g] = pairs.tokens[order[i + g]];
@@ -152,15 +135,17 @@ void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants,
 // One stretch of tokens: what the bounds say of it.
 template <class T>
 struct Stretch {
-  std::vector<T> y, norms;        // [tokens, p], [tokens]
-  std::vector<T> bounds;          // [panels, K, kPanel]
-  std::vector<int32_t> guesses;   // [tokens] the component with the largest bound
+  int64_t lanes = 0;             // tokens to a panel
+  std::vector<T> y, norms;       // [tokens, p], [tokens]
+  std::vector<T> bounds;         // [panels, K, lanes]
+  std::vector<int32_t> guesses;  // [tokens] the component with the largest bound
 
   template <class ParallelFor>
   void bound(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, int64_t threads,
              ParallelFor&& parallel_for) {
     const int64_t K = shape.components, D = shape.features, p = screen.features;
     const int64_t panels = ceil_div(tokens, kPanel<T>);
+    lanes = kPanel<T>;
     y.resize(tokens * p);
     norms.resize(tokens);
     parallel_for(panels, [&](int64_t begin, int64_t end) {
@@ -175,24 +160,42 @@ struct Stretch {
     bounds.resize(panels * K * kPanel<T>);
     std::vector<T> largest(plan.splits * tokens, -std::numeric_limits<T>::infinity());
     std::vector<int32_t> owners(plan.splits * tokens, 0);
-    scan(marginal, plan, y.data(), tokens, screen.rows, ones.data(),
+    // By panels, however few tokens are left: where a stretch ends depends on the threads, and no bit may.
+    scan_panels(marginal, plan, y.data(), tokens, screen.rows, ones.data(),
          [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
-           const T constant = screen.raised(k, D), radius = screen.radii[k], slack = screen.slack[k];
-           const T* norm = norms.data() + n0;
-           T* out = bounds.data() + n0 * K + k * kPanel<T>;
-           T* top = largest.data() + split * tokens + n0;
-           int32_t* owner = owners.data() + split * tokens + n0;
-           for (int64_t i = 0; i < here; ++i) {
-             const T reach = norm[i] + radius;
-             const T bound = constant - distances[i] / 2 + slack * (reach * reach);
-             out[i] = bound;
-             const bool best = bound > top[i] && bound < std::numeric_limits<T>::infinity();
-             owner[i] = best ? static_cast<int32_t>(k) : owner[i];
-             top[i] = best ? bound : top[i];
-           }
+           screen.bound(k, D, distances, norms.data() + n0, here, bounds.data() + n0 * K + k * kPanel<T>,
+                        largest.data() + split * tokens + n0, owners.data() + split * tokens + n0);
          },
          parallel_for);
-    for (int64_t split = 1; split < plan.splits; ++split)
+    choose(plan.splits, tokens, largest, owners);
+  }
+
+  // The same for at most kFewScreened tokens, all in one panel of 1, 2 or 4.
+  template <class ParallelFor>
+  void bound_few(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam,
+                 int64_t threads, ParallelFor&& parallel_for) {
+    const int64_t K = shape.components, p = screen.features;
+    for (lanes = 1; lanes < tokens;) lanes *= 2;
+    y.assign(lanes * p, T(0));
+    norms.assign(lanes, T(0));
+    project_few(shape, screen, x, tokens, lam, y.data(), norms.data(), parallel_for);
+    const int64_t splits = std::clamp<int64_t>(threads, 1, ceil_div(K, 64));
+    bounds.resize(K * lanes);
+    std::vector<T> largest(splits * lanes, -std::numeric_limits<T>::infinity());
+    std::vector<int32_t> owners(splits * lanes, 0);
+    parallel_for(splits, [&](int64_t begin, int64_t end) {
+      for (int64_t split = begin; split < end; ++split)
+        with_lanes_of<T>(lanes, [&]<int L>(std::integral_constant<int, L>) {
+          bounds_of_few<T, L>(shape, screen, K * split / splits, K * (split + 1) / splits, y.data(), norms.data(),
+                              bounds.data(), largest.data() + split * L, owners.data() + split * L);
+        });
+    });
+    choose(splits, lanes, largest, owners);
+  }
+
+ private:
+  void choose(int64_t splits, int64_t tokens, std::vector<T>& largest, std::vector<int32_t>& owners) {
+    for (int64_t split = 1; split < splits; ++split)
       for (int64_t n = 0; n < tokens; ++n)
         if (largest[split * tokens + n] > largest[n]) {
           largest[n] = largest[split * tokens + n];
@@ -204,16 +207,16 @@ struct Stretch {
 
 // What is left of one panel under the bars of its tokens, `best` known to be reached: appends the pairs beside the
 // guesses, and writes `evaluated` and `dropped` (see select_screened).
-template <class T>
+template <class T, int L>
 void sweep_panel(const T* bounds, int64_t K, int64_t tokens, int64_t first_token, const int32_t* guesses, const T* best,
                  T threshold, int64_t limit, Pairs<T>& pairs, T* dropped, int32_t* evaluated) {
   constexpr T kInf = std::numeric_limits<T>::infinity();
-  T bar[kPanel<T>], top[kPanel<T>];
-  int32_t kept[kPanel<T>] = {};
-  for (int64_t i = 0; i < kPanel<T>; ++i) bar[i] = i < tokens ? best[i] - threshold : kInf, top[i] = -kInf;
+  T bar[L], top[L];
+  int32_t kept[L] = {};
+  for (int64_t i = 0; i < L; ++i) bar[i] = i < tokens ? best[i] - threshold : kInf, top[i] = -kInf;
   for (int64_t k = 0; k < K; ++k)
-    for (int64_t i = 0; i < kPanel<T>; ++i) {
-      const T bound = bounds[k * kPanel<T> + i];
+    for (int64_t i = 0; i < L; ++i) {
+      const T bound = bounds[k * L + i];
       const bool below = bound < bar[i];  // NaN is not
       kept[i] += below ? 0 : 1;
       top[i] = below && bound > top[i] ? bound : top[i];
@@ -227,10 +230,10 @@ void sweep_panel(const T* bounds, int64_t K, int64_t tokens, int64_t first_token
   }
   for (int64_t k = 0; k < K; ++k) {
     int any = 0;
-    for (int64_t i = 0; i < kPanel<T>; ++i) any |= !(bounds[k * kPanel<T> + i] < bar[i]);
+    for (int64_t i = 0; i < L; ++i) any |= !(bounds[k * L + i] < bar[i]);
     if (!any) continue;
     for (int64_t i = 0; i < tokens; ++i)
-      if (evaluated[i] >= 0 && k != guesses[i] && !(bounds[k * kPanel<T> + i] < bar[i]))
+      if (evaluated[i] >= 0 && k != guesses[i] && !(bounds[k * L + i] < bar[i]))
         pairs.add(first_token + i, static_cast<int32_t>(k));
   }
 }
@@ -291,10 +294,13 @@ void select_some(const Shape& shape, const T* x, const std::vector<int64_t>& som
 template <class T, class ParallelFor>
 void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int64_t begin, int64_t end, const T* rows,
                    const T* constants, const T* lam, T threshold, int64_t limit, Pairs<T>& guesses, Pairs<T>& pairs,
-                   T* dropped, int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
-  const int64_t K = shape.components, here = end - begin, panels = ceil_div(here, kPanel<T>);
+                   T* dropped, int32_t* evaluated, bool few, int64_t threads, ParallelFor&& parallel_for) {
+  const int64_t K = shape.components, here = end - begin;
   Stretch<T> stretch;
-  stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+  if (few)
+    stretch.bound_few(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+  else
+    stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
 
   Pairs<T> guess;
   for (int64_t n = 0; n < here; ++n) guess.add(begin + n, stretch.guesses[n]);
@@ -308,14 +314,15 @@ void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int6
   }
   guesses.append(guess);
 
+  const int64_t lanes = stretch.lanes, panels = ceil_div(here, lanes);
   std::vector<Pairs<T>> found(panels);
   parallel_for(panels, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t n = i * kPanel<T>;
-      sweep_panel(stretch.bounds.data() + n * K, K, std::min<int64_t>(kPanel<T>, here - n), begin + n,
-                  stretch.guesses.data() + n, best.data() + n, threshold, limit, found[i], dropped + begin + n,
-                  evaluated + begin + n);
-    }
+    with_lanes_of<T>(lanes, [&]<int L>(std::integral_constant<int, L>) {
+      for (int64_t i = first, n = i * L; i < last; ++i, n += L)
+        sweep_panel<T, L>(stretch.bounds.data() + n * K, K, std::min<int64_t>(L, here - n), begin + n,
+                          stretch.guesses.data() + n, best.data() + n, threshold, limit, found[i], dropped + begin + n,
+                          evaluated + begin + n);
+    });
   });
   for (const Pairs<T>& some : found) pairs.append(some);
 }
@@ -331,7 +338,7 @@ void select_screened(const Shape& shape, const Screen<T>& screen, const T* x, in
   auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
   auto run = [&](int64_t begin, int64_t end, Pairs<T>& guesses, Pairs<T>& pairs, int64_t inner, auto&& inner_for) {
     screen_tokens(shape, screen, x, begin, end, rows, constants, lam, threshold, limit, guesses, pairs, dropped,
-                  evaluated, inner, inner_for);
+                  evaluated, tokens <= kFewScreened, inner, inner_for);
   };
   const int64_t pilot = std::min(tokens, kPilot);
   Pairs<T> guesses, pairs;
@@ -370,14 +377,17 @@ void select_screened(const Shape& shape, const Screen<T>& screen, const T* x, in
 template <class T, class ParallelFor>
 void bounds(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, T* out,
             int64_t threads, ParallelFor&& parallel_for) {
+  const int64_t K = shape.components;
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < tokens; begin += kStretch) {
     const int64_t here = std::min(kStretch, tokens - begin);
-    stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+    if (tokens <= kFewScreened)
+      stretch.bound_few(shape, screen, x, tokens, lam, threads, parallel_for);
+    else
+      stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
     for (int64_t n = 0; n < here; ++n)
-      for (int64_t k = 0; k < shape.components; ++k)
-        out[(begin + n) * shape.components + k] =
-            stretch.bounds[(n / kPanel<T> * shape.components + k) * kPanel<T> + n % kPanel<T>];
+      for (int64_t k = 0; k < K; ++k)
+        out[(begin + n) * K + k] = stretch.bounds[(n / stretch.lanes * K + k) * stretch.lanes + n % stretch.lanes];
   }
 }
 

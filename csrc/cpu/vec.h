@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace mfa {
 
@@ -57,6 +59,41 @@ inline T horizontal_sum(Vec<T> v) {
   for (int step = kWidth<T> / 2; step > 0; step /= 2)
     for (int i = 0; i < step; ++i) lane[i] += lane[i + step];
   return lane[0];
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define MFA_SHUFFLES
+// Lanes of a and b that differ in bit `Step` of their index, added: those of a where the bit is clear, of b where set.
+template <class T, int Step, int... J>
+inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, J...>) {
+  constexpr int V = kWidth<T>;
+  return __builtin_shufflevector(a, b, (J & Step ? V + J : J)...) +
+         __builtin_shufflevector(a, b, (J & Step ? V + (J ^ Step) : J ^ Step)...);
+}
+#endif
+#endif
+
+// out [V]: the sums of the lanes of V vectors [V, V].
+template <class T>
+inline void sums_of_lanes(const T* vectors, T* out) {
+  constexpr int V = kWidth<T>;
+#ifdef MFA_SHUFFLES
+  Vec<T> v[V];
+  for (int i = 0; i < V; ++i) v[i] = load(vectors + i * V);
+  auto halve = [&]<int Step>(auto& self, std::integral_constant<int, Step>) -> void {
+    if constexpr (Step < V) {
+#pragma GCC unroll 8
+      for (int i = 0; i < V / (2 * Step); ++i)
+        v[i] = add_across<T, Step>(v[2 * i], v[2 * i + 1], std::make_integer_sequence<int, V>{});
+      self(self, std::integral_constant<int, 2 * Step>{});
+    }
+  };
+  halve(halve, std::integral_constant<int, 1>{});
+  store<T>(out, v[0]);
+#else
+  for (int i = 0; i < V; ++i) out[i] = horizontal_sum<T>(load(vectors + i * V));
+#endif
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops import native
-from mfa_kernels.ops.screen import op, reference
+from mfa_kernels.ops.factors.op import unpack_rows
+from mfa_kernels.ops.screen import op, portable, reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots, plain_fp32
 
-# (N, K, D, p, R): panels of up to 32 tokens, stretches of 256, flushes every 64 features (of D and of p), passes of 12
-# rows, pairs in groups of eight and tasks of 64: three of each and a ragged tail.
+# (N, K, D, p, R): a path of its own for up to 4 tokens, panels of up to 32, stretches of 256, flushes every 64 features
+# (of D and of p), passes of 12 rows, pairs in groups of eight and tasks of 8 to 64: three of each and a
+# ragged tail.
 SHAPES = [
     (1, 70, 40, 16, 3),
+    (2, 131, 71, 16, 3),
     (3, 70, 40, 32, 10),
+    (4, 200, 90, 48, 13),
+    (8, 70, 40, 32, 10),
     (101, 37, 71, 16, 1),
     (101, 66, 71, 48, 2),
     (40, 131, 50, 16, 0),
@@ -377,3 +382,114 @@ def test_compiles_whole_and_takes_half_precision_tokens():
     compiled = torch.compile(found, fullgraph=True, backend="aot_eager")(x)
     assert torch.equal(compiled, found(x))
     assert torch.equal(compiled, found(x.float()))
+
+
+# (K, D, p, R): tiles of up to 12 rows (several components, one, or parts of one) by up to 16 columns, 4 tiles at a
+# time, features 128 at a time.
+STAGE_0 = [(1, 16, 16, 0), (83, 40, 32, 1), (37, 391, 64, 3), (23, 300, 48, 10), (13, 144, 80, 11), (9, 150, 16, 40)]
+
+
+def marginals(
+    m: Mixture, features: int, basis: Tensor | None = None
+) -> tuple[op.Screen, tuple[Tensor, Tensor, Tensor]]:
+    """The screen, and what it holds of the marginals by the plain formula in float64."""
+    factors = m.factors(m.means.nanmean(0))
+    screen = op.screen(*m, factors, features, basis)
+    rounding = op._rounding(m.means.shape[1], m.loadings.shape[2], features)
+    return screen, portable.marginals(*m[:3], factors, screen.basis, rounding)
+
+
+@pytest.mark.parametrize("shape", STAGE_0, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poisoned")
+def test_stage_0_is_the_plain_formula(shape, dtype):
+    k, d, p, r = shape
+    screen, (rows, radii, slack) = marginals(mixture(k, d, r, dtype=dtype), p)
+    unit = torch.finfo(dtype).eps
+    found = unpack_rows(screen.rows, p).double()
+    torch.testing.assert_close(found, rows, rtol=unit, atol=1e-12)
+    assert (screen.radii.double() >= radii).all()
+    torch.testing.assert_close(screen.radii.double(), radii, rtol=8 * unit, atol=0)
+    own = screen.slack.double() - screen.slack.double().min()
+    torch.testing.assert_close(own, slack - slack.min(), rtol=1e-3, atol=4 * unit * screen.slack.max().item())
+
+
+@pytest.mark.parametrize("case", ["rank_deficient", "far_regions", "small_noise", "huge_norms"])
+def test_stage_0_of_adversarial_mixtures(case):
+    m, _ = adversarial(case)
+    screen, (rows, _, slack) = marginals(m, 80)
+    assert torch.equal(screen.slack.isfinite(), slack.isfinite())
+    assert slack.isfinite().any()
+    known = slack.isfinite()
+    found = unpack_rows(screen.rows, 80).double()[known]
+    # Both round in float64, times tau; and the result is rounded once more.
+    budget = slack[known][:, None, None].sqrt() + 1e-6 * (1 + rows[known].abs())
+    assert ((found - rows[known]).abs() <= budget).all()
+    if case == "rank_deficient":
+        assert not known.all()
+
+
+def test_stage_0_of_a_component_that_is_not_finite():
+    m = mixture(30, 64, 3)
+    m.loadings[4, 7, 1] = torch.nan
+    m.loadings[9, 3, 0] = torch.inf
+    m.means[11, 2] = torch.nan
+    screen, _ = marginals(m, 32, orthonormal(64, 32))
+    unknown = torch.zeros(30, dtype=torch.bool)
+    unknown[[4, 9]] = True
+    assert torch.equal(screen.slack.isinf(), unknown)
+    assert unpack_rows(screen.rows, 32)[11, 0].isnan().all()
+    assert unpack_rows(screen.rows, 32)[~unknown][:, 1:].isfinite().all()
+
+
+def test_stage_0_adds_columns_to_those_it_knows():
+    m = mixture(53, 200, 5)
+    factors = m.factors(m.means.mean(0))
+    q = orthonormal(200, 64).float()
+    whole, every = op._screen(*m[:3], factors, q, keep=True)
+    _, first = op._screen(*m[:3], factors, q[:, :16].contiguous(), keep=True)
+    second, both = op._screen(*m[:3], factors, q[:, :48].contiguous(), first, keep=True)
+    third, nothing = op._screen(*m[:3], factors, q, both)
+    assert nothing is None
+    assert torch.equal(both, every[..., :48])
+    assert all(torch.equal(a, b) for a, b in zip(third[1:4], whole[1:4]))
+    alone, _ = op._screen(*m[:3], factors, q[:, :48].contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(second[1:4], alone[1:4]))
+
+
+def test_stage_0_is_the_same_whatever_the_threads():
+    m = mixture(203, 200, 5)
+    before = torch.get_num_threads()
+    screens = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        screens.append(op._screen(*m[:3], m.factors(), orthonormal(200, 32).float())[0])
+    torch.set_num_threads(before)
+    for screen in screens[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(screen[1:4], screens[0][1:4]))
+
+
+def test_the_choice_does_not_depend_on_what_is_kept(monkeypatch):
+    m = mixture(400, 128, 4, spread=1.3)
+    x = tokens(m, 200)
+    kept = chosen(m, x)
+    monkeypatch.setattr(op, "_KNOWN", 400 * 5 * 16)
+    again = chosen(m, x)
+    assert kept is not None
+    assert again is not None
+    assert all(torch.equal(a, b) for a, b in zip(kept[:4], again[:4]))
+
+
+def test_the_tail_of_a_batch_does_not_depend_on_the_threads():
+    """129 tokens after the pilot: 4 stretches of 32 and one token, or fewer stretches and no token alone."""
+    m = mixture(200, 64, 5, spread=0.7)
+    x = tokens(m, 128 + 129)
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 4, 5):
+        torch.set_num_threads(threads)
+        runs.append(screened(m, x, 48))
+    torch.set_num_threads(before)
+    assert (runs[0].evaluated[128:] > 0).any()
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))

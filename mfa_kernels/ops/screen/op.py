@@ -11,7 +11,7 @@ from torch import Tensor
 from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.screen.basis import basis as choose_basis
-from mfa_kernels.ops.select.op import Active
+from mfa_kernels.ops.select.op import Active, activity_threshold
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """What `choose` tries for p."""
@@ -19,7 +19,7 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PAIR_COST = 8
 """Of a logit computed by itself, in units of one in the dense scan."""
 
-_CHUNK = 1 << 23  # largest number of float64 values of a temporary
+_KNOWN = 1 << 25  # largest number of float64 projections that `choose` keeps from one width to the next
 _FLUSH = 64  # features between flushes of a sum, csrc/cpu/scan.h
 
 
@@ -88,6 +88,8 @@ def screen(
     """
     if noise_variance.dim() != 1:
         raise ValueError(f"noise_variance must have shape (D,) for screening, got {tuple(noise_variance.shape)}")
+    if factors.rows.dim() != 4:
+        raise ValueError("factors must be those of the C++ kernels for screening: no other backend has it")
     width = features if features is not None else default_features(means.shape[1])
     if basis is not None:
         if basis.dim() != 2 or basis.shape[0] != means.shape[1]:
@@ -97,7 +99,7 @@ def screen(
         raise ValueError(f"features must be a multiple of 16 between 16 and D = {means.shape[1]}, got {width}")
     with torch.no_grad():
         q = choose_basis(factors, log_weights.exp(), width) if basis is None else basis
-        return _screen(means, loadings, noise_variance, factors, q.to(means.dtype).contiguous())
+        return _screen(means, loadings, noise_variance, factors, q.to(means.dtype))[0]
 
 
 def choose(
@@ -110,69 +112,81 @@ def choose(
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
         means, loadings, noise_variance, log_weights, factors: as `screen` takes them.
     """
-    count, features = means.shape
-    widths = [width for width in WIDTHS if 2 * width <= features]
+    widths = [width for width in WIDTHS if 2 * width <= means.shape[1]]
     if noise_variance.dim() != 1 or not widths:
         return None
+    with torch.no_grad():
+        return _choose(x, means, loadings, noise_variance, log_weights, factors, widths)
+
+
+def _choose(
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    factors: Factors,
+    widths: list[int],
+) -> Screen | None:
+    count, features, rank = loadings.shape
     constants = factors.constants(log_weights)
-    threshold = math.log(count / torch.finfo(x.dtype).eps)
-    basis = choose_basis(factors, log_weights.exp(), widths[-1])
+    threshold = activity_threshold(count, means.dtype)
+    basis = choose_basis(factors, log_weights.exp(), widths[-1]).to(means.dtype)
     best, least = None, 1.0  # in units of the dense scan
-    for width in widths:  # leading eigenvectors: one basis serves all
+    known = None
+    for width in widths:
         if width >= least * features:
             break
-        candidate = screen(means, loadings, noise_variance, log_weights, factors, basis=basis[:, :width])
+        # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
+        keep = count * (rank + 1) * width <= _KNOWN
+        candidate, known = _screen(means, loadings, noise_variance, factors, basis[:, :width], known, keep)
         evaluated = select(x, factors, constants, candidate, threshold, 1).evaluated
-        pairs = torch.where(evaluated < 0, count, PAIR_COST * evaluated).double().mean().item()
-        cost = width / features + width / (count * (loadings.shape[2] + 3)) + pairs / count
+        cost = modelled_cost(evaluated, count, features, rank, width)
         if cost < least:
             best, least = candidate, cost
     return best
 
 
-def _screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors, q: Tensor) -> Screen:
-    count, features, rank = loadings.shape
-    kept = q.shape[1]
-    scale = noise_variance.double().rsqrt()
-    wide = q.double()
-    lanes = native.library().vector_bytes // means.element_size()
-    rows = means.new_empty(count, kept // lanes, rank + 1, lanes)
-    radii, slack = torch.empty(2, count, dtype=torch.float64)
-    step = max(1, _CHUNK // (features * (rank + 1)))
-    for begin in range(0, count, step):
-        chunk = slice(begin, begin + step)
-        m = (means[chunk].double() - factors.center.double()) * scale
-        v = loadings[chunk].mT.flatten(0, 1).double() @ (scale.unsqueeze(-1) * wide)
-        # Only multiplied by the rounding of float64: their own is of no account.
-        sizes = 1 + (loadings[chunk] * factors.scale.unsqueeze(-1)).square().sum(1).double()
-        marginal, uncertainty = _marginal(v.unflatten(0, sizes.shape), sizes, features)
-        packed = torch.cat([(m @ wide).unsqueeze(1), marginal], 1).to(means.dtype)
-        rows[chunk] = packed.unflatten(2, (-1, lanes)).transpose(1, 2)
-        radii[chunk] = m.norm(dim=-1)
-        slack[chunk] = uncertainty
-    slack += _slack(wide, features, rank, torch.finfo(means.dtype).eps / 2)
-    exact = _exact_slack(features, rank, torch.finfo(means.dtype).eps / 2)
-    up = 1 + 4 * torch.finfo(means.dtype).eps  # rounds up through the conversion to a narrower dtype
-    return Screen(q, rows, (radii * up).to(means.dtype), (slack * up).to(means.dtype), exact * up, factors.log_det)
+def modelled_cost(evaluated: Tensor, components: int, features: int, rank: int, kept: int) -> float:
+    """Of a token, in units of its dense scan: bounds, projection, and the pairs computed in full. Without stage 0.
 
-
-def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """B of the marginals whose loadings are v^T, both (K, R, p), and their rounding in float64 as slack (K,).
-
-    `sizes` (K, R) are 1 + the squared lengths of the loadings before they were projected.
+    Args:
+        evaluated: of some tokens, (N,), as `select` returns it.
+        components: K.
+        features: D.
+        rank: R.
+        kept: p.
     """
-    count, rank, kept = v.shape
-    identity = torch.eye(rank, dtype=v.dtype).expand(count, rank, rank)
-    cholesky, failed = torch.linalg.cholesky_ex(v @ v.mT + identity)
-    usable = (failed == 0) & cholesky.isfinite().flatten(1).all(-1) & v.isfinite().flatten(1).all(-1)
-    cholesky = torch.where(usable[:, None, None], cholesky, identity)
-    b = torch.linalg.solve_triangular(cholesky, torch.where(usable[:, None, None], v, 0), upper=False)
-    inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    # tau (README): what rounding is multiplied by when loadings are nearly collinear. Where it leaves nothing, or there
-    # is no factorisation, nothing is known of the component, and it is never dropped.
-    tau = (sizes * inverse.square().sum(1)).sum(-1)
-    rounding = 8 * features * (rank + 1) * math.sqrt(kept) * torch.finfo(torch.float64).eps
-    return b, torch.where(usable & (rounding * tau < 0.5), rounding * tau, torch.inf)
+    pairs = torch.where(evaluated < 0, components, PAIR_COST * evaluated).double().mean().item()
+    return kept / features + kept / (components * (rank + 3)) + pairs / components
+
+
+def _screen(
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    factors: Factors,
+    q: Tensor,
+    known: Tensor | None = None,
+    keep: bool = False,
+) -> tuple[Screen, Tensor | None]:
+    """A screen, and the projections (K, R+1, p) float64 behind it if they are to be kept; `known` are those on the
+    first columns of q."""
+    features, rank = loadings.shape[1:]
+    q = q.contiguous()
+    wide, scale, eps = q.double(), noise_variance.double().rsqrt(), torch.finfo(means.dtype).eps
+    up = 1 + 4 * eps  # rounds up through the conversion to a narrower dtype
+    rows, radii, slack, projections = native.library().screen_marginals(
+        means.contiguous(), loadings.contiguous(), factors.cholesky, factors.center, scale, scale.unsqueeze(-1) * wide,
+        known, keep, _rounding(features, rank, q.shape[1]), _slack(wide, features, rank, eps / 2), up,
+    )  # fmt: skip
+    exact = _exact_slack(features, rank, eps / 2) * up
+    return Screen(q, rows, radii, slack, exact, factors.log_det), projections
+
+
+def _rounding(features: int, rank: int, kept: int) -> float:
+    """What tau (README, "Rounding") is multiplied by: the rounding of stage 0, in float64."""
+    return 8 * features * (rank + 1) * math.sqrt(kept) * torch.finfo(torch.float64).eps
 
 
 def _slack(q: Tensor, features: int, rank: int, unit: float) -> float:
