@@ -493,3 +493,43 @@ def test_the_tail_of_a_batch_does_not_depend_on_the_threads():
     assert (runs[0].evaluated[128:] > 0).any()
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))
+
+
+def test_a_screen_of_parameters_that_moved_keeps_its_coordinates_and_its_bounds():
+    m = mixture(120, 96, 4, spread=2.0)
+    before = op.screen(*m, m.factors(), 32)
+    generator = torch.Generator().manual_seed(7)
+    moved = Mixture(*(t + 0.05 * torch.randn(t.shape, generator=generator).abs() for t in m))
+    x, factors = tokens(moved, 150), moved.factors()
+    screen = op.refresh(before, *moved, factors)
+    assert torch.equal(screen.basis, before.basis)
+    assert not torch.equal(screen.rows, before.rows)
+    truth = moved.logits_fp64(x)
+    assert (op.bounds(x, factors, factors.constants(moved.log_weights), screen).double() >= truth).all()
+    found = op.select(x, factors, factors.constants(moved.log_weights), screen, 30.0, 16)
+    assert (found.evaluated > 0).any()
+    torch.testing.assert_close(found.active.log_prob.double(), truth.logsumexp(-1), rtol=1e-6, atol=0)
+
+
+def test_the_modelled_cost_counts_stage_0_where_a_step_pays_for_it():
+    one_hot, diffuse = torch.ones(8, dtype=torch.int32), torch.full((8,), -1, dtype=torch.int32)
+    sizes = {"components": 4096, "features": 768, "rank": 10, "kept": 64}
+    lasting = op.modelled_cost(one_hot, **sizes)
+    assert lasting == pytest.approx(64 / 768 + 64 / (4096 * 13) + op.PAIR_COST / 4096)
+    assert op.modelled_cost(one_hot, **sizes, tokens=1024) == pytest.approx(lasting + op.STAGE_COST / 16)
+    assert op.modelled_cost(one_hot, **sizes, tokens=32) > 1
+    assert op.modelled_cost(diffuse, **sizes) > 1
+    half = torch.cat([one_hot, diffuse])
+    assert op.modelled_cost(half, **sizes) == pytest.approx(
+        (lasting + op.modelled_cost(diffuse, **sizes)) / 2, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bytes_read_by_one_token(dtype):
+    k, d, p, r = 90, 64, 16, 3
+    m = mixture(k, d, r, dtype=dtype)
+    factors = m.factors()
+    read = op.bytes_read(torch.tensor([1, 5, -1], dtype=torch.int32), factors, op.screen(*m, factors, p))
+    bounds = d * p + k * p * (r + 1) + 4 * k + 2 * d
+    assert read.tolist() == [dtype.itemsize * (bounds + pairs * d * (r + 1)) for pairs in (1, 5, k)]

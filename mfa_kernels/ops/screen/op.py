@@ -19,6 +19,9 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PAIR_COST = 8
 """Of a logit computed by itself, in units of one in the dense scan."""
 
+STAGE_COST = 2.5
+"""Of stage 0, which is in float64 and reads all loadings: this times p tokens of the dense scan (README.md)."""
+
 _KNOWN = 1 << 25  # largest number of float64 projections that `choose` keeps from one width to the next
 _FLUSH = 64  # features between flushes of a sum, csrc/cpu/scan.h
 
@@ -102,6 +105,14 @@ def screen(
         return _screen(means, loadings, noise_variance, factors, q.to(means.dtype))[0]
 
 
+def refresh(
+    previous: Screen, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
+) -> Screen:
+    """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
+    every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
+    return screen(means, loadings, noise_variance, log_weights, factors, basis=previous.basis)
+
+
 def choose(
     x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
 ) -> Screen | None:
@@ -147,18 +158,37 @@ def _choose(
     return best
 
 
-def modelled_cost(evaluated: Tensor, components: int, features: int, rank: int, kept: int) -> float:
-    """Of a token, in units of its dense scan: bounds, projection, and the pairs computed in full. Without stage 0.
+def modelled_cost(
+    evaluated: Tensor, components: int, features: int, rank: int, kept: int, tokens: int | None = None
+) -> float:
+    """Of a token, in units of its dense scan: projection, bounds, and the pairs computed in full. Below 1, it pays.
 
     Args:
-        evaluated: of some tokens, (N,), as `select` returns it.
+        evaluated: of some tokens like it, (N,), as `select` returns it: those of the batch before will do.
         components: K.
         features: D.
         rank: R.
         kept: p.
+        tokens: among which stage 0 is shared, where it is to be counted: those of one training step.
     """
     pairs = torch.where(evaluated < 0, components, PAIR_COST * evaluated).double().mean().item()
-    return kept / features + kept / (components * (rank + 3)) + pairs / components
+    stage_0 = 0.0 if tokens is None else STAGE_COST * kept / tokens
+    return kept / features + kept / (components * (rank + 3)) + pairs / components + stage_0
+
+
+def bytes_read(evaluated: Tensor, factors: Factors, screen: Screen) -> Tensor:
+    """Bytes of parameters that each token reads when it comes alone, (N,) int64.
+
+    Args:
+        evaluated: (N,), as `select` returns it.
+        factors: of the mixture; reading all of it is `factors.rows.nbytes` and a little.
+        screen: of the mixture.
+    """
+    of_all = (screen.basis, screen.rows, screen.radii, screen.slack, screen.log_det, factors.scale, factors.center)
+    constants = screen.log_det.nbytes  # log pi_k and the rest, (K,) too
+    components = factors.rows.shape[0]
+    computed = torch.where(evaluated < 0, components, evaluated).long()
+    return sum(t.nbytes for t in of_all) + constants + computed * factors.rows[0].nbytes
 
 
 def _screen(
