@@ -153,10 +153,10 @@ def _log_prob(
 def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x = _prepared(x, means, factors)
-    return _dense(x, factors, factors.constants(torch.zeros_like(log_det))).contiguous()
+    return dense_logits(x, factors, factors.constants(torch.zeros_like(log_det))).contiguous()
 
 
-def _dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
+def dense_logits(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     """Every logit (N, K)."""
     if _is_native(factors):
         library = native.library()
@@ -214,7 +214,7 @@ def _log_prob_backward(
         constants = factors.constants(log_weights)
         least = math.exp(-activity_threshold(means.shape[0], means.dtype))
         for chunk in diffuse.split(_dense_step(means)):
-            r = _dense(x[chunk], factors, constants).softmax(-1)
+            r = dense_logits(x[chunk], factors, constants).softmax(-1)
             weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
             dense.backward(x, chunk, weight, factors, gradients)
     if gradients[0] is not None:
