@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,12 @@ from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
+if TYPE_CHECKING:
+    from mfa_kernels.ops.screen.op import Screen
+
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
+_SCREEN_TOKENS = 256  # draws that stand for the tokens to come
 
 
 class MFA(nn.Module):
@@ -38,7 +42,7 @@ class MFA(nn.Module):
         log_noise: log(Psi - noise_floor), parameter (D,) or (K, D).
         weight_logits: parameter (K,); log pi is its log-softmax.
         center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
-        evaluated: after a call with a screen (see `screen`), components per token whose logit was computed, int32;
+        evaluated: after a call that was screened (see `screen`), components per token whose logit was computed, int32;
             -1 where the token took the dense scan. None otherwise.
     """
 
@@ -78,7 +82,7 @@ class MFA(nn.Module):
         self.register_buffer("center", torch.zeros(n_features, **where))
         self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
         self._cache: tuple[Any, tuple[Tensor, ...], _Parameters, ops.Factors] | None = None
-        self._screen: tuple[ops.Factors, Any] | None = None
+        self._screen: tuple[ops.Factors, Screen | None, Tensor | None] | None = None  # of what, and how it did last
         self.evaluated: Tensor | None = None
         self.reset_parameters()
 
@@ -175,35 +179,64 @@ class MFA(nn.Module):
     def refresh(self) -> None:
         """Forgets the factors. Needed only after a change that PyTorch does not count, as through `parameter.data`."""
         self._cache = None
-        self._screen = None
 
     @torch.no_grad()
-    def screen(self, x: Tensor) -> bool:
-        """Prepares certified screening for many tokens to come: most components are then ruled out by bounds.
+    def screen(self, x: Tensor | None = None) -> bool:
+        """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
 
-        Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`). It serves `log_prob`,
-        `encode`, `assign` and `reconstruct` outside training, until a parameter changes. Preparing takes about as long
-        as the dense scan of a thousand tokens.
+        Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`), gradients too. It serves
+        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. While parameters stand
+        still, what is prepared here is used; it takes about as long as the dense scan of a thousand tokens. When they
+        have moved, as in training, a batch that is large enough to pay for it prepares it again, on the same
+        coordinates; other batches, and all once too few components are ruled out, take the dense scan.
 
         Args:
-            x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use.
+            x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None
+                draws them from the mixture itself.
 
         Returns:
-            Whether screening will be used: False where the dense scan costs less on x (diffuse mixtures), for noise
-            per component, and where the C++ kernels do not serve the mixture.
+            Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per
+            component, and where the C++ kernels do not serve the mixture.
         """
         from mfa_kernels.ops.screen import op as screening
 
         self._screen = self.evaluated = None
-        flat = self._flat(x)
         (means, loadings, noise, log_weights), factors = self._prepared()
-        if factors.rows.dim() != 4 or not flat.shape[0]:
-            return False
-        flat = flat.to(means.dtype).contiguous()
-        chosen = screening.choose(flat, means, loadings, noise, log_weights, factors)
-        if chosen is not None:
-            self._screen = factors, chosen
+        chosen = evaluated = None
+        if factors.rows.dim() == 4:
+            if x is None:
+                x = self.sample(_SCREEN_TOKENS, torch.Generator().manual_seed(0))
+            flat = self._flat(x).to(means.dtype).contiguous()
+            if flat.shape[0]:
+                chosen = screening.choose(flat, means, loadings, noise, log_weights, factors)
+            if chosen is not None:
+                threshold = activity_threshold(self.n_components, means.dtype)
+                constants = factors.constants(log_weights)
+                evaluated = screening.select(flat, factors, constants, chosen, threshold, SLOTS).evaluated
+        self._screen = factors, chosen, evaluated
         return chosen is not None
+
+    @torch.no_grad()
+    def screened(self) -> tuple[bool, Screen | None]:
+        """Whether screening was tried for the parameters as they are, and what it prepared."""
+        if self._screen is None or self._screen[0] is not self._prepared()[1]:
+            return False, None
+        return True, self._screen[1]
+
+    def _screen_for(self, parameters: _Parameters, factors: ops.Factors, tokens: int) -> Screen | None:
+        """The screen of these parameters, prepared again if they have moved and that pays for so many tokens."""
+        if self._screen is None or self._screen[1] is None:
+            return None
+        seen, screen, evaluated = self._screen
+        if seen is not factors:
+            from mfa_kernels.ops.screen import op as screening
+
+            shape = self.n_components, self.n_features, self.rank, screen.basis.shape[1]
+            if not tokens or screening.modelled_cost(evaluated, *shape, tokens) >= 1:
+                return None
+            screen = screening.refresh(screen, *(t.detach() for t in parameters), factors)
+            self._screen = factors, screen, evaluated
+        return screen
 
     def _prepared(self) -> tuple[_Parameters, ops.Factors]:
         """Detached parameters in the compute dtype, and their factors."""
@@ -238,22 +271,24 @@ class MFA(nn.Module):
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
-        detached, factors = self._prepared()
-        if not torch.compiler.is_compiling() and not self._training_step():
-            self.evaluated = None
-            if self._screen is not None and self._screen[0] is factors:
-                from mfa_kernels.ops.screen import op as screening
+        return self._scan(x, slots)[0]
 
-                flat, threshold = (
-                    x.detach().to(factors.scale.dtype).contiguous(),
-                    activity_threshold(self.n_components, factors.scale.dtype),
-                )
-                constants = factors.constants(detached[3])
-                screened = screening.select(flat, factors, constants, self._screen[1], threshold, slots)
-                self.evaluated = screened.evaluated
-                return screened.active
+    def _scan(self, x: Tensor, slots: int) -> tuple[ops.Active, Tensor | None]:
+        """Stage 1, and the bound (N,) on what a screen left out, where one was used."""
+        detached, factors = self._prepared()
         parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
-        return ops.log_prob(x, *parameters, factors, slots, exact=self.precision != "fast")
+        if not torch.compiler.is_compiling():
+            self.evaluated = None
+            screen = self._screen_for(detached, factors, x.shape[0])
+            if screen is not None:
+                from mfa_kernels.ops.screen import differentiable
+
+                screened = differentiable.log_prob(x, *parameters, factors, screen, slots)
+                self.evaluated = screened.evaluated
+                if x.shape[0]:
+                    self._screen = factors, screen, screened.evaluated
+                return screened.active, screened.dropped
+        return ops.log_prob(x, *parameters, factors, slots, exact=self.precision != "fast"), None
 
     def _flat(self, x: Tensor) -> Tensor:
         return check_activations(x, self.n_features, self.means.device).reshape(-1, self.n_features)
@@ -262,12 +297,32 @@ class MFA(nn.Module):
         """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
         return -self.log_prob(x).mean()
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
-        flat = self._flat(x)
+    @overload
+    def log_prob(self, x: Tensor, return_error_bound: Literal[False] = False) -> Tensor: ...
+    @overload
+    def log_prob(self, x: Tensor, return_error_bound: Literal[True]) -> tuple[Tensor, Tensor]: ...
+    def log_prob(self, x: Tensor, return_error_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone.
+
+        Args:
+            x: (..., D).
+            return_error_bound: whether to return a certificate too: (...) float64, in nats, a bound on how far log p(x)
+                is from that of the parameters as they are, for rounding and for components that were left out
+                (`mfa_kernels/ops/select/README.md`). For precision "exact".
+        """
+        flat, lead = self._flat(x), x.shape[:-1]
+        if return_error_bound:
+            if self.precision != "exact":
+                raise ValueError(f'return_error_bound needs precision "exact", the mixture has {self.precision!r}')
+            from mfa_kernels.ops.select.error import error_bound
+
+            active, dropped = self._scan(flat, SLOTS)
+            (means, _, noise_variance, log_weights), factors = self._prepared()
+            bound = error_bound(flat, means, noise_variance, log_weights, factors, active, dropped)
+            return active.log_prob.reshape(lead), bound.reshape(lead)
         if self.precision == "reference":
             return functional.log_prob(x, *self.parameters_in_compute_dtype(), precision="reference")
-        return self._active(flat).log_prob.reshape(x.shape[:-1])
+        return self._active(flat).log_prob.reshape(lead)
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log p(x | k) for every component: (..., D) -> (..., K). Dense; the weights are not included."""

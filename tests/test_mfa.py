@@ -10,7 +10,7 @@ from torch import nn
 
 from mfa_kernels import MFA, Code
 from mfa_kernels.ops.select import reference
-from tests.mixtures import mixture, tokens
+from tests.mixtures import Mixture, mixture, tokens
 
 
 def module(*shape: int, dtype: torch.dtype = torch.float64, **kwargs) -> MFA:
@@ -473,6 +473,10 @@ def test_tokens_helper_draws_from_the_mixture():
     assert tokens(m, 10).shape == (10, 6)
 
 
+def mixture_of(mfa: MFA) -> Mixture:
+    return Mixture(*(t.detach() for t in mfa.parameters_in_compute_dtype()))
+
+
 def screened_mixture() -> tuple[MFA, torch.Tensor]:
     m = mixture(200, 64, 4, spread=3.0)
     return MFA.from_parameters(*m[:3], m.log_weights.exp()), tokens(m, 300)
@@ -495,19 +499,66 @@ def test_a_screen_changes_the_cost_and_not_the_result():
         torch.testing.assert_close(again.responsibilities, code.responsibilities, rtol=1e-4, atol=1e-6)
 
 
-def test_a_screen_is_for_these_parameters_and_not_for_training():
+def test_a_screen_follows_the_parameters():
     mfa, x = screened_mixture()
     if not mfa.screen(x):
         pytest.skip("screening needs the C++ kernels")
-    mfa(x).backward()
-    assert mfa.evaluated is None
     with torch.no_grad():
-        mfa.screen(x)
         mfa.means += 0.5
         shifted = mfa.log_prob(x)
+        assert mfa.evaluated is not None
+        mfa.log_prob(x[:0])
+        wanted = mixture_of(mfa).log_prob_fp64(x)
+        torch.testing.assert_close(shifted.double(), wanted, rtol=1e-5, atol=1e-4)
+        mfa.means -= 0.5
+        mfa.log_prob(x[:2])  # preparing it anew for two tokens would not pay
         assert mfa.evaluated is None
-        mfa.refresh()
-        assert torch.equal(mfa.log_prob(x), shifted)
+        mfa.log_prob(x)
+        assert mfa.evaluated is not None
+
+
+def test_training_through_a_screen():
+    mfa, x = screened_mixture()
+    if not mfa.screen(x):
+        pytest.skip("screening needs the C++ kernels")
+    x.requires_grad_()
+    inputs = [x, *mfa.parameters()]
+    loss = mfa(x)
+    assert (mfa.evaluated > 0).double().mean() > 0.9
+    found = torch.autograd.grad(loss, inputs)
+    mfa._screen = None
+    wanted = torch.autograd.grad(mfa(x), inputs)
+    assert mfa.evaluated is None
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(b.abs().max()))
+    mfa.requires_grad_(False)
+    mfa.screen(x)
+    (of_tokens,) = torch.autograd.grad(mfa(x), x)
+    assert mfa.evaluated is not None
+    torch.testing.assert_close(of_tokens, wanted[0], rtol=1e-4, atol=1e-6 * float(wanted[0].abs().max()))
+
+
+def test_a_screen_on_draws_from_the_mixture():
+    mfa, x = screened_mixture()
+    if not mfa.screen():
+        pytest.skip("screening needs the C++ kernels")
+    assert mfa.screened()[0]
+    mfa.log_prob(x)
+    assert mfa.evaluated.double().mean() < 20
+
+
+def test_the_error_bound_of_log_prob():
+    mfa, x = screened_mixture()
+    wanted = mixture_of(mfa).log_prob_fp64(x)
+    for _ in range(2):
+        log_prob, bound = mfa.log_prob(x.view(3, 100, -1), return_error_bound=True)
+        assert log_prob.shape == bound.shape == (3, 100)
+        assert ((log_prob.flatten().double() - wanted).abs() <= bound.flatten()).all()
+        assert bound.max() < 0.05
+        mfa.screen(x)
+    mfa.precision = "fast"
+    with pytest.raises(ValueError, match="return_error_bound needs precision \"exact\", the mixture has 'fast'"):
+        mfa.log_prob(x, return_error_bound=True)
 
 
 def test_a_screen_that_would_not_pay_is_not_used():

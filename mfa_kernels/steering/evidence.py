@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from mfa_kernels import ops
 from mfa_kernels.mfa import MFA
-from mfa_kernels.ops.select.op import SLOTS
+from mfa_kernels.ops.screen import op as screening
+from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+
+_SCREENED_VALUES = 1 << 22
+"""Values of the rows, K (R + 1) D, from which on a token is screened: 16 MB in float32, more than a cache holds."""
 
 
 class Evidence(NamedTuple):
@@ -58,7 +62,10 @@ class Reader(nn.Module):
         names = ("means", "loadings", "noise_variance", "log_weights")
         for name, value in zip(names, mfa.parameters_in_compute_dtype()):
             self.register_buffer(name, value if differentiable else value.detach(), persistent=False)
-        factors = mfa.factors()
+        with torch.no_grad():  # factors of a training step would not be kept
+            factors = mfa.factors()
+            self._screen = None if differentiable else _screen(mfa, factors)
+            self._constants = factors.constants(self.log_weights)
         self._parts = [self._keep(field.name, getattr(factors, field.name)) for field in fields(factors)]
         self._exact = mfa.precision != "fast"
 
@@ -99,6 +106,9 @@ class Reader(nn.Module):
         return Evidence(active.log_prob, active.components, responsibilities)
 
     def _active(self, x: Tensor, slots: int) -> ops.Active:
+        if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
+            threshold = activity_threshold(self.means.shape[0], self.means.dtype)
+            return screening.select(x, self._factors(), self._constants, self._screen, threshold, slots).active
         parameters = (self.means, self.loadings, self.noise_variance, self.log_weights)
         return ops.log_prob(x, *parameters, self._factors(), slots, self._exact)
 
@@ -112,3 +122,12 @@ class Reader(nn.Module):
     def decode(self, seen: Evidence, latents: Tensor) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k) over the slots, (N, D)."""
         return ops.decode(seen.components, seen.responsibilities, latents.contiguous(), self.means, self.loadings)
+
+
+def _screen(mfa: MFA, factors: ops.Factors) -> screening.Screen | None:
+    """The mixture's screen; prepared here for a large mixture, where the rows of every token are read from memory."""
+    tried, screen = mfa.screened()
+    if not tried and factors.rows.dim() == 4 and factors.rows.numel() >= _SCREENED_VALUES:
+        mfa.screen()
+        _, screen = mfa.screened()
+    return screen

@@ -1,0 +1,82 @@
+"""The screened scan with its gradients: ``torch.ops.mfa_kernels.screened_log_prob``.
+
+Backward works on the active pairs and does not know how they were found: it is that of `mfa_kernels::log_prob`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.screen.op import Screen, Screened
+from mfa_kernels.ops.select.op import Active, activity_threshold
+
+_SHAPES = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
+
+
+def log_prob(
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    factors: Factors,
+    screen: Screen,
+    slots: int,
+) -> Screened:
+    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; differentiable in the first five arguments.
+
+    Args:
+        x: (N, D), any float dtype.
+        means: (K, D), on a CPU; with loadings (K, D, R), noise_variance (D,) and log_weights (K,).
+        factors: of these parameters, in the layout of the C++ kernels.
+        screen: of these parameters.
+        slots: S, the most active components kept per token.
+    """
+    f = factors
+    *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
+        x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
+        screen.basis, screen.rows, screen.radii, screen.slack, screen.exact_slack, slots,
+    )  # fmt: skip
+    return Screened(Active(*active), dropped, evaluated)
+
+
+torch.library.define(
+    "mfa_kernels::screened_log_prob",
+    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {_SHAPES}, Tensor basis,"
+    " Tensor marginal_rows, Tensor radii, Tensor slack, float exact_slack, int slots)"
+    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
+)
+
+
+def _screened_log_prob(
+    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center,
+    basis, marginal_rows, radii, slack, exact_slack, slots,
+):  # fmt: skip
+    constants = Factors(rows, cholesky, log_det, scale, center, False).constants(log_weights)
+    threshold = activity_threshold(means.shape[0], means.dtype)
+    return torch.ops.mfa_kernels.select_screened(
+        x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, exact_slack, threshold, slots
+    )
+
+
+torch.library.impl("mfa_kernels::screened_log_prob", "CPU")(_screened_log_prob)
+torch.library.register_fake("mfa_kernels::screened_log_prob")(_screened_log_prob)
+
+
+def _context(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs[:10], *output[:4])
+
+
+def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
+    saved = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:5])
+    log_prob, logits = saved[10], saved[12]
+    grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
+    grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
+    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
+    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 11
+
+
+torch.library.register_autograd("mfa_kernels::screened_log_prob", _gradient, setup_context=_context)
