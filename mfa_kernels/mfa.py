@@ -225,16 +225,16 @@ class MFA(nn.Module):
 
     def _screen_for(self, parameters: _Parameters, factors: ops.Factors, tokens: int) -> Screen | None:
         """The screen of these parameters, prepared again if they have moved and that pays for so many tokens."""
-        if self._screen is None or self._screen[1] is None:
+        if self._screen is None:
             return None
         seen, screen, evaluated = self._screen
-        if seen is not factors:
+        if seen is not factors and screen is not None and evaluated is not None:
             from mfa_kernels.ops.screen import op as screening
 
             shape = self.n_components, self.n_features, self.rank, screen.basis.shape[1]
             if not tokens or screening.modelled_cost(evaluated, *shape, tokens) >= 1:
                 return None
-            screen = screening.refresh(screen, *(t.detach() for t in parameters), factors)
+            screen = screening.refresh(screen, *parameters, factors)
             self._screen = factors, screen, evaluated
         return screen
 

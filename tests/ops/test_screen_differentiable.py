@@ -1,0 +1,63 @@
+"""Gradients through the screened scan: those of the dense scan, and of the formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels import ops
+from mfa_kernels.ops import native
+from mfa_kernels.ops.screen import differentiable, op
+from tests.mixtures import Mixture, mixture, tokens
+
+
+@pytest.fixture(autouse=True)
+def _needs_native() -> None:
+    if native.library() is None:
+        pytest.skip("the C++ kernels could not be built here")
+
+
+def screened(x: Tensor, m: Mixture, slots: int = 16) -> op.Screened:
+    fixed = Mixture(*(t.detach() for t in m))
+    factors = fixed.factors(fixed.means.mean(0))
+    return differentiable.log_prob(x, *m, factors, op.screen(*fixed, factors, 16), slots)
+
+
+@pytest.mark.parametrize("spread", [3.0, 0.02], ids=["one_hot", "diffuse"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_are_those_of_the_dense_scan(spread, rank):
+    m = mixture(70, 40, rank, spread=spread, dtype=torch.float64)
+    x = tokens(m, 300).requires_grad_()
+    leaves = Mixture(*(t.requires_grad_() for t in m))
+    found = screened(x, leaves)
+    assert ((found.evaluated < 0).double().mean() > 0.5) == (spread < 1)
+    factors = Mixture(*(t.detach() for t in m)).factors(m.means.detach().mean(0))
+    dense = ops.log_prob(x, *leaves, factors)
+    torch.testing.assert_close(found.active.log_prob, dense.log_prob, rtol=1e-12, atol=1e-10)
+    weights = torch.linspace(-1, 2, 300, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad(found.active.log_prob @ weights, [x, *leaves]),
+        torch.autograd.grad(dense.log_prob @ weights, [x, *leaves]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_gradcheck():
+    m = mixture(5, 17, 2, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (tokens(m, 4), *m)]
+    assert torch.autograd.gradcheck(lambda x, *p: screened(x, Mixture(*p)).active.log_prob, leaves)
+
+
+def test_opcheck():
+    m = mixture(30, 20, 3)
+    factors = m.factors()
+    screen = op.screen(*m, factors, 16)
+    leaves = [t.clone().requires_grad_() for t in (tokens(m, 40), *m)]
+    f = factors
+    torch.library.opcheck(
+        torch.ops.mfa_kernels.screened_log_prob.default,
+        (*leaves, f.rows, f.cholesky, f.log_det, f.scale, f.center, screen.basis, screen.rows, screen.radii,
+         screen.slack, screen.exact_slack, 16),
+    )  # fmt: skip
