@@ -1,20 +1,26 @@
 """Screening against the dense fused scan and the GEMM [N, D] x [D, K (R + 1)] of the same run, on a CPU.
 
     python -m bench.bench_screen [--threads 2] [--repeats 3]
+    python -m bench.bench_screen --curve [FOLDER]    # cost against K: screen_curve.json and screen_curve.svg
 
 Ratios of the smallest of several times, taken in turns, so that what else the machine does weighs on all three alike.
 Mixtures as in bench/screen_survivors.py: fitted to activations of the small language model; 32,768 components grown
-from 4,096 by splitting; and, for what screening costs where it cannot help, one that was never trained.
+from 4,096 by splitting; and, for what screening costs where it cannot help, one that was never trained. The curve is of
+one mixture of 512, grown by splitting up to 32,768, on tokens drawn from each.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import platform
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +28,19 @@ from torch import Tensor
 from bench.screen_survivors import fitted, split
 from mfa_kernels import MFA
 from mfa_kernels.demo import timed
-from mfa_kernels.ops import native
+from mfa_kernels.ops import Factors, native
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
 GEMM_COLUMNS = 4096 * 11
 """Columns of the GEMM at a time: 32,768 components at once would need gigabytes."""
+
+CURVE = tuple(512 << i for i in range(7))
+"""K of the curve: from the fitted mixture to 64 times as many."""
+
+CURVE_TOKENS = 512
+CHOOSING = 256
+"""Tokens that choose p for the curve, not among those measured."""
 
 
 def smallest_times(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -41,24 +54,54 @@ def smallest_times(functions: dict[str, Callable[[], object]], repeats: int) -> 
     return times
 
 
-def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
-    """Prints a line for each of three p."""
-    count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
-    means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
-    factors = mfa.factors()
-    constants = factors.constants(log_weights)
-    threshold = activity_threshold(count, x.dtype)
-    columns = count * (rank + 1)
+class Prepared(NamedTuple):
+    """A mixture with its factors, and how the scans are called on tokens x."""
+
+    parameters: tuple[Tensor, Tensor, Tensor, Tensor]
+    factors: Factors
+    constants: Tensor
+    threshold: float
+
+    @classmethod
+    def of(cls, mfa: MFA) -> Prepared:
+        means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
+        factors = mfa.factors()
+        threshold = activity_threshold(mfa.n_components, means.dtype)
+        return cls((means, loadings, noise, log_weights), factors, factors.constants(log_weights), threshold)
+
+    def dense(self, x: Tensor) -> tuple[Tensor, ...]:
+        f = self.factors
+        return native.library().select(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS)
+
+    def screened(self, x: Tensor, screen: op.Screen) -> op.Screened:
+        return op.select(x, self.factors, self.constants, screen, self.threshold, SLOTS)
+
+    def share_of_bytes(self, evaluated: Tensor, screen: op.Screen) -> Tensor:
+        """Of all parameters, what each token reads when it comes alone."""
+        return op.bytes_read(evaluated, self.factors, screen) / (self.factors.rows.nbytes + self.constants.nbytes)
+
+
+def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[[], None]:
+    """The product [N, D] x [D, K (R + 1)], a part of the columns at a time."""
+    columns = components * (rank + 1)
     chunks = -(-columns // GEMM_COLUMNS)
-    right = torch.randn(features, columns // chunks)
-    product = torch.empty(len(x), right.shape[1])
+    left, right = torch.randn(tokens, features), torch.randn(features, columns // chunks)
+    product = torch.empty(tokens, right.shape[1])
 
     def gemm() -> None:
         for _ in range(chunks):
-            torch.mm(x, right, out=product)
+            torch.mm(left, right, out=product)
 
-    def dense() -> tuple[Tensor, ...]:
-        return native.library().select(x, factors.rows, constants, factors.scale, False, threshold, SLOTS)
+    return gemm
+
+
+def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
+    """Prints a line for each of three p."""
+    count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
+    prepared = Prepared.of(mfa)
+    means, loadings, noise, log_weights = prepared.parameters
+    factors = prepared.factors
+    gemm, dense = gemm_of(len(x), count, features, rank), partial(prepared.dense, x)
 
     log_prob, _, _, counts = dense()
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
@@ -66,7 +109,7 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         screen, seconds = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, kept))  # noqa: B023
         basis = screen.basis
         _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, basis=basis))  # noqa: B023
-        screened = partial(op.select, x, factors, constants, screen, threshold, SLOTS)
+        screened = partial(prepared.screened, x, screen)
         found = screened()
         times = smallest_times({"gemm": gemm, "dense": dense, "screened": screened}, repeats)
         computed = found.evaluated[found.evaluated >= 0].double()
@@ -84,21 +127,141 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         print(f"  p={kept:4d}  " + "   ".join(f"{key} {value}" for key, value in facts.items()))
 
 
+def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
+    """Prints what a few tokens cost: time against the dense scan, and the share of all parameters that one reads."""
+    prepared = Prepared.of(mfa)
+    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.factors)
+    if screen is None:
+        print(f"\n{name}: nothing to screen")
+        return
+    share = prepared.share_of_bytes(prepared.screened(x[CHOOSING:], screen).evaluated, screen)
+    print(
+        f"\n{name}: one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank} p={screen.basis.shape[1]}: reads "
+        f"{share.mean():.3f} of the parameters' bytes, {share.amax():.3f} at most"
+    )
+    for count in (1, 2, 4, 8, 16):
+        few = x[:count].contiguous()
+        functions = {"dense": partial(prepared.dense, few), "screened": partial(prepared.screened, few, screen)}
+        times = smallest_times(functions, 10 * repeats)
+        print(f"  N={count:2d}  " + "   ".join(f"{key} {1e3 * value:.3f} ms" for key, value in times.items()))
+
+
+def point(mfa: MFA, repeats: int) -> dict[str, Any]:
+    """One K of the curve."""
+    count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
+    prepared = Prepared.of(mfa)
+    x = mfa.sample(CURVE_TOKENS + CHOOSING, generator=torch.Generator().manual_seed(1))
+    x, sample = x.split([CURVE_TOKENS, CHOOSING])
+    screen = op.choose(sample, *prepared.parameters, prepared.factors)
+    if screen is None:
+        screen = op.screen(*prepared.parameters, prepared.factors)
+    kept = screen.basis.shape[1]
+    one, evaluated = x[:1].contiguous(), prepared.screened(x, screen).evaluated
+    functions = {
+        "gemm": gemm_of(len(x), count, features, rank),
+        "dense": partial(prepared.dense, x),
+        "screened": partial(prepared.screened, x, screen),
+        "stage_0": partial(op.refresh, screen, *prepared.parameters, prepared.factors),
+    }
+    alone = {"dense": partial(prepared.dense, one), "screened": partial(prepared.screened, one, screen)}
+    times, times_alone = smallest_times(functions, repeats), smallest_times(alone, 10 * repeats)
+    screened = evaluated[evaluated >= 0].double()
+    pairs = torch.where(evaluated < 0, count, evaluated).double().mean().item()
+    return {
+        "K": count,
+        "p": kept,
+        "microseconds_per_token": {key: 1e6 * value / len(x) for key, value in times.items() if key != "stage_0"},
+        "of_the_gemm": times["screened"] / times["gemm"],
+        "of_the_dense_scan": times["screened"] / times["dense"],
+        "flops_per_token": {
+            "dense": 2 * count * (rank + 1) * features,
+            "screened": 2 * features * kept + 2 * (rank + 1) * (count * kept + pairs * features),
+        },
+        "computed_per_token": screened.mean().item(),
+        "tokens_by_the_dense_scan": (evaluated < 0).double().mean().item(),
+        "stage_0_ms": 1e3 * times["stage_0"],
+        "stage_0_in_dense_tokens_per_p": times["stage_0"] / times["dense"] * len(x) / kept,
+        "one_token_ms": {key: 1e3 * value for key, value in times_alone.items()},
+        "one_token_share_of_bytes": prepared.share_of_bytes(evaluated, screen).mean().item(),
+    }
+
+
+def curve(folder: Path, cache: Path, repeats: int) -> None:
+    """Writes screen_curve.json and screen_curve.svg."""
+    fitted_mixture, _ = fitted(CURVE[0], 768, cache)
+    points = []
+    for count in CURVE:
+        mfa = split(fitted_mixture, count // CURVE[0]) if count > CURVE[0] else fitted_mixture
+        points.append(point(mfa, repeats))
+        print(json.dumps(points[-1]), flush=True)
+        del mfa
+        gc.collect()  # gigabytes, before the next one is made
+    of_all = {
+        "D": fitted_mixture.n_features,
+        "R": fitted_mixture.rank,
+        "N": CURVE_TOKENS,
+        "threads": torch.get_num_threads(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "screen_curve.json").write_text(json.dumps({**of_all, "points": points}, indent=1) + "\n")
+    draw(of_all, points, folder / "screen_curve.svg")
+
+
+def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> None:
+    """Microseconds and modelled flops of a token against K; the same points give the same file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    counts = [p["K"] for p in points]
+    with plt.rc_context({"svg.hashsalt": "mfa_kernels", "svg.fonttype": "none", "font.size": 9}):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
+        for name, label in (("gemm", "GEMM"), ("dense", "dense scan"), ("screened", "screened")):
+            left.plot(counts, [p["microseconds_per_token"][name] for p in points], marker="o", ms=3, label=label)
+        left.set_ylabel("microseconds per token")
+        for name, label in (("dense", "dense scan"), ("screened", "screened")):
+            color = {"dense": "C1", "screened": "C2"}[name]
+            right.plot(counts, [p["flops_per_token"][name] for p in points], marker="o", ms=3, label=label, color=color)
+        right.set_ylabel("flops per token")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set_xticks(counts, [str(count) for count in counts])
+            axes.set_xlabel("K, components")
+            axes.grid(alpha=0.3)
+            axes.legend(frameon=False)
+        figure.suptitle(
+            f"D={of_all['D']}, R={of_all['R']}, batches of {of_all['N']} tokens, {of_all['threads']} threads"
+        )
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=["small", "large", "grown", "untrained"])
+    figures = Path(__file__).parent / "figures"
+    parser.add_argument("--curve", type=Path, nargs="?", const=figures, metavar="FOLDER", help="cost against K alone")
+    parser.add_argument("--only", nargs="*", default=["small", "large", "grown", "untrained", "one"])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mfa_kernels_screen")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     with torch.no_grad():
+        if options.curve:
+            curve(options.curve, options.folder, options.repeats)
+            return
         if "small" in options.only:
             mfa, x = fitted(512, 256, options.folder)
             measure("fitted", mfa, x, options.repeats)
-        if {"large", "grown"} & set(options.only):
+        if {"large", "grown", "one"} & set(options.only):
             mfa, x = fitted(4096, 768, options.folder)
+            if "one" in options.only:
+                one_token("fitted", mfa, x[:1024].contiguous(), options.repeats)
             if "large" in options.only:
                 measure("fitted", mfa, x[:2048].contiguous(), options.repeats)
             if "grown" in options.only:

@@ -123,8 +123,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
   return {log_prob, components, logits, counts};
 }
 
-// Stage 0 of screening (mfa_kernels/ops/screen/op.py): rows [K, p/V, R+1, V], radii and slack [K], and, if they are to be
-// kept, the projections [K, R+1, p]; `known` [K, R+1, less than p] are those on the first columns.
+// Stage 0 of screening (mfa_kernels/ops/screen/op.py): rows [K, p/V, R+1, V], radii and slack [K], and, if they are to
+// be kept, the projections [K, R+1, p]; `known` [K, R+1, at most p] are those on the first columns.
 std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
     const Tensor& means, const Tensor& loadings, const Tensor& cholesky, const Tensor& center, const Tensor& scale,
     const Tensor& projection, const std::optional<Tensor>& known, bool keep, double rounding, double base, double up) {
@@ -176,7 +176,7 @@ mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor&
   check(log_det, {K}, type, "log_det");
   check(radii, {K}, type, "radii");
   check(slack, {K}, type, "slack");
-  return {p,           data<T>(basis), data<T>(center), data<T>(marginal_rows),     data<T>(constants), data<T>(log_det),
+  return {p, data<T>(basis), data<T>(center), data<T>(marginal_rows), data<T>(constants), data<T>(log_det),
           data<T>(radii), data<T>(slack), static_cast<T>(exact_slack)};
 }
 

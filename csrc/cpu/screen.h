@@ -8,10 +8,9 @@
 // Never materialised: N x K. Bounds are kept for one stretch of tokens a thread, kBoundValues of them.
 // Exact     because the logit of a token's largest bound is computed in full, and whatever could come within the
 //           threshold of it too. A token for which that is too much work takes the dense scan.
-// Floor     N K (R + 3) p vector operations; for a few tokens, one read of Q, of the rows {m, B} and of what is computed
-//           in full (screen_few.h). Measured by bench/bench_screen.py.
+// Floor     N K (R + 3) p vector operations; for a few tokens (screen_few.h) one read of Q, of the rows {m, B}, and of
+//           the rows of what is computed in full. Measured by bench/bench_screen.py.
 #pragma once
-#include "scan.h"
 #include "screen_few.h"
 
 namespace mfa {
@@ -120,7 +119,8 @@ void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants,
     int64_t group[G];
     T out[G];
     for (int64_t chunk = begin; chunk < end; ++chunk)
-      for (int64_t i = chunk * chunk_size, stop = std::min(pairs.size(), i + chunk_size), count; i < stop; i += count) {
+      for (int64_t i = chunk * chunk_size, stop = std::min(pairs.size(), i + chunk_size), count; i < stop;
+           i += count) {
         const int64_t k = pairs.components[order[i]], left = std::min(stop, first[k + 1]) - i;
         count = left >= G ? G : left >= 2 ? 2 : 1;
         for (int64_t g = 0; g < count; ++g) group[g] = pairs.tokens[order[i + g]];
@@ -141,8 +141,18 @@ struct Stretch {
   std::vector<int32_t> guesses;  // [tokens] the component with the largest bound
 
   template <class ParallelFor>
-  void bound(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, int64_t threads,
-             ParallelFor&& parallel_for) {
+  void bound(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool few,
+             int64_t threads, ParallelFor&& parallel_for) {
+    if (few)
+      bound_few(shape, screen, x, tokens, lam, threads, parallel_for);
+    else
+      bound_panels(shape, screen, x, tokens, lam, threads, parallel_for);
+  }
+
+ private:
+  template <class ParallelFor>
+  void bound_panels(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam,
+                    int64_t threads, ParallelFor&& parallel_for) {
     const int64_t K = shape.components, D = shape.features, p = screen.features;
     const int64_t panels = ceil_div(tokens, kPanel<T>);
     lanes = kPanel<T>;
@@ -161,16 +171,17 @@ struct Stretch {
     std::vector<T> largest(plan.splits * tokens, -std::numeric_limits<T>::infinity());
     std::vector<int32_t> owners(plan.splits * tokens, 0);
     // By panels, however few tokens are left: where a stretch ends depends on the threads, and no bit may.
-    scan_panels(marginal, plan, y.data(), tokens, screen.rows, ones.data(),
-         [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
-           screen.bound(k, D, distances, norms.data() + n0, here, bounds.data() + n0 * K + k * kPanel<T>,
-                        largest.data() + split * tokens + n0, owners.data() + split * tokens + n0);
-         },
-         parallel_for);
+    scan_panels(
+        marginal, plan, y.data(), tokens, screen.rows, ones.data(),
+        [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
+          screen.bound(k, D, distances, norms.data() + n0, here, bounds.data() + n0 * K + k * kPanel<T>,
+                       largest.data() + split * tokens + n0, owners.data() + split * tokens + n0);
+        },
+        parallel_for);
     choose(plan.splits, tokens, largest, owners);
   }
 
-  // The same for at most kFewScreened tokens, all in one panel of 1, 2 or 4.
+  // At most kFewScreened tokens, all in one panel of 1, 2 or 4.
   template <class ParallelFor>
   void bound_few(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam,
                  int64_t threads, ParallelFor&& parallel_for) {
@@ -193,7 +204,6 @@ struct Stretch {
     choose(splits, lanes, largest, owners);
   }
 
- private:
   void choose(int64_t splits, int64_t tokens, std::vector<T>& largest, std::vector<int32_t>& owners) {
     for (int64_t split = 1; split < splits; ++split)
       for (int64_t n = 0; n < tokens; ++n)
@@ -249,8 +259,8 @@ struct Selection {
 
 // Tokens one by one: from their guess, guesses holding one pair per token in order, and from the other pairs.
 template <class T, class ParallelFor>
-void collect(int64_t tokens, const Pairs<T>& guesses, const Pairs<T>& pairs, const int32_t* evaluated, T threshold, int64_t slots,
-             const Selection<T>& out, ParallelFor&& parallel_for) {
+void collect(int64_t tokens, const Pairs<T>& guesses, const Pairs<T>& pairs, const int32_t* evaluated, T threshold,
+             int64_t slots, const Selection<T>& out, ParallelFor&& parallel_for) {
   std::vector<int64_t> first;
   const std::vector<int64_t> order = counting_sort(pairs.tokens, tokens, first);
   parallel_for(tokens, [&](int64_t begin, int64_t end) {
@@ -297,10 +307,7 @@ void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int6
                    T* dropped, int32_t* evaluated, bool few, int64_t threads, ParallelFor&& parallel_for) {
   const int64_t K = shape.components, here = end - begin;
   Stretch<T> stretch;
-  if (few)
-    stretch.bound_few(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
-  else
-    stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+  stretch.bound(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
 
   Pairs<T> guess;
   for (int64_t n = 0; n < here; ++n) guess.add(begin + n, stretch.guesses[n]);
@@ -381,10 +388,7 @@ void bounds(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tok
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < tokens; begin += kStretch) {
     const int64_t here = std::min(kStretch, tokens - begin);
-    if (tokens <= kFewScreened)
-      stretch.bound_few(shape, screen, x, tokens, lam, threads, parallel_for);
-    else
-      stretch.bound(shape, screen, x + begin * shape.features, here, lam, threads, parallel_for);
+    stretch.bound(shape, screen, x + begin * shape.features, here, lam, tokens <= kFewScreened, threads, parallel_for);
     for (int64_t n = 0; n < here; ++n)
       for (int64_t k = 0; k < K; ++k)
         out[(begin + n) * K + k] = stretch.bounds[(n / stretch.lanes * K + k) * stretch.lanes + n % stretch.lanes];

@@ -17,10 +17,10 @@
 
 namespace mfa {
 
-constexpr int kTileRows = kRegisters >= 32 ? 12 : 6;        // at most, by two vectors of columns
+constexpr int kTileRows = kRegisters >= 32 ? 12 : 6;  // at most, by two vectors of columns
 constexpr int kTileColumns = 2 * kWidth<double>;
-constexpr int64_t kTilesPerGroup = 4;                       // that share what they read of P
-constexpr int64_t kDepth = 128;                             // features at a time: a tile's share of them stays in L1
+constexpr int64_t kTilesPerGroup = 4;  // that share what they read of P
+constexpr int64_t kDepth = 128;        // features at a time: a tile's share of them stays in L1
 
 // What the caller hands over and gets back; T is the dtype of the mixture.
 template <class T>

@@ -5,9 +5,11 @@
 // Exact     as the panels: no sum in a lane is longer than kFlush before it is added to another.
 // Floor     K p (R + 1) + D p values read. Measured by bench/bench_screen.py.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 
 #include "scan.h"
 
@@ -100,7 +102,7 @@ void project_few(const Shape& shape, const Screen<T>& screen, const T* x, int64_
   });
 }
 
-// sums [M, L] += rows r, ..., r + M - 1 of B times b [L, p], lanes apart, over the blocks [first, last) of V coordinates.
+// sums [M, L, V] += rows r, ..., r + M - 1 of B times b [L, p], lane by lane, over the blocks [first, last).
 template <class T, int L, int M>
 void add_products(const T* rows, int64_t row_count, const T* b, int64_t p, int64_t first, int64_t last, int64_t r,
                   T* sums) {
@@ -130,6 +132,9 @@ void bounds_of_few(const Shape& shape, const Screen<T>& screen, int64_t k0, int6
   std::vector<T> b(L * p), sums(count * V), scalars(count);
   for (int64_t k = k0; k < k1; ++k) {
     const T* rows = screen.rows + k * p * row_count;
+    // A component's rows are read by jumps, which hide from the hardware that all of them are one stream.
+    for (int64_t i = 0; i < p * row_count && k + 1 < k1; i += 64 / sizeof(T))
+      __builtin_prefetch(rows + p * row_count + i);
     std::fill(sums.begin(), sums.end(), T(0));
     for (int64_t first = 0; first < blocks; first += kFlush) {
       const int64_t last = std::min(blocks, first + kFlush);

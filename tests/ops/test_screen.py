@@ -533,3 +533,25 @@ def test_bytes_read_by_one_token(dtype):
     read = op.bytes_read(torch.tensor([1, 5, -1], dtype=torch.int32), factors, op.screen(*m, factors, p))
     bounds = d * p + k * p * (r + 1) + 4 * k + 2 * d
     assert read.tolist() == [dtype.itemsize * (bounds + pairs * d * (r + 1)) for pairs in (1, 5, k)]
+
+
+def test_a_few_tokens_that_are_not_finite_are_nan_alone():
+    m = mixture(130, 64, 3)
+    x = tokens(m, 3)
+    clean = screened(m, x).active.log_prob
+    x[1, 5] = torch.nan
+    found = screened(m, x).active.log_prob
+    assert found[1].isnan()
+    assert torch.equal(found[[0, 2]], clean[[0, 2]])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("count", [1, 3])
+def test_no_bound_of_a_few_tokens_is_violated(case, count):
+    m, x = adversarial(case)
+    factors = m.factors(m.means.mean(0))
+    screen, constants = op.screen(*m, factors, 80), factors.constants(m.log_weights)
+    for first in (0, 120, 210, 240, 260, 290):
+        few = x[first : first + count]
+        upper = op.bounds(few.contiguous(), factors, constants, screen).double()
+        assert (upper >= m.logits_fp64(few)).all()
