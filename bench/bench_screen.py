@@ -180,7 +180,7 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
         "computed_per_token": screened.mean().item(),
         "tokens_by_the_dense_scan": (evaluated < 0).double().mean().item(),
         "stage_0_ms": 1e3 * times["stage_0"],
-        "stage_0_in_dense_tokens_per_p": times["stage_0"] / times["dense"] * len(x) / kept,
+        "stage_0_in_tokens_of_the_dense_scan": times["stage_0"] / times["dense"] * len(x),
         "one_token_ms": {key: 1e3 * value for key, value in times_alone.items()},
         "one_token_share_of_bytes": prepared.share_of_bytes(evaluated, screen).mean().item(),
     }

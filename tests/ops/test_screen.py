@@ -516,7 +516,8 @@ def test_the_modelled_cost_counts_stage_0_where_a_step_pays_for_it():
     sizes = {"components": 4096, "features": 768, "rank": 10, "kept": 64}
     lasting = op.modelled_cost(one_hot, **sizes)
     assert lasting == pytest.approx(64 / 768 + 64 / (4096 * 13) + op.PAIR_COST / 4096)
-    assert op.modelled_cost(one_hot, **sizes, tokens=1024) == pytest.approx(lasting + op.STAGE_COST / 16)
+    once, each = op.STAGE_COST
+    assert op.modelled_cost(one_hot, **sizes, tokens=1024) == pytest.approx(lasting + once / 1024 + each / 16)
     assert op.modelled_cost(one_hot, **sizes, tokens=32) > 1
     assert op.modelled_cost(diffuse, **sizes) > 1
     half = torch.cat([one_hot, diffuse])

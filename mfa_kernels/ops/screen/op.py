@@ -19,8 +19,8 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PAIR_COST = 8
 """Of a logit computed by itself, in units of one in the dense scan."""
 
-STAGE_COST = 2.5
-"""Of stage 0, which is in float64 and reads all loadings: this times p tokens of the dense scan (README.md)."""
+STAGE_COST = (40, 1.8)
+"""Of stage 0, in tokens of the dense scan: the first for reading all loadings, the second for each of p coordinates."""
 
 _KNOWN = 1 << 25  # largest number of float64 projections that `choose` keeps from one width to the next
 _FLUSH = 64  # features between flushes of a sum, csrc/cpu/scan.h
@@ -172,7 +172,7 @@ def modelled_cost(
         tokens: among which stage 0 is shared, where it is to be counted: those of one training step.
     """
     pairs = torch.where(evaluated < 0, components, PAIR_COST * evaluated).double().mean().item()
-    stage_0 = 0.0 if tokens is None else STAGE_COST * kept / tokens
+    stage_0 = 0.0 if tokens is None else (STAGE_COST[0] + STAGE_COST[1] * kept) / tokens
     return kept / features + kept / (components * (rank + 3)) + pairs / components + stage_0
 
 
