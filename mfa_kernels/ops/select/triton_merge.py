@@ -55,6 +55,7 @@ def candidates_kernel(
     p_norms,  # (3, N)
     p_components,  # (N, C) int32
     p_crowded,  # (N,) int32
+    p_left,  # (N,): the largest upper bound of those that are no candidates; or None
     K,
     tiles,
     TILE: tl.constexpr,
@@ -68,12 +69,16 @@ def candidates_kernel(
 
     b_count = tl.zeros([BT], tl.int32)
     b_hidden = tl.zeros([BT], tl.int32)
+    b_left = tl.full([BT], -float("inf"), tl.float32)
     for e in range(0, tiles * TOP, BT):
         o_e = e + tl.arange(0, BT)
         b_upper = tl.load(p_upper + i_n * tiles * TOP + o_e, o_e < tiles * TOP, -float("inf"))
         b_in = (b_upper >= b_window) & (b_upper > -float("inf"))
         b_count += b_in.to(tl.int32)
         b_hidden += (b_in & _hides_more(o_e, K, TILE, TOP)).to(tl.int32)
+        b_left = tl.maximum(b_left, tl.where(b_in, -float("inf"), b_upper))
+    if p_left is not None:
+        tl.store(p_left + i_n, tl.max(b_left, 0))
     count = tl.sum(b_count, 0)
     finite = tl.load(p_norms + i_n) < float("inf")  # false for NaN too
     # No candidate at all: every logit is -inf or NaN, and the dense path says so.
@@ -94,17 +99,25 @@ def candidates_kernel(
             first += tl.sum(b_in.to(tl.int32), 0)
 
 
-def candidates(partials: Partials, norms: Tensor, components: int, slots: int) -> tuple[Tensor, Tensor]:
+def candidates(
+    partials: Partials,
+    norms: Tensor,
+    components: int,
+    slots: int,
+    log_eps: float = LOG_EPS,
+    left: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Who may be active: components (N, slots) int32, -1 where empty, and crowded (N,) int32.
 
-    A token that is not finite, or crowded, has no candidates.
+    A token that is not finite, or crowded, has no candidates. T is log K - log_eps. Into `left` (N,) goes the largest
+    upper bound of those that are no candidates; of a crowded token, of those reported.
     """
     count, tiles = partials.lower.shape
     found = partials.components.new_empty(count, slots)
     crowded = partials.components.new_empty(count)
     candidates_kernel[(count,)](
-        partials.upper, partials.components, partials.lower, norms, found, crowded, components, tiles,
-        TILE=TILE, TOP=TOP, C=slots, LOG_EPS=LOG_EPS, BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
+        partials.upper, partials.components, partials.lower, norms, found, crowded, left, components, tiles,
+        TILE=TILE, TOP=TOP, C=slots, LOG_EPS=log_eps, BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
     )  # fmt: skip
     return found, crowded
 
@@ -298,38 +311,52 @@ def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
     return index, total
 
 
-def finish(found: Tensor, exact: Tensor, crowded: Tensor, components: int, out: tuple[Tensor, ...]) -> None:
+def finish(
+    found: Tensor,
+    exact: Tensor,
+    crowded: Tensor,
+    components: int,
+    out: tuple[Tensor, ...],
+    log_eps: float = LOG_EPS,
+) -> None:
     """Writes log_prob, components, logits and counts of the tokens that are not crowded."""
     log_prob, best, logits, counts = out
     count, slots = best.shape
     finish_kernel[(count,)](
         found, exact, crowded, log_prob, best, logits, counts, components, slots,
-        C=found.shape[1], BS=triton.next_power_of_2(slots), LOG_EPS=LOG_EPS, num_warps=1,
+        C=found.shape[1], BS=triton.next_power_of_2(slots), LOG_EPS=log_eps, num_warps=1,
     )  # fmt: skip
 
 
-def finish_dense(logits: Tensor, index: Tensor, count: Tensor, components: int, out: tuple[Tensor, ...]) -> None:
+def finish_dense(
+    logits: Tensor,
+    index: Tensor,
+    count: Tensor,
+    components: int,
+    out: tuple[Tensor, ...],
+    log_eps: float = LOG_EPS,
+) -> None:
     """Writes the four of tokens index[i], i < count, from all their logits (n, K)."""
     log_prob, best, kept, counts = out
     slots = best.shape[1]
     if slots > MANY:
-        _finish_many(logits, index, count, out)
+        _finish_many(logits, index, count, out, log_eps)
         return
     block = min(2048, triton.next_power_of_2(components))
     finish_dense_kernel[(index.shape[0],)](
         logits, index, count, log_prob, best, kept, counts, components, slots,
-        LOG_EPS=LOG_EPS, BK=block, num_warps=4,
+        LOG_EPS=log_eps, BK=block, num_warps=4,
     )  # fmt: skip
 
 
-def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: tuple[Tensor, ...]) -> None:
+def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: tuple[Tensor, ...], log_eps: float) -> None:
     """finish_dense for more slots than a kernel should search one by one: by sorting."""
     log_prob, best, kept, counts = out
     slots, rows = best.shape[1], index.shape[0]
     logits = logits[:rows]
     value = torch.logsumexp(logits, -1)
     value = value.masked_fill(value == -torch.inf, torch.nan)
-    least = logits.amax(-1, keepdim=True) - (math.log(logits.shape[1]) - LOG_EPS)
+    least = logits.amax(-1, keepdim=True) - (math.log(logits.shape[1]) - log_eps)
     active = (logits >= least) & (logits > -torch.inf)
     found = active.sum(-1).masked_fill(value.isnan(), 0)
     ordered, components = logits.masked_fill(~active, -torch.inf).topk(min(slots, logits.shape[1]), -1)
@@ -365,9 +392,11 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
     common = {"LOG_EPS": LOG_EPS}
     partials = {**common, "TILE": TILE, "TOP": TOP, "BT": 512}
     kernels: list[tuple[str, Any, dict[str, Any], int]] = [
-        ("candidates", candidates_kernel, {**partials, "C": 16}, 4),
+        ("candidates", candidates_kernel, {**partials, "C": 16, "p_left": None}, 4),
+        ("candidates, screened", candidates_kernel, {**partials, "C": 32}, 4),
         ("gather", gather_kernel, {"BN": 4096}, 8),
         ("finish", finish_kernel, {**common, "C": 16, "BS": 16}, 1),
+        ("finish, screened", finish_kernel, {**common, "C": 32, "BS": 16}, 1),
         ("finish, dense", finish_dense_kernel, {**common, "BK": 2048}, 4),
         ("finish, fast", finish_fast_kernel, {**partials, "SHARED": True}, 4),
     ]

@@ -111,6 +111,7 @@ def scan_kernel(
     p_worst,  # (5,)
     p_base,  # (tiles BK,): constant - sum w m^2 / 2
     p_rest,  # (1,): 2^-17 max |constant|
+    p_count,  # (1,) int32: the tokens in use, the first of the N; None for all
     p_upper,  # (N, tiles, TOP)
     p_components,  # (N, tiles, TOP) int32
     p_lower,  # (N, tiles)
@@ -136,6 +137,10 @@ def scan_kernel(
     in_band = tl.minimum(tiles_n - i_band * SWIZZLE, SWIZZLE)
     i_n = i_band * SWIZZLE + (i_program % (SWIZZLE * tiles_k)) % in_band
     i_k = (i_program % (SWIZZLE * tiles_k)) // in_band
+
+    if p_count is not None:
+        if i_n * BN >= tl.load(p_count):
+            return
 
     # Beyond the end, the last token once more: the inner loops need no mask.
     o_n = tl.minimum(i_n * BN + tl.arange(0, BN), N - 1)
@@ -208,8 +213,13 @@ def scan_kernel(
         b_logit = tl.where(tl.arange(0, BK)[None, :] == b_index[:, None], -float("inf"), b_logit)
 
 
-def scan(tokens: Tokens, rows: ScanRows, constants: Tensor, config: Scan, bounds: bool) -> Partials:
-    """Every token against every component; `constants` (K,) as `Factors.constants` gives them."""
+def scan(
+    tokens: Tokens, rows: ScanRows, constants: Tensor, config: Scan, bounds: bool, in_use: Tensor | None = None
+) -> Partials:
+    """Every token against every component; `constants` (K,) as `Factors.constants` gives them.
+
+    With `in_use` (1,) int32, on the device, only so many of the tokens, the first ones, are promised a result.
+    """
     count, padded = tokens.tokens.shape
     tiles, groups = rows.rows.shape[:2]
     rank, components = rows.offsets.shape[1], constants.shape[0]
@@ -238,7 +248,7 @@ def scan(tokens: Tokens, rows: ScanRows, constants: Tensor, config: Scan, bounds
             for t, h in zip(operands, heights)
         ]
     scan_kernel[(triton.cdiv(count, config.tokens) * tiles,)](
-        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, *out,
+        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, in_use, *out,
         count, components, padded, R=rank, BN=config.tokens, BK=TILE, BD=config.features, WIDTH=config.width,
         SWIZZLE=config.swizzle, TOP=TOP, PER_COMPONENT=per_component, BOUNDS=bounds, DESCRIPTOR=descriptors,
         num_warps=config.warps, num_stages=config.stages,
@@ -282,17 +292,21 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
         "scan, rank 5": {"R": 5},
         "scan, rank 7": {"R": 7},
         "scan, rank 16": {"R": 16},
+        "scan, some tokens": {"p_count": "*i32"},
     }
     for name, change in variants.items():
         default = configs.default(Scan, architecture, 16384, 8192)
         config = fitted(default, architecture, change.get("R", 10), "PER_COMPONENT" in change)
         descriptor = config.descriptors and architecture >= 90
         matrices = [f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for h in _heights(config)]
-        types = [*matrices, *["*fp32"] * 9, "*i32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
+        types = [*matrices, *["*fp32"] * 8, "*i32", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
         flags = {
             "R": 10, "BN": config.tokens, "BK": TILE, "BD": config.features, "WIDTH": config.width,
             "SWIZZLE": config.swizzle, "TOP": TOP, "PER_COMPONENT": False, "BOUNDS": True, "DESCRIPTOR": descriptor,
+            "p_count": None,
         }  # fmt: skip
+        if "p_count" in change:  # no constant then
+            del flags["p_count"], change["p_count"]
         options = {"num_warps": config.warps, "num_stages": config.stages}
         signature = dict(zip(scan_kernel.arg_names, types, strict=False))
         entries.append((name, scan_kernel, signature, {**flags, **change}, options))

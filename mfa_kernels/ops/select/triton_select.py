@@ -72,7 +72,7 @@ def select(
         logits, _ = explain(x, each, found.flatten(), factors, constants, with_t=False)
         assert logits is not None  # constants were given
         merge.finish(found, logits, crowded, components, out)
-        _crowded_tokens(x, factors, constants, crowded, out)
+        crowded_tokens(x, factors, constants, crowded, out)
     return out
 
 
@@ -83,12 +83,19 @@ def _few_tokens(
     f, threshold = factors, math.log(constants.shape[0]) - merge.LOG_EPS
     out = library.few_tokens(x, f.rows, f.scale, f.center, *rows[:5], constants, threshold, slots)
     counts = out[3]
-    _crowded_tokens(x, factors, constants, (counts < 0).int(), out)
+    crowded_tokens(x, factors, constants, (counts < 0).int(), out)
     return out
 
 
-def _crowded_tokens(x: Tensor, factors: Factors, constants: Tensor, crowded: Tensor, out: tuple[Tensor, ...]) -> None:
-    """Decides the tokens whose `crowded` (N,) is 1, from all their logits."""
+def crowded_tokens(
+    x: Tensor,
+    factors: Factors,
+    constants: Tensor,
+    crowded: Tensor,
+    out: tuple[Tensor, ...],
+    log_eps: float = merge.LOG_EPS,
+) -> None:
+    """Decides the tokens whose `crowded` (N,) is 1, from all their logits; T is log K - log_eps."""
     count, components = x.shape[0], constants.shape[0]
     index, total = merge.gather(crowded)
     at_once = max(1, min(count, DENSE // components))
@@ -97,4 +104,4 @@ def _crowded_tokens(x: Tensor, factors: Factors, constants: Tensor, crowded: Ten
         part = index[first : first + at_once]
         left = total if at_once == count else (total - first).clamp(0, at_once)
         dense(x, factors, constants, part, left, buffer[: part.shape[0]])
-        merge.finish_dense(buffer, part, left, components, out)
+        merge.finish_dense(buffer, part, left, components, out, log_eps)
