@@ -1,7 +1,8 @@
 """python -m bench.candidates: how many components the GPU scan leaves to be recomputed, on real activations.
 
 Fits a mixture to activations of the bundled language model, then scans held-out tokens with the Triton kernels: on the
-GPU where there is one, else in Triton's interpreter on the CPU (the same arithmetic but for the order of sums).
+GPU where there is one, else in Triton's interpreter on the CPU (the same arithmetic but for the order of sums). Then
+the same tokens are screened, through bounds from p coordinates.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="to fit on")
     parser.add_argument("-K", "--components", type=int, default=256)
     parser.add_argument("--scanned", type=int, default=256, help="held-out tokens to scan")
+    parser.add_argument("--screen", type=int, nargs="*", default=[32, 64], metavar="P", help="coordinates to screen by")
     arguments = parser.parse_args()
 
     model, tokenizer = tiny_lm.load()
@@ -40,7 +42,10 @@ def main() -> None:
     os.environ["MFA_KERNELS_BACKEND"] = "triton"
     from mfa_kernels.ops import configs
     from mfa_kernels.ops.factors.triton_rows import ScanRows
+    from mfa_kernels.ops.screen import triton_screen
+    from mfa_kernels.ops.screen.basis import basis
     from mfa_kernels.ops.select import triton_merge, triton_scan, triton_select, triton_tokens
+    from mfa_kernels.ops.select.op import activity_threshold
 
     mfa.refresh()
     with torch.no_grad():
@@ -55,11 +60,26 @@ def main() -> None:
         fast = mfa.log_prob(x)
         mfa.precision = "fast"
         error = (mfa.log_prob(x) - fast).abs()
+        parameters, threshold = mfa.parameters_in_compute_dtype(), activity_threshold(mfa.n_components, torch.float32)
+        screened = {}
+        for kept in arguments.screen:
+            q = basis(factors, mfa.log_weights.exp(), kept)
+            screen = triton_screen.screen(*parameters[:3], factors, q)
+            found = triton_screen.select(x, factors, constants, screen, threshold, 16)
+            assert found.dropped.max() <= 2e-7
+            torch.testing.assert_close(found.active.log_prob, fast, rtol=1e-5, atol=0)
+            screened[kept] = found.evaluated.cpu()
     print(f"{len(x)} tokens, K={mfa.n_components}, D={mfa.n_features}, R={mfa.rank}, on {device}")
     print(f"bound on the rounding of the best logit: median {half.median():.2f} nats, largest {half.max():.2f}")
     print(f"candidates per token: mean {counts.mean():.2f}, largest {int(counts.max())}")
     print(f"crowded tokens: {int(crowded.sum())}")
     print(f"error of precision='fast': median {error.median():.3f} nats, largest {error.max():.3f}")
+    for kept, evaluated in screened.items():
+        few = evaluated[evaluated > 0].float()
+        print(
+            f"screened by p={kept}: {few.mean():.2f} logits computed per token, median {few.median():.0f}, "
+            f"largest {few.max():.0f}; {int((evaluated < 0).sum())} tokens took the dense scan"
+        )
 
 
 if __name__ == "__main__":

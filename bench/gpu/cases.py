@@ -24,6 +24,9 @@ from bench.gpu import problems
 from bench.gpu.harness import SETS, Bench, Timing
 from bench.gpu.problems import Problem, Shape
 from mfa_kernels import doctor, kmeans, ops
+from mfa_kernels.ops.screen import op as screening
+from mfa_kernels.ops.screen.basis import basis
+from mfa_kernels.ops.select.op import activity_threshold
 
 Results = dict[str, dict[str, Any]]
 
@@ -150,6 +153,55 @@ def _checked(problem: Problem, precision: str) -> dict[str, Any]:
     if precision == "exact" and not error < _RELATIVE_ERROR:
         raise AssertionError(f"log p(x) is off by {error:.1e} of itself: {found.tolist()} for {truth.tolist()}")
     return {"relative_error": error, "error_nats": float((found - truth).abs().max())}
+
+
+def screened_scan(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """The scan through the bounds of p coordinates, over the dense scan of the same tokens; for several p."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape, decay=1.0)
+    parameters, factors = problem.parameters(), problem.mfa.factors()
+    on_gpu = factors.scan[0].numel() > 0  # or in the interpreter
+    if not on_gpu and factors.rows.dim() != 4:
+        return {"skipped": "neither C++ nor Triton kernels here"}
+    batches = problem.batches if on_gpu else [x.to(factors.scale) for x in problem.batches]
+    constants = factors.constants(parameters[3])
+    threshold = activity_threshold(shape.components, factors.scale.dtype)
+    with torch.no_grad():
+        timing = bench.median(lambda i: problem.mfa.log_prob(batches[i]))
+        found = {"dense_ms": 1e3 * timing.median}
+        wanted = problem.mfa.log_prob(batches[0])
+        widths = sorted({max(16, shape.features // share) for share in (32, 16, 8)})
+        q = basis(factors, parameters[3].exp(), widths[-1])
+        for kept in widths:
+            own = q[:, :kept]
+            if on_gpu:
+                from mfa_kernels.ops.screen import triton_screen
+
+                select = triton_screen.select
+
+                def prepare(i: int, own: Tensor = own) -> Any:
+                    return triton_screen.screen(*parameters[:3], factors, own)
+            else:
+                select = screening.select
+
+                def prepare(i: int, own: Tensor = own) -> Any:
+                    return screening.screen(*parameters, factors, basis=own)
+
+            screen = prepare(0)
+            found[f"p{kept}_screen_ms"] = 1e3 * bench.median(prepare, 0.5).median
+            active, dropped, evaluated = select(batches[0], factors, constants, screen, threshold, 16)
+            error = float(((active.log_prob - wanted).abs() / wanted.abs()).max())
+            if not error < 2 * _RELATIVE_ERROR or not bool((dropped <= 2e-7).all()):
+                raise AssertionError(f"p={kept}: off by {error:.1e} of the dense scan, dropped {float(dropped.max())}")
+            timing = bench.median(
+                lambda i, s=screen, select=select: select(batches[i], factors, constants, s, threshold, 16)
+            )
+            kept_few = evaluated > 0
+            found[f"p{kept}_ms"] = 1e3 * timing.median
+            found[f"p{kept}_of_dense"] = 1e3 * timing.median / found["dense_ms"]
+            found[f"p{kept}_evaluated"] = evaluated[kept_few].double().mean().item()
+            found[f"p{kept}_took_the_dense_scan"] = 1 - kept_few.double().mean().item()
+    return found
 
 
 def step(bench: Bench, results: Results, folder: Path, components: int, features: int, diffuse: bool = False):
@@ -362,6 +414,7 @@ CASES = [
     _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
     _case("step", 20, step, 8192, LLAMA),
     _case("few tokens", 10, few_tokens, 8192, LLAMA),
+    _case("screened scan over dense scan", 25, screened_scan, 8192, LLAMA),
     Case("gpu tests", 200, gpu_tests),
     _case("scan", 25, scan, 32768, LLAMA),
     _case("plain", 40, plain, 8192, LLAMA),

@@ -49,8 +49,14 @@ class Problem:
         return [t.detach() for t in self.mfa.parameters_in_compute_dtype()]
 
 
-def make(bench: Bench, shape: Shape, *, diffuse: bool = False, precision: str = "exact", seed: int = 0) -> Problem:
-    """Tokens respond near one-hot as those of a real model do, or (diffuse) to all components alike."""
+def make(
+    bench: Bench, shape: Shape, *, diffuse: bool = False, decay: float = 0.0, precision: str = "exact", seed: int = 0
+) -> Problem:
+    """Tokens respond near one-hot as those of a real model do, or (diffuse) to all components alike.
+
+    The variance of means and loadings falls as i^-decay along the features i = 1, 2, ...: 0 is alike in all directions,
+    1 is nearer to activations.
+    """
     n, k, d, r = shape
     generator = torch.Generator(bench.device).manual_seed(seed)
     mfa = MFA(k, d, r, precision=precision, device=bench.device)
@@ -58,6 +64,11 @@ def make(bench: Bench, shape: Shape, *, diffuse: bool = False, precision: str = 
         # Two centroids a distance c sqrt(2 D) apart: a token of one is about c^2 D nats less likely under the other.
         mfa.means.normal_(generator=generator).mul_(0.01 if diffuse else math.sqrt(_GAP / d))
         mfa.loadings.normal_(generator=generator).mul_((9 / d) ** 0.5)
+        if decay:
+            spectrum = torch.arange(1, d + 1, device=bench.device).pow(-decay)
+            spectrum = (spectrum / spectrum.mean()).sqrt()
+            mfa.means.mul_(spectrum)
+            mfa.loadings.mul_(spectrum.unsqueeze(-1))
         mfa.log_noise.uniform_(math.log(0.5), math.log(1.5), generator=generator)
     return Problem(mfa, [_tokens(mfa, n, generator) for _ in range(SETS)])
 

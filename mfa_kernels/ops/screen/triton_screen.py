@@ -158,9 +158,7 @@ def _unsure(factors: Factors, constants: Tensor) -> Tensor:
     return torch.finfo(torch.float32).eps * size
 
 
-def select(
-    x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, threshold: float, slots: int
-) -> Screened:
+def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, threshold: float, slots: int) -> Screened:
     """Stage 1 through the bounds: the contract of `mfa_kernels.ops.screen.op.select`, on the GPU.
 
     Args:
@@ -186,7 +184,8 @@ def select(
         partials, lift = bounds(tokens, factors, constants, screen, config)
         guess = _guess(partials)
         own, t = explain(x, torch.arange(count, device=x.device), guess, factors, constants)
-        assert own is not None and t is not None  # constants were given
+        assert own is not None  # constants were given
+        assert t is not None
         best = own - _exact_slack(x, guess, own, t, factors, constants, screen)
         # In the scan's units, and rounded down.
         bar = best + lift
@@ -233,7 +232,7 @@ def _guess(partials: Partials) -> Tensor:
 def _exact_slack(
     x: Tensor, guess: Tensor, logits: Tensor, t: Tensor, factors: Factors, constants: Tensor, screen: Marginals
 ) -> Tensor:
-    """What the logits (N,) of `explain` are off by at most, (N,) float64: |v|^2 = 2 (constant - logit) + |t|^2 is known.
+    """What the logits (N,) of `explain` are off by at most, (N,) float64; |v|^2 = 2 (constant - logit) + |t|^2.
 
     The same for |v|^2 and |t|^2 as in README.md, "Rounding": sums of D terms in lanes, then across lanes in any order.
     """

@@ -131,19 +131,19 @@ def scan_kernel(
     DESCRIPTOR: tl.constexpr,
 ):
     # SWIZZLE token tiles walk a band of components together.
-    tiles_n, tiles_k = tl.cdiv(N, BN), tl.cdiv(K, BK)
+    in_use = N if p_count is None else tl.load(p_count)
+    tiles_n, tiles_k = tl.cdiv(in_use, BN), tl.cdiv(K, BK)
     i_program = tl.program_id(0)
+    if p_count is not None:  # noqa: SIM102: decided while compiling
+        if i_program >= tiles_n * tiles_k:
+            return
     i_band = i_program // (SWIZZLE * tiles_k)
     in_band = tl.minimum(tiles_n - i_band * SWIZZLE, SWIZZLE)
     i_n = i_band * SWIZZLE + (i_program % (SWIZZLE * tiles_k)) % in_band
     i_k = (i_program % (SWIZZLE * tiles_k)) // in_band
 
-    if p_count is not None:
-        if i_n * BN >= tl.load(p_count):
-            return
-
     # Beyond the end, the last token once more: the inner loops need no mask.
-    o_n = tl.minimum(i_n * BN + tl.arange(0, BN), N - 1)
+    o_n = tl.minimum(i_n * BN + tl.arange(0, BN), in_use - 1)
     b_s = tl.load(p_token_scales + o_n)
     row = i_k * ((R + 1 + PER_COMPONENT) * BK)
 
@@ -173,7 +173,7 @@ def scan_kernel(
         b_logit -= b_q * (0.5 * b_s * b_s)[:, None] * tl.load(p_scales + 2 * stride + o_k)[None, :]
     b_logit += 0.5 * b_square + b_base[None, :]
 
-    m_n = i_n * BN + tl.arange(0, BN) < N
+    m_n = i_n * BN + tl.arange(0, BN) < in_use
     o_tile = o_n.to(tl.int64) * tiles_k + i_k
     if BOUNDS:
         b_a = tl.load(p_norms + o_n)[:, None]
@@ -237,7 +237,7 @@ def scan(
     squares = tokens.tokens if tokens.squares is None else tokens.squares
     operands: list[Any] = [tokens.tokens, squares, matrix, matrix, matrix]
     architecture, per_component = _architecture(constants), groups == rank + 2
-    config = fitted(config, architecture, rank, per_component)
+    config = fitted(config, architecture, rank, per_component or in_use is not None)
     descriptors = config.descriptors and architecture >= 90
     if descriptors:
         from triton.tools.tensor_descriptor import TensorDescriptor
@@ -248,23 +248,23 @@ def scan(
             for t, h in zip(operands, heights)
         ]
     scan_kernel[(triton.cdiv(count, config.tokens) * tiles,)](
-        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, in_use, *out,
-        count, components, padded, R=rank, BN=config.tokens, BK=TILE, BD=config.features, WIDTH=config.width,
+        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, in_use,
+        *out, count, components, padded, R=rank, BN=config.tokens, BK=TILE, BD=config.features, WIDTH=config.width,
         SWIZZLE=config.swizzle, TOP=TOP, PER_COMPONENT=per_component, BOUNDS=bounds, DESCRIPTOR=descriptors,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     return out
 
 
-def fitted(config: Scan, architecture: int, rank: int, per_component: bool) -> Scan:
+def fitted(config: Scan, architecture: int, rank: int, more: bool) -> Scan:
     """The configuration where registers are short: as `python -m bench.aot` shows.
 
-    One turn of the loop over four rows (4 <= R < 8) is unrolled into the rest, and noise per component keeps one
-    product more, which sm_100 has no room for.
+    One turn of the loop over four rows (4 <= R < 8) is unrolled into the rest. Noise per component keeps one product
+    more, and a number of tokens that the device alone knows one value more, which sm_100 has no room for (`more`).
     """
     if 4 <= rank < 8:
         config = replace(config, width=min(config.width, 2))
-    return replace(config, tokens=min(config.tokens, 64)) if per_component and architecture >= 100 else config
+    return replace(config, tokens=min(config.tokens, 64)) if more and architecture >= 100 else config
 
 
 def _heights(config: Scan) -> list[int]:
@@ -296,7 +296,7 @@ def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dic
     }
     for name, change in variants.items():
         default = configs.default(Scan, architecture, 16384, 8192)
-        config = fitted(default, architecture, change.get("R", 10), "PER_COMPONENT" in change)
+        config = fitted(default, architecture, change.get("R", 10), bool({"PER_COMPONENT", "p_count"} & set(change)))
         descriptor = config.descriptors and architecture >= 90
         matrices = [f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for h in _heights(config)]
         types = [*matrices, *["*fp32"] * 8, "*i32", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
