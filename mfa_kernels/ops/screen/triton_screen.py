@@ -96,9 +96,12 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Fac
     seen = Factors(
         rows, factors.cholesky, factors.log_det, torch.ones_like(rows[0, 0]), torch.zeros_like(rows[0, 0]), False
     )
+    seen_rows, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
+    # B is off by at most `worst` times |y| + |m|: E1 is of |y|, and E3 of |m| <= M2.
+    more = torch.stack([0 * worst, worst, 0 * worst, worst, 0 * worst]).float() * (1 + 2.0**-20)
     return Marginals(
-        transposed, (shrink / largest).float().view(1), wide.norm(), _with_rounding(scan_rows(seen), rounding, known),
-        torch.where(known, off.square() / EPSILON, torch.inf), torch.where(known, rounding, 0).amax(),
+        transposed, (shrink / largest).float().view(1), wide.norm(), seen_rows._replace(worst=seen_rows.worst + more),
+        torch.where(known, off.square() / EPSILON, torch.inf), worst,
     )  # fmt: skip
 
 
@@ -117,12 +120,6 @@ def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:
     rounding = 8 * features * (rank + 1) * math.sqrt(kept) * torch.finfo(v.dtype).eps * tau
     usable = (failed == 0) & rounding.isfinite()
     return torch.linalg.solve_triangular(cholesky, v, upper=False), torch.where(usable, rounding, torch.inf)
-
-
-def _with_rounding(rows: ScanRows, rounding: Tensor, known: Tensor) -> ScanRows:
-    """B is off by at most `rounding` times |y| + |m|: so are E1, E2 and E3 of the scan's bounds (|m| <= M2)."""
-    worst = torch.where(known, rounding, 0).amax().float() * (1 + 2.0**-20)
-    return rows._replace(worst=torch.cat([rows.worst[:1], rows.worst[1:4] + worst, rows.worst[4:]]))
 
 
 def bounds(

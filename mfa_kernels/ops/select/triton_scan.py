@@ -134,7 +134,7 @@ def scan_kernel(
     in_use = N if p_count is None else tl.load(p_count)
     tiles_n, tiles_k = tl.cdiv(in_use, BN), tl.cdiv(K, BK)
     i_program = tl.program_id(0)
-    if p_count is not None:  # noqa: SIM102: decided while compiling
+    if p_count is not None:  # noqa: SIM102 - decided while compiling
         if i_program >= tiles_n * tiles_k:
             return
     i_band = i_program // (SWIZZLE * tiles_k)
