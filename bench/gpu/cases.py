@@ -414,7 +414,7 @@ CASES = [
     _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
     _case("step", 20, step, 8192, LLAMA),
     _case("few tokens", 10, few_tokens, 8192, LLAMA),
-    _case("screened scan over dense scan", 25, screened_scan, 8192, LLAMA),
+    _case("screened scan over dense scan", 40, screened_scan, 8192, LLAMA),
     Case("gpu tests", 200, gpu_tests),
     _case("scan", 25, scan, 32768, LLAMA),
     _case("plain", 40, plain, 8192, LLAMA),

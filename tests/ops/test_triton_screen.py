@@ -164,6 +164,17 @@ def test_no_bound_is_violated_and_results_hold(kind):
     case.check(x, case.select(x), lucky=False)
 
 
+def test_rounding_does_break_bounds_that_have_no_slack():
+    """What the scan's delta is for: regions far from the centre, whose squares hide the distance to their tokens."""
+    m, x = adversarial("far_regions")
+    case = Case(m, 40)
+    rows = case.screen.rows
+    bare = rows._replace(bounds=torch.zeros_like(rows.bounds), worst=torch.zeros_like(rows.worst))
+    case.screen = case.screen._replace(rows=bare)
+    with pytest.raises(AssertionError):
+        case.check_bounds(x)
+
+
 def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
     """p = D: what is left between bound and logit is rounding's alone, and has to be enough."""
     case = Case(mixture(70, 100, 4, spread=2.0), 100)
