@@ -103,8 +103,8 @@ def test_coordinates_are_the_projection_and_its_error():
     case = Case(mixture(7, 150, 2), 135)
     x = tokens(case.m, 35)
     seen = case.seen(x)
-    y = triton_project.project(seen, case.screen.basis, case.screen.sigma).double()
-    q = case.screen.basis.double().mT[:150] * case.screen.sigma.double()
+    y = triton_project.project(seen, case.screen.projection, case.screen.sigma).double()
+    q = case.screen.projection.double().mT[:150] * case.screen.sigma.double()
     truth = ((x.double() - case.factors.center.double()) * case.m.noise_variance.double().rsqrt()) @ q
     off = seen.norms[1].double() + triton_project.sum_error(192) * case.screen.spread * seen.norms.sum(0).double()
     error = (y - truth).norm(dim=1)

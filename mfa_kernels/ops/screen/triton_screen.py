@@ -44,7 +44,8 @@ class Marginals(NamedTuple):
     """What the bounds need of the parameters, on the device.
 
     Attributes:
-        basis: Q^T, (p', D') fp16; p' and D' are p and D rounded up to multiples of 64.
+        basis: Q as it was given, (D, p).
+        projection: Q^T, (p', D') fp16; p' and D' are p and D rounded up to multiples of 64.
         sigma: the factor of y that brings |Q|_2 to sqrt(1 - EPSILON), (1,).
         spread: |Q|_F / |Q|_2, () float64.
         rows: of the marginals, for the scan.
@@ -53,6 +54,7 @@ class Marginals(NamedTuple):
     """
 
     basis: Tensor
+    projection: Tensor
     sigma: Tensor
     spread: Tensor
     rows: ScanRows
@@ -73,8 +75,8 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Fac
     count, features, rank = loadings.shape
     kept, padded, double = basis.shape[1], factors.scan[0].shape[-1], torch.float64
     half = (basis.double() * (256 / basis.double().abs().amax())).half()
-    transposed = half.new_zeros(-(-kept // FEATURES) * FEATURES, padded)
-    transposed[:kept, :features] = half.mT
+    projection = half.new_zeros(-(-kept // FEATURES) * FEATURES, padded)
+    projection[:kept, :features] = half.mT
     wide = half.double()
     largest = torch.linalg.eigvalsh(wide.mT @ wide)[-1].sqrt() * (1 + 2.0**-40)
     wide = wide / largest  # now Q^T Q <= I
@@ -96,11 +98,12 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Fac
     seen = Factors(
         rows, factors.cholesky, factors.log_det, torch.ones_like(rows[0, 0]), torch.zeros_like(rows[0, 0]), False
     )
-    seen_rows, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
+    marginal, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
     # B is off by at most `worst` times |y| + |m|: E1 is of |y|, and E3 of |m| <= M2.
     more = torch.stack([0 * worst, worst, 0 * worst, worst, 0 * worst]).float() * (1 + 2.0**-20)
     return Marginals(
-        transposed, (shrink / largest).float().view(1), wide.norm(), seen_rows._replace(worst=seen_rows.worst + more),
+        basis, projection, (shrink / largest).float().view(1), wide.norm(),
+        marginal._replace(worst=marginal.worst + more),
         torch.where(known, off.square() / EPSILON, torch.inf), worst,
     )  # fmt: skip
 
@@ -137,8 +140,8 @@ def bounds(
         screen: of the same parameters.
         config: of the scan.
     """
-    padded, kept = tokens.tokens.shape[1], screen.basis.shape[0]
-    y = project(tokens, screen.basis, screen.sigma)
+    padded, kept = tokens.tokens.shape[1], screen.projection.shape[0]
+    y = project(tokens, screen.projection, screen.sigma)
     seen = scan_tokens(y, torch.ones_like(y[0]), torch.zeros_like(y[0]), kept, False)
     raised = constants.double() + 3 * _unsure(factors, constants) + screen.slack  # thrice: float32 once more
     raised = torch.where(constants == -torch.inf, constants, raised.float())
