@@ -1,0 +1,27 @@
+"""Nearest centroids in plain PyTorch: a GEMM per tile of rows, and the distance to the winner by difference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of rows and scores while a tile is compared: a CPU's cache
+
+
+def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """See `mfa_kernels.ops.kmeans.op.nearest`."""
+    owner = torch.empty(len(x), dtype=torch.long, device=x.device)
+    distance = torch.empty(len(x), dtype=centroids.dtype, device=x.device)
+    half_norm = centroids.square().sum(1) / 2
+    transposed = centroids.t()
+    elements = TILE_ELEMENTS.get(x.device.type, 1 << 22)
+    rows = max(64, elements // sum(centroids.shape))
+    for start in range(0, len(x), rows):
+        tile = x[start : start + rows].to(centroids.dtype) - center
+        index = torch.addmm(half_norm, tile, transposed, beta=-1).max(1).indices
+        # By difference: the expanded square would leave the rounding of |x|^2 where the distance is 0.
+        gap = tile - centroids[index]
+        owner[start : start + rows] = index
+        distance[start : start + rows] = torch.linalg.vecdot(gap, gap)
+    lost = ~distance.isfinite()
+    return owner.masked_fill_(lost, len(centroids)), distance.masked_fill_(lost, torch.nan)
