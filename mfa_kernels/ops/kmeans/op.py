@@ -1,27 +1,40 @@
-"""K-means assignment registered: ``torch.ops.mfa_kernels.nearest``. No gradient: an owner has none."""
+"""K-means registered: ``torch.ops.mfa_kernels.nearest`` and ``.cluster_sums``. No gradient: an owner has none."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.kmeans import portable
 from mfa_kernels.ops.precision import full_precision
 
 torch.library.define(
-    "mfa_kernels::nearest", "(Tensor x, Tensor centroids, Tensor center) -> (Tensor owner, Tensor distance)"
+    "mfa_kernels::nearest",
+    "(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tensor owner, Tensor distance)",
+)
+torch.library.define(
+    "mfa_kernels::cluster_sums",
+    "(Tensor x, Tensor center, Tensor owner, Tensor distance, Tensor? weights, Tensor(a!) sums, Tensor(b!) mass,"
+    " Tensor(c!) inertia) -> ()",
 )
 
 
 @torch.no_grad()
-def nearest(x: Tensor, centroids: Tensor, center: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def nearest(
+    x: Tensor, centroids: Tensor, center: Tensor | None = None, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The nearest centroid of every row, and the squared distance to it.
 
     Args:
         x: (N, D), any float dtype.
-        centroids: (K, D), float32 or float64, less the centre: near the origin, so that |x - center|^2 does not drown
-            the differences.
+        centroids: (K, D), float32 or float64, finite, less the centre: near the origin, so that |x - center|^2 does
+            not drown the differences.
         center: (D,), subtracted from every row, in the dtype of the centroids; zero when None.
+        basis: (D, P), orthonormal columns along which the rows and the centroids differ most, P < D
+            (`mfa_kernels.ops.kmeans.basis`). It changes the time that the C++ kernels take, and no result.
 
     Returns:
         owner: (N,) int64. Of centroids at the same distance, the one with the lowest index; where distances differ
@@ -32,28 +45,100 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor | None = None) -> tuple
     Raises:
         ValueError, TypeError: naming the argument.
     """
-    center = centroids.new_zeros(centroids.shape[-1]) if center is None else center
     if centroids.dim() != 2 or not len(centroids):
         raise ValueError(f"centroids must have shape (K, D) with K >= 1, got {tuple(centroids.shape)}")
-    if x.dim() != 2 or x.shape[1] != centroids.shape[1]:
-        raise ValueError(f"x must have shape (N, D) = (N, {centroids.shape[1]}), got {tuple(x.shape)}")
-    if center.shape != centroids.shape[1:]:
-        raise ValueError(f"center must have shape (D,) = ({centroids.shape[1]},), got {tuple(center.shape)}")
     if centroids.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"centroids must be float32 or float64, got {centroids.dtype}")
-    return torch.ops.mfa_kernels.nearest(x, centroids, center)
+    features = centroids.shape[1]
+    center = centroids.new_zeros(features) if center is None else center
+    if x.dim() != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, D) = (N, {features}), got {tuple(x.shape)}")
+    if center.shape != (features,):
+        raise ValueError(f"center must have shape (D,) = ({features},), got {tuple(center.shape)}")
+    if basis is not None and (basis.dim() != 2 or len(basis) != features):
+        raise ValueError(f"basis must have shape (D, P) = ({features}, P), got {tuple(basis.shape)}")
+    return torch.ops.mfa_kernels.nearest(x, centroids, center, basis)
 
 
-def _nearest(x, centroids, center):
-    center = center.to(centroids.dtype)
+@torch.no_grad()
+def cluster_sums(
+    x: Tensor,
+    center: Tensor,
+    owner: Tensor,
+    distance: Tensor,
+    weights: Tensor | None,
+    sums: Tensor,
+    mass: Tensor,
+    inertia: Tensor,
+) -> None:
+    """Adds what the centroids' update needs of these rows to the last three arguments, one writer a cluster.
+
+    Args:
+        x: (N, D), any float dtype.
+        center: (D,), float32 or float64: the dtype that computes.
+        owner, distance: from `nearest`, (N,); a row of owner K is left out.
+        weights: (N,) float64, or None: all 1.
+        sums: (K, D) float64, of w (x - center).
+        mass: (K,) float64, of w.
+        inertia: (K,) float64, of w times the distance.
+    """
+    torch.ops.mfa_kernels.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
+
+
+def screened(
+    x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """`nearest` by the C++ kernels, and how many pairs they measured one by one: at least one a row."""
+    x, centroids, center = x.to(centroids.dtype).contiguous(), centroids.contiguous(), center.to(centroids).contiguous()
+    width = native.library().vector_bytes // centroids.element_size()
+    columns = 0 if basis is None else basis.shape[1] // width * width
+    projected, slack = None, 0.0
+    if columns == 0 or columns >= centroids.shape[1]:
+        basis = None
+    else:
+        basis = basis[:, :columns].to(centroids).contiguous()
+        wide = basis.double()
+        projected = (centroids.double() @ wide).to(centroids).contiguous()
+        slack = 2 * float(torch.linalg.matrix_norm(wide.T @ wide - torch.eye(columns, dtype=torch.float64)))
+        slack += _rounding(centroids, columns) * math.sqrt(columns)
+    plain = _rounding(centroids, centroids.shape[1])
+    return native.library().nearest(x, centroids, center, plain, basis, projected, slack)
+
+
+def _rounding(centroids: Tensor, coordinates: int) -> float:
+    """More than what a product y . m + r r_k of that many coordinates is off by, relative to |v| |c_k| (README)."""
+    features = centroids.shape[1]
+    return 8 * torch.finfo(centroids.dtype).eps * (256 + features / 256 + features / 8 + coordinates / 256 + 64)
+
+
+def _nearest(x, centroids, center, basis=None):
+    if backends.serving(centroids, 0) == "native":
+        return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
-        return portable.nearest(x, centroids, center)
+        return portable.nearest(x, centroids, center.to(centroids.dtype))
+
+
+def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
+    weights = None if weights is None else weights.double()
+    if backends.serving(center, 0) == "native":
+        x, distance = x.to(center.dtype).contiguous(), distance.to(center.dtype).contiguous()
+        weights = None if weights is None else weights.contiguous()
+        out = (sums, mass, inertia)
+        native.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
+    else:
+        portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
 
 
 for _device in ("CPU", "CUDA"):
     torch.library.impl("mfa_kernels::nearest", _device)(_nearest)
+    torch.library.impl("mfa_kernels::cluster_sums", _device)(_cluster_sums)
 
 
 @torch.library.register_fake("mfa_kernels::nearest")
-def _(x, centroids, center):
+def _(x, centroids, center, basis=None):
     return x.new_empty(len(x), dtype=torch.long), centroids.new_empty(len(x))
+
+
+@torch.library.register_fake("mfa_kernels::cluster_sums")
+def _(x, center, owner, distance, weights, sums, mass, inertia):
+    return None

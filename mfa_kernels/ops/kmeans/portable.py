@@ -1,9 +1,10 @@
-"""Nearest centroids in plain PyTorch: a GEMM per tile of rows, and the distance to the winner by difference."""
+"""K-means in plain PyTorch: a GEMM per tile of rows, the distance to the winner by difference, sums by segments."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of rows and scores while a tile is compared: a CPU's cache
 
@@ -25,3 +26,32 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
         distance[start : start + rows] = torch.linalg.vecdot(gap, gap)
     lost = ~distance.isfinite()
     return owner.masked_fill_(lost, len(centroids)), distance.masked_fill_(lost, torch.nan)
+
+
+def segment_sums(values: Tensor, owner: Tensor, segments: int, weights: Tensor | None = None) -> Tensor:
+    """Sums of the rows of values (n, m) by owner (n,): (segments, m). Owners from `segments` on are left out."""
+    order = owner.argsort(stable=True)
+    counts = owner.bincount(minlength=segments + 1)
+    # A last bag takes the rows that nobody owns.
+    offsets = (counts.cumsum(0) - counts)[: segments + 1]
+    ordered = None if weights is None else weights[order].to(values.dtype)
+    return embedding_bag(order, values, offsets, mode="sum", per_sample_weights=ordered)[:segments]
+
+
+def cluster_sums(
+    x: Tensor,
+    center: Tensor,
+    owner: Tensor,
+    distance: Tensor,
+    weights: Tensor | None,
+    sums: Tensor,
+    mass: Tensor,
+    inertia: Tensor,
+) -> None:
+    """See `mfa_kernels.ops.kmeans.op.cluster_sums`."""
+    clusters = len(sums)
+    sums += segment_sums(x.to(center.dtype) - center, owner, clusters, weights)
+    pair = torch.stack([distance, torch.ones_like(distance)], dim=1).double()
+    totals = segment_sums(pair, owner, clusters, weights)
+    inertia += totals[:, 0]
+    mass += totals[:, 1]
