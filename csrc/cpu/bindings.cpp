@@ -320,10 +320,10 @@ void statistics(const Tensor& x, const Tensor& components, const Tensor& weights
   });
 }
 
-// K-means: x [N, D] against centroids [K, D]; basis [D, P] with projected [K, P] and its slack, or none of them.
+// K-means: x [N, D] against centroids [K, D]; basis [D, P] with projected [K, P], or neither.
 std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centroids, const Tensor& center,
-                                            double plain_slack, const std::optional<Tensor>& basis,
-                                            const std::optional<Tensor>& projected, double slack) {
+                                            const std::optional<Tensor>& basis, const std::optional<Tensor>& projected,
+                                            double slack) {
   const auto type = x.scalar_type();
   const int64_t N = x.size(0), K = centroids.size(0), D = centroids.size(1), V = width(x);
   check(x, {N, D}, type, "x");
@@ -342,12 +342,9 @@ std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centr
   AT_DISPATCH_FLOATING_TYPES(type, "nearest", [&] {
     using T = scalar_t;
     const T* c = data<T>(centroids);
-    const mfa::Centroids<T> plain{K, D, c, data<T>(center), D, nullptr, c, static_cast<T>(plain_slack)};
-    mfa::Centroids<T> screened = plain;
-    if (basis)
-      screened = {K, D, c, data<T>(center), P, data<T>(*basis), data<T>(*projected), static_cast<T>(slack)};
-    pairs = mfa::nearest<T>(plain, basis ? &screened : nullptr, data<T>(x), N, data<int64_t>(owner), data<T>(distance),
-                            parallel_for);
+    const mfa::Centroids<T> all{K, D, c, data<T>(center), basis ? P : D, basis ? data<T>(*basis) : nullptr,
+                                basis ? data<T>(*projected) : c, static_cast<T>(slack)};
+    pairs = mfa::nearest<T>(all, data<T>(x), N, data<int64_t>(owner), data<T>(distance), parallel_for);
   });
   return {owner, distance, pairs};
 }

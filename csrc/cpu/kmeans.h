@@ -16,6 +16,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
+#include <type_traits>
 #include <vector>
 
 #include "vec.h"
@@ -26,7 +28,6 @@ constexpr int kTileRows = kRegisters >= 32 ? 8 : 4;     // rows of x per micro-t
 constexpr int kTileVectors = kRegisters >= 32 ? 3 : 2;  // SIMD vectors of centroids per micro-tile
 constexpr int64_t kRowsPerTask = 4 * kTileRows;         // that share what is read of the centroids
 constexpr int64_t kDotFlush = 256;                      // features between flushes of a sum
-constexpr int64_t kTrialRows = 512;                     // that decide whether a basis pays
 template <class T>
 constexpr int kTileWidth = kTileVectors * kWidth<T>;
 
@@ -284,29 +285,18 @@ class Nearest {
   std::vector<T> columns_, halves_, basis_;  // [blocks, P + 1, W], [blocks, W], tiles of [D, up to W]
 };
 
-// x [N, D] -> owner [N], distance [N]. `plain` has no basis; it serves all rows where `screened` is null, and the rest
-// of them where the first rows say that it is faster. Returns the pairs measured by difference.
+// x [N, D] -> owner [N], distance [N]. Returns the pairs measured by difference.
 template <class T, class ParallelFor>
-int64_t nearest(const Centroids<T>& plain, const Centroids<T>* screened, const T* x, int64_t rows, int64_t* owner,
-                T* distance, ParallelFor&& parallel_for) {
-  auto run = [&](const Nearest<T>& of, int64_t begin, int64_t end) {
-    const int64_t tasks = ceil_div(end - begin, kRowsPerTask);
-    std::vector<int64_t> pairs(tasks);
-    parallel_for(tasks, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        pairs[i] = of(x, begin + i * kRowsPerTask, std::min(end, begin + (i + 1) * kRowsPerTask), owner, distance);
-    });
-    int64_t total = 0;
-    for (int64_t count : pairs) total += count;
-    return total;
-  };
-  if (screened == nullptr) return run(Nearest<T>(plain), 0, rows);
-  const Nearest<T> some(*screened);
-  const int64_t trial = std::min(rows, kTrialRows), D = plain.features, K = plain.count, P = screened->coordinates;
-  const int64_t tried = run(some, 0, trial);
-  // A pair measured alone costs about what four cost in a tile.
-  if (trial * (D * P + K * (P + 1)) + 4 * tried * D < trial * K * D) return tried + run(some, trial, rows);
-  return tried + run(Nearest<T>(plain), trial, rows);
+int64_t nearest(const Centroids<T>& centroids, const T* x, int64_t rows, int64_t* owner, T* distance,
+                ParallelFor&& parallel_for) {
+  const Nearest<T> to(centroids);
+  const int64_t tasks = ceil_div(rows, kRowsPerTask);
+  std::vector<int64_t> pairs(tasks);
+  parallel_for(tasks, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pairs[i] = to(x, i * kRowsPerTask, std::min(rows, (i + 1) * kRowsPerTask), owner, distance);
+  });
+  return std::accumulate(pairs.begin(), pairs.end(), int64_t(0));
 }
 
 // Adds to sums [K, D], mass [K] and inertia [K], in double precision, one writer a cluster, rows in order:

@@ -7,9 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.lloyd import nearest, segment_sums
+from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
+from mfa_kernels.ops.kmeans.op import nearest
+from mfa_kernels.ops.kmeans.portable import segment_sums
 
 _ROUNDS = 4  # passes over the rows, each of which draws K candidates
+_BASIS_ROWS = 4096  # that show along which directions rows differ: they come in random order
 
 
 def draw(mass: Tensor, n: int, generator: torch.Generator) -> Tensor:
@@ -29,6 +32,8 @@ def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator
     stand for, are then reduced to K by greedy k-means++.
     """
     weights = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
+    center = torch.zeros_like(x[0])
+    basis = leading_directions(x[:_BASIS_ROWS], center)
     first = draw(weights, 1, generator)
     candidates, owner = x[first], torch.zeros(len(x), dtype=torch.long, device=x.device)
     gap = x - candidates
@@ -37,7 +42,7 @@ def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator
         new = x[draw(weights * distance, clusters, generator)]
         if not len(new):
             break
-        index, gap = nearest(x, new)
+        index, gap = nearest(x, new, center, fitting_width(basis, x, new, center))
         owner = torch.where(gap < distance, index + len(candidates), owner)
         distance = torch.minimum(distance, gap)
         candidates = torch.cat([candidates, new])

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.fitting.kmeans import KMeansResult
-from mfa_kernels.fitting.lloyd import Partition, chunks, partition, segment_sums
+from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ops.kmeans.portable import segment_sums
 
 INITS = ("pca", "random")
 _NOISE_FLOOR = 1e-6  # of the median noise variance (a mean would follow outliers): constant dimensions keep a density

@@ -8,14 +8,13 @@ from torch import Tensor
 from mfa_kernels.ops import backends
 from mfa_kernels.ops.kmeans.op import screened
 
-_ROWS = 4096  # that the directions are taken from
 _TRIAL_ROWS = 512  # that decide how many of them pay
 _PAIR_COST = 4  # of a pair measured alone, in units of a pair in a tile
 WIDTHS = (16, 32, 48, 96)
 
 
 @torch.no_grad()
-def leading_directions(x: Tensor, center: Tensor, generator: torch.Generator) -> Tensor | None:
+def leading_directions(x: Tensor, center: Tensor) -> Tensor | None:
     """(D, P): the leading principal directions of the rows x (N, D) less the centre, roughly, P at most 96 and D / 2.
 
     None where nothing would use them: they serve the C++ kernels.
@@ -23,11 +22,12 @@ def leading_directions(x: Tensor, center: Tensor, generator: torch.Generator) ->
     width = min(WIDTHS[-1], x.shape[1] // 2)
     if width < WIDTHS[0] or backends.serving(center, 0) != "native":
         return None
-    x = x[:: -(-len(x) // _ROWS)].to(center) - center
+    x = x - center
     x = x[x.isfinite().all(1)]
     if len(x) < 2 * width:
         return None
     # Subspace iteration: two rounds find the directions well enough, and D x D is never formed.
+    generator = torch.Generator().manual_seed(0)  # whatever it draws, owners are the same
     basis = torch.randn(x.shape[1], width, generator=generator, dtype=torch.float64).to(x)
     for _ in range(2):
         basis = torch.linalg.qr(x.T @ (x @ basis)).Q

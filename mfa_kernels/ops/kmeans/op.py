@@ -85,24 +85,21 @@ def cluster_sums(
     torch.ops.mfa_kernels.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
 
 
-def screened(
-    x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None
-) -> tuple[Tensor, Tensor, int]:
+def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """`nearest` by the C++ kernels, and how many pairs they measured one by one: at least one a row."""
     x, centroids, center = x.to(centroids.dtype).contiguous(), centroids.contiguous(), center.to(centroids).contiguous()
     width = native.library().vector_bytes // centroids.element_size()
     columns = 0 if basis is None else basis.shape[1] // width * width
-    projected, slack = None, 0.0
+    projected, slack = None, _rounding(centroids, centroids.shape[1])
     if columns == 0 or columns >= centroids.shape[1]:
         basis = None
     else:
         basis = basis[:, :columns].to(centroids).contiguous()
         wide = basis.double()
         projected = (centroids.double() @ wide).to(centroids).contiguous()
-        slack = 2 * float(torch.linalg.matrix_norm(wide.T @ wide - torch.eye(columns, dtype=torch.float64)))
-        slack += _rounding(centroids, columns) * math.sqrt(columns)
-    plain = _rounding(centroids, centroids.shape[1])
-    return native.library().nearest(x, centroids, center, plain, basis, projected, slack)
+        uneven = torch.linalg.matrix_norm(wide.T @ wide - torch.eye(columns, dtype=torch.float64))
+        slack = 2 * float(uneven) + _rounding(centroids, columns) * math.sqrt(columns)
+    return native.library().nearest(x, centroids, center, basis, projected, slack)
 
 
 def _rounding(centroids: Tensor, coordinates: int) -> float:
