@@ -18,6 +18,7 @@ _SAMPLE_PER_CLUSTER = 128
 _LEAST_SAMPLE = 50_000
 _SEED_ROWS_PER_CLUSTER = 32
 _FULL_PASSES = 2  # updates on all the rows, after those on the sample
+_EXCHANGES = 4  # at most, on the sample
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,10 @@ def kmeans(
     """K-means clusters: Lloyd's iterations from a k-means|| start, the same bits for the same seed.
 
     More than `sample` rows are clustered on a random subset of them first; two updates and the assignment then run
-    over all. A cluster that loses its rows moves into the cluster with the largest inertia. Rows that are not finite
-    are left out and counted. Where the data has fewer distinct rows than clusters, the clusters left over repeat a
-    centroid and own no row, and a warning says so.
+    over all. A cluster that loses its rows moves into the cluster with the largest inertia. Every few updates, unless
+    `init` gives the centroids, clusters that lie together are merged and wide ones split instead, where that lowers
+    the inertia. Rows that are not finite are left out and counted. Where the data has fewer distinct rows than
+    clusters, the clusters left over repeat a centroid and own no row, and a warning says so.
 
     Args:
         x: (N, D) activations of any kind that `as_source` takes.
@@ -96,7 +98,10 @@ def kmeans(
     subset_weights = None if weights is None else weights[index]
     center = subset.chunk(0, len(subset)).mean(0, dtype=torch.float64).to(subset.dtype)
     centroids = _start(subset, subset_weights, center, n_clusters, init, generator)
-    centroids, part, updates = lloyd(subset, centroids, center, subset_weights, iterations=iterations, **options)
+    exchanges = 0 if isinstance(init, Tensor) else _EXCHANGES
+    centroids, part, updates = lloyd(
+        subset, centroids, center, subset_weights, iterations=iterations, exchanges=exchanges, **options
+    )
     if len(subset) < len(source):
         full = min(_FULL_PASSES, iterations) if sample < len(source) else 0
         options["name"] = "k-means, all rows"

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.exchange import exchange
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
 _BASIS_ROWS = 4096  # that show along which directions rows differ
+_EXCHANGE_EVERY = 4  # updates
+_EXCHANGE_ROWS = 128  # of each cluster, on which merges and splits are decided
+_EXCHANGE_WIDTH = 48  # directions among which the widest of a cluster is looked for
 _SAME_POINT = 1e-10  # squared distance over squared norm at which two float32 rows count as one
 _SPLIT_ROWS = 1 << 16  # members of a cluster looked at to split it
 _EXTRA_PASSES = 10  # to settle clusters that are still empty when the iterations are over
@@ -138,6 +142,29 @@ def _spread(x: Tensor, point: Tensor, weight: Tensor) -> Tensor:
     return (distance * weight).masked_fill(same, 0)
 
 
+def _spaced(length: int, count: int, device: torch.device) -> Tensor:
+    """At most `count` row numbers out of `length`, evenly spaced."""
+    count = min(count, length)
+    return torch.arange(count, device=device) * length // count
+
+
+def _exchanged(
+    source: Source,
+    part: Partition,
+    means: Tensor,
+    center: Tensor,
+    weights: Tensor | None,
+    generator: torch.Generator,
+    basis: Tensor | None,
+) -> tuple[Tensor, int]:
+    """`exchange`, seen on some of the rows."""
+    index = _spaced(len(source), max(_BASIS_ROWS, _EXCHANGE_ROWS * len(means)), means.device)
+    x = source.rows(index).to(means) - center
+    basis = None if basis is None else basis[:, :_EXCHANGE_WIDTH]
+    weight = None if weights is None else weights[index]
+    return exchange(x, part.owner[index], means, generator, weight, basis)
+
+
 def lloyd(
     source: Source,
     centroids: Tensor,
@@ -149,15 +176,18 @@ def lloyd(
     generator: torch.Generator,
     progress: bool,
     name: str = "k-means",
+    exchanges: int = 0,
 ) -> tuple[Tensor, Partition, int]:
     """Lloyd's iterations until the inertia falls by less than `tol` of itself.
+
+    Up to `exchanges` times on the way, clusters that lie together are merged and wide ones split instead.
 
     Returns:
         Centroids less the centre (K, D), the partition they make, and the updates that were done.
     """
     from tqdm import tqdm
 
-    few = source.rows(torch.arange(0, len(source), -(-len(source) // _BASIS_ROWS))).to(centroids)
+    few = source.rows(_spaced(len(source), _BASIS_ROWS, centroids.device)).to(centroids)
     basis = leading_directions(few, center)
     previous = math.inf
     updates = 0
@@ -168,16 +198,19 @@ def lloyd(
             part = partition(source, centroids, center, weights, bar, fitting_width(basis, few, centroids, center))
             total = float(part.inertia.sum())
             bar.set_postfix(inertia=f"{total:.5g}", refresh=False)
-            finished = updates >= iterations or total >= previous * (1 - tol)
-            means = centroids
-            if not finished:
+            last, settled = updates >= iterations, total >= previous * (1 - tol)
+            means, split, moves = centroids, None, 0
+            if not last:
                 mass = part.mass.unsqueeze(1)
                 means = torch.where(mass > 0, part.sums / mass, centroids.double()).to(centroids)
-            split = None
             if updates < iterations + _EXTRA_PASSES and iterations:
                 split = split_empty(source, part, means, center, weights, generator)
-            if finished and split is None:
+            due = settled or updates % _EXCHANGE_EVERY == _EXCHANGE_EVERY - 1
+            if exchanges and due and split is None and iterations - updates > 2:
+                means, moves = _exchanged(source, part, means, center, weights, generator, basis)
+                exchanges = exchanges - 1 if moves > len(means) // 100 else 0
+            if (last or settled) and split is None and not moves:
                 return centroids, part, updates
             centroids = means if split is None else split
-            previous = total
+            previous = math.inf if moves else total  # moves are decided on a sample
             updates += 1

@@ -17,10 +17,10 @@ WIDTHS = (16, 32, 48, 96)
 def leading_directions(x: Tensor, center: Tensor) -> Tensor | None:
     """(D, P): the leading principal directions of the rows x (N, D) less the centre, roughly, P at most 96 and D / 2.
 
-    None where nothing would use them: they serve the C++ kernels.
+    None where there are too few features or rows for that.
     """
     width = min(WIDTHS[-1], x.shape[1] // 2)
-    if width < WIDTHS[0] or backends.serving(center, 0) != "native":
+    if width < WIDTHS[0]:
         return None
     x = x - center
     x = x[x.isfinite().all(1)]
@@ -39,8 +39,11 @@ def leading_directions(x: Tensor, center: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def fitting_width(basis: Tensor | None, x: Tensor, centroids: Tensor, center: Tensor) -> Tensor | None:
-    """The leading columns of the basis that make `nearest` fastest for rows such as x, by trial; None where none do."""
-    if basis is None:
+    """The leading columns of the basis that make `nearest` fastest for rows such as x, by trial; None where none do.
+
+    They serve the C++ kernels only.
+    """
+    if basis is None or backends.serving(centroids, 0) != "native":
         return None
     x = x[:: -(-len(x) // _TRIAL_ROWS)]
     clusters, features = centroids.shape

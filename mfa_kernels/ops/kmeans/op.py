@@ -91,7 +91,7 @@ def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
     width = native.library().vector_bytes // centroids.element_size()
     columns = 0 if basis is None else basis.shape[1] // width * width
     projected, slack = None, _rounding(centroids, centroids.shape[1])
-    if columns == 0 or columns >= centroids.shape[1]:
+    if basis is None or columns == 0 or columns >= centroids.shape[1]:
         basis = None
     else:
         basis = basis[:, :columns].to(centroids).contiguous()
