@@ -28,6 +28,7 @@ from mfa_kernels.ops import native
 from mfa_kernels.ops.kmeans.op import nearest
 
 BUDGETS: dict[str, dict[str, Any]] = {
+    "sample=32K, iterations=4": {"sample": 32, "iterations": 4},
     "iterations=5": {"iterations": 5},
     "(default)": {},
     "sample=N": {"sample": 1 << 62},

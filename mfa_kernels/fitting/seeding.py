@@ -11,6 +11,7 @@ from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.kmeans.portable import segment_sums
 
+_DRAWS = 1 << 14  # in all, beside one a cluster: each is a pass over the 4 K candidates
 _ROUNDS = 4  # passes over the rows, each of which draws K candidates
 _BASIS_ROWS = 4096  # that show along which directions rows differ: they come in random order
 
@@ -52,7 +53,7 @@ def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator
 
 def _reduce(candidates: Tensor, mass: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
     """K of the weighted candidates by greedy k-means++: of a few draws, the one that leaves the least inertia."""
-    trials = 2 + int(math.log2(clusters))
+    trials = min(2 + int(math.log2(clusters)), max(1, _DRAWS // clusters))
     square = candidates.square().sum(1)
     chosen = draw(mass, 1, generator)
     distance = nearest(candidates, candidates[chosen])[1]

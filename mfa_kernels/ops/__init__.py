@@ -4,6 +4,7 @@ factors   stage 0   parameters -> whitened rows, Cholesky factors, log-determina
 select    stage 1   tokens x components -> log p(x) and the active pairs
 pairs     stage 2   latents, decoding and gradients, on the active pairs alone
 screen              bounds that spare stage 1 most of its logits
+kmeans              the nearest centroid of every row, and sums by cluster
 statistics          the sums that EM's M-step needs, over the active pairs
 """
 
