@@ -1,6 +1,6 @@
 // K-means on the CPU: the nearest centroid of every row, and the sums over the rows of each cluster.
 //
-// Symbols   v = x - center, c_k centroid (less the centre too), y = Q^T v and m_k = Q^T c_k their P leading coordinates,
+// Symbols   v = x - center, c_k centroid (less the centre too), y = Q^T v and m_k = Q^T c_k their P coordinates,
 //           r and r_k bounds on what is left of v and c_k besides. By Cauchy and Schwarz v . c_k <= y . m_k + r r_k, so
 //             score_k = |c_k|^2 / 2 - y . m_k - r r_k  <=  (|v - c_k|^2 - |v|^2) / 2
 //           with everything that rounding can do inside r and r_k (mfa_kernels/ops/kmeans/README.md). Without a basis
@@ -24,17 +24,17 @@
 
 namespace mfa {
 
-constexpr int kTileRows = kRegisters >= 32 ? 8 : 4;     // rows of x per micro-tile
-constexpr int kTileVectors = kRegisters >= 32 ? 3 : 2;  // SIMD vectors of centroids per micro-tile
-constexpr int64_t kRowsPerTask = 4 * kTileRows;         // that share what is read of the centroids
+constexpr int kDotRows = kRegisters >= 32 ? 8 : 4;     // rows of x per micro-tile
+constexpr int kDotVectors = kRegisters >= 32 ? 3 : 2;  // SIMD vectors of centroids per micro-tile
+constexpr int64_t kRowsPerTask = 4 * kDotRows;         // that share what is read of the centroids
 constexpr int64_t kDotFlush = 256;                      // features between flushes of a sum
 template <class T>
-constexpr int kTileWidth = kTileVectors * kWidth<T>;
+constexpr int kDotWidth = kDotVectors * kWidth<T>;
 
 // out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V].
 template <class T, int NV>
-void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[kTileRows][NV]) {
-  constexpr int V = kWidth<T>, R = kTileRows;
+void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[kDotRows][NV]) {
+  constexpr int V = kWidth<T>, R = kDotRows;
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < NV; ++v) out[i][v] = Vec<T>{};
   for (int64_t start = 0; start < features; start += kDotFlush) {
@@ -126,14 +126,17 @@ struct Centroids {
 template <class T>
 class Nearest {
  public:
-  explicit Nearest(const Centroids<T>& c) : c_(c), blocks_(ceil_div(c.count, kTileWidth<T>)) {
-    const int64_t P = c.coordinates, W = kTileWidth<T>;
+  explicit Nearest(const Centroids<T>& c) : c_(c), blocks_(ceil_div(c.count, kDotWidth<T>)) {
+    const int64_t P = c.coordinates, W = kDotWidth<T>;
     columns_.assign(blocks_ * (P + 1) * W, T(0));
     halves_.assign(blocks_ * W, std::numeric_limits<T>::infinity());
     for (int64_t k = 0; k < c.count; ++k) {
       T* column = columns_.data() + k / W * (P + 1) * W + k % W;
       double square = 0, inside = 0;
-      for (int64_t d = 0; d < c.features; ++d) square += static_cast<double>(c.rows[k * c.features + d]) * c.rows[k * c.features + d];
+      for (int64_t d = 0; d < c.features; ++d) {
+        const double value = c.rows[k * c.features + d];
+        square += value * value;
+      }
       for (int64_t p = 0; p < P; ++p) {
         const T value = c.projected[k * P + p];
         inside += static_cast<double>(value) * value;
@@ -156,23 +159,26 @@ class Nearest {
 
   // Rows [begin, end) of x [N, D] -> owner, distance. Returns the pairs measured by difference.
   int64_t operator()(const T* x, int64_t begin, int64_t end, int64_t* owner, T* distance) const {
-    const int64_t D = c_.features, P = c_.coordinates, W = kTileWidth<T>, padded = blocks_ * W;
-    std::vector<T> v(kRowsPerTask * D), y(kRowsPerTask * (P + 1)), scores(kRowsPerTask * padded), squares(kRowsPerTask);
+    const int64_t D = c_.features, P = c_.coordinates, W = kDotWidth<T>, padded = blocks_ * W;
+    std::vector<T> v(kRowsPerTask * D), y(kRowsPerTask * (P + 1)), scores(kRowsPerTask * padded);
+    std::vector<T> squares(kRowsPerTask);
     int64_t pairs = 0;
     for (int64_t first = begin; first < end; first += kRowsPerTask) {
-      const int64_t here = std::min(kRowsPerTask, end - first), groups = ceil_div(here, kTileRows);
-      for (int64_t i = 0; i < groups * kTileRows; ++i) {
+      const int64_t here = std::min(kRowsPerTask, end - first), groups = ceil_div(here, kDotRows);
+      for (int64_t i = 0; i < groups * kDotRows; ++i) {
         const T* from = x + (first + std::min(i, here - 1)) * D;
         T* to = v.data() + i * D;
         for (int64_t d = 0; d < D; ++d) to[d] = from[d] - c_.center[d];
         squares[i] = squared_norm(to, D);
       }
-      for (int64_t g = 0; g < groups; ++g) coordinates(v.data() + g * kTileRows * D, squares.data() + g * kTileRows, y.data() + g * kTileRows * (P + 1));
+      for (int64_t i = 0; i < groups * kDotRows; i += kDotRows)
+        coordinates(v.data() + i * D, squares.data() + i, y.data() + i * (P + 1));
       for (int64_t b = 0; b < blocks_; ++b)
-        for (int64_t g = 0; g < groups; ++g)
-          score(y.data() + g * kTileRows * (P + 1), b, scores.data() + g * kTileRows * padded + b * W);
+        for (int64_t i = 0; i < groups * kDotRows; i += kDotRows)
+          score(y.data() + i * (P + 1), b, scores.data() + i * padded + b * W);
       for (int64_t i = 0; i < here; ++i)
-        pairs += settle(v.data() + i * D, squares[i], scores.data() + i * padded, owner + first + i, distance + first + i);
+        pairs += settle(v.data() + i * D, squares[i], scores.data() + i * padded, owner + first + i,
+                        distance + first + i);
     }
     return pairs;
   }
@@ -183,16 +189,16 @@ class Nearest {
     return static_cast<T>(std::sqrt(std::max(square - inside, 0.0) + static_cast<double>(c_.slack) * square));
   }
 
-  // v [kTileRows, D] -> y [kTileRows, P + 1], the last of them the rest.
+  // v [kDotRows, D] -> y [kDotRows, P + 1], the last of them the rest.
   void coordinates(const T* v, const T* squares, T* y) const {
     const int64_t D = c_.features, P = c_.coordinates;
     if (c_.basis == nullptr) {
-      for (int i = 0; i < kTileRows; ++i) std::copy_n(v + i * D, D, y + i * (P + 1));
+      for (int i = 0; i < kDotRows; ++i) std::copy_n(v + i * D, D, y + i * (P + 1));
     } else {
-      const T* rows[kTileRows];
-      for (int i = 0; i < kTileRows; ++i) rows[i] = v + i * D;
+      const T* rows[kDotRows];
+      for (int i = 0; i < kDotRows; ++i) rows[i] = v + i * D;
       for (int64_t p = 0; p < P;) {
-        const int64_t left = std::min<int64_t>(kTileVectors, (P - p) / kWidth<T>);
+        const int64_t left = std::min<int64_t>(kDotVectors, (P - p) / kWidth<T>);
         if (left == 3)
           project<3>(rows, p, y);
         else if (left == 2)
@@ -202,7 +208,7 @@ class Nearest {
         p += left * kWidth<T>;
       }
     }
-    for (int i = 0; i < kTileRows; ++i) {
+    for (int i = 0; i < kDotRows; ++i) {
       T* own = y + i * (P + 1);
       own[P] = rest(squares[i], c_.basis == nullptr ? squares[i] : squared_norm(own, P));
     }
@@ -210,23 +216,23 @@ class Nearest {
 
   template <int NV>
   void project(const T* const* rows, int64_t p, T* y) const {
-    Vec<T> out[kTileRows][NV];
+    Vec<T> out[kDotRows][NV];
     dot_tile<T, NV>(rows, c_.features, basis_.data() + p * c_.features, out);
-    for (int i = 0; i < kTileRows; ++i)
+    for (int i = 0; i < kDotRows; ++i)
       for (int n = 0; n < NV; ++n) store<T>(y + i * (c_.coordinates + 1) + p + n * kWidth<T>, out[i][n]);
   }
 
-  // Scores of a tile of rows and block b of centroids; out [kTileRows, all centroids].
+  // Scores of a tile of rows and block b of centroids; out [kDotRows, all centroids].
   void score(const T* y, int64_t b, T* out) const {
     constexpr int V = kWidth<T>;
-    const int64_t P = c_.coordinates, W = kTileWidth<T>;
-    const T* rows[kTileRows];
-    for (int i = 0; i < kTileRows; ++i) rows[i] = y + i * (P + 1);
-    Vec<T> dots[kTileRows][kTileVectors];
-    dot_tile<T, kTileVectors>(rows, P + 1, columns_.data() + b * (P + 1) * W, dots);
-    for (int v = 0; v < kTileVectors; ++v) {
+    const int64_t P = c_.coordinates, W = kDotWidth<T>;
+    const T* rows[kDotRows];
+    for (int i = 0; i < kDotRows; ++i) rows[i] = y + i * (P + 1);
+    Vec<T> dots[kDotRows][kDotVectors];
+    dot_tile<T, kDotVectors>(rows, P + 1, columns_.data() + b * (P + 1) * W, dots);
+    for (int v = 0; v < kDotVectors; ++v) {
       const Vec<T> half = load(halves_.data() + b * W + v * V);
-      for (int i = 0; i < kTileRows; ++i) store<T>(out + i * blocks_ * W + v * V, half - dots[i][v]);
+      for (int i = 0; i < kDotRows; ++i) store<T>(out + i * blocks_ * W + v * V, half - dots[i][v]);
     }
   }
 
@@ -263,7 +269,7 @@ class Nearest {
   int64_t lowest(const T* scores) const {
     constexpr int V = kWidth<T>;
     Vec<T> least = Vec<T>{} + std::numeric_limits<T>::infinity();
-    const int64_t vectors = blocks_ * kTileVectors;
+    const int64_t vectors = blocks_ * kDotVectors;
     for (int64_t b = 0; b < vectors; ++b) {
       const Vec<T> value = load(scores + b * V);
       least = value < least ? value : least;
@@ -293,8 +299,7 @@ int64_t nearest(const Centroids<T>& centroids, const T* x, int64_t rows, int64_t
   const int64_t tasks = ceil_div(rows, kRowsPerTask);
   std::vector<int64_t> pairs(tasks);
   parallel_for(tasks, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i)
-      pairs[i] = to(x, i * kRowsPerTask, std::min(rows, (i + 1) * kRowsPerTask), owner, distance);
+    pairs[begin] = to(x, begin * kRowsPerTask, std::min(rows, end * kRowsPerTask), owner, distance);
   });
   return std::accumulate(pairs.begin(), pairs.end(), int64_t(0));
 }

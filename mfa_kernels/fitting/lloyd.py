@@ -1,4 +1,4 @@
-"""Lloyd's iterations in chunks: assign by GEMM, average by sorted segments, split where a cluster lost its rows.
+"""Lloyd's iterations in chunks: assign, average by sorted segments, split where a cluster lost its rows.
 
 Never held: the N x K distances, or a copy of the data. Every sum runs over rows in one fixed order: two runs agree
 to the bit.
