@@ -21,6 +21,7 @@ _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read
 _BASIS_ROWS = 4096  # that show along which directions rows differ
 _EXCHANGE_EVERY = 4  # updates
 _EXCHANGE_ROWS = 128  # of each cluster, on which merges and splits are decided
+_EXCHANGE_ELEMENTS = 1 << 28  # of them at most
 _EXCHANGE_WIDTH = 48  # directions among which the widest of a cluster is looked for
 _SAME_POINT = 1e-10  # squared distance over squared norm at which two float32 rows count as one
 _SPLIT_ROWS = 1 << 16  # members of a cluster looked at to split it
@@ -158,7 +159,8 @@ def _exchanged(
     basis: Tensor | None,
 ) -> tuple[Tensor, int]:
     """`exchange`, seen on some of the rows."""
-    index = _spaced(len(source), max(_BASIS_ROWS, _EXCHANGE_ROWS * len(means)), means.device)
+    rows = min(max(_BASIS_ROWS, _EXCHANGE_ROWS * len(means)), _EXCHANGE_ELEMENTS // source.n_features)
+    index = _spaced(len(source), rows, means.device)
     x = source.rows(index).to(means) - center
     basis = None if basis is None else basis[:, :_EXCHANGE_WIDTH]
     weight = None if weights is None else weights[index]
