@@ -16,7 +16,7 @@ from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
 if TYPE_CHECKING:
-    from mfa_kernels.ops.screen.op import Screen
+    from mfa_kernels.ops.screen.op import AnyScreen
 
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
@@ -82,7 +82,7 @@ class MFA(nn.Module):
         self.register_buffer("center", torch.zeros(n_features, **where))
         self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
         self._cache: tuple[Any, tuple[Tensor, ...], _Parameters, ops.Factors] | None = None
-        self._screen: tuple[ops.Factors, Screen | None, Tensor | None] | None = None  # of what, and how it did last
+        self._screen: tuple[ops.Factors, AnyScreen | None, Tensor | None] | None = None  # of what, and how it did last
         self.evaluated: Tensor | None = None
         self.reset_parameters()
 
@@ -196,16 +196,17 @@ class MFA(nn.Module):
 
         Returns:
             Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per
-            component, and where the C++ kernels do not serve the mixture.
+            component, and where neither the C++ kernels nor Triton serve the mixture. With Triton, training steps take
+            the dense scan.
         """
         from mfa_kernels.ops.screen import op as screening
 
         self._screen = self.evaluated = None
         (means, loadings, noise, log_weights), factors = self._prepared()
         chosen = evaluated = None
-        if factors.rows.dim() == 4:
+        if screening.serves(factors):
             if x is None:
-                x = self.sample(_SCREEN_TOKENS, torch.Generator().manual_seed(0))
+                x = self.sample(_SCREEN_TOKENS, torch.Generator(means.device).manual_seed(0))
             flat = self._flat(x).to(means.dtype).contiguous()
             if flat.shape[0]:
                 chosen = screening.choose(flat, means, loadings, noise, log_weights, factors)
@@ -217,17 +218,20 @@ class MFA(nn.Module):
         return chosen is not None
 
     @torch.no_grad()
-    def screened(self) -> tuple[bool, Screen | None]:
+    def screened(self) -> tuple[bool, AnyScreen | None]:
         """Whether screening was tried for the parameters as they are, and what it prepared."""
         if self._screen is None or self._screen[0] is not self._prepared()[1]:
             return False, None
         return True, self._screen[1]
 
-    def _screen_for(self, parameters: _Parameters, factors: ops.Factors, tokens: int) -> Screen | None:
+    def _screen_for(self, parameters: _Parameters, factors: ops.Factors, x: Tensor) -> AnyScreen | None:
         """The screen of these parameters, prepared again if they have moved and that pays for so many tokens."""
         if self._screen is None:
             return None
         seen, screen, evaluated = self._screen
+        if x.is_cuda and torch.is_grad_enabled() and (x.requires_grad or self._training_step()):
+            return None
+        tokens = x.shape[0]
         if seen is not factors and screen is not None and evaluated is not None:
             from mfa_kernels.ops.screen import op as screening
 
@@ -279,7 +283,7 @@ class MFA(nn.Module):
         parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
         if not torch.compiler.is_compiling():
             self.evaluated = None
-            screen = self._screen_for(detached, factors, x.shape[0])
+            screen = self._screen_for(detached, factors, x)
             if screen is not None:
                 from mfa_kernels.ops.screen import differentiable
 

@@ -124,10 +124,12 @@ class Reader(nn.Module):
         return ops.decode(seen.components, seen.responsibilities, latents.contiguous(), self.means, self.loadings)
 
 
-def _screen(mfa: MFA, factors: ops.Factors) -> screening.Screen | None:
+def _screen(mfa: MFA, factors: ops.Factors) -> screening.AnyScreen | None:
     """The mixture's screen; prepared here for a large mixture, where the rows of every token are read from memory."""
+    if factors.rows.dim() != 4:  # on a GPU a few tokens read all rows faster
+        return None
     tried, screen = mfa.screened()
-    if not tried and factors.rows.dim() == 4 and factors.rows.numel() >= _SCREENED_VALUES:
+    if not tried and factors.rows.numel() >= _SCREENED_VALUES:
         mfa.screen()
         _, screen = mfa.screened()
     return screen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.screen.op import Screen, Screened
+from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
 from mfa_kernels.ops.select.op import Active, activity_threshold
 
 _SHAPES = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
@@ -22,19 +22,21 @@ def log_prob(
     noise_variance: Tensor,
     log_weights: Tensor,
     factors: Factors,
-    screen: Screen,
+    screen: AnyScreen,
     slots: int,
 ) -> Screened:
-    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; differentiable in the first five arguments.
+    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; on a CPU differentiable in the first five arguments.
 
     Args:
         x: (N, D), any float dtype.
-        means: (K, D), on a CPU; with loadings (K, D, R), noise_variance (D,) and log_weights (K,).
-        factors: of these parameters, in the layout of the C++ kernels.
+        means: (K, D); with loadings (K, D, R), noise_variance (D,) and log_weights (K,).
+        factors: of these parameters.
         screen: of these parameters.
         slots: S, the most active components kept per token.
     """
     f = factors
+    if not isinstance(screen, Screen):
+        return select(x, f, f.constants(log_weights), screen, activity_threshold(len(means), means.dtype), slots)
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
         x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
         screen.basis, screen.rows, screen.radii, screen.slack, screen.exact_slack, slots,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,6 +13,11 @@ from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.screen.basis import basis as choose_basis
 from mfa_kernels.ops.select.op import Active, activity_threshold
+
+if TYPE_CHECKING:
+    from mfa_kernels.ops.screen.triton_screen import Marginals
+
+AnyScreen: TypeAlias = "Screen | Marginals"
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """What `choose` tries for p."""
@@ -60,6 +66,18 @@ class Screened(NamedTuple):
     evaluated: Tensor
 
 
+def serves(factors: Factors) -> bool:
+    """Whether there are kernels that screen with these factors: C++ on a CPU, or Triton."""
+    shared = not factors.per_component
+    return shared and (factors.rows.dim() == 4 or (bool(factors.scan) and factors.scan[0].numel() > 0))
+
+
+def _triton() -> ModuleType:
+    from mfa_kernels.ops.screen import triton_screen
+
+    return triton_screen
+
+
 def default_features(features: int) -> int:
     """p where nothing was measured: an eighth of D, at least 48 and at most D, in multiples of 16."""
     return min(max(48, -(-features // 128) * 16), features // 16 * 16)
@@ -73,11 +91,11 @@ def screen(
     factors: Factors,
     features: int | None = None,
     basis: Tensor | None = None,
-) -> Screen:
+) -> AnyScreen:
     """Stage 0 of screening: K D p (R + 1) multiply-adds in float64, and an eigenproblem unless a basis is given.
 
     Args:
-        means: (K, D), float32 or float64, on a CPU for which the C++ kernels are built.
+        means: (K, D), float32 (or float64 on a CPU).
         loadings: (K, D, R).
         noise_variance: (D,); noise per component is not screened.
         log_weights: (K,).
@@ -91,8 +109,8 @@ def screen(
     """
     if noise_variance.dim() != 1:
         raise ValueError(f"noise_variance must have shape (D,) for screening, got {tuple(noise_variance.shape)}")
-    if factors.rows.dim() != 4:
-        raise ValueError("factors must be those of the C++ kernels for screening: no other backend has it")
+    if not serves(factors):
+        raise ValueError("factors must be those of the C++ kernels or of Triton for screening: no other backend has it")
     width = features if features is not None else default_features(means.shape[1])
     if basis is not None:
         if basis.dim() != 2 or basis.shape[0] != means.shape[1]:
@@ -101,13 +119,15 @@ def screen(
     if not 16 <= width <= means.shape[1] or width % 16:
         raise ValueError(f"features must be a multiple of 16 between 16 and D = {means.shape[1]}, got {width}")
     with torch.no_grad():
-        q = choose_basis(factors, log_weights.exp(), width) if basis is None else basis
-        return _screen(means, loadings, noise_variance, factors, q.to(means.dtype))[0]
+        q = (choose_basis(factors, log_weights.exp(), width) if basis is None else basis).to(means.dtype)
+        if factors.rows.dim() == 4:
+            return _screen(means, loadings, noise_variance, factors, q)[0]
+        return _triton().screen(means, loadings, noise_variance, factors, q)
 
 
 def refresh(
-    previous: Screen, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
-) -> Screen:
+    previous: AnyScreen, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
+) -> AnyScreen:
     """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
     every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
     return screen(means, loadings, noise_variance, log_weights, factors, basis=previous.basis)
@@ -115,7 +135,7 @@ def refresh(
 
 def choose(
     x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
-) -> Screen | None:
+) -> AnyScreen | None:
     """The screen that costs least on some tokens; None where the dense scan costs less, as it does with noise per
     component. Counts decide, not times: the same tokens and parameters give the same choice.
 
@@ -123,8 +143,9 @@ def choose(
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
         means, loadings, noise_variance, log_weights, factors: as `screen` takes them.
     """
-    widths = [width for width in WIDTHS if 2 * width <= means.shape[1]]
-    if noise_variance.dim() != 1 or not widths:
+    step = 16 if factors.rows.dim() == 4 else 64  # features that a tile of Triton's scan reads at least
+    widths = [width for width in WIDTHS if 2 * width <= means.shape[1] and width % step == 0]
+    if not serves(factors) or not widths:
         return None
     with torch.no_grad():
         return _choose(x, means, loadings, noise_variance, log_weights, factors, widths)
@@ -138,7 +159,7 @@ def _choose(
     log_weights: Tensor,
     factors: Factors,
     widths: list[int],
-) -> Screen | None:
+) -> AnyScreen | None:
     count, features, rank = loadings.shape
     constants = factors.constants(log_weights)
     threshold = activity_threshold(count, means.dtype)
@@ -150,7 +171,10 @@ def _choose(
             break
         # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
         keep = count * (rank + 1) * width <= _KNOWN
-        candidate, known = _screen(means, loadings, noise_variance, factors, basis[:, :width], known, keep)
+        if factors.rows.dim() == 4:
+            candidate, known = _screen(means, loadings, noise_variance, factors, basis[:, :width], known, keep)
+        else:
+            candidate = _triton().screen(means, loadings, noise_variance, factors, basis[:, :width])
         evaluated = select(x, factors, constants, candidate, threshold, 1).evaluated
         cost = modelled_cost(evaluated, count, features, rank, width)
         if cost < least:
@@ -238,17 +262,20 @@ def _exact_slack(features: int, rank: int, unit: float) -> float:
     return 0.5 * (12 * unit + 2 * products + products**2 + 2 * (long + rank + 8) * unit) * 1.01 + 8 * unit
 
 
-def select(x: Tensor, factors: Factors, constants: Tensor, screen: Screen, threshold: float, slots: int) -> Screened:
+def select(x: Tensor, factors: Factors, constants: Tensor, screen: AnyScreen, threshold: float, slots: int) -> Screened:
     """Stage 1 through the bounds; contract of the C++ `select`, with what screening did beside it. No gradients.
 
     Args:
         x: (N, D), any float dtype; it is brought to the dtype of the factors.
-        factors: shared noise, in the layout of the C++ kernels.
+        factors: shared noise.
         constants: `factors.constants(log_weights)`, (K,).
         screen: of the same parameters.
         threshold: nats below the best logit at which a component stops being active.
         slots: S, the most active components kept per token.
     """
+    if not isinstance(screen, Screen):
+        x = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(constants.dtype)
+        return _triton().select(x.contiguous(), factors, constants, screen, threshold, slots)
     *active, dropped, evaluated = torch.ops.mfa_kernels.select_screened(
         x, factors.rows, constants, factors.scale, factors.center, screen.basis, screen.rows, screen.log_det,
         screen.radii, screen.slack, screen.exact_slack, threshold, slots,
