@@ -84,6 +84,14 @@ def log_prob(
     )  # fmt: skip
 
 
+def responsibilities(active: Active) -> Tensor:
+    """p(k | x) of the slots, (N, S); 0 in an empty one, NaN for a token that is not finite."""
+    # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
+    of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
+    is_full = (active.counts > active.components.shape[1]).unsqueeze(-1)
+    return torch.where(is_full, of_all, active.logits.softmax(-1))
+
+
 def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors) -> Tensor:
     """log p(x | k) for every component, (N, K): dense, differentiable."""
     f = factors

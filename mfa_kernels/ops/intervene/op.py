@@ -1,0 +1,145 @@
+"""Steering registered: ``torch.ops.mfa_kernels.intervene``, one pass over the hidden states."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import backends, native
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.intervene import portable
+from mfa_kernels.ops.intervene.portable import (  # noqa: F401 - the kinds of gate are part of the operator
+    ALWAYS,
+    DENSITY,
+    NEVER,
+    NOT_DENSITY,
+    NOT_RESPONSIBILITY,
+    RESPONSIBILITY,
+)
+from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.ops.select.op import Active
+
+
+class Edit(NamedTuple):
+    """What is done to the tokens of each batch row. B' divides B, S is 1 or T; row i of B takes entry i // (B / B').
+
+    Attributes:
+        coefficients: scale, weight and spread, (B', S, 3), in the dtype that x is steered in: the wider of its own and
+            the mixture's, float32 or float64.
+        shift: (B', S, D), in that dtype.
+        rules: (B', 3) int32. The kind of gate: ALWAYS, RESPONSIBILITY and NOT_RESPONSIBILITY (of the region, against
+            the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region looked at, -1 for none. Whether the
+            norm is kept, 0 or 1.
+        thresholds: of the gates, (B',), in the dtype of the mixture.
+        keeps_norm: whether any row keeps its norm.
+        latents: z, (B', S, R), in the dtype of the mixture; None for 0.
+        spreads: whether spread may differ from 0.
+    """
+
+    coefficients: Tensor
+    shift: Tensor
+    rules: Tensor
+    thresholds: Tensor
+    keeps_norm: bool = False
+    latents: Tensor | None = None
+    spreads: bool = False
+
+
+def intervene(
+    hidden: Tensor,
+    edit: Edit,
+    chosen: Tensor | None = None,
+    passed: Tensor | None = None,
+    active: Active | None = None,
+    parameters: tuple[Tensor, Tensor, Tensor] | None = None,
+    factors: Factors | None = None,
+) -> tuple[Tensor, Tensor]:
+    """scale x + shift + sum_k r_k (weight mu_k + W_k (z + spread E[z | x, k])) where the gates let a token through.
+
+    In the dtype of the edit, rounded once; a token that is not reached keeps its bits. Where gradients are wanted, plain
+    PyTorch computes the same, differentiable in everything that has a float dtype. Does not wait for the device.
+
+    Args:
+        hidden: (B, T, D), any float dtype.
+        edit: what to do.
+        chosen: tokens to act on, bool, broadcasts to (B, T); None for all.
+        passed: (B, T) bool, a further condition; None for none.
+        active: of the B T tokens: what gates and responsibilities are read from; None where no rule needs them.
+        parameters: means (K, D), loadings (K, D, R) and noise_variance; None where nothing is weighed by
+            responsibilities: weight and spread are 0, latents None.
+        factors: of these parameters.
+
+    Returns:
+        The hidden states after it, (B, T, D) contiguous, and (B, T, 3) in the mixture's dtype: whether the token was
+        reached; the responsibility of its row's region, 0 where none was looked at; whether one was looked at, which
+        is at every chosen token that is finite, reached or not.
+    """
+    differentiable = [hidden, edit.coefficients, edit.shift, edit.latents, *(parameters or ())]
+    differentiable += [] if active is None else [active.logits]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return portable.intervene(
+            hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, parameters, factors
+        )  # fmt: skip
+    of_factors = (None,) * 5 if factors is None else (factors.rows, factors.cholesky, factors.log_det, factors.scale,
+                                                      factors.center)  # fmt: skip
+    return torch.ops.mfa_kernels.intervene(
+        hidden, *edit, chosen, passed, *(active or (None,) * 4), *(parameters or (None,) * 3), *of_factors
+    )
+
+
+torch.library.define(
+    "mfa_kernels::intervene",
+    "(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor thresholds, bool keeps_norm,"
+    " Tensor? latents, bool spreads, Tensor? chosen, Tensor? passed, Tensor? log_prob, Tensor? components,"
+    " Tensor? logits, Tensor? counts, Tensor? means, Tensor? loadings, Tensor? noise_variance, Tensor? rows,"
+    " Tensor? cholesky, Tensor? log_det, Tensor? scale, Tensor? center) -> (Tensor steered, Tensor tally)",
+)
+
+
+def _intervene(
+    hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
+    log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+):  # fmt: skip
+    per_component = noise_variance is not None and noise_variance.dim() == 2
+    rank = 0 if cholesky is None else cholesky.shape[-1]
+    serving = backends.serving(thresholds, rank)
+    if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
+        active = None if log_prob is None else Active(log_prob, components, logits, counts)
+        parameters = None if means is None else (means, loadings, noise_variance)
+        factors = None if rows is None else Factors(rows, cholesky, log_det, scale, center, per_component)
+        with full_precision(thresholds):
+            steered, tally = portable.intervene(
+                hidden, coefficients, shift, rules, thresholds, keeps_norm, chosen, passed, active, latents, spreads,
+                parameters, factors,
+            )  # fmt: skip
+        return steered.contiguous(), tally
+
+    def ready(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.contiguous()
+
+    tensors = [ready(t) for t in (hidden, coefficients, shift, rules, thresholds, latents, chosen, passed, log_prob,
+                                  components, logits, counts, rows, cholesky, scale)]  # fmt: skip
+    if serving == "native":
+        return native.library().intervene(*tensors, per_component, spreads)
+    from mfa_kernels.ops.intervene import triton_intervene
+
+    return triton_intervene.intervene(*tensors, per_component, keeps_norm, spreads)
+
+
+for _device in ("CPU", "CUDA"):
+    torch.library.impl("mfa_kernels::intervene", _device)(_intervene)
+
+
+@torch.library.register_fake("mfa_kernels::intervene")
+def _(hidden, coefficients, shift, rules, thresholds, *rest):
+    steered = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    return steered, thresholds.new_empty(*hidden.shape[:2], 3)
+
+
+def _refuse(ctx, *grads):
+    raise RuntimeError("torch.ops.mfa_kernels.intervene has no gradient; the function ops.intervene.op.intervene has")
+
+
+torch.library.register_autograd("mfa_kernels::intervene", _refuse, setup_context=lambda ctx, inputs, output: None)

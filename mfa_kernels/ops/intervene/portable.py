@@ -1,0 +1,80 @@
+"""Steering in plain PyTorch, from operators that have gradients: the path of whoever asks for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs import op as pairs
+from mfa_kernels.ops.select.op import Active, responsibilities
+
+ALWAYS, RESPONSIBILITY, NOT_RESPONSIBILITY, DENSITY, NOT_DENSITY, NEVER = range(6)
+
+
+def per_row(value: Tensor, batch: int) -> Tensor:
+    """Per batch row what is given for fewer of them: row i takes entry i // (batch / entries)."""
+    return value if value.shape[0] in (1, batch) else value.repeat_interleave(batch // value.shape[0], 0)
+
+
+def intervene(
+    hidden: Tensor,
+    coefficients: Tensor,
+    shift: Tensor,
+    rules: Tensor,
+    thresholds: Tensor,
+    keeps_norm: bool,
+    chosen: Tensor | None = None,
+    passed: Tensor | None = None,
+    active: Active | None = None,
+    latents: Tensor | None = None,
+    spreads: bool = False,
+    parameters: tuple[Tensor, Tensor, Tensor] | None = None,
+    factors: Factors | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `mfa_kernels.ops.intervene.op.intervene`."""
+    batch, tokens, features = hidden.shape
+    coefficients, shift = per_row(coefficients, batch), per_row(shift, batch)
+    scale, weight, spread = (c.unsqueeze(-1) for c in coefficients.unbind(-1))
+    x = hidden.to(shift.dtype)
+    out = torch.addcmul(shift, scale, x)
+    r = None if active is None else responsibilities(active)
+    if parameters is not None and factors is not None and active is not None and r is not None:
+        means, loadings, noise_variance = parameters
+        components, slots = active.components, active.components.shape[1]
+
+        def decoded(z: Tensor) -> Tensor:
+            return pairs.decode(components, r, z.contiguous(), means, loadings).view(batch, tokens, features)
+
+        z = means.new_zeros(batch, tokens, slots, loadings.shape[2])
+        center = decoded(z.flatten(0, 1))
+        out = out + weight * center
+        if spreads:
+            at = torch.arange(components.numel(), device=hidden.device) // slots
+            flat = hidden.reshape(-1, features)
+            own = pairs.latents(flat, at, components.flatten(), *parameters, factors).view_as(z)
+            z = z + spread.to(z.dtype).unsqueeze(-1) * own
+        if latents is not None:
+            z = z + per_row(latents, batch).to(z.dtype).unsqueeze(2)
+        if spreads or latents is not None:
+            out = out + (decoded(z.flatten(0, 1)) - center)
+    kind, region, keep = (c.unsqueeze(1) for c in per_row(rules, batch).unbind(-1))
+    if keeps_norm:
+        before, after = x.norm(dim=-1, keepdim=True), out.norm(dim=-1, keepdim=True)
+        out = out * torch.where((after > 0) & (keep != 0).unsqueeze(-1), before / after, 1)
+    here = torch.ones(batch, tokens, dtype=torch.bool, device=hidden.device) if chosen is None else chosen
+    here = here.expand(batch, tokens)
+    reached = here & (kind != NEVER)
+    seen, looked = torch.zeros_like(here, dtype=thresholds.dtype), torch.zeros_like(here)
+    if active is not None and r is not None:
+        threshold = per_row(thresholds, batch).unsqueeze(1)
+        log_prob = active.log_prob.view(batch, tokens)
+        seen = (r.view(batch, tokens, -1) * (active.components.view(batch, tokens, -1) == region.unsqueeze(-1))).sum(-1)
+        value = torch.where(kind <= NOT_RESPONSIBILITY, seen, log_prob)
+        is_over = (value > threshold) == ((kind == RESPONSIBILITY) | (kind == DENSITY))
+        reached = reached & ((kind == ALWAYS) | (is_over & ~log_prob.isnan()))
+        looked = here & (region >= 0) & ~seen.isnan()
+    if passed is not None:
+        reached = reached & passed
+    tally = torch.stack([reached.to(seen.dtype), torch.where(looked, seen, 0), looked.to(seen.dtype)], -1)
+    return torch.where(reached.unsqueeze(-1), out.to(hidden.dtype), hidden), tally
