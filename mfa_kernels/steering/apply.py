@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -9,9 +10,20 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
-from mfa_kernels.steering.composition import Affine, Composition, Local
+from mfa_kernels.ops.intervene.op import (
+    ALWAYS,
+    DENSITY,
+    NEVER,
+    NOT_DENSITY,
+    NOT_RESPONSIBILITY,
+    RESPONSIBILITY,
+    Edit,
+)
+from mfa_kernels.ops.intervene.op import intervene as steer_tokens
+from mfa_kernels.ops.intervene.portable import per_row
+from mfa_kernels.steering.composition import Affine, Composition, Local, moved
 from mfa_kernels.steering.evidence import Evidence, Reader
-from mfa_kernels.steering.gates import Gate, Gates, Responsibility, check_gates
+from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
 from mfa_kernels.steering.interventions import Row, as_rows
 
 _TOKENS_PER_CHUNK = 4096  # of the evidence, so that a diffuse mixture does not hold N x K of it
@@ -65,22 +77,23 @@ class Outcome(NamedTuple):
 
     Attributes:
         hidden: (B, T, D).
-        reached: the tokens that were acted on: True for all, or a mask that broadcasts to (B, T).
-        responsibility: (B, T), for the first region that a row's gate looks at, NaN in rows whose gate looks at none;
-            None where no gate looks at a region.
+        reached: where nothing but positions decides, the tokens that were acted on: True for all, or a mask that
+            broadcasts to (B, T). None elsewhere.
+        tally: there, (B, T, 3), as `mfa_kernels.ops.intervene.op.intervene` returns it: what was reached, and
+            responsibilities for the first region that a row's gate looks at.
     """
 
     hidden: Tensor
-    reached: bool | Tensor
-    responsibility: Tensor | None
+    reached: bool | Tensor | None
+    tally: Tensor | None
 
 
 class Program:
     """Interventions with the mixture they refer to, ready to run on hidden states (B, T, D).
 
     With fixed components this is one multiply-add in the dtype of the hidden states, and a select where some tokens
-    are left alone. What depends on responsibilities is computed on the mixture's device in its compute dtype, for
-    every token of the pass: shapes depend on no value, so on a GPU nothing waits for the host, and it compiles.
+    are left alone. Gates, responsibilities and norms take the operator `intervene`, on the mixture's device, for every
+    token of the pass: shapes depend on no value, so on a GPU nothing waits for the host, and it compiles.
     """
 
     def __init__(
@@ -93,24 +106,27 @@ class Program:
         differentiable: bool = False,
     ) -> None:
         self.composition = Composition(mfa, rows, device)
-        self._gates = check_gates(gate, mfa)
-        self._keeps_norm = _check_norm(norm)
-        self.is_gated = any(entry is not None for entry in self._gates)
-        self._is_plain = self.composition.is_plain and not any(self._keeps_norm)
-        self._device = mfa.means.device
-        self._reader = Reader(mfa, differentiable) if self.is_gated or self.composition.uses_mixture else None
+        gates, norms = check_gates(gate, mfa), _check_norm(norm)
+        self._sizes = {"interventions": len(rows), "gates": len(gates), "norms": len(norms)}
+        is_gated = any(entry is not None for entry in gates)
+        self._keeps_norm = any(norms)
+        self._is_plain = self.composition.is_plain and not self._keeps_norm and not is_gated
+        self._device, self._mixture_dtype = mfa.means.device, torch.promote_types(mfa.means.dtype, torch.float32)
+        self._reader = Reader(mfa, differentiable) if is_gated or self.composition.uses_mixture else None
         self._key: Any = None
         self._affine: Affine
-
-        def per_row(values: list[Any], device: torch.device) -> Tensor:
-            return torch.tensor(values, device=device)
-
-        watched = [_watched(gate) for gate in self._gates]
-        self.watches = any(k >= 0 for k in watched)
-        self._watched = per_row(watched, mfa.means.device).int()
-        self._norm_rows = None if all(self._keeps_norm) else per_row(self._keeps_norm, self._device)
-        gates = list(dict.fromkeys(self._gates))
-        self._distinct = [(gate, per_row([gate == g for g in self._gates], mfa.means.device)) for gate in gates]
+        self._edit: Edit
+        count = math.lcm(*self._sizes.values())
+        rules = [
+            (*_rule(gates[i * len(gates) // count], bool(rows[i * len(rows) // count])), norms[i * len(norms) // count])
+            for i in range(count)
+        ]
+        self._rules = torch.tensor([(kind, region, keep) for kind, region, _, keep in rules], device=self._device).int()
+        self._thresholds = torch.tensor([rule[2] for rule in rules], dtype=self._mixture_dtype, device=self._device)
+        composed = [gate for gate in dict.fromkeys(gates) if gate is not None and _simple(gate) is None]
+        self._composed = [
+            (gate, torch.tensor([gate != other for other in gates], device=self._device)) for gate in composed
+        ]
 
     def __call__(self, hidden: Tensor, chosen: bool | Tensor, steps: tuple[int, ...]) -> Outcome:
         """The hidden states after the interventions, and which tokens they reached.
@@ -121,123 +137,109 @@ class Program:
             steps: of each position, or one for all of them.
         """
         batch, tokens, _ = hidden.shape
-        acts, composition = self.composition.acts, self.composition
-        for name, count in (("interventions", composition.rows), ("gates", len(self._gates)),
-                            ("norms", len(self._keeps_norm))):  # fmt: skip
+        for name, count in self._sizes.items():
             if batch % count:
                 raise ValueError(f"{name} for {count} batch rows do not fit a batch of {batch}")
-        if acts is not None:
-            acts = _repeated(acts.to(hidden.device), batch).unsqueeze(1)
-            chosen = acts if chosen is True else acts & chosen
-        affine = self.prepare(hidden.dtype, hidden.device, steps)
-        width = tokens if self._is_plain and not self.is_gated else max(1, _TOKENS_PER_CHUNK // batch)
-        parts = [self._columns(hidden, affine, a, min(a + width, tokens)) for a in range(0, tokens, width)]
-        steered, passed, responsibility = parts[0] if len(parts) == 1 else _joined(parts)
-        if passed is not None:
-            passed = passed.to(hidden.device)
-            chosen = passed if chosen is True else passed & chosen
-        if isinstance(chosen, Tensor):
-            steered = torch.where(chosen.unsqueeze(-1), steered, hidden)
-        return Outcome(steered, chosen, responsibility)
+        self.prepare(hidden.dtype, hidden.device, steps)
+        if self._is_plain:
+            return self._fixed(hidden, chosen)
+        x, mask = hidden.to(self._device), chosen.to(self._device) if isinstance(chosen, Tensor) else None
+        width = max(1, _TOKENS_PER_CHUNK // batch)
+        parts = [self._columns(x, mask, a, min(a + width, tokens)) for a in range(0, tokens, width)]
+        steered, tally = parts[0] if len(parts) == 1 else (torch.cat(of, 1) for of in zip(*parts))
+        return Outcome(steered.to(hidden.device), None, tally)
 
-    def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> Affine:
-        """The folded map for hidden states like these; kept until their dtype or device, or the steps change."""
+    def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> None:
+        """Folds the map for hidden states like these; it is kept until their dtype or device, or the steps change."""
         if not self._is_plain:
-            dtype, device = self.composition.dtype, self._device
+            dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
         key = (dtype, device, steps)
-        if key != self._key:
-            folded = self.composition.fold(steps)
-            if isinstance(folded.scale, Tensor):
-                # Half precision would round a scale of 0.6 to 0.6016: here the sum alone is rounded.
-                dtype = torch.promote_types(dtype, torch.float32)
+        if key == self._key:
+            return
+        folded = self.composition.fold(steps)
+        if isinstance(folded.scale, Tensor):
+            # Half precision would round a scale of 0.6 to 0.6016: here the sum alone is rounded.
+            dtype = torch.promote_types(dtype, torch.float32)
 
-            def ready(value: Any, varies: bool) -> Any:
-                if not isinstance(value, Tensor):
-                    return value
-                return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-            self._key, self._affine = key, folded.each(ready)
-        return self._affine
-
-    def _columns(
-        self, hidden: Tensor, affine: Affine, start: int, stop: int
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Columns [start, stop) of the hidden states steered; where the gates pass; what they saw."""
-        batch, tokens, features = hidden.shape
-        if stop - start < tokens:
-            hidden = hidden[:, start:stop]
-
-        def here(value: Any, varies: bool) -> Any:
+        def ready(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            value = value[:, start:stop] if varies and value.shape[1] > 1 else value
-            return _repeated(value, batch)
+            return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-        affine = affine.each(here)
-        seen, flat = None, None
+        self._affine = folded.each(ready)
+        if not self._is_plain:
+            latents = folded.latents
+            self._edit = Edit(
+                _side_by_side(folded, dtype, device),
+                self._affine.shift,
+                self._rules,
+                self._thresholds,
+                self._keeps_norm,
+                None if latents is None else latents.to(device, self._mixture_dtype),
+                self.composition.uses_latents,
+            )
+        self._key = key
+
+    def _fixed(self, hidden: Tensor, chosen: bool | Tensor) -> Outcome:
+        batch, affine, acts = hidden.shape[0], self._affine, self.composition.acts
+        shift, scale = per_row(affine.shift, batch), affine.scale
+        if isinstance(scale, Tensor):
+            steered = torch.addcmul(shift, per_row(scale, batch), hidden.to(shift.dtype)).to(hidden.dtype)
+        else:
+            steered = torch.add(shift, hidden, alpha=scale)
+        if acts is not None:
+            acts = per_row(acts.to(hidden.device), batch).unsqueeze(1)
+            chosen = acts if chosen is True else acts & chosen
+        if isinstance(chosen, Tensor):
+            steered = torch.where(chosen.unsqueeze(-1), steered, hidden)
+        return Outcome(steered, chosen, None)
+
+    def _columns(self, hidden: Tensor, chosen: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Columns [start, stop) of the hidden states steered, and their tally."""
+
+        def here(value: Any) -> Any:
+            is_long = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] > 1
+            return value[:, start:stop] if is_long and stop - start < tokens else value
+
+        batch, tokens, features = hidden.shape
+        hidden, chosen = here(hidden), here(chosen)
+        edit = self._edit._replace(**{name: here(getattr(self._edit, name)) for name in _PER_POSITION})
+        seen, passed = None, None
+        mixture: Any = (None, None)
         if self._reader is not None:
-            flat = hidden.reshape(-1, features).to(self._reader.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.composition.uses_mixture):
-                seen = self._reader.read(flat)
-        steered = _plain(affine, hidden) if self._is_plain else self._general(affine, hidden, flat, seen).to(hidden)
-        if seen is None or not self.is_gated:
-            return steered, None, None
-        shape = hidden.shape[:2]
-        return steered, self._passed(seen, shape), self._responsibility(seen, shape) if self.watches else None
+                seen = self._reader.read(hidden.reshape(-1, features))
+            passed = self._passed(seen, hidden.shape[:2])
+            if self.composition.mixes:
+                mixture = self._reader.mixture()
+        for term in self._affine.local:
+            term = Local(here(term.coefficient), *(per_row(v, batch) if isinstance(v, Tensor) else v for v in term[1:]))
+            shift = _local_shift(term, hidden.to(edit.shift.dtype), seen)
+            edit = edit._replace(shift=per_row(edit.shift, batch) + shift)
+        return steer_tokens(hidden, edit, chosen, passed, seen, *mixture)
 
-    def _general(self, affine: Affine, hidden: Tensor, flat: Tensor | None, seen: Evidence | None) -> Tensor:
-        x = hidden.to(self._device, self.composition.dtype)
-        out = affine.scale * x + affine.shift
-        if flat is not None and seen is not None and self.composition.uses_mixture:
-            out = out + self._mixture_shift(affine, flat, seen, hidden.shape)
-        for term in affine.local:
-            out = out + _local_shift(term, x, seen)
-        if any(self._keeps_norm):
-            before, after = x.norm(dim=-1, keepdim=True), out.norm(dim=-1, keepdim=True)
-            factor = torch.where(after > 0, before / after, 1)
-            if self._norm_rows is not None:
-                factor = torch.where(_repeated(self._norm_rows, x.shape[0]).reshape(-1, 1, 1), factor, 1)
-            out = out * factor
-        return out
-
-    def _mixture_shift(self, affine: Affine, x: Tensor, seen: Evidence, shape: torch.Size) -> Tensor:
-        """sum_k r_k (weight mu_k + W_k (z + spread E[z | x, k])) over the active components, (B, T, D)."""
-        assert self._reader is not None
-        reader, (tokens, slots), rank = self._reader, seen.components.shape, self._reader.loadings.shape[-1]
-
-        def per_token(value: Tensor) -> Tensor:
-            return value.expand(*shape[:2], value.shape[-1]).reshape(tokens, 1, -1)
-
-        latents = x.new_zeros(tokens, slots, rank, dtype=reader.means.dtype)
-        center = reader.decode(seen, latents)  # sum_k r_k mu_k
-        out = affine.weight * center.view(shape)
-        if self.composition.uses_latents:
-            spread = affine.spread
-            of_token = per_token(spread) if isinstance(spread, Tensor) else spread
-            latents = latents + of_token * reader.latents(x, seen)
-        if affine.latents is not None:
-            latents = latents + per_token(affine.latents)
-        if self.composition.uses_latents or affine.latents is not None:
-            out = out + (reader.decode(seen, latents) - center).view(shape)
-        return out
-
-    def _passed(self, seen: Evidence, shape: torch.Size) -> Tensor:
-        """Where the gate of its row lets a token through, (B, T)."""
-        batch = shape[0]
-        passed = torch.zeros(shape, dtype=torch.bool, device=seen.log_prob.device)
-        for gate, rows in self._distinct:
-            here = _repeated(rows, batch).unsqueeze(1)
-            passed = passed | (here if gate is None else here & self._finite_pass(gate, seen).view(shape))
+    def _passed(self, seen: Evidence, shape: torch.Size) -> Tensor | None:
+        """Where gates made of others let tokens through, True in rows without one, (B, T); None without any."""
+        passed = None
+        for gate, elsewhere in self._composed:
+            own = (gate.passes(seen) & ~seen.log_prob.isnan()).view(shape)
+            if self._sizes["gates"] > 1:
+                own = own | per_row(elsewhere, shape[0]).unsqueeze(1)
+            passed = own if passed is None else passed & own
         return passed
 
-    @staticmethod
-    def _finite_pass(gate: Gate, seen: Evidence) -> Tensor:
-        return gate.passes(seen) & ~seen.log_prob.isnan()
 
-    def _responsibility(self, seen: Evidence, shape: torch.Size) -> Tensor:
-        watched = _repeated(self._watched, shape[0]).unsqueeze(1)
-        r = seen.responsibility(watched.expand(shape).reshape(-1, 1)).view(shape)
-        return torch.where(watched >= 0, r, torch.nan)
+_PER_POSITION = ("coefficients", "shift", "latents")
+
+
+def _side_by_side(affine: Affine, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """scale, weight and spread, (B, S, 3)."""
+    numbers = [affine.scale, affine.weight, affine.spread]
+    like = next((n for n in numbers if isinstance(n, Tensor)), None)
+    if like is None:
+        return moved([[numbers]], dtype, device)
+    columns = [n if isinstance(n, Tensor) else torch.full_like(like, n) for n in numbers]
+    return torch.cat(torch.broadcast_tensors(*columns), -1).to(device, dtype)
 
 
 def _check_norm(norm: Any) -> list[bool]:
@@ -249,25 +251,23 @@ def _check_norm(norm: Any) -> list[bool]:
     return [entry is not None for entry in entries]
 
 
-def _watched(gate: Gate | None) -> int:
-    """The first region that a gate looks at, or -1."""
+def _rule(gate: Gate | None, acts: bool) -> tuple[int, int, float]:
+    """Kind, region and threshold of a row's gate, as `Edit` has them; the gate of a row left alone is looked at."""
     leaves = [] if gate is None else gate.leaves()
-    return next((leaf.component for leaf in leaves if isinstance(leaf, Responsibility)), -1)
+    region = next((leaf.component for leaf in leaves if isinstance(leaf, Responsibility)), -1)
+    kind, threshold = (None if gate is None else _simple(gate)) or (ALWAYS, 0.0)
+    return kind if acts else NEVER, region, threshold
 
 
-def _repeated(value: Tensor, batch: int) -> Tensor:
-    """Per batch row what is given for fewer of them: row i takes entry i // (batch / entries)."""
-    return value if value.shape[0] in (1, batch) else value.repeat_interleave(batch // value.shape[0], 0)
-
-
-def _joined(parts: list[tuple[Tensor, Tensor | None, Tensor | None]]) -> Any:
-    return tuple(None if of[0] is None else torch.cat(of, 1) for of in zip(*parts))  # type: ignore[arg-type]
-
-
-def _plain(affine: Affine, hidden: Tensor) -> Tensor:
-    if isinstance(affine.scale, Tensor):
-        return torch.addcmul(affine.shift, affine.scale, hidden.to(affine.shift.dtype)).to(hidden.dtype)
-    return torch.add(affine.shift, hidden, alpha=affine.scale)
+def _simple(gate: Gate) -> tuple[int, float] | None:
+    """Kind and threshold of a gate on one region or on the density, or of its complement; None for others."""
+    inverted = isinstance(gate, Not)
+    leaf = gate.inner if isinstance(gate, Not) else gate
+    if isinstance(leaf, Responsibility):
+        return NOT_RESPONSIBILITY if inverted else RESPONSIBILITY, leaf.threshold
+    if isinstance(leaf, LogDensity):
+        return NOT_DENSITY if inverted else DENSITY, leaf.threshold
+    return None
 
 
 def _local_shift(term: Local, x: Tensor, seen: Evidence | None) -> Tensor:

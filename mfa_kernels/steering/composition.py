@@ -61,10 +61,9 @@ class Affine(NamedTuple):
     latents: Tensor | None
     local: tuple[Local, ...]
 
-    def each(self, change: Callable[[Any, bool], Any]) -> Affine:
-        """With every tensor or number changed: `change(value, whether it differs between positions)`."""
-        local: list[Any] = [[change(term[0], True), *(change(v, False) for v in term[1:])] for term in self.local]
-        changed: Any = (*(change(value, True) for value in self[:-1]), tuple(Local(*term) for term in local))
+    def each(self, change: Callable[[Any], Any]) -> Affine:
+        """With every tensor or number changed."""
+        changed: Any = (*map(change, self[:-1]), tuple(Local(*map(change, term)) for term in self.local))
         return Affine(*changed)
 
 
@@ -104,6 +103,7 @@ class Composition:
         rows: how many batch rows are distinguished.
         dtype: of the folded maps.
         uses_mixture: whether any intervention needs responsibilities.
+        mixes: whether any adds something for every active component.
         uses_latents: whether any needs the latents of all active components.
         is_plain: whether the map is one multiply-add.
         is_scheduled: whether any alpha is a function of the step.
@@ -117,6 +117,9 @@ class Composition:
         entries = [entry for row in rows for entry in row]
         self.uses_mixture = any(_uses_mixture(entry) for entry in entries)
         self.uses_latents = any(any(level.on_latents) for level in self._levels)
+        self.mixes = self.uses_latents or any(
+            any(level.on_means) or level.latents is not None for level in self._levels
+        )
         self.is_plain = not self.uses_mixture and not any(level.local for level in self._levels)
         self.is_scheduled = any(callable(alpha) for level in self._levels for alpha in level.alphas)
         self.acts = None if all(rows) else torch.tensor([bool(row) for row in rows], device=device)
@@ -153,7 +156,13 @@ class Composition:
         """(B, S) numbers as one float where there is one, which keeps it on the host; else as (B, S, 1)."""
         if len(values) == len(values[0]) == 1:
             return values[0][0]
-        return torch.tensor(values, dtype=self.dtype, device=self.device).unsqueeze(-1)
+        return moved(values, self.dtype, self.device).unsqueeze(-1)
+
+
+def moved(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on a device, which waits for nothing: on a GPU they come from pinned memory."""
+    numbers = torch.tensor(values, dtype=dtype)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 
 def _uses_mixture(entry: Intervention) -> bool:

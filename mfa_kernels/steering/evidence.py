@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mfa_kernels import ops
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.screen import op as screening
-from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold, responsibilities
 
 _SCREENED_VALUES = 1 << 22
 """Values of the rows, K (R + 1) D, from which on a token is screened: 16 MB in float32, more than a cache holds."""
@@ -27,16 +27,18 @@ class Evidence(NamedTuple):
     Attributes:
         log_prob: log p(x), (N,); NaN for a token that is not finite.
         components: (N, C) int32; -1 marks an empty slot.
-        responsibilities: (N, C).
+        logits: (N, C); -inf in an empty slot.
+        counts: (N,) int32; more than C where slots are missing.
     """
 
     log_prob: Tensor
     components: Tensor
-    responsibilities: Tensor
+    logits: Tensor
+    counts: Tensor
 
     def responsibility(self, component: int | Tensor) -> Tensor:
         """p(component | x), (N,), for one component or one per token (N, 1)."""
-        return (self.responsibilities * (self.components == component)).sum(-1)
+        return (responsibilities(Active(*self)) * (self.components == component)).sum(-1)
 
 
 class Reader(nn.Module):
@@ -99,11 +101,7 @@ class Reader(nn.Module):
         if not waits and slots < count and bool((active.counts > slots).any()):
             slots = count
             active = self._active(x, slots)
-        # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
-        of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-        held = active.logits.softmax(-1)
-        responsibilities = torch.where((active.counts > slots).unsqueeze(-1), of_all, held)
-        return Evidence(active.log_prob, active.components, responsibilities)
+        return Evidence(*active)
 
     def _active(self, x: Tensor, slots: int) -> ops.Active:
         if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
@@ -112,16 +110,9 @@ class Reader(nn.Module):
         parameters = (self.means, self.loadings, self.noise_variance, self.log_weights)
         return ops.log_prob(x, *parameters, self._factors(), slots, self._exact)
 
-    def latents(self, x: Tensor, seen: Evidence) -> Tensor:
-        """E[z | x, k] of the slots, (N, C, R); 0 in empty ones."""
-        count, slots = seen.components.shape
-        tokens = torch.arange(count * slots, device=x.device) // slots
-        parameters = (self.means, self.loadings, self.noise_variance)
-        return ops.latents(x, tokens, seen.components.flatten(), *parameters, self._factors()).view(count, slots, -1)
-
-    def decode(self, seen: Evidence, latents: Tensor) -> Tensor:
-        """sum_k r_k (mu_k + W_k z_k) over the slots, (N, D)."""
-        return ops.decode(seen.components, seen.responsibilities, latents.contiguous(), self.means, self.loadings)
+    def mixture(self) -> tuple[tuple[Tensor, Tensor, Tensor], ops.Factors]:
+        """Means, loadings and noise variance, and their factors."""
+        return (self.means, self.loadings, self.noise_variance), self._factors()
 
 
 def _screen(mfa: MFA, factors: ops.Factors) -> screening.AnyScreen | None:

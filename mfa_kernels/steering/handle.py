@@ -265,17 +265,14 @@ class Handle:
         """The hidden states with the interventions at the chosen tokens, and all of them counted."""
         shape = hidden.shape[:2]
         every = shape[0] * shape[1]
-        counts: list[int | Tensor] = [every if real is None else real.expand(shape).sum(), 0, 0, 0]
+        counts: list[int | Tensor] = [every if real is None else real.expand(shape).sum(), 0]
         steered = None
         if chosen is not False:
-            steered, reached, responsibility = self._program(hidden, chosen, steps)
-            counts[1] = reached.expand(shape).sum() if isinstance(reached, Tensor) else every
-            if responsibility is not None:
-                looked_at = ~responsibility.isnan()
-                if isinstance(chosen, Tensor):
-                    looked_at = looked_at & chosen.to(looked_at.device)
-                counts[2] = torch.where(looked_at, responsibility, 0).sum(dtype=torch.float64)
-                counts[3] = looked_at.sum()
+            steered, reached, tally = self._program(hidden, chosen, steps)
+            if tally is not None:
+                self._counts.add_tally(tally)
+            else:
+                counts[1] = reached.expand(shape).sum() if isinstance(reached, Tensor) else every
         self._counts.add(counts)
         return steered
 
@@ -308,6 +305,10 @@ class _Counts(nn.Module):
                 self.on_device[i].add_(count)
             else:
                 self._on_host[i] += count
+
+    def add_tally(self, tally: Tensor) -> None:
+        """Adds what `Outcome.tally` says of each token, (B, T, 3)."""
+        self.on_device[1:] += tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device)
 
     def totals(self) -> list[float]:
         return [host + device for host, device in zip(self._on_host, self.on_device.tolist())]

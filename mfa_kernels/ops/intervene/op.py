@@ -58,8 +58,8 @@ def intervene(
 ) -> tuple[Tensor, Tensor]:
     """scale x + shift + sum_k r_k (weight mu_k + W_k (z + spread E[z | x, k])) where the gates let a token through.
 
-    In the dtype of the edit, rounded once; a token that is not reached keeps its bits. Where gradients are wanted, plain
-    PyTorch computes the same, differentiable in everything that has a float dtype. Does not wait for the device.
+    In the dtype of the edit, rounded once; a token that is not reached keeps its bits. Where gradients are wanted,
+    plain PyTorch computes the same, differentiable in everything that has a float dtype. Does not wait for the device.
 
     Args:
         hidden: (B, T, D), any float dtype.

@@ -40,7 +40,7 @@ def intervene(
     out = torch.addcmul(shift, scale, x)
     r = None if active is None else responsibilities(active)
     if parameters is not None and factors is not None and active is not None and r is not None:
-        means, loadings, noise_variance = parameters
+        means, loadings, _ = parameters
         components, slots = active.components, active.components.shape[1]
 
         def decoded(z: Tensor) -> Tensor:
