@@ -69,7 +69,8 @@ def intervene(
     if active is not None and r is not None:
         threshold = per_row(thresholds, batch).unsqueeze(1)
         log_prob = active.log_prob.view(batch, tokens)
-        seen = (r.view(batch, tokens, -1) * (active.components.view(batch, tokens, -1) == region.unsqueeze(-1))).sum(-1)
+        shape = (batch, tokens, active.components.shape[1])
+        seen = (r.view(shape) * (active.components.view(shape) == region.unsqueeze(-1))).sum(-1)
         value = torch.where(kind <= NOT_RESPONSIBILITY, seen, log_prob)
         is_over = (value > threshold) == ((kind == RESPONSIBILITY) | (kind == DENSITY))
         reached = reached & ((kind == ALWAYS) | (is_over & ~log_prob.isnan()))

@@ -1,0 +1,157 @@
+"""Tokens, evidence and edits for the operator that steers, and what the oracle makes of them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.intervene import reference
+from mfa_kernels.ops.intervene.op import Edit
+from mfa_kernels.ops.select.op import Active
+from tests.mixtures import Mixture, mixture, tokens
+
+# What is done, beyond scale x + shift: (weight, spread, latents, norm).
+WAYS = {
+    "fixed": (0.0, 0.0, False, False),
+    "norm": (0.0, 0.0, False, True),
+    "means": (0.4, 0.0, False, False),
+    "latents": (0.4, 0.0, True, False),
+    "spread": (0.0, -0.7, False, False),
+    "all": (0.4, 0.6, True, True),
+}
+
+
+class Case(NamedTuple):
+    """One call of the operator; row b of the batch has the gate of kind b % 6."""
+
+    mixture: Mixture
+    hidden: Tensor
+    edit: Edit
+    chosen: Tensor | None
+    passed: Tensor | None
+    active: Active
+    way: str
+
+    @property
+    def mixes(self) -> bool:
+        return self.way not in ("fixed", "norm")
+
+    def arguments(self, factors: Factors | None = None) -> tuple:
+        """Of `op.intervene`."""
+        of = (self.mixture[:3], factors or self.mixture.factors()) if self.mixes else (None, None)
+        return self.hidden, self.edit, self.chosen, self.passed, self.active, *of
+
+    def oracle(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+        """Steered states and tally by the definitions, in one dtype throughout."""
+        batch, count, _ = self.hidden.shape
+        parameters = tuple(t.to(dtype) for t in self.mixture[:3]) if self.mixes else None
+        out, tally = self.hidden.to(dtype).clone(), torch.zeros(batch, count, 3, dtype=torch.float64)
+
+        def at(value: Tensor, b: int, t: int) -> Tensor:
+            return value[b * value.shape[0] // batch][min(t, value.shape[1] - 1)]
+
+        for b in range(batch):
+            kind, region, keep = at(self.edit.rules.unsqueeze(1), b, 0).tolist()
+            for t in range(count):
+                n = b * count + t
+                log_prob, logits = self.active.log_prob[n].to(dtype), self.active.logits[n].to(dtype)
+                is_full = self.active.counts[n] > len(logits)
+                r = (logits - log_prob).exp() if is_full else logits.softmax(-1)
+                seen = (r * (self.active.components[n] == region)).sum().item()
+                chosen = self.chosen is None or bool(at(self.chosen, b, t))
+                threshold = self.edit.thresholds[b * len(self.edit.thresholds) // batch].item()
+                reached = chosen and (self.passed is None or bool(self.passed[b, t]))
+                reached = reached and reference.passes(kind, seen, log_prob.item(), threshold)
+                looked = chosen and region >= 0 and not math.isnan(seen)
+                tally[b, t] = torch.tensor([reached, seen if looked else 0.0, looked], dtype=torch.float64)
+                if reached:
+                    z = self.edit.latents
+                    out[b, t] = reference.steered(
+                        out[b, t], at(self.edit.coefficients, b, t).to(dtype), at(self.edit.shift, b, t).to(dtype),
+                        None if z is None else at(z, b, t).to(dtype), bool(keep),
+                        self.active.components[n], r, parameters,
+                    )  # fmt: skip
+        return out, tally
+
+
+def case(
+    way: str = "all",
+    batch: int = 6,
+    count: int = 3,
+    shape: tuple[int, int, int] = (5, 33, 3),
+    *,
+    slots: int = 3,
+    per_component: bool = False,
+    dtype: torch.dtype = torch.float64,
+    hidden_dtype: torch.dtype | None = None,
+    rows: int | None = None,
+    steps: bool = False,
+    mask: tuple[int, int] | None = None,
+    passes: bool = False,
+    finite: bool = False,
+) -> Case:
+    """Token 1 is not finite unless all are; token 2 has more active components than slots; some slots are empty.
+
+    Args:
+        shape: K, D, R.
+        rows: how many the edit distinguishes; all of the batch if None.
+        steps: whether the edit differs between positions.
+        mask: shape of `chosen`.
+    """
+    k, d, r = shape
+    m = mixture(k, d, r, per_component=per_component, dtype=dtype)
+    generator = torch.Generator().manual_seed(4)
+    n, rows, at = batch * count, batch if rows is None else rows, count if steps else 1
+    x = tokens(m, n).to(hidden_dtype or dtype)
+    if n > 1 and not finite:
+        x[1, d // 2] = math.nan
+    components = torch.stack([torch.randperm(max(k, slots), generator=generator)[:slots] for _ in range(n)] or [
+        torch.empty(slots, dtype=torch.int64)])[:n].int()  # fmt: skip
+    components[components >= k] = -1
+    held = torch.rand(n, slots, generator=generator) < 0.7
+    held[:, 0] = True
+    held &= components >= 0
+    if not finite:
+        held[1:2] = False
+    components = torch.where(held, components, -1)
+    logits = torch.randn(n, slots, generator=generator, dtype=torch.float64) - 20
+    logits = torch.where(held, logits, -math.inf).to(dtype)
+    full = torch.arange(n) == 2
+    log_prob = torch.where(full, torch.logaddexp(logits.logsumexp(-1), logits[:, 0]), logits.logsumexp(-1))
+    log_prob = torch.where(held.any(-1), log_prob, math.nan)
+    counts = torch.where(full, slots + 1, held.sum(-1)).int()
+    weight, spread, has_latents, norm = WAYS[way]
+    wide = torch.promote_types(x.dtype, dtype)
+    coefficients = torch.tensor([0.7, weight, spread], dtype=wide).expand(rows, at, 3).clone()
+    coefficients[..., 0] += 0.1 * torch.rand(rows, at, generator=generator)
+    rules = torch.tensor([[b % 6, (b * 2) % k if b % 4 else -1, int(norm and b % 3 != 1)] for b in range(rows)])
+    thresholds = torch.where(rules[:, 0] < 3, 0.3, -20.0).to(dtype)
+    rules[(rules[:, 0] > 0) & (rules[:, 0] < 3), 1] = 0
+    edit = Edit(
+        coefficients,
+        torch.randn(rows, at, d, generator=generator).to(wide),
+        rules.reshape(rows, 3).int(),
+        thresholds,
+        norm,
+        torch.randn(rows, at, r, generator=generator).to(dtype) if has_latents else None,
+        spread != 0,
+    )
+    chosen = None if mask is None else torch.rand(mask, generator=generator) < 0.7
+    passed = torch.rand(batch, count, generator=generator) < 0.7 if passes else None
+    return Case(m, x.view(batch, count, d), edit, chosen, passed, Active(log_prob, components, logits, counts), way)
+
+
+def within_budget(found: Tensor, plain: Tensor, exact: Tensor, x: Tensor, roundings: float = 0.5) -> None:
+    """At most three times the error of the plain formula in float32, per token, or three roundings of the terms where
+    that was lucky; and then one rounding to a half, half a unit in the last place."""
+    eps = torch.finfo(found.dtype).eps if found.dtype in (torch.bfloat16, torch.float16) else 0.0
+    assert torch.equal(found.isnan(), exact.isnan())
+    found, plain, exact, x = (t.double().nan_to_num() for t in (found, plain, exact, x))
+    unit = torch.finfo(torch.float32).eps * torch.maximum(exact.abs(), x.abs()).amax(-1, keepdim=True)
+    budget = 3 * torch.maximum((plain - exact).abs().amax(-1, keepdim=True), unit)
+    excess = (found - exact).abs() - (1 + eps) * budget - roundings * eps * exact.abs()
+    assert (excess <= 0).all(), f"{excess.max()} too much where {budget.min()} is allowed"

@@ -1,0 +1,118 @@
+"""The kernel that steers on a GPU: on a GPU where there is one, in Triton's interpreter elsewhere."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+pytest.importorskip("triton")
+
+from mfa_kernels.ops.factors import op as factors_op
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.intervene import triton_intervene
+from mfa_kernels.ops.intervene.op import intervene
+from tests.ops.intervene_cases import WAYS, Case, case, within_budget
+
+pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
+
+_TILES = triton_intervene._tiles
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 features a tile: 50 are three tiles and a ragged tail."""
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
+
+    monkeypatch.setattr(triton_intervene, "_tiles", lambda *sizes: {**_TILES(*sizes), "BD": 16, "VEC": 1})
+
+
+def run(c: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    m = c.mixture
+    rows, cholesky, log_det = factors_op.portable(*m[:3])
+    noise = m.noise_variance
+    factors = Factors(rows, cholesky, log_det, factors_op.scale_of(noise), m.means[0], noise.dim() == 2)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(DEVICE)
+        if isinstance(value, Factors):
+            return Factors(*(moved(v) for v in vars(value).values()))
+        if isinstance(value, tuple):
+            return type(value)(*map(moved, value)) if hasattr(value, "_fields") else tuple(map(moved, value))
+        return value
+
+    out, tally = intervene(*moved(c.arguments(factors)))
+    return out.cpu(), tally.cpu()
+
+
+def check(c: Case) -> None:
+    out, tally = run(c)
+    (plain, _), (exact, expected) = c.oracle(torch.float32), c.oracle()
+    assert out.dtype == c.hidden.dtype
+    truncates = DEVICE == "cpu" and out.dtype == torch.bfloat16  # the interpreter does; a GPU rounds
+    within_budget(out, plain, exact, c.hidden, 1.0 if truncates else 0.5)
+    torch.testing.assert_close(tally.double(), expected, rtol=0, atol=1e-6)
+    alone = tally[..., 0] == 0
+    assert torch.equal(out[alone].nan_to_num(7), c.hidden[alone].nan_to_num(7))
+
+
+@pytest.mark.parametrize("shape", [(5, 50, 10), (3, 50, 17), (1, 1, 1), (4, 16, 0)], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.usefixtures("poisoned")
+def test_matches_the_definitions(way: str, shape: tuple[int, int, int]) -> None:
+    if WAYS[way][2] and shape[2] == 0:
+        pytest.skip("no latents to give")
+    check(case(way, shape=shape, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("given", [
+    {"rows": 1}, {"rows": 3, "steps": True}, {"steps": True, "mask": (6, 3)}, {"mask": (1, 3)}, {"mask": (6, 1)},
+    {"passes": True, "mask": (1, 1)}, {"slots": 1}, {"slots": 9}, {"per_component": True},
+    {"batch": 13, "count": 1},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("way", ["latents", "all"])
+@pytest.mark.usefixtures("poisoned")
+def test_rows_positions_masks_and_slots(way: str, given: dict[str, Any]) -> None:
+    check(case(way, dtype=torch.float32, **given))
+
+
+@pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_halves_are_rounded_once(hidden_dtype: torch.dtype) -> None:
+    check(case(shape=(5, 50, 10), dtype=torch.float32, hidden_dtype=hidden_dtype))
+
+
+def test_float64_tokens_take_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_intervene, "intervene", lambda *args: pytest.fail("the kernel computes in float32"))
+    check(case("fixed", dtype=torch.float32, hidden_dtype=torch.float64))
+
+
+def test_no_tokens_and_same_bits_twice() -> None:
+    for batch, count in ((0, 3), (6, 0)):
+        out, tally = run(case(batch=batch, count=count, rows=1, dtype=torch.float32))
+        assert (out.shape, tally.shape) == ((batch, count, 33), (batch, count, 3))
+    c = case(dtype=torch.float32)
+    for first, second in zip(run(c), run(c)):
+        assert torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+
+
+def test_a_kept_norm_that_does_not_change_costs_no_bits() -> None:
+    c = case("norm", dtype=torch.float32, finite=True)
+    same = torch.zeros_like(c.edit.coefficients)
+    same[..., 0] = 1
+    edit = c.edit._replace(coefficients=same, shift=torch.zeros_like(c.edit.shift))
+    assert torch.equal(run(c._replace(edit=edit))[0], c.hidden)
+
+
+def test_tiles_fit_the_registers() -> None:
+    for rank in (0, 1, 10, 64):
+        tiles = _TILES(16, rank, 4096)
+        assert tiles["BR"] >= rank
+        assert tiles["BR"] * tiles["BD"] <= 128 * 64
