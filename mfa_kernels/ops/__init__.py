@@ -5,6 +5,7 @@ select    stage 1   tokens x components -> log p(x) and the active pairs
 pairs     stage 2   latents, decoding and gradients, on the active pairs alone
 screen              bounds that spare stage 1 most of its logits
 kmeans              the nearest centroid of every row, and sums by cluster
+intervene           hidden states steered: gates, interpolation, offsets and norms in one pass
 statistics          the sums that EM's M-step needs, over the active pairs
 """
 

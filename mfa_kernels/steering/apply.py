@@ -21,6 +21,7 @@ from mfa_kernels.ops.intervene.op import (
 )
 from mfa_kernels.ops.intervene.op import intervene as steer_tokens
 from mfa_kernels.ops.intervene.portable import per_row
+from mfa_kernels.ops.select.op import Active
 from mfa_kernels.steering.composition import Affine, Composition, Local, moved
 from mfa_kernels.steering.evidence import Evidence, Reader
 from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
@@ -77,10 +78,10 @@ class Outcome(NamedTuple):
 
     Attributes:
         hidden: (B, T, D).
-        reached: where nothing but positions decides, the tokens that were acted on: True for all, or a mask that
-            broadcasts to (B, T). None elsewhere.
-        tally: there, (B, T, 3), as `mfa_kernels.ops.intervene.op.intervene` returns it: what was reached, and
-            responsibilities for the first region that a row's gate looks at.
+        reached: the tokens that were acted on: True for all, or a mask that broadcasts to (B, T); None where the tally
+            says so.
+        tally: of gates, (B, T, 3), as `mfa_kernels.ops.intervene.op.intervene` returns it: what was reached, and
+            responsibilities for the first region that a row's gate looks at. None where positions alone decide.
     """
 
     hidden: Tensor
@@ -111,6 +112,7 @@ class Program:
         is_gated = any(entry is not None for entry in gates)
         self._keeps_norm = any(norms)
         self._is_plain = self.composition.is_plain and not self._keeps_norm and not is_gated
+        self._decides = is_gated or self.composition.acts is not None  # which tokens are reached
         self._device, self._mixture_dtype = mfa.means.device, torch.promote_types(mfa.means.dtype, torch.float32)
         self._reader = Reader(mfa, differentiable) if is_gated or self.composition.uses_mixture else None
         self._key: Any = None
@@ -147,16 +149,17 @@ class Program:
         width = max(1, _TOKENS_PER_CHUNK // batch)
         parts = [self._columns(x, mask, a, min(a + width, tokens)) for a in range(0, tokens, width)]
         steered, tally = parts[0] if len(parts) == 1 else (torch.cat(of, 1) for of in zip(*parts))
-        return Outcome(steered.to(hidden.device), None, tally)
+        steered = steered.to(hidden.device)
+        return Outcome(steered, None, tally) if self._decides else Outcome(steered, chosen, None)
 
     def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> None:
         """Folds the map for hidden states like these; it is kept until their dtype or device, or the steps change."""
-        if not self._is_plain:
-            dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
         key = (dtype, device, steps)
         if key == self._key:
             return
         folded = self.composition.fold(steps)
+        if not self._is_plain:
+            dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
         if isinstance(folded.scale, Tensor):
             # Half precision would round a scale of 0.6 to 0.6016: here the sum alone is rounded.
             dtype = torch.promote_types(dtype, torch.float32)
@@ -213,10 +216,11 @@ class Program:
             if self.composition.mixes:
                 mixture = self._reader.mixture()
         for term in self._affine.local:
-            term = Local(here(term.coefficient), *(per_row(v, batch) if isinstance(v, Tensor) else v for v in term[1:]))
+            own: list[Any] = [here(term.coefficient), *term[1:]]
+            term = Local(*(per_row(v, batch) if isinstance(v, Tensor) else v for v in own))
             shift = _local_shift(term, hidden.to(edit.shift.dtype), seen)
             edit = edit._replace(shift=per_row(edit.shift, batch) + shift)
-        return steer_tokens(hidden, edit, chosen, passed, seen, *mixture)
+        return steer_tokens(hidden, edit, chosen, passed, None if seen is None else Active(*seen), *mixture)
 
     def _passed(self, seen: Evidence, shape: torch.Size) -> Tensor | None:
         """Where gates made of others let tokens through, True in rows without one, (B, T); None without any."""

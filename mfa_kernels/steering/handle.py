@@ -308,7 +308,7 @@ class _Counts(nn.Module):
 
     def add_tally(self, tally: Tensor) -> None:
         """Adds what `Outcome.tally` says of each token, (B, T, 3)."""
-        self.on_device[1:] += tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device)
+        self.on_device[1:].add_(tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device))
 
     def totals(self) -> list[float]:
         return [host + device for host, device in zip(self._on_host, self.on_device.tolist())]
