@@ -34,6 +34,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "remove_latents": {"interventions": Remove(17)},
     "gate": {"interventions": [Toward(17, 0.4), Offset(17, Z)], "gate": (17, 0.5)},
     "mixture": {"interventions": [Toward(None, 0.4), Offset(None, Z)]},
+    "mixture_gate_norm": {"interventions": [Toward(None, 0.4), Offset(None, Z)], "gate": (17, 0.5), "norm": "keep"},
     "reconstruct": {"interventions": Reconstruct(0.4)},
 }
 

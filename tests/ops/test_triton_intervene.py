@@ -63,30 +63,28 @@ def check(c: Case) -> None:
     assert torch.equal(out[alone].nan_to_num(7), c.hidden[alone].nan_to_num(7))
 
 
-@pytest.mark.parametrize("shape", [(5, 50, 10), (3, 50, 17), (1, 1, 1), (4, 16, 0)], ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("way", "shape"), [
+    *((way, (5, 50, 10)) for way in WAYS), ("all", (3, 50, 17)), ("all", (1, 1, 1)), ("spread", (4, 16, 0)),
+], ids=str)  # fmt: skip
 @pytest.mark.usefixtures("poisoned")
 def test_matches_the_definitions(way: str, shape: tuple[int, int, int]) -> None:
-    if WAYS[way][2] and shape[2] == 0:
-        pytest.skip("no latents to give")
-    check(case(way, shape=shape, dtype=torch.float32))
+    check(case(way, shape=shape, dtype=torch.float32, count=2))
 
 
 @pytest.mark.parametrize("given", [
-    {"rows": 1}, {"rows": 3, "steps": True}, {"steps": True, "mask": (6, 3)}, {"mask": (1, 3)}, {"mask": (6, 1)},
-    {"passes": True, "mask": (1, 1)}, {"slots": 1}, {"slots": 9}, {"per_component": True},
-    {"batch": 13, "count": 1},
+    {"rows": 1, "way": "latents"}, {"rows": 3, "steps": True}, {"steps": True, "mask": (6, 2)},
+    {"mask": (1, 2), "way": "latents"}, {"mask": (6, 1)}, {"passes": True, "mask": (1, 1)}, {"slots": 1}, {"slots": 9},
+    {"per_component": True}, {"batch": 13, "count": 1},
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("way", ["latents", "all"])
 @pytest.mark.usefixtures("poisoned")
-def test_rows_positions_masks_and_slots(way: str, given: dict[str, Any]) -> None:
-    check(case(way, dtype=torch.float32, **given))
+def test_rows_positions_masks_and_slots(given: dict[str, Any]) -> None:
+    check(case(**{"dtype": torch.float32, "count": 2, **given}))
 
 
 @pytest.mark.parametrize("hidden_dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_halves_are_rounded_once(hidden_dtype: torch.dtype) -> None:
-    check(case(shape=(5, 50, 10), dtype=torch.float32, hidden_dtype=hidden_dtype))
+    check(case(shape=(5, 50, 10), count=2, dtype=torch.float32, hidden_dtype=hidden_dtype))
 
 
 def test_float64_tokens_take_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
