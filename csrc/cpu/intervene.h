@@ -92,7 +92,7 @@ void add_component(const Shape& shape, const T* own, const T* lam, A weight, T r
 }
 
 template <class A>
-double energy(const A* values, int64_t count) {
+double squared_length(const A* values, int64_t count) {
   double lane[8] = {};
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)
@@ -158,8 +158,8 @@ void intervene(const Shape& shape, const Edit<T, A>& edit, const Seen<T>& seen, 
         }
       }
       if (rule[2]) {
-        const double after = energy(sum.data(), D);
-        const A factor = after > 0 ? static_cast<A>(std::sqrt(energy(before.data(), D) / after)) : A(1);
+        const double after = squared_length(sum.data(), D);
+        const A factor = after > 0 ? static_cast<A>(std::sqrt(squared_length(before.data(), D) / after)) : A(1);
         for (int64_t d = 0; d < D; ++d) sum[d] *= factor;
       }
       for (int64_t d = 0; d < D; ++d) out[n * D + d] = static_cast<H>(sum[d]);
