@@ -65,7 +65,17 @@ class Dense:
     stages: int
 
 
-Config = TypeVar("Config", Scan, Pairs, Gradient, Dense)
+@dataclass(frozen=True)
+class Statistics:
+    """EM's sums over sorted pairs: a program owns `features` features of one component, and loops over its pairs."""
+
+    pairs: int
+    features: int
+    warps: int
+    stages: int
+
+
+Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics)
 
 _ANALYSED: dict[tuple[type, int], Any] = {
     (Scan, 80): Scan(tokens=128, width=2, features=64, warps=8, stages=3, descriptors=False),
@@ -75,6 +85,7 @@ _ANALYSED: dict[tuple[type, int], Any] = {
     (Pairs, 80): Pairs(pairs=4, features=128, warps=4, stages=3),
     (Gradient, 80): Gradient(pairs=4, features=256, warps=4, stages=1),
     (Dense, 80): Dense(tokens=8, components=8, features=128, warps=4, stages=1),
+    (Statistics, 80): Statistics(pairs=4, features=256, warps=4, stages=1),
 }
 
 _overrides: dict[type, Any] = {}
@@ -161,7 +172,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold an object of configurations, got {type(entries).__name__}")
-    kinds = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense)}
+    kinds = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics)}
     for key, values in entries.items():
         kind = kinds.get(key.split("/")[0])
         if kind is None:

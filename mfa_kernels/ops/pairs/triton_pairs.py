@@ -148,9 +148,11 @@ def explain(
     return logits, t
 
 
-def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
+def latents(
+    x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, *, groups: Groups | None = None
+) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R) float32, 0 in a slot without one. Arguments as in `explain`."""
-    _, t = explain(x, tokens, components, factors)
+    _, t = explain(x, tokens, components, factors, groups=groups)
     assert t is not None
     pairs, rank = t.shape
     if pairs and rank:

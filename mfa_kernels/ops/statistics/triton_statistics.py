@@ -1,0 +1,276 @@
+"""EM's sufficient statistics on a GPU: sums over the active pairs, one writer per value (README.md).
+
+With w the weight of a pair, y = x_n - mu_k and z = L_k^-T t = E[z | x_n, k], summed over the pairs of component k in
+order and added to what the outputs hold, in float64:
+
+    mass sum w     shift sum w y     latent sum w z     second sum w (z z^T + M_k^-1)     cross sum w z y^T
+    squares sum w y^2, of each component or of all together
+
+A program of `feature_kernel` owns BD features and BR latents of one component: it walks over the pairs BP at a time,
+sums their products in float32 and adds these sums up in float64, in registers. Where all components share the noise it
+walks over OWN components, so that their part of `squares` leaves the chip once per OWN; PyTorch adds these parts up. A
+program of `latent_kernel` owns what a component has without features; M_k^-1 comes from L_k by substitution in float64.
+t and z come from triton_pairs.py. Never materialised: y, or anything else with P x D or P x R^2.
+
+Exact: y, t and z are rounded to float32 as in the plain formula, and a sum over BP pairs once more; the error of a sum
+does not grow with the number of pairs. Float64 throughout would be no slower on a chip with half-rate float64, but w z
+of BP pairs and 16 latents, which every thread holds, would take 128 of its registers.
+Deterministic: a stable sort, one writer per value, sums in a fixed order, no atomics. Nothing asks the device how many
+pairs there are, and a component without one is neither read nor written.
+Floor: the sums of the components that own a pair, read and written once (README.md). Not measured on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops import configs
+from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.pairs import triton_pairs
+from mfa_kernels.ops.pairs.triton_groups import group
+from mfa_kernels.ops.pairs.triton_residual import back_substitute, feature_offsets, vector
+
+_LATENTS = 16
+"""Most latents per program of `feature_kernel`: their sums fill a thread's registers; x is read once per so many."""
+_SHARED = 8
+"""Components per program where they share the noise: an eighth of the K x D partial sums, and still enough programs."""
+_MANY = 1024
+"""Components from which on there are enough programs for that."""
+
+
+@triton.jit
+def _add(p_out, b_value, m_out):
+    tl.store(p_out, tl.load(p_out, mask=m_out) + b_value, mask=m_out)
+
+
+@triton.jit
+def feature_kernel(
+    p_x,  # (N, D)
+    p_tokens,  # (P,)
+    p_weights,  # (P,)
+    p_z,  # (P, R)
+    p_order,  # (P,)
+    p_starts,  # (K + 1,)
+    p_rows,  # (K, R + 1 or R + 2, D)
+    p_shift,  # (K, D) float64, added to
+    p_cross,  # (K, R, D) float64, added to
+    p_squares,  # (K, D) float64, added to; where the components share the noise (K / OWN, D), written
+    K,
+    D,
+    R: tl.constexpr,
+    PER_COMPONENT: tl.constexpr,
+    OWN: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    LATENT_BLOCKS: tl.constexpr = (R + BR - 1) // BR if R > 0 else 1
+    i_r = tl.program_id(0) % LATENT_BLOCKS
+    i_d = tl.program_id(0) // LATENT_BLOCKS % feature_blocks
+    i_c = tl.program_id(0) // LATENT_BLOCKS // feature_blocks
+    o_d = feature_offsets(i_d * BD, BD, VEC)  # [1, 1, BD]
+    m_d = o_d < D
+    o_r = i_r * BR + tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
+    b_squares = tl.zeros([1, 1, BD], dtype=tl.float64)
+    for i_k in range(i_c * OWN, tl.minimum(i_c * OWN + OWN, K)):
+        first = tl.load(p_starts + i_k)
+        last = tl.load(p_starts + i_k + 1)
+        if first < last:
+            k = tl.cast(i_k, tl.int64)
+            b_mean = tl.load(p_rows + k * (R + 1 + PER_COMPONENT) * D + o_d, mask=m_d, other=0.0)  # [1, 1, BD]
+            b_shift = tl.zeros([1, 1, BD], dtype=tl.float64)
+            b_cross = tl.zeros([1, BR, BD], dtype=tl.float64)
+            for i in tl.range(first, last, BP, num_stages=STAGES):
+                o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
+                m_i = o_i < last
+                o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+                o_n = tl.load(p_tokens + o_p, mask=m_i, other=0).to(tl.int64)
+                b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0)  # [BP, 1, 1]
+                b_x = tl.load(p_x + o_n * D + o_d, mask=m_i & m_d, other=0.0).to(tl.float32)  # [BP, 1, BD]
+                b_y = b_x - b_mean
+                b_wy = b_w * b_y
+                b_shift += tl.sum(b_wy, axis=0, keep_dims=True).to(tl.float64)
+                b_squares += tl.sum(b_wy * b_y, axis=0, keep_dims=True).to(tl.float64)
+                if R > 0:
+                    b_z = tl.load(p_z + o_p * R + o_r, mask=m_i & (o_r < R), other=0.0)  # [BP, BR, 1]
+                    b_cross += tl.sum((b_w * b_z) * b_y, axis=0, keep_dims=True).to(tl.float64)
+            if i_r == 0:
+                p_out = p_shift + k * D + o_d
+                _add(p_out, b_shift, m_d)
+            if R > 0:
+                p_out = p_cross + (k * R + o_r) * D + o_d
+                _add(p_out, b_cross, (o_r < R) & m_d)
+    p_out = p_squares + tl.cast(i_c, tl.int64) * D + o_d
+    if i_r == 0:
+        if PER_COMPONENT:  # OWN is 1
+            _add(p_out, b_squares, m_d)
+        else:
+            tl.store(p_out, b_squares, mask=m_d)
+
+
+@triton.jit
+def latent_kernel(
+    p_weights,  # (P,)
+    p_z,  # (P, R)
+    p_order,  # (P,)
+    p_starts,  # (K + 1,)
+    p_cholesky,  # (K, R, R)
+    p_mass,  # (K,) float64, added to, as the next two
+    p_latent,  # (K, R) float64
+    p_second,  # (K, R, R) float64
+    R: tl.constexpr,
+    BP: tl.constexpr,
+    BR: tl.constexpr,
+):
+    i_k = tl.program_id(0).to(tl.int64)
+    first = tl.load(p_starts + i_k)
+    last = tl.load(p_starts + i_k + 1)
+    if first == last:
+        return
+    o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
+    o_s = tl.arange(0, BR)[None, None, :]  # [1, 1, BR]
+    b_mass = tl.zeros([1, 1, 1], dtype=tl.float64)
+    b_latent = tl.zeros([1, BR, 1], dtype=tl.float64)
+    b_second = tl.zeros([1, BR, BR], dtype=tl.float64)
+    for i in range(first, last, BP):
+        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
+        m_i = o_i < last
+        o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+        b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0).to(tl.float64)  # [BP, 1, 1]
+        b_mass += tl.sum(b_w, axis=0, keep_dims=True)
+        if R > 0:
+            b_z = tl.load(p_z + o_p * R + o_r, mask=m_i & (o_r < R), other=0.0).to(tl.float64)  # [BP, BR, 1]
+            b_row = tl.load(p_z + o_p * R + o_s, mask=m_i & (o_s < R), other=0.0).to(tl.float64)  # [BP, 1, BR]
+            b_latent += tl.sum(b_w * b_z, axis=0, keep_dims=True)
+            b_second += tl.sum((b_w * b_z) * b_row, axis=0, keep_dims=True)
+    p_out = p_mass + i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
+    _add(p_out, b_mass, b_mass == b_mass)
+    if R > 0:
+        b_inverse = tl.where((o_r == o_s) & (o_r < R), 1.0, 0.0).to(tl.float64)  # [1, BR, BR]
+        p_own = p_cholesky + i_k * R * R
+        b_inverse = back_substitute(b_inverse, p_own, o_r, R)  # L^-T
+        b_inverse = back_substitute(tl.permute(b_inverse, (0, 2, 1)), p_own, o_r, R)  # M^-1 = L^-T L^-1
+        b_inverse = 0.5 * (b_inverse + tl.permute(b_inverse, (0, 2, 1)))  # symmetric to the bit
+        p_out = p_latent + i_k * R + o_r
+        _add(p_out, b_latent, o_r < R)
+        p_out = p_second + (i_k * R + o_r) * R + o_s
+        _add(p_out, b_second + b_mass * b_inverse, (o_r < R) & (o_s < R))
+
+
+def accumulate(
+    x: Tensor,
+    components: Tensor,
+    weights: Tensor,
+    factors: Factors,
+    mass: Tensor,
+    shift: Tensor,
+    latent: Tensor,
+    second: Tensor,
+    cross: Tensor,
+    squares: Tensor,
+) -> None:
+    """Adds the sums over the pairs in the slots of components (N, S) to the outputs. Does not wait for the device.
+
+    Args:
+        x: (N, D) contiguous, bfloat16, float16 or float32.
+        components: (N, S) int32, N S < 2^31; -1 marks an empty slot.
+        weights: (N, S) float32; a slot of weight 0 is no pair.
+        factors: in the portable layout, float32.
+        mass, shift, latent, second, cross, squares: (K,), (K, D), (K, R), (K, R, R), (K, R, D), and (K, D) or, with
+            shared noise, (D,); float64, contiguous.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit: raw memory is written.
+    """
+    (count, _, features), rank = factors.rows.shape, factors.cholesky.shape[-1]
+    outputs = {
+        "mass": (mass, (count,)), "shift": (shift, (count, features)), "latent": (latent, (count, rank)),
+        "second": (second, (count, rank, rank)), "cross": (cross, (count, rank, features)),
+        "squares": (squares, (count, features) if factors.per_component else (features,)),
+    }  # fmt: skip
+    _check(x, components, weights, features, outputs)
+    pairs = components.numel()
+    if pairs == 0:
+        return
+    flat = components.masked_fill(weights == 0, -1).flatten()
+    tokens = torch.arange(pairs, dtype=torch.int32, device=x.device) // components.shape[1]
+    config = configs.configured(configs.Statistics, x, x.shape[0], count)
+    groups = group(flat, count, configs.configured(configs.Pairs, x, x.shape[0], count).pairs)
+    z = triton_pairs.latents(x, tokens, flat, factors, groups=groups)
+    tiles = _feature_tiles(config, count, rank, factors.per_component)
+    own = triton.cdiv(count, tiles["OWN"])
+    parts = squares if factors.per_component else squares.new_empty(own, features)
+    blocks = own * triton.cdiv(features, tiles["BD"]) * triton.cdiv(max(1, rank), tiles["BR"])
+    with torch.cuda.device_of(x):
+        feature_kernel[(blocks,)](
+            x, tokens, weights, z, groups.order, groups.starts, factors.rows, shift, cross, parts,
+            count, features, rank, factors.per_component, **tiles, num_warps=config.warps,
+        )  # fmt: skip
+        latent_kernel[(count,)](
+            weights, z, groups.order, groups.starts, factors.cholesky, mass, latent, second,
+            rank, **_latent_tiles(rank), num_warps=_latent_warps(rank),
+        )  # fmt: skip
+    if not factors.per_component:
+        squares += parts.sum(0)
+
+
+def _check(
+    x: Tensor, components: Tensor, weights: Tensor, features: int, outputs: dict[str, tuple[Tensor, tuple[int, ...]]]
+) -> None:
+    if x.dim() != 2 or x.shape[1] != features:
+        raise ValueError(f"x must have shape (N, D) = (N, {features}), got {tuple(x.shape)}")
+    expected = {"components": (components, torch.int32), "weights": (weights, torch.float32)}
+    for name, (tensor, dtype) in expected.items():
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if tensor.dim() != 2 or len(tensor) != len(x) or tensor.shape != components.shape:
+            raise ValueError(f"{name} must have shape (N, S) with N = {len(x)}, got {tuple(tensor.shape)}")
+    for name, (tensor, shape) in outputs.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"{name} must be contiguous float64, got {tensor.dtype} of strides {tensor.stride()}")
+
+
+def _feature_tiles(config: configs.Statistics, count: int, rank: int, per_component: bool) -> dict[str, int]:
+    rows = min(_LATENTS, triton.next_power_of_2(max(1, rank)))
+    return {
+        "OWN": _SHARED if count >= _MANY and not per_component else 1,
+        "BP": config.pairs, "BR": rows, "BD": config.features, "VEC": vector(config.features, config.warps),
+        "STAGES": config.stages,
+    }  # fmt: skip
+
+
+def _latent_tiles(rank: int) -> dict[str, int]:
+    """As many pairs at a time as their z z^T leave room for."""
+    rows = triton.next_power_of_2(max(1, rank))
+    return {"BP": max(1, min(16, 1024 // rows**2)), "BR": rows}
+
+
+def _latent_warps(rank: int) -> int:
+    return 1 if rank <= 16 else 4 if rank <= 32 else 8
+
+
+def ahead_of_time(config: configs.Statistics) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10 or 64."""
+    types = dict.fromkeys("p_weights p_z p_rows p_cholesky".split(), "*fp32") | {
+        "p_x": "*bf16", "p_tokens": "*i32", "p_order": "*i64", "p_starts": "*i32", "K": "i32:16", "D": "i32:16",
+    }  # fmt: skip
+    types |= dict.fromkeys("p_shift p_cross p_squares p_mass p_latent p_second".split(), "*fp64")
+    entries = []
+    for rank in (10, 64):
+        for name, per_component in (("statistics", False), ("statistics, noise per component", True)):
+            shape = {"R": rank, "PER_COMPONENT": per_component}
+            shape |= _feature_tiles(config, _MANY, rank, per_component)
+            entries.append((f"{name}, rank {rank}", feature_kernel, types, shape, {"num_warps": config.warps}))
+        shape = {"R": rank, **_latent_tiles(rank)}
+        entries.append((f"second moments, rank {rank}", latent_kernel, types, shape, {"num_warps": _latent_warps(rank)}))
+    return entries
