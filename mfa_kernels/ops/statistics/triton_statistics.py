@@ -272,5 +272,7 @@ def ahead_of_time(config: configs.Statistics) -> list[tuple[str, Any, dict[str, 
             shape |= _feature_tiles(config, _MANY, rank, per_component)
             entries.append((f"{name}, rank {rank}", feature_kernel, types, shape, {"num_warps": config.warps}))
         shape = {"R": rank, **_latent_tiles(rank)}
-        entries.append((f"second moments, rank {rank}", latent_kernel, types, shape, {"num_warps": _latent_warps(rank)}))
+        entries.append(
+            (f"second moments, rank {rank}", latent_kernel, types, shape, {"num_warps": _latent_warps(rank)})
+        )
     return entries
