@@ -75,7 +75,20 @@ class Statistics:
     stages: int
 
 
-Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics)
+@dataclass(frozen=True)
+class Nearest:
+    """K-means: a program owns `tokens` rows and a band of the centroids, `centroids` of them at a time."""
+
+    tokens: int
+    centroids: int
+    features: int  # inner step of the products
+    warps: int
+    stages: int
+    swizzle: int = 16  # tiles of rows that share the bands in the second-level cache
+    descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
+
+
+Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics, Nearest)
 
 _ANALYSED: dict[tuple[type, int], Any] = {
     (Scan, 80): Scan(tokens=128, width=2, features=64, warps=8, stages=3, descriptors=False),
@@ -86,6 +99,10 @@ _ANALYSED: dict[tuple[type, int], Any] = {
     (Gradient, 80): Gradient(pairs=4, features=256, warps=4, stages=1),
     (Dense, 80): Dense(tokens=8, components=8, features=128, warps=4, stages=1),
     (Statistics, 80): Statistics(pairs=4, features=256, warps=4, stages=1),
+    (Nearest, 80): Nearest(tokens=128, centroids=128, features=64, warps=8, stages=3, descriptors=False),
+    (Nearest, 90): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
+    (Nearest, 100): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
+    (Nearest, 120): Nearest(tokens=64, centroids=128, features=64, warps=4, stages=3),  # 99 KB of shared memory
 }
 
 _overrides: dict[type, Any] = {}
@@ -103,7 +120,7 @@ def default(kind: type[Config], architecture: int, tokens: int, components: int)
     """
     known = max((a for k, a in _ANALYSED if k is kind and a <= max(architecture, 80)), default=80)
     chosen = _ANALYSED[kind, known]
-    if kind is Scan:  # few tokens: a tile no larger than they are
+    if kind in (Scan, Nearest):  # few tokens: a tile no larger than they are
         smaller = min(chosen.tokens, max(16, bucket(tokens)))
         if smaller < chosen.tokens:
             chosen = replace(chosen, tokens=smaller, warps=chosen.warps if smaller > 64 else 4)
@@ -172,7 +189,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold an object of configurations, got {type(entries).__name__}")
-    kinds = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics)}
+    kinds = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
     for key, values in entries.items():
         kind = kinds.get(key.split("/")[0])
         if kind is None:
