@@ -23,6 +23,8 @@ from mfa_kernels import ops
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import atomic_write_json
 from mfa_kernels.ops import backends, configs
+from mfa_kernels.ops.kmeans.op import nearest
+from mfa_kernels.ops.statistics.op import Statistics, accumulate
 
 SHAPES = ((16384, 8192, 4096, 10), (16384, 1024, 2304, 10))
 """(N, K, D, R) that are measured unless others are asked for."""
@@ -39,8 +41,16 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "tokens": (4, 8, 16, 32), "components": (4, 8, 16), "features": (64, 128, 256), "warps": (4, 8),
         "stages": (1, 2),
     },
+    "statistics": {"pairs": (2, 4, 8), "features": (128, 256, 512), "warps": (2, 4, 8), "stages": (1, 2, 3)},
+    "nearest": {
+        "tokens": (64, 128, 256), "centroids": (64, 128, 256), "features": (32, 64), "warps": (4, 8),
+        "stages": (2, 3, 4), "swizzle": (4, 8, 16), "descriptors": (False, True),
+    },
 }  # fmt: skip
-KINDS = {"scan": configs.Scan, "pairs": configs.Pairs, "gradient": configs.Gradient, "dense": configs.Dense}
+KINDS: dict[str, Any] = {
+    "scan": configs.Scan, "pairs": configs.Pairs, "gradient": configs.Gradient, "dense": configs.Dense,
+    "statistics": configs.Statistics, "nearest": configs.Nearest,
+}  # fmt: skip
 
 _CACHE_BYTES = 1 << 28  # written between two calls: larger than any second-level cache
 _SECONDS = 0.3  # of calls per candidate
@@ -66,7 +76,7 @@ def tune(
     """Measures configurations on `device` and writes those that beat the default to the user's file.
 
     Args:
-        kinds: of kernels: "scan", "pairs", "gradient", "dense".
+        kinds: of kernels: "scan", "pairs", "gradient", "dense", "statistics", "nearest".
         shapes: (N, K, D, R) of the mixtures; a result serves every shape in the same buckets of N and K.
         device: a CUDA device; the CPU rehearses, under Triton's interpreter.
         report: gets one line per candidate.
@@ -193,11 +203,18 @@ def _problem(shape: tuple[int, int, int, int], device: torch.device) -> dict[str
         backward = torch.ops.mfa_kernels.log_prob_backward
         return list(backward(*upstream, x, *parameters, log_weights, *saved, needs))[1:]
 
+    def statistics() -> list[Tensor]:
+        out = Statistics.zeros(means, r, False)
+        accumulate(x, owner.int().unsqueeze(1), torch.ones(n, 1, device=device), factors, out)
+        return out.tensors()[:6]
+
     return {
         "scan": lambda: [ops.log_prob(x, *parameters, log_weights, factors, exact=False).log_prob],
         "pairs": lambda: [ops.latents(x, every, owner.int(), *parameters, factors)],
         "gradient": gradient,
         "dense": lambda: [ops.component_log_prob(x, *parameters, factors)],
+        "statistics": statistics,
+        "nearest": lambda: list(nearest(x, means - f.center, f.center)),
     }
 
 

@@ -109,7 +109,7 @@ def test_rehearsal_with_the_real_kernels(folder, small, monkeypatch):
     path = tuning.tune(shapes=[(9, 12, 70, 1)], device=DEVICE, report=lines.append)
     assert path == folder / configs.file_name(name)
     assert not any("Error" in line or "wrong" in line for line in lines), lines
-    assert set(seen) == {"Scan", "Pairs", "Gradient", "Dense"}
+    assert set(seen) == {"Scan", "Pairs", "Gradient", "Dense", "Statistics", "Nearest"}
     written = json.loads(path.read_text())
     assert written.pop("pairs/8/8") == dataclasses.asdict(START)
     for key, fields in written.items():

@@ -24,9 +24,11 @@ from bench.gpu import problems
 from bench.gpu.harness import SETS, Bench, Timing
 from bench.gpu.problems import Problem, Shape
 from mfa_kernels import doctor, kmeans, ops
+from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.screen.basis import basis
 from mfa_kernels.ops.select.op import activity_threshold
+from mfa_kernels.ops.statistics.op import Statistics, accumulate, expectation
 
 Results = dict[str, dict[str, Any]]
 
@@ -291,6 +293,61 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
     return {**found, "pairs_per_token": float((active[0].components >= 0).sum()) / shape.tokens}
 
 
+@torch.no_grad()
+def em_pass(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """The E-step of a batch, scan and statistics; and its statistics alone, on the pairs that the scan found."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape)
+    mfa, batches, parameters, factors = problem.mfa, problem.batches, problem.parameters(), problem.mfa.factors()
+    out = Statistics.zeros(parameters[0], shape.rank, False)
+    timing = bench.median(lambda i: expectation(batches[i], *parameters, factors, out))
+    if not all(bool(t.isfinite().all()) for t in out.tensors()):
+        raise AssertionError("a sum is not finite")
+    found = _timed(timing, shape.tokens)
+    found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], *parameters, factors, out)) / 1e6
+    active = [mfa._active(x) for x in batches]
+    weights = [torch.where(a.components >= 0, a.logits.softmax(-1), 0) for a in active]
+    timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], factors, out), 0.7)
+    found["statistics_ms"] = 1e3 * timing.median
+    found["statistics_gb_per_s"] = (2 * out.cross.nbytes + factors.rows.nbytes) / timing.median / 1e9
+    scanned = results.get(_name("scan", components, features), {}).get("ms")
+    return {**found, **({"ratio_to_scan": found["ms"] / scanned} if scanned else {})}
+
+
+@torch.no_grad()
+def k_means_iteration(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """Nearest centroids and the sums by cluster of a batch; and a matrix product of the same flops, in fp16."""
+    shape = _shape(bench, components, features)
+    problem = problems.make(bench, shape)
+    center = problem.mfa.means.detach().mean(0)
+    centroids, batches = problem.mfa.means.detach() - center, problem.batches
+    del problem
+    bench.clean()
+    sums = torch.zeros(centroids.shape, dtype=torch.float64, device=bench.device)
+    mass, inertia = sums.new_zeros(shape.components), sums.new_zeros(shape.components)
+
+    def iteration(i: int) -> None:
+        owner, distance = nearest(batches[i], centroids, center)
+        cluster_sums(batches[i], center, owner, distance, None, sums, mass, inertia)
+
+    timing = bench.median(iteration)
+    owner, distance = nearest(batches[0], centroids, center)
+    few = (batches[0][:64].double() - center.double(), centroids.double())
+    best = torch.cdist(*few, compute_mode="donot_use_mm_for_euclid_dist").amin(1).square()
+    if not torch.allclose(distance[:64].double(), best, rtol=1e-5):
+        raise AssertionError("a row has a nearer centroid")
+    flops = 2 * shape.tokens * shape.components * shape.features
+    found = _timed(timing, shape.tokens) | _of_matmul(results, flops, timing.median)
+    found["temporaries_mb"] = bench.peak(iteration) / 1e6
+    found["sums_ms"] = 1e3 * bench.median(
+        lambda i: cluster_sums(batches[i], center, owner, distance, None, sums, mass, inertia), 0.5
+    ).median  # fmt: skip
+    left, right = [x.half() for x in batches], centroids.half().T
+    out = torch.empty(shape.tokens, shape.components, dtype=torch.float16, device=bench.device)
+    product = bench.median(lambda i: torch.mm(left[i], right, out=out), 0.5)
+    return {**found, "product_ms": 1e3 * product.median, "ratio_to_product": timing.median / product.median}
+
+
 def k_means(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """One update of the centroids and the assignment after it: two passes over the rows; and cdist for comparison."""
     shape = _shape(bench, components, features, tokens=4 * TOKENS)
@@ -420,6 +477,8 @@ CASES = [
     _case("plain", 40, plain, 8192, LLAMA),
     _case("plain, compiled", 60, plain, 8192, LLAMA, compiled=True),
     _case("pairs", 15, pairs, 8192, LLAMA),
+    _case("EM pass", 15, em_pass, 8192, LLAMA),
+    _case("k-means iteration", 10, k_means_iteration, 8192, LLAMA),
     _case("k-means", 15, k_means, 8192, LLAMA),
     _case("scan", 15, scan, 8192, GEMMA),
     _case("step", 15, step, 8192, GEMMA),
@@ -431,6 +490,8 @@ CASES = [
     _case("step", 10, step, 1024, GEMMA),
     _case("few tokens", 8, few_tokens, 1024, GEMMA),
     _case("diffuse step", 20, step, 1024, LLAMA, diffuse=True),
+    _case("EM pass", 8, em_pass, 1024, GEMMA),
+    _case("k-means iteration", 8, k_means_iteration, 1024, GEMMA),
     _case("k-means", 15, k_means, 1024, GEMMA),
     _case("pairs", 10, pairs, 1024, GEMMA),
     _case("plain", 15, plain, 1024, GEMMA),

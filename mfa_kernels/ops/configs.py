@@ -120,7 +120,7 @@ def default(kind: type[Config], architecture: int, tokens: int, components: int)
     """
     known = max((a for k, a in _ANALYSED if k is kind and a <= max(architecture, 80)), default=80)
     chosen = _ANALYSED[kind, known]
-    if kind in (Scan, Nearest):  # few tokens: a tile no larger than they are
+    if kind is Scan:  # few tokens: a tile no larger than they are
         smaller = min(chosen.tokens, max(16, bucket(tokens)))
         if smaller < chosen.tokens:
             chosen = replace(chosen, tokens=smaller, warps=chosen.warps if smaller > 64 else 4)

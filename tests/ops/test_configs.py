@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mfa_kernels.ops import configs
-from mfa_kernels.ops.configs import Dense, Gradient, Pairs, Scan
+from mfa_kernels.ops.configs import Dense, Gradient, Nearest, Pairs, Scan, Statistics
 
-KINDS = (Scan, Pairs, Gradient, Dense)
+KINDS = (Scan, Pairs, Gradient, Dense, Statistics, Nearest)
 SIZES = (0, 1, 2, 15, 16, 17, 100, 128, 1000, 16384, 32768, 10**9)
 # CUDA C++ programming guide, "technical specifications per compute capability": KB of shared memory per block.
 SHARED_LIMIT = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -95,6 +95,12 @@ def test_the_scan_fits_shared_memory(architecture):
             c = configs.default(Scan, architecture, n, k)
             bytes_in_flight = c.stages * (c.tokens + c.width * tile) * c.features * 2
             assert bytes_in_flight <= SHARED_LIMIT[architecture] << 10
+
+
+@pytest.mark.parametrize("architecture", [a for a in SHARED_LIMIT if a >= 80])
+def test_nearest_fits_shared_memory(architecture):
+    c = configs.default(Nearest, architecture, 16384, 8192)
+    assert c.stages * (c.tokens + c.centroids) * c.features * 2 <= SHARED_LIMIT[architecture] << 10
 
 
 def test_an_unlisted_chip_takes_the_nearest_older_entry():

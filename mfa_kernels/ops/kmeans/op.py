@@ -112,6 +112,11 @@ def _nearest(x, centroids, center, basis=None):
     if backends.serving(centroids, 0) == "native":
         return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
+        if backends.serving(centroids, 0) == "triton":
+            from mfa_kernels.ops.kmeans import triton_nearest
+
+            x = x if x.dtype != torch.float64 else x.float()
+            return triton_nearest.nearest(x.contiguous(), centroids.contiguous(), center.float().contiguous())
         return portable.nearest(x, centroids, center.to(centroids.dtype))
 
 
@@ -122,6 +127,13 @@ def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
         weights = None if weights is None else weights.contiguous()
         out = (sums, mass, inertia)
         native.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
+    elif backends.serving(center, 0) == "triton":
+        from mfa_kernels.ops.kmeans import triton_clusters
+
+        x, distance = x if x.dtype != torch.float64 else x.float(), distance.float()
+        triton_clusters.cluster_sums(
+            x.contiguous(), center.contiguous(), owner, distance, weights, sums, mass, inertia
+        )
     else:
         portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
 

@@ -41,6 +41,8 @@ BANDS = 8
 CONTENDERS = 8
 """Room for contenders per row and band. A row meets as many as its best score is beaten on the way, and near ties."""
 _EVERY = {"BN": 8, "BK": 4, "BD": 128}  # rows x centroids x features in registers: 32 partial sums a thread
+_LARGEST_BLOCK = 1024
+"""Features of a row that `finish_kernel` compares at a time, at most."""
 _PROGRAMS = 1 << 12
 """At most so many programs of `every_kernel`: more than run at a time, few enough to stop unused ones quickly."""
 
@@ -83,7 +85,7 @@ def _contend(
         b_upper = tl.where(m_new[:, None] & (o_k == b_index[:, None]), -float("inf"), b_upper)
         b_best = tl.max(b_upper, 1)
         m_new = (b_best >= b_lower) & (b_best > -float("inf")) & (b_count < b_room)
-    b_missed = tl.maximum(b_missed, tl.where(b_best >= b_lower, b_best, -float("inf")))
+    b_missed = tl.maximum(b_missed, tl.where((b_best >= b_lower) & (b_room > 0), b_best, -float("inf")))
     return b_lower, b_missed, b_count
 
 
@@ -289,7 +291,7 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
         )  # fmt: skip
         finish_kernel[(rows,)](
             x, center, centroids, found, upper, floor, owner, distance, count, features, SLOTS=slots,
-            BD=min(1024, triton.next_power_of_2(features)), num_warps=4,
+            BD=min(_LARGEST_BLOCK, triton.next_power_of_2(features)), num_warps=4,
         )  # fmt: skip
     return owner, distance
 
@@ -329,5 +331,5 @@ def ahead_of_time(
     return [
         ("scan of centroids", nearest_kernel, types | halves, scan, options),
         ("every centroid", every_kernel, types, slots | _EVERY, {"num_warps": 4}),
-        ("nearest centroid", finish_kernel, types, slots | {"BD": 1024}, {"num_warps": 4}),
+        ("nearest centroid", finish_kernel, types, slots | {"BD": _LARGEST_BLOCK}, {"num_warps": 4}),
     ]

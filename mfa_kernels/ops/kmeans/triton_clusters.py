@@ -1,0 +1,141 @@
+"""Sums over the rows of each cluster on a GPU: what the update of the centroids needs, one writer per value.
+
+    sums_k = sum w (x_n - center)      mass_k = sum w      inertia_k = sum w |x_n - center - c_k|^2
+
+A program owns BD features of one cluster and walks over its rows BP at a time: their sum in float32, the sum of these
+in float64, in registers. Rows are grouped by a stable sort (pairs/triton_groups.py). Never materialised: x - center.
+Deterministic: sums in a fixed order, no atomics. Nothing asks the device who owns what; a cluster without a row is
+neither read nor written. Floor: one read of the rows, one read and write of the sums (README.md). Not measured on a
+GPU yet. The worst case is one cluster that owns every row: it has D / BD programs alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops.pairs.triton_groups import group
+from mfa_kernels.ops.pairs.triton_residual import feature_offsets, vector
+
+_FEATURES, _WARPS = 256, 4
+_ROWS = 16
+"""Rows at a time: their loads are in flight together, and take 32 registers of a thread."""
+
+
+@triton.jit
+def _add(p_out, b_value, m_out):
+    tl.store(p_out, tl.load(p_out, mask=m_out) + b_value, mask=m_out)
+
+
+@triton.jit
+def cluster_kernel(
+    p_x,  # (N, D)
+    p_center,  # (D,)
+    p_distance,  # (N,)
+    p_weights,  # (N,) float64, or None: all 1
+    p_order,  # (N,)
+    p_starts,  # (K + 1,)
+    p_sums,  # (K, D) float64, added to, as the next two
+    p_mass,  # (K,) float64
+    p_inertia,  # (K,) float64
+    D,
+    BP: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    feature_blocks = tl.cdiv(D, BD)
+    i_k = (tl.program_id(0) // feature_blocks).to(tl.int64)
+    i_d = tl.program_id(0) % feature_blocks
+    first = tl.load(p_starts + i_k)
+    last = tl.load(p_starts + i_k + 1)
+    if first == last:
+        return
+    o_d = feature_offsets(i_d * BD, BD, VEC)  # [1, 1, BD]
+    m_d = o_d < D
+    b_center = tl.load(p_center + o_d, mask=m_d, other=0.0)
+    b_sum = tl.zeros([1, 1, BD], dtype=tl.float64)
+    b_mass = tl.zeros([1, 1, 1], dtype=tl.float64)
+    b_inertia = tl.zeros([1, 1, 1], dtype=tl.float64)
+    for i in range(first, last, BP):
+        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
+        m_i = o_i < last
+        o_n = tl.load(p_order + o_i, mask=m_i, other=0)
+        b_w = m_i.to(tl.float64)  # [BP, 1, 1]
+        if p_weights is not None:
+            b_w = tl.load(p_weights + o_n, mask=m_i, other=0.0)
+        b_x = tl.load(p_x + o_n * D + o_d, mask=m_i & m_d, other=0.0).to(tl.float32)  # [BP, 1, BD]
+        b_sum += tl.sum(b_w.to(tl.float32) * (b_x - b_center), axis=0, keep_dims=True).to(tl.float64)
+        b_mass += tl.sum(b_w, axis=0, keep_dims=True)
+        b_gap = tl.load(p_distance + o_n, mask=m_i, other=0.0).to(tl.float64)
+        b_inertia += tl.sum(b_w * b_gap, axis=0, keep_dims=True)
+    p_out = p_sums + i_k * D + o_d
+    _add(p_out, b_sum, m_d)
+    o_out = i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
+    m_first = (i_d + tl.zeros([1, 1, 1], dtype=tl.int32)) == 0
+    p_out = p_mass + o_out
+    _add(p_out, b_mass, m_first)
+    p_out = p_inertia + o_out
+    _add(p_out, b_inertia, m_first)
+
+
+def cluster_sums(
+    x: Tensor,
+    center: Tensor,
+    owner: Tensor,
+    distance: Tensor,
+    weights: Tensor | None,
+    sums: Tensor,
+    mass: Tensor,
+    inertia: Tensor,
+) -> None:
+    """See `mfa_kernels.ops.kmeans.op.cluster_sums`. Does not wait for the device.
+
+    Args:
+        x: (N, D) contiguous, bfloat16, float16 or float32, N < 2^31.
+        center: (D,) float32.
+        owner: (N,) int64; a row whose owner is not in [0, K) is left out.
+        distance: (N,) float32.
+        weights: (N,) float64, or None.
+        sums, mass, inertia: (K, D), (K,), (K,), float64, contiguous.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit: raw memory is written.
+    """
+    (rows, features), clusters = x.shape, len(sums)
+    vectors = {"owner": owner, "distance": distance} | ({} if weights is None else {"weights": weights})
+    shapes = {name: (t, (rows,)) for name, t in vectors.items()}
+    shapes |= {"sums": (sums, (clusters, features)), "mass": (mass, (clusters,)), "inertia": (inertia, (clusters,))}
+    for name, (tensor, shape) in shapes.items():
+        if tensor.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    for name, tensor in {"sums": sums, "mass": mass, "inertia": inertia}.items():
+        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
+            raise TypeError(f"{name} must be contiguous float64, got {tensor.dtype} of strides {tensor.stride()}")
+    if rows == 0:
+        return
+    groups = group(owner.int(), clusters, 1)
+    with torch.cuda.device_of(x):
+        cluster_kernel[(clusters * triton.cdiv(features, _FEATURES),)](
+            x, center, distance.contiguous(), weights if weights is None else weights.contiguous(),
+            groups.order, groups.starts, sums, mass, inertia, features, **_tiles(), num_warps=_WARPS,
+        )  # fmt: skip
+
+
+def _tiles() -> dict[str, int]:
+    return {"BP": _ROWS, "BD": _FEATURES, "VEC": vector(_FEATURES, _WARPS)}
+
+
+def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16."""
+    types = dict.fromkeys("p_weights p_sums p_mass p_inertia".split(), "*fp64") | {
+        "p_x": "*bf16", "p_center": "*fp32", "p_distance": "*fp32", "p_order": "*i64", "p_starts": "*i32",
+        "D": "i32:16",
+    }  # fmt: skip
+    return [
+        ("cluster sums", cluster_kernel, types, _tiles() | {"p_weights": None}, {"num_warps": _WARPS}),
+        ("cluster sums, weighted", cluster_kernel, types, _tiles(), {"num_warps": _WARPS}),
+    ]
