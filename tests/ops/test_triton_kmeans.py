@@ -137,12 +137,12 @@ def test_more_contenders_than_there_is_room_for(crowded, k, monkeypatch):
 
 
 def test_of_equal_distances_the_lowest_index(crowded):
-    x, centroids, center = rows((7, 20, 50), 3.0)
+    x, centroids, center = rows((7, 10, 50), 3.0)
     expected = triton_nearest.nearest(x, centroids, center)
     found = triton_nearest.nearest(x, centroids.repeat(3, 1), center)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
     assert crowded == [0, 0]
-    found, _ = triton_nearest.nearest(x, centroids[:1].repeat(40, 1), center)
+    found, _ = triton_nearest.nearest(x, centroids[:1].repeat(20, 1), center)
     assert (found == 0).all()
     assert crowded[-1] == 7
 
@@ -243,21 +243,21 @@ def test_cluster_sums_that_do_not_fit_are_refused():
 
 def test_opcheck(monkeypatch):
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
-    x, centroids, center = rows((5, 3, 20))
+    x, centroids, center = rows((3, 2, 5))
     torch.library.opcheck(torch.ops.mfa_kernels.nearest.default, (x, centroids, center))
     owner, distance = op.nearest(x, centroids, center)
     expected, _ = oracle.nearest(x, centroids, center)
     assert torch.equal(owner, expected)
     operator = torch.ops.mfa_kernels.cluster_sums.default
-    torch.library.opcheck(operator, (x, center, owner, distance, None, *outputs(3, 20)))
+    torch.library.opcheck(operator, (x, center, owner, distance, None, *outputs(2, 5)))
 
 
 def test_same_bits_twice():
-    case = rows((17, 40, 50), 0.3)
+    case = rows((17, 20, 20), 0.3)
     runs = []
     for _ in range(2):
         owner, distance = triton_nearest.nearest(*case)
-        sums = outputs(40, 50)
+        sums = outputs(20, 20)
         triton_clusters.cluster_sums(case[0], case[2], owner, distance, None, *sums)
         runs.append([owner, distance, *sums])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
@@ -273,3 +273,19 @@ def test_k_means_as_a_whole(monkeypatch):
     found = kmeans(x, 4, **options)
     assert torch.equal(found.assignment, expected.assignment)
     torch.testing.assert_close(found.centroids, expected.centroids, rtol=1e-5, atol=1e-5)
+
+
+def test_with_the_tiles_of_a_gpu(monkeypatch):
+    monkeypatch.undo()
+    architecture = 80 if DEVICE == "cpu" else 10 * torch.cuda.get_device_capability()[0]
+    with configs.override(configs.default(configs.Nearest, architecture, 16384, 8192)):
+        x, centroids, center = rows((270, 1100, 70), 0.5)
+        owner = check(x, centroids, center)
+    sums, mass, inertia = outputs(1100, 70)
+    triton_clusters.cluster_sums(
+        x[:40], center, owner[:40] % 3, torch.ones(40, device=DEVICE), None, sums, mass, inertia
+    )
+    before = outputs(1100, 70)[0]
+    y = x[:40].double() - center.double()
+    for k in range(3):
+        torch.testing.assert_close((sums - before)[k], y[owner[:40] % 3 == k].sum(0), rtol=1e-5, atol=1e-4)

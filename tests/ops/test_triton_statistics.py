@@ -235,3 +235,12 @@ def test_what_does_not_fit_is_refused():
         arguments[position] = wrong
         with pytest.raises(error, match=f"^{name} must"):
             triton_statistics.accumulate(*arguments)
+
+
+@NOISE
+def test_with_the_tiles_of_a_gpu(monkeypatch, per_component):
+    monkeypatch.undo()
+    architecture = 80 if DEVICE == "cpu" else 10 * torch.cuda.get_device_capability()[0]
+    kinds = (configs.Pairs, configs.Statistics)
+    with configs.override(*(configs.default(kind, architecture, 16384, 8192) for kind in kinds)):
+        check(*problem((21, 3, 600, 17), per_component))

@@ -107,7 +107,7 @@ def cluster_sums(
     """
     (rows, features), clusters = x.shape, len(sums)
     vectors = {"owner": owner, "distance": distance} | ({} if weights is None else {"weights": weights})
-    shapes = {name: (t, (rows,)) for name, t in vectors.items()}
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {name: (t, (rows,)) for name, t in vectors.items()}
     shapes |= {"sums": (sums, (clusters, features)), "mass": (mass, (clusters,)), "inertia": (inertia, (clusters,))}
     for name, (tensor, shape) in shapes.items():
         if tensor.shape != shape:
@@ -131,9 +131,9 @@ def _tiles() -> dict[str, int]:
 
 def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16."""
-    types = dict.fromkeys("p_weights p_sums p_mass p_inertia".split(), "*fp64") | {
-        "p_x": "*bf16", "p_center": "*fp32", "p_distance": "*fp32", "p_order": "*i64", "p_starts": "*i32",
-        "D": "i32:16",
+    types = {
+        "p_x": "*bf16", "p_center": "*fp32", "p_distance": "*fp32", "p_weights": "*fp64", "p_order": "*i64",
+        "p_starts": "*i32", "p_sums": "*fp64", "p_mass": "*fp64", "p_inertia": "*fp64", "D": "i32:16",
     }  # fmt: skip
     return [
         ("cluster sums", cluster_kernel, types, _tiles() | {"p_weights": None}, {"num_warps": _WARPS}),

@@ -13,9 +13,9 @@ measures them), and every sum of D products off by at most g = D 2^-23 of the no
 
     |y^.c^ - y.c|  <=  a_n A_k + eta_n B_k,     A_k = eta_k + g (a_k + eta_k),    B_k = (1 + g) (a_k + eta_k)
 
-|c_k|^2 / 2, in a tree of D / 1024 + 10 additions, is off by less than H_k = (D / 1024 + 20) 2^-23 of itself. Together at
-most (a_n w + eta_n b + w') sqrt(|c_k|^2 / 2), with w, b and w' the largest ratios of A, B and H to that root. So a bound
-grows with its own centroid: the residual stream of a language model has tokens a hundred times longer than all others.
+|c_k|^2 / 2, in a tree of D / 1024 + 10 additions, is off by less than H_k = (D / 1024 + 20) 2^-23 of itself. Together
+at most (a_n w + eta_n b + w') sqrt(|c_k|^2 / 2), with w, b and w' the largest ratios of A, B and H to that root. So a
+bound grows with its own centroid: a language model has tokens a hundred times longer than all others.
 
 Exact: a centroid that is left out is farther than the one that is chosen; of equal float32 distances, the lowest index
 wins. A row that has more contenders than a band has room for is *crowded*, and `every_kernel` compares it with all
@@ -317,8 +317,8 @@ def ahead_of_time(
     """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16."""
     descriptor = config.descriptors and architecture >= 90
     heights = {"p_rows": config.tokens, "p_centroids": config.centroids}
-    types = dict.fromkeys("p_row_scales p_norms p_scales p_half p_worst".split(), "*fp32")
-    types |= dict.fromkeys("p_upper p_lower p_missed p_center p_floor p_distance".split(), "*fp32")
+    floats = "p_row_scales p_norms p_scales p_half p_worst p_upper p_lower p_missed p_center p_floor p_distance"
+    types = dict.fromkeys(floats.split(), "*fp32")
     types |= {"p_found": "*i32", "p_index": "*i64", "p_total": "*i64", "p_owner": "*i64", "p_x": "*bf16"}
     types |= {"p_centroids": "*fp32", "N": "i32", "K": "i32:16", "D": "i32:16", "PADDED": "i32:16"}
     halves = {n: f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for n, h in heights.items()}

@@ -101,12 +101,14 @@ def project(
 def back_substitute(b, p_cholesky, o_r, R: tl.constexpr):
     """Solves L^T z = b along the middle axis of a tile [X, BR, Y]: the same recurrence as Z L = B by rows.
 
-    By substitution in the dtype of b, which is as accurate as the factor itself, instead of through an inverse. The diagonal
-    of L is at least 1. p_cholesky points to L_k, or to one per row, [X, 1, 1]; o_r is [1, BR, 1]; b is zero beyond R.
+    By substitution in the dtype of b, which is as accurate as the factor itself, instead of through an inverse. The
+    diagonal of L is at least 1. p_cholesky points to L_k, or to one per row, [X, 1, 1]; o_r is [1, BR, 1]; b is zero
+    beyond R.
     """
     for i in range(0, R):
         r = R - 1 - i
         p_row = p_cholesky + r * R
-        b_z = tl.sum(tl.where(o_r == r, b, 0.0), axis=1, keep_dims=True) * (1.0 / tl.load(p_row + r).to(b.dtype))  # [X, 1, Y]
+        b_z = tl.sum(tl.where(o_r == r, b, 0.0), axis=1, keep_dims=True)  # [X, 1, Y]
+        b_z *= 1.0 / tl.load(p_row + r).to(b.dtype)
         b = tl.where(o_r == r, b_z, b - tl.load(p_row + o_r, mask=o_r < r, other=0.0) * b_z)
     return b

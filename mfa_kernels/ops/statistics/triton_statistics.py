@@ -261,10 +261,11 @@ def _latent_warps(rank: int) -> int:
 
 def ahead_of_time(config: configs.Statistics) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10 or 64."""
-    types = dict.fromkeys("p_weights p_z p_rows p_cholesky".split(), "*fp32") | {
-        "p_x": "*bf16", "p_tokens": "*i32", "p_order": "*i64", "p_starts": "*i32", "K": "i32:16", "D": "i32:16",
+    types = {
+        "p_x": "*bf16", "p_tokens": "*i32", "p_weights": "*fp32", "p_z": "*fp32", "p_order": "*i64", "p_starts": "*i32",
+        "p_rows": "*fp32", "p_cholesky": "*fp32", "p_shift": "*fp64", "p_cross": "*fp64", "p_squares": "*fp64",
+        "p_mass": "*fp64", "p_latent": "*fp64", "p_second": "*fp64", "K": "i32:16", "D": "i32:16",
     }  # fmt: skip
-    types |= dict.fromkeys("p_shift p_cross p_squares p_mass p_latent p_second".split(), "*fp64")
     entries = []
     for rank in (10, 64):
         for name, per_component in (("statistics", False), ("statistics, noise per component", True)):
