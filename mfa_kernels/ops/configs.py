@@ -102,7 +102,7 @@ _ANALYSED: dict[tuple[type, int], Any] = {
     (Nearest, 80): Nearest(tokens=128, centroids=128, features=64, warps=8, stages=3, descriptors=False),
     (Nearest, 90): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
     (Nearest, 100): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
-    (Nearest, 120): Nearest(tokens=64, centroids=128, features=64, warps=4, stages=3),  # 99 KB of shared memory
+    (Nearest, 120): Nearest(tokens=128, centroids=64, features=64, warps=8, stages=3),  # 99 KB of shared memory
 }
 
 _overrides: dict[type, Any] = {}

@@ -17,6 +17,7 @@ from torch import Tensor
 from mfa_kernels import MFA, functional, ops, steer
 from mfa_kernels.ops import backends
 from mfa_kernels.ops.factors import reference as factors_reference
+from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.pairs import reference as pairs_reference
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
@@ -452,6 +453,9 @@ def examples() -> dict[str, list[tuple]]:
         cases["statistics"] = (
             x, active.components, weights, f.rows, f.cholesky, f.scale, f.center, per_component, *sums
         )  # fmt: skip
+        owner, distance = nearest(x, m.means, f.center)
+        cases["nearest"] = (x, m.means, f.center)
+        cases["cluster_sums"] = (x, f.center, owner, distance, None, sums[1], sums[0], sums[0].clone())
         if backends.serving(x, 2) == "triton":
             cases["scan_rows"] = (f.rows, f.cholesky, f.scale, f.center, per_component)
         for name, arguments in cases.items():
@@ -462,6 +466,7 @@ def examples() -> dict[str, list[tuple]]:
 OPERATORS = (
     "factors", "log_prob", "log_prob_backward", "component_log_prob", "component_log_prob_backward", "latents",
     "latents_backward", "decode", "decode_backward", "scan_rows", "statistics",
+    "nearest", "cluster_sums",
 )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ def _contend(
         b_upper = tl.where(m_new[:, None] & (o_k == b_index[:, None]), -float("inf"), b_upper)
         b_best = tl.max(b_upper, 1)
         m_new = (b_best >= b_lower) & (b_best > -float("inf")) & (b_count < b_room)
-    b_missed = tl.maximum(b_missed, tl.where((b_best >= b_lower) & (b_room > 0), b_best, -float("inf")))
+    b_missed = tl.maximum(b_missed, tl.where(b_best >= b_lower, b_best, -float("inf")))
     return b_lower, b_missed, b_count
 
 
@@ -282,8 +282,7 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
         floor = lower.amax(1)
-        missed = missed.amax(1)
-        crowded = (missed >= floor) & (missed > -torch.inf)
+        crowded = (missed.amax(1) >= floor) & (floor > -torch.inf)  # a row that is not finite has no bounds
         index = crowded.int().argsort(descending=True, stable=True)
         every_kernel[(min(_PROGRAMS, triton.cdiv(rows, _EVERY["BN"]) * slots),)](
             x, center, centroids, index, crowded.sum(), found, upper, count, features, SLOTS=slots, **_EVERY,
