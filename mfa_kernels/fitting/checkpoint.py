@@ -25,9 +25,10 @@ from torch import Tensor
 
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text
 from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.ranks import Ranks
 
 FORMAT = "mfa_kernels.fit"
-VERSION = 1
+VERSION = 2
 FILE = "checkpoint.json"
 DONE = "done"  # the stage of a fit that came to its end
 # States, and what a process that was killed while it wrote leaves; the last is the name that safetensors writes under.
@@ -124,6 +125,28 @@ class Checkpoints:
         except SafetensorError as error:
             raise ValueError(f"resume: {tensors} is not a safetensors file: {error}") from error
         return State(content["stage"], state, content["values"], FitReport(**content["report"]))
+
+
+def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> State:
+    """`Checkpoints.load` on every rank, of a folder that rank 0 alone has to see; raises on every rank."""
+    if ranks.size == 1:
+        return checkpoints.load(folder)
+    held: dict[str, Tensor] = {}
+
+    def shapes() -> State:
+        state = checkpoints.load(folder)
+        held.update(state.tensors)
+        return state._replace(tensors={name: t.to("meta") for name, t in held.items()})
+
+    state = ranks.agree(shapes)
+    tensors = {}
+    for name, like in state.tensors.items():
+        there = held[name] if ranks.first else torch.empty_like(like, device="cpu")
+        tensor = there.to(ranks.device, copy=True)
+        if tensor.numel():
+            ranks.broadcast_(tensor)
+        tensors[name] = tensor.cpu()
+    return state._replace(tensors=tensors)
 
 
 def fingerprint(tensor: Tensor) -> str:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.sgd import Run, mean_nll, read_ahead, shuffled, standard_deviation
+from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled, standard_deviation
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.factors.reference import factors as exact_factors
 from mfa_kernels.ops.statistics.op import Statistics, expectation
+from mfa_kernels.ranks import ALONE, Ranks
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
@@ -77,11 +78,15 @@ def _component_chunks(mfa: MFA) -> tuple[Tensor, ...]:
     return torch.arange(mfa.n_components, device=mfa.means.device).split(step)
 
 
+def _covariance_rows(mfa: MFA) -> int:
+    return max(_COVARIANCE_ROWS, 8 * mfa.n_features)
+
+
 @torch.no_grad()
 def pooled_covariance(mfa: MFA, x: Tensor) -> Tensor:
     """Covariance of the residuals of finite rows x (n, D) in the regions that own them, (D, D) float64."""
     scale = standard_deviation(mfa)
-    x = x[: max(_COVARIANCE_ROWS, 8 * mfa.n_features)].to(mfa.means)
+    x = x[: _covariance_rows(mfa)].to(mfa.means)
     owner = mfa.assign(x)
     x, owner = x[owner >= 0], owner[owner >= 0]
     distance = ((x - mfa.means[owner]) / scale).square().sum(1)
@@ -158,15 +163,15 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
     return change
 
 
-def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor) -> Prior:
-    """The prior whose M-step serves held-out rows (n, D) best; the mixture is left as it was."""
-    if not len(held_out):
+def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor, ranks: Ranks = ALONE) -> Prior:
+    """The prior whose M-step serves held-out rows (n, D), of all ranks, best; the mixture is left as it was."""
+    if not ranks.totals(len(held_out))[0]:
         return Prior(covariance)
     before = [p.detach().clone() for p in mfa.parameters()]
     scores = {}
     for strength in STRENGTHS:
         maximize(mfa, s, Prior(covariance, strength))
-        nll = mean_nll(mfa, held_out[:_CHOICE_ROWS])
+        nll = mean_nll(mfa, held_out[: -(-_CHOICE_ROWS // ranks.size)], ranks)
         scores[strength] = nll if math.isfinite(nll) else math.inf
         with torch.no_grad():
             for parameter, kept in zip(mfa.parameters(), before):
@@ -198,6 +203,17 @@ class Overlap:
         share.index_put_((place,), responsibilities[both, :2].double().prod(1), accumulate=True)
         self.pairs.append(code)
         self.shares.append(share)
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self.pairs, self.shares = [], []
+
+    def pool(self, ranks: Ranks) -> None:
+        """Adds what the other ranks have counted, in the order of the ranks."""
+        if ranks.size > 1:
+            none = torch.empty(0, device=ranks.device)
+            self.pairs = [ranks.concatenated(torch.cat([none.long(), *self.pairs]))]
+            self.shares = [ranks.concatenated(torch.cat([none.double(), *self.shares]))]
 
     def duplicates(self, mass: Tensor) -> list[tuple[int, int]]:
         """Pairs of regions that explain the same tokens, given what each owns, (K,)."""
@@ -263,12 +279,14 @@ class _EM(Run):
     """What batch and online EM share.
 
     Args:
-        start_rows: (n, D), finite and on the mixture's device: the rows that the start was made of.
+        start_rows: (n, D), finite and on the mixture's device: the rows that the start was made of, a rank's share.
     """
 
     def __init__(self, *args: Any, start_rows: Tensor) -> None:
         super().__init__(*args)
-        self.covariance = pooled_covariance(self.mfa, start_rows)
+        first = self.ranks.gathered(start_rows[: _covariance_rows(self.mfa)])
+        self.covariance = pooled_covariance(self.mfa, first)
+        self.ranks.broadcast_(self.covariance)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches of the pass going on
 
@@ -300,7 +318,7 @@ class _EM(Run):
     def _choose_prior(self, s: Statistics) -> Prior:
         if not float(s.mass.sum()) > 0:
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
-        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out)
+        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks)
         self.report.prior_strength = self.prior.strength
         return self.prior
 
@@ -317,26 +335,34 @@ class BatchEM(_EM):
         self.log_posteriors: list[float] = []  # per token, before each M-step
         self.revivals = 0  # passes that moved regions
         self.partial: tuple[Statistics, Overlap] | None = None  # of the batches of a pass that were seen
+        self.seen = 0  # their rows, of all ranks
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
         tensors["log_posteriors"] = torch.tensor(self.log_posteriors, dtype=torch.float64)
         if self.partial is not None:
             s, overlap = self.partial
+            self._pool(s, overlap)
+            if not self.ranks.first:  # what was seen so far is with rank 0, as after the checkpoint is read
+                s.scale_(0)
+                overlap.clear()
             tensors |= statistics_state(s)
             if overlap.pairs:
                 tensors |= {"overlap.pairs": torch.cat(overlap.pairs), "overlap.shares": torch.cat(overlap.shares)}
-        return tensors, values | {"revivals": self.revivals}
+        return tensors, values | {"revivals": self.revivals, "seen": self.seen}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.log_posteriors, self.revivals = tensors["log_posteriors"].tolist(), values["revivals"]
-        if self.batch:
+        self.seen = values["seen"]
+        if self.seen:
             overlap, device = Overlap(self.mfa.n_components), self.mfa.means.device
             if "overlap.pairs" in tensors:
                 overlap.pairs = [tensors["overlap.pairs"].to(device, copy=True)]
                 overlap.shares = [tensors["overlap.shares"].to(device, copy=True)]
             self.partial = self._saved_statistics(tensors), overlap
+            if not self.ranks.first:
+                self.partial = None
 
     def run(self) -> None:
         """Ends when a pass gains too little to matter, when patience runs out, or after `epochs` passes."""
@@ -346,7 +372,7 @@ class BatchEM(_EM):
         every = self.settings.eval_every or 1
         bar = tqdm(
             total=passes * len(self.rows),
-            initial=self.step * len(self.rows) + min(len(self.rows), self.batch * self._batch_rows()),
+            initial=self.step * len(self.rows) + self.seen,
             desc="EM",
             unit="token",
             unit_scale=True,
@@ -372,20 +398,27 @@ class BatchEM(_EM):
                     self._evaluate(step, step, bar)
                 if settled or self._out_of_patience(finished=step == passes):
                     return
-                self.step, self.batch, self.partial = step, 0, None
+                self.step, self.seen, self.partial = step, 0, None
                 self._save_if_due()
 
     def _pass(self, count_skipped: bool, bar: Any) -> tuple[Statistics, Overlap]:
         s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
-        for x in read_ahead(self.source, iter(self.rows.split(self._batch_rows())[self.batch :])):
-            bar.update(len(x))
+        batches = self.rows[self.seen :].split(self._batch_rows() * self.ranks.size)
+        for batch, x in zip(batches, self._read(iter(batches))):
+            bar.update(len(batch))
             x = self._finite(x, count_skipped)
             active, responsibilities = self._expect(x, s)
             overlap.add(active.components, responsibilities)
             self.tokens += len(x)
-            self.batch += 1
+            self.seen += len(batch)
             self._save_if_due()
+        self._pool(s, overlap)
         return s, overlap
+
+    def _pool(self, s: Statistics, overlap: Overlap) -> None:
+        """Puts what all ranks have seen into each one's."""
+        self.ranks.sum_(*s.tensors())
+        overlap.pool(self.ranks)
 
     def _settled(self) -> bool:
         before, now = self.log_posteriors[-2:] if len(self.log_posteriors) > 1 else (-math.inf, math.inf)
@@ -463,14 +496,14 @@ class OnlineEM(_EM):
                 self._save_if_due()
             for epoch in range(self.epoch, passes + 1):
                 self.epoch, self.order = epoch, self.generator.get_state()
-                for x in self._batches():
-                    bar.update(len(x))
+                for x in self._batches(bar):
                     x = self._finite(x, count_skipped=epoch == 1)
                     self.batch += 1
-                    if not len(x):
+                    rows = int(self.ranks.totals(len(x))[0])
+                    if not rows:
                         continue
                     self.step += 1
-                    self._step(x, (self.step + self.known) ** -_KAPPA)
+                    self._step(x, rows, (self.step + self.known) ** -_KAPPA)
                     if self.step % every == 0:
                         self._evaluate(self.step, epoch, bar)
                         if self._out_of_patience(finished=False):
@@ -486,21 +519,26 @@ class OnlineEM(_EM):
         for x in start_rows.split(self._batch_rows()):
             self._expect(x, s)
             self.tokens += len(x)
+        self.ranks.sum_(*s.tensors())
+        rows = int(self.ranks.totals(rows)[0])
         self.start_rows = None
         self._maximize(s, self._choose_prior(s))
         self.statistics.scale_(1 / rows)
         self.known = max(1.0, rows / self.batch_rows)
 
-    def _step(self, x: Tensor, eta: float) -> None:
+    def _step(self, x: Tensor, rows: int, eta: float) -> None:
+        """x (n, D) are this rank's of the `rows` of a batch."""
         s, prior = self.statistics, self.prior
         assert prior is not None
-        s.scale_(1 - eta)
-        active, _ = self._expect(x, s, eta / len(x))
+        s.scale_(1 - eta if self.ranks.first else 0)  # the past counts once
+        active, _ = self._expect(x, s, eta / rows)
+        self.ranks.sum_(*s.tensors())
         counted = active.log_prob[active.components[:, 0] >= 0]
-        if len(counted):
-            self.losses.append(-float(counted.double().mean()))
+        total, count = self.ranks.totals(float(counted.double().sum()), len(counted))
+        if count:
+            self.losses.append(-total / count)
         self.tokens += len(x)
-        window = len(x) / eta  # tokens that the statistics remember
+        window = rows / eta  # tokens that the statistics remember
         self._maximize(s, replace(prior, strength=prior.strength / window, tokens=prior.tokens / window))
 
     def _maximize(self, s: Statistics, prior: Prior) -> None:
@@ -513,12 +551,17 @@ class OnlineEM(_EM):
             self.statistics = self.statistics.moved(self.mfa.means.detach().double() - self.about)
             self.about = self.mfa.means.detach().clone()
 
-    def _batches(self) -> Iterator[Tensor]:
-        """The batches of a pass that were not seen yet."""
+    def _batches(self, bar: Any) -> Iterator[Tensor]:
+        """This rank's share of the batches of a pass that were not seen yet."""
         if self.stream is None:
             order = shuffled(self.rows, self.batch_rows, self.generator)
-            return read_ahead(self.source, islice(order, self.batch, None))
-        return islice(_regrouped(self.stream, self.batch_rows), self.batch, None)
+            yield from self._read(islice(order, self.batch, None), bar)
+            return
+        own = islice(_regrouped(self.stream, -(-self.batch_rows // self.ranks.size)), self.batch, None)
+        empty = torch.empty(0, self.source.n_features, dtype=self.source.dtype)
+        for x, rows in self.ranks.together(own, empty):
+            bar.update(rows)
+            yield x
 
 
 def _regrouped(batches: Iterable[Tensor], rows: int) -> Iterator[Tensor]:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
-from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint
+from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
@@ -28,6 +28,7 @@ from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ranks import Ranks
 
 METHODS = ("sgd", "em", "online", "auto")
 _HELD_OUT_ROWS = 20_000  # at most
@@ -68,6 +69,7 @@ def fit(
     checkpoint_seconds: float = 60.0,
     resume: StrPath | bool = False,
     progress: bool = True,
+    group: Any = None,
 ) -> MFA:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
@@ -87,6 +89,15 @@ def fit(
     come to (timings apart; on the same kind of device). The first one is written when the start is there: K-means is
     not cut up, and one that was killed runs again. An iterator has to be given again from its beginning: the rows that
     were used are read and passed over. What callbacks remember is theirs to keep.
+
+    Where `torch.distributed` is initialised (as under torchrun), its processes fit one mixture, data-parallel: each of
+    them calls `fit` with the same arguments, takes its share of every batch, and returns the same mixture, bit for
+    bit. The batches are those of a single process: only the order of sums differs from its results, and a checkpoint
+    can be gone on with by another number of processes. (By as many, it leads to the same bits, except where it cut a
+    pass of "em" in two.) Rank 0 runs K-means, shows progress, and writes `log` and `checkpoint`; callbacks are called
+    on every rank, and parameters that they change become those of rank 0. Of an iterator that is fitted online, every
+    rank brings its own, and it takes as many ranks to resume. Data or settings that differ between ranks are an error.
+    An error on one rank alone, and Ctrl-C, are left to the launcher, which ends the others.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
@@ -123,6 +134,8 @@ def fit(
             settings. True: from `checkpoint`, or from the beginning where it holds none yet. A fit that came to its
             end returns its result.
         progress: show progress bars.
+        group: the `torch.distributed.ProcessGroup` whose ranks fit together; None: the default one where there is
+            one; False: this process fits alone.
 
     Returns:
         The mixture, with a `FitReport` as its attribute `fit_report`.
@@ -147,13 +160,14 @@ def fit(
         raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
-    folder, resumed = _checkpoint_folders(checkpoint, checkpoint_seconds, resume)
+    ranks = Ranks(group)
+    folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
     sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
     stream: Iterable[Tensor] | None = None
     if streamed:
-        source, stream = _head(activations, math.ceil(sample / (1 - held_out)))
+        source, stream = _head(activations, math.ceil(sample / ranks.size / (1 - held_out)))
         sample = len(source)  # what the last batch brought besides is not read again
     else:
         source = as_source(activations)
@@ -163,28 +177,35 @@ def fit(
         steps = len(source) * (1 - held_out) / online_rows(n_components, batch_size)
         method = "online" if streamed or steps >= _LEAST_ONLINE_STEPS else "em"
     device = torch.device(device) if device is not None else source.device
-    settings = Settings(epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress)
+    ranks.on(device)
+    progress = progress and ranks.first
+    settings = Settings(epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks)
     generator = torch.Generator().manual_seed(seed)
     report = FitReport(method=method)
 
     rows, held_index = _split(len(source), held_out, generator)
+    start_index, live_index = rows[:sample], rows[: _LIVE_ROWS_PER_COMPONENT * n_components]
+    if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
+        start_index, live_index = ranks.share(start_index), ranks.share(live_index)
+        held_index = held_index[ranks.rank :: ranks.size]
     held_out_rows = _finite(source, held_index, device, report).to(dtype)
-    report.held_out_rows = len(held_out_rows)
-    if len(held_index) and not len(held_out_rows):
-        raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
+    all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
+    if all_held and not report.held_out_rows:
+        raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
     # What is left out of the sample is counted when training meets it.
-    start_rows = _finite(source, rows[:sample], device, None if epochs and not streamed else report)
-    if len(start_rows) < n_components:
+    start_rows = _finite(source, start_index, device, None if epochs and not streamed else report)
+    found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
+    if found < n_components:
         raise ValueError(
-            f"n_components = {n_components} needs at least as many finite rows to train on, got {len(start_rows)} "
-            f"of {len(source)} (held out: {len(held_index)})"
+            f"n_components = {n_components} needs at least as many finite rows to train on, got {found} "
+            f"of {len(source)} (held out: {all_held})"
         )
 
     if clusters is not None:
         clusters = centroids_of(clusters, source.n_features, n_components)
     checkpoints: Checkpoints | None = None
     saved: State | None = None
-    if folder is not None:
+    if folder is not None or ranks.size > 1:
         every = 1 if streamed else max(1, len(source) // _FINGERPRINT_ROWS)
         looked_at = source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS])
         facts = {
@@ -194,20 +215,30 @@ def fit(
             "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
             "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
+            "ranks": ranks.size if streamed else None,
         }  # fmt: skip
-        checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
-        saved = None if resumed is None else checkpoints.load(resumed)
+        _check_same(facts, streamed, ranks)
+        if folder is not None:
+            checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
+            saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
 
     if saved is None:
-        with _timed(report, "kmeans"):
-            if clusters is None:
-                clusters = kmeans(start_rows, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
-            centroids = centroids_of(clusters, source.n_features, n_components)
-        with _timed(report, "start"):
-            mfa = start_from_clusters(
-                start_rows, centroids, rank, noise,
-                init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
-            )  # fmt: skip
+        whole = ranks.gathered(start_rows)
+
+        def start() -> MFA:
+            with _timed(report, "kmeans"):
+                result: KMeansResult | Tensor | None = clusters
+                if result is None:
+                    result = kmeans(whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
+                centroids = centroids_of(result, source.n_features, n_components)
+            with _timed(report, "start"):
+                return start_from_clusters(
+                    whole, centroids, rank, noise,
+                    init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
+                )  # fmt: skip
+
+        mfa = _from_first(start, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
+        del whole, start
     else:
         report = saved.report
         mfa = _restored(saved, noise, precision, device)
@@ -227,8 +258,8 @@ def fit(
         if polish and not report.interrupted:
             run = Training(*arguments, replace(settings, epochs=polish), generator, report)
             _run(run, "polish", checkpoints, saved)
-        _count_live(mfa, held_out_rows, source, rows[: _LIVE_ROWS_PER_COMPONENT * n_components], report)
-        if checkpoints is not None and not report.interrupted:
+        _count_live(mfa, held_out_rows, source, live_index, report, ranks)
+        if checkpoints is not None and ranks.first and not report.interrupted:
             checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
     mfa.zero_grad()
     mfa.fit_report = report
@@ -240,8 +271,11 @@ def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | N
     try:
         run.run()
     except KeyboardInterrupt:
+        if run.ranks.size > 1:  # the others are elsewhere
+            raise
         run.report.interrupted = True
         warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=3)
+    run.report_skipped()
     run.note_time()
     run.restore_best()
 
@@ -275,17 +309,50 @@ def _checkpoint_folders(
 def _restored(saved: State, noise: str, precision: str, device: torch.device) -> MFA:
     """The mixture of a checkpoint."""
     tensors = {name.removeprefix("mfa."): t for name, t in saved.tensors.items() if name.startswith("mfa.")}
-    mfa: MFA = torch.nn.utils.skip_init(
-        MFA,
-        *tensors["loadings"].shape,
-        noise,
-        precision=precision,
-        noise_floor=saved.values["noise_floor"],
-        device=device,
-        dtype=tensors["means"].dtype,
-    )
+    components, features, rank = tensors["loadings"].shape
+    mfa = _blank(components, features, rank, noise, precision, device, tensors["means"].dtype)
+    mfa.noise_floor = saved.values["noise_floor"]
     mfa.load_state_dict(tensors)
     return mfa
+
+
+def _blank(
+    components: int, features: int, rank: int, noise: str, precision: str, device: torch.device, dtype: torch.dtype
+) -> MFA:
+    """A mixture whose parameters are yet to be written."""
+    return torch.nn.utils.skip_init(
+        MFA, components, features, rank, noise, precision=precision, device=device, dtype=dtype
+    )
+
+
+@torch.no_grad()
+def _from_first(start: Callable[[], MFA], ranks: Ranks, *shape: Any) -> MFA:
+    """The mixture that `start` makes on rank 0, on every rank; `shape` is what `_blank` takes."""
+    made: list[MFA] = []
+
+    def make() -> float:
+        made.append(start())
+        return made[0].noise_floor
+
+    floor = ranks.agree(make)
+    mfa = made[0] if made else _blank(*shape)
+    mfa.noise_floor = floor
+    ranks.broadcast_(*mfa.state_dict().values())
+    return mfa
+
+
+def _check_same(facts: dict[str, Any], streamed: bool, ranks: Ranks) -> None:
+    """Raises, on every rank, where the ranks were given different data (but for streams) or settings."""
+    first, *others = ranks.objects({name: fact for name, fact in facts.items() if name != "data" or not streamed})
+    for rank, other in enumerate(others, 1):
+        different = [
+            f"{name} = {other[name]!r}, on rank 0 {fact!r}" for name, fact in first.items() if other[name] != fact
+        ]
+        if different:
+            raise ValueError(
+                f"the ranks that fit together have different data or settings: rank {rank} has {'; '.join(different)} "
+                "(group=False fits alone)"
+            )
 
 
 def _head(batches: Iterator[Any], rows: int) -> tuple[Source, Iterator[Tensor]]:
@@ -346,17 +413,20 @@ def _finite(source: Source, index: Tensor, device: torch.device, report: FitRepo
 
 
 @torch.no_grad()
-def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport) -> None:
-    """Counts the components that own a held-out row or one at `index`, and warns where many own none."""
-    owned = torch.zeros(mfa.n_components, dtype=torch.bool, device=mfa.means.device)
+def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport, ranks: Ranks) -> None:
+    """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
+    owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
+    rows = 0
     others = (_finite(source, part, mfa.means.device) for part in index.split(_CHUNK_ROWS))
     for x in chain(held_out.split(_CHUNK_ROWS), others):
         owners = mfa.assign(x)
-        owned[owners[owners >= 0]] = True  # a row too far out for the dtype has none
-        report.live_rows += len(x)
-    report.live_components = int(owned.sum())
+        owned[owners[owners >= 0]] = 1  # a row too far out for the dtype has none
+        rows += len(x)
+    ranks.sum_(owned)
+    report.live_rows += int(ranks.totals(rows)[0])
+    report.live_components = int((owned > 0).sum())
     dead = mfa.n_components - report.live_components
-    if dead > _DEAD_SHARE * mfa.n_components:
+    if dead > _DEAD_SHARE * mfa.n_components and ranks.first:
         warnings.warn(
             f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
             f"{report.live_rows} rows; fewer components, more rows or another start may serve better",

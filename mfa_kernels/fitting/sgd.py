@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, tee
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ranks import ALONE, Ranks
 
 Callback = Callable[[MFA, dict[str, Any]], Any]
 
@@ -42,6 +43,7 @@ class Settings:
     callbacks: Sequence[Callback]
     log: StrPath | None
     progress: bool
+    ranks: Ranks = ALONE
 
 
 class StandardizedAdam:
@@ -159,9 +161,13 @@ def standard_deviation(mfa: MFA) -> Tensor:
 
 
 @torch.no_grad()
-def mean_nll(mfa: MFA, x: Tensor) -> float:
-    """Mean negative log-likelihood of x (n, D), in nats per row."""
-    return -float(torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double().mean())
+def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE) -> float:
+    """Mean negative log-likelihood of x (n, D), in nats per row; over the rows of all ranks."""
+    parts = [mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]
+    if ranks.size == 1:
+        return -float(torch.cat(parts).double().mean())
+    total, rows = ranks.totals(float(torch.cat(parts).double().sum()), len(x))
+    return -total / rows
 
 
 def mixture_state(mfa: MFA) -> dict[str, Tensor]:
@@ -178,8 +184,9 @@ class Run:
         mfa: the start.
         source: the data.
         rows: numbers of the rows to train on, int64.
-        held_out: finite rows (n, D) on the mixture's device; where there are none, the last parameters are left.
-        settings: how.
+        held_out: finite rows (n, D) on the mixture's device, a rank's own share; where no rank has any, the last
+            parameters are left.
+        settings: how, and with which other ranks.
         generator: of the order of the rows.
         report: is filled.
     """
@@ -196,12 +203,15 @@ class Run:
     ) -> None:
         self.mfa, self.source, self.rows, self.held_out = mfa, source, rows, held_out
         self.settings, self.generator, self.report = settings, generator, report
+        self.ranks = settings.ranks
+        self.selects = self.ranks.totals(len(held_out))[0] > 0  # on held-out rows
         last: dict[str, Any] = report.history[-1] if report.history else {"step": 0, "epoch": 0, "seconds": 0.0}
         self.first_step, self.first_epoch, self.seconds = last["step"], last["epoch"], last["seconds"]
         self.best = None if report.held_out_nll is None else self._copy()
         self.evaluations_since_best = 0
         self.losses: list[float] = []  # since the last evaluation, as the two below
-        self.tokens = 0
+        self.tokens = 0  # of this rank
+        self.skipped = 0  # rows of this rank, to be told to the report
         self.began = time.perf_counter()
         self.checkpoints: Checkpoints | None = None
         self.stage = ""  # of the fit, for the report and the checkpoints
@@ -228,13 +238,32 @@ class Run:
         self.report.seconds[self.stage] = self.spent_before + time.perf_counter() - self.created
 
     def _save_if_due(self) -> None:
-        """To be called between two batches, where a run can go on from."""
-        if self.checkpoints is not None and self.checkpoints.due():
+        """To be called between two batches, where a run can go on from: by all ranks; the first one has the clock."""
+        if self.checkpoints is not None and self.ranks.totals(self.ranks.first and self.checkpoints.due())[0]:
             self._save(self.checkpoints)
 
     def _save(self, checkpoints: Checkpoints) -> None:
         self.note_time()
-        checkpoints.save(State(self.stage, *self._state(), self.report))
+        self.report_skipped()
+        state = self._state()  # which may take all ranks
+        if self.ranks.first:
+            checkpoints.save(State(self.stage, *state, self.report))
+
+    def report_skipped(self) -> None:
+        """Tells the report the rows that all ranks have left out."""
+        self.report.skipped_rows += int(self.ranks.totals(self.skipped)[0])
+        self.skipped = 0
+
+    def _read(self, batches: Iterator[Tensor], bar: Any = None) -> Iterator[Tensor]:
+        """This rank's share of the rows in each batch of row numbers.
+
+        The batches are those of all ranks: their sequence does not depend on how many there are.
+        """
+        shares, whole = tee(batches)
+        for x, batch in zip(read_ahead(self.source, map(self.ranks.share, shares)), whole):
+            if bar is not None:
+                bar.update(len(batch))
+            yield x
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the rest of the run depends on: tensors, and what JSON can hold."""
@@ -272,7 +301,7 @@ class Run:
         if finite.all():
             return x
         if count_skipped:
-            self.report.skipped_rows += int((~finite).sum())
+            self.skipped += int((~finite).sum())
         return x[finite]
 
     def _out_of_patience(self, finished: bool) -> bool:
@@ -285,7 +314,8 @@ class Run:
     def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
         spent = time.perf_counter() - self.began
         self.seconds += spent
-        held_out = mean_nll(self.mfa, self.held_out) if len(self.held_out) else None
+        held_out = mean_nll(self.mfa, self.held_out, self.ranks) if self.selects else None
+        self.report_skipped()
         step, epoch = step + self.first_step, epoch + self.first_epoch
         record = {
             "step": step,
@@ -293,7 +323,7 @@ class Run:
             "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
             "held_out_nll": held_out,
             "seconds": self.seconds,
-            "tokens_per_second": self.tokens / spent,
+            "tokens_per_second": self.ranks.totals(self.tokens)[0] / spent,
         }
         report = self.report
         report.history.append(record)
@@ -304,12 +334,14 @@ class Run:
             report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
             self.best = self._copy()
         bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
-        if self.settings.log is not None:
+        if self.settings.log is not None and self.ranks.first:
             report.write_history(self.settings.log)
         versions = [p._version for p in self.mfa.parameters()]
         for callback in self.settings.callbacks:
             callback(self.mfa, record)
-        if versions != [p._version for p in self.mfa.parameters()]:
+        changed = versions != [p._version for p in self.mfa.parameters()]
+        if self.settings.callbacks and self.ranks.totals(changed)[0]:
+            self.ranks.broadcast_(*self.mfa.parameters())
             self._parameters_changed()
         self.losses, self.tokens = [], 0
         self.began = time.perf_counter()
@@ -356,7 +388,7 @@ class Training(Run):
             for epoch in range(self.epoch, settings.epochs):
                 self.epoch, self.order = epoch, self.generator.get_state()
                 indices = islice(shuffled(self.rows, settings.batch_size, self.generator), self.batch, None)
-                for x in read_ahead(self.source, indices):
+                for x in self._read(indices):
                     self._step(x, learning_rate(step, steps, settings), count_skipped=epoch == 0)
                     step += 1
                     self.batch += 1
@@ -371,15 +403,29 @@ class Training(Run):
     def _parameters_changed(self) -> None:
         self.adam.read()
 
+    def _backward(self, loss: Tensor, share: float) -> None:
+        """Leaves the gradient of the mean over the rows of all ranks, of which this one's loss has a `share`."""
+        if share:
+            (loss * share).backward()
+        gradients = []
+        for parameter in self.mfa.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        self.ranks.sum_(*gradients)
+
     def _step(self, x: Tensor, lr: float, count_skipped: bool) -> None:
         x = self._finite(x, count_skipped)
-        if not len(x):
-            return
         self.mfa.zero_grad()
-        loss = self.mfa(x)
-        value = float(loss.detach())
+        loss = self.mfa(x) if len(x) else self.mfa.means.new_zeros(())
+        value, rows = float(loss.detach()), len(x)
+        if self.ranks.size > 1:
+            total, count = self.ranks.totals(value * len(x), len(x))
+            value, rows = total / max(1, count), int(count)
+        if not rows:
+            return
         if math.isfinite(value):
-            loss.backward()
+            self._backward(loss, len(x) / rows)
             if self.adam.step(lr):
                 self.losses.append(value)
                 self.tokens += len(x)
