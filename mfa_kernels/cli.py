@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,12 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
 
-    fit = command("fit", _fit, "fit a mixture to the activations of a store")
+    fit = command(
+        "fit",
+        _fit,
+        "fit a mixture to the activations of a store; under torchrun, by all its processes, each on a GPU of its own "
+        "where there are some",
+    )
     fit.add_argument("store", type=Path)
     fit.add_argument("--out", type=Path, required=True, help="folder of the mixture")
     _size(fit, None)
@@ -204,17 +211,38 @@ def _fit(arguments: argparse.Namespace) -> None:
 
     store = ActivationStore(arguments.store)
     options = {} if arguments.lr is None else {"lr": arguments.lr}
-    mfa = fit(
-        store, arguments.components, arguments.rank, method=arguments.method, noise=arguments.noise,
-        init=arguments.init, epochs=arguments.epochs, polish=arguments.polish, batch_size=arguments.batch_size,
-        seed=arguments.seed, log=arguments.log, checkpoint=arguments.checkpoint,
-        checkpoint_seconds=arguments.checkpoint_seconds, resume=arguments.resume, **options,
-    )  # fmt: skip
+    with _processes() as (first, device):
+        mfa = fit(
+            store, arguments.components, arguments.rank, method=arguments.method, noise=arguments.noise,
+            init=arguments.init, epochs=arguments.epochs, polish=arguments.polish, batch_size=arguments.batch_size,
+            seed=arguments.seed, log=arguments.log, checkpoint=arguments.checkpoint, device=device,
+            checkpoint_seconds=arguments.checkpoint_seconds, resume=arguments.resume, **options,
+        )  # fmt: skip
+    if not first:
+        return
     mfa.extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
     mfa.save_pretrained(arguments.out)
     print(
         f"held-out negative log-likelihood {mfa.fit_report.held_out_nll:.3f} nats per token; saved in {arguments.out}"
     )
+
+
+@contextmanager
+def _processes() -> Iterator[tuple[bool, str | None]]:
+    """Joins the processes that torchrun has started, if it has: whether this is the first, and the GPU that is its."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield True, None
+        return
+    import torch
+    import torch.distributed as dist
+
+    device = None
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device is None else "nccl")
+    yield dist.get_rank() == 0, device
+    dist.destroy_process_group()  # after an error, the others may be waiting for this process to end
 
 
 def _encode(arguments: argparse.Namespace) -> None:

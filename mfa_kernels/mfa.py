@@ -23,6 +23,29 @@ _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not
 _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
 
 
+def code_of(active: ops.Active, latents: Tensor, lead: torch.Size) -> Code:
+    """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
+    slots, held = active.logits.shape[-1], latents.shape[1]
+    # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
+    overflow = active.counts > slots
+    of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
+    responsibilities = torch.where(overflow.unsqueeze(-1), of_all, active.logits.softmax(-1))
+    with torch.no_grad():
+        eps = torch.finfo(of_all.dtype).eps
+        rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
+        rest = torch.where(
+            overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
+        ).clamp_min(0)
+        # eps: what all the components that are not active weigh together.
+        dropped = (rest + eps + rounding).clamp_max(1)
+    return Code(
+        active.components[:, :held].long().reshape(*lead, held),
+        responsibilities[:, :held].reshape(*lead, held),
+        latents.reshape(*lead, held, latents.shape[-1]),
+        dropped.reshape(lead),
+    )
+
+
 class MFA(nn.Module):
     """p(x) = sum_k pi_k N(x; mu_k, W_k W_k^T + Psi): K Gaussian regions, each with R local directions.
 
@@ -374,26 +397,8 @@ class MFA(nn.Module):
             held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
         else:
             held = min(top_k, self.n_components)
-        # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
-        overflow = active.counts > slots
-        of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-        responsibilities = torch.where(overflow.unsqueeze(-1), of_all, active.logits.softmax(-1))
-        with torch.no_grad():
-            eps = torch.finfo(of_all.dtype).eps
-            rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
-            rest = torch.where(
-                overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
-            ).clamp_min(0)
-            # eps: what all the components that are not active weigh together.
-            dropped = (rest + eps + rounding).clamp_max(1)
-        components = active.components[:, :held]
-        latents = self._latents(flat, components)
-        return Code(
-            components.long().reshape(*lead, held),
-            responsibilities[:, :held].reshape(*lead, held),
-            latents.reshape(*lead, held, self.rank),
-            dropped.reshape(lead),
-        )
+        latents = self._latents(flat, active.components[:, :held])
+        return code_of(active, latents, lead)
 
     def _latents(self, x: Tensor, components: Tensor) -> Tensor:
         """E[z | x, k] for the held slots of components (N, C): (N, C, R), 0 elsewhere."""

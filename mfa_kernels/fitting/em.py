@@ -101,7 +101,7 @@ def pooled_covariance(mfa: MFA, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
+def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Tensor:
     """The M-step: sets the mixture's parameters to those that maximise the expected log posterior.
 
     With the mean moved by delta, W and delta minimise sum E|y - W z - delta|^2 / Psi over the tokens and those of the
@@ -112,6 +112,7 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
         mfa: what the statistics were collected under.
         s: the statistics.
         prior: its strengths in the units of `s.mass`.
+        others: the ranks that hold the other components, where these are not all.
 
     Returns:
         How far the means moved, (K, D) float64.
@@ -120,6 +121,8 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
     noise = mfa.noise_variance.double()
     shared = noise.dim() == 1
     total = s.mass.sum()
+    others.sum_(total)
+    components = int(others.totals(mfa.n_components)[0])
     owned = s.mass > 1e-9 * total
     unexplained = s.squares.clone()
     change = torch.empty_like(s.shift)
@@ -149,7 +152,9 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
             unexplained[k] += left
         change[k] = fitted[:, rank]
         loadings[k] = fitted[:, :rank].mT.to(loadings)
-    regions = mfa.n_components if shared else 1
+    if shared:
+        others.sum_(unexplained)
+    regions = components if shared else 1
     unexplained += regions * nu * prior.covariance.diagonal()
     weight = (total if shared else s.mass.unsqueeze(1)) + regions * nu
     least = 2 * mfa.noise_floor or torch.finfo(mfa.means.dtype).tiny
@@ -159,7 +164,7 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior) -> Tensor:
     mfa.means.copy_(means)
     mfa.loadings.copy_(loadings)
     mfa.log_noise.copy_((psi - mfa.noise_floor).log())
-    mfa.weight_logits.copy_(((s.mass + prior.tokens) / (total + mfa.n_components * prior.tokens)).log())
+    mfa.weight_logits.copy_(((s.mass + prior.tokens) / (total + components * prior.tokens)).log())
     return change
 
 

@@ -129,16 +129,38 @@ def expectation(
     """
     x = x.to(factors.rows.dtype).contiguous()
     active = log_prob(x, means, loadings, noise_variance, log_weights, factors)
+    log_likelihood = torch.where(active.components[:, 0] >= 0, active.log_prob.double(), 0)
+    if token_weights is not None:
+        log_likelihood *= token_weights
+    out.log_likelihood.add_(log_likelihood.sum())
+    return active, collect(x, active, means, loadings, noise_variance, log_weights, factors, out, token_weights)
+
+
+def collect(
+    x: Tensor,
+    active: Active,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    factors: Factors,
+    out: Statistics,
+    token_weights: Tensor | None = None,
+    least: float = 0.0,
+) -> Tensor:
+    """The statistics on pairs that a scan of x (N, D) has found, added to `out` but for the log-likelihood.
+
+    Arguments and result are those of `expectation`; pairs that weigh less than `least` are left out.
+    """
     # Softmax, not exp(logits - log_prob): log_prob is rounded, and at thousands of nats that costs four digits.
     weights = torch.where(active.components >= 0, active.logits.softmax(-1), 0)
     overflow = active.counts > SLOTS
     weights.masked_fill_(overflow.unsqueeze(-1), 0)
-    log_likelihood = torch.where(active.components[:, 0] >= 0, active.log_prob.double(), 0)
     if token_weights is not None:
         weights *= token_weights.to(weights).unsqueeze(-1)
-        log_likelihood *= token_weights
+    if least:
+        weights.masked_fill_(weights < least, 0)
     accumulate(x, active.components, weights, factors, out)
-    out.log_likelihood.add_(log_likelihood.sum())
     # Diffuse tokens have a pair with every component: as many of them at once as memory allows.
     every = torch.arange(means.shape[0], dtype=torch.int32, device=x.device)
     for chunk in overflow.nonzero().squeeze(-1).split(max(1, CHUNK // (2 * means.shape[0]))):
@@ -148,7 +170,7 @@ def expectation(
         if token_weights is not None:
             responsibilities *= token_weights[chunk].to(responsibilities).unsqueeze(-1)
         accumulate(part, every.expand(len(chunk), -1).contiguous(), responsibilities, factors, out)
-    return active, weights
+    return weights
 
 
 torch.library.define(

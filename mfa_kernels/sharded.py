@@ -1,0 +1,359 @@
+"""A mixture whose components are spread over the ranks of a process group, for K that does not fit on one device.
+
+Every rank scans the tokens against its own components; log p(x) is the logsumexp over the ranks of what each finds.
+Gradients and statistics of a component stay where it is: what travels per token is one log-density from each rank, and
+for codes its slots.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mfa_kernels import checkpoint, ops
+from mfa_kernels.checks import check_activations
+from mfa_kernels.code import Code
+from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
+from mfa_kernels.mfa import MFA, code_of
+from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
+from mfa_kernels.ranks import Ranks
+
+_PIECE_ELEMENTS = 1 << 24  # of a tensor on its way to the file
+_SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# What the ranks compute alike from alike tensors is called common. Its gradient is the same on every rank.
+
+
+class _Stack(torch.autograd.Function):
+    """A tensor of each rank's own -> all of them (size, ...), common."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        ctx.rank = ranks.rank
+        return ranks.stacked(own)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad[ctx.rank], None
+
+
+class _Use(torch.autograd.Function):
+    """A common tensor, for the use of each rank's own components: its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, common: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return common.view_as(common)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        ctx.ranks.sum_(grad)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    """A tensor of each rank's own -> their sum, common."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, ranks: Ranks) -> Tensor:
+        out = own.clone(memory_format=torch.contiguous_format)
+        ranks.sum_(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+class ShardedMFA(nn.Module):
+    """One mixture, each rank with some of its components: component-parallel.
+
+    The methods are collective: every rank calls them, with the same tokens, and gets the same result. So is backward;
+    afterwards a rank has the gradients of its own components, and all have that of a shared noise and of x. An
+    optimiser on every rank then moves the parameters as one process would move them.
+
+    Args:
+        local: this rank's components, a mixture on this rank's device; component k of rank r is number
+            `start` + k of the whole. The weights of the whole are the softmax of all ranks' `weight_logits`. A shared
+            noise is taken over from rank 0, as is the centre.
+        group: the process group; None: the default one.
+
+    Attributes:
+        local: as given; its own methods see its components alone.
+        n_components: K, of all ranks.
+        start: number of this rank's first component.
+
+    Raises:
+        ValueError: on every rank, where the mixtures do not fit each other.
+    """
+
+    def __init__(self, local: MFA, group: dist.ProcessGroup | None = None) -> None:
+        super().__init__()
+        self.ranks = Ranks(group).on(local.means.device)
+        self.local = local
+        kinds = self.ranks.objects((local.n_features, local.rank, local.noise, local.noise_floor, local.means.dtype))
+        if len(set(kinds)) > 1:
+            raise ValueError(f"local must have one n_features, rank, noise, noise_floor and dtype, got {kinds}")
+        counts = self.ranks.objects(local.n_components)
+        self.n_components, self.start = sum(counts), sum(counts[: self.ranks.rank])
+        self.n_features, self.rank, self.noise = local.n_features, local.rank, local.noise
+        self._threshold = activity_threshold(self.n_components, local.parameters_in_compute_dtype()[0].dtype)
+        with torch.no_grad():
+            self.ranks.broadcast_(local.center, *([local.log_noise] if self.noise == "shared" else []))
+
+    @classmethod
+    def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:
+        """Each rank's part of a mixture that every rank holds; parameters are copied."""
+        start, stop = _part(mfa.n_components, Ranks(group))
+        local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
+        local.load_state_dict(
+            {name: t[start:stop] if _is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
+        )
+        return cls(local, group)
+
+    @property
+    def log_weights(self) -> Tensor:
+        """log pi of this rank's components, (K_local,): they add up to 1 over all ranks."""
+        logits = self.local.weight_logits
+        total = _Stack.apply(logits.logsumexp(0), self.ranks).logsumexp(0)
+        return logits - _Use.apply(total, self.ranks)
+
+    def parameters_in_compute_dtype(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """means, loadings, noise_variance, log_weights of this rank's components, as the kernels take them."""
+        means, loadings, noise, _ = self.local.parameters_in_compute_dtype()
+        if self.noise == "shared":
+            noise = _Use.apply(noise, self.ranks)
+        return means, loadings, noise, self.log_weights.to(means.dtype)
+
+    def scan(self, x: Tensor, slots: int = SLOTS) -> Active:
+        """Active pairs of x (N, D) among this rank's components alone, numbered from 0; the weights are global."""
+        x = _Use.apply(x, self.ranks) if x.requires_grad else x
+        return ops.log_prob(
+            x,
+            *self.parameters_in_compute_dtype(),
+            self.local.factors(),
+            slots,
+            exact=self.local.precision != "fast",
+        )
+
+    def _active(self, x: Tensor, slots: int = SLOTS) -> Active:
+        """Active pairs of x (N, D) among all components."""
+        own = self.scan(x, slots)
+        log_prob = _Stack.apply(own.log_prob, self.ranks).logsumexp(0)
+        every = _Stack.apply(own.logits, self.ranks)  # (size, N, slots), as is what follows
+        numbers = self.ranks.stacked(torch.where(own.components >= 0, own.components + self.start, -1))
+        counts = self.ranks.stacked(own.counts)
+        least = every.detach().amax((0, 2)) - self._threshold
+        active = (every.detach() >= least.unsqueeze(-1)) & (numbers >= 0)
+        cut = ((counts > slots) & active[..., -1]).any(0)  # some rank has more of them than slots
+        count = active.sum((0, 2))
+        logits, order = every.masked_fill(~active, -torch.inf).transpose(0, 1).flatten(1).topk(slots)
+        components = numbers.transpose(0, 1).flatten(1).gather(1, order).masked_fill(logits == -torch.inf, -1)
+        return Active(log_prob, components, logits, torch.where(cut, slots + 1, count).clamp_max(slots + 1).int())
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return check_activations(x, self.n_features, self.local.means.device).reshape(-1, self.n_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
+        return -self.log_prob(x).mean()
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
+        return _Stack.apply(self.scan(self._flat(x)).log_prob, self.ranks).logsumexp(0).reshape(x.shape[:-1])
+
+    @torch.no_grad()
+    def assign(self, x: Tensor) -> Tensor:
+        """The most responsible component of all: (..., D) -> (...) int64; -1 for a token that is not finite."""
+        return self._active(self._flat(x)).components[:, 0].long().reshape(x.shape[:-1])
+
+    def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
+        """The components of all ranks that matter for each token, and the latents inside them: as `MFA.encode`."""
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
+        flat = self._flat(x)
+        slots = max(min(top_k or SLOTS, self.n_components), SLOTS)
+        active = self._active(flat, slots)
+        if top_k is None:
+            if slots < self.n_components and bool((active.counts > slots).any()):
+                slots = self.n_components
+                active = self._active(flat, slots)
+            held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
+        else:
+            held = min(top_k, self.n_components)
+        return code_of(active, self._latents(flat, active.components[:, :held]), x.shape[:-1])
+
+    def _own(self, components: Tensor) -> Tensor:
+        """Numbers within this rank's components, int32; -1 where they are not among them."""
+        own = components - self.start
+        return torch.where((components >= 0) & (own >= 0) & (own < self.local.n_components), own, -1).int()
+
+    def _latents(self, x: Tensor, components: Tensor) -> Tensor:
+        """E[z | x, k] for components (N, C) of all ranks: (N, C, R)."""
+        count, slots = components.shape
+        tokens = torch.arange(count * slots, device=x.device) // slots
+        x = _Use.apply(x, self.ranks) if x.requires_grad else x
+        parameters = self.parameters_in_compute_dtype()[:3]
+        own = ops.latents(x, tokens, self._own(components).flatten(), *parameters, self.local.factors())
+        return _Sum.apply(own, self.ranks).view(count, slots, self.rank)
+
+    def decode(self, code: Code) -> Tensor:
+        """sum_k r_k (mu_k + W_k z_k): (..., D)."""
+        means, loadings = self.local.parameters_in_compute_dtype()[:2]
+        lead, shape = code.components.shape[:-1], (code.components[..., 0].numel(), code.components.shape[-1])
+        own = ops.decode(
+            self._own(code.components).reshape(shape),
+            _Use.apply(code.responsibilities.reshape(shape).to(means.dtype), self.ranks),
+            _Use.apply(code.latents.reshape(*shape, self.rank).to(means.dtype), self.ranks),
+            means,
+            loadings,
+        )
+        return _Sum.apply(own, self.ranks).reshape(*lead, self.n_features)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """E[the noise-free x | x]: (..., D) -> (..., D)."""
+        return self.decode(self.encode(x, top_k=None))
+
+    # On disk: an ordinary mixture
+
+    def save_pretrained(self, folder: StrPath, *, extra: Mapping[str, Any] | None = None) -> None:
+        """Writes what `MFA.save_pretrained` would write of the whole mixture, for any number of ranks to load.
+
+        Rank 0 writes, and holds a piece of one tensor at a time. Returns when the files are there.
+
+        Args:
+            folder: where rank 0 sees it.
+            extra: as in `MFA.save_pretrained`; that of rank 0 counts.
+        """
+        ranks, local = self.ranks, self.local
+        config = {**ranks.agree(lambda: checkpoint._config(local, extra)), "n_components": self.n_components}
+        with ExitStack() as files:
+            weights = None
+            if ranks.first:
+                config_path = files.enter_context(atomic_path(Path(folder) / checkpoint.CONFIG))
+                weights_path = files.enter_context(atomic_path(Path(folder) / checkpoint.WEIGHTS))
+                atomic_write_json(config_path, config)
+                weights = files.enter_context(open(weights_path, "wb"))
+                weights.write(self._header())
+            for name, tensor in local.state_dict().items():
+                sharers = range(ranks.size if _is_split(name, self.noise) else 1)
+                for piece in (piece for rank in sharers for piece in self._pieces(tensor, rank)):
+                    if weights is not None:
+                        weights.write(piece.cpu().view(torch.uint8).numpy().tobytes())
+        ranks.totals(0)  # waits for rank 0
+
+    def _header(self) -> bytes:
+        """Of the safetensors file."""
+        header: dict[str, Any] = {"__metadata__": {"format": "pt", "noise_floor": repr(self.local.noise_floor)}}
+        end = 0
+        for name, tensor in self.local.state_dict().items():
+            shape = [self.n_components if _is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
+            start, end = end, end + torch.Size(shape).numel() * tensor.element_size()
+            header[name] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    def _pieces(self, tensor: Tensor, rank: int) -> Iterator[Tensor]:
+        """The elements of a rank's tensor, in order: on rank 0, which receives them; nothing on the others."""
+        ranks = self.ranks
+        count = ranks.objects(tensor.numel())[rank] if rank else tensor.numel()
+        for start in range(0, count, _PIECE_ELEMENTS):
+            length = min(_PIECE_ELEMENTS, count - start)
+            if rank == ranks.rank:
+                piece = tensor.reshape(-1)[start : start + length]
+                if ranks.first:
+                    yield piece
+                else:
+                    dist.send(piece, group_dst=0, group=ranks.group)
+            elif ranks.first:
+                piece = tensor.new_empty(length)
+                dist.recv(piece, group_src=rank, group=ranks.group)
+                yield piece
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_hub_id: StrPath,
+        *,
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        precision: str | None = None,
+        subfolder: str | None = None,
+        **hub: Any,
+    ) -> ShardedMFA:
+        """A saved mixture, of which every rank reads its own components alone.
+
+        Args:
+            folder_or_hub_id: what `MFA.save_pretrained` or `save_pretrained` wrote, where every rank sees it.
+            group: the process group; None: the default one.
+            device: of this rank's components.
+            dtype, precision, subfolder, hub: as in `MFA.from_pretrained`.
+
+        Raises:
+            FileNotFoundError, ValueError: as `MFA.from_pretrained`; fewer components than ranks among it.
+        """
+        from safetensors import safe_open
+
+        config_path, weights_path = checkpoint._find(folder_or_hub_id, subfolder, **hub)
+        config = checkpoint._read_config(config_path)
+        start, stop = _part(config["n_components"], Ranks(group))
+        local = MFA(
+            stop - start,
+            config["n_features"],
+            config["rank"],
+            config["noise"],
+            precision=precision or config["precision"],
+            noise_floor=config["noise_floor"],
+            device="meta",
+            dtype=checkpoint._DTYPES[config["dtype"]],
+        )
+        tensors = {}
+        with safe_open(weights_path, framework="pt", device="cpu") as file:
+            local.noise_floor = float((file.metadata() or {}).get("noise_floor", local.noise_floor))
+            for name, expected in local.state_dict().items():
+                split = _is_split(name, local.noise)
+                found = file.get_slice(name)
+                shape = [config["n_components"] if split else len(expected), *expected.shape[1:]]
+                if list(found.get_shape()) != shape:
+                    raise ValueError(f"{weights_path}: {name} has shape {found.get_shape()}, expected {shape}")
+                tensors[name] = found[start:stop] if split else found[:]
+        local = checkpoint._allocate(local, device, dtype)
+        local.load_state_dict(tensors)
+        local.extra = config.get("extra", {})
+        return cls(local, group)
+
+
+def _is_split(name: str, noise: str) -> bool:
+    """Whether a parameter of this name has a row for every component."""
+    return name in ("means", "loadings", "weight_logits") or (name == "log_noise" and noise == "per_component")
+
+
+def _part(components: int, ranks: Ranks) -> tuple[int, int]:
+    """The first component of this rank, and the first one after its last."""
+    if components < ranks.size:
+        raise ValueError(f"a mixture of {components} components cannot be spread over {ranks.size} ranks")
+    return components * ranks.rank // ranks.size, components * (ranks.rank + 1) // ranks.size
+
+
+def _blank_like(mfa: MFA, components: int) -> MFA:
+    """The mixture with another number of components, on the meta device."""
+    return MFA(
+        components,
+        mfa.n_features,
+        mfa.rank,
+        mfa.noise,
+        precision=mfa.precision,
+        noise_floor=mfa.noise_floor,
+        device="meta",
+        dtype=mfa.means.dtype,
+    )

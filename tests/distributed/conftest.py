@@ -1,0 +1,39 @@
+"""Four processes are started once: what they find, as two and as four, is compared with one process by the tests."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from tests.distributed import worker
+
+_SECONDS = 300  # after which they hang
+
+
+@pytest.fixture(scope="session")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what each process wrote; see `worker.main`."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker.save_checkpoints_of_one_process(folder)
+    processes = mp.spawn(worker.main, (str(folder),), nprocs=worker.PROCESSES, join=False)
+    deadline = time.monotonic() + _SECONDS
+    try:
+        while not processes.join(timeout=1):  # raises, and ends the others, when one fails
+            assert time.monotonic() < deadline, "the processes wait for each other"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,269 @@
+"""What the processes of a group do; the tests compare it with the same in one process."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mfa_kernels import MFA, fit
+from mfa_kernels.fitting import em
+from mfa_kernels.fitting.em import Prior
+from mfa_kernels.fitting.sharded import em_step
+from mfa_kernels.ranks import Ranks
+from mfa_kernels.sharded import ShardedMFA
+from tests.fitting.planted import draw, planted
+from tests.mixtures import Mixture, mixture, tokens
+
+PROCESSES = 4
+SIZES = (4, 2)
+
+ROWS = draw(planted(), 1501).double()  # no size divides it, nor its batches
+ROWS[::97, 0] = torch.nan
+FITS: dict[str, dict[str, Any]] = {
+    "sgd": {"method": "sgd", "batch_size": 250},
+    "sgd, nothing held out": {"method": "sgd", "batch_size": 700, "held_out": 0.0, "noise": "per_component"},
+    "sgd, out of patience": {"method": "sgd", "batch_size": 700, "lr": 0.5, "eval_every": 1, "patience": 3},
+    "em": {"method": "em", "epochs": 4},
+    "em, polish": {"method": "em", "n_components": 9, "noise": "per_component", "polish": 1},
+    "online": {"method": "online", "batch_size": 250},
+    "online, rank 0": {"method": "online", "batch_size": 250, "rank": 0, "noise": "per_component", "held_out": 0.0},
+}
+RESUMED = ("sgd", "em", "online")
+
+
+class CutOff(Exception):
+    pass
+
+
+def run(x: Any = ROWS, **options: Any) -> MFA:
+    chosen = {"n_components": 6, "rank": 2, "epochs": 2, "progress": False, "dtype": torch.float64, **options}
+    return fit(x, **chosen)
+
+
+def several_batches() -> None:
+    """Passes of EM in several batches, whatever the number of processes."""
+    em._LEAST_BATCH, em._BATCH_ELEMENTS = 150, 1
+
+
+def cut_off(options: dict[str, Any], folder: Path, group: Any) -> None:
+    """A fit that ends, after its first evaluation in training, without having come to a checkpoint since."""
+
+    def stop(_: MFA, record: dict[str, Any]) -> None:
+        if record["step"]:
+            raise CutOff
+
+    try:
+        run(**options, checkpoint=folder, checkpoint_seconds=0, callbacks=[stop], group=group)
+    except CutOff:
+        return
+    raise AssertionError("the fit came to its end")
+
+
+def save_checkpoints_of_one_process(folder: Path) -> None:
+    """Those that the group goes on with."""
+    least = em._LEAST_BATCH, em._BATCH_ELEMENTS
+    several_batches()
+    for name in RESUMED:
+        cut_off(FITS[name], folder / f"one, {name}", False)
+    em._LEAST_BATCH, em._BATCH_ELEMENTS = least
+
+
+def outcome(mfa: MFA) -> dict[str, Any]:
+    report = asdict(mfa.fit_report)
+    del report["seconds"]
+    for record in report["history"]:
+        del record["seconds"], record["tokens_per_second"]
+    return {"state": mfa.state_dict(), "noise_floor": mfa.noise_floor, "report": report}
+
+
+def message(work: Any) -> str:
+    """Of the error that it raises."""
+    try:
+        work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def main(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    several_batches()
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=PROCESSES,
+        timeout=timedelta(seconds=120),
+    )  # fmt: skip
+    pair = dist.new_group([0, 1])
+    for size, group in zip(SIZES, (None, pair)):
+        if rank < size:
+            found = {"fits": fits(Path(folder), size, group), **checks(rank, Path(folder), size, group)}
+            torch.save(found, f"{folder}/{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def fits(folder: Path, size: int, group: Any) -> dict[str, Any]:
+    out = {name: outcome(run(**options, group=group)) for name, options in FITS.items()}
+    for name in RESUMED:
+        options = {**FITS[name], "group": group}
+        if size == 4:
+            cut_off(FITS[name], folder / f"four, {name}", group)
+            if dist.get_rank() == 0:
+                for copy in ("four", "two"):
+                    shutil.copytree(folder / f"four, {name}", folder / f"four, for {copy}, {name}")
+            dist.barrier()
+        own = folder / f"four, for {'four' if size == 4 else 'two'}, {name}"
+        out[f"{name}, resumed from four"] = outcome(run(**options, resume=own))
+        if size == 2:
+            out[f"{name}, resumed from one"] = outcome(run(**options, resume=folder / f"one, {name}"))
+    return out
+
+
+def stream(rank: int, size: int) -> Iterator[Tensor]:
+    """The rows of one rank, in batches of its own; the last rank has half as many."""
+    mine = ROWS.tensor_split(size)[rank]
+    return iter(mine[: len(mine) // (2 if rank == size - 1 else 1)].split(30 + 7 * rank))
+
+
+def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
+    def shift(mfa: MFA, record: dict[str, Any]) -> None:
+        with torch.no_grad():
+            mfa.means.add_(rank)  # that of rank 0 counts: nothing is added
+
+    out: dict[str, Any] = {}
+    online = {"method": "online", "batch_size": 100, "held_out": 0.1, "eval_every": 2}
+    from mfa_kernels.fitting import loop
+
+    least, loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = loop._LEAST_START_ROWS, 400, 1
+    out["stream"] = outcome(run(stream(rank, size), **online, group=group))
+    loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = least, 128
+    out["callback"] = outcome(run(**FITS["sgd"], callbacks=[shift], group=group))
+    log = folder / f"{size}-{rank}.jsonl"
+    run(method="em", epochs=1, log=log, group=group)
+    out["log"] = log.exists()
+    out["other data"] = message(lambda: run(ROWS + (rank == 1), group=group))
+    out["other settings"] = message(lambda: run(seed=rank, group=group))
+    out["no start"] = message(lambda: run(torch.ones(200, 3), group=group))
+    out["alone"] = torch.equal(run(epochs=0, group=False).means, run(epochs=0, group=group).means)
+    out["sums"] = sums(Ranks(group))
+    out["ddp"] = data_parallel(rank, size, group)
+    for name in SHARDED:
+        out[f"sharded, {name}"] = sharded(name, folder / f"{size}, {name}", group)
+    return out
+
+
+def sums(ranks: Ranks) -> dict[str, Any]:
+    """Numbers whose sum depends on the order."""
+    torch.manual_seed(ranks.rank)
+    x = torch.randn(7, 5) * 10.0 ** torch.randint(-6, 6, (7, 5))
+    expected = ranks.stacked(x)
+    total = expected[0].clone()
+    for other in expected[1:]:
+        total += other
+    ranks.sum_(x)
+    uneven = torch.full((ranks.rank, 2), float(ranks.rank))
+    return {
+        "exact": torch.equal(x, total),
+        "concatenated": ranks.concatenated(uneven),
+        "gathered": ranks.gathered(uneven),
+        "totals": ranks.totals(1, ranks.rank),
+        "nan": ranks.totals(float("nan") if ranks.rank == 1 else 1.0),
+    }
+
+
+# Data-parallel and component-parallel modules
+
+
+def small() -> tuple[Mixture, Tensor]:
+    m = mixture(9, 12, 3, dtype=torch.float64)
+    return m, tokens(m, 40)
+
+
+def module(m: Mixture) -> MFA:
+    return MFA.from_parameters(*m[:3], m.log_weights.exp())
+
+
+def data_parallel(rank: int, size: int, group: Any) -> dict[str, Tensor]:
+    m, x = small()
+    mfa = DistributedDataParallel(module(m), process_group=group)
+    loss = mfa(x.tensor_split(size)[rank])
+    loss.backward()
+    dist.all_reduce(loss.detach_(), group=group)
+    return {"loss": loss / size, **{name: p.grad for name, p in mfa.module.named_parameters()}}
+
+
+SHARDED: dict[str, dict[str, Any]] = {
+    "shared": {"components": 11},
+    "per component": {"components": 11, "per_component": True},
+    "diffuse": {"components": 90, "spread": 0.05},  # more active components than slots, on some ranks and on all
+    "rank 0": {"components": 6, "rank": 0},
+}
+
+
+def problem(name: str) -> tuple[MFA, Tensor]:
+    options = {"features": 12, "rank": 3, "dtype": torch.float64, **SHARDED[name]}
+    m = mixture(**options)
+    x = tokens(m, 57)
+    x[5, 3] = torch.nan
+    return module(m), x.reshape(3, 19, 12)
+
+
+def use(mfa: Any, x: Tensor) -> dict[str, Any]:
+    """What a mixture, spread over ranks or not, makes of tokens."""
+    finite = x.flatten(0, 1)[torch.arange(57) != 5].clone().requires_grad_()
+    out: dict[str, Any] = {"log_prob": mfa.log_prob(x).detach(), "assign": mfa.assign(x)}
+    for top_k in (1, 4, None):
+        with torch.no_grad():
+            code = mfa.encode(x, top_k)
+            out[f"encode, {top_k}"] = [code.components, code.responsibilities, code.latents, code.dropped]
+    with torch.no_grad():
+        out["reconstruct"] = mfa.reconstruct(x)
+    loss = mfa(finite)
+    loss.backward()
+    out["loss"], out["dx"] = loss.detach(), finite.grad.clone()
+    out["gradients"] = gradients(mfa)
+    finite.grad = None
+    code = mfa.encode(finite, 3)
+    (mfa.decode(code).square().sum() + code.latents.sum()).backward()
+    out["dx, decode"], out["gradients, decode"] = finite.grad.clone(), gradients(mfa)
+    optimizer = torch.optim.Adam(mfa.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        mfa(finite.detach()).backward()
+        optimizer.step()
+    out["after Adam"] = mfa.log_prob(x).detach()
+    return out
+
+
+def gradients(mfa: nn.Module) -> dict[str, Tensor]:
+    out = {name.removeprefix("local."): p.grad.clone() for name, p in mfa.named_parameters()}
+    mfa.zero_grad()
+    return out
+
+
+def prior(features: int = 12) -> Prior:
+    return Prior(torch.eye(features, dtype=torch.float64), 3.0, 1.0)
+
+
+def sharded(name: str, folder: Path, group: Any) -> dict[str, Any]:
+    whole, x = problem(name)
+    whole.extra = {"layer": 3}
+    mfa = ShardedMFA.from_mfa(whole, group)
+    out = use(mfa, x)
+    mfa = ShardedMFA.from_mfa(whole, group)
+    batches = x.flatten(0, 1).split(20)
+    out["em"] = [em_step(mfa, batches, prior()) for _ in range(3)]
+    out["ml"] = em_step(mfa, [x], None) if name == "rank 0" else None
+    mfa.save_pretrained(folder)
+    again = ShardedMFA.from_pretrained(folder, group=group)
+    out["again"] = {name: torch.equal(t, again.local.state_dict()[name]) for name, t in mfa.local.state_dict().items()}
+    out["start"] = mfa.start
+    out["too many"] = message(lambda: ShardedMFA.from_mfa(module(mixture(1, 5, 1)), group))
+    return out
