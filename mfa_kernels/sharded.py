@@ -114,6 +114,7 @@ class ShardedMFA(nn.Module):
         """Each rank's part of a mixture that every rank holds; parameters are copied."""
         start, stop = _part(mfa.n_components, Ranks(group))
         local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
+        local.extra = dict(mfa.extra)
         local.load_state_dict(
             {name: t[start:stop] if _is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
         )

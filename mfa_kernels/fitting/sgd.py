@@ -329,7 +329,7 @@ class Run:
         report.history.append(record)
         self.evaluations_since_best += 1
         if held_out is None:
-            report.best_step = step
+            report.best_step, self.evaluations_since_best = step, 0  # there is nothing to lose patience with
         elif report.held_out_nll is None or held_out < report.held_out_nll or math.isnan(report.held_out_nll):
             report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
             self.best = self._copy()
@@ -340,7 +340,7 @@ class Run:
         for callback in self.settings.callbacks:
             callback(self.mfa, record)
         changed = versions != [p._version for p in self.mfa.parameters()]
-        if self.settings.callbacks and self.ranks.totals(changed)[0]:
+        if self.ranks.totals(changed)[0]:
             self.ranks.broadcast_(*self.mfa.parameters())
             self._parameters_changed()
         self.losses, self.tokens = [], 0
@@ -389,7 +389,7 @@ class Training(Run):
                 self.epoch, self.order = epoch, self.generator.get_state()
                 indices = islice(shuffled(self.rows, settings.batch_size, self.generator), self.batch, None)
                 for x in self._read(indices):
-                    self._step(x, learning_rate(step, steps, settings), count_skipped=epoch == 0)
+                    self._step(x, learning_rate(step, steps, settings), count_skipped=epoch + self.first_epoch == 0)
                     step += 1
                     self.batch += 1
                     bar.update()
