@@ -95,9 +95,9 @@ def fit(
     bit. The batches are those of a single process: only the order of sums differs from its results, and a checkpoint
     can be gone on with by another number of processes. (By as many, it leads to the same bits, except where it cut a
     pass of "em" in two.) Rank 0 runs K-means, shows progress, and writes `log` and `checkpoint`; callbacks are called
-    on the ranks that have them, and parameters that they change become those of rank 0. Of an iterator that is fitted online, every
-    rank brings its own, and it takes as many ranks to resume. Data or settings that differ between ranks are an error.
-    An error on one rank alone, and Ctrl-C, are left to the launcher, which ends the others.
+    on the ranks that have them, and parameters that they change become those of rank 0. Of an iterator that is fitted
+    online, every rank brings its own, and it takes as many ranks to resume. Data or settings that differ between ranks
+    are an error. An error on one rank alone, and Ctrl-C, are left to the launcher, which ends the others.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
