@@ -408,7 +408,8 @@ class BatchEM(_EM):
 
     def _pass(self, count_skipped: bool, bar: Any) -> tuple[Statistics, Overlap]:
         s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
-        batches = self.rows[self.seen :].split(self._batch_rows() * self.ranks.size)
+        left = self.rows[self.seen :]
+        batches = left.split(self._batch_rows() * self.ranks.size) if len(left) else ()
         for batch, x in zip(batches, self._read(iter(batches))):
             bar.update(len(batch))
             x = self._finite(x, count_skipped)
