@@ -131,9 +131,7 @@ def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
         from mfa_kernels.ops.kmeans import triton_clusters
 
         x, distance = x if x.dtype != torch.float64 else x.float(), distance.float()
-        triton_clusters.cluster_sums(
-            x.contiguous(), center.contiguous(), owner, distance, weights, sums, mass, inertia
-        )
+        triton_clusters.cluster_sums(x.contiguous(), center.contiguous(), owner, distance, weights, sums, mass, inertia)
     else:
         portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
 

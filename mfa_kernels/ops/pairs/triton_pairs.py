@@ -148,9 +148,7 @@ def explain(
     return logits, t
 
 
-def latents(
-    x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, *, groups: Groups | None = None
-) -> Tensor:
+def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, *, groups: Groups | None = None) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R) float32, 0 in a slot without one. Arguments as in `explain`."""
     _, t = explain(x, tokens, components, factors, groups=groups)
     assert t is not None
