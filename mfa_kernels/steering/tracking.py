@@ -67,13 +67,31 @@ class Pass:
         return positions
 
 
+@dataclass
+class _Sequence:
+    """What is remembered of a (batch of) sequences between its passes.
+
+    Attributes:
+        prompt_end: first column that was generated.
+        next: column after the last pass.
+        padding: columns of padding so far, (B, 1).
+        cache: that of its first pass, where it is an object that stays the same.
+    """
+
+    prompt_end: int = _UNKNOWN
+    next: int = 0
+    padding: Tensor | None = None
+    cache: Any = None
+
+
 class Tracker:
     """Follows the forward passes of one model, for all the handles that steer it.
 
     A pre-hook on the stack of decoder layers reads its arguments. What they cannot say, where the prompt ends when it
     comes in chunks or is recomputed at each step, is read from the call to `model.generate`, which is wrapped as long
     as the model is steered. In a loop of one's own, without `generate`, a pass of several tokens is a prompt (or a
-    further chunk of it), and a pass of one token that extends a cache is generated.
+    further chunk of it), and a pass of one token that extends a cache is generated. So it is for what runs the model
+    on a cache of its own while `generate` does, as the unconditional branch of classifier-free guidance.
     """
 
     @classmethod
@@ -88,10 +106,8 @@ class Tracker:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._users: list[User] = []
-        self._generating = False
-        self._prompt_end = _UNKNOWN
-        self._next = 0  # column after the last pass
-        self._padding: Tensor | None = None
+        self._own = _Sequence()
+        self._generated: _Sequence | None = None  # by the call to `generate` that is under way
         self.current: Pass | None = None
         stack = _stack_owner(model)
         # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
@@ -117,12 +133,14 @@ class Tracker:
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`model.generate`, with the end of the prompt noted."""
-        before = self._generating, self._prompt_end
-        self._generating, self._prompt_end, self._next, self._padding = True, _prompt_columns(args, kwargs), 0, None
+        outer, sequence = self._generated, _Sequence(_prompt_columns(args, kwargs))
+        self._generated = sequence
         try:
             return self._generate(*args, **kwargs)
         finally:
-            self._generating, self._prompt_end = before
+            self._generated, sequence.cache = outer, None
+            if outer is None:
+                self._own = sequence  # a loop of one's own may go on with its cache
 
     def at(self, hidden: Tensor) -> Pass:
         """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence."""
@@ -146,28 +164,31 @@ class Tracker:
         inputs = _inputs(given)
         if inputs is None:
             raise ValueError(f"{name} was called without input_ids and inputs_embeds as tensors")
-        tokens = inputs.shape[1]
-        start = self._start(given, compiled)
+        tokens, cache = inputs.shape[1], _cache(given)
+        sequence = self._generated or self._own
+        start = self._start(cache, sequence, compiled)
+        if sequence is self._generated:
+            if not sequence.next:
+                sequence.cache = None if isinstance(cache, tuple | list) else cache
+            elif sequence.cache is not None and cache is not sequence.cache and start != sequence.next:
+                sequence = self._own
         if start == 0:
-            self._padding = None
-        if not self._generating:
+            sequence.padding = None
+        if sequence is self._own:
             extends = start > 0 and tokens == 1
-            self._prompt_end = min(self._prompt_end, start) if extends else start + tokens
-        real, padding = None, self._padding
+            sequence.prompt_end = min(sequence.prompt_end, start) if extends else start + tokens
+        real, padding = None, sequence.padding
         # What generate() appends is never masked: a mask needs no look after the prompt.
-        if not self._generating or start < self._prompt_end:
-            real, before = _read_mask(given.get("attention_mask"), start, tokens)
-            padding = padding if before is None else before
-        self.current = Pass(start, tokens, self._prompt_end, real, padding)
-        self._next = start + tokens
+        if sequence is self._own or start < sequence.prompt_end:
+            real, padding = _read_mask(given.get("attention_mask"), start, tokens, padding)
+        self.current = Pass(start, tokens, sequence.prompt_end, real, padding)
+        sequence.next = start + tokens
         if real is not None:
             added = (~real).sum(1, keepdim=True)
-            self._padding = added if padding is None else padding + added
+            sequence.padding = added if padding is None else padding + added
 
-    def _start(self, given: dict[str, Any], compiled: bool) -> int:
+    def _start(self, cache: Any, sequence: _Sequence, compiled: bool) -> int:
         """Tokens in the cache."""
-        cache = given.get("past_key_values")
-        cache = given.get("cache_params") if cache is None else cache
         if cache is None:
             return 0
         if isinstance(cache, tuple | list):
@@ -175,12 +196,18 @@ class Tracker:
         try:
             length = cache.get_seq_length()
         except (AttributeError, ValueError):  # caches of state-space models have no length
-            return self._next
-        if isinstance(length, Tensor) and self._generating and self._next and not compiled:
+            return sequence.next
+        if isinstance(length, Tensor) and sequence is self._generated and sequence.next and not compiled:
             # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have
             # passed tokens that nobody asked about.
-            return self._next
+            return sequence.next
         return int(length)
+
+
+def _cache(given: dict[str, Any]) -> Any:
+    """The cache among the arguments of the stack."""
+    cache = given.get("past_key_values")
+    return given.get("cache_params") if cache is None else cache
 
 
 def _inputs(given: dict[str, Any]) -> Tensor | None:
@@ -215,12 +242,14 @@ def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1  # generate starts from a beginning-of-sequence token
 
 
-def _read_mask(mask: Any, start: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+def _read_mask(
+    mask: Any, start: int, tokens: int, padding: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
     """Which of the pass's tokens are real, (B, T), and the columns of padding before it, (B, 1), as far as it says."""
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
     if mask is None:
-        return None, None
+        return None, padding
     if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         raise TypeError(
             "attention_mask must be a tensor of shape (B, T), or (B, 1, T, columns), for padding to be told from "
@@ -232,8 +261,12 @@ def _read_mask(mask: Any, start: int, tokens: int) -> tuple[Tensor | None, Tenso
     first = start if known else mask.shape[-1] - tokens
     if mask.dim() == 2:
         real = mask != 0
-        before = (~real[:, :start]).sum(1, keepdim=True) if known and start else None
-        return real[:, first : first + tokens], before
+        if known and start:
+            padding = (~real[:, :start]).sum(1, keepdim=True)
+        return real[:, first : first + tokens], padding
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    if known and start and padding is None:
+        # The last token sees every real one before it; where passes were seen before, a sliding window hides nothing.
+        padding = (~visible[:, -1, :start]).sum(1, keepdim=True)
     # A real token sees itself.
-    own = torch.diagonal(mask[:, 0], offset=first, dim1=-2, dim2=-1)
-    return (own if own.dtype == torch.bool else own > torch.finfo(own.dtype).min / 2), None
+    return torch.diagonal(visible, offset=first, dim1=-2, dim2=-1), padding

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.steering import Add, LogDensity, Reconstruct, Remove, Responsibility, Toward
-from tests.steering.tiny import LAYER, WIDTH, causal_lm, fitting_mixture, prompts
+from tests.steering.tiny import LAYER, WIDTH, causal_lm, fitting_mixture, prompts, static_cache
 
 Z = torch.tensor([2.0, -3.0, 1.0])
 WHOLE: dict[str, dict[str, Any]] = {
@@ -39,9 +39,7 @@ def fresh() -> Iterator[None]:
 @torch.no_grad()
 def decode(model: nn.Module, step: Any, new: int = 5) -> tuple[Tensor, Tensor]:
     """Tokens (B, new) and the logits after them, greedily: the prompt by the model, each token after it by `step`."""
-    from transformers import StaticCache
-
-    cache, tokens = StaticCache(config=model.config, max_cache_len=32), []
+    cache, tokens = static_cache(model), []
     logits = model(**prompts(), past_key_values=cache).logits[:, -1]
     for _ in range(new):
         tokens.append(logits.argmax(-1, keepdim=True))

@@ -29,6 +29,7 @@ from tests.steering.tiny import (
     LAYER,
     PAD,
     RANK,
+    UNWRITTEN,
     WIDTH,
     causal_lm,
     count_hooks,
@@ -115,6 +116,18 @@ def test_positions_do_not_depend_on_how_the_sequence_is_cut(component: Any, alph
             other_tokens, other_logits = generated(model, inputs, **options)
             assert torch.equal(tokens, other_tokens)
             torch.testing.assert_close(logits, other_logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt", "generated", "last", slice(2, 13, 2)], ids=str)
+def test_assisted_decoding_writes_what_greedy_decoding_does(positions: Any) -> None:
+    """Guesses are read several at once, and the cache is cut where they are wrong; one model guesses for itself."""
+    model, inputs = causal_lm(), {"input_ids": torch.tensor([[4, 5, 6, 4, 5, 6, 4, 5]])}
+    options = {"new": 8, "output_logits": False, "eos_token_id": UNWRITTEN}
+    with steer(model, fitting_mixture(), LAYER, 2, ramp, Z, positions=positions):
+        expected = generate(model, inputs, **options).sequences
+        for guesses in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": model}, {"assistant_early_exit": 2}):
+            assert torch.equal(generate(model, inputs, **options, **guesses).sequences, expected)
+    assert not torch.equal(generate(model, inputs, **options).sequences, expected)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.steering.tracking import Pass, Tracker
-from tests.steering.tiny import causal_lm, count_hooks, generate, prompts
+from tests.steering.tiny import PAD, UNWRITTEN, causal_lm, count_hooks, generate, prompts, static_cache
 
 USER = SimpleNamespace(asks_where=True)
 
@@ -42,8 +42,8 @@ PREFILL = [[-1, 0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3, 4]]
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generate_with_a_cache(cache: dict[str, Any], attention: str) -> None:
-    model = causal_lm()
-    model.set_attn_implementation(attention)
+    model = causal_lm(attn_implementation=attention)
+    assert model.config._attn_implementation == attention
     log = Log(model)
     for _ in range(2):  # a new sequence begins anew
         generate(model, PADDED, new=4, **cache)
@@ -111,10 +111,13 @@ def test_chunked_prefill(chunk: int) -> None:
     assert joined == [[*PREFILL[0], 6, 7], [*PREFILL[1], 5, 6]]
 
 
-def test_a_second_turn_on_the_same_cache() -> None:
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_second_turn_on_the_same_cache(kind: str) -> None:
     model = causal_lm()
+    # transformers 4 counts the keys of a static cache that are not zero, and those of this padding would be.
+    model.get_input_embeddings().weight.data[PAD] = 1
     log = Log(model)
-    first = generate(model, PADDED, new=3)
+    first = generate(model, PADDED, new=3, **({} if kind == "dynamic" else {"past_key_values": static_cache(model)}))
     again = torch.cat([first.sequences, torch.tensor([[5, 6], [7, 8]])], 1)
     mask = torch.cat([PADDED["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
     log.passes.clear()
@@ -124,11 +127,35 @@ def test_a_second_turn_on_the_same_cache() -> None:
     assert log.positions == [[[8, 9, 10], [7, 8, 9]], [[11], [10]]]
 
 
+def test_a_loop_of_ones_own_goes_on_where_generate_stopped() -> None:
+    model = causal_lm()
+    log = Log(model)
+    cache = generate(model, PADDED, new=3).past_key_values
+    log.passes.clear()
+    log.positions.clear()
+    with torch.no_grad():
+        for _ in range(2):
+            model(input_ids=PADDED["input_ids"][:, -1:], past_key_values=cache)
+    assert log.passes == [(9, 1, 7), (10, 1, 7)]
+    assert log.positions == [[[8], [7]], [[9], [8]]]
+
+
+def test_guidance_runs_a_sequence_of_its_own() -> None:
+    """Classifier-free guidance: the unconditional branch begins with the prompt's last token, on another cache."""
+    log = Log(model := causal_lm())
+    for cache in ({}, {"cache_implementation": "static"}):
+        generate(model, PADDED, new=3, guidance_scale=1.5, **cache)
+        assert log.passes == [(0, 7, 7), (0, 1, 1), (7, 1, 7), (1, 1, 1), (8, 1, 7), (2, 1, 1)]
+        assert log.positions == [PREFILL, [[0], [0]], [[6], [5]], [[1], [1]], [[7], [6]], [[2], [2]]]
+        log.passes.clear()
+        log.positions.clear()
+
+
 def test_assisted_decoding_reads_guesses_as_generated() -> None:
     model = causal_lm()
     log = Log(model)
     ids = torch.tensor([[4, 5, 6, 4, 5, 6, 4, 5]])
-    generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2)
+    generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2, eos_token_id=UNWRITTEN)
     assert {end for _, _, end in log.passes} == {8}
     assert any(tokens > 1 for start, tokens, _ in log.passes if start >= 8) or log.passes[0][1] > 8
 
