@@ -20,7 +20,8 @@ with alpha such that KL(steered || unsteered) of the token after the prompt is a
 Before an RMSNorm, (1 - alpha) x + alpha mu_k and x + alpha / (1 - alpha) mu_k are one: after the last layer, where
 nothing else reads the stream, the two agree to the tolerance of the bisection. In between they do not.
 
-Written: steering_proof.json, .md (the table that is printed) and .png.
+Written: steering_proof.json, .md (the table that is printed) and .svg. `--redraw` makes the last two from the first.
+What one run of it says is in docs/steering.md.
 """
 
 from __future__ import annotations
@@ -80,7 +81,21 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--redraw", action="store_true", help="measure nothing, read steering_proof.json")
     options = parser.parse_args()
+    written = options.out / "steering_proof.json"
+    if not options.redraw:
+        report = {"options": {k: str(v) for k, v in vars(options).items() if k != "out"}, "regions": measured(options)}
+        written.write_text(json.dumps(report, indent=1))
+    results = json.loads(written.read_text())["regions"]
+    table = markdown(results)
+    (options.out / "steering_proof.md").write_text(table + "\n")
+    figure(results, options.out / "steering_proof.svg")
+    print(table)
+
+
+def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every way to steer, for each region."""
     model, tokenizer = tiny_lm.load()
     store, mfa = fitted(options, model, tokenizer)
     assigned = assignments(mfa, store)
@@ -89,12 +104,7 @@ def main() -> None:
     for region in regions(options, mfa, store, tokenizer, assigned):
         results.append(measure(options, model, mfa, region, prompts))
         print(f"region {region.component}: {region.name}", flush=True)
-    report = {"options": {k: str(v) for k, v in vars(options).items()}, "regions": results}
-    table = markdown(results)
-    (options.out / "steering_proof.json").write_text(json.dumps(report, indent=1))
-    (options.out / "steering_proof.md").write_text(table + "\n")
-    figure(results, options.out / "steering_proof.png")
-    print(table)
+    return results
 
 
 def fitted(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[ActivationStore, MFA]:
@@ -255,7 +265,8 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     """Concept and next rate against KL, and against fluency."""
     import matplotlib
 
-    matplotlib.use("Agg")
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "steering_proof", "svg.fonttype": "none"})  # same figures, same file
     from matplotlib import pyplot
 
     picture, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
@@ -279,7 +290,7 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
     panels[2].plot(unsteered["nll"], unsteered["concept"], "k*")
     panels[2].set(xlabel="NLL under the unsteered model, nats per token", ylabel="concept rate")
     panels[1].legend()
-    picture.savefig(path, dpi=120)
+    picture.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

@@ -242,9 +242,7 @@ def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     return 1  # generate starts from a beginning-of-sequence token
 
 
-def _read_mask(
-    mask: Any, start: int, tokens: int, padding: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
+def _read_mask(mask: Any, start: int, tokens: int, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Which of the pass's tokens are real, (B, T), and the columns of padding before it, (B, 1), as far as it says."""
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))

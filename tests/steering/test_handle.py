@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import steer
+from mfa_kernels.models import hidden_states
 from mfa_kernels.steering import (
     Add,
     Handle,
@@ -29,7 +30,9 @@ from tests.steering.tiny import (
     LAYER,
     PAD,
     RANK,
+    SLIDING,
     UNWRITTEN,
+    VERSION,
     WIDTH,
     causal_lm,
     count_hooks,
@@ -75,6 +78,8 @@ class TestArchitectures:
         with steer(model, fitting_mixture(), LAYER, **{**arguments, "alpha": ramp}):
             tokens, logits = generated(model, inputs)
             for options in ({"use_cache": False}, {"prefill_chunk_size": 3}, {"prefill_chunk_size": 6}):
+                if architecture == "gpt2" and "prefill_chunk_size" in options and VERSION <= (4, 51):
+                    continue  # transformers knows no cache of chunks for it
                 other_tokens, other_logits = generated(model, inputs, **options)
                 assert torch.equal(tokens, other_tokens)
                 torch.testing.assert_close(logits, other_logits, **TOLERANCE)
@@ -108,7 +113,7 @@ class TestArchitectures:
 @pytest.mark.parametrize("alpha", [0.6, ramp], ids=["constant", "schedule"])
 @pytest.mark.parametrize("component", [2, None], ids=["fixed", "mixture"])
 def test_positions_do_not_depend_on_how_the_sequence_is_cut(component: Any, alpha: Any, positions: Any) -> None:
-    model, inputs = causal_lm("gemma2"), prompts(padded=True)
+    model, inputs = causal_lm(SLIDING), prompts(padded=True)
     with steer(model, fitting_mixture(), LAYER, component, alpha, Z, positions=positions) as handle:
         tokens, logits = generated(model, inputs)
         assert 0 < handle.stats().tokens_steered <= handle.stats().tokens_seen == 11 + 2 * 4
@@ -186,9 +191,11 @@ def test_each_kind_of_positions(positions: Any, steered: Any, count: int) -> Non
     model, inputs, mfa = causal_lm(), prompts(1), fitting_mixture()
     before: list[Tensor] = []
     after: list[Tensor] = []
-    model.model.layers[LAYER].register_forward_hook(lambda module, args, output: before.append(output))
+    model.model.layers[LAYER].register_forward_hook(lambda module, args, output: before.append(hidden_states(output)))
     with steer(model, mfa, LAYER, **BOTH, positions=positions) as handle:
-        model.model.layers[LAYER].register_forward_hook(lambda module, args, output: after.append(output))
+        model.model.layers[LAYER].register_forward_hook(
+            lambda module, args, output: after.append(hidden_states(output))
+        )
         generate(model, inputs)
         assert handle.stats() == Stats(11, count)
     changed = (torch.cat(before, 1) != torch.cat(after, 1)).any(-1)[0]
@@ -204,7 +211,9 @@ def test_alpha_follows_the_schedule() -> None:
         return 1.0 if step % 2 else 0.0
 
     with steer(model, mfa, LAYER, 2, schedule):
-        model.model.layers[LAYER].register_forward_hook(lambda module, args, output: outputs.append(output))
+        model.model.layers[LAYER].register_forward_hook(
+            lambda module, args, output: outputs.append(hidden_states(output))
+        )
         generate(model, prompts(), new=4)
     assert seen == [0, 1, 2, 3]
     reached = [torch.allclose(output, mfa.means[2].expand_as(output), atol=1e-6) for output in outputs]
@@ -519,9 +528,9 @@ class TestNesting:
             mfa.means.mul_(layer + 1)
             mixtures.append(mfa)
             module = model.model.layers[layer]
-            module.register_forward_hook(lambda m, a, out, kept=before[layer]: kept.append(out))
+            module.register_forward_hook(lambda m, a, out, kept=before[layer]: kept.append(hidden_states(out)))
             handles.append(steer(model, mfa, layer, **spec, positions="generated"))
-            module.register_forward_hook(lambda m, a, out, kept=after[layer]: kept.append(out))
+            module.register_forward_hook(lambda m, a, out, kept=after[layer]: kept.append(hidden_states(out)))
         generate(model, inputs)
         handles[1].update(component=5)
         generate(model, inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.steering.tracking import Pass, Tracker
-from tests.steering.tiny import PAD, UNWRITTEN, causal_lm, count_hooks, generate, prompts, static_cache
+from tests.steering.tiny import PAD, STATIC, UNWRITTEN, causal_lm, count_hooks, generate, prompts, static_cache
 
 USER = SimpleNamespace(asks_where=True)
 
@@ -86,7 +86,7 @@ def test_a_call_after_generate_is_a_prompt_of_its_own() -> None:
 def test_static_sliding_window_cache() -> None:
     model = causal_lm("gemma2")
     log = Log(model)
-    generate(model, PADDED, new=4, cache_implementation="static")
+    generate(model, PADDED, new=4, cache_implementation=STATIC)
     assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7), (9, 1, 7)]
     assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]]
 

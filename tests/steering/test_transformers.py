@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.data import tiny_lm
+from mfa_kernels.models import hidden_states, with_hidden_states
 from mfa_kernels.steering import Responsibility
 from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generate, generated, layer_output, prompts
 
@@ -29,7 +30,8 @@ class Packed(nn.Module):
         self.layer = layer
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, str]:
-        return self.layer(*args, **kwargs), "attention"
+        self.output = self.layer(*args, **kwargs)
+        return hidden_states(self.output), "attention"
 
 
 class Unpacked(nn.Module):
@@ -39,10 +41,10 @@ class Unpacked(nn.Module):
         super().__init__()
         self.layer = layer
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, rest = self.layer(*args, **kwargs)
         assert rest == "attention"
-        return hidden
+        return with_hidden_states(self.layer.output, hidden)
 
 
 @pytest.mark.parametrize("name", SPECS)
