@@ -43,7 +43,7 @@ def decode(model: nn.Module, step: Any, new: int = 5) -> tuple[Tensor, Tensor]:
     logits = model(**prompts(), past_key_values=cache).logits[:, -1]
     for _ in range(new):
         tokens.append(logits.argmax(-1, keepdim=True))
-        # As `generate` of transformers 4 does: without it, that compiles no whole step on a static cache, steered or not.
+        # As `generate` of transformers 4 does: without it, no step on a static cache compiles whole, steered or not.
         where = {"cache_position": torch.tensor([7 + len(tokens) - 1])} if VERSION < (5, 0) else {}
         logits = step(input_ids=tokens[-1], past_key_values=cache, **where).logits[:, -1]
     return torch.cat(tokens, 1), logits
