@@ -111,6 +111,8 @@ class MFA(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Standard normal means, loadings of unit expected column norm, noise variance 1, equal weights."""
+        if self.means.is_meta:  # nothing to draw, and trying it makes PyTorch import its compiler: seconds
+            return
         with torch.no_grad():
             self.means.normal_(generator=generator)
             self.loadings.normal_(generator=generator).mul_(self.n_features**-0.5)

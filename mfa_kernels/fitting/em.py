@@ -1,171 +1,41 @@
 """EM on the active pairs, for a maximum a posteriori: in batches over all the rows, or online.
 
-The E-step is one scan and the statistics of its active pairs (`mfa_kernels.ops.statistics`); the M-step is in closed
-form: means and loadings together, as the coefficients of the augmented latents [z, 1], then the noise (Ghahramani and
-Hinton, "The EM algorithm for mixtures of factor analyzers", 1996).
+The E-step is one scan (`mfa_kernels.fitting.screening`) and the statistics of its active pairs
+(`mfa_kernels.ops.statistics`), the M-step is in closed form (`mfa_kernels.fitting.maximization`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled, standard_deviation
+from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize, pooled_covariance
+from mfa_kernels.fitting.revival import Overlap, revive
+from mfa_kernels.fitting.screening import Screening
+from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
 from mfa_kernels.mfa import MFA
-from mfa_kernels.ops.factors.reference import factors as exact_factors
 from mfa_kernels.ops.statistics.op import Statistics, expectation
 from mfa_kernels.ranks import ALONE, Ranks
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
 
-_DEFAULT_STRENGTH = 10.0  # where nothing is held out
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
-_COVARIANCE_ROWS = 20_000  # of the pooled covariance, at least, and 8 D
-_OUTLIER = 1000.0  # times the median squared distance, beyond which a row has no say in the pooled covariance
 _BATCH_ELEMENTS = 1 << 22  # of the rows of an E-step, or
 _LEAST_BATCH = 4096  # rows, which share one visit to the statistics
-_CHUNK_ELEMENTS = 1 << 23  # of the loadings of the components whose M-step runs at once
 _TOLERANCE = 1e-5  # nats per token and feature that a pass has to gain
 _ONLINE_ROWS = 16  # per component, of an online step at least: fewer would cost more in M-steps than in the scan
 _KAPPA = 0.6  # of the step sizes (t + t0)^-kappa; above 0.5 for convergence
 _STREAM_EVALUATION = 20  # steps between evaluations on a stream, whose length is not known
-_DEAD = 2.0  # tokens that a region owns, below which it is moved
-_DUPLICATE = 0.4  # of a region's tokens shared with another (0.5 and more: always both), from which on it is moved
+_OVERRELAXED = 1.9  # times EM's own step
 _REVIVALS = 3  # passes that may move regions
-
-
-@dataclass(frozen=True)
-class Prior:
-    """What the likelihood is weighed against; conjugate, so that the M-step stays in closed form.
-
-    Every region has seen `strength` further tokens whose residuals have the covariance that regions have on average
-    (an inverse Wishart prior on C_k = W_k W_k^T + Psi): a region that owns many tokens hardly notices, one that owns
-    few takes over the directions and the noise that its neighbours agree on. On the weights, a Dirichlet prior of
-    `tokens` further tokens.
-
-    Attributes:
-        covariance: S_0, (D, D) float64.
-        strength: nu, tokens per region.
-        tokens: of the weights, per region.
-    """
-
-    covariance: Tensor
-    strength: float = _DEFAULT_STRENGTH
-    tokens: float = 1.0
-
-    @torch.no_grad()
-    def log_density(self, mfa: MFA) -> Tensor:
-        """log p(parameters) but for a constant, (): -nu/2 sum_k (log|C_k| + tr C_k^-1 S_0) + tokens sum_k log pi_k."""
-        noise, total = mfa.noise_variance.double(), self.tokens * mfa.log_weights.double().sum()
-        for k in _component_chunks(mfa):
-            psi = noise if noise.dim() == 1 else noise[k]
-            rows, _, log_det = exact_factors(mfa.loadings[k].double(), psi)
-            rows = rows * psi.rsqrt().unsqueeze(-2)
-            trace = (self.covariance.diagonal() / psi).sum(-1) - ((rows @ self.covariance) * rows).sum((1, 2))
-            total = total - self.strength / 2 * (log_det + trace).sum()
-        return total
-
-
-def _component_chunks(mfa: MFA) -> tuple[Tensor, ...]:
-    step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * (mfa.rank + 1)))
-    return torch.arange(mfa.n_components, device=mfa.means.device).split(step)
-
-
-def _covariance_rows(mfa: MFA) -> int:
-    return max(_COVARIANCE_ROWS, 8 * mfa.n_features)
-
-
-@torch.no_grad()
-def pooled_covariance(mfa: MFA, x: Tensor) -> Tensor:
-    """Covariance of the residuals of finite rows x (n, D) in the regions that own them, (D, D) float64."""
-    scale = standard_deviation(mfa)
-    x = x[: _covariance_rows(mfa)].to(mfa.means)
-    owner = mfa.assign(x)
-    x, owner = x[owner >= 0], owner[owner >= 0]
-    distance = ((x - mfa.means[owner]) / scale).square().sum(1)
-    near = distance <= _OUTLIER * distance.median() if len(x) else owner >= 0
-    x, owner = x[near], owner[near]
-    total = torch.zeros(mfa.n_features, mfa.n_features, dtype=torch.float64, device=x.device)
-    for part, k in zip(x.split(_LEAST_BATCH), owner.split(_LEAST_BATCH)):
-        y = (part - mfa.means[k]) / scale
-        total += y.mT @ y
-    scale = scale.double()
-    return total / max(1, len(x)) * scale * scale.unsqueeze(1)
-
-
-@torch.no_grad()
-def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Tensor:
-    """The M-step: sets the mixture's parameters to those that maximise the expected log posterior.
-
-    With the mean moved by delta, W and delta minimise sum E|y - W z - delta|^2 / Psi over the tokens and those of the
-    prior: [W delta] = [cross shift] [[second latent] [latent^T mass]]^-1. The noise is what they leave, but for the
-    mixture's noise floor. A region without tokens stays as it is.
-
-    Args:
-        mfa: what the statistics were collected under.
-        s: the statistics.
-        prior: its strengths in the units of `s.mass`.
-        others: the ranks that hold the other components, where these are not all.
-
-    Returns:
-        How far the means moved, (K, D) float64.
-    """
-    rank, nu = mfa.rank, prior.strength
-    noise = mfa.noise_variance.double()
-    shared = noise.dim() == 1
-    total = s.mass.sum()
-    others.sum_(total)
-    components = int(others.totals(mfa.n_components)[0])
-    owned = s.mass > 1e-9 * total
-    unexplained = s.squares.clone()
-    change = torch.empty_like(s.shift)
-    loadings = torch.empty_like(mfa.loadings)
-    identity = torch.eye(rank, dtype=torch.float64, device=noise.device)
-    for k in _component_chunks(mfa):
-        old = mfa.loadings[k].double()
-        scaled = old / (noise if shared else noise[k]).unsqueeze(-1)
-        posterior = torch.linalg.inv(identity + old.mT @ scaled)  # M^-1
-        gain = posterior @ scaled.mT  # E[z | y] = gain y
-        spread = gain @ prior.covariance
-        products = torch.cat([s.cross[k] + nu * spread, s.shift[k].unsqueeze(1)], 1)  # (k, R+1, D)
-        gram = torch.empty(len(k), rank + 1, rank + 1, dtype=torch.float64, device=noise.device)
-        gram[:, :rank, :rank] = s.second[k] + nu * (spread @ gain.mT + posterior)
-        gram[:, :rank, rank] = gram[:, rank, :rank] = s.latent[k]
-        gram[:, rank, rank] = s.mass[k]
-        own = owned[k]
-        if own.all():  # as a rule; the copies of the other case cost as much as the solution
-            fitted = torch.cholesky_solve(products, torch.linalg.cholesky(gram))
-        else:
-            fitted = torch.cat([old.mT, torch.zeros_like(products[:, :1])], 1)
-            fitted[own] = torch.cholesky_solve(products[own], torch.linalg.cholesky(gram[own]))
-        left = -(fitted * (2 * products - gram @ fitted)).sum(1)
-        if shared:
-            unexplained += left.sum(0)
-        else:
-            unexplained[k] += left
-        change[k] = fitted[:, rank]
-        loadings[k] = fitted[:, :rank].mT.to(loadings)
-    if shared:
-        others.sum_(unexplained)
-    regions = components if shared else 1
-    unexplained += regions * nu * prior.covariance.diagonal()
-    weight = (total if shared else s.mass.unsqueeze(1)) + regions * nu
-    least = 2 * mfa.noise_floor or torch.finfo(mfa.means.dtype).tiny
-    psi = torch.where(weight > 0, unexplained / weight, noise).clamp_min(least)
-    means = (mfa.means.double() + change).to(mfa.means)
-    change = means.double() - mfa.means.double()
-    mfa.means.copy_(means)
-    mfa.loadings.copy_(loadings)
-    mfa.log_noise.copy_((psi - mfa.noise_floor).log())
-    mfa.weight_logits.copy_(((s.mass + prior.tokens) / (total + components * prior.tokens)).log())
-    return change
+_REVIVAL_ROWS = 64  # per component, after which online EM looks for regions that own nothing
 
 
 def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor, ranks: Ranks = ALONE) -> Prior:
@@ -189,97 +59,6 @@ def statistics_state(s: Statistics) -> dict[str, Tensor]:
     return {f"statistics.{field.name}": getattr(s, field.name) for field in fields(Statistics)}
 
 
-class Overlap:
-    """How much of their tokens pairs of regions share: sum_n r_ni r_nj over the two largest responsibilities."""
-
-    def __init__(self, components: int) -> None:
-        self.components = components
-        self.pairs: list[Tensor] = []
-        self.shares: list[Tensor] = []
-
-    def add(self, components: Tensor, responsibilities: Tensor) -> None:
-        """Counts a batch: (N, S) both, largest first."""
-        if components.shape[1] < 2:
-            return
-        both = (components[:, 1] >= 0) & (responsibilities[:, 1] > 0)
-        pair = components[both, :2].long().sort(1).values
-        code, place = (pair[:, 0] * self.components + pair[:, 1]).unique(return_inverse=True)
-        share = torch.zeros(len(code), dtype=torch.float64, device=code.device)
-        share.index_put_((place,), responsibilities[both, :2].double().prod(1), accumulate=True)
-        self.pairs.append(code)
-        self.shares.append(share)
-
-    def clear(self) -> None:
-        """Forgets all of them."""
-        self.pairs, self.shares = [], []
-
-    def pool(self, ranks: Ranks) -> None:
-        """Adds what the other ranks have counted, in the order of the ranks."""
-        if ranks.size > 1:
-            none = torch.empty(0, device=ranks.device)
-            self.pairs = [ranks.concatenated(torch.cat([none.long(), *self.pairs]))]
-            self.shares = [ranks.concatenated(torch.cat([none.double(), *self.shares]))]
-
-    def duplicates(self, mass: Tensor) -> list[tuple[int, int]]:
-        """Pairs of regions that explain the same tokens, given what each owns, (K,)."""
-        if not self.pairs:
-            return []
-        code, place = torch.cat(self.pairs).unique(return_inverse=True)
-        share = torch.zeros(len(code), dtype=torch.float64, device=code.device)
-        share.index_put_((place,), torch.cat(self.shares), accumulate=True)
-        first, second = code // self.components, code % self.components
-        same = share > _DUPLICATE * torch.minimum(mass[first], mass[second])
-        return list(zip(first[same].tolist(), second[same].tolist()))
-
-
-@torch.no_grad()
-def revive(mfa: MFA, mass: Tensor, overlap: Overlap, covariance: Tensor) -> int:
-    """Moves the regions that own next to nothing, or what another one owns too: each takes half of the largest.
-
-    A region is split across its widest direction u (unit latent variance): the halves of a normal distribution have
-    their means at +-sqrt(2/pi) u, and the variance 1 - 2/pi along u.
-
-    Args:
-        mfa: changed in place.
-        mass: tokens of each region, (K,).
-        overlap: of the same pass.
-        covariance: pooled, (D, D): the directions of a mixture of rank 0.
-
-    Returns:
-        Regions moved.
-    """
-    mass = mass.clone()
-    for first, second in overlap.duplicates(mass):
-        small, large = sorted((first, second), key=lambda k: float(mass[k]))
-        mass[large] += mass[small]
-        mass[small] = 0
-    moved = 0
-    for k in (mass < _DEAD).nonzero().squeeze(1).tolist():
-        donor = int(mass.argmax())
-        if mass[donor] < 2 * _DEAD:
-            break
-        if mfa.rank:
-            u, strength, rotation = torch.linalg.svd(mfa.loadings[donor].double(), full_matrices=False)
-            direction = u[:, 0] * strength[0]
-            strength[0] *= math.sqrt(1 - 2 / math.pi)
-            mfa.loadings[donor] = (u * strength @ rotation).to(mfa.loadings)
-            mfa.loadings[k] = mfa.loadings[donor]
-        else:
-            values, vectors = torch.linalg.eigh(covariance)
-            direction = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
-        step = (math.sqrt(2 / math.pi) * direction).to(mfa.means)
-        mfa.means[k] = mfa.means[donor] - step
-        mfa.means[donor] += step
-        if mfa.log_noise.dim() == 2:
-            mfa.log_noise[k] = mfa.log_noise[donor]
-        mass[donor] /= 2
-        mass[k] = mass[donor]
-        mfa.weight_logits[donor] -= math.log(2)
-        mfa.weight_logits[k] = mfa.weight_logits[donor]
-        moved += 1
-    return moved
-
-
 class _EM(Run):
     """What batch and online EM share.
 
@@ -289,27 +68,35 @@ class _EM(Run):
 
     def __init__(self, *args: Any, start_rows: Tensor) -> None:
         super().__init__(*args)
-        first = self.ranks.gathered(start_rows[: _covariance_rows(self.mfa)])
+        first = self.ranks.gathered(start_rows[: covariance_rows(self.mfa)])
         self.covariance = pooled_covariance(self.mfa, first)
         self.ranks.broadcast_(self.covariance)
+        self.screening = Screening(self.mfa, start_rows, self.ranks)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches of the pass going on
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
-        tensors["covariance"] = self.covariance
+        basis, screening = self.screening.state()
+        tensors |= {"covariance": self.covariance} | basis
         strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
-        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch}
+        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.covariance = tensors["covariance"].to(self.covariance, copy=True)
         self.prior = None if values["prior"] is None else Prior(self.covariance, *values["prior"])
         self.step, self.batch = values["step"], values["batch"]
+        self.screening.load(tensors, values)
 
     def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
         device = self.mfa.means.device
         return Statistics(*(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(Statistics)))
+
+    def _saved_overlap(self, tensors: Mapping[str, Tensor]) -> Overlap:
+        overlap = Overlap(self.mfa.n_components)
+        overlap.load(tensors, self.mfa.means.device)
+        return overlap
 
     def _zeros(self) -> Statistics:
         return Statistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
@@ -318,7 +105,12 @@ class _EM(Run):
         with torch.no_grad():
             means, loadings, noise, log_weights = self.mfa.parameters_in_compute_dtype()
             weights = None if token_weight is None else torch.full_like(x[:, 0], token_weight, dtype=means.dtype)
-            return expectation(x, means, loadings, noise, log_weights, self.mfa.factors(), out, weights)
+            active = self.screening.scan(x)
+            return expectation(x, means, loadings, noise, log_weights, self.mfa.factors(), out, weights, active)
+
+    def _held_out_nll(self) -> float:
+        log_prob = self.screening.log_prob if self.screening.ready() else None
+        return mean_nll(self.mfa, self.held_out, self.ranks, log_prob)
 
     def _choose_prior(self, s: Statistics) -> Prior:
         if not float(s.mass.sum()) > 0:
@@ -332,13 +124,21 @@ class _EM(Run):
 
 
 class BatchEM(_EM):
-    """A pass over all the rows for every M-step; the log posterior never falls, but where a region is moved."""
+    """A pass over all the rows for every M-step, which goes nearly twice as far as EM's: half the passes.
+
+    Near where EM settles, a step scaled by anything below 2 shrinks what is left, and most of what is left is in
+    directions that EM's own step shortens by little (Salakhutdinov and Roweis, "Adaptive overrelaxed bound
+    optimization methods", 2003). Where the log posterior has fallen after all, EM's own step is taken instead, so that
+    it never falls from one of them to the next, but where a region is moved.
+    """
 
     def __init__(self, *args: Any, start_rows: Tensor) -> None:
         super().__init__(*args, start_rows=start_rows)
         self.rows = self.rows.sort().values  # as disks like it; the order does not matter
         self.log_posteriors: list[float] = []  # per token, before each M-step
         self.revivals = 0  # passes that moved regions
+        self.plain: list[Tensor] | None = None  # where EM's own step would have come to, after one that went further
+        self.calm = False  # whether the last step was EM's own, or went further and did not fall
         self.partial: tuple[Statistics, Overlap] | None = None  # of the batches of a pass that were seen
         self.seen = 0  # their rows, of all ranks
 
@@ -351,23 +151,18 @@ class BatchEM(_EM):
             if not self.ranks.first:  # what was seen so far is with rank 0, as after the checkpoint is read
                 s.scale_(0)
                 overlap.clear()
-            tensors |= statistics_state(s)
-            if overlap.pairs:
-                tensors |= {"overlap.pairs": torch.cat(overlap.pairs), "overlap.shares": torch.cat(overlap.shares)}
-        return tensors, values | {"revivals": self.revivals, "seen": self.seen}
+            tensors |= statistics_state(s) | overlap.state()
+        tensors |= {f"plain.{i}": p for i, p in enumerate(self.plain or ())}
+        return tensors, values | {"revivals": self.revivals, "calm": self.calm, "seen": self.seen}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.log_posteriors, self.revivals = tensors["log_posteriors"].tolist(), values["revivals"]
-        self.seen = values["seen"]
-        if self.seen:
-            overlap, device = Overlap(self.mfa.n_components), self.mfa.means.device
-            if "overlap.pairs" in tensors:
-                overlap.pairs = [tensors["overlap.pairs"].to(device, copy=True)]
-                overlap.shares = [tensors["overlap.shares"].to(device, copy=True)]
-            self.partial = self._saved_statistics(tensors), overlap
-            if not self.ranks.first:
-                self.partial = None
+        self.calm, self.seen = values["calm"], values["seen"]
+        device = self.mfa.means.device
+        self.plain = [tensors[f"plain.{i}"].to(device, copy=True) for i in range(4) if f"plain.{i}" in tensors] or None
+        if self.seen and self.ranks.first:
+            self.partial = self._saved_statistics(tensors), self._saved_overlap(tensors)
 
     def run(self) -> None:
         """Ends when a pass gains too little to matter, when patience runs out, or after `epochs` passes."""
@@ -385,20 +180,18 @@ class BatchEM(_EM):
         )
         with bar:
             if not self.report.history:
+                self._prepare(passes)
                 self._evaluate(0, 0, bar)
             for step in range(self.step + 1, passes + 1):
                 s, overlap = self._pass(step == 1, bar)
                 prior = self.prior or self._choose_prior(s)
                 tokens = float(s.mass.sum())
                 self.losses.append(-float(s.log_likelihood) / tokens)
-                self.log_posteriors.append(float(s.log_likelihood + prior.log_density(self.mfa)) / tokens)
-                maximize(self.mfa, s, prior)
-                moved = 0
-                if self.revivals < _REVIVALS and step < passes:
-                    moved = revive(self.mfa, s.mass, overlap, self.covariance)
-                    self.revivals += moved > 0
-                    self.report.revived_components += moved
+                log_posterior = float(s.log_likelihood + prior.log_density(self.mfa)) / tokens
+                moved = self._step(s, overlap, prior, log_posterior, last=step == passes)
                 settled = step == passes or (not moved and self._settled())
+                self.screening.parameters_moved()
+                self._prepare(0 if settled else passes - step)
                 if step % every == 0 or settled:
                     self._evaluate(step, step, bar)
                 if settled or self._out_of_patience(finished=step == passes):
@@ -406,7 +199,40 @@ class BatchEM(_EM):
                 self.step, self.seen, self.partial = step, 0, None
                 self._save_if_due()
 
+    def _step(self, s: Statistics, overlap: Overlap, prior: Prior, log_posterior: float, last: bool) -> bool:
+        """The M-step; whether it moved regions, or went back to where EM's own step would have come to."""
+        if self.plain is not None and not log_posterior >= self.log_posteriors[-1]:
+            self._put(self.plain)
+            self.plain, self.calm = None, False
+            return True
+        self.log_posteriors.append(log_posterior)
+        before = self._copy()
+        maximize(self.mfa, s, prior)
+        self.plain = self._copy() if self.calm and not last else None
+        if self.plain is not None:
+            with torch.no_grad():
+                for parameter, old in zip(self.mfa.parameters(), before):
+                    parameter.add_(parameter - old, alpha=_OVERRELAXED - 1)
+        self.calm = True
+        if self.revivals < _REVIVALS and not last:
+            moved = revive(self.mfa, s.mass, overlap, self.covariance).moved
+            if moved:
+                self.plain, self.calm = None, False
+                self.revivals += 1
+                self.report.revived_components += moved
+            return moved > 0
+        return False
+
+    def _parameters_changed(self) -> None:
+        self.plain, self.calm = None, False
+
+    def _prepare(self, passes: int) -> None:
+        """For the rows held out and, where passes are to come, for the next one."""
+        rows = len(self.rows) // self.ranks.size + len(self.held_out)
+        self.screening.prepare(rows if passes else len(self.held_out), passes * rows)
+
     def _pass(self, count_skipped: bool, bar: Any) -> tuple[Statistics, Overlap]:
+        self._prepare(self.settings.epochs - self.step)  # where a checkpoint or a callback came between
         s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
         left = self.rows[self.seen :]
         batches = left.split(self._batch_rows() * self.ranks.size) if len(left) else ()
@@ -448,6 +274,7 @@ class OnlineEM(_EM):
     """
 
     statistics: Statistics  # per token; of the parameters' past, about the means that they have now
+    counted: Tensor  # tokens of each region since regions were looked at for revival, (K,)
     about: Tensor  # these means
 
     def __init__(self, *args: Any, start_rows: Tensor, stream: Iterable[Tensor] | None = None) -> None:
@@ -456,12 +283,17 @@ class OnlineEM(_EM):
         self.stream = stream
         self.batch_rows = online_rows(self.mfa.n_components, self.settings.batch_size)
         self.known = 1.0  # batches that the start rows are worth
+        self.overlap = Overlap(self.mfa.n_components)  # of the same tokens as `counted`
+        self.counted = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=self.mfa.means.device)
         self.epoch = 1  # the pass going on
         self.order = self.generator.get_state()  # that its order is drawn from
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
-        tensors["order"] = self.order
+        self.overlap.pool(self.ranks)
+        if not self.ranks.first:  # what was counted so far is with rank 0, as after the checkpoint is read
+            self.overlap.clear()
+        tensors |= {"order": self.order, "counted": self.counted} | self.overlap.state()
         if self.start_rows is None:
             tensors |= {**statistics_state(self.statistics), "about": self.about}
         return tensors, values | {"known": self.known, "epoch": self.epoch}
@@ -470,6 +302,9 @@ class OnlineEM(_EM):
         super()._load(tensors, values)
         self.generator.set_state(tensors["order"])
         self.known, self.epoch = values["known"], values["epoch"]
+        self.counted = tensors["counted"].to(self.counted, copy=True)
+        if self.ranks.first:
+            self.overlap = self._saved_overlap(tensors)
         if "about" in tensors:
             self.start_rows = None
             self.about = tensors["about"].to(self.mfa.means, copy=True)
@@ -494,6 +329,8 @@ class OnlineEM(_EM):
         )
         with bar:
             if not self.report.history:
+                rows = 0 if self.start_rows is None else len(self.start_rows)
+                self.screening.prepare(rows + len(self.held_out), self._to_come())
                 self._evaluate(0, 0, bar)
             if not passes:
                 return
@@ -511,17 +348,26 @@ class OnlineEM(_EM):
                     self.step += 1
                     self._step(x, rows, (self.step + self.known) ** -_KAPPA)
                     if self.step % every == 0:
+                        self.screening.prepare(len(x) + len(self.held_out), self._to_come())
                         self._evaluate(self.step, epoch, bar)
                         if self._out_of_patience(finished=False):
                             return
                     self._save_if_due()
                 self.batch = 0
             if self.step % every or not self.step:
+                self.screening.prepare(len(self.held_out), 0)
                 self._evaluate(self.step, passes, bar)
+
+    def _to_come(self) -> float:
+        """Rows of the rest of the run."""
+        if self.stream is not None:
+            return math.inf
+        return (self.settings.epochs + 1 - self.epoch) * len(self.rows) - self.batch * self.batch_rows
 
     def _look_at_start(self, start_rows: Tensor) -> None:
         """The statistics of the start rows, and the first M-step."""
         s, rows = self._zeros(), len(start_rows)
+        self.screening.prepare(rows, self._to_come())  # where a checkpoint or a callback came between
         for x in start_rows.split(self._batch_rows()):
             self._expect(x, s)
             self.tokens += len(x)
@@ -536,20 +382,59 @@ class OnlineEM(_EM):
         """x (n, D) are this rank's of the `rows` of a batch."""
         s, prior = self.statistics, self.prior
         assert prior is not None
+        self.screening.prepare(len(x), self._to_come())
         s.scale_(1 - eta if self.ranks.first else 0)  # the past counts once
-        active, _ = self._expect(x, s, eta / rows)
-        self.ranks.sum_(*s.tensors())
-        counted = active.log_prob[active.components[:, 0] >= 0]
-        total, count = self.ranks.totals(float(counted.double().sum()), len(counted))
+        weight, remembered = eta / rows, s.mass.clone()
+        active, responsibilities = self._expect(x, s, weight)
+        fresh = (s.mass - remembered) / weight
+        self.ranks.sum_(*s.tensors(), fresh)
+        self.counted += fresh
+        self.overlap.add(active.components, responsibilities / weight)
+        found = active.log_prob[active.components[:, 0] >= 0]
+        total, count = self.ranks.totals(float(found.double().sum()), len(found))
         if count:
             self.losses.append(-total / count)
         self.tokens += len(x)
-        window = rows / eta  # tokens that the statistics remember
-        self._maximize(s, replace(prior, strength=prior.strength / window, tokens=prior.tokens / window))
+        # The prior is worth its tokens among all the rows there are, not among those that the statistics remember:
+        # fewer of a long stream, and more where the same few rows come again and again.
+        seen = (self.known + self.step) * self.batch_rows
+        if self.stream is None:
+            seen = min(seen, len(self.rows))
+        self._maximize(s, replace(prior, strength=prior.strength / seen, tokens=prior.tokens / seen))
+        due = _REVIVAL_ROWS * self.mfa.n_components
+        if float(self.counted.sum()) >= due:
+            if self._to_come() > due:
+                self.overlap.pool(self.ranks)
+                self._revive()
+            self.counted.zero_()
+            self.overlap = Overlap(self.mfa.n_components)
+
+    def _revive(self) -> None:
+        """Moves regions that own nothing; the statistics become those that their parameters are the answer to."""
+        s, mfa = self.statistics, self.mfa
+        explained = (mfa.loadings.detach().double().mT * s.cross).sum(1)  # of the squares
+        found = revive(mfa, self.counted, self.overlap, self.covariance)
+        if not found.moved:
+            return
+        self.report.revived_components += found.moved
+        k = torch.tensor(found.touched, device=mfa.means.device)
+        loadings = mfa.loadings.detach()[k].double().mT
+        mass = found.mass[k] / found.mass.sum() * s.mass.sum()
+        s.mass[k], s.shift[k], s.latent[k] = mass, 0.0, 0.0
+        s.second[k] = mass[:, None, None] * torch.eye(mfa.rank, dtype=mass.dtype, device=mass.device)
+        s.cross[k] = mass[:, None, None] * loadings
+        spread = mass.unsqueeze(1) * loadings.square().sum(1)
+        if s.squares.dim() == 2:
+            s.squares[k] = spread + mass.unsqueeze(1) * mfa.noise_variance.detach()[k].double()
+        else:  # what the loadings explain is others now, the noise stays
+            s.squares.add_((spread - explained[k]).sum(0)).clamp_(min=0)
+        self.screening.parameters_moved()
+        self.about = mfa.means.detach().clone()
 
     def _maximize(self, s: Statistics, prior: Prior) -> None:
         """The M-step; the statistics kept are about the new means."""
         self.statistics = s.moved(maximize(self.mfa, s, prior))
+        self.screening.parameters_moved()
         self.about = self.mfa.means.detach().clone()
 
     def _parameters_changed(self) -> None:

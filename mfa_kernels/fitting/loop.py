@@ -77,7 +77,8 @@ def fit(
 
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464);
     - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
-      held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common;
+      held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
+      Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
       held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go;
     - "auto": "online" for an iterator, and where a pass over the rows makes at least 8 of its M-steps; else "em".

@@ -161,9 +161,11 @@ def standard_deviation(mfa: MFA) -> Tensor:
 
 
 @torch.no_grad()
-def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE) -> float:
-    """Mean negative log-likelihood of x (n, D), in nats per row; over the rows of all ranks."""
-    parts = [mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]
+def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE, log_prob: Callable[[Tensor], Tensor] | None = None) -> float:
+    """Mean negative log-likelihood of x (n, D), in nats per row, over the rows of all ranks; by another way to the
+    mixture's log p where given."""
+    log_prob = log_prob or mfa.log_prob
+    parts = [log_prob(part) for part in x.split(_EVALUATION_ROWS)]
     if ranks.size == 1:
         return -float(torch.cat(parts).double().mean())
     total, rows = ranks.totals(float(torch.cat(parts).double().sum()), len(x))
@@ -287,12 +289,16 @@ class Run:
         self.seconds = values["seconds"]
         self.evaluations_since_best = values["evaluations_since_best"]
 
+    @torch.no_grad()
+    def _put(self, parameters: list[Tensor]) -> None:
+        """The inverse of `_copy`."""
+        for parameter, kept in zip(self.mfa.parameters(), parameters):
+            parameter.copy_(kept)
+
     def restore_best(self) -> None:
         """Puts the best parameters back into the mixture."""
         if self.best is not None:
-            with torch.no_grad():
-                for parameter, kept in zip(self.mfa.parameters(), self.best):
-                    parameter.copy_(kept)
+            self._put(self.best)
 
     def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
@@ -314,7 +320,7 @@ class Run:
     def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
         spent = time.perf_counter() - self.began
         self.seconds += spent
-        held_out = mean_nll(self.mfa, self.held_out, self.ranks) if self.selects else None
+        held_out = self._held_out_nll() if self.selects else None
         self.report_skipped()
         step, epoch = step + self.first_step, epoch + self.first_epoch
         record = {
@@ -345,6 +351,9 @@ class Run:
             self._parameters_changed()
         self.losses, self.tokens = [], 0
         self.began = time.perf_counter()
+
+    def _held_out_nll(self) -> float:
+        return mean_nll(self.mfa, self.held_out, self.ranks)
 
     def _parameters_changed(self) -> None:
         """A callback changed the mixture's parameters."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.em import Prior, maximize
+from mfa_kernels.fitting.maximization import Prior, maximize
 from mfa_kernels.ops.statistics.op import Statistics, collect
 from mfa_kernels.sharded import ShardedMFA
 

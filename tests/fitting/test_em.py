@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting import em, fit
+from mfa_kernels.fitting import as_source, em, fit, maximization
+from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.ops.statistics.op import Statistics, expectation
 from tests.fitting.planted import Store, draw, nll, planted
+from tests.fitting.test_sgd import settings
 
 TRUE = planted()
 ROWS = draw(TRUE, 6000)
@@ -120,7 +122,7 @@ def test_the_m_step_does_not_depend_on_its_chunks(monkeypatch):
     s, prior = collect(mfa, x), em.Prior(covariance_of(x))
     density = prior.log_density(mfa)
     em.maximize(mfa, s, prior)
-    monkeypatch.setattr(em, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
+    monkeypatch.setattr(maximization, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
     torch.testing.assert_close(prior.log_density(other), density)
     em.maximize(other, s, prior)
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(mfa.parameters(), other.parameters()))
@@ -137,7 +139,7 @@ def test_the_noise_floor_holds():
 
 
 def test_pooled_covariance(monkeypatch):
-    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(maximization, "_COVARIANCE_CHUNK", 700)
     owner = TRUE.assign(ROWS)
     y = (ROWS - TRUE.means.detach()[owner]).double()
     x = torch.cat([ROWS, torch.full((3, 12), 1e6)])
@@ -181,7 +183,9 @@ def test_revived_regions_take_half_of_the_largest(rank):
         mfa.loadings[1] *= torch.linspace(1, 3, rank)
     before = copy.deepcopy(mfa)
     mass = torch.tensor([500.0, 3000.0, 0.0, 600.0]).double()
-    assert em.revive(mfa, mass, em.Overlap(4), covariance_of(ROWS)) == 1
+    found = em.revive(mfa, mass, em.Overlap(4), covariance_of(ROWS))
+    assert (found.moved, found.touched) == (1, [1, 2])
+    assert found.mass.tolist() == [500, 1500, 1500, 600]
     halves = mfa.means[[1, 2]].mean(0)
     torch.testing.assert_close(halves, before.means[1])
     assert (mfa.means[1] - mfa.means[2]).norm() > 1
@@ -193,14 +197,51 @@ def test_revived_regions_take_half_of_the_largest(rank):
     torch.testing.assert_close(mfa.weight_logits[[1, 2]].exp().sum(), before.weight_logits[1].exp())
 
 
-@pytest.mark.parametrize("wrong", ["dead", "duplicated"])
-def test_dead_and_duplicated_regions_come_back(wrong):
+@pytest.mark.parametrize(("method", "wrong"), [("em", "dead"), ("em", "duplicated"), ("online", "dead")])
+def test_dead_and_duplicated_regions_come_back(method, wrong):
     centroids = TRUE.means.detach().clone()
     centroids[4:] = 1e3 + torch.arange(2.0).unsqueeze(1) if wrong == "dead" else centroids[0]
-    report = (mfa := run(clusters=centroids, epochs=20)).fit_report
+    report = (mfa := run(method=method, clusters=centroids, epochs=20)).fit_report
     assert report.revived_components >= 2
     assert report.live_components == 6
     assert nll(mfa, TEST) < BEST + 0.3
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+def test_online_statistics_agree_with_revived_regions(noise):
+    """One dead region, one duplicate: the next M-step leaves what was moved where it is, and the noise as it was."""
+    x = ROWS.double()
+    noise_variance = TRUE.noise_variance if noise == "shared" else TRUE.noise_variance.expand(8, -1)
+    means = torch.cat([TRUE.means, torch.full((1, 12), 1e3), TRUE.means[:1]])
+    mfa = MFA.from_parameters(
+        means.double(),
+        TRUE.loadings[[*range(6), 0, 0]],
+        noise_variance,
+        torch.tensor([0.7] + [1.0] * 6 + [0.3]),
+    )
+    arguments = mfa, as_source(x), torch.arange(len(x)), x[:0], settings(), torch.Generator(), FitReport()
+    online = em.OnlineEM(*arguments, start_rows=x)
+    online.start_rows = None
+    none = em.Prior(torch.zeros(12, 12).double(), 0.0, 0.0)
+    for _ in range(2):
+        online._maximize(collect(mfa, x), none)
+    before, s = copy.deepcopy(mfa), online.statistics
+    with torch.no_grad():
+        zeros = Statistics.zeros(means, 2, noise != "shared")
+        active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.factors(), zeros)
+    online.overlap.add(active.components, r)
+    online.counted = s.mass.clone()
+    online._revive()
+    assert online.report.revived_components == 2
+    assert not torch.equal(mfa.means[6:], before.means[6:])
+    moved = copy.deepcopy(mfa)
+    em.maximize(mfa, s, none)
+    changed = [k for k in range(8) if not torch.equal(before.means[k], moved.means[k]) or k == 0]
+    assert {6, 7} < set(changed)
+    for a, b in ((mfa.means, moved.means), (mfa.loadings, moved.loadings), (mfa.noise_variance, moved.noise_variance)):
+        some = slice(None) if a.shape[0] == 12 else changed
+        torch.testing.assert_close(a[some], b[some], rtol=1e-3, atol=1e-3)
+    assert mfa.weight_logits.softmax(0)[[6, 7]].min() > 0.02
 
 
 @pytest.mark.parametrize(
@@ -213,14 +254,21 @@ def test_reaches_the_likelihood_of_the_truth(method, init, noise):
     assert mfa.noise_variance.shape == ((12,) if noise == "shared" else (6, 12))
 
 
-@pytest.mark.parametrize("noise", ["shared", "per_component"])
-def test_the_held_out_curve_does_not_rise(noise):
+@pytest.mark.parametrize(("method", "noise"), [*product(["em", "online"], ["shared", "per_component"])])
+def test_the_held_out_curve_does_not_rise(method, noise, monkeypatch):
     """12 tokens for a region of 40 features: without a prior, it rises by tens of nats."""
-    true = planted(50, 40, 4)
-    mfa = run(draw(true, 900), 50, 4, noise=noise, held_out=0.33, epochs=15, patience=None)
-    curve = [record["held_out_nll"] for record in mfa.fit_report.history]
-    assert curve[-1] < min(curve) + 0.5
-    assert curve[-1] < curve[0] - 1
+    x = draw(planted(50, 40, 4), 900)
+
+    def curve() -> list[float]:
+        mfa = run(x, 50, 4, method=method, noise=noise, held_out=0.33, epochs=15, patience=None)
+        return [record["held_out_nll"] for record in mfa.fit_report.history]
+
+    found = curve()
+    assert max(b - min(found[: i + 1]) for i, b in enumerate(found)) < 0.5
+    assert found[-1] < found[0] - 1
+    monkeypatch.setattr(em, "STRENGTHS", (1e-3,))
+    without = curve()
+    assert without[-1] > min(without) + 5
 
 
 @pytest.mark.parametrize("method", ["em", "online"])
@@ -269,6 +317,39 @@ def test_report():
     assert report.revived_components == 0
     assert not report.interrupted
     assert report.held_out_nll == min(record["held_out_nll"] for record in report.history)
+
+
+def test_longer_steps_need_fewer_passes(monkeypatch):
+    """Factor analysis is where EM is slow."""
+    x = draw(planted(1, 12, 2), 4000)
+    options = {"init": "random", "epochs": 40, "patience": None}
+    curves = []
+    for times in (em._OVERRELAXED, 1.0):
+        monkeypatch.setattr(em, "_OVERRELAXED", times)
+        curves.append([record["held_out_nll"] for record in run(x, 1, 2, **options).fit_report.history])
+    longer, plain = curves
+    assert longer[-1] < plain[-1] + 1e-2
+    reached = [next(i for i, nll in enumerate(curve) if nll < plain[-1] + 1e-2) for curve in curves]
+    assert reached[0] < 0.7 * reached[1], reached
+
+
+def test_a_step_that_went_too_far_is_taken_back(monkeypatch):
+    """The log posterior falls from no step of EM's own to the next."""
+    monkeypatch.setattr(em, "_OVERRELAXED", 6.0)
+    posteriors = []
+    step = em.BatchEM._step
+
+    def watched(self, s, overlap, prior, log_posterior, last):
+        done = step(self, s, overlap, prior, log_posterior, last)
+        posteriors.append((log_posterior, self.log_posteriors[-1]))
+        return done
+
+    monkeypatch.setattr(em.BatchEM, "_step", watched)
+    mfa = run(planted(6, 12, 2, spread=1.0).sample(3000, torch.Generator().manual_seed(1)), epochs=20, patience=None)
+    assert any(seen != kept for seen, kept in posteriors), "some were taken back"
+    kept = [k for _, k in posteriors]
+    assert kept == sorted(kept)
+    assert mfa.fit_report.history[-1]["held_out_nll"] < mfa.fit_report.history[0]["held_out_nll"]
 
 
 def test_ends_when_there_is_nothing_to_gain():
@@ -360,10 +441,6 @@ def test_a_row_that_is_met_too_far_out_changes_nothing():
 def test_nothing_with_a_finite_density_is_an_error():
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)) * 1e18
     mfa = MFA.from_parameters(torch.zeros(2, 3), torch.zeros(2, 3, 1), torch.full((3,), 1e-6), torch.ones(2))
-    from mfa_kernels.fitting.report import FitReport
-    from mfa_kernels.fitting.source import as_source
-    from tests.fitting.test_sgd import settings
-
     batch = em.BatchEM(
         mfa, as_source(x), torch.arange(60), x[:0], settings(), torch.Generator(), FitReport(), start_rows=x
     )

@@ -111,6 +111,7 @@ def expectation(
     factors: Factors,
     out: Statistics,
     token_weights: Tensor | None = None,
+    active: Active | None = None,
 ) -> tuple[Active, Tensor]:
     """The E-step of a batch: one scan, then the statistics on the pairs that it found, added to `out`.
 
@@ -122,13 +123,15 @@ def expectation(
         factors: of these parameters.
         out: what is added to.
         token_weights: (N,), finite and non-negative; a token of weight 2 counts as two. None: all 1.
+        active: what the scan of x has found, where it was done already, in `SLOTS` slots.
 
     Returns:
         The active pairs, and their responsibilities times the token's weight (N, S): 0 in the slots of a diffuse
         token, whose pairs with all components are counted besides.
     """
     x = x.to(factors.rows.dtype).contiguous()
-    active = log_prob(x, means, loadings, noise_variance, log_weights, factors)
+    if active is None:
+        active = log_prob(x, means, loadings, noise_variance, log_weights, factors)
     log_likelihood = torch.where(active.components[:, 0] >= 0, active.log_prob.double(), 0)
     if token_weights is not None:
         log_likelihood *= token_weights
