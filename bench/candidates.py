@@ -35,7 +35,7 @@ def main() -> None:
         wanted = arguments.tokens + arguments.scanned
         store = harvest(model, tokenizer, stdlib_texts(), 2, Path(folder) / "store", max_tokens=wanted)
         x = store.rows(torch.arange(len(store)))
-    mfa = fit(x[: arguments.tokens], n_components=arguments.components, rank=10, epochs=5)
+    mfa = fit(x[: arguments.tokens], n_components=arguments.components, rank=10, method="sgd", epochs=5)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mfa, x = mfa.to(device), x[arguments.tokens :].to(device)
 

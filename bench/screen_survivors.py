@@ -57,7 +57,7 @@ def fitted(components: int, width: int, folder: Path, count: int = 80_000, epoch
         torch.save(activations(width, count), x_path)
     x = torch.load(x_path)
     if not path.exists():
-        fit(x[:-HELD_OUT], components, 10, epochs=epochs, seed=0).save_pretrained(path)
+        fit(x[:-HELD_OUT], components, 10, method="sgd", epochs=epochs, seed=0).save_pretrained(path)
     return MFA.from_pretrained(path), x[-HELD_OUT:]
 
 

@@ -114,7 +114,7 @@ def fitted(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[Act
         return ActivationStore(options.out / "activations"), MFA.from_pretrained(folder)
     texts, where = stdlib_texts("all"), options.out / "activations"
     store = harvest(model, tokenizer, texts, options.layer, where, max_tokens=options.tokens, overwrite=True)
-    mfa = fit(store, options.components, options.rank, epochs=options.epochs, seed=options.seed)
+    mfa = fit(store, options.components, options.rank, method="sgd", epochs=options.epochs, seed=options.seed)
     mfa.save_pretrained(folder)
     return store, mfa
 

@@ -47,7 +47,7 @@ def fit(
     n_components: int,
     rank: int = 10,
     *,
-    method: str = "sgd",
+    method: str = "auto",
     noise: str = "shared",
     init: str = "pca",
     clusters: KMeansResult | Tensor | None = None,
@@ -75,13 +75,13 @@ def fit(
 
     K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
 
-    - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464);
+    - "auto": "online" for an iterator, and where a pass over the rows makes at least 8 of its M-steps; else "em";
     - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
       held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go;
-    - "auto": "online" for an iterator, and where a pass over the rows makes at least 8 of its M-steps; else "em".
+    - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
     finite are left out and counted. Ctrl-C ends the training with a warning, and returns the best so far.
@@ -105,7 +105,7 @@ def fit(
             concatenated in memory, unless it is an iterator that is fitted online; see `mfa_kernels.fitting.as_source`.
         n_components: K, at most the number of rows to train on.
         rank: R, at most D; 0 is a mixture of diagonal Gaussians.
-        method: "sgd", "em", "online" or "auto".
+        method: "auto", "em", "online" or "sgd".
         noise: "shared" or "per_component".
         init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.
         clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.

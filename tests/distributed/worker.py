@@ -45,7 +45,15 @@ class CutOff(Exception):
 
 
 def run(x: Any = ROWS, **options: Any) -> MFA:
-    chosen = {"n_components": 6, "rank": 2, "epochs": 2, "progress": False, "dtype": torch.float64, **options}
+    chosen = {
+        "method": "sgd",
+        "n_components": 6,
+        "rank": 2,
+        "epochs": 2,
+        "progress": False,
+        "dtype": torch.float64,
+        **options,
+    }
     return fit(x, **chosen)
 
 

@@ -42,7 +42,15 @@ class CutOff(Exception):
 
 
 def run(x: Any = ROWS, **options: Any) -> MFA:
-    chosen = {"n_components": 6, "rank": 2, "epochs": 3, "progress": False, "checkpoint_seconds": 0, **options}
+    chosen = {
+        "method": "sgd",
+        "n_components": 6,
+        "rank": 2,
+        "epochs": 3,
+        "progress": False,
+        "checkpoint_seconds": 0,
+        **options,
+    }
     return fit(x, **chosen)
 
 

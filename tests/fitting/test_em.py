@@ -462,6 +462,7 @@ def test_polish_goes_on_from_em():
 
 
 def test_auto():
+    assert fit(ROWS, 6, 2, epochs=1, progress=False).fit_report.method == "em", "what fit does when not told"
     assert run(method="auto", epochs=1).fit_report.method == "em"
     assert run(list(ROWS.split(700)), method="auto", epochs=1).fit_report.method == "em"
     assert run(method="auto", epochs=1, batch_size=256).fit_report.method == "online"

@@ -23,7 +23,7 @@ BEST = nll(TRUE, TEST)
 
 
 def run(x=ROWS, n_components: int = 6, rank: int = 2, **options) -> MFA:
-    return fit(x, n_components, rank, **{"batch_size": 256, "epochs": 5, "progress": False, **options})
+    return fit(x, n_components, rank, **{"method": "sgd", "batch_size": 256, "epochs": 5, "progress": False, **options})
 
 
 def same(a: MFA, b: MFA) -> bool:
@@ -332,7 +332,7 @@ def test_a_held_out_row_too_far_for_the_dtype_does_not_stop_the_choice():
     x[::40] = 1e25
     seen = []
     mfa = fit(
-        x, 2, 1, epochs=2, held_out=0.3, patience=None, clusters=torch.randn(2, 6, generator=generator),
+        x, 2, 1, method="sgd", epochs=2, held_out=0.3, patience=None, clusters=torch.randn(2, 6, generator=generator),
         callbacks=[lambda mfa, record: seen.append(record["held_out_nll"])], progress=False,
     )  # fmt: skip
     assert not math.isfinite(seen[-1])
