@@ -468,6 +468,8 @@ OPERATORS = (
     "latents_backward", "decode", "decode_backward", "scan_rows", "statistics",
     "nearest", "cluster_sums",
 )  # fmt: skip
+# The first two are for a CPU (tests/ops/test_screen*.py); the other has tests/ops/test_intervene.py.
+CHECKED_ELSEWHERE = {"select_screened", "screened_log_prob", "intervene"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -483,7 +485,7 @@ def test_opcheck(name):
 def test_every_operator_has_an_example():
     names = (name.split(".")[0] for name in torch._C._dispatch_get_all_op_names())
     registered = {name.removeprefix("mfa_kernels::") for name in names if name.startswith("mfa_kernels::")}
-    assert registered == set(OPERATORS)
+    assert registered - CHECKED_ELSEWHERE == set(OPERATORS)
 
 
 @NOISE
