@@ -3,8 +3,9 @@
     python -m pytest bench/bench_steering.py --benchmark-disable-gc --benchmark-json=steering.json
     python -m bench.bench_steering steering.json
 
-The second command prints each time over that of the unsteered step of the same run. The gate looks at one of K = 2048
-regions of rank 10, so every token is held against all of them: 69 MB of rows, beside 453 MB of weights.
+The second command prints each time over that of the unsteered step of the same run. The mixture has K = 2048 regions of
+rank 10, from K-means and cluster PCA of the layer's activations: 69 MB of rows, beside 453 MB of weights. `gate` and
+what follows it hold every token against all regions, most of which bounds rule out; `gate_dense` computes them all.
 """
 
 from __future__ import annotations
@@ -20,19 +21,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench import baselines
-from mfa_kernels import MFA, steer
-from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward
+from mfa_kernels import MFA, fit, steer
+from mfa_kernels.models import hidden_states
+from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward, evidence
 
-LAYER, CONTEXT, SHAPE = 6, 128, (1, 2048, 768, 10)
+LAYER, CONTEXT, HIDDEN, REGIONS, RANK = 6, 128, 768, 2048, 10
 ROUNDS, WARMUP = 60, 5
-Z = torch.linspace(-2, 2, SHAPE[3])
+WORDS, ROWS = 4000, 40_000  # different tokens in the text, and its length
+Z = torch.linspace(-2, 2, RANK)
 WAYS: dict[str, dict[str, Any] | None] = {
     "unsteered": None,
     "fixed": {"interventions": [Toward(17, 0.4), Offset(17, Z)]},
     "fixed_scheduled_generated": {"interventions": Toward(17, lambda step: 0.4), "positions": "generated"},
     "remove_latents": {"interventions": Remove(17)},
     "gate": {"interventions": [Toward(17, 0.4), Offset(17, Z)], "gate": (17, 0.5)},
+    "gate_dense": {"interventions": [Toward(17, 0.4), Offset(17, Z)], "gate": (17, 0.5)},
     "mixture": {"interventions": [Toward(None, 0.4), Offset(None, Z)]},
     "mixture_gate_norm": {"interventions": [Toward(None, 0.4), Offset(None, Z)], "gate": (17, 0.5), "norm": "keep"},
     "reconstruct": {"interventions": Reconstruct(0.4)},
@@ -45,16 +48,27 @@ def model() -> Any:
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=SHAPE[2], intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
+        hidden_size=HIDDEN, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
         max_position_embeddings=1024,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
-def mfa() -> MFA:
-    _, (means, loadings, noise_variance, log_weights) = baselines.problem(SHAPE)
-    return MFA.from_parameters(means, loadings, noise_variance, log_weights.exp()).requires_grad_(False)
+def mfa(model: Any) -> MFA:
+    kept: list[torch.Tensor] = []
+    hook = model.model.layers[LAYER].register_forward_hook(
+        lambda module, args, output: kept.append(hidden_states(output).flatten(0, 1))
+    )
+    with torch.no_grad():
+        for seed in range(ROWS // (8 * CONTEXT)):
+            model(input_ids=token_ids(8, CONTEXT, seed + 1))
+    hook.remove()
+    return fit(torch.cat(kept), REGIONS, RANK, epochs=0, progress=False).requires_grad_(False)
+
+
+def token_ids(batch: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(3, 3 + WORDS, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture(params=[1, 8])
@@ -63,7 +77,7 @@ def step(request: pytest.FixtureRequest, model: Any) -> Iterator[Callable[[Any],
     from transformers import DynamicCache
 
     batch, cache = request.param, DynamicCache()
-    ids = torch.randint(3, 32000, (batch, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    ids = token_ids(batch, CONTEXT + 1, 0)
     with torch.no_grad():
         model(input_ids=ids[:, :-1], past_key_values=cache)
 
@@ -76,9 +90,14 @@ def step(request: pytest.FixtureRequest, model: Any) -> Iterator[Callable[[Any],
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_decode_step(benchmark: Any, step: Any, model: Any, mfa: MFA, way: str) -> None:
+def test_decode_step(
+    benchmark: Any, step: Any, model: Any, mfa: MFA, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     benchmark.group = f"decode step, batch {step.batch}"
     benchmark.extra_info["way"] = way
+    if way == "gate_dense":
+        monkeypatch.setattr(evidence, "_SCREENED_VALUES", sys.maxsize)
+        mfa = copy.deepcopy(mfa)  # without its screen
     with ExitStack() as stack:
         spec = WAYS[way]
         if spec is not None:
