@@ -20,6 +20,7 @@ from mfa_kernels.fitting.revival import Overlap, revive
 from mfa_kernels.fitting.screening import Screening
 from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, expectation
 from mfa_kernels.ranks import ALONE, Ranks
 
@@ -108,9 +109,8 @@ class _EM(Run):
             active = self.screening.scan(x)
             return expectation(x, means, loadings, noise, log_weights, self.mfa.factors(), out, weights, active)
 
-    def _held_out_nll(self) -> float:
-        log_prob = self.screening.log_prob if self.screening.ready() else None
-        return mean_nll(self.mfa, self.held_out, self.ranks, log_prob)
+    def _scan(self, x: Tensor) -> Active:
+        return self.screening.scan(x)
 
     def _choose_prior(self, s: Statistics) -> Prior:
         if not float(s.mass.sum()) > 0:

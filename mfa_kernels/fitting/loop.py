@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
+from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
@@ -222,6 +224,15 @@ def fit(
         if folder is not None:
             checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
             saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
+
+    if progress:
+        held = len(start_rows) + len(held_out_rows)
+        planned = memory.plan(
+            n_components, source.n_features, rank, noise, method, dtype, held, report.held_out_rows > 0
+        )
+        told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}")
+        if told:
+            print(told, file=sys.stderr)
 
     if saved is None:
         whole = ranks.gathered(start_rows)

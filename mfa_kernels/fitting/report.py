@@ -17,7 +17,8 @@ class FitReport:
     Attributes:
         history: one record per evaluation: step, epoch (the one in training, from 1; 0 at the start), train_nll (mean
             since the record before; None in the first), held_out_nll (None without held-out rows), both in nats per
-            token, seconds (of training so far) and tokens_per_second (since the record before).
+            token, live (regions that own a held-out row), active (pairs per held-out row; a diffuse one counts as 17),
+            seconds (of training so far), tokens_per_second (since the record before) and memory (peak bytes so far).
         method: that was run: "sgd", "em" or "online".
         best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.

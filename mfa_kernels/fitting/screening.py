@@ -88,17 +88,13 @@ class Screening:
         factors = self.mfa.factors()
         x = x.to(factors.scale.dtype).contiguous()
         self.since += len(x)
-        if self._screen is None or self._screen[0] is not factors:
+        if self._screen is None or not self.ready():
             return log_prob(x, *self._parameters(), factors)
         screened = self._select(x, factors, self._screen[1])
         if len(x):
             self.rows += len(x)
             self.work += self._cost(screened) * len(x)
         return screened.active
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x), (n,)."""
-        return self.scan(x).log_prob
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What later decisions depend on, for a checkpoint."""

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.files import StrPath
+from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ranks import ALONE, Ranks
 
 Callback = Callable[[MFA, dict[str, Any]], Any]
@@ -161,11 +163,9 @@ def standard_deviation(mfa: MFA) -> Tensor:
 
 
 @torch.no_grad()
-def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE, log_prob: Callable[[Tensor], Tensor] | None = None) -> float:
-    """Mean negative log-likelihood of x (n, D), in nats per row, over the rows of all ranks; by another way to the
-    mixture's log p where given."""
-    log_prob = log_prob or mfa.log_prob
-    parts = [log_prob(part) for part in x.split(_EVALUATION_ROWS)]
+def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE) -> float:
+    """Mean negative log-likelihood of x (n, D), in nats per row; over the rows of all ranks."""
+    parts = [mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]
     if ranks.size == 1:
         return -float(torch.cat(parts).double().mean())
     total, rows = ranks.totals(float(torch.cat(parts).double().sum()), len(x))
@@ -320,16 +320,18 @@ class Run:
     def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
         spent = time.perf_counter() - self.began
         self.seconds += spent
-        held_out = self._held_out_nll() if self.selects else None
+        found = self._look_at_held_out() if self.selects else {"held_out_nll": None, "live": None, "active": None}
+        held_out = found["held_out_nll"]
         self.report_skipped()
         step, epoch = step + self.first_step, epoch + self.first_epoch
         record = {
             "step": step,
             "epoch": epoch,
             "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
-            "held_out_nll": held_out,
+            **found,
             "seconds": self.seconds,
             "tokens_per_second": self.ranks.totals(self.tokens)[0] / spent,
+            "memory": memory.peak(self.mfa.means.device),
         }
         report = self.report
         report.history.append(record)
@@ -352,8 +354,22 @@ class Run:
         self.losses, self.tokens = [], 0
         self.began = time.perf_counter()
 
-    def _held_out_nll(self) -> float:
-        return mean_nll(self.mfa, self.held_out, self.ranks)
+    @torch.no_grad()
+    def _look_at_held_out(self) -> dict[str, Any]:
+        """What the held-out rows of all ranks say: their likelihood, regions that own some, active pairs per row."""
+        parts = [self._scan(part) for part in self.held_out.split(_EVALUATION_ROWS)]
+        owners = torch.cat([part.components[:, 0] for part in parts]).long()
+        owned = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=owners.device)
+        owned[owners[owners >= 0]] = 1
+        self.ranks.sum_(owned)
+        log_prob = torch.cat([part.log_prob for part in parts]).double()
+        pairs = torch.cat([part.counts for part in parts]).double()
+        total, active, rows = self.ranks.totals(float(log_prob.sum()), float(pairs.sum()), len(self.held_out))
+        nll = -float(log_prob.mean()) if self.ranks.size == 1 else -total / rows
+        return {"held_out_nll": nll, "live": int((owned > 0).sum()), "active": active / rows}
+
+    def _scan(self, x: Tensor) -> Active:
+        return self.mfa._active(x)
 
     def _parameters_changed(self) -> None:
         """A callback changed the mixture's parameters."""

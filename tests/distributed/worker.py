@@ -89,7 +89,7 @@ def outcome(mfa: MFA) -> dict[str, Any]:
     report = asdict(mfa.fit_report)
     del report["seconds"]
     for record in report["history"]:
-        del record["seconds"], record["tokens_per_second"]
+        del record["seconds"], record["tokens_per_second"], record["memory"]
     return {"state": mfa.state_dict(), "noise_floor": mfa.noise_floor, "report": report}
 
 

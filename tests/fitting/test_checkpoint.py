@@ -59,7 +59,7 @@ def result(mfa: MFA) -> tuple[list[bytes], dict[str, Any]]:
     report = asdict(mfa.fit_report)
     report["seconds"] = sorted(report["seconds"])
     for record in report["history"]:
-        del record["seconds"], record["tokens_per_second"]
+        del record["seconds"], record["tokens_per_second"], record["memory"]
     return [t.numpy().tobytes() for t in mfa.state_dict().values()] + [repr(mfa.noise_floor).encode()], report
 
 

@@ -1,0 +1,61 @@
+"""What a fit needs of memory, before it starts and while it runs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+_LARGE = 1 << 30  # bytes of a plan that is worth a line
+
+
+def plan(
+    components: int, features: int, rank: int, noise: str, method: str, dtype: torch.dtype, rows: int, selects: bool
+) -> dict[str, int]:
+    """Bytes of what a fit holds at once, by name; temporaries of its kernels, and the data itself, not included.
+
+    Args:
+        components, features, rank: K, D and R.
+        noise: "shared" or "per_component".
+        method: "sgd", "em" or "online".
+        dtype: of the parameters.
+        rows: of the sample that the start is made of and of those held out, which are held for the length of the fit.
+        selects: whether the best parameters are kept beside the current ones.
+    """
+    of_noise = features if noise == "shared" else components * features
+    parameters = (components * features * (rank + 1) + of_noise + components) * dtype.itemsize
+    per_component = features * (rank + 1 + (noise != "shared")) + rank * rank
+    found = {"parameters": parameters, "factors": components * per_component * dtype.itemsize}
+    if selects:
+        found["best parameters"] = parameters
+    if method == "sgd":
+        found |= {"gradients": parameters, "Adam": 2 * parameters}
+    else:
+        sums = 1 + features + rank + rank * rank + rank * features
+        statistics = (components * sums + of_noise) * 8
+        # Online, those of the past and what moves them to the new means; in batches, the steps before and beside it.
+        found["statistics"] = statistics * (2 if method == "online" else 1)
+        found["steps"] = 2 * parameters if method == "em" else components * features * 8
+    found["rows of the start, and held out"] = rows * features * dtype.itemsize
+    return found
+
+
+def line(planned: dict[str, int], what: str) -> str | None:
+    """The plan in one line; None where it is small."""
+    total = sum(planned.values())
+    if total < _LARGE:
+        return None
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in planned.items())
+    return f"fit: {what} needs about {total / 1e9:.1f} GB: {parts}"
+
+
+def peak(device: torch.device) -> int | None:
+    """Most bytes that this process has held so far: on a GPU those of its tensors there, else resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
