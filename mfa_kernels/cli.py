@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         "--method",
         choices=("auto", "em", "online", "sgd"),
         default="auto",
-        help="auto: online where a pass makes 8 steps, else em; see mfa_kernels.fit",
+        help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
     )
     fit.add_argument("--epochs", type=int, default=10, help="passes over the store, at most")
     fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online")

@@ -37,7 +37,7 @@ _HELD_OUT_ROWS = 20_000  # at most
 _START_ROWS_PER_COMPONENT = 128
 _LEAST_START_ROWS = 100_000
 _KMEANS_ITERATIONS = 10
-_LEAST_ONLINE_STEPS = 8  # a pass, for "auto"
+_LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
 _FINGERPRINT_ROWS = 256  # from all over, or the first of an iterator: they tell whether the data is the same
@@ -77,7 +77,7 @@ def fit(
 
     K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
 
-    - "auto": "online" for an iterator, and where a pass over the rows makes at least 8 of its M-steps; else "em";
+    - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else "em";
     - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;

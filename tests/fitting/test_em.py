@@ -465,7 +465,8 @@ def test_auto():
     assert fit(ROWS, 6, 2, epochs=1, progress=False).fit_report.method == "em", "what fit does when not told"
     assert run(method="auto", epochs=1).fit_report.method == "em"
     assert run(list(ROWS.split(700)), method="auto", epochs=1).fit_report.method == "em"
-    assert run(method="auto", epochs=1, batch_size=256).fit_report.method == "online"
+    assert run(method="auto", n_components=2, epochs=1, batch_size=56).fit_report.method == "online"
+    assert run(method="auto", n_components=2, epochs=1, batch_size=58).fit_report.method == "em"
     assert run(method="auto", n_components=50, epochs=1, batch_size=1).fit_report.method == "em"
     assert run(iter(ROWS.split(700)), method="auto").fit_report.method == "online"
 
