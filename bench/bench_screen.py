@@ -76,9 +76,14 @@ class Prepared(NamedTuple):
     def screened(self, x: Tensor, screen: op.Screen) -> op.Screened:
         return op.select(x, self.factors, self.constants, screen, self.threshold, SLOTS)
 
-    def share_of_bytes(self, evaluated: Tensor, screen: op.Screen) -> Tensor:
+    def lines_left(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
+        """Share of the components whose marginal bound a token needs."""
+        return op.lines_left(x, self.factors, self.constants, screen, found.active.logits[:, 0] - self.threshold)
+
+    def share_of_bytes(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
         """Of all parameters, what each token reads when it comes alone."""
-        return op.bytes_read(evaluated, self.factors, screen) / (self.factors.rows.nbytes + self.constants.nbytes)
+        read = op.bytes_read(found.evaluated, self.factors, screen, self.lines_left(x, found, screen))
+        return read / (self.factors.rows.nbytes + self.constants.nbytes)
 
 
 def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[[], None]:
@@ -112,12 +117,14 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         screened = partial(prepared.screened, x, screen)
         found = screened()
         times = smallest_times({"gemm": gemm, "dense": dense, "screened": screened}, repeats)
+        left = prepared.lines_left(x, found, screen)
         computed = found.evaluated[found.evaluated >= 0].double()
         facts = {
             "of the GEMM": f"{times['screened'] / times['gemm']:.3f}",
             "of the dense scan": f"{times['screened'] / times['dense']:.3f}",
             "dense of the GEMM": f"{times['dense'] / times['gemm']:.2f}",
             "GEMM ms": f"{1e3 * times['gemm']:.0f}",
+            "marginal bounds left": f"{left.mean():.2%}",
             "computed, mean": f"{computed.mean():.2f}",
             "tokens by the dense scan": f"{(found.evaluated < 0).double().mean():.2%}",
             "largest certificate": f"{found.dropped.max():.1e}",
@@ -134,7 +141,7 @@ def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     if screen is None:
         print(f"\n{name}: nothing to screen")
         return
-    share = prepared.share_of_bytes(prepared.screened(x[CHOOSING:], screen).evaluated, screen)
+    share = prepared.share_of_bytes(x[CHOOSING:], prepared.screened(x[CHOOSING:], screen), screen)
     print(
         f"\n{name}: one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank} p={screen.basis.shape[1]}: reads "
         f"{share.mean():.3f} of the parameters' bytes, {share.amax():.3f} at most"
@@ -156,7 +163,11 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
     if screen is None:
         screen = op.screen(*prepared.parameters, prepared.factors)
     kept = screen.basis.shape[1]
-    one, evaluated = x[:1].contiguous(), prepared.screened(x, screen).evaluated
+    one, found = x[:1].contiguous(), prepared.screened(x, screen)
+    evaluated, left = found.evaluated, prepared.lines_left(x, found, screen)
+    bounds = count * (rank + 1)  # rows of p features that a token of a batch meets
+    if screen.batches_by_lines:
+        bounds = count + (left.mean().item() * count + op.candidates(count)) * (rank + 1)
     functions = {
         "gemm": gemm_of(len(x), count, features, rank),
         "dense": partial(prepared.dense, x),
@@ -175,14 +186,16 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
         "of_the_dense_scan": times["screened"] / times["dense"],
         "flops_per_token": {
             "dense": 2 * count * (rank + 1) * features,
-            "screened": 2 * features * kept + 2 * (rank + 1) * (count * kept + pairs * features),
+            "screened": 2 * features * kept + 2 * bounds * kept + 2 * (rank + 1) * pairs * features,
         },
+        "lines_left": left.mean().item(),
+        "batches_by_lines": screen.batches_by_lines,
         "computed_per_token": screened.mean().item(),
         "tokens_by_the_dense_scan": (evaluated < 0).double().mean().item(),
         "stage_0_ms": 1e3 * times["stage_0"],
         "stage_0_in_tokens_of_the_dense_scan": times["stage_0"] / times["dense"] * len(x),
         "one_token_ms": {key: 1e3 * value for key, value in times_alone.items()},
-        "one_token_share_of_bytes": prepared.share_of_bytes(evaluated, screen).mean().item(),
+        "one_token_share_of_bytes": prepared.share_of_bytes(x, found, screen).mean().item(),
     }
 
 

@@ -125,11 +125,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
   return {log_prob, components, logits, counts};
 }
 
-// Stage 0 of screening (mfa_kernels/ops/screen/op.py): rows [K, p/V, R+1, V], radii and slack [K], and, if they are to
-// be kept, the projections [K, R+1, p]; `known` [K, R+1, at most p] are those on the first columns.
-std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
+// Stage 0 of screening (mfa_kernels/ops/screen/op.py): rows [K, p/V, R+1, V], radii and slack [K], lines [K, p] and
+// line_terms [2, K], and, if they are to be kept, the projections [K, R+1, p]; `known` [K, R+1, at most p] are those on
+// the first columns.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
     const Tensor& means, const Tensor& loadings, const Tensor& cholesky, const Tensor& center, const Tensor& scale,
-    const Tensor& projection, const std::optional<Tensor>& known, bool keep, double rounding, double base, double up) {
+    const Tensor& projection, const std::optional<Tensor>& known, bool keep, double rounding, double base, double norm,
+    const Tensor& middle, double up) {
   const auto shape = shape_of(means, loadings.size(2), false);
   const int64_t K = shape.components, D = shape.features, R = shape.rank, p = projection.size(1), V = width(means);
   const int64_t columns = known ? known->size(2) : 0, strip = std::max<int64_t>(V, mfa::kTileColumns);
@@ -140,12 +142,14 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
   check(center, {D}, type, "center");
   check(scale, {D}, at::kDouble, "scale");
   check(projection, {D, p}, at::kDouble, "projection");
+  check(middle, {p}, at::kDouble, "middle");
   TORCH_CHECK_VALUE(p >= 1 && p % strip == 0, "projection must have a multiple of ", strip, " columns, got ", p);
   if (known) check(*known, {K, R + 1, columns}, at::kDouble, "known");
   TORCH_CHECK_VALUE(columns <= p && columns % strip == 0, "known must have a multiple of ", strip, " columns up to ", p,
                     ", got ", columns);
   Tensor rows = allocate({K, p / V, R + 1, V}, means.options());
   Tensor radii = at::empty({K}, means.options()), slack = at::empty({K}, means.options());
+  Tensor lines = allocate({K, p}, means.options()), line_terms = at::empty({2, K}, means.options());
   std::optional<Tensor> kept;
   if (keep) kept = allocate({K, R + 1, p}, projection.options());
   AT_DISPATCH_FLOATING_TYPES(type, "screen_marginals", [&] {
@@ -155,18 +159,20 @@ std::tuple<Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
     job.scale = data<double>(scale), job.projection = data<double>(projection), job.features = p;
     if (known) job.known = data<double>(*known), job.columns = columns;
     if (kept) job.kept = data<double>(*kept);
-    job.rounding = rounding, job.base = base, job.up = up;
+    job.rounding = rounding, job.base = base, job.norm = norm, job.up = up;
+    job.middle = data<double>(middle);
     job.rows = data<scalar_t>(rows), job.radii = data<scalar_t>(radii), job.slack = data<scalar_t>(slack);
+    job.lines = data<scalar_t>(lines), job.offsets = data<scalar_t>(line_terms), job.shares = job.offsets + K;
     mfa::marginals(shape, job, parallel_for);
   });
-  return {rows, radii, slack, kept};
+  return {rows, radii, slack, lines, line_terms, kept};
 }
 
 // The tensors of a Screen (mfa_kernels/ops/screen/op.py) and the constants of its mixture.
 template <class T>
 mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor& constants, const Tensor& center,
                          const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
-                         const Tensor& slack, double exact_slack) {
+                         const Tensor& slack, const Tensor& lines, const Tensor& line_terms, double exact_slack) {
   const auto type = x.scalar_type();
   const int64_t K = shape.components, p = basis.size(1), V = width(x);
   check(basis, {shape.features, p}, type, "basis");
@@ -178,14 +184,20 @@ mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor&
   check(log_det, {K}, type, "log_det");
   check(radii, {K}, type, "radii");
   check(slack, {K}, type, "slack");
+  const bool with_lines = lines.size(0) > 0;
+  if (with_lines) check(lines, {K, p}, type, "lines");
+  check(line_terms, {2, with_lines ? K : 0}, type, "line_terms");
+  const T* terms = with_lines ? data<T>(line_terms) : nullptr;
   return {p, data<T>(basis), data<T>(center), data<T>(marginal_rows), data<T>(constants), data<T>(log_det),
-          data<T>(radii), data<T>(slack), static_cast<T>(exact_slack)};
+          data<T>(radii), data<T>(slack), with_lines ? data<T>(lines) : nullptr, terms, with_lines ? terms + K : nullptr,
+          static_cast<T>(exact_slack)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
     const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
     const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii, const Tensor& slack,
-    double exact_slack, double threshold, int64_t slots) {
+    const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, double exact_slack, double threshold,
+    int64_t slots) {
   const auto shape = shape_of_rows(rows, x.size(1), false);
   check_scan(shape, x, rows, lam);
   TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
@@ -197,8 +209,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
   Tensor dropped = at::empty({N}, x.options());
   Tensor evaluated = at::empty({N}, x.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "select_screened", [&] {
-    const auto screen = screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack,
-                                            exact_slack);
+    auto screen = screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack, lines,
+                                      line_terms, exact_slack);
+    if (!batches_by_lines && N > mfa::kFewScreened) screen.lines = nullptr;
     const mfa::Selection<scalar_t> out{data<scalar_t>(log_prob), data<int32_t>(components), data<scalar_t>(logits),
                                        data<int32_t>(counts)};
     mfa::select_screened<scalar_t>(shape, screen, data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
@@ -211,16 +224,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
 
 Tensor screen_bounds(const Tensor& x, const Tensor& constants, const Tensor& lam, const Tensor& center,
                      const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
-                     const Tensor& slack) {
+                     const Tensor& slack, const Tensor& lines, const Tensor& line_terms, bool by_lines) {
   const mfa::Shape shape{constants.size(0), x.size(1), marginal_rows.size(2) - 1, false};
   check(x, {x.size(0), shape.features}, x.scalar_type(), "x");
   check(lam, {shape.features}, x.scalar_type(), "scale");
   Tensor out = allocate({x.size(0), shape.components}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "screen_bounds", [&] {
     const auto screen =
-        screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack, 0);
-    mfa::bounds<scalar_t>(shape, screen, data<scalar_t>(x), x.size(0), data<scalar_t>(lam), data<scalar_t>(out),
-                          at::get_num_threads(), parallel_for);
+        screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
+                            0);
+    TORCH_CHECK_VALUE(!by_lines || screen.lines, "by_lines needs a screen that has lines");
+    mfa::bounds<scalar_t>(shape, screen, data<scalar_t>(x), x.size(0), data<scalar_t>(lam), by_lines,
+                          data<scalar_t>(out), at::get_num_threads(), parallel_for);
   });
   return out;
 }

@@ -1,4 +1,5 @@
-// Stage 1 below the flops of the dense scan: bounds from p << D coordinates first, exact logits for what they leave.
+// Stage 1 below the flops of the dense scan: bounds from one direction a component first (screen_lines.h), from p << D
+// coordinates for what they leave, exact logits for what those leave.
 //
 // Symbols   y = Q^T lam (x - c), p coordinates of a whitened token; m_k the same of mu_k; B_k the rows of A of the
 //           mixture that y follows, noise one. F = |y - m|^2 - |B (y - m)|^2 is the Mahalanobis distance of a marginal,
@@ -6,12 +7,15 @@
 //             bound_k = constant_k - F / 2 + slack_k (|x~| + |m~_k|)^2  >=  logit_k
 //           with everything that rounding can do inside the slack (mfa_kernels/ops/screen/README.md).
 // Never materialised: N x K. Bounds are kept for one stretch of tokens a thread, kBoundValues of them.
-// Exact     because the logit of a token's largest bound is computed in full, and whatever could come within the
+// Exact     because the logit of a token's best candidate is computed in full, and whatever could come within the
 //           threshold of it too. A token for which that is too much work takes the dense scan.
-// Floor     N K (R + 3) p vector operations; for a few tokens (screen_few.h) one read of Q, of the rows {m, B}, and of
-//           the rows of what is computed in full. Measured by bench/bench_screen.py.
+// Floor     N K p vector operations, and (R + 3) p for every pair whose line leaves it (for all of them where lines do
+//           not pay); for a few tokens (screen_few.h) one read of Q, of the lines, and of the rows of what is left.
+//           Measured by bench/bench_screen.py.
 #pragma once
-#include "screen_few.h"
+#include <bit>
+
+#include "screen_lines.h"
 
 namespace mfa {
 
@@ -136,34 +140,165 @@ void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants,
 template <class T>
 struct Stretch {
   int64_t lanes = 0;             // tokens to a panel
-  std::vector<T> y, norms;       // [tokens, p], [tokens]
+  int64_t panels = 0;
+  std::vector<T> y, norms;       // [panels lanes, p], [panels lanes]; zeros where there is no token
   std::vector<T> bounds;         // [panels, K, lanes]
   std::vector<int32_t> guesses;  // [tokens] the component with the largest bound
 
+  // The marginal bound of every pair.
   template <class ParallelFor>
   void bound(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool few,
              int64_t threads, ParallelFor&& parallel_for) {
+    project(shape, screen, x, tokens, lam, few, parallel_for);
     if (few)
-      bound_few(shape, screen, x, tokens, lam, threads, parallel_for);
+      bound_few(shape, screen, threads, parallel_for);
     else
-      bound_panels(shape, screen, x, tokens, lam, threads, parallel_for);
+      bound_panels(shape, screen, tokens, threads, parallel_for);
+  }
+
+  // The bound of every pair by the line of its component. As guesses the best, by their marginal bounds, of some
+  // candidates: of all components whose number leaves the same remainder, the one with the largest bound.
+  template <class ParallelFor>
+  void bound_lines(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool few,
+                   int64_t threads, ParallelFor&& parallel_for) {
+    project(shape, screen, x, tokens, lam, few, parallel_for);
+    const int64_t K = shape.components, D = shape.features, p = screen.features, padded = panels * lanes;
+    std::vector<T> columns(few ? 0 : padded * p);  // y [panels, p, lanes]
+    if (!few)
+      parallel_for(panels, [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin * lanes; n < end * lanes; ++n)
+          for (int64_t j = 0; j < p; ++j) columns[n / lanes * lanes * p + j * lanes + n % lanes] = y[n * p + j];
+      });
+    bounds.resize(padded * K);
+    const int64_t splits = std::clamp<int64_t>(threads, 1, ceil_div(K, kLineComponents));
+    const int64_t classes = std::clamp(K / 128, kFewestCandidates, kMostCandidates), size = classes * padded;
+    std::vector<T> largest(splits * size, -std::numeric_limits<T>::infinity());
+    std::vector<int32_t> owners(splits * size, -1);
+    parallel_for(splits, [&](int64_t begin, int64_t end) {
+      for (int64_t split = begin; split < end; ++split) {
+        const int64_t k0 = K * split / splits, k1 = K * (split + 1) / splits;
+        with_lanes_of<T>(lanes, [&]<int L>(std::integral_constant<int, L>) {
+          auto keep = [&](int64_t panel, int64_t k, const T* distances) {
+            const int64_t n0 = panel * L, at = split * size + k % classes * padded + n0;
+            screen.bound(k, D, distances, norms.data() + n0, L, bounds.data() + n0 * K + k * L, largest.data() + at,
+                         owners.data() + at);
+          };
+          if constexpr (L < kPanel<T>)
+            scan_lines_of_few<T, L>(screen, k0, k1, y.data(), [&](int64_t k, const T* d) { keep(0, k, d); });
+          else
+            for (int64_t k = k0; k < k1; k += kLineComponents)
+              for (int64_t panel = 0; panel < panels; ++panel)
+                scan_lines(screen, k, std::min(k1, k + kLineComponents), columns.data() + panel * L * p,
+                           [&](int64_t of, const T* d) { keep(panel, of, d); });
+        });
+      }
+    });
+    choose(splits, size, largest, owners);  // guesses [classes, padded]
+    const std::vector<int32_t> candidates = std::move(guesses);
+    guesses.assign(tokens, 0);
+    parallel_for(tokens, [&](int64_t begin, int64_t end) {
+      FewDistances<T, 1> distance_of(shape.rank, p);
+      for (int64_t n = begin; n < end; ++n) {
+        T best = -std::numeric_limits<T>::infinity();
+        for (int64_t c = 0; c < classes; ++c) {
+          const int32_t k = candidates[c * padded + n];
+          if (k < 0) continue;
+          T distance, value;
+          distance_of(screen.rows + k * p * (shape.rank + 1), y.data() + n * p, &distance);
+          screen.bound(k, D, &distance, norms.data() + n, 1, &value, &best, &guesses[n]);
+        }
+      }
+    });
+  }
+
+  // Puts the marginal bound in the place of every bound that reaches the bar of its token, and chooses the guesses
+  // among them; returns how many. A guess stays where no bound is larger than any number.
+  template <class ParallelFor>
+  int64_t refine(const Shape& shape, const Screen<T>& screen, const std::vector<T>& bars, int64_t threads,
+                 ParallelFor&& parallel_for) {
+    constexpr int L = 4;
+    std::vector<T> padded(bars);
+    padded.resize(panels * lanes, std::numeric_limits<T>::infinity());
+    const int64_t K = shape.components, p = screen.features, tokens = static_cast<int64_t>(bars.size());
+    const int64_t splits = std::clamp<int64_t>(threads, 1, ceil_div(K, kLineComponents));
+    std::vector<T> largest(splits * tokens, -std::numeric_limits<T>::infinity());
+    std::vector<int32_t> owners(splits * tokens);
+    std::vector<int64_t> counts(splits, 0);
+    parallel_for(splits, [&](int64_t begin, int64_t end) {
+      FewDistances<T, L> distances_of(shape.rank, p);
+      std::vector<T> some(L * p);
+      std::vector<std::vector<int64_t>> left(kLineComponents);
+      for (int64_t split = begin; split < end; ++split) {
+        T* const own_largest = largest.data() + split * tokens;
+        int32_t* const own_owners = owners.data() + split * tokens;
+        std::copy_n(guesses.data(), tokens, own_owners);
+        const int64_t k_end = K * (split + 1) / splits;
+        for (int64_t k0 = K * split / splits; k0 < k_end; k0 += kLineComponents) {
+          const int64_t k1 = std::min(k_end, k0 + kLineComponents);
+          for (auto& of_one : left) of_one.clear();
+          with_lanes_of<T>(lanes, [&]<int W>(std::integral_constant<int, W>) {
+            for (int64_t n0 = 0; n0 < tokens; n0 += W)
+              for (int64_t k = k0; k < k1; ++k) {
+                const T* const own = bounds.data() + n0 * K + k * W;
+                int any = 0;
+                for (int i = 0; i < W; ++i) any |= !(own[i] < padded[n0 + i]);  // NaN reaches it
+                if (!any) continue;
+                uint64_t reached = 0;
+                for (int i = 0; i < W; ++i) reached |= uint64_t(!(own[i] < padded[n0 + i])) << i;
+                if (tokens - n0 < W) reached &= (uint64_t(1) << (tokens - n0)) - 1;
+                for (; reached; reached &= reached - 1) left[k - k0].push_back(n0 + std::countr_zero(reached));
+              }
+          });
+          for (int64_t k = k0; k < k1; ++k) {
+            const std::vector<int64_t>& own = left[k - k0];
+            counts[split] += static_cast<int64_t>(own.size());
+            for (size_t i = 0; i < own.size(); i += L) {
+              const size_t here = std::min<size_t>(L, own.size() - i);
+              for (size_t g = 0; g < L; ++g)  // the last again and again where there are fewer
+                std::copy_n(y.data() + own[i + std::min(g, here - 1)] * p, p, some.data() + g * p);
+              T distances[L];
+              distances_of(screen.rows + k * p * (shape.rank + 1), some.data(), distances);
+              for (size_t g = 0; g < here; ++g) {
+                const int64_t n = own[i + g];
+                screen.bound(k, shape.features, distances + g, norms.data() + n, 1,
+                             bounds.data() + n / lanes * lanes * K + k * lanes + n % lanes, own_largest + n,
+                             own_owners + n);
+              }
+            }
+          }
+        }
+      }
+    });
+    choose(splits, tokens, largest, owners);
+    int64_t total = 0;
+    for (int64_t count : counts) total += count;
+    return total;
   }
 
  private:
   template <class ParallelFor>
-  void bound_panels(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam,
-                    int64_t threads, ParallelFor&& parallel_for) {
-    const int64_t K = shape.components, D = shape.features, p = screen.features;
-    const int64_t panels = ceil_div(tokens, kPanel<T>);
+  void project(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool few,
+               ParallelFor&& parallel_for) {
+    const int64_t D = shape.features, p = screen.features;
     lanes = kPanel<T>;
-    y.resize(tokens * p);
-    norms.resize(tokens);
+    if (few)  // at most kFewScreened tokens, all in one panel of 1, 2 or 4
+      for (lanes = 1; lanes < tokens;) lanes *= 2;
+    panels = ceil_div(tokens, lanes);
+    y.assign(panels * lanes * p, T(0));
+    norms.assign(panels * lanes, T(0));
+    if (few) return project_few(shape, screen, x, tokens, lam, y.data(), norms.data(), parallel_for);
     parallel_for(panels, [&](int64_t begin, int64_t end) {
       std::vector<T> panel(D * kPanel<T>);
       for (int64_t n = begin * kPanel<T>; n < std::min(tokens, end * kPanel<T>); n += kPanel<T>)
         project_panel(shape, screen, x + n * D, std::min<int64_t>(kPanel<T>, tokens - n), lam, panel.data(),
                       y.data() + n * p, norms.data() + n);
     });
+  }
+
+  template <class ParallelFor>
+  void bound_panels(const Shape& shape, const Screen<T>& screen, int64_t tokens, int64_t threads,
+                    ParallelFor&& parallel_for) {
+    const int64_t K = shape.components, D = shape.features, p = screen.features;
     const Shape marginal{K, p, shape.rank, false};
     const std::vector<T> ones(p, T(1));
     const Schedule plan = Schedule::of<T>(marginal, tokens, threads);
@@ -181,15 +316,9 @@ struct Stretch {
     choose(plan.splits, tokens, largest, owners);
   }
 
-  // At most kFewScreened tokens, all in one panel of 1, 2 or 4.
   template <class ParallelFor>
-  void bound_few(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam,
-                 int64_t threads, ParallelFor&& parallel_for) {
-    const int64_t K = shape.components, p = screen.features;
-    for (lanes = 1; lanes < tokens;) lanes *= 2;
-    y.assign(lanes * p, T(0));
-    norms.assign(lanes, T(0));
-    project_few(shape, screen, x, tokens, lam, y.data(), norms.data(), parallel_for);
+  void bound_few(const Shape& shape, const Screen<T>& screen, int64_t threads, ParallelFor&& parallel_for) {
+    const int64_t K = shape.components;
     const int64_t splits = std::clamp<int64_t>(threads, 1, ceil_div(K, 64));
     bounds.resize(K * lanes);
     std::vector<T> largest(splits * lanes, -std::numeric_limits<T>::infinity());
@@ -204,12 +333,13 @@ struct Stretch {
     choose(splits, lanes, largest, owners);
   }
 
-  void choose(int64_t splits, int64_t tokens, std::vector<T>& largest, std::vector<int32_t>& owners) {
+  // guesses [count] from those of every split of the components.
+  void choose(int64_t splits, int64_t count, std::vector<T>& largest, std::vector<int32_t>& owners) {
     for (int64_t split = 1; split < splits; ++split)
-      for (int64_t n = 0; n < tokens; ++n)
-        if (largest[split * tokens + n] > largest[n]) {
-          largest[n] = largest[split * tokens + n];
-          owners[n] = owners[split * tokens + n];
+      for (int64_t n = 0; n < count; ++n)
+        if (largest[split * count + n] > largest[n]) {
+          largest[n] = largest[split * count + n];
+          owners[n] = owners[split * count + n];
         }
     guesses = std::move(owners);
   }
@@ -300,25 +430,54 @@ void select_some(const Shape& shape, const T* x, const std::vector<int64_t>& som
   }
 }
 
-// Tokens [begin, end): appends to `guesses` (one a token, in order) and to `pairs`.
+// Tokens [begin, end): appends to `guesses` (one a token, in order) and to `pairs`. Returns how many marginal bounds it
+// took beside those of candidates.
 template <class T, class ParallelFor>
-void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int64_t begin, int64_t end, const T* rows,
-                   const T* constants, const T* lam, T threshold, int64_t limit, Pairs<T>& guesses, Pairs<T>& pairs,
-                   T* dropped, int32_t* evaluated, bool few, int64_t threads, ParallelFor&& parallel_for) {
+int64_t screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int64_t begin, int64_t end,
+                      const T* rows, const T* constants, const T* lam, T threshold, int64_t limit, Pairs<T>& guesses,
+                      Pairs<T>& pairs, T* dropped, int32_t* evaluated, bool few, int64_t threads,
+                      ParallelFor&& parallel_for) {
   const int64_t K = shape.components, here = end - begin;
   Stretch<T> stretch;
-  stretch.bound(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
-
-  Pairs<T> guess;
-  for (int64_t n = 0; n < here; ++n) guess.add(begin + n, stretch.guesses[n]);
-  evaluate(shape, x, rows, constants, lam, guess, parallel_for);
-  std::vector<T> best(here);  // reached for certain: a logit less its rounding
-  for (int64_t n = 0; n < here; ++n) {
-    const int32_t k = guess.components[n];
-    const T reach = stretch.norms[n] + screen.radii[k], slack = screen.exact_slack + screen.slack[k];
-    const T size = std::abs(guess.logits[n]);
-    best[n] = guess.logits[n] - slack * (reach * reach) - 8 * std::numeric_limits<T>::epsilon() * size;
+  Pairs<T> guess;      // of every token
+  std::vector<T> best;  // reached for certain: its logit less its rounding
+  auto try_guesses = [&] {
+    Pairs<T> next;
+    for (int64_t n = 0; n < here; ++n)
+      if (guess.size() < here || guess.components[n] != stretch.guesses[n]) next.add(begin + n, stretch.guesses[n]);
+    evaluate(shape, x, rows, constants, lam, next, parallel_for);
+    std::vector<T> reached(next.size());
+    for (int64_t i = 0; i < next.size(); ++i) {
+      const int32_t k = next.components[i];
+      const T reach = stretch.norms[next.tokens[i] - begin] + screen.radii[k];
+      const T slack = screen.exact_slack + screen.slack[k], size = std::abs(next.logits[i]);
+      reached[i] = next.logits[i] - slack * (reach * reach) - 8 * std::numeric_limits<T>::epsilon() * size;
+    }
+    if (guess.size() < here) {
+      guess = std::move(next);
+      best = std::move(reached);
+      return;
+    }
+    for (int64_t i = 0; i < next.size(); ++i) {
+      const int64_t n = next.tokens[i] - begin;
+      if (reached[i] > best[n]) {
+        best[n] = reached[i];
+        guess.components[n] = next.components[i];
+        guess.logits[n] = next.logits[i];
+      }
+    }
+  };
+  int64_t refined = here * K;
+  if (screen.lines) {
+    stretch.bound_lines(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
+    try_guesses();
+    std::vector<T> bars(best);
+    for (T& bar : bars) bar -= threshold;
+    refined = stretch.refine(shape, screen, bars, threads, parallel_for);
+  } else {
+    stretch.bound(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
   }
+  try_guesses();
   guesses.append(guess);
 
   const int64_t lanes = stretch.lanes, panels = ceil_div(here, lanes);
@@ -327,29 +486,31 @@ void screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, int6
     with_lanes_of<T>(lanes, [&]<int L>(std::integral_constant<int, L>) {
       for (int64_t i = first, n = i * L; i < last; ++i, n += L)
         sweep_panel<T, L>(stretch.bounds.data() + n * K, K, std::min<int64_t>(L, here - n), begin + n,
-                          stretch.guesses.data() + n, best.data() + n, threshold, limit, found[i], dropped + begin + n,
+                          guess.components.data() + n, best.data() + n, threshold, limit, found[i], dropped + begin + n,
                           evaluated + begin + n);
     });
   });
   for (const Pairs<T>& some : found) pairs.append(some);
+  return refined;
 }
 
 // As `select`, shared noise only, and
 //   dropped    [N] bound on the responsibility, all together, of the components whose logit was never computed
 //   evaluated  [N] how many had theirs computed; -1 where the token took the dense scan
 template <class T, class ParallelFor>
-void select_screened(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* rows,
+void select_screened(const Shape& shape, Screen<T> screen, const T* x, int64_t tokens, const T* rows,
                      const T* constants, const T* lam, T threshold, int64_t slots, const Selection<T>& out, T* dropped,
                      int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
   const int64_t K = shape.components, limit = std::max<int64_t>(slots, K / kPairCost);
   auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
   auto run = [&](int64_t begin, int64_t end, Pairs<T>& guesses, Pairs<T>& pairs, int64_t inner, auto&& inner_for) {
-    screen_tokens(shape, screen, x, begin, end, rows, constants, lam, threshold, limit, guesses, pairs, dropped,
-                  evaluated, tokens <= kFewScreened, inner, inner_for);
+    return screen_tokens(shape, screen, x, begin, end, rows, constants, lam, threshold, limit, guesses, pairs, dropped,
+                         evaluated, tokens <= kFewScreened, inner, inner_for);
   };
   const int64_t pilot = std::min(tokens, kPilot);
   Pairs<T> guesses, pairs;
-  if (pilot > 0) run(0, pilot, guesses, pairs, threads, parallel_for);
+  const int64_t refined = pilot > 0 ? run(0, pilot, guesses, pairs, threads, parallel_for) : 0;
+  if (kLineShare * refined > pilot * K) screen.lines = nullptr;  // the rest does better without
 
   // One stretch, one thread: threads meet only at the end. Each has some even when tokens are few.
   const int64_t rest = tokens - pilot;
@@ -380,15 +541,19 @@ void select_screened(const Shape& shape, const Screen<T>& screen, const T* x, in
     select_some(shape, x, diffuse, rows, constants, lam, threshold, slots, out, threads, parallel_for);
 }
 
-// Every bound, on request: x [N, D] -> out [N, K]
+// Every bound, on request, that of lines or that of marginals: x [N, D] -> out [N, K]
 template <class T, class ParallelFor>
-void bounds(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, T* out,
-            int64_t threads, ParallelFor&& parallel_for) {
+void bounds(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool lines,
+            T* out, int64_t threads, ParallelFor&& parallel_for) {
   const int64_t K = shape.components;
+  const bool few = tokens <= kFewScreened;
   Stretch<T> stretch;
   for (int64_t begin = 0; begin < tokens; begin += kStretch) {
     const int64_t here = std::min(kStretch, tokens - begin);
-    stretch.bound(shape, screen, x + begin * shape.features, here, lam, tokens <= kFewScreened, threads, parallel_for);
+    if (lines)
+      stretch.bound_lines(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
+    else
+      stretch.bound(shape, screen, x + begin * shape.features, here, lam, few, threads, parallel_for);
     for (int64_t n = 0; n < here; ++n)
       for (int64_t k = 0; k < K; ++k)
         out[(begin + n) * K + k] = stretch.bounds[(n / stretch.lanes * K + k) * stretch.lanes + n % stretch.lanes];

@@ -36,10 +36,15 @@ struct Marginals {
   int64_t columns;           // 0 where nothing is known
   double* kept;              // [K, R+1, p] the same on all of them, for later; or null
   double rounding, base;     // slack_k = base + rounding tau_k
+  double norm;               // largest eigenvalue of Q^T Q, at most
+  const double* middle;      // [p] of the means m: lines lead from it to them
   double up;                 // raises what is rounded to T
   T* rows;                   // {m, B} [K, p/V, R+1, V]
   T* radii;                  // [K]
   T* slack;                  // [K]
+  T* lines;                  // [K, p]
+  T* offsets;                // [K]
+  T* shares;                 // [K]
 };
 
 // out [M, kTileColumns] += a^T q over some features; a [features, M], q [features, kTileColumns]
@@ -81,9 +86,50 @@ void pack_rows(const Shape& shape, const Marginals<T>& in, int64_t k, int64_t ro
       for (int64_t m = 0; m < count; ++m) a[d * M + m] = from[d * R + m];
 }
 
+// The direction of component k (screen_lines.h), from m [p], B [R, p] and L: u = S^-1 v = v - B^T B v, v = m - middle,
+// which any rounding leaves a direction like others. Its variance is that of the rounded one, raised by what V = L B is
+// off by; `size` is the sum of the s_r^2. Zeros, which rule nothing out, where there is none.
+template <class T>
+void line_of(const Shape& shape, const Marginals<T>& in, int64_t k, const double* m, const double* b,
+             const double* cholesky, double size, bool usable, double* u) {
+  const int64_t R = shape.rank, p = in.features;
+  auto dot = [p](const double* left, const double* right) {
+    Vec<double> sum = {};
+    for (int64_t c = 0; c < p; c += kWidth<double>) sum += load(left + c) * load(right + c);
+    return horizontal_sum<double>(sum);
+  };
+  for (int64_t c = 0; c < p; ++c) u[c] = m[c] - in.middle[c];
+  double square = dot(u, u);  // of v, and then v^T S^-1 v
+  std::vector<double> products(R);
+  for (int64_t r = 0; r < R; ++r) products[r] = dot(b + r * p, u);
+  for (int64_t r = 0; r < R; ++r) {
+    square -= products[r] * products[r];
+    for (int64_t c = 0; c < p; ++c) u[c] -= products[r] * b[r * p + c];
+  }
+  const double length = std::sqrt(square);
+  T* line = in.lines + k * p;
+  for (int64_t c = 0; c < p; ++c) u[c] = line[c] = static_cast<T>(u[c] / length);
+  const double own = std::sqrt(dot(u, u));
+  double loaded = 0;
+  for (int64_t r = 0; r < R; ++r) {
+    products[r] = dot(b + r * p, u);
+    double value = 0;
+    for (int64_t j = 0; j <= r; ++j) value += cholesky[r * R + j] * products[j];
+    loaded += value * value;
+  }
+  loaded = std::sqrt(loaded) + in.rounding * std::sqrt(size) * own;
+  const double variance = (in.norm * own * own + loaded * loaded) * (1 + in.rounding);
+  const double share = 1 / (variance * in.up), offset = dot(u, m);
+  usable = usable && length > 0 && std::isfinite(share) && std::isfinite(offset);
+  if (!usable) std::fill_n(line, p, T(0));
+  in.offsets[k] = usable ? static_cast<T>(offset) : T(0);
+  in.shares[k] = usable ? static_cast<T>(share) : T(0);
+}
+
 // From rows {m, V^T} [R+1, p] of one component, which are overwritten.
 template <class T>
-void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, double* v, double* gram, double* inverse) {
+void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, double* v, double* gram, double* inverse,
+                     double* line) {
   constexpr int V = kWidth<T>, W = kWidth<double>;
   const int64_t D = shape.features, R = shape.rank, p = in.features;
   double* b = v + p;
@@ -97,7 +143,7 @@ void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, doub
   bool usable = true;  // a value of V that is not finite makes the diagonal of L so
   for (int64_t i = 0; i < R * R; ++i) usable = usable && std::isfinite(gram[i]);
 
-  double tau = 0;
+  double tau = 0, sizes = 0;
   for (int64_t j = 0; j < R && usable; ++j) {  // column j of L^-1
     double diagonal = 0, size = 0;
     for (int64_t i = j; i < R; ++i) {
@@ -108,6 +154,7 @@ void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, doub
     }
     for (int64_t s = 0; s < R; ++s) size += std::pow(static_cast<double>(in.cholesky[(k * R + j) * R + s]), 2);
     tau += size * diagonal;
+    sizes += size;
   }
   // Where rounding leaves nothing, or there is no factorisation, nothing is known of the component.
   usable = usable && in.rounding * tau < 0.5;
@@ -125,6 +172,7 @@ void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, doub
     }
   else
     std::fill(b, b + R * p, 0.0);
+  line_of(shape, in, k, v, b, gram, sizes, usable, line);
   T* out = in.rows + k * p * (R + 1);
   for (int64_t c = 0; c < p; c += V)
     for (int64_t r = 0; r <= R; ++r, out += V)
@@ -159,7 +207,7 @@ void marginals_by(const Shape& shape, const Marginals<T>& in, ParallelFor&& para
   });
   parallel_for(ceil_div(K, own), [&](int64_t begin, int64_t end) {
     // Rows of padding stay zero: no component writes them.
-    std::vector<double> a(tiles * kDepth * M), v(tiles * M * p), gram(R * R), inverse(R);
+    std::vector<double> a(tiles * kDepth * M), v(tiles * M * p), gram(R * R), inverse(R), line(p);
     for (int64_t group = begin; group < end; ++group) {
       const int64_t k0 = group * own, here = std::min(own, K - k0), used = ceil_div(here * period, M);
       std::fill(v.begin(), v.end(), 0.0);
@@ -182,7 +230,8 @@ void marginals_by(const Shape& shape, const Marginals<T>& in, ParallelFor&& para
       }
       for (int64_t k = 0; k < here; ++k) {
         if (in.kept) std::copy_n(v.data() + k * period * p, (R + 1) * p, in.kept + (k0 + k) * (R + 1) * p);
-        finish_marginal(shape, in, k0 + k, v.data() + k * period * p, gram.data(), inverse.data());
+        finish_marginal(shape, in, k0 + k, v.data() + k * period * p, gram.data(), inverse.data(),
+                        line.data());
       }
     }
   });

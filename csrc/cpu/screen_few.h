@@ -26,6 +26,9 @@ struct Screen {
   const T* log_det;    // [K] log|C_k|
   const T* radii;      // [K] |m~_k|, rounded up
   const T* slack;      // [K]
+  const T* lines;      // [K, p] a direction for every component (screen_lines.h), or null
+  const T* offsets;    // [K] m_k along it
+  const T* shares;     // [K] one over the variance along it, rounded down
   T exact_slack;       // what a logit computed in full adds to it
 
   // A constant raised by the rounding of its terms.
@@ -102,7 +105,8 @@ void project_few(const Shape& shape, const Screen<T>& screen, const T* x, int64_
   });
 }
 
-// sums [M, L, V] += rows r, ..., r + M - 1 of B times b [L, p], lane by lane, over the blocks [first, last).
+// sums [M, L, V] += rows r, ..., r + M - 1 of B times b [L, p], lane by lane, over the blocks [first, last); the first
+// of them begin the sums.
 template <class T, int L, int M>
 void add_products(const T* rows, int64_t row_count, const T* b, int64_t p, int64_t first, int64_t last, int64_t r,
                   T* sums) {
@@ -118,24 +122,23 @@ void add_products(const T* rows, int64_t row_count, const T* b, int64_t p, int64
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < L; ++n) {
       T* out = sums + ((r + m) * L + n) * V;
-      store<T>(out, load(out) + sum[m][n]);
+      store<T>(out, first ? load(out) + sum[m][n] : sum[m][n]);
     }
 }
 
-// Bounds [K, L] of the components [k0, k1), and the largest of each token; y [L, p].
+// Squared marginal distances of L tokens y [L, p] to a component, whose rows {m, B} are given.
 template <class T, int L>
-void bounds_of_few(const Shape& shape, const Screen<T>& screen, int64_t k0, int64_t k1, const T* y, const T* norms,
-                   T* bounds, T* largest, int32_t* owners) {
-  constexpr int V = kWidth<T>, M = std::max(1, std::min(4, kRegisters / 2 / L));
-  const int64_t R = shape.rank, p = screen.features, row_count = R + 1, blocks = p / V;
-  const int64_t count = ceil_div(row_count * L, V) * V;  // sums: those of B first, |b|^2 last
-  std::vector<T> b(L * p), sums(count * V), scalars(count);
-  for (int64_t k = k0; k < k1; ++k) {
-    const T* rows = screen.rows + k * p * row_count;
-    // A component's rows are read by jumps, which hide from the hardware that all of them are one stream.
-    for (int64_t i = 0; i < p * row_count && k + 1 < k1; i += 64 / sizeof(T))
-      __builtin_prefetch(rows + p * row_count + i);
-    std::fill(sums.begin(), sums.end(), T(0));
+struct FewDistances {
+  static constexpr int V = kWidth<T>, M = std::max(1, std::min(4, kRegisters / 2 / L));
+  int64_t rank, features, count;  // count of sums: those of B first, |b|^2 last
+  std::vector<T> b, sums, scalars;
+
+  FewDistances(int64_t rank, int64_t features)
+      : rank(rank), features(features), count(ceil_div((rank + 1) * L, V) * V), b(L * features), sums(count * V),
+        scalars(count) {}
+
+  void operator()(const T* rows, const T* y, T* distances) {
+    const int64_t R = rank, p = features, row_count = R + 1, blocks = p / V;
     for (int64_t first = 0; first < blocks; first += kFlush) {
       const int64_t last = std::min(blocks, first + kFlush);
       Vec<T> square[L] = {};
@@ -147,17 +150,31 @@ void bounds_of_few(const Shape& shape, const Screen<T>& screen, int64_t k0, int6
         }
       for (int n = 0; n < L; ++n) {
         T* out = sums.data() + (R * L + n) * V;
-        store<T>(out, load(out) + square[n]);
+        store<T>(out, first ? load(out) + square[n] : square[n]);
       }
       int64_t r = 0;
       for (; r + M <= R; r += M) add_products<T, L, M>(rows, row_count, b.data(), p, first, last, r, sums.data());
       for (; r < R; ++r) add_products<T, L, 1>(rows, row_count, b.data(), p, first, last, r, sums.data());
     }
     for (int64_t i = 0; i < count; i += V) sums_of_lanes(sums.data() + i * V, scalars.data() + i);
-    T distances[L];
     for (int n = 0; n < L; ++n) distances[n] = scalars[R * L + n];
     for (int64_t r = 0; r < R; ++r)
       for (int n = 0; n < L; ++n) distances[n] -= scalars[r * L + n] * scalars[r * L + n];
+  }
+};
+
+// Bounds [K, L] of the components [k0, k1), and the largest of each token; y [L, p].
+template <class T, int L>
+void bounds_of_few(const Shape& shape, const Screen<T>& screen, int64_t k0, int64_t k1, const T* y, const T* norms,
+                   T* bounds, T* largest, int32_t* owners) {
+  const int64_t size = screen.features * (shape.rank + 1);
+  FewDistances<T, L> distances_of(shape.rank, screen.features);
+  T distances[L];
+  for (int64_t k = k0; k < k1; ++k) {
+    const T* rows = screen.rows + k * size;
+    // A component's rows are read by jumps, which hide from the hardware that all of them are one stream.
+    for (int64_t i = 0; i < size && k + 1 < k1; i += 64 / sizeof(T)) __builtin_prefetch(rows + size + i);
+    distances_of(rows, y, distances);
     screen.bound(k, shape.features, distances, norms, L, bounds + k * L, largest, owners);
   }
 }

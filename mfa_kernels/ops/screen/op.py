@@ -25,6 +25,9 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 PAIR_COST = 8
 """Of a logit computed by itself, in units of one in the dense scan."""
 
+LINE_PAIR_COST = 12
+"""Of a marginal bound computed by itself, in units of one among those of all components; kLineShare in csrc."""
+
 STAGE_COST = (40, 1.8)
 """Of stage 0, in tokens of the dense scan: the first for reading all loadings, the second for each of p coordinates."""
 
@@ -42,6 +45,9 @@ class Screen(NamedTuple):
         slack: of a bound, per squared reach |x~| + |m~_k|, (K,).
         exact_slack: what a logit computed in full adds to it.
         log_det: log|C_k|, whose rounding is in the constants, (K,).
+        lines: a direction u_k for every component, (K, p); (0, p) where the scan does without.
+        line_terms: u_k . m_k, and one over the variance of u_k . y, rounded down; (2, K) or (2, 0).
+        batches_by_lines: whether lines go first for batches too, beside up to four tokens that come alone.
     """
 
     basis: Tensor
@@ -50,6 +56,13 @@ class Screen(NamedTuple):
     slack: Tensor
     exact_slack: float
     log_det: Tensor
+    lines: Tensor
+    line_terms: Tensor
+    batches_by_lines: bool = True
+
+    def without_lines(self) -> Screen:
+        """The same, with every marginal bound computed."""
+        return self._replace(lines=self.lines[:0], line_terms=self.line_terms[:, :0])
 
 
 class Screened(NamedTuple):
@@ -121,7 +134,7 @@ def screen(
     with torch.no_grad():
         q = (choose_basis(factors, log_weights.exp(), width) if basis is None else basis).to(means.dtype)
         if factors.rows.dim() == 4:
-            return _screen(means, loadings, noise_variance, factors, q)[0]
+            return _screen(means, loadings, noise_variance, log_weights, factors, q)[0]
         return _triton().screen(means, loadings, noise_variance, factors, q)
 
 
@@ -130,7 +143,10 @@ def refresh(
 ) -> AnyScreen:
     """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
     every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
-    return screen(means, loadings, noise_variance, log_weights, factors, basis=previous.basis)
+    moved = screen(means, loadings, noise_variance, log_weights, factors, basis=previous.basis)
+    if isinstance(moved, Screen) and isinstance(previous, Screen):
+        moved = moved._replace(batches_by_lines=previous.batches_by_lines)
+    return moved
 
 
 def choose(
@@ -164,26 +180,43 @@ def _choose(
     constants = factors.constants(log_weights)
     threshold = activity_threshold(count, means.dtype)
     basis = choose_basis(factors, log_weights.exp(), widths[-1]).to(means.dtype)
-    best, least = None, 1.0  # in units of the dense scan
-    known = None
+    best, least, before = None, 1.0, math.inf  # in units of the dense scan
+    known, one = None, torch.ones(1)
     for width in widths:
-        if width >= least * features:
+        sizes = count, features, rank, width
+        ways = (None, 0.0) if factors.rows.dim() == 4 else (None,)
+        if min(modelled_cost(one, *sizes, lines=lines) for lines in ways) >= least:
             break
         # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
         keep = count * (rank + 1) * width <= _KNOWN
+        parameters = means, loadings, noise_variance
         if factors.rows.dim() == 4:
-            candidate, known = _screen(means, loadings, noise_variance, factors, basis[:, :width], known, keep)
+            candidate, known = _screen(*parameters, log_weights, factors, basis[:, :width], known, keep)
+            (_, _, logits, _), _, evaluated = select(x, factors, constants, candidate, threshold, 1)
+            share = lines_left(x, factors, constants, candidate, logits[:, 0] - threshold).mean().item()
+            by_lines = modelled_cost(evaluated, *sizes, lines=share)
+            cost = modelled_cost(evaluated, *sizes)
+            candidate = candidate._replace(batches_by_lines=by_lines < cost)
+            rises, before, cost = by_lines >= before, by_lines, min(by_lines, cost)
         else:
-            candidate = _triton().screen(means, loadings, noise_variance, factors, basis[:, :width])
-        evaluated = select(x, factors, constants, candidate, threshold, 1).evaluated
-        cost = modelled_cost(evaluated, count, features, rank, width)
+            candidate = _triton().screen(*parameters, factors, basis[:, :width])
+            evaluated = select(x, factors, constants, candidate, threshold, 1).evaluated
+            rises, cost = False, modelled_cost(evaluated, *sizes)
         if cost < least:
             best, least = candidate, cost
+        elif best is not None and rises:  # no longer cheaper with lines or without
+            break
     return best
 
 
 def modelled_cost(
-    evaluated: Tensor, components: int, features: int, rank: int, kept: int, tokens: int | None = None
+    evaluated: Tensor,
+    components: int,
+    features: int,
+    rank: int,
+    kept: int,
+    tokens: int | None = None,
+    lines: float | None = None,
 ) -> float:
     """Of a token, in units of its dense scan: projection, bounds, and the pairs computed in full. Below 1, it pays.
 
@@ -194,31 +227,57 @@ def modelled_cost(
         rank: R.
         kept: p.
         tokens: among which stage 0 is shared, where it is to be counted: those of one training step.
+        lines: share of the components that their lines leave, where the screen has lines.
     """
+    marginals = 1.0  # in units of the marginal bounds of all components
+    if lines is not None:
+        marginals = 1 / (rank + 3) + LINE_PAIR_COST * (lines + candidates(components) / components)
     pairs = torch.where(evaluated < 0, components, PAIR_COST * evaluated).double().mean().item()
     stage_0 = 0.0 if tokens is None else (STAGE_COST[0] + STAGE_COST[1] * kept) / tokens
-    return kept / features + kept / (components * (rank + 3)) + pairs / components + stage_0
+    return kept / features * marginals + kept / (components * (rank + 3)) + pairs / components + stage_0
 
 
-def bytes_read(evaluated: Tensor, factors: Factors, screen: Screen) -> Tensor:
+def bytes_read(evaluated: Tensor, factors: Factors, screen: Screen, lines: Tensor | None = None) -> Tensor:
     """Bytes of parameters that each token reads when it comes alone, (N,) int64.
 
     Args:
         evaluated: (N,), as `select` returns it.
         factors: of the mixture; reading all of it is `factors.rows.nbytes` and a little.
         screen: of the mixture.
+        lines: (N,), as `lines_left` returns it, where the screen has lines.
     """
-    of_all = (screen.basis, screen.rows, screen.radii, screen.slack, screen.log_det, factors.scale, factors.center)
+    of_all = (screen.basis, screen.radii, screen.slack, screen.log_det, factors.scale, factors.center)
     constants = screen.log_det.nbytes  # log pi_k and the rest, (K,) too
     components = factors.rows.shape[0]
     computed = torch.where(evaluated < 0, components, evaluated).long()
-    return sum(t.nbytes for t in of_all) + constants + computed * factors.rows[0].nbytes
+    read = sum(t.nbytes for t in of_all) + constants + computed * factors.rows[0].nbytes
+    if lines is None:
+        return read + screen.rows.nbytes
+    marginals = (lines * components).round().long() + candidates(components)
+    return read + screen.lines.nbytes + screen.line_terms.nbytes + marginals * screen.rows[0].nbytes
+
+
+def candidates(components: int) -> int:
+    """Components per token whose marginal bounds choose the first logit, as in csrc/cpu/screen.h."""
+    return min(max(8, components // 128), 32)
+
+
+def lines_left(x: Tensor, factors: Factors, constants: Tensor, screen: Screen, bars: Tensor) -> Tensor:
+    """Share of the components whose bound by their line reaches the bar of the token, (N,) float64.
+
+    Args:
+        x, factors, constants, screen: as `select` takes them; x in the dtype of the factors.
+        bars: (N,), the best logit less the threshold.
+    """
+    below = bounds(x, factors, constants, screen, by_lines=True) < bars.unsqueeze(-1)
+    return (~below).double().mean(-1)
 
 
 def _screen(
     means: Tensor,
     loadings: Tensor,
     noise_variance: Tensor,
+    log_weights: Tensor,
     factors: Factors,
     q: Tensor,
     known: Tensor | None = None,
@@ -230,12 +289,16 @@ def _screen(
     q = q.contiguous()
     wide, scale, eps = q.double(), noise_variance.double().rsqrt(), torch.finfo(means.dtype).eps
     up = 1 + 4 * eps  # rounds up through the conversion to a narrower dtype
-    rows, radii, slack, projections = native.library().screen_marginals(
-        means.contiguous(), loadings.contiguous(), factors.cholesky, factors.center, scale, scale.unsqueeze(-1) * wide,
-        known, keep, _rounding(features, rank, q.shape[1]), _slack(wide, features, rank, eps / 2), up,
+    projection = scale.unsqueeze(-1) * wide
+    weights = log_weights.double().exp()
+    middle = (weights @ means.double() / weights.sum() - factors.center.double()) @ projection
+    middle = middle.nan_to_num(0, 0, 0)  # of one component that is not finite, the others' lines know nothing
+    rows, radii, slack, lines, line_terms, projections = native.library().screen_marginals(
+        means.contiguous(), loadings.contiguous(), factors.cholesky, factors.center, scale, projection, known, keep,
+        _rounding(features, rank, q.shape[1]), _slack(wide, features, rank, eps / 2), 1 + _skew(wide), middle, up,
     )  # fmt: skip
     exact = _exact_slack(features, rank, eps / 2) * up
-    return Screen(q, rows, radii, slack, exact, factors.log_det), projections
+    return Screen(q, rows, radii, slack, exact, factors.log_det, lines, line_terms), projections
 
 
 def _rounding(features: int, rank: int, kept: int) -> float:
@@ -245,14 +308,18 @@ def _rounding(features: int, rank: int, kept: int) -> float:
 
 def _slack(q: Tensor, features: int, rank: int, unit: float) -> float:
     """What a bound may be off by, per squared reach, in a dtype with this unit of rounding (README, "Rounding")."""
-    kept = q.shape[1]
-    skew = torch.linalg.matrix_norm(q.mT @ q - torch.eye(kept, dtype=q.dtype)).item()
+    kept, skew = q.shape[1], _skew(q)
     long, short = _FLUSH + -(-features // _FLUSH) + 2, _FLUSH + -(-kept // _FLUSH) + 2
     token = (6 + long * math.sqrt(kept * (1 + skew))) * unit  # |y - Q^T x~| / |x~|
     coordinates = token + 4 * unit
     products = coordinates + (short + 1) * math.sqrt(max(rank, 1)) * unit
     total = 2 * coordinates + 2 * products + products**2 + 2 * (short + rank + 8) * unit + 2 * skew
     return 0.5 * total * 1.01 + 8 * unit
+
+
+def _skew(q: Tensor) -> float:
+    """|Q^T Q - I|."""
+    return torch.linalg.matrix_norm(q.mT @ q - torch.eye(q.shape[1], dtype=q.dtype)).item()
 
 
 def _exact_slack(features: int, rank: int, unit: float) -> float:
@@ -278,23 +345,29 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: AnyScreen, th
         return _triton().select(x.contiguous(), factors, constants, screen, threshold, slots)
     *active, dropped, evaluated = torch.ops.mfa_kernels.select_screened(
         x, factors.rows, constants, factors.scale, factors.center, screen.basis, screen.rows, screen.log_det,
-        screen.radii, screen.slack, screen.exact_slack, threshold, slots,
+        screen.radii, screen.slack, screen.lines, screen.line_terms,
+        screen.batches_by_lines, screen.exact_slack, threshold, slots,
     )  # fmt: skip
     return Screened(Active(*active), dropped, evaluated)
 
 
-def bounds(x: Tensor, factors: Factors, constants: Tensor, screen: Screen) -> Tensor:
-    """The upper bounds of all logits that `select` works from, (N, K); arguments as there, in one dtype."""
+def bounds(x: Tensor, factors: Factors, constants: Tensor, screen: Screen, by_lines: bool = False) -> Tensor:
+    """The upper bounds of all logits that `select` works from, (N, K); arguments as there, in one dtype.
+
+    Args:
+        by_lines: those of the first level, of which `select` goes on with what comes within its threshold.
+    """
     return native.library().screen_bounds(
         x, constants, factors.scale, factors.center, screen.basis, screen.rows, screen.log_det, screen.radii,
-        screen.slack,
+        screen.slack, screen.lines, screen.line_terms, by_lines,
     )  # fmt: skip
 
 
 torch.library.define(
     "mfa_kernels::select_screened",
     "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows,"
-    " Tensor log_det, Tensor radii, Tensor slack, float exact_slack, float threshold, int slots)"
+    " Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms,"
+    " bool batches_by_lines, float exact_slack, float threshold, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
 )
 
@@ -306,7 +379,8 @@ def _select_screened(x, rows, *rest):
 
 @torch.library.register_fake("mfa_kernels::select_screened")
 def _(
-    x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, exact_slack, threshold, slots
+    x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
+    batches_by_lines, exact_slack, threshold, slots,
 ):  # fmt: skip
     tokens = x.shape[0]
     return (
