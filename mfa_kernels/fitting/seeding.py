@@ -13,6 +13,7 @@ from mfa_kernels.ops.kmeans.portable import segment_sums
 
 _DRAWS = 1 << 14  # in all, beside one a cluster: each is a pass over the 4 K candidates
 _ROUNDS = 4  # passes over the rows, each of which draws K candidates
+_COORDINATES = 64  # that candidates are compared in
 _BASIS_ROWS = 4096  # that show along which directions rows differ: they come in random order
 
 
@@ -48,28 +49,46 @@ def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator
         distance = torch.minimum(distance, gap)
         candidates = torch.cat([candidates, new])
     mass = segment_sums(weights.unsqueeze(1), owner, len(candidates)).squeeze(1)
-    return _reduce(candidates, mass, clusters, generator)
+    return candidates[_reduce(candidates, mass, clusters, basis, generator)]
 
 
-def _reduce(candidates: Tensor, mass: Tensor, clusters: int, generator: torch.Generator) -> Tensor:
-    """K of the weighted candidates by greedy k-means++: of a few draws, the one that leaves the least inertia."""
+def _reduce(
+    candidates: Tensor, mass: Tensor, clusters: int, basis: Tensor | None, generator: torch.Generator
+) -> Tensor:
+    """K of the weighted candidates (M, D), by number: greedy k-means++, by distances in the leading directions first.
+
+    Each choice compares all candidates with a few draws, which are many passes over them: on few coordinates they stay
+    in a cache, and where to begin is no matter of precision. Candidates that differ in none of the directions are left
+    to a second round, in all of them.
+    """
+    found = torch.empty(0, dtype=torch.long, device=candidates.device)
+    if basis is not None:
+        found = _greedy(candidates @ basis[:, :_COORDINATES], mass, clusters, found, generator)
+    return _greedy(candidates, mass, clusters, found, generator)
+
+
+def _greedy(points: Tensor, mass: Tensor, clusters: int, found: Tensor, generator: torch.Generator) -> Tensor:
+    """`found` and further points (M, d), by number, K in all: of a few draws, always the one that leaves the least
+    inertia; fewer where all points are among them."""
+    if len(found) >= clusters:
+        return found
     trials = min(2 + int(math.log2(clusters)), max(1, _DRAWS // clusters))
-    square = candidates.square().sum(1)
-    chosen = draw(mass, 1, generator)
-    distance = nearest(candidates, candidates[chosen])[1]
-    found = [chosen]
-    while len(found) < clusters:
+    square = points.square().sum(1)
+    found = found if len(found) else draw(mass, 1, generator)
+    distance = nearest(points, points[found])[1]
+    chosen = [found]
+    for _ in range(clusters - len(found)):
         # On the CPU: a GPU's running sum of floats is not the same twice.
         ends = (mass * distance).double().cpu().cumsum(0)
         if not ends[-1] > 0:
             break
         uniform = torch.rand(trials, dtype=torch.float64, generator=generator)
-        drawn = torch.searchsorted(ends, uniform * ends[-1], right=True).clamp_max(len(candidates) - 1)
+        drawn = torch.searchsorted(ends, uniform * ends[-1], right=True).clamp_max(len(points) - 1)
         drawn = drawn.to(mass.device)
-        gap = torch.addmm(square, candidates[drawn], candidates.t(), alpha=-2) + square[drawn].unsqueeze(1)
+        gap = torch.addmm(square, points[drawn], points.t(), alpha=-2) + square[drawn].unsqueeze(1)
         left = torch.minimum(distance, gap.clamp_min_(0))
         best = int((left @ mass).argmin())
-        gap = candidates - candidates[drawn[best]]
+        gap = points - points[drawn[best]]
         distance = torch.minimum(distance, torch.linalg.vecdot(gap, gap))
-        found.append(drawn[best : best + 1])
-    return candidates[torch.cat(found)]
+        chosen.append(drawn[best : best + 1])
+    return torch.cat(chosen)
