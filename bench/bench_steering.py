@@ -1,24 +1,23 @@
 """What steering costs a decode step: a Llama of 12 layers, hidden size 768, float32, with a KV cache, at batch 1 and 8.
 
-    python -m pytest bench/bench_steering.py --benchmark-disable-gc --benchmark-json=steering.json
-    python -m bench.bench_steering steering.json
+    python -m bench.bench_steering [--rounds 60]
 
-The second command prints each time over that of the unsteered step of the same run. The mixture has K = 2048 regions of
-rank 10, from K-means and cluster PCA of the layer's activations: 69 MB of rows, beside 453 MB of weights. `gate` and
-what follows it hold every token against all regions, most of which bounds rule out; `gate_dense` computes them all.
+The ways take turns, so that what else the machine does weighs on all alike: each time is taken over that of the
+unsteered step of the same round, and the median of these ratios is printed. The mixture has K = 2048 regions of rank
+10: 69 MB of rows, beside 453 MB of weights. `gate` and what follows it hold every token against all regions, most of
+which bounds rule out; `gate_dense` computes them all.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import json
+import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from mfa_kernels import MFA, fit, steer
@@ -26,7 +25,6 @@ from mfa_kernels.models import hidden_states
 from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward, evidence
 
 LAYER, CONTEXT, HIDDEN, REGIONS, RANK = 6, 128, 768, 2048, 10
-ROUNDS, WARMUP = 60, 5
 WORDS, ROWS = 4000, 40_000  # different tokens in the text, and its length
 Z = torch.linspace(-2, 2, RANK)
 WAYS: dict[str, dict[str, Any] | None] = {
@@ -42,8 +40,7 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model() -> Any:
+def make_model() -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -54,15 +51,13 @@ def model() -> Any:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(scope="module")
-def mfa(model: Any) -> MFA:
+def make_mixture(model: Any) -> MFA:
     kept: list[torch.Tensor] = []
     hook = model.model.layers[LAYER].register_forward_hook(
         lambda module, args, output: kept.append(hidden_states(output).flatten(0, 1))
     )
-    with torch.no_grad():
-        for seed in range(ROWS // (8 * CONTEXT)):
-            model(input_ids=token_ids(8, CONTEXT, seed + 1))
+    for seed in range(ROWS // (8 * CONTEXT)):
+        model(input_ids=token_ids(8, CONTEXT, seed + 1))
     hook.remove()
     return fit(torch.cat(kept), REGIONS, RANK, epochs=0, progress=False).requires_grad_(False)
 
@@ -71,58 +66,48 @@ def token_ids(batch: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(3, 3 + WORDS, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[1, 8])
-def step(request: pytest.FixtureRequest, model: Any) -> Iterator[Callable[[Any], Any]]:
-    """One decode step after a context of the same length every time."""
+def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a decode step after the same context, by way and round."""
     from transformers import DynamicCache
 
-    batch, cache = request.param, DynamicCache()
-    ids = token_ids(batch, CONTEXT + 1, 0)
-    with torch.no_grad():
-        model(input_ids=ids[:, :-1], past_key_values=cache)
-
-        def run(cache: Any) -> Any:
-            return model(input_ids=ids[:, -1:], past_key_values=cache).logits
-
-        run.batch = batch  # type: ignore[attr-defined]
-        run.setup = lambda: ((copy.deepcopy(cache),), {})  # type: ignore[attr-defined]
-        yield run
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_decode_step(
-    benchmark: Any, step: Any, model: Any, mfa: MFA, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    benchmark.group = f"decode step, batch {step.batch}"
-    benchmark.extra_info["way"] = way
-    if way == "gate_dense":
-        monkeypatch.setattr(evidence, "_SCREENED_VALUES", sys.maxsize)
-        mfa = copy.deepcopy(mfa)  # without its screen
-    with ExitStack() as stack:
-        spec = WAYS[way]
-        if spec is not None:
-            handle = stack.enter_context(steer(model, mfa, LAYER, **spec))
-        benchmark.pedantic(step, setup=step.setup, rounds=ROUNDS, warmup_rounds=WARMUP)
-        if spec is not None:
-            seen, steered = handle.stats()[:2]
-            assert seen == (ROUNDS + WARMUP) * step.batch
-            benchmark.extra_info["steered"] = steered / seen
+    context, ids = DynamicCache(), token_ids(batch, CONTEXT + 1, 0)
+    model(input_ids=ids[:, :-1], past_key_values=context)
+    screened_at = evidence._SCREENED_VALUES
+    evidence._SCREENED_VALUES = sys.maxsize
+    dense = copy.deepcopy(mfa)  # the only one without a screen
+    steer(model, dense, LAYER, gate=(17, 0.5), component=17, alpha=0.4).remove()
+    evidence._SCREENED_VALUES = screened_at
+    found: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds + 2):
+        for way, spec in WAYS.items():
+            cache = copy.deepcopy(context)
+            with ExitStack() as stack:
+                if way == "gate_dense":
+                    evidence._SCREENED_VALUES = sys.maxsize
+                if spec is not None:
+                    stack.enter_context(steer(model, dense if way == "gate_dense" else mfa, LAYER, **spec))
+                evidence._SCREENED_VALUES = screened_at
+                begin = time.perf_counter()
+                model(input_ids=ids[:, -1:], past_key_values=cache)
+                found[way].append(time.perf_counter() - begin)
+    return {way: seconds[2:] for way, seconds in found.items()}  # the first rounds warm up
 
 
-def table(report: dict[str, Any]) -> str:
-    """One row per way, one column per batch: the median time over the unsteered step's."""
-    times: dict[str, dict[str, float]] = {}
-    for entry in report["benchmarks"]:
-        times.setdefault(entry["group"], {})[entry["extra_info"]["way"]] = entry["stats"]["median"]
-    lines = ["| | " + " | ".join(times) + " |", "|---|" + "---|" * len(times)]
-    unsteered = " | ".join(f"{group['unsteered'] * 1e3:.2f} ms" for group in times.values())
-    lines.append(f"| unsteered | {unsteered} |")
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=60)
+    rounds = parser.parse_args().rounds
+    model = make_model()
+    mfa = make_mixture(model)
+    found = {batch: times(model, mfa, batch, rounds) for batch in (1, 8)}
+    print("| | " + " | ".join(f"batch {batch}" for batch in found) + " |\n|---|" + "---|" * len(found))
+    medians = (f"{statistics.median(of['unsteered']) * 1e3:.1f} ms" for of in found.values())
+    print("| unsteered | " + " | ".join(medians) + " |")
     for way in WAYS:
-        if way != "unsteered":
-            cells = [f"{(group[way] / group['unsteered'] - 1) * 100:+.1f}%" for group in times.values()]
-            lines.append(f"| {way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ratios = [[a / b for a, b in zip(of[way], of["unsteered"])] for of in found.values()]
+        print(f"| {way} | " + " | ".join(f"{statistics.median(r):.3f}" for r in ratios) + " |")
 
 
 if __name__ == "__main__":
-    print(table(json.loads(Path(sys.argv[1]).read_text())))
+    main()
