@@ -20,7 +20,7 @@ def statistics(
     """
     shared = noise_variance.dim() == 1
     covariance = loadings @ loadings.mT + torch.diag_embed(noise_variance.expand_as(means))  # (K, D, D)
-    gain = torch.linalg.solve(covariance, loadings).mT  # W^T C^-1, (K, R, D)
+    gain = torch.cholesky_solve(loadings, torch.linalg.cholesky(covariance)).mT  # W^T C^-1, (K, R, D)
     y = x.unsqueeze(1) - means  # (N, K, D)
     z = torch.einsum("krd,nkd->nkr", gain, y)
     posterior = torch.eye(loadings.shape[2], dtype=x.dtype, device=x.device) - gain @ loadings  # Cov[z | x, k]
