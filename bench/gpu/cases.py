@@ -29,6 +29,8 @@ from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.screen.basis import basis
 from mfa_kernels.ops.select.op import activity_threshold
 from mfa_kernels.ops.statistics.op import Statistics, accumulate, expectation
+from mfa_kernels.steering import Offset, Toward
+from mfa_kernels.steering.apply import Program
 
 Results = dict[str, dict[str, Any]]
 
@@ -259,6 +261,48 @@ def few_tokens(bench: Bench, results: Results, folder: Path, components: int, fe
     return found
 
 
+def steered_step(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """A decode step of an 8B-shaped model (its matrix products, batch 1, bfloat16), steered in the middle or not."""
+    problem = problems.make(bench, _shape(bench, components, features, tokens=16))
+    width = problem.mfa.n_features
+    layers = 2 if bench.rehearsal else 32
+    sizes = ((width, 3 * width // 2), (width, width), (width, 7 * width), (7 * width // 2, width))  # Llama-3.1-8B's
+    weights = [[torch.zeros(m, n, dtype=torch.bfloat16, device=bench.device) for m, n in sizes] for _ in range(layers)]
+    inputs = [torch.zeros(1, m, dtype=torch.bfloat16, device=bench.device) for m, _ in sizes]
+    hidden = [x[:1].unsqueeze(0).clone() for x in problem.batches]
+    toward = [(Toward(3, 0.4), Offset(3, [1.0] * problem.mfa.rank))]
+    ways: dict[str, Program | None] = {
+        "unsteered": None,
+        "fixed": Program(problem.mfa, toward, bench.device),
+        "gated": Program(problem.mfa, toward, bench.device, gate=(3, 0.5)),
+    }
+
+    def decode(program: Program | None) -> Callable[[int], Any]:
+        def call(i: int) -> None:
+            for index, layer in enumerate(weights):
+                for x, weight in zip(inputs, layer):
+                    x @ weight
+                if program is not None and index == layers // 2:
+                    program(hidden[i], True, (0,))
+
+        return call
+
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, program in ways.items():
+            found[f"{name}_ms"] = 1e3 * bench.median(decode(program), 1.0).median
+            if not bench.rehearsal:
+                try:
+                    found[f"{name}_graph_ms"] = 1e3 * bench.graph(decode(program)).median
+                except RuntimeError as error:
+                    found[f"{name}_graph"] = f"not captured: {str(error).splitlines()[0]}"
+    for name in ("fixed", "gated"):
+        for clock in ("ms", "graph_ms"):
+            if f"{name}_{clock}" in found and f"unsteered_{clock}" in found:
+                found[f"{name}_{clock}_percent"] = 100 * (found[f"{name}_{clock}"] / found[f"unsteered_{clock}"] - 1)
+    return found
+
+
 # Everything downstream, K-means
 
 
@@ -471,6 +515,7 @@ CASES = [
     _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
     _case("step", 20, step, 8192, LLAMA),
     _case("few tokens", 10, few_tokens, 8192, LLAMA),
+    _case("steered decode step", 25, steered_step, 8192, LLAMA),
     _case("screened scan over dense scan", 40, screened_scan, 8192, LLAMA),
     Case("gpu tests", 200, gpu_tests),
     _case("scan", 25, scan, 32768, LLAMA),
