@@ -91,6 +91,9 @@ def steer(
     Several layers, and several mixtures, are steered by as many handles; on one layer they act in the order in which
     they were made. Interventions under different gates are handles too.
 
+    On a CPU, what asks a large mixture for responsibilities goes through certified bounds (`MFA.screen`), which are
+    prepared the first time, in a fraction of a second, and kept with the mixture.
+
     Compiled (`torch.compile`, `fullgraph=True`), a pass of one token compiles whole where alpha is no function and
     positions is "all", "generated" or "last": such a pass counts as generated, even if it is a prompt of one token.
     Everything else breaks the graph, and is right.
