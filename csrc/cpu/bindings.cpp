@@ -63,6 +63,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("select", &binding::select, no_gil);
   m.def("screen_marginals", &binding::screen_marginals, no_gil);
   m.def("select_screened", &binding::select_screened, no_gil);
+  m.def("screen_neighbors", &binding::screen_neighbors, no_gil);
   m.def("screen_bounds", &binding::screen_bounds, no_gil);
   m.def("dense", &binding::dense, no_gil);
   m.def("latents", &binding::latents, no_gil);

@@ -1,4 +1,4 @@
-#include "screen.h"
+#include "screen_near.h"
 
 #include "bindings.h"
 
@@ -29,11 +29,31 @@ mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor&
           static_cast<T>(exact_slack)};
 }
 
+// The tensors of a Neighbors (mfa_kernels/ops/screen/neighbors.py).
+template <class T>
+mfa::Near<T> near_of(const mfa::Shape& shape, const Tensor& basis, const std::vector<Tensor>& tensors, double threshold) {
+  TORCH_CHECK_VALUE(tensors.size() == 9, "neighbors must be 9 tensors, got ", tensors.size());
+  const int64_t K = shape.components, p = basis.size(1), G = tensors[0].size(0), M = tensors[6].size(1);
+  const auto type = basis.scalar_type();
+  check(tensors[0], {G, p}, type, "centers");
+  check(tensors[1], {G}, type, "center_halves");
+  check(tensors[2], {G + 1}, at::kInt, "starts");
+  check(tensors[3], {K}, at::kInt, "members");
+  check(tensors[4], {K, p}, type, "means");
+  check(tensors[5], {K}, type, "mean_halves");
+  check(tensors[6], {K, M}, at::kInt, "neighbors");
+  check(tensors[7], {K, M}, type, "onsets");
+  check(tensors[8], {K}, type, "horizons");
+  return {G, data<T>(tensors[0]), data<T>(tensors[1]), data<int32_t>(tensors[2]), data<int32_t>(tensors[3]),
+          data<T>(tensors[4]), data<T>(tensors[5]), M, data<int32_t>(tensors[6]), data<T>(tensors[7]),
+          data<T>(tensors[8]), static_cast<T>(threshold)};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
     const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
     const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii, const Tensor& slack,
-    const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, double exact_slack, double threshold,
-    int64_t slots) {
+    const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, const std::vector<Tensor>& neighbors,
+    double neighbor_threshold, double exact_slack, double threshold, int64_t slots) {
   const auto shape = shape_of_rows(rows, x.size(1), false);
   check_scan(shape, x, rows, lam);
   TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
@@ -50,10 +70,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
     if (!batches_by_lines && N > mfa::kFewScreened) screen.lines = nullptr;
     const mfa::Selection<scalar_t> out{data<scalar_t>(log_prob), data<int32_t>(components), data<scalar_t>(logits),
                                        data<int32_t>(counts)};
-    mfa::select_screened<scalar_t>(shape, screen, data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
-                                   data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots, out,
-                                   data<scalar_t>(dropped), data<int32_t>(evaluated), at::get_num_threads(),
-                                   parallel_for);
+    auto run = [&](auto&& scan, auto&&... tables) {
+      scan(shape, screen, tables..., data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
+           data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots, out, data<scalar_t>(dropped),
+           data<int32_t>(evaluated), at::get_num_threads(), parallel_for);
+    };
+    if (neighbors.empty())
+      run([](auto&&... all) { mfa::select_screened<scalar_t>(all...); });
+    else
+      run([](auto&&... all) { mfa::select_near<scalar_t>(all...); },
+          near_of<scalar_t>(shape, basis, neighbors, neighbor_threshold));
   });
   return {log_prob, components, logits, counts, dropped, evaluated};
 }

@@ -14,6 +14,7 @@
 //           Measured by bench/bench_screen.py.
 #pragma once
 #include <bit>
+#include <numeric>
 
 #include "screen_lines.h"
 
@@ -109,14 +110,35 @@ std::vector<int64_t> counting_sort(const std::vector<Key>& of, int64_t keys, std
   return order;
 }
 
+// The order that brings equal keys, of so many, together, where their beginnings are not asked for: the few pairs of a
+// token that comes alone should not have to count all components.
+template <class Key>
+std::vector<int64_t> grouped(const std::vector<Key>& of, int64_t keys) {
+  if (16 * static_cast<int64_t>(of.size()) > keys) {
+    std::vector<int64_t> first;
+    return counting_sort(of, keys, first);
+  }
+  std::vector<int64_t> order(of.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return of[a] < of[b]; });
+  return order;
+}
+
+// How many of order[i], order[i + 1], ... up to `most` have the same key as the first.
+template <class Key>
+int64_t run_length(const std::vector<Key>& of, const std::vector<int64_t>& order, int64_t i, int64_t most) {
+  int64_t length = 1;
+  while (length < most && of[order[i + length]] == of[order[i]]) ++length;
+  return length;
+}
+
 // Fills in the logits, component by component, so that its rows are read once for up to eight tokens.
 template <class T, class ParallelFor>
 void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants, const T* lam, Pairs<T>& pairs,
               ParallelFor&& parallel_for) {
   constexpr int64_t G = 8;  // groups of tokens
   const int64_t chunk_size = std::clamp<int64_t>(pairs.size() / 16, G, 64);  // pairs per task, whatever the threads
-  std::vector<int64_t> first;
-  const std::vector<int64_t> order = counting_sort(pairs.components, shape.components, first);
+  const std::vector<int64_t> order = grouped(pairs.components, shape.components);
   pairs.logits.resize(pairs.size());
   parallel_for(ceil_div(pairs.size(), chunk_size), [&](int64_t begin, int64_t end) {
     std::vector<T> v(shape.padded<T>() * G), t(shape.rank * G);
@@ -125,7 +147,8 @@ void evaluate(const Shape& shape, const T* x, const T* rows, const T* constants,
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t i = chunk * chunk_size, stop = std::min(pairs.size(), i + chunk_size), count; i < stop;
            i += count) {
-        const int64_t k = pairs.components[order[i]], left = std::min(stop, first[k + 1]) - i;
+        const int64_t k = pairs.components[order[i]];
+        const int64_t left = run_length(pairs.components, order, i, std::min(G, stop - i));
         count = left >= G ? G : left >= 2 ? 2 : 1;
         for (int64_t g = 0; g < count; ++g) group[g] = pairs.tokens[order[i + g]];
         const T* own = rows + k * shape.component_stride<T>();
@@ -275,7 +298,6 @@ struct Stretch {
     return total;
   }
 
- private:
   template <class ParallelFor>
   void project(const Shape& shape, const Screen<T>& screen, const T* x, int64_t tokens, const T* lam, bool few,
                ParallelFor&& parallel_for) {
@@ -295,6 +317,7 @@ struct Stretch {
     });
   }
 
+ private:
   template <class ParallelFor>
   void bound_panels(const Shape& shape, const Screen<T>& screen, int64_t tokens, int64_t threads,
                     ParallelFor&& parallel_for) {
@@ -447,12 +470,8 @@ int64_t screen_tokens(const Shape& shape, const Screen<T>& screen, const T* x, i
       if (guess.size() < here || guess.components[n] != stretch.guesses[n]) next.add(begin + n, stretch.guesses[n]);
     evaluate(shape, x, rows, constants, lam, next, parallel_for);
     std::vector<T> reached(next.size());
-    for (int64_t i = 0; i < next.size(); ++i) {
-      const int32_t k = next.components[i];
-      const T reach = stretch.norms[next.tokens[i] - begin] + screen.radii[k];
-      const T slack = screen.exact_slack + screen.slack[k], size = std::abs(next.logits[i]);
-      reached[i] = next.logits[i] - slack * (reach * reach) - 8 * std::numeric_limits<T>::epsilon() * size;
-    }
+    for (int64_t i = 0; i < next.size(); ++i)
+      reached[i] = screen.reached(next.logits[i], next.components[i], stretch.norms[next.tokens[i] - begin]);
     if (guess.size() < here) {
       guess = std::move(next);
       best = std::move(reached);

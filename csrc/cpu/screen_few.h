@@ -37,6 +37,12 @@ struct Screen {
     return constants[k] + 2 * std::numeric_limits<T>::epsilon() * size;
   }
 
+  // What the logit of component k is for certain at least, however it was rounded when it was computed in full.
+  T reached(T logit, int64_t k, T norm) const {
+    const T reach = norm + radii[k];
+    return logit - (exact_slack + slack[k]) * (reach * reach) - 8 * std::numeric_limits<T>::epsilon() * std::abs(logit);
+  }
+
   // out [tokens], the bounds of component k from the distances of its marginal; keeps the largest and whose it is.
   void bound(int64_t k, int64_t all_features, const T* distances, const T* norms, int64_t tokens, T* out, T* largest,
              int32_t* owners) const {

@@ -80,4 +80,27 @@ void scan_lines_of_few(const Screen<T>& screen, int64_t k0, int64_t k1, const T*
   }
 }
 
+// The same for one token y [p] and at most V components, anywhere in memory.
+template <class T>
+void distances_on_lines(const Screen<T>& screen, const int32_t* components, int64_t count, const T* y, T* distances) {
+  constexpr int V = kWidth<T>;
+  const int64_t p = screen.features, blocks = p / V;
+  T sums[V * V];
+  for (int64_t i = 0; i < V; ++i) {
+    const T* line = screen.lines + components[std::min(i, count - 1)] * p;
+    Vec<T> total = {};
+    for (int64_t first = 0; first < blocks; first += kFlush) {
+      Vec<T> sum = {};
+      for (int64_t b = first; b < std::min(blocks, first + kFlush); ++b) sum += load(line + b * V) * load(y + b * V);
+      total += sum;
+    }
+    store<T>(sums + i * V, total);
+  }
+  sums_of_lanes(sums, distances);
+  for (int64_t i = 0; i < count; ++i) {
+    const T z = distances[i] - screen.offsets[components[i]];
+    distances[i] = z * z * screen.shares[components[i]];
+  }
+}
+
 }  // namespace mfa

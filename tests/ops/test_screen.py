@@ -364,7 +364,7 @@ def test_opcheck(dtype):
     torch.library.opcheck(
         torch.ops.mfa_kernels.select_screened.default,
         (tokens(m, 7), f.rows, f.constants(m.log_weights), f.scale, f.center, s.basis, s.rows, s.log_det, s.radii,
-         s.slack, s.lines, s.line_terms, True, s.exact_slack, 12.0, 4),
+         s.slack, s.lines, s.line_terms, True, [], 0.0, s.exact_slack, 12.0, 4),
     )  # fmt: skip
 
 

@@ -59,5 +59,5 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.mfa_kernels.screened_log_prob.default,
         (*leaves, f.rows, f.cholesky, f.log_det, f.scale, f.center, screen.basis, screen.rows, screen.radii,
-         screen.slack, screen.lines, screen.line_terms, True, screen.exact_slack, 16),
+         screen.slack, screen.lines, screen.line_terms, True, [], 0.0, screen.exact_slack, 16),
     )  # fmt: skip

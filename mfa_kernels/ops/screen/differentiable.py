@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
 from mfa_kernels.ops.select.op import Active, activity_threshold
 
@@ -40,7 +41,7 @@ def log_prob(
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
         x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
         screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,
-        screen.batches_by_lines, screen.exact_slack, slots,
+        screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, slots,
     )  # fmt: skip
     return Screened(Active(*active), dropped, evaluated)
 
@@ -49,20 +50,21 @@ torch.library.define(
     "mfa_kernels::screened_log_prob",
     f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {_SHAPES}, Tensor basis,"
     " Tensor marginal_rows, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,"
-    " float exact_slack, int slots)"
+    " Tensor[] neighbors, float neighbor_threshold, float exact_slack, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
 )
 
 
 def _screened_log_prob(
     x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center,
-    basis, marginal_rows, radii, slack, lines, line_terms, batches_by_lines, exact_slack, slots,
+    basis, marginal_rows, radii, slack, lines, line_terms, batches_by_lines, neighbors, neighbor_threshold,
+    exact_slack, slots,
 ):  # fmt: skip
     constants = Factors(rows, cholesky, log_det, scale, center, False).constants(log_weights)
     threshold = activity_threshold(means.shape[0], means.dtype)
     return torch.ops.mfa_kernels.select_screened(
         x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
-        batches_by_lines, exact_slack, threshold, slots,
+        batches_by_lines, neighbors, neighbor_threshold, exact_slack, threshold, slots,
     )  # fmt: skip
 
 
@@ -72,6 +74,7 @@ torch.library.register_fake("mfa_kernels::screened_log_prob")(_screened_log_prob
 
 def _context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs[:10], *output[:4])
+    ctx.rest = [[None] * len(i) if isinstance(i, (list, tuple)) else None for i in inputs[5:]]  # no gradient
 
 
 def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
@@ -81,7 +84,7 @@ def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
     gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 14
+    return *(g if n else None for g, n in zip(gradients, needs)), *ctx.rest
 
 
 torch.library.register_autograd("mfa_kernels::screened_log_prob", _gradient, setup_context=_context)

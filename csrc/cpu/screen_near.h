@@ -1,0 +1,271 @@
+// Stage 1 where every component knows its neighbors (screen_neighbors.h): the work of a token does not grow with K.
+//
+// Symbols   s, a number that the Mahalanobis distance d_j(x) of a token from its pivot j does not exceed: sqrt of
+//           2 (constant_j - logit_j), rounded up. What can be active beside j has its onset at or below s, and onsets
+//           are sorted: a prefix of the list of j. Marginal bounds of those, logits of what the bounds leave.
+// The pivot is looked for, not certified: among the members of the groups whose centers are nearest. A poor one makes s
+//           large and the prefix long; then the best of its neighbors is tried in its place.
+// Never materialised: anything of size N x K.
+// Exact     for the reason that screen.h is: whatever could come within the threshold has its logit computed in full.
+//           Tokens whose prefix is longer than the list are left to screen.h.
+// Floor     D p multiply-adds for the projection, (G + 3 K / G) p for the pivot, p (R + 1) for every neighbor in the prefix
+//           and D (R + 1) for every logit. Measured by bench/bench_screen.py.
+#pragma once
+#include "screen.h"
+
+namespace mfa {
+
+constexpr int64_t kNearStretch = 1024;  // tokens at a time: some of them share neighbors
+constexpr int kNearGroups = 3;          // looked into for a pivot
+constexpr int kNearMembers = 2;         // of those, whose marginal bounds choose it
+constexpr int64_t kNearTries = 16;      // neighbors that may take the place of a poor pivot
+constexpr int kNearClimbs = 3;          // times that one may
+
+// What stage 0 leaves (mfa_kernels/ops/screen/neighbors.py).
+template <class T>
+struct Near {
+  int64_t groups;            // G; none where there are no neighbors
+  const T* centers;          // [G, p]
+  const T* center_halves;    // [G] half of their squared lengths
+  const int32_t* starts;     // [G + 1] the members of each
+  const int32_t* members;    // [K] components, group by group
+  const T* means;            // [K, p] m of the members
+  const T* mean_halves;      // [K]
+  int64_t length;            // M
+  const int32_t* neighbors;  // [K, M] by rising onset
+  const T* onsets;           // [K, M]
+  const T* horizons;         // [K]
+  T threshold;               // nats, for which the onsets hold
+};
+
+// The N rows of a matrix [count, p] nearest to y, best first: with the largest y.row - half. Returns how many.
+template <class T, int N>
+struct Nearest {
+  static constexpr T kInf = std::numeric_limits<T>::infinity();
+  T scores[N], worst = -kInf;
+  int64_t rows[N];
+  int count = 0;
+
+  void offer(T score, int64_t row) {
+    if (!(score > worst)) return;
+    int at = count < N ? count++ : N - 1;
+    for (; at > 0 && score > scores[at - 1]; --at) scores[at] = scores[at - 1], rows[at] = rows[at - 1];
+    scores[at] = score, rows[at] = row;
+    if (count == N) worst = scores[N - 1];
+  }
+
+  // Rows [begin, end).
+  void search(const T* y, int64_t p, const T* matrix, const T* halves, int64_t begin, int64_t end) {
+    constexpr int V = kWidth<T>;
+    T sums[V * V], products[V];
+    for (int64_t row = begin; row < end; row += V) {
+      const int64_t here = std::min<int64_t>(V, end - row);
+      for (int64_t i = 0; i < here; ++i) {
+        Vec<T> sum = {};
+        for (int64_t c = 0; c < p; c += V) sum += load(y + c) * load(matrix + (row + i) * p + c);
+        store<T>(sums + i * V, sum);
+      }
+      for (int64_t i = here; i < V; ++i) store<T>(sums + i * V, Vec<T>{});
+      sums_of_lanes(sums, products);
+      for (int i = 0; i < V; ++i) products[i] = i < here ? products[i] - halves[row + i] : -kInf;
+      bool any = false;
+      for (int i = 0; i < V; ++i) any |= products[i] > worst;
+      if (!any) continue;
+      for (int64_t i = 0; i < here; ++i) offer(products[i], row + i);
+    }
+  }
+};
+
+// Tokens [begin, end): appends to `guesses` (one a token, in order, its logit computed) and to `pairs` (without logits),
+// and writes `dropped` and `evaluated`, -1 where the token is left to others.
+template <class T>
+void near_tokens(const Shape& shape, const Screen<T>& screen, const Near<T>& near, const T* x, int64_t begin,
+                 int64_t end, const T* rows, const T* constants, const T* lam, T threshold, Pairs<T>& guesses,
+                 Pairs<T>& pairs, T* dropped, int32_t* evaluated, bool few) {
+  constexpr T kInf = std::numeric_limits<T>::infinity(), kEps = std::numeric_limits<T>::epsilon();
+  constexpr int L = 4, V = kWidth<T>;
+  const int64_t K = shape.components, D = shape.features, p = screen.features, R = shape.rank, M = near.length;
+  const int64_t here = end - begin, stride = p * (R + 1);
+  auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
+  Stretch<T> stretch;
+  stretch.project(shape, screen, x + begin * D, here, lam, few, serially);
+  const T* const y = stretch.y.data();
+
+  FewDistances<T, 1> distance_of(R, p);
+  auto offer = [&](int64_t n, int32_t k, T* largest, int32_t* owner) {  // the marginal bound of k, if it is the largest
+    T distance, value;
+    distance_of(screen.rows + k * stride, y + n * p, &distance);
+    screen.bound(k, D, &distance, stretch.norms.data() + n, 1, &value, largest, owner);
+  };
+
+  // Pivots, and what their logits reach for certain.
+  Pairs<T> pivots;
+  for (int64_t n = 0; n < here; ++n) {
+    Nearest<T, kNearGroups> groups;
+    groups.search(y + n * p, p, near.centers, near.center_halves, 0, near.groups);
+    Nearest<T, kNearMembers> found;
+    for (int i = 0; i < groups.count; ++i)
+      found.search(y + n * p, p, near.means, near.mean_halves, near.starts[groups.rows[i]],
+                   near.starts[groups.rows[i] + 1]);
+    int32_t pivot = found.count ? near.members[found.rows[0]] : 0;
+    T largest = -kInf;
+    for (int i = 0; i < found.count; ++i) offer(n, near.members[found.rows[i]], &largest, &pivot);
+    pivots.add(begin + n, pivot);
+  }
+  evaluate(shape, x, rows, constants, lam, pivots, serially);
+  std::vector<T> best(here);
+  for (int64_t n = 0; n < here; ++n) best[n] = screen.reached(pivots.logits[n], pivots.components[n], stretch.norms[n]);
+  auto challenge = [&](Pairs<T>& others) {  // takes the place of the pivot where it reaches more
+    evaluate(shape, x, rows, constants, lam, others, serially);
+    for (int64_t i = 0; i < others.size(); ++i) {
+      const int64_t n = others.tokens[i] - begin;
+      const T reached = screen.reached(others.logits[i], others.components[i], stretch.norms[n]);
+      if (!(reached > best[n])) continue;
+      best[n] = reached;
+      std::swap(pivots.components[n], others.components[i]);
+      std::swap(pivots.logits[n], others.logits[i]);
+    }
+  };
+
+  // How far tokens are from their pivots, and whether the list goes that far.
+  const T wider = 2 * std::max(T(0), threshold - near.threshold);
+  auto distance = [&](int64_t n) {
+    const T constant = screen.raised(pivots.components[n], D);
+    const T rounding = 4 * kEps * (std::abs(constant) + std::abs(best[n]) + wider);
+    return std::sqrt(std::max(T(0), 2 * (constant - best[n]) + wider + rounding)) * (1 + 4 * kEps);
+  };
+  std::vector<T> distances(here);
+  for (int64_t n = 0; n < here; ++n) distances[n] = distance(n);
+  auto within = [&](int64_t n) { return distances[n] < near.horizons[pivots.components[n]]; };
+  for (int climb = 0; climb < kNearClimbs; ++climb) {
+    Pairs<T> others;
+    for (int64_t n = 0; n < here; ++n) {
+      if (within(n)) continue;
+      T largest = best[n];
+      int32_t owner = -1;
+      const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
+      for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, neighbors[m], &largest, &owner);
+      if (owner >= 0) others.add(begin + n, owner);
+    }
+    if (!others.size()) break;
+    challenge(others);
+    for (int64_t token : others.tokens) distances[token - begin] = distance(token - begin);
+  }
+
+  // What their lines leave of the prefixes, and the marginal bounds of that, component by component.
+  Pairs<T> close;
+  for (int64_t n = 0; n < here; ++n) {
+    evaluated[begin + n] = within(n) ? 1 : -1;
+    if (!within(n)) continue;
+    const int64_t own = pivots.components[n] * M;
+    const int64_t length = std::upper_bound(near.onsets + own, near.onsets + own + M, distances[n]) - near.onsets - own;
+    for (int64_t m = 0; m < length; m += V) {
+      const int64_t count = std::min<int64_t>(V, length - m);
+      const int32_t* const some = near.neighbors + own + m;
+      T on_lines[V] = {}, value, largest = kInf;
+      int32_t owner;
+      if (screen.lines) distances_on_lines(screen, some, count, y + n * p, on_lines);
+      for (int64_t i = 0; i < count; ++i) {
+        screen.bound(some[i], D, on_lines + i, stretch.norms.data() + n, 1, &value, &largest, &owner);
+        if (!(value < best[n] - threshold)) close.add(n, some[i]);  // NaN is not
+      }
+    }
+  }
+  const std::vector<int64_t> order = grouped(close.components, K);
+  close.logits.resize(close.size());  // bounds
+  std::vector<T> largest(best), some(L * p), together(L);
+  std::vector<int32_t> owners(here, -1);
+  FewDistances<T, L> distances_of(R, p);
+  for (int64_t i = 0, count; i < close.size(); i += count) {
+    const int64_t k = close.components[order[i]];
+    count = run_length(close.components, order, i, std::min<int64_t>(L, close.size() - i));
+    T values[L], norms[L];
+    if (count == 1) {
+      distance_of(screen.rows + k * stride, y + close.tokens[order[i]] * p, together.data());
+    } else {
+      for (int64_t g = 0; g < L; ++g)  // the last again and again where there are fewer
+        std::copy_n(y + close.tokens[order[i + std::min(g, count - 1)]] * p, p, some.data() + g * p);
+      distances_of(screen.rows + k * stride, some.data(), together.data());
+    }
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t n = close.tokens[order[i + g]];
+      norms[g] = stretch.norms[n];
+      screen.bound(k, D, together.data() + g, norms + g, 1, values + g, &largest[n], &owners[n]);
+      close.logits[order[i + g]] = values[g];
+    }
+  }
+  Pairs<T> others;
+  for (int64_t n = 0; n < here; ++n)
+    if (owners[n] >= 0) others.add(begin + n, owners[n]);
+  challenge(others);
+
+  std::vector<int32_t> kept(here, 1);
+  auto keep = [&](int64_t n, int32_t k) {
+    pairs.add(begin + n, k);
+    ++kept[n];
+  };
+  for (int64_t i = 0; i < close.size(); ++i) {
+    const int64_t n = close.tokens[i];
+    if (close.components[i] != pivots.components[n] && !(close.logits[i] < best[n] - threshold))  // NaN is not
+      keep(n, close.components[i]);
+  }
+  // A pivot that lost its place is not among its own neighbors.
+  for (int64_t i = 0; i < others.size(); ++i) {
+    const int64_t n = others.tokens[i] - begin;
+    if (others.components[i] != owners[n]) keep(n, others.components[i]);
+  }
+  const double share = std::exp(-static_cast<double>(threshold)) * (1 + 1e-6);
+  for (int64_t n = 0; n < here; ++n) {
+    if (evaluated[begin + n] < 0) continue;
+    evaluated[begin + n] = kept[n];
+    dropped[begin + n] = static_cast<T>((K - kept[n]) * share);
+  }
+  guesses.append(pivots);
+}
+
+// As `select_screened` in screen.h, which takes the tokens that this leaves.
+template <class T, class ParallelFor>
+void select_near(const Shape& shape, const Screen<T>& screen, const Near<T>& near, const T* x, int64_t tokens,
+                 const T* rows, const T* constants, const T* lam, T threshold, int64_t slots, const Selection<T>& out,
+                 T* dropped, int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
+  const int64_t pilot = std::min(tokens, kPilot);
+  std::fill(evaluated, evaluated + tokens, -1);
+  Pairs<T> guesses, pairs;
+  auto run = [&](int64_t from, int64_t to) {
+    const int64_t step = std::clamp<int64_t>(ceil_div(to - from, threads), 1, kNearStretch);
+    const int64_t size = ceil_div(step, kPanel<T>) * kPanel<T>, stretches = ceil_div(to - from, size);
+    std::vector<Pairs<T>> guessed(stretches), found(stretches);
+    parallel_for(stretches, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i)
+        near_tokens(shape, screen, near, x, from + i * size, std::min(to, from + (i + 1) * size), rows, constants, lam,
+                    threshold, guessed[i], found[i], dropped, evaluated, tokens <= kFewScreened);
+    });
+    for (const Pairs<T>& some : guessed) guesses.append(some);
+    for (const Pairs<T>& some : found) pairs.append(some);
+  };
+  run(0, pilot);
+  if (2 * std::count(evaluated, evaluated + pilot, -1) <= pilot) run(pilot, tokens);
+
+  std::vector<int64_t> left;
+  for (int64_t n = 0; n < tokens; ++n)
+    if (evaluated[n] < 0) left.push_back(n);
+  evaluate(shape, x, rows, constants, lam, pairs, parallel_for);
+  collect(tokens, guesses, pairs, evaluated, threshold, slots, out, parallel_for);
+  if (left.empty()) return;
+  const int64_t count = static_cast<int64_t>(left.size()), D = shape.features;
+  std::vector<T> own_x(count * D), log_prob(count), logits(count * slots), own_dropped(count);
+  std::vector<int32_t> components(count * slots), counts(count), own_evaluated(count);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(x + left[i] * D, D, own_x.data() + i * D);
+  const Selection<T> own{log_prob.data(), components.data(), logits.data(), counts.data()};
+  select_screened(shape, screen, own_x.data(), count, rows, constants, lam, threshold, slots, own, own_dropped.data(),
+                  own_evaluated.data(), threads, parallel_for);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = left[i];
+    out.log_prob[n] = log_prob[i], out.counts[n] = counts[i];
+    dropped[n] = own_dropped[i], evaluated[n] = own_evaluated[i];
+    std::copy_n(components.data() + i * slots, slots, out.components + n * slots);
+    std::copy_n(logits.data() + i * slots, slots, out.logits + n * slots);
+  }
+}
+
+}  // namespace mfa

@@ -1,0 +1,110 @@
+"""Which components can matter beside which: lists that make the work of a screened token independent of K."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import native
+from mfa_kernels.ops.kmeans.op import nearest
+
+LONGEST = 512
+"""Neighbors per component at most."""
+
+_LLOYD = 6  # iterations that group the means
+_CHUNK = 4096  # components at a time, in float64
+
+
+class Neighbors(NamedTuple):
+    """Lists of neighbors, and the means in groups, to look for a first component among (csrc/cpu/screen_near.h).
+
+    Attributes:
+        centers: of G groups of the means m, (G, p).
+        center_halves: half of their squared lengths, (G,).
+        starts: where the members of each group begin, (G+1,) int32.
+        members: components, group by group, (K,) int32.
+        means: m of the members, (K, p).
+        mean_halves: half of their squared lengths, (K,).
+        neighbors: of every component those with the smallest onsets, sorted by them, (K, M) int32.
+        onsets: Mahalanobis distance of a token from the component, nearer than which that neighbor is not active, (K, M).
+        horizons: the smallest onset that is not in the list, (K,).
+        threshold: nats below the best logit at which a component stops being active, for which the onsets hold.
+    """
+
+    centers: Tensor
+    center_halves: Tensor
+    starts: Tensor
+    members: Tensor
+    means: Tensor
+    mean_halves: Tensor
+    neighbors: Tensor
+    onsets: Tensor
+    horizons: Tensor
+    threshold: float
+
+
+def flat(neighbors: Neighbors | None) -> tuple[list[Tensor], float]:
+    """As an operator takes them."""
+    return ([], 0.0) if neighbors is None else (list(neighbors[:-1]), neighbors.threshold)
+
+
+def length_of_lists(components: int) -> int:
+    """M: where a longer list would cost a token more than the bounds of all components."""
+    return min(components - 1, 32 + components // 8, LONGEST)
+
+
+def find(projections: Tensor, constants: Tensor, norm: float, threshold: float, dtype: torch.dtype) -> Neighbors:
+    """Lists of all components. K^2 p (R^2 + 7 R) multiply-adds.
+
+    Args:
+        projections: {m_k, V_k^T} (K, R+1, p) float64, the marginals on p directions.
+        constants: raised by their rounding, (K,), in the dtype.
+        norm: largest eigenvalue of Q^T Q, at most.
+        threshold: nats.
+        dtype: of the mixture.
+    """
+    count, rows, features = projections.shape
+    means = projections[:, 0].to(dtype).contiguous()
+    whitened = means.new_empty(count, rows - 1, features)
+    cholesky = means.new_empty(count, rows - 1, rows - 1)
+    identity = torch.eye(rows - 1, dtype=torch.float64)
+    for begin in range(0, count, _CHUNK):
+        chunk = slice(begin, begin + _CHUNK)
+        loadings = projections[chunk, 1:]
+        lower, failed = torch.linalg.cholesky_ex(loadings @ loadings.mT + 2 * identity)
+        lower = torch.where((failed == 0)[:, None, None], lower, identity)
+        whitened[chunk] = torch.linalg.solve_triangular(lower, loadings, upper=False)
+        # Where there is no factorisation, nothing is known: such a component is everybody's neighbor.
+        cholesky[chunk] = torch.where((failed == 0)[:, None, None], lower, math.nan)
+    length = length_of_lists(count)
+    found = native.library().screen_neighbors(means, whitened, cholesky, constants, norm, threshold, length)
+    return Neighbors(*_groups(means), *found, threshold)
+
+
+def _groups(means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The first six tensors of `Neighbors`: sqrt(K) groups by a few iterations of K-means."""
+    means = means.nan_to_num(0, 0, 0)
+    count = len(means)
+    groups = max(1, math.isqrt(count))
+    center = means.mean(0)
+    centers = means[torch.arange(groups) * count // groups]
+    owner = torch.zeros(count, dtype=torch.long)
+    for _ in range(_LLOYD):
+        owner = nearest(means, centers - center, center)[0].long()
+        sizes = owner.bincount(minlength=groups).unsqueeze(-1)
+        sums = torch.zeros_like(centers).index_add_(0, owner, means)
+        centers = torch.where(sizes > 0, sums / sizes.clamp_min(1), centers)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), owner.bincount(minlength=groups).cumsum(0)])
+    members = owner.argsort(stable=True)
+    means = means[members]
+    return (
+        centers,
+        centers.square().sum(-1) / 2,
+        starts.int(),
+        members.int(),
+        means,
+        means.square().sum(-1) / 2,
+    )

@@ -1,0 +1,355 @@
+"""Lists of neighbors: nobody is active nearer than its onset, and scans that use them give the dense scan's results."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops import Factors, native
+from mfa_kernels.ops.screen import differentiable, op
+from mfa_kernels.ops.select.op import activity_threshold
+from tests.mixtures import Mixture, mixture, tokens
+from tests.ops.test_screen import CASES, adversarial
+from tests.ops.test_select import check_slots, plain_fp32
+
+# (N, K, D, p, R): components in blocks of 8 against tiles of 16 (8 in double), loadings in columns of 12 and squares of
+# 5, ranks beyond 12 by loops the compiler does not know; tokens up to 4 by a path of their own, marginal bounds of pairs
+# by 4, lists by 16: three of each and a ragged tail.
+SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (301, 211, 40, 16, 3), (70, 67, 391, 208, 2),
+          (1500, 197, 45, 32, 4), (40, 131, 50, 16, 0), (50, 53, 64, 32, 27), (20, 2, 40, 16, 1)]  # fmt: skip
+
+LISTS = [(201, 40, 16, 3), (70, 71, 32, 10), (37, 391, 208, 5), (53, 50, 16, 0), (53, 64, 32, 27), (2, 40, 16, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _needs_native() -> None:
+    if native.library() is None:
+        pytest.skip("the C++ kernels could not be built here")
+
+
+class Prepared(NamedTuple):
+    factors: Factors
+    constants: Tensor
+    screen: op.Screen
+    threshold: float
+
+    def select(self, x: Tensor, slots: int = 16, **changes) -> op.Screened:
+        screen = self.screen
+        if changes:
+            screen = screen._replace(neighbors=screen.neighbors._replace(**changes))
+        return op.select(x, self.factors, self.constants, screen, self.threshold, slots)
+
+
+def prepared(m: Mixture, features: int = 16, threshold: float | None = None) -> Prepared:
+    factors = m.factors(m.means.nanmean(0))
+    screen = op.with_neighbors(op.screen(*m, factors, features), *m, factors, threshold)
+    return Prepared(factors, factors.constants(m.log_weights), screen, activity_threshold(len(m.means), m.means.dtype))
+
+
+def discriminants(m: Mixture, basis: Tensor) -> Tensor:
+    """lam Q (S_j + S_k)^-1 (m_k - m_j), in float64: (K, K, D)."""
+    wide = m.to(torch.float64)
+    projection = wide.noise_variance.rsqrt().unsqueeze(-1) * basis.double()
+    means, loadings = wide.means @ projection, wide.loadings.mT @ projection
+    covariance = loadings.mT @ loadings + torch.eye(basis.shape[1], dtype=torch.float64)
+    difference = means.unsqueeze(0) - means.unsqueeze(1)
+    return torch.linalg.solve(covariance.unsqueeze(1) + covariance, difference) @ projection.T
+
+
+def onsets_fp64(m: Mixture, basis: Tensor, threshold: float) -> Tensor:
+    """The roots, by bisection: (K, K), [j, k] of k for tokens of j."""
+    wide = m.to(torch.float64)
+    u = discriminants(m, basis)
+    spread = (u.square() * wide.noise_variance).sum(-1)
+    sigma_j = (spread + torch.einsum("jkd,jdr->jkr", u, wide.loadings).square().sum(-1)).sqrt()
+    sigma_k = (spread + torch.einsum("jkd,kdr->jkr", u, wide.loadings).square().sum(-1)).sqrt()
+    alpha = (u * (wide.means.unsqueeze(0) - wide.means.unsqueeze(1))).sum(-1).abs() / sigma_k
+    beta = sigma_j / sigma_k
+    constants = m.factors().constants(m.log_weights).double()
+    g = 2 * (constants - constants.unsqueeze(-1) + threshold)
+    low, high = torch.zeros_like(g), torch.full_like(g, 1e9)
+    for _ in range(120):
+        s = (low + high) / 2
+        ruled_out = (s.square() + g < 0) | ((alpha > beta * s) & ((alpha - beta * s).square() > s.square() + g))
+        low, high = torch.where(ruled_out, s, low), torch.where(ruled_out, high, s)
+    return low
+
+
+def all_onsets(neighbors: op.Neighbors) -> Tensor:
+    """(K, K): those of the lists, and the horizon where a component is not in the list."""
+    onsets = neighbors.horizons.unsqueeze(-1).repeat(1, len(neighbors.horizons))
+    return onsets.scatter(1, neighbors.neighbors.long(), neighbors.onsets)
+
+
+@pytest.mark.parametrize("shape", LISTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.usefixtures("poisoned")
+def test_onsets_are_the_formula_and_lists_hold_the_smallest(shape, dtype):
+    k, d, p, r = shape
+    m = mixture(k, d, r, dtype=dtype)
+    found = prepared(m, p)
+    neighbors = found.screen.neighbors
+    wanted = onsets_fp64(m, found.screen.basis, found.threshold).fill_diagonal_(math.inf)
+    listed = wanted.gather(1, neighbors.neighbors.long())
+    unit = torch.finfo(dtype).eps
+    near = {
+        "rtol": 2e-6 + 1e3 * unit,
+        "atol": 4e4 * unit,
+    }  # rounding of V^T u, of which |V| / |u| may be in the thousands
+    assert (neighbors.onsets <= listed).all()
+    torch.testing.assert_close(neighbors.onsets.double(), listed, **near)
+    length = neighbors.neighbors.shape[1]
+    assert length == op.lists.length_of_lists(k)
+    assert (neighbors.onsets.diff(dim=1) >= 0).all()
+    smallest = wanted.sort(1).values
+    torch.testing.assert_close(neighbors.onsets.double(), smallest[:, :length], **near)
+    torch.testing.assert_close(neighbors.horizons.double(), smallest[:, length], **near)
+
+
+def test_groups_hold_every_component_once():
+    m = mixture(211, 40, 3)
+    neighbors = prepared(m).screen.neighbors
+    assert torch.equal(neighbors.members.sort().values, torch.arange(211, dtype=torch.int32))
+    assert neighbors.starts[0] == 0
+    assert neighbors.starts[-1] == 211
+    assert (neighbors.starts.diff() >= 0).all()
+    means = prepared(m).screen.rows.permute(0, 2, 1, 3).flatten(2)[:, 0]
+    torch.testing.assert_close(neighbors.means, means[neighbors.members.long()])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("features", [16, 80])
+def test_nobody_is_active_nearer_than_its_onset(case, features):
+    """Every token from every component, and the tokens that come as near to k as a distance from j allows."""
+    m, x = adversarial(case)
+    found = prepared(m, features)
+    onsets = all_onsets(found.screen.neighbors).double().fill_diagonal_(0)
+    wide = m.to(torch.float64)
+    constants = found.constants.double()
+
+    def check(x: Tensor, of: Tensor) -> None:
+        """Tokens (N, D), each from component `of` (N,)."""
+        logits = wide.log_weights + op_logits(wide, x)
+        own = logits.gather(1, of.unsqueeze(-1))
+        s = (2 * (constants[of].unsqueeze(-1) - own)).clamp_min(0).sqrt()
+        nearer = s < onsets[of]
+        assert (logits < own - found.threshold)[nearer].all()
+
+    for j in range(0, len(m.means), 7):
+        check(x.double(), torch.full((len(x),), j))
+    u = discriminants(m, found.screen.basis)[::7]
+    of = torch.arange(0, len(m.means), 7)
+    covered = u * wide.noise_variance + torch.einsum("jdr,jkr->jkd", wide.loadings[of],
+                                                     torch.einsum("jkd,jdr->jkr", u, wide.loadings[of]))  # fmt: skip
+    length = (u * covered).sum(-1, keepdim=True).sqrt()
+    s = (onsets[of] * (1 - 1e-9)).unsqueeze(-1)
+    worst = wide.means[of].unsqueeze(1) + torch.where(length > 0, s * covered / length, 0)
+    keep = worst.isfinite().all(-1)
+    check(worst[keep], of.unsqueeze(-1).expand(keep.shape)[keep])
+
+
+def op_logits(wide: Mixture, x: Tensor) -> Tensor:
+    from mfa_kernels.ops.select import reference
+
+    return torch.cat([reference.component_log_prob(part, *wide[:3]) for part in x.split(64)])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spread", [3.0, 0.3], ids=["one_hot", "overlapping"])
+@pytest.mark.usefixtures("poisoned")
+def test_log_prob_and_pairs_in_fp64(shape, spread):
+    n, k, d, p, r = shape
+    m = mixture(k, d, r, spread=spread, dtype=torch.float64)
+    x = tokens(m, n)
+    found = prepared(m, p).select(x, slots=8)
+    logits = m.logits_fp64(x)
+    torch.testing.assert_close(found.active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
+    check_slots(found.active, logits, 8, 1e-9)
+    assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
+    assert (found.evaluated <= k).all()
+    assert (found.dropped >= 0).all()
+    assert (found.dropped <= torch.finfo(x.dtype).eps * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adversarial_results_are_those_of_the_plain_formula(case):
+    m, x = adversarial(case)
+    found = prepared(m, 48).select(x).active
+    truth = m.logits_fp64(x)
+    plain = (plain_fp32(m, x).double() - truth).abs().amax(-1)
+    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
+    assert ((found.log_prob.double() - truth.logsumexp(-1)).abs() <= 3 * torch.maximum(plain, unit)).all()
+
+
+def test_lists_decide_and_what_they_do_not_reach_is_scanned():
+    m = mixture(300, 96, 4, spread=3.0)
+    x = tokens(m, 500)
+    made = prepared(m, 32)
+    neighbors = made.screen.neighbors
+    found = made.select(x)
+    assert (found.evaluated > 0).all()
+    assert found.evaluated.double().mean() < 3
+    # Without a neighbor in the world, a pivot is all that a token has computed.
+    alone = made.select(x, onsets=torch.full_like(neighbors.onsets, math.inf),
+                        horizons=torch.full_like(neighbors.horizons, math.inf))  # fmt: skip
+    assert (alone.evaluated == 1).all()
+    # Lists that end at once leave all tokens to the bounds of all components.
+    elsewhere = made.select(x, horizons=torch.zeros_like(neighbors.horizons))
+    bounded = op.select(x, made.factors, made.constants, made.screen._replace(neighbors=None), made.threshold, 16)
+    assert torch.equal(elsewhere.active.log_prob, bounded.active.log_prob)
+    assert torch.equal(elsewhere.evaluated, bounded.evaluated)
+    torch.testing.assert_close(found.active.log_prob, bounded.active.log_prob, rtol=1e-6, atol=0)
+
+
+def test_a_poor_pivot_gives_way():
+    """Groups that send every token to the wrong members: neighbors of neighbors lead to the right ones, or bounds do."""
+    m = mixture(300, 96, 4, spread=1.0)
+    x = tokens(m, 300)
+    made = prepared(m, 32)
+    neighbors = made.screen.neighbors
+    wrong = made.select(x, members=neighbors.members.roll(7))
+    torch.testing.assert_close(wrong.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-6, atol=0)
+    assert torch.equal(wrong.active.counts, made.select(x).active.counts)
+
+
+@pytest.mark.parametrize("threshold", [2.0, 60.0])
+def test_lists_made_for_another_threshold(threshold):
+    m = mixture(150, 48, 3, spread=1.0)
+    x = tokens(m, 300)
+    made = prepared(m, 32, threshold)
+    found = made.select(x).active
+    wanted = made.screen.neighbors._replace(horizons=torch.zeros(150))
+    wanted = op.select(x, made.factors, made.constants, made.screen._replace(neighbors=wanted), made.threshold, 16)
+    assert torch.equal(found.counts, wanted.active.counts)
+    assert torch.equal(found.components, wanted.active.components)
+
+
+@pytest.mark.parametrize("threshold", [0.5, 2.0])
+def test_what_is_dropped_weighs_no_more_than_certified(threshold):
+    m = mixture(90, 48, 3, spread=0.5)
+    x = tokens(m, 600)
+    made = prepared(m, 32, threshold)
+    found = made._replace(threshold=threshold).select(x, slots=90)
+    mass = m.logits_fp64(x).softmax(-1)
+    computed = torch.zeros_like(mass, dtype=torch.bool)
+    for n, (components, count) in enumerate(zip(found.active.components, found.active.counts)):
+        computed[n, components[:count].long()] = True
+    left_out = mass.masked_fill(computed, 0)  # more than was dropped: what was computed and is not active is in it
+    settled = found.evaluated > 0
+    assert (left_out.sum(-1) > 1e-3)[settled].any()
+    exact = found.evaluated == found.active.counts  # where nothing else was computed
+    assert (left_out.sum(-1) <= found.dropped)[settled & exact].all()
+    assert (settled & exact).any()
+
+
+def test_tokens_that_are_not_finite_are_nan_alone():
+    m = mixture(130, 64, 3)
+    x = tokens(m, 70)
+    made = prepared(m, 32)
+    clean = made.select(x).active
+    x[3, 5], x[40, 0] = torch.nan, torch.inf
+    found = made.select(x).active
+    bad = torch.zeros(70, dtype=torch.bool)
+    bad[[3, 40]] = True
+    assert found.log_prob[bad].isnan().all()
+    assert torch.equal(found.log_prob[~bad], clean.log_prob[~bad])
+    assert torch.equal(found.components[~bad], clean.components[~bad])
+
+
+def test_components_of_no_weight_and_a_component_that_is_not_finite():
+    m = mixture(130, 64, 3, spread=3.0)
+    m.log_weights[::2] = -torch.inf
+    x = tokens(m, 70)
+    found = prepared(m, 32).select(x)
+    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-6, atol=0)
+    m.means[1, 3] = torch.nan
+    assert prepared(m, 32).select(x).active.log_prob.isnan().all()
+
+
+def test_a_degenerate_component_is_everybodys_neighbor():
+    m = mixture(130, 64, 3, spread=3.0)
+    m.loadings[7, :, 1] = m.loadings[7, :, 0]
+    m.loadings[7] *= 1e7
+    x = tokens(m, 200)
+    x = x[x.abs().amax(-1) < 100]
+    made = prepared(m, 32)
+    assert (made.screen.neighbors.neighbors == 7).any(1).sum() >= 129
+    found = made.select(x)
+    assert (found.evaluated >= 2).all()
+    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("count", [700, 128 + 129])
+def test_the_number_of_threads_changes_no_bit(count):
+    m = mixture(200, 64, 5, spread=0.7)
+    x = tokens(m, count)
+    before = torch.get_num_threads()
+    runs = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        made = prepared(m, 32)
+        found = made.select(x)
+        runs.append([*made.screen.neighbors[:-1], *found.active, *found[1:]])
+    torch.set_num_threads(before)
+    assert (runs[0][-1] > 0).any()
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_tokens_one_component_and_duplicates(dtype):
+    m = mixture(1, 32, 2, dtype=dtype)
+    x = tokens(m, 5)
+    torch.testing.assert_close(prepared(m).select(x[:0]).active.log_prob, x.new_empty(0))
+    torch.testing.assert_close(prepared(m).select(x).active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+    twice = Mixture(*(torch.cat([t, t]) for t in m[:2]), m.noise_variance, torch.cat([m[3], m[3]]) - math.log(2))
+    found = prepared(twice).select(x)
+    torch.testing.assert_close(found.active.log_prob, prepared(m).select(x).active.log_prob)
+    assert (found.active.counts == 2).all()
+
+
+def test_gradients_are_those_of_the_dense_scan():
+    m = mixture(150, 48, 3, spread=2.0, dtype=torch.float64)
+    made = prepared(m, 32)
+    x = tokens(m, 40)
+
+    def gradients(screen: op.Screen | None) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, *m)]
+        if screen is None:
+            log_prob = Mixture(*leaves[1:]).active(leaves[0], center=made.factors.center).log_prob
+        else:
+            log_prob = differentiable.log_prob(*leaves, made.factors, screen, 16).active.log_prob
+        return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
+
+    for ours, dense in zip(gradients(made.screen), gradients(None)):
+        torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype):
+    m = mixture(21, 40, 2, dtype=dtype)
+    made = prepared(m, 32)
+    f, s = made.factors, made.screen
+    torch.library.opcheck(
+        torch.ops.mfa_kernels.select_screened.default,
+        (tokens(m, 7), f.rows, made.constants, f.scale, f.center, s.basis, s.rows, s.log_det, s.radii, s.slack, s.lines,
+         s.line_terms, True, *op.lists.flat(s.neighbors), s.exact_slack, 12.0, 4),
+    )  # fmt: skip
+
+
+def test_compiles_whole():
+    m = mixture(90, 48, 3)
+    x = tokens(m, 40)
+    made = prepared(m, 32)
+
+    def found(x: Tensor) -> Tensor:
+        selected = made.select(x, slots=4)
+        return torch.cat([selected.active.log_prob, selected.dropped, selected.evaluated.float()])
+
+    torch.compiler.reset()
+    assert torch.equal(torch.compile(found, fullgraph=True, backend="aot_eager")(x), found(x))
