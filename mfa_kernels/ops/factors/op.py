@@ -38,6 +38,16 @@ class Factors:
     per_component: bool
     scan: tuple[Tensor, ...] = ()
 
+    @property
+    def is_native(self) -> bool:
+        """Whether the rows are those of the C++ kernels."""
+        return self.rows.dim() == 4
+
+    @property
+    def is_triton(self) -> bool:
+        """Whether the Triton kernels serve the rows."""
+        return not self.is_native and backends.serving(self.rows, self.cholesky.shape[-1]) == "triton"
+
     def constants(self, log_weights: Tensor) -> Tensor:
         """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
         return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)
@@ -135,17 +145,13 @@ torch.library.define(
 
 
 def _scan_rows(rows, cholesky, scale, center, per_component):
-    if not _has_scan(rows, cholesky):
+    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+    if not factors.is_triton:
         return _no_scan(rows)
     from mfa_kernels.ops.factors import triton_rows
 
-    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
     with _room(rows[:, 0], cholesky.shape[-1], 1):
         return tuple(triton_rows.scan_rows(factors))
-
-
-def _has_scan(rows: Tensor, cholesky: Tensor) -> bool:
-    return rows.dim() == 3 and backends.serving(rows, cholesky.shape[-1]) == "triton"
 
 
 def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
@@ -158,7 +164,7 @@ for _device in ("CPU", "CUDA"):
 
 @torch.library.register_fake("mfa_kernels::scan_rows")
 def _(rows, cholesky, scale, center, per_component):
-    if not _has_scan(rows, cholesky):
+    if not Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component).is_triton:
         return _no_scan(rows)
     from mfa_kernels.ops.factors import triton_rows
 

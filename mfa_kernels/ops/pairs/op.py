@@ -58,21 +58,17 @@ def accumulate_gradients(
         weights: (P,).
         add: on the Triton backend, False writes the gradients instead of adding to them.
     """
-    if factors.rows.dim() == 4:
+    if factors.is_native:
         native.library().backward(
             x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale,
             factors.per_component, *gradients,
         )  # fmt: skip
-    elif _is_triton(factors.rows, factors.cholesky.shape[-1]):
+    elif factors.is_triton:
         from mfa_kernels.ops.pairs import triton_backward
 
         triton_backward.backward(x, tokens, components, weights, factors, gradients, add)
     else:
         portable.backward(x, tokens, components, weights, factors, *gradients)
-
-
-def _is_triton(like: Tensor, rank: int) -> bool:
-    return backends.serving(like, rank) == "triton"
 
 
 _PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
@@ -90,7 +86,7 @@ torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) ->
 
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    if rows.dim() == 4:
+    if factors.is_native:
         out = means.new_zeros(tokens.shape[0], loadings.shape[2])
         held = (components != -1).nonzero().squeeze(-1)
         out[held] = native.library().latents(
@@ -99,7 +95,7 @@ def _latents(x, tokens, components, means, loadings, noise_variance, rows, chole
         )  # fmt: skip
         return out
     with full_precision(means):
-        if _is_triton(rows, cholesky.shape[-1]):
+        if factors.is_triton:
             from mfa_kernels.ops.pairs import triton_pairs
 
             x = x if x.dtype != torch.float64 else x.float()
@@ -130,7 +126,7 @@ def _latents_backward(grad, latents, x, tokens, components, means, loadings, noi
 
 def _decode_backward(grad, components, responsibilities, latents, means, loadings):
     with full_precision(means):
-        if _is_triton(means, loadings.shape[2]):
+        if backends.serving(means, loadings.shape[2]) == "triton":
             from mfa_kernels.ops.pairs import triton_decode
 
             tensors = (grad, components, responsibilities, latents, means, loadings)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native
+from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.pairs import dense
@@ -119,17 +119,9 @@ torch.library.define(
 )
 
 
-def _is_native(factors: Factors) -> bool:
-    return factors.rows.dim() == 4
-
-
-def _is_triton(factors: Factors) -> bool:
-    return not _is_native(factors) and backends.serving(factors.rows, factors.cholesky.shape[-1]) == "triton"
-
-
 def _prepared(x: Tensor, means: Tensor, factors: Factors) -> Tensor:
     """x as the backend reads it: only Triton converts the halves as it loads them."""
-    keep = _is_triton(factors) and x.dtype in (torch.bfloat16, torch.float16)
+    keep = factors.is_triton and x.dtype in (torch.bfloat16, torch.float16)
     return x.contiguous() if keep else x.to(means.dtype).contiguous()
 
 
@@ -140,12 +132,12 @@ def _log_prob(
     x = _prepared(x, means, factors)
     threshold = activity_threshold(means.shape[0], means.dtype)
     constants = factors.constants(log_weights)
-    if _is_native(factors):
+    if factors.is_native:
         return native.library().select(x, rows, constants, scale, factors.per_component, threshold, slots)
     size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
     shrink = "pass fewer tokens x at a time"
     with full_precision(means), explained(f"the scan of {x.shape[0]} tokens", size, means.element_size(), shrink):
-        if not _is_triton(factors):
+        if not factors.is_triton:
             return portable.select(x, factors, constants, threshold, slots)
         from mfa_kernels.ops.factors import triton_rows
         from mfa_kernels.ops.select import triton_select
@@ -166,11 +158,11 @@ def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_
 
 def dense_logits(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     """Every logit (N, K)."""
-    if _is_native(factors):
+    if factors.is_native:
         library = native.library()
         return library.dense(x, factors.rows, constants, factors.scale, factors.per_component).t()
     with full_precision(x):
-        if not _is_triton(factors):
+        if not factors.is_triton:
             return portable.dense(x, factors, constants)
         from mfa_kernels.ops.select import triton_dense
 
@@ -183,7 +175,7 @@ def _new_gradients(
     """Room for the gradients: zeros, unless all of it is going to be written."""
 
     def new(t: Tensor) -> Tensor:
-        if _is_native(factors):
+        if factors.is_native:
             return native.library().zeros_like(t)
         make = torch.empty if written else torch.zeros
         return make(t.shape, dtype=factors.rows.dtype, device=t.device)
@@ -202,7 +194,7 @@ def _log_prob_backward(
 ):  # fmt: skip
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, _prepared(x, means, factors)
-    fused = _is_triton(factors)
+    fused = factors.is_triton
     gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs, written=fused)
     slots = components.shape[1]
     held = components >= 0

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native
+from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.ops.select.op import SLOTS, Active, component_log_prob, log_prob
@@ -186,13 +186,13 @@ torch.library.define(
 
 def _statistics(x, components, weights, rows, cholesky, scale, center, per_component, *out):
     components, weights = components.contiguous(), weights.contiguous()
-    if rows.dim() == 4:
+    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+    if factors.is_native:
         x = x.to(rows.dtype).contiguous()
         native.library().statistics(x, components, weights, rows, cholesky, scale, per_component, *out)
         return
-    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
     with full_precision(rows):
-        if backends.serving(rows, cholesky.shape[-1]) == "triton":
+        if factors.is_triton:
             from mfa_kernels.ops.statistics import triton_statistics
 
             x = x if x.dtype != torch.float64 else x.float()
