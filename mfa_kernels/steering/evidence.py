@@ -66,8 +66,8 @@ class Reader(nn.Module):
             self.register_buffer(name, value if differentiable else value.detach(), persistent=False)
         with torch.no_grad():  # factors of a training step would not be kept
             factors = mfa.factors()
-            self._screen = None if differentiable else _screen(mfa, factors)
-            self._constants = factors.constants(self.log_weights)
+            screen = None if differentiable else _screen(mfa, factors)
+            self._screen = None if screen is None else (screen, factors.constants(self.log_weights))
         self._parts = [self._keep(field.name, getattr(factors, field.name)) for field in fields(factors)]
         self._exact = mfa.precision != "fast"
 
@@ -106,7 +106,8 @@ class Reader(nn.Module):
     def _active(self, x: Tensor, slots: int) -> ops.Active:
         if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
             threshold = activity_threshold(self.means.shape[0], self.means.dtype)
-            return screening.select(x, self._factors(), self._constants, self._screen, threshold, slots).active
+            screen, constants = self._screen
+            return screening.select(x, self._factors(), constants, screen, threshold, slots).active
         parameters = (self.means, self.loadings, self.noise_variance, self.log_weights)
         return ops.log_prob(x, *parameters, self._factors(), slots, self._exact)
 

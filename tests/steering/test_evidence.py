@@ -29,7 +29,8 @@ def test_a_screened_mixture_is_read_through_its_screen(problem, count):
     assert plain._screen is None
     assert mfa.screen()
     screened = Reader(mfa, False)
-    assert screened._screen is mfa.screened()[1] is not None
+    assert screened._screen is not None
+    assert screened._screen[0] is mfa.screened()[1]
     wanted, found = plain.read(x[:count]), screened.read(x[:count])
     torch.testing.assert_close(found.log_prob, wanted.log_prob, rtol=1e-5, atol=1e-4)
     assert torch.equal(found.components[:, 0], wanted.components[:, 0])
