@@ -1,10 +1,15 @@
 """Mixtures on disk: our folder (config.json + model.safetensors), the Hugging Face hub, and the paper's .pt files.
 
+A folder is saved by renaming two files, and a reader, or a crash, may come between. So the header of the weights has a
+copy of the config, and config.json counts only beside the weights that it was saved with: the one rename of the weights
+is the save.
+
 No loader here runs code from a file. `mfa_kernels.MFA` has these functions as methods.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -40,7 +45,8 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloa
 def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | None = None) -> None:
     """Writes config.json and model.safetensors; a reload is bitwise equal.
 
-    Both files are complete on disk before either gets its name, so that a reader never sees half of one.
+    Whenever it is read, or if the save is cut off, the folder holds the old mixture or the new one, whole: both files
+    are complete on disk before either gets its name.
 
     Args:
         mfa: the mixture, on any device.
@@ -48,12 +54,10 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with.
     """
-    folder, config = Path(folder), _config(mfa, extra)
+    folder, config = Path(folder), _sealed(_config(mfa, extra))
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
-        # The one number that changes a density without changing a shape is with the weights too: see `load_pretrained`.
-        metadata = {"format": "pt", "noise_floor": repr(mfa.noise_floor)}
-        atomic_save_safetensors(mfa.state_dict(), weights_file, metadata)
+        atomic_save_safetensors(mfa.state_dict(), weights_file, _metadata(config))
 
 
 def _extra(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -81,6 +85,17 @@ def _config(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         "dtype": str(mfa.means.dtype).removeprefix("torch."),
         "extra": _extra(mfa, extra),
     }
+
+
+def _sealed(config: dict[str, Any]) -> dict[str, Any]:
+    """With a key that tells the configs of two saves apart, and stays when one is edited by hand."""
+    text = json.dumps(config, sort_keys=True)
+    return {**config, "saved_as": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+
+def _metadata(config: dict[str, Any]) -> dict[str, str]:
+    """What the header of the weights says."""
+    return {"format": "pt", "config": json.dumps(config)}
 
 
 def load_pretrained(
@@ -125,6 +140,7 @@ def load_pretrained(
     )
     config = _read_config(config_path)
     saved, metadata = _read_safetensors(weights_path)
+    config = _of_the_weights(config, metadata, weights_path)
     mfa = cls(
         config["n_components"],
         config["n_features"],
@@ -145,9 +161,6 @@ def load_pretrained(
                 f"{weights_path}: {name} is {found[1]} of shape {found[0]}, expected {wanted[1]} of shape {wanted[0]} "
                 f"by {CONFIG}"
             )
-    # The floor that the weights were saved with counts: a save that was cut off between its two renames leaves new
-    # weights beside an older config.json.
-    mfa.noise_floor = float(metadata.get("noise_floor", mfa.noise_floor))
     mfa = _allocate(mfa, device, dtype)
     mfa.load_state_dict(saved)
     mfa.extra = config.get("extra", {})
@@ -200,6 +213,18 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
+    return _checked(config, path)
+
+
+def _of_the_weights(config: dict[str, Any], metadata: dict[str, str], path: Path) -> dict[str, Any]:
+    """`config`, read from config.json, if it was saved with the weights of this header; else the header's copy."""
+    if "config" not in metadata:  # saved without one, perhaps with the floor, or by another program
+        return {**config, "noise_floor": float(metadata.get("noise_floor", config["noise_floor"]))}
+    own = _checked(json.loads(metadata["config"]), path)
+    return config if config.get("saved_as") == own.get("saved_as") else own
+
+
+def _checked(config: Any, path: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != MODEL_TYPE:
         raise ValueError(f"{path} does not describe a mixture: model_type is {kind!r}, expected {MODEL_TYPE!r}")

@@ -236,6 +236,7 @@ class ShardedMFA(nn.Module):
         """
         ranks, local = self.ranks, self.local
         config = {**ranks.agree(lambda: checkpoint._config(local, extra)), "n_components": self.n_components}
+        config = checkpoint._sealed(config)
         with ExitStack() as files:
             weights = None
             if ranks.first:
@@ -243,7 +244,7 @@ class ShardedMFA(nn.Module):
                 weights_path = files.enter_context(atomic_path(Path(folder) / checkpoint.WEIGHTS))
                 atomic_write_json(config_path, config)
                 weights = files.enter_context(open(weights_path, "wb"))
-                weights.write(self._header())
+                weights.write(self._header(config))
             for name, tensor in local.state_dict().items():
                 sharers = range(ranks.size if _is_split(name, self.noise) else 1)
                 for piece in (piece for rank in sharers for piece in self._pieces(tensor, rank)):
@@ -251,9 +252,9 @@ class ShardedMFA(nn.Module):
                         weights.write(piece.cpu().view(torch.uint8).numpy().tobytes())
         ranks.totals(0)  # waits for rank 0
 
-    def _header(self) -> bytes:
+    def _header(self, config: dict[str, Any]) -> bytes:
         """Of the safetensors file."""
-        header: dict[str, Any] = {"__metadata__": {"format": "pt", "noise_floor": repr(self.local.noise_floor)}}
+        header: dict[str, Any] = {"__metadata__": checkpoint._metadata(config)}
         end = 0
         for name, tensor in self.local.state_dict().items():
             shape = [self.n_components if _is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
@@ -307,20 +308,20 @@ class ShardedMFA(nn.Module):
 
         config_path, weights_path = checkpoint._find(folder_or_hub_id, subfolder, **hub)
         config = checkpoint._read_config(config_path)
-        start, stop = _part(config["n_components"], Ranks(group))
-        local = MFA(
-            stop - start,
-            config["n_features"],
-            config["rank"],
-            config["noise"],
-            precision=precision or config["precision"],
-            noise_floor=config["noise_floor"],
-            device="meta",
-            dtype=checkpoint._DTYPES[config["dtype"]],
-        )
         tensors = {}
         with safe_open(weights_path, framework="pt", device="cpu") as file:
-            local.noise_floor = float((file.metadata() or {}).get("noise_floor", local.noise_floor))
+            config = checkpoint._of_the_weights(config, file.metadata() or {}, weights_path)
+            start, stop = _part(config["n_components"], Ranks(group))
+            local = MFA(
+                stop - start,
+                config["n_features"],
+                config["rank"],
+                config["noise"],
+                precision=precision or config["precision"],
+                noise_floor=config["noise_floor"],
+                device="meta",
+                dtype=checkpoint._DTYPES[config["dtype"]],
+            )
             for name, expected in local.state_dict().items():
                 split = _is_split(name, local.noise)
                 found = file.get_slice(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -142,24 +143,72 @@ def test_both_files_are_complete_before_either_is_named(tmp_path, monkeypatch):
     assert seen == [[True, True], [True]]
 
 
-def test_a_save_cut_off_between_its_two_renames_still_loads(tmp_path, monkeypatch):
-    """New weights beside an older config.json: the density is that of the new weights, floor and all."""
-    MFA(5, 12, 2, noise_floor=0.25).save_pretrained(tmp_path)
-    mfa = MFA(5, 12, 2, noise_floor=0.5)
-    replace = os.replace
+def _facts(mfa: MFA) -> tuple[Any, ...]:
+    """All that a folder keeps of a mixture."""
+    tensors = {name: tensor.tolist() for name, tensor in mfa.state_dict().items()}
+    return mfa.noise, mfa.precision, mfa.noise_floor, mfa.means.dtype, mfa.extra, tensors
 
-    def killed(source: Path, target: Path) -> None:
-        if Path(target).name == "config.json":
+
+def _saved(folder: Path, **options: Any) -> tuple[Any, ...]:
+    mfa = _mixture(**options)
+    mfa.save_pretrained(folder, extra=options)
+    return _facts(MFA.from_pretrained(folder))
+
+
+OLD = {"components": 5, "noise_floor": 0.25, "precision": "reference"}
+LIKE_OLD = {**OLD, "noise_floor": 0.5, "precision": "exact"}  # of the same shapes
+NEW = {"components": 6, "rank": 2, "noise": "per_component", "noise_floor": 0.5}
+
+
+@pytest.mark.parametrize("changed", [LIKE_OLD, NEW])
+@pytest.mark.parametrize("steps", range(5))
+def test_a_folder_holds_the_old_mixture_or_the_new_one(tmp_path, monkeypatch, changed, steps):
+    """Whoever reads while a save goes on, or after it was cut off."""
+    old, new = _saved(tmp_path / "folder", **OLD), _saved(tmp_path / "new", **changed)
+    replace, seen = os.replace, []
+
+    def watched(source: Path, target: Path) -> None:
+        if len(seen) == steps:
             raise KeyboardInterrupt
+        seen.append(_facts(MFA.from_pretrained(tmp_path / "folder")))
         replace(source, target)
 
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        mfa.save_pretrained(tmp_path)
+    monkeypatch.setattr(os, "replace", watched)
+    with contextlib.suppress(KeyboardInterrupt):
+        _mixture(**changed).save_pretrained(tmp_path / "folder", extra=changed)
+    seen.append(_facts(MFA.from_pretrained(tmp_path / "folder")))
+    # Each file is written to a temporary name twice over: four renames, the third one being that of the weights.
+    assert seen == [old, old, old, new, new][: steps + 1]
+
+
+@pytest.mark.parametrize("changed", [LIKE_OLD, NEW])
+def test_a_config_of_another_save_does_not_count(tmp_path, changed):
+    """Whichever of the two files was lost, as a power cut may lose the earlier rename: the weights decide."""
+    old, new = _saved(tmp_path / "old", **OLD), _saved(tmp_path / "new", **changed)
+    for weights, expected in (("old", old), ("new", new)):
+        mixed = tmp_path / f"{weights} weights"
+        shutil.copytree(tmp_path / weights, mixed)
+        shutil.copy(tmp_path / {"old": "new", "new": "old"}[weights] / "config.json", mixed)
+        assert _facts(MFA.from_pretrained(mixed)) == expected
+
+
+def test_a_config_edited_by_hand_counts(tmp_path):
+    _mixture().save_pretrained(tmp_path, extra={"layer": 8})
+    _edit(tmp_path, precision="reference", noise_floor=0.5, extra={"layer": 9})
     loaded = MFA.from_pretrained(tmp_path)
-    assert loaded.noise_floor == 0.5
-    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(loaded.log_prob(x), mfa.log_prob(x))
+    assert (loaded.precision, loaded.noise_floor, loaded.extra) == ("reference", 0.5, {"layer": 9})
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"format": "pt", "noise_floor": "0.5"}])
+def test_folders_without_a_copy_of_the_config_load(tmp_path, metadata):
+    facts = _saved(tmp_path, **LIKE_OLD)
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(path), path, metadata)
+    _edit(tmp_path, saved_as=...)
+    assert _facts(MFA.from_pretrained(tmp_path)) == facts
+    if metadata and "noise_floor" in metadata:  # the floor that the weights were saved with
+        _edit(tmp_path, noise_floor=0.25)
+        assert MFA.from_pretrained(tmp_path).noise_floor == 0.5
 
 
 def _edit(folder: Path, **changes: Any) -> None:
