@@ -509,12 +509,12 @@ class MFA(nn.Module):
     @classmethod
     def from_reference_checkpoint(cls, path: str | os.PathLike[str], **kwargs: Any) -> MFA:
         """Reads the paper's own .pt formats, without running code from the file."""
-        from mfa_kernels import checkpoint
+        from mfa_kernels import reference_checkpoint
 
-        return checkpoint.load_reference(cls, path, **kwargs)
+        return reference_checkpoint.load_reference(cls, path, **kwargs)
 
     def to_reference_checkpoint(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the paper's own .pt format."""
-        from mfa_kernels import checkpoint
+        from mfa_kernels import reference_checkpoint
 
-        checkpoint.save_reference(self, path, **kwargs)
+        reference_checkpoint.save_reference(self, path, **kwargs)

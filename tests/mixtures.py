@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily
 
-from mfa_kernels import ops
+from mfa_kernels import MFA, ops
 from mfa_kernels.ops.select import reference
 
 
@@ -77,3 +77,16 @@ def tokens(m: Mixture, count: int, seed: int = 1) -> Tensor:
     noise = torch.randn(count, features, generator=generator).to(m.means)
     scale = m.noise_variance.expand_as(m.means)[k].sqrt()
     return m.means[k] + torch.einsum("ndr,nr->nd", m.loadings[k], z) + scale * noise
+
+
+def random_mfa(components=5, features=12, rank=3, noise="shared", dtype=torch.float32, **kwargs: Any) -> MFA:
+    """A module with the parameters of `mixture`; further arguments are those of `MFA`."""
+    m = mixture(components, features, rank, per_component=noise == "per_component", dtype=dtype)
+    mfa = MFA(components, features, rank, noise, dtype=dtype, **kwargs)
+    with torch.no_grad():
+        mfa.means.copy_(m.means)
+        mfa.loadings.copy_(m.loadings)
+        mfa.log_noise.copy_(m.noise_variance.log())
+        mfa.weight_logits.copy_(m.log_weights)
+        mfa.center.copy_(m.means.mean(0))
+    return mfa

@@ -1,0 +1,272 @@
+"""The paper's own .pt files, read without running code from them, and written.
+
+`mfa_kernels.MFA` has these functions as methods, `from_reference_checkpoint` and `to_reference_checkpoint`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checkpoint import _allocate, _extra
+from mfa_kernels.files import StrPath, atomic_path
+
+if TYPE_CHECKING:
+    from mfa_kernels.mfa import MFA
+
+_REFERENCE_TENSORS = ("mu", "dir_raw", "scale_rho", "psi_rho", "pi_logits")
+_BARE_EPS_FLOOR = 1e-8  # what the paper's loader takes where a file does not say
+_TRAINING_EPS_FLOOR = 1e-5  # what the paper's trainer starts with
+_CHUNK_ELEMENTS = 1 << 23  # 64 MiB of float64
+_OBLIQUE = 1e-2  # farther from orthogonal than the rounding of bfloat16 explains
+
+
+@torch.no_grad()
+def load_reference(
+    cls: type[MFA],
+    path: StrPath,
+    *,
+    eps_floor: float | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    progress: bool = True,
+) -> MFA:
+    """A mixture from a .pt or .ckpt file of the paper's own code, read without running code from it.
+
+    Both of its containers are read, {"state_dict", "meta"} with the rank under "q" or "rank", and the bare state dict;
+    names may begin with "module." or "_orig_mod."; tensors and meta keys of other names are ignored.
+
+        means = mu                     loadings = dir_raw / max(|dir_raw|, eps_floor) * softplus(scale_rho)
+        weight_logits = pi_logits      noise_variance = softplus(psi_rho) + eps_floor
+
+    with norms over the features, computed in float64; `center` is the average of mu. Where the file has its rotation
+    switched on, the loadings are rotated by `_rot_inv_Tt`: latents then mean what they mean in the paper's code. The
+    paper evaluates the density without the rotation, and an orthogonal one does not change it. An oblique one would:
+    it is left out, with a warning.
+
+    Args:
+        cls: `MFA`, or a subclass with its constructor.
+        path: the file.
+        eps_floor: what the paper's class calls eps_floor; default: as the file says. A file that does not say is read
+            with 1e-8, as by the paper's loader, with a warning: such a model was usually trained with 1e-5.
+        device: default: torch's default device.
+        dtype: default: that of the tensors in the file.
+        progress: show a bar when it takes more than two seconds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is incomplete, holds more than tensors and plain values, or its tensors do not fit.
+    """
+    state, meta = _read_reference(path)
+    components, features, rank = state["dir_raw"].shape
+    eps_floor = _choose_eps_floor(path, meta, eps_floor)
+    rotation = _read_rotation(path, state, meta)
+
+    file_dtype = state["mu"].dtype
+    for tensor in state.values():
+        file_dtype = torch.promote_types(file_dtype, tensor.dtype)
+    noise = "per_component" if state["psi_rho"].dim() == 2 else "shared"
+    mfa = cls(components, features, rank, noise, noise_floor=eps_floor, device="meta", dtype=file_dtype)
+    mfa = _allocate(mfa, device, dtype)
+
+    mfa.means.copy_(state["mu"])
+    mfa.center.copy_(state["mu"].mean(0, dtype=torch.float64))
+    mfa.weight_logits.copy_(state["pi_logits"])
+    if noise == "shared":
+        mfa.log_noise.copy_(_log_softplus(state["psi_rho"].double()))
+    for part in _parts(mfa, "loading", progress):
+        if noise == "per_component":
+            mfa.log_noise[part] = _log_softplus(state["psi_rho"][part].double()).to(mfa.log_noise)
+        directions = state["dir_raw"][part].double()
+        norms = directions.norm(dim=1, keepdim=True).clamp_min(max(eps_floor, torch.finfo(torch.float64).tiny))
+        loadings = directions / norms * _softplus(state["scale_rho"][part].double()).unsqueeze(1)
+        if rotation is not None:
+            loadings = loadings @ rotation[part]
+        mfa.loadings[part] = loadings.to(mfa.loadings)
+    if isinstance(meta.get("extra"), dict):
+        mfa.extra = meta["extra"]
+    return mfa
+
+
+def _read_reference(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors by name, of shapes that fit together, and the meta dict (empty for a bare state dict)."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{path} is refused: "
+            + (f"it asks for {asked[1]}, " if asked else "it is no torch checkpoint, ")
+            + "and only tensors and plain values are read"
+        ) from error
+    except Exception as error:  # a damaged file can fail in any of the unpickler's ways
+        raise ValueError(f"{path} is not a complete torch checkpoint: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict")
+    contained = isinstance(content.get("state_dict"), dict)
+    tensors: dict[str, Any] = content["state_dict"] if contained else content
+    meta = (content.get("meta") or {}) if contained else {}
+    if not isinstance(meta, dict):
+        raise ValueError(f"{path}: meta is a {type(meta).__name__}, expected a dict")
+    if meta.get("cls", "MFA") != "MFA":
+        raise ValueError(f"{path} holds a {meta['cls']!r}, expected 'MFA'")
+    if meta.get("version", 1) != 1:
+        raise ValueError(f"{path} is of version {meta['version']!r} of the paper's format, expected 1")
+
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
+    state = {name: tensors[name] for name in (*_REFERENCE_TENSORS, "_rot_inv_Tt") if name in tensors}
+    missing = [name for name in _REFERENCE_TENSORS if name not in state]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(list(tensors)[:20]) or 'nothing'}")
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{path}: {name} must be a floating-point tensor, got {found}")
+        if not (tensor < torch.inf).all():  # -inf is a weight or a noise of 0
+            raise ValueError(f"{path}: {name} has NaN or infinite values")
+
+    if state["mu"].dim() != 2 or state["dir_raw"].dim() != 3:
+        raise ValueError(
+            f"{path}: mu must have shape (K, D) and dir_raw (K, D, R), got {tuple(state['mu'].shape)} and "
+            f"{tuple(state['dir_raw'].shape)}"
+        )
+    (components, features), rank = state["mu"].shape, state["dir_raw"].shape[-1]
+    expected = {
+        "dir_raw": (components, features, rank),
+        "scale_rho": (components, rank),
+        "psi_rho": (components, features) if state["psi_rho"].dim() == 2 else (features,),
+        "pi_logits": (components,),
+        "_rot_inv_Tt": (components, rank, rank),
+    }
+    for name, shape in expected.items():
+        if name in state and tuple(state[name].shape) != shape:
+            raise ValueError(
+                f"{path}: {name} has shape {tuple(state[name].shape)}, expected {shape}: mu has K, D = {components}, "
+                f"{features} and dir_raw has rank {rank}"
+            )
+    for key, size in (("K", components), ("D", features), ("q", rank), ("rank", rank)):
+        if meta.get(key, size) != size:
+            raise ValueError(f"{path}: meta says {key} = {meta[key]!r}, but its tensors have {size}")
+    return state, meta
+
+
+def _choose_eps_floor(path: StrPath, meta: Mapping[str, Any], eps_floor: float | None) -> float:
+    if eps_floor is not None:
+        return float(eps_floor)
+    if meta.get("eps_floor") is not None:
+        return float(meta["eps_floor"])
+    warnings.warn(
+        f"{path} does not say its eps_floor: {_BARE_EPS_FLOOR} is taken, as by the paper's loader. The paper's trainer "
+        f"uses {_TRAINING_EPS_FLOOR}: pass eps_floor={_TRAINING_EPS_FLOOR} for the noise the model was trained with.",
+        stacklevel=5,  # the caller of MFA.from_reference_checkpoint
+    )
+    return _BARE_EPS_FLOOR
+
+
+def _read_rotation(path: StrPath, state: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Tensor | None:
+    """The orthogonal matrices (K, R, R) nearest to those of the file, float64, where they are to be applied."""
+    if not meta.get("rotation_on") or "_rot_inv_Tt" not in state:
+        return None
+    matrices = state["_rot_inv_Tt"].double()
+    u, _, vh = torch.linalg.svd(matrices)
+    rotation = u @ vh
+    deviation = (rotation - matrices).abs().amax().item() if matrices.numel() else 0.0
+    if deviation > _OBLIQUE:
+        warnings.warn(
+            f"{path} has an oblique rotation ({meta.get('rotation_kind')!r}, {deviation:.1e} from orthogonal). The "
+            "loadings are kept un-rotated: the density is the file's, the latents are not in its rotated coordinates.",
+            stacklevel=5,
+        )
+        return None
+    return rotation
+
+
+def _parts(mfa: MFA, description: str, progress: bool) -> Iterator[slice]:
+    """Slices of components whose loadings take 64 MiB in float64."""
+    from tqdm import tqdm
+
+    step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * max(mfa.rank, 1)))
+    with tqdm(total=mfa.n_components, desc=description, unit="component", delay=2, disable=not progress) as bar:
+        for start in range(0, mfa.n_components, step):
+            yield slice(start, start + step)
+            bar.update(min(step, mfa.n_components - start))
+
+
+def _softplus(rho: Tensor) -> Tensor:
+    """log(1 + exp(rho)). torch's own softplus becomes linear at 20, which is visible in float64."""
+    return torch.logaddexp(rho, torch.zeros_like(rho))
+
+
+def _log_softplus(rho: Tensor) -> Tensor:
+    """log(softplus(rho)) of float64, without the underflow of softplus."""
+    return torch.where(rho < -37, rho, _softplus(rho).log())
+
+
+def _inverse_softplus(value: Tensor) -> Tensor:
+    """The rho of softplus(rho) = value > 0; log(exp(value) - 1) overflows at 709."""
+    return value + (-torch.expm1(-value)).log()
+
+
+@torch.no_grad()
+def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool = True) -> None:
+    """Writes a .pt file that the paper's own code loads, to a temporary name and then renamed.
+
+    The file is float64 for a float64 mixture, else float32. `center` has no place in it (`load_reference` takes the
+    average of the means). A column of zeros is written as a direction with the smallest scale there is.
+
+    Args:
+        mfa: the mixture, on any device.
+        path: the file.
+        format: 1 (`modeling/mfa.py`; keeps `mfa.extra`) or 2 (`modeling/model_checkpointing.py`).
+        progress: show a bar when it takes more than two seconds.
+    """
+    if format not in (1, 2):
+        raise ValueError(f"format must be 1 or 2, got {format!r}")
+    dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32
+    tiny = torch.finfo(dtype).tiny
+    components, features, rank = mfa.loadings.shape
+
+    excess = mfa.log_noise.cpu().double().exp()
+    eps_floor = mfa.noise_floor
+    # The paper's class expects one above 0, and takes it for the least norm of a direction as well.
+    if not 0 < eps_floor < 0.5:
+        eps_floor = min(_TRAINING_EPS_FLOOR, (excess.min().item() + mfa.noise_floor) / 2)
+        excess = excess + (mfa.noise_floor - eps_floor)
+
+    directions = torch.empty(components, features, rank, dtype=dtype)
+    scales = torch.empty(components, rank, dtype=torch.float64)
+    for part in _parts(mfa, "saving", progress):
+        loadings = mfa.loadings[part].cpu().double()
+        scales[part] = norms = loadings.norm(dim=1)
+        directions[part] = (loadings / norms.unsqueeze(1)).to(dtype)
+    # A column of zeros has no direction: the first axis, as good as any.
+    directions.mT[scales == 0] = torch.eye(1, features, dtype=dtype)
+
+    identity = torch.eye(rank, dtype=dtype).repeat(components, 1, 1)
+    state = {
+        "mu": mfa.means.cpu().to(dtype, copy=True),
+        "dir_raw": directions,
+        "scale_rho": _inverse_softplus(scales.clamp_min(tiny)).to(dtype),
+        "psi_rho": _inverse_softplus(excess.clamp_min(tiny)).to(dtype),
+        "pi_logits": mfa.weight_logits.cpu().to(dtype, copy=True),
+        "_rot_T": identity,
+        "_rot_inv_Tt": identity.clone(),
+    }
+    shared = {"K": components, "D": features, "psi_per_component": mfa.noise == "per_component"}
+    meta: dict[str, Any] = {**shared, "eps_floor": eps_floor, "version": 1}
+    if format == 1:
+        meta |= {"q": rank, "dtype": str(dtype), "rotation_on": False, "rotation_kind": None, "rotation_params": {}}
+        if extra := _extra(mfa, None):
+            meta["extra"] = extra
+    else:
+        meta |= {"cls": "MFA", "rank": rank}
+    with atomic_path(path) as temporary:
+        torch.save({"state_dict": state, "meta": meta}, temporary)
