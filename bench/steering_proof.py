@@ -38,7 +38,8 @@ from torch import Tensor
 from mfa_kernels import MFA, fit, harvest, steer
 from mfa_kernels.data import ActivationStore, tiny_lm
 from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-from mfa_kernels.interpret.contexts import Assignments, assignments, interesting_regions, region_summaries
+from mfa_kernels.interpret.contexts import Assignments, assignments
+from mfa_kernels.interpret.regions import interesting_regions, region_summaries
 from mfa_kernels.steering import Add, Handle, Toward, alpha_for_kl
 
 LIFT, LEAST = 4.0, 5  # a region's vocabulary: this much more frequent than overall, and seen so often

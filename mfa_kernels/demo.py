@@ -19,15 +19,9 @@ from mfa_kernels.data.store import ActivationStore
 from mfa_kernels.evaluation import Evaluation, evaluate
 from mfa_kernels.files import atomic_write_json
 from mfa_kernels.fitting import KMeansResult, fit, kmeans
-from mfa_kernels.interpret.contexts import (
-    Assignments,
-    RegionSummary,
-    assignments,
-    interesting_regions,
-    region_latents,
-    region_summaries,
-)
+from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
 from mfa_kernels.interpret.lens import logit_shift
+from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
 from mfa_kernels.models import load_language_model, resolve_layer
 from mfa_kernels.steering import steer
 

@@ -15,13 +15,13 @@ from mfa_kernels.checks import check_component
 from mfa_kernels.files import StrPath, atomic_write_bytes
 from mfa_kernels.interpret.contexts import (
     Assignments,
-    RegionSummary,
     check_axis,
     ensure_assignments,
     region_latents,
     show_text,
     show_token,
 )
+from mfa_kernels.interpret.regions import RegionSummary
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore

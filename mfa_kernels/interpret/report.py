@@ -13,18 +13,11 @@ from torch import nn
 
 from mfa_kernels.checks import check_component
 from mfa_kernels.files import StrPath, atomic_write_text
-from mfa_kernels.interpret.contexts import (
-    Assignments,
-    Context,
-    RegionSummary,
-    axis_contexts,
-    ensure_assignments,
-    interesting_regions,
-    region_summaries,
-)
+from mfa_kernels.interpret.contexts import Assignments, Context, axis_contexts, ensure_assignments
 from mfa_kernels.interpret.figures import region_scatter, regions_map
 from mfa_kernels.interpret.lens import LogitLens, TokenChange, logit_lens
 from mfa_kernels.interpret.neighbors import neighbors
+from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
