@@ -475,7 +475,7 @@ class MFA(nn.Module):
         "varimax" makes each column load on few features, so that single latents can be read; "principal" orders
         the columns by the variance they explain.
         """
-        from mfa_kernels.interpret import rotation
+        from mfa_kernels import rotation
 
         check_choice(method, ("varimax", "principal"), "method")
         rotated = (

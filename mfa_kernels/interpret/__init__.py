@@ -6,7 +6,6 @@ lens        centroids, axes and steering in the vocabulary
 neighbors   which regions lie next to which
 figures     a map of the regions, a region from the inside (matplotlib)
 report      all of it on one HTML page
-rotation    the axes that single latents are read along
 """
 
 from mfa_kernels.interpret.contexts import (

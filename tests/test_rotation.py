@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA
-from mfa_kernels.interpret import rotation
-from mfa_kernels.interpret.rotation import principal, varimax
+from mfa_kernels import MFA, rotation
+from mfa_kernels.rotation import principal, varimax
 from tests.mixtures import mixture, tokens
 
 ROTATIONS = [varimax, principal]
