@@ -1,6 +1,7 @@
 #include "bindings.h"
 
 #include <ATen/ops/aminmax.h>
+#include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -14,8 +15,10 @@ mfa::Shape shape_of(const Tensor& means, int64_t rank, bool per_component) {
   return {means.size(0), means.size(1), rank, per_component};
 }
 
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
+
 Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
-  Tensor t = at::empty(sizes, options);
+  Tensor t = empty(sizes, options);
 #ifdef __linux__
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);

@@ -4,7 +4,6 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 
 #include <optional>
 #include <tuple>
@@ -26,6 +25,9 @@ template <class T>
 T* data(const Tensor& t) {
   return t.defined() ? t.data_ptr<T>() : nullptr;
 }
+
+// at::empty, whose header alone takes a compiler longer than most of the kernels do.
+Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
 // Fresh memory costs a page fault per 4 kB, as much as writing it several times over: ask for huge pages.
 Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options);

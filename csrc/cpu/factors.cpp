@@ -15,8 +15,8 @@ std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& lo
   else
     check(noise, {shape.features}, type, "noise_variance");
   Tensor rows = allocate({shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, means.options());
-  Tensor chol = at::empty({shape.components, shape.rank, shape.rank}, means.options());
-  Tensor log_det = at::empty({shape.components}, means.options());
+  Tensor chol = empty({shape.components, shape.rank, shape.rank}, means.options());
+  Tensor log_det = empty({shape.components}, means.options());
   AT_DISPATCH_FLOATING_TYPES(means.scalar_type(), "factors", [&] {
     mfa::factors<scalar_t>(shape, data<scalar_t>(means), data<scalar_t>(loadings), data<scalar_t>(noise),
                            data<scalar_t>(rows), data<scalar_t>(chol), data<scalar_t>(log_det), parallel_for);

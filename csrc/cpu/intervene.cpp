@@ -45,8 +45,8 @@ std::tuple<Tensor, Tensor> intervene(const Tensor& hidden, const Tensor& coeffic
     check(*lam, {D}, type, "scale");
     check_range(*components, -1, shape.components, "components");
   }
-  Tensor out = at::empty({B, N, D}, hidden.options());
-  Tensor tally = at::empty({B, N, 3}, thresholds.options());
+  Tensor out = empty({B, N, D}, hidden.options());
+  Tensor tally = empty({B, N, 3}, thresholds.options());
   AT_DISPATCH_FLOATING_TYPES(type, "intervene", [&] {
     using T = scalar_t;
     auto pointer = [](const std::optional<Tensor>& t) { return t ? t->data_ptr<T>() : nullptr; };

@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centr
     check(*basis, {D, P}, type, "basis");
     check(*projected, {K, P}, type, "projected");
   }
-  Tensor owner = at::empty({N}, x.options().dtype(at::kLong));
-  Tensor distance = at::empty({N}, x.options());
+  Tensor owner = empty({N}, x.options().dtype(at::kLong));
+  Tensor distance = empty({N}, x.options());
   int64_t pairs = 0;
   AT_DISPATCH_FLOATING_TYPES(type, "nearest", [&] {
     using T = scalar_t;

@@ -18,7 +18,7 @@ Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, 
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
   check_scan(shape, x, rows, lam);
   check_pairs(shape, x, tokens, components, chol);
-  Tensor out = at::empty({tokens.size(0), shape.rank}, x.options());
+  Tensor out = empty({tokens.size(0), shape.rank}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "latents", [&] {
     mfa::latents<scalar_t>(shape, data<scalar_t>(x), data<int64_t>(tokens), data<int32_t>(components), tokens.size(0),
                            data<scalar_t>(rows), data<scalar_t>(chol), data<scalar_t>(lam),
@@ -57,7 +57,7 @@ Tensor decode(const Tensor& components, const Tensor& responsibilities, const Te
   check(responsibilities, components.sizes(), type, "responsibilities");
   check(latents, {components.size(0), components.size(1), shape.rank}, type, "latents");
   check_range(components, -1, shape.components, "components");
-  Tensor out = at::empty({components.size(0), shape.features}, means.options());
+  Tensor out = empty({components.size(0), shape.features}, means.options());
   AT_DISPATCH_FLOATING_TYPES(means.scalar_type(), "decode", [&] {
     mfa::decode<scalar_t>(shape, data<int32_t>(components), data<scalar_t>(responsibilities), data<scalar_t>(latents),
                           components.size(0), components.size(1), data<scalar_t>(means), data<scalar_t>(loadings),

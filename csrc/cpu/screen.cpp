@@ -58,12 +58,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
   check_scan(shape, x, rows, lam);
   TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
   const int64_t N = x.size(0);
-  Tensor log_prob = at::empty({N}, x.options());
-  Tensor components = at::empty({N, slots}, x.options().dtype(at::kInt));
-  Tensor logits = at::empty({N, slots}, x.options());
-  Tensor counts = at::empty({N}, x.options().dtype(at::kInt));
-  Tensor dropped = at::empty({N}, x.options());
-  Tensor evaluated = at::empty({N}, x.options().dtype(at::kInt));
+  Tensor log_prob = empty({N}, x.options());
+  Tensor components = empty({N, slots}, x.options().dtype(at::kInt));
+  Tensor logits = empty({N, slots}, x.options());
+  Tensor counts = empty({N}, x.options().dtype(at::kInt));
+  Tensor dropped = empty({N}, x.options());
+  Tensor evaluated = empty({N}, x.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "select_screened", [&] {
     auto screen = screen_of<scalar_t>(shape, x, constants, center, basis, marginal_rows, log_det, radii, slack, lines,
                                       line_terms, exact_slack);

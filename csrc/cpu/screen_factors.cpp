@@ -27,8 +27,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen
   TORCH_CHECK_VALUE(columns <= p && columns % strip == 0, "known must have a multiple of ", strip, " columns up to ", p,
                     ", got ", columns);
   Tensor rows = allocate({K, p / V, R + 1, V}, means.options());
-  Tensor radii = at::empty({K}, means.options()), slack = at::empty({K}, means.options());
-  Tensor lines = allocate({K, p}, means.options()), line_terms = at::empty({2, K}, means.options());
+  Tensor radii = empty({K}, means.options()), slack = empty({K}, means.options());
+  Tensor lines = allocate({K, p}, means.options()), line_terms = empty({2, K}, means.options());
   std::optional<Tensor> kept;
   if (keep) kept = allocate({K, R + 1, p}, projection.options());
   AT_DISPATCH_FLOATING_TYPES(type, "screen_marginals", [&] {

@@ -12,10 +12,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor&
   check(constants, {shape.components}, x.scalar_type(), "constants");
   TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
   const int64_t N = x.size(0);
-  Tensor log_prob = at::empty({N}, x.options());
-  Tensor components = at::empty({N, slots}, x.options().dtype(at::kInt));
-  Tensor logits = at::empty({N, slots}, x.options());
-  Tensor counts = at::empty({N}, x.options().dtype(at::kInt));
+  Tensor log_prob = empty({N}, x.options());
+  Tensor components = empty({N, slots}, x.options().dtype(at::kInt));
+  Tensor logits = empty({N, slots}, x.options());
+  Tensor counts = empty({N}, x.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "select", [&] {
     mfa::select<scalar_t>(shape, data<scalar_t>(x), N, data<scalar_t>(rows), data<scalar_t>(constants),
                           data<scalar_t>(lam), static_cast<scalar_t>(threshold), slots,

@@ -98,7 +98,10 @@ def library() -> Any:
     try:
         name = library_name()
         return cached(name) or build(
-            name, sorted(source_folder().glob("*.cpp")), "the C++ kernels, once (up to a minute)", extra_cflags=FLAGS
+            name,
+            sorted(source_folder().glob("*.cpp")),
+            "the C++ kernels, once (about 40 s on two cores)",
+            extra_cflags=FLAGS,
         )
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
         warnings.warn(
