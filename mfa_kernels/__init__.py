@@ -8,15 +8,23 @@ from mfa_kernels.code import Code
 from mfa_kernels.mfa import MFA
 
 if TYPE_CHECKING:
-    from mfa_kernels.data.harvest import harvest
+    from mfa_kernels.data.harvest import harvest, stream
     from mfa_kernels.fitting.kmeans import kmeans
     from mfa_kernels.fitting.loop import fit
+    from mfa_kernels.fitting.many import fit_many
     from mfa_kernels.steering import steer
 
 __version__ = "0.1.0"
-__all__ = ["MFA", "Code", "fit", "harvest", "kmeans", "steer"]
+__all__ = ["MFA", "Code", "fit", "fit_many", "harvest", "kmeans", "steer", "stream"]
 
-_LAZY = {"fit": "fitting", "kmeans": "fitting", "steer": "steering", "harvest": "data.harvest"}
+_LAZY = {
+    "fit": "fitting",
+    "fit_many": "fitting",
+    "kmeans": "fitting",
+    "steer": "steering",
+    "harvest": "data.harvest",
+    "stream": "data.harvest",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -153,18 +153,6 @@ class Ranks:
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         return torch.cat([part[:count] for part, count in zip(self.stacked(padded), counts)])
-
-    def together(self, batches: Iterator[Tensor], empty: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """Batches of streams, one of each rank's, and their rows in all, until the last stream ends.
-
-        A rank whose own stream has ended goes on with `empty` ones.
-        """
-        while True:
-            x = next(batches, empty)
-            rows = int(self.totals(len(x))[0])
-            if not rows:
-                return
-            yield x, rows
 
 
 ALONE = Ranks(False)

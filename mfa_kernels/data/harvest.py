@@ -88,10 +88,8 @@ def harvest(
     _check_sizes(max_tokens, context, batch_size, skip_first)
     if resume and (overwrite or out is None):
         raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
-    layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
+    layers = _several(layer)
     several = not isinstance(layer, int | str)
-    if not layers:
-        raise ValueError("layer must name at least one layer, got none")
     model, tokenizer, device = _load(model, tokenizer, device)
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
     temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
@@ -136,7 +134,7 @@ def stream(
     model: Any,
     tokenizer: Any,
     texts: StrPath | Iterable[str | tuple[str, str] | Mapping[str, Any] | os.PathLike[str]],
-    layer: Layer,
+    layer: Layer | Sequence[Layer],
     *,
     max_tokens: int | None = None,
     context: int = 256,
@@ -144,38 +142,50 @@ def stream(
     skip_first: int = 1,
     drop_special: bool = True,
     seed: int | None = 0,
-) -> Iterator[Tensor]:
+) -> Iterator[Any]:  # Any: a tensor, or a dict of them when there are several layers
     """The activations that `harvest` would keep, batch by batch as the model makes them: nothing touches the disk.
 
-    `mfa_kernels.fit(stream(...), ..., method="auto")` fits online while it reads. Between two batches the model is as
-    it was, without hooks, and may be used for something else.
+    `mfa_kernels.fit(stream(...), ...)` fits online while it reads, `mfa_kernels.fit_many` fits several mixtures, to
+    several layers if need be, in one pass over the model. Between two batches the model is as it was, without hooks,
+    and may be used for something else.
 
     Args:
         model: as of `harvest`; it runs where it is (when it is loaded here: on a GPU if there is one).
         tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed: as of `harvest`.
-        layer: an index, or a module path.
+        layer: an index, or a module path; or several of these. The forward pass ends at the last of them.
 
     Yields:
-        Rows (n, D), on the layer's device and in its dtype. Those that are not finite are among them: `fit` leaves
-        them out and counts them.
+        Rows (n, D), on the layer's device and in its dtype; of several layers, a dict of them by layer as given, to
+        the bit what a stream of that layer alone yields. Those that are not finite are among them: `fit` leaves them
+        out and counts them.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
     """
     _check_sizes(max_tokens, context, batch_size, skip_first)
+    layers = _several(layer)
     model, tokenizer, _ = _load(model, tokenizer, None)
-    modules = dict([resolve_layer(model, layer)])
+    paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
+    modules = dict(resolve_layer(model, wanted) for wanted in layers)
 
-    def batches() -> Iterator[Tensor]:
+    def batches() -> Iterator[Any]:
         windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
         left = max_tokens
         while (left is None or left > 0) and (batch := list(islice(windows, batch_size))):
             with _reader(model, modules, None) as read:
-                (rows,) = read(batch).values()
-            yield rows[:left]
-            left = None if left is None else left - len(rows)
+                rows = {path: states[:left] for path, states in read(batch).items()}
+            first = rows[paths[layers[0]]]
+            yield first if isinstance(layer, int | str) else {wanted: rows[path] for wanted, path in paths.items()}
+            left = None if left is None else left - len(first)
 
     return batches()
+
+
+def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
+    layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
+    if not layers:
+        raise ValueError("layer must name at least one layer, got none")
+    return layers
 
 
 def _check_sizes(max_tokens: int | None, context: int, batch_size: int, skip_first: int) -> None:

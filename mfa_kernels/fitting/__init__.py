@@ -2,9 +2,20 @@
 
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.loop import fit
+from mfa_kernels.fitting.many import fit_many
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.reservoir import reservoir
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.fitting.start import start_from_clusters
 
-__all__ = ["FitReport", "KMeansResult", "Source", "as_source", "fit", "kmeans", "reservoir", "start_from_clusters"]
+__all__ = [
+    "FitReport",
+    "KMeansResult",
+    "Source",
+    "as_source",
+    "fit",
+    "fit_many",
+    "kmeans",
+    "reservoir",
+    "start_from_clusters",
+]

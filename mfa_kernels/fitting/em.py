@@ -7,17 +7,18 @@ The E-step is one scan (`mfa_kernels.fitting.screening`) and the statistics of i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.feed import Feed, Steps
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize, pooled_covariance
 from mfa_kernels.fitting.revival import Overlap, revive
-from mfa_kernels.fitting.screening import Screening
+from mfa_kernels.fitting.screening import SAMPLE, Screening
 from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
@@ -72,7 +73,8 @@ class _EM(Run):
         first = self.ranks.gathered(start_rows[: covariance_rows(self.mfa)])
         self.covariance = pooled_covariance(self.mfa, first)
         self.ranks.broadcast_(self.covariance)
-        self.screening = Screening(self.mfa, start_rows, self.ranks)
+        # Its own rows: a view would hold all of those that the start was made of, for the length of the fit.
+        self.screening = Screening(self.mfa, start_rows[:SAMPLE].clone(), self.ranks)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches of the pass going on
 
@@ -270,14 +272,14 @@ class OnlineEM(_EM):
     start was made of, which count as t0 batches.
 
     Args:
-        stream: batches of rows (n, D) to read after the start rows; None: `epochs` passes over the source's.
+        stream: of the rows after the start rows; None: `epochs` passes over the source's.
     """
 
     statistics: Statistics  # per token; of the parameters' past, about the means that they have now
     counted: Tensor  # tokens of each region since regions were looked at for revival, (K,)
     about: Tensor  # these means
 
-    def __init__(self, *args: Any, start_rows: Tensor, stream: Iterable[Tensor] | None = None) -> None:
+    def __init__(self, *args: Any, start_rows: Tensor, stream: Feed | None = None) -> None:
         super().__init__(*args, start_rows=start_rows)
         self.start_rows: Tensor | None = start_rows  # until they have been looked at
         self.stream = stream
@@ -310,7 +312,7 @@ class OnlineEM(_EM):
             self.about = tensors["about"].to(self.mfa.means, copy=True)
             self.statistics = self._saved_statistics(tensors)
 
-    def run(self) -> None:
+    def run(self) -> Steps:
         """Ends when the rows do, or when patience runs out."""
         from tqdm import tqdm
 
@@ -322,7 +324,7 @@ class OnlineEM(_EM):
         bar = tqdm(
             total=total,
             initial=(self.epoch - 1) * len(self.rows) + min(len(self.rows), self.batch * self.batch_rows),
-            desc="online EM",
+            desc=f"{settings.label}online EM",
             unit="token",
             unit_scale=True,
             disable=not settings.progress,
@@ -340,6 +342,10 @@ class OnlineEM(_EM):
             for epoch in range(self.epoch, passes + 1):
                 self.epoch, self.order = epoch, self.generator.get_state()
                 for x in self._batches(bar):
+                    if x is None:
+                        assert self.stream is not None
+                        self.stream.put((yield))
+                        continue
                     x = self._finite(x, count_skipped=epoch == 1)
                     self.batch += 1
                     rows = int(self.ranks.totals(len(x))[0])
@@ -442,32 +448,20 @@ class OnlineEM(_EM):
             self.statistics = self.statistics.moved(self.mfa.means.detach().double() - self.about)
             self.about = self.mfa.means.detach().clone()
 
-    def _batches(self, bar: Any) -> Iterator[Tensor]:
-        """This rank's share of the batches of a pass that were not seen yet."""
+    def _batches(self, bar: Any) -> Iterator[Tensor | None]:
+        """This rank's share of the batches of a pass that were not seen yet; None while a stream must bring more."""
         if self.stream is None:
             order = shuffled(self.rows, self.batch_rows, self.generator)
             yield from self._read(islice(order, self.batch, None), bar)
             return
-        own = islice(_regrouped(self.stream, -(-self.batch_rows // self.ranks.size)), self.batch, None)
-        empty = torch.empty(0, self.source.n_features, dtype=self.source.dtype)
-        for x, rows in self.ranks.together(own, empty):
-            bar.update(rows)
-            yield x
-
-
-def _regrouped(batches: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
-    """The rows of the batches in order, `rows` at a time; the last may be fewer."""
-    held: list[Tensor] = []
-    count = 0
-    for batch in batches:
-        held.append(batch)
-        count += len(batch)
-        if count >= rows:
-            *full, rest = torch.cat(held).split(rows)
-            yield from full
-            held, count = [rest], len(rest)
-            if count == rows:
-                yield rest
-                held, count = [], 0
-    if count:
-        yield torch.cat(held)
+        rows, seen = -(-self.batch_rows // self.ranks.size), self.batch
+        for number in count():
+            while not self.stream.holds(rows):
+                yield None
+            x = self.stream.take(rows)  # none, where this rank's own stream has ended
+            if number >= seen:
+                found = int(self.ranks.totals(len(x))[0])
+                if not found:
+                    return
+                bar.update(found)
+                yield x

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
@@ -22,6 +22,7 @@ from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
+from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
@@ -41,9 +42,11 @@ _LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of E
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
 _FINGERPRINT_ROWS = 256  # from all over, or the first of an iterator: they tell whether the data is the same
+_CALLER = 6  # frames from a function that warns, through `feed`, to the caller of `fit`
 _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 
 
+@alone  # a generator, so that several can be fed from one stream: `mfa_kernels.fitting.many`
 def fit(
     activations: Any,
     n_components: int,
@@ -70,9 +73,9 @@ def fit(
     checkpoint: StrPath | None = None,
     checkpoint_seconds: float = 60.0,
     resume: StrPath | bool = False,
-    progress: bool = True,
+    progress: bool | str = True,
     group: Any = None,
-) -> MFA:
+) -> Fitting:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
     K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
@@ -136,7 +139,7 @@ def fit(
         resume: a folder to go on from (and to write to, where `checkpoint` names no other), with the same data and
             settings. True: from `checkpoint`, or from the beginning where it holds none yet. A fit that came to its
             end returns its result.
-        progress: show progress bars.
+        progress: show progress bars; a string is what those of online EM begin with.
         group: the `torch.distributed.ProcessGroup` whose ranks fit together; None: the default one where there is
             one; False: this process fits alone.
 
@@ -168,9 +171,12 @@ def fit(
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
     sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
-    stream: Iterable[Tensor] | None = None
-    if streamed:
-        source, stream = _head(activations, math.ceil(sample / ranks.size / (1 - held_out)))
+    stream = Feed() if streamed else None
+    if stream is not None:
+        head = math.ceil(sample / ranks.size / (1 - held_out))
+        while not stream.holds(head):
+            stream.put((yield))
+        source = stream.source()
         sample = len(source)  # what the last batch brought besides is not read again
     else:
         source = as_source(activations)
@@ -181,8 +187,11 @@ def fit(
         method = "online" if streamed or steps >= _LEAST_ONLINE_STEPS else "em"
     device = torch.device(device) if device is not None else source.device
     ranks.on(device)
-    progress = progress and ranks.first
-    settings = Settings(epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks)
+    label = f"{progress}, " if isinstance(progress, str) else ""
+    progress = bool(progress) and ranks.first
+    settings = Settings(
+        epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks, label
+    )
     generator = torch.Generator().manual_seed(seed)
     report = FitReport(method=method)
 
@@ -225,6 +234,9 @@ def fit(
             checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
             saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
 
+    if streamed:  # nothing else of the head is looked at again
+        source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
+
     if progress:
         held = len(start_rows) + len(held_out_rows)
         planned = memory.plan(
@@ -265,11 +277,11 @@ def fit(
             else:
                 run = OnlineEM(*arguments, settings, generator, report, start_rows=start_rows, stream=stream)
             del start_rows
-            _run(run, method, checkpoints, saved)
+            yield from _run(run, method, checkpoints, saved)
             saved = None
         if polish and not report.interrupted:
             run = Training(*arguments, replace(settings, epochs=polish), generator, report)
-            _run(run, "polish", checkpoints, saved)
+            yield from _run(run, "polish", checkpoints, saved)
         _count_live(mfa, held_out_rows, source, live_index, report, ranks)
         if checkpoints is not None and ranks.first and not report.interrupted:
             checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
@@ -278,15 +290,15 @@ def fit(
     return mfa
 
 
-def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:
+def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> Steps:
     run.enter(stage, checkpoints, saved)
     try:
-        run.run()
+        yield from run.run() or ()
     except KeyboardInterrupt:
         if run.ranks.size > 1:  # the others are elsewhere
             raise
         run.report.interrupted = True
-        warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=3)
+        warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=_CALLER)
     run.report_skipped()
     run.note_time()
     run.restore_best()
@@ -367,29 +379,6 @@ def _check_same(facts: dict[str, Any], streamed: bool, ranks: Ranks) -> None:
             )
 
 
-def _head(batches: Iterator[Any], rows: int) -> tuple[Source, Iterator[Tensor]]:
-    """The first batches of a stream, of at least `rows` rows where it has as many, and the others as they come."""
-    first: list[Any] = []
-    count = 0
-    for batch in batches:
-        first.append(batch)
-        count += len(as_source([batch]))
-        if count >= rows:
-            break
-    source = as_source(iter(first))
-
-    def others() -> Iterator[Tensor]:
-        for batch in batches:
-            part = as_source([batch])
-            if part.n_features != source.n_features:
-                raise ValueError(
-                    f"activations: a batch has width {part.n_features}, but the first has {source.n_features}"
-                )
-            yield part.chunk(0, len(part))
-
-    return source, others()
-
-
 @contextmanager
 def _timed(report: FitReport, stage: str) -> Iterator[None]:
     began = time.perf_counter()
@@ -442,5 +431,5 @@ def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, repor
         warnings.warn(
             f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
             f"{report.live_rows} rows; fewer components, more rows or another start may serve better",
-            stacklevel=3,
+            stacklevel=_CALLER,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
+from mfa_kernels.fitting.feed import Steps
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
@@ -46,6 +47,7 @@ class Settings:
     log: StrPath | None
     progress: bool
     ranks: Ranks = ALONE
+    label: str = ""  # that progress bars begin with
 
 
 class StandardizedAdam:
@@ -222,8 +224,8 @@ class Run:
     def _copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.mfa.parameters()]
 
-    def run(self) -> None:
-        """Changes the mixture, evaluating on the way."""
+    def run(self) -> Steps | None:
+        """Changes the mixture, evaluating on the way; of a run that is fed, in steps."""
         raise NotImplementedError
 
     def enter(self, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:

@@ -152,24 +152,30 @@ def _store_source(store: Any, name: str) -> Source:
     )
 
 
+def as_rows(batch: Any, name: str) -> Tensor:
+    """A batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D)."""
+    found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    if isinstance(found, np.ndarray):
+        found = torch.from_numpy(np.array(found))
+    if not isinstance(found, Tensor):
+        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
+    _check_shape(found.shape, name)
+    _check_dtype(found.dtype, name)
+    return found.detach().flatten(0, -2)
+
+
 def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
     """All the batches in one tensor; each is let go when it has been copied, so that the data is held once."""
     held: deque[Tensor] = deque()
     dtype: torch.dtype | None = None
     for i, item in enumerate(batches):
-        batch = item[0] if isinstance(item, tuple | list) and len(item) else item
-        if isinstance(batch, np.ndarray):
-            batch = torch.from_numpy(np.array(batch))
-        if not isinstance(batch, Tensor):
-            raise TypeError(f"{name}: batch {i} must be a tensor or an array, got {type(batch).__name__}")
-        _check_shape(batch.shape, f"{name}: batch {i}")
-        _check_dtype(batch.dtype, f"{name}: batch {i}")
+        batch = as_rows(item, f"{name}: batch {i}")
         if held and batch.shape[-1] != held[0].shape[-1]:
             raise ValueError(
                 f"{name}: batch {i} has width {batch.shape[-1]}, but batch 0 has width {held[0].shape[-1]}"
             )
         dtype = batch.dtype if dtype is None else torch.promote_types(dtype, batch.dtype)
-        held.append(batch.detach().flatten(0, -2))
+        held.append(batch)
     if not held:
         raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
     out = torch.empty(sum(len(batch) for batch in held), held[0].shape[-1], dtype=dtype, device=held[0].device)

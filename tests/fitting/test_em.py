@@ -515,13 +515,8 @@ class TestStreams:
         assert report.history[-1]["held_out_nll"] < report.history[0]["held_out_nll"] + 0.1
 
     def test_widths_must_agree(self):
-        with pytest.raises(ValueError, match="a batch has width 11, but the first has 12"):
+        with pytest.raises(ValueError, match="batch 6 has width 11, but batch 0 has width 12"):
             run(iter([*ROWS.split(1000), ROWS[:10, :11]]), method="online")
-
-    def test_regrouped(self):
-        parts = [torch.arange(a, b) for a, b in ((0, 3), (3, 4), (4, 14), (14, 15))]
-        groups = [g.tolist() for g in em._regrouped(parts, 4)]
-        assert groups == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]]
 
 
 @pytest.mark.parametrize(
