@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +77,25 @@ def _parser() -> argparse.ArgumentParser:
     fit = command(
         "fit",
         _fit,
-        "fit a mixture to the activations of a store; under torchrun, by all its processes, each on a GPU of its own "
-        "where there are some",
+        "fit mixtures to the activations of a store; or, while a language model reads --text, in one pass over it and "
+        "without a store. Several layers or sizes are as many mixtures. Of a store, under torchrun: by all its "
+        "processes, each on a GPU of its own where there are some",
     )
-    fit.add_argument("store", type=Path)
-    fit.add_argument("--out", type=Path, required=True, help="folder of the mixture")
-    _size(fit, None)
+    fit.add_argument("store", type=Path, nargs="?", help="folder of the store; without it, --text is read")
+    fit.add_argument(
+        "--out", type=Path, required=True,
+        help="folder of the mixture; of several, one folder each in it, such as layer2-K512-R10 or, of a store, "
+        "K512-R10; so with --checkpoint and --log",
+    )  # fmt: skip
+    fit.add_argument("-K", "--components", type=int, nargs="+", required=True, help="regions")
+    fit.add_argument("-R", "--rank", type=int, nargs="+", default=[10], help="local directions per region")
+    harvested = fit.add_argument_group("without a store")
+    harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
+    harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")
+    harvested.add_argument("--text", nargs="+", help="files or folders to read")
+    harvested.add_argument("--max-tokens", type=int, help="activations to fit to")
+    harvested.add_argument("--context", type=int, default=256, help="tokens per window")
+    harvested.add_argument("--windows", type=int, default=16, help="of them per forward pass")
     fit.add_argument("--noise", choices=("shared", "per_component"), default="shared")
     fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
     fit.add_argument(
@@ -91,11 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
     )
     fit.add_argument("--epochs", type=int, default=10, help="passes over the store, at most")
-    fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online")
+    fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online, of a store")
     fit.add_argument("--batch-size", type=int, default=1024, help="of sgd and online")
     fit.add_argument("--lr", type=float, help="learning rate of sgd; see mfa_kernels.fit")
     fit.add_argument("--seed", type=int, default=0)
-    fit.add_argument("--log", type=Path, help="JSONL file of the curve")
+    fit.add_argument("--log", type=Path, help="JSONL file of the curve; a folder of them, of several")
     fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
     fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
     fit.add_argument(
@@ -144,8 +158,8 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
 
-def _size(parser: argparse.ArgumentParser, components: int | None) -> None:
-    parser.add_argument("-K", "--components", type=int, default=components, required=components is None, help="regions")
+def _size(parser: argparse.ArgumentParser, components: int) -> None:
+    parser.add_argument("-K", "--components", type=int, default=components, help="regions")
     parser.add_argument("-R", "--rank", type=int, default=10, help="local directions per region")
 
 
@@ -206,25 +220,83 @@ def _harvest(arguments: argparse.Namespace) -> None:
 
 
 def _fit(arguments: argparse.Namespace) -> None:
+    harvested = arguments.text is not None
+    if harvested == (arguments.store is not None):
+        raise ValueError("a store or --text: one of them, and not both, says what to fit to")
+    for option in ("model", "layer", "max_tokens"):
+        if not harvested and getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} goes with --text, not with a store")
+    if harvested and arguments.layer is None:
+        raise ValueError("--text needs --layer")
+    if harvested and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
+    with _processes() as (first, device):
+        mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, device)
+    if not first:
+        return
+    for name, mfa in mixtures.items():
+        folder = arguments.out / name if len(mixtures) > 1 else arguments.out
+        mfa.save_pretrained(folder)
+        print(f"held-out negative log-likelihood {mfa.fit_report.held_out_nll:.3f} nats per token; saved in {folder}")
+
+
+def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:
     from mfa_kernels import fit
     from mfa_kernels.data import ActivationStore
 
     store = ActivationStore(arguments.store)
-    options = {} if arguments.lr is None else {"lr": arguments.lr}
-    with _processes() as (first, device):
-        mfa = fit(
-            store, arguments.components, arguments.rank, method=arguments.method, noise=arguments.noise,
-            init=arguments.init, epochs=arguments.epochs, polish=arguments.polish, batch_size=arguments.batch_size,
-            seed=arguments.seed, log=arguments.log, checkpoint=arguments.checkpoint, device=device,
-            checkpoint_seconds=arguments.checkpoint_seconds, resume=arguments.resume, **options,
-        )  # fmt: skip
-    if not first:
-        return
-    mfa.extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
-    mfa.save_pretrained(arguments.out)
-    print(
-        f"held-out negative log-likelihood {mfa.fit_report.held_out_nll:.3f} nats per token; saved in {arguments.out}"
-    )
+    extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
+    mixtures = {}
+    for name, own in _fits(arguments, [None]).items():
+        mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))
+        mixtures[name].extra = extra
+    return mixtures
+
+
+def _fit_while_harvesting(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:
+    import torch
+
+    from mfa_kernels import fit_many, stream
+    from mfa_kernels.models import load_language_model, resolve_layer
+
+    model, tokenizer = load_language_model(arguments.model)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    batches = stream(
+        model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,
+        context=arguments.context, batch_size=arguments.windows, seed=arguments.seed,
+    )  # fmt: skip
+    fits = _fits(arguments, arguments.layer)
+    mixtures = fit_many(batches, fits, **_fit_options(arguments))
+    for name, mfa in mixtures.items():
+        layer, _ = resolve_layer(model, fits[name]["layer"])
+        mfa.extra = {"model": model.name_or_path, "tokenizer": tokenizer.name_or_path, "layer": layer}
+    return mixtures
+
+
+def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> dict[str, dict[str, Any]]:
+    """By name, what each fit has of its own."""
+    fits = {}
+    for layer, components, rank in product(layers, arguments.components, arguments.rank):
+        name = f"K{components}-R{rank}"
+        own: dict[str, Any] = {"n_components": components, "rank": rank}
+        if layer is not None:
+            name = f"layer{layer}-{name}" if isinstance(layer, int) else f"{layer}-{name}"
+            own["layer"] = layer
+        fits[name] = own
+    for name, own in fits.items():
+        several = len(fits) > 1
+        if arguments.checkpoint is not None:
+            own["checkpoint"] = arguments.checkpoint / name if several else arguments.checkpoint
+        if arguments.log is not None:
+            own["log"] = arguments.log / f"{name}.jsonl" if several else arguments.log
+    return fits
+
+
+def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all fits have."""
+    names = ("method", "noise", "init", "epochs", "polish", "batch_size", "seed", "checkpoint_seconds", "resume")
+    options = {name: getattr(arguments, name) for name in names}
+    return options if arguments.lr is None else {**options, "lr": arguments.lr}
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def drive(
     going = dict(fits)
 
     def advance(name: str, step: Callable[[Any], None], sent: Any) -> None:
-        with _told_of(name):
+        with told_of(name):
             try:
                 step(sent)
             except StopIteration as stop:
@@ -128,7 +128,7 @@ def drive(
             while going:
                 batch = next(batches, None)
                 for name in list(going):
-                    with _told_of(name):
+                    with told_of(name):
                         own = None if batch is None else part(name, batch)
                     advance(name, going[name].send, own)
                 if any(mfa.fit_report.interrupted for mfa in found.values()):
@@ -143,7 +143,8 @@ def drive(
 
 
 @contextmanager
-def _told_of(name: str) -> Iterator[None]:
+def told_of(name: str) -> Iterator[None]:
+    """Errors of the user's begin with the name of the fit, where it has one."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError) as error:

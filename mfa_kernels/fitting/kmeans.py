@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.fitting.lloyd import Partition, finite_rows, lloyd
+from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.source import Source, as_source
 
@@ -23,7 +25,7 @@ _EXCHANGES = 4  # at most, on the sample
 
 @dataclass(frozen=True)
 class KMeansResult:
-    """Clusters of N rows.
+    """Clusters of N rows; of a stream, those of the sample that was kept.
 
     Attributes:
         centroids: (K, D), float32 or float64 as the data.
@@ -32,6 +34,7 @@ class KMeansResult:
         counts: rows of each cluster, (K,) int64; the sums of their weights, float64, where weights were given.
         iterations: updates of the centroids that were done.
         skipped: rows that are not finite.
+        rows: of a stream, the numbers of the rows kept, (N,) int64 on the CPU, ascending; else None.
     """
 
     centroids: Tensor
@@ -40,6 +43,7 @@ class KMeansResult:
     counts: Tensor
     iterations: int
     skipped: int = 0
+    rows: Tensor | None = None
 
 
 @torch.no_grad()
@@ -64,14 +68,19 @@ def kmeans(
     the inertia. Rows that are not finite are left out and counted. Where the data has fewer distinct rows than
     clusters, the clusters left over repeat a centroid and own no row, and a warning says so.
 
+    An iterator is read once, and not held: `sample` of its rows stay, drawn so that each subset of that many is as
+    likely as another (`reservoir`), and are clustered as if they were all there are. So the result is exact for these
+    rows; centroids differ from those of the whole stream as those of a random sample do. A stream of no more rows is
+    kept whole.
+
     Args:
-        x: (N, D) activations of any kind that `as_source` takes.
+        x: (N, D) activations of any kind that `as_source` takes, or an iterator of batches (B, D).
         n_clusters: K.
-        weights: (N,), finite and non-negative: a row of weight 2 counts as two rows.
+        weights: (N,), finite and non-negative: a row of weight 2 counts as two rows. Not of an iterator.
         iterations: most updates of the centroids (on the sample, where there is one); 0 keeps the start.
         init: "k-means||", "random" (rows drawn by weight), or the centroids (K, D) themselves.
         tol: iterations end when the inertia falls by less than this fraction of itself.
-        sample: rows of the subset; max(50000, 128 K) when None.
+        sample: rows of the subset, and of an iterator those that stay; max(50000, 128 K) when None.
         seed: of everything that is drawn.
         device: that computes; where x is when None.
         progress: show progress bars.
@@ -79,12 +88,19 @@ def kmeans(
     Raises:
         TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
     """
+    _check_arguments(n_clusters, iterations, tol, sample)
+    sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
+    rows = None
+    if isinstance(x, Iterator):
+        if weights is not None:
+            raise ValueError(
+                "weights must be None for an iterator, which is sampled as it is read: give weighted rows as a whole"
+            )
+        x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
     device = torch.device(device) if device is not None else source.device
-    _check_arguments(n_clusters, iterations, tol, sample)
     weights = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
-    sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
     options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress}
 
     subset, index = _finite_sample(source, sample, weights, generator, device)
@@ -107,7 +123,7 @@ def kmeans(
         options["name"] = "k-means, all rows"
         centroids, part, more = lloyd(source, centroids, center, weights, iterations=full, **options)
         updates += more
-    return _result(part, centroids + center, weights is not None, updates)
+    return _result(part, centroids + center, weights is not None, updates, rows)
 
 
 def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int | None) -> None:
@@ -180,7 +196,7 @@ def _start(
     return torch.cat([centroids, centroids[:1].expand(clusters - len(centroids), -1)])
 
 
-def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int) -> KMeansResult:
+def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int, rows: Tensor | None) -> KMeansResult:
     clusters = len(centroids)
     empty = int((part.mass == 0).sum())
     if empty:
@@ -196,4 +212,5 @@ def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int) ->
         part.mass if weighted else part.mass.long(),
         updates,
         int(lost.sum()),
+        rows,
     )

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mfa_kernels.fitting.feed import Fitting, drive
+from mfa_kernels.fitting.feed import Fitting, drive, told_of
 from mfa_kernels.fitting.loop import fit
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ranks import Ranks
@@ -76,7 +76,8 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
                 raise ValueError(f"{name}: {path} is written to by {written[path]} already")
             written[path] = name
         layers[name] = arguments.pop("layer", None)
-        begun[name] = fit.__wrapped__(stream, **arguments)  # type: ignore[attr-defined]
+        with told_of(name):
+            begun[name] = fit.__wrapped__(stream, **arguments)  # type: ignore[attr-defined]
     return drive(begun, stream, lambda name, batch: _part(batch, layers[name]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +11,12 @@ from torch import Tensor
 from mfa_kernels.fitting.source import as_source
 
 
-@torch.no_grad()
 def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
     """At most `rows` of the rows of a stream, each subset of that many as likely as another.
 
     Every row draws a number, and the rows with the smallest numbers stay. What is held is the sample and one batch; the
-    sample is in the order of the stream, and the same however the stream is cut into batches. For clusters of a stream
-    that cannot be held: ``kmeans(reservoir(batches, 200_000), K)``.
+    sample is in the order of the stream, and the same however the stream is cut into batches. `kmeans` takes one of an
+    iterator.
 
     Args:
         batches: activations (..., D) of one width: tensors, arrays, or tuples that begin with one.
@@ -29,23 +29,45 @@ def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
     Raises:
         TypeError, ValueError: naming the argument; a stream without rows among it.
     """
+    return numbered(batches, rows, seed)[0]
+
+
+@torch.no_grad()
+def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches") -> tuple[Tensor, Tensor]:
+    """`reservoir` of what is called `name`, and the numbers of its rows in the stream, (n,) int64 on the CPU."""
     if int(rows) != rows or rows < 1:
         raise ValueError(f"rows must be an integer >= 1, got {rows!r}")
     generator = torch.Generator().manual_seed(seed)
-    kept: Tensor | None = None
-    numbers = torch.empty(0, dtype=torch.float64)
+    parts: list[Tensor] = []  # the rows kept, in the order of their slots
+    drawn = torch.empty(0, dtype=torch.float64)
+    numbers = torch.empty(0, dtype=torch.long)
+    seen = 0
     for i, batch in enumerate(batches):
-        source = as_source([batch], f"batches[{i}]")
-        if kept is not None and source.n_features != kept.shape[1]:
-            raise ValueError(f"batches[{i}] has width {source.n_features}, but batches[0] has width {kept.shape[1]}")
+        source = as_source([batch], f"{name}[{i}]")
+        if parts and source.n_features != parts[0].shape[1]:
+            raise ValueError(f"{name}[{i}] has width {source.n_features}, but {name}[0] has width {parts[0].shape[1]}")
+        held = len(drawn)
         mine = torch.rand(len(source), dtype=torch.float64, generator=generator)
-        held = len(numbers)
-        numbers = torch.cat([numbers, mine])
-        index = numbers.topk(min(rows, len(numbers)), largest=False).indices.sort().values
-        numbers = numbers[index]
-        # Few rows of a late batch stay: only those are read.
-        new = source.rows(index[index >= held] - held)
-        kept = new if kept is None else torch.cat([kept[index[index < held].to(kept.device)], new.to(kept)])
-    if kept is None:
-        raise ValueError("batches is an iterable without batches (an iterator can be read only once)")
-    return kept
+        # Few rows of a late batch stay: only those are read, and written over those that they drive out.
+        new = torch.arange(len(mine)) if held < rows else (mine < drawn.max()).nonzero().squeeze(1)
+        every = torch.cat([drawn, mine[new]])
+        stays = torch.ones(len(every), dtype=torch.bool)
+        stays[every.topk(max(0, len(every) - rows)).indices] = False
+        new, free = new[stays[held:]], (~stays[:held]).nonzero().squeeze(1)
+        if len(new):
+            rest = source.rows(new)
+            if len(free):
+                parts = [torch.cat(parts)] if len(parts) > 1 else parts
+                parts[0][free.to(parts[0].device)] = rest[: len(free)].to(parts[0])
+                rest = rest[len(free) :]
+            if len(rest):
+                parts.append(rest.to(parts[0]) if parts else rest)
+            slots = torch.cat([free, torch.arange(held, held + len(new) - len(free))])
+            drawn = torch.cat([drawn, drawn.new_empty(len(new) - len(free))])
+            numbers = torch.cat([numbers, numbers.new_empty(len(new) - len(free))])
+            drawn[slots], numbers[slots] = mine[new], seen + new
+        seen += len(source)
+    if not parts:
+        raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
+    order = numbers.argsort()
+    return torch.cat(parts)[order.to(parts[0].device)], numbers[order]
