@@ -245,7 +245,7 @@ def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str
     from mfa_kernels.data import ActivationStore
 
     store = ActivationStore(arguments.store)
-    extra = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
+    extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
     mixtures = {}
     for name, own in _fits(arguments, [None]).items():
         mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))

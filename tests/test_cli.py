@@ -100,6 +100,14 @@ def test_doctor(capsys):
         (["steer", "{folder}/mfa", "x", "-k", "1", "--layer", "9"], "layer must be in [-5, 5), got 9"),
         (["steer", "{folder}/mfa", "x", "--gate", "0.5"], "--gate needs --component"),
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "5000"], "5000"),
+        (["fit", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
+        (["fit", "{folder}/store", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
+        (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "8", "--layer", "1"], "--layer goes with --text"),
+        (["fit", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "--text needs --layer"),
+        (
+            ["fit", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/x", "-K", "8", "--method", "em"],
+            "layer1-K8-R10: method must be 'online' or 'auto'",
+        ),
         (["harvest", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/store"], "store"),
         (["harvest", "--text", "{folder}/missing", "--layer", "1", "--out", "{folder}/y"], "missing"),
         (["convert", "{folder}/missing.pt", "{folder}/y"], "missing.pt"),
@@ -139,3 +147,30 @@ def test_fit_and_harvest_go_on(folder, tmp_path, capsys):
     again = ["--text", str(folder / "text"), "--layer", "1", "--max-tokens", "3000", "--out", str(folder / "store")]
     assert main(["harvest", *again, "--resume"]) == 0
     assert (folder / "store" / "manifest.json").read_bytes() == manifest
+
+
+def test_fit_while_harvesting(folder, tmp_path, capsys):
+    arguments = ["fit", "--text", str(folder / "text"), "--max-tokens", "2500", "--context", "64", "-R", "2"]
+    written = ["--log", str(tmp_path / "logs"), "--checkpoint", str(tmp_path / "checkpoints")]
+    assert main([*arguments, "--layer", "1", "-2", "-K", "4", "8", "--out", str(tmp_path / "all"), *written]) == 0
+    names = {f"layer{layer}-K{components}-R2" for layer in (1, -2) for components in (4, 8)}
+    assert {path.name for path in (tmp_path / "all").iterdir()} == names
+    assert {path.stem for path in (tmp_path / "logs").iterdir()} == names
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == names
+    assert len([line for line in capsys.readouterr().out.splitlines() if "nats per token; saved in" in line]) == 4
+
+    assert main([*arguments, "--layer", "1", "-K", "8", "--out", str(tmp_path / "one")]) == 0
+    alone, one_of_them = (MFA.from_pretrained(tmp_path / name) for name in ("one", "all/layer1-K8-R2"))
+    assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), one_of_them.state_dict().values()))
+    assert alone.extra == one_of_them.extra
+    assert alone.extra["layer"] == "model.layers.1"
+    assert MFA.from_pretrained(tmp_path / "all/layer-2-K4-R2").extra["layer"] == "model.layers.3"
+
+
+def test_fit_several_sizes_to_a_store(folder, tmp_path):
+    arguments = ["fit", str(folder / "store"), "-R", "2", "--epochs", "1"]
+    assert main([*arguments, "-K", "4", "8", "--out", str(tmp_path / "all")]) == 0
+    assert main([*arguments, "-K", "8", "--out", str(tmp_path / "one")]) == 0
+    assert {path.name for path in (tmp_path / "all").iterdir()} == {"K4-R2", "K8-R2"}
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "all/K8-R2"))
+    assert all(torch.equal(first[name], second[name]) for name in first)

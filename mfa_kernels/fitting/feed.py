@@ -43,7 +43,7 @@ class Feed:
             return
         rows = as_rows(batch, f"activations: batch {self._batches}")
         if not self._batches:
-            self._none = rows[:0]
+            self._none = rows.new_empty(0, rows.shape[1])
         elif rows.shape[1] != self._none.shape[1]:
             raise ValueError(
                 f"activations: batch {self._batches} has width {rows.shape[1]}, but batch 0 has width "

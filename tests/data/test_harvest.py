@@ -564,6 +564,15 @@ def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
     assert torch.equal(torch.cat(batches), expected)
     first = torch.cat(list(stream(model, tokenizer, LONG, 1, max_tokens=50, **options)))
     assert torch.equal(first, expected[:50])
+    batches = list(stream(model, tokenizer, LONG, [0, -2, "model.layers.1"], max_tokens=50, **options))
+    assert all(list(batch) == [0, -2, "model.layers.1"] for batch in batches)
+    for layer in (0, 1, 2):
+        alone = list(stream(model, tokenizer, LONG, layer, max_tokens=50, **options))
+        together = [batch[{0: 0, 1: "model.layers.1", 2: -2}[layer]] for batch in batches]
+        assert len(alone) == len(together) > 2
+        assert all(torch.equal(a, b) for a, b in zip(alone, together))
+    with pytest.raises(ValueError, match="layer must name at least one layer"):
+        stream(model, tokenizer, LONG, [])
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         stream(model, tokenizer, LONG, 1, batch_size=0)
     with pytest.raises(IndexError, match="layer"):
@@ -593,3 +602,30 @@ def test_fit_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(torch.cat(batches), quiet(model, tokenizer, texts, 1, **options).tensor())
     again = fitted(iter(batches))
     assert all(torch.equal(a, b) for a, b in zip(mfa.state_dict().values(), again.state_dict().values()))
+
+
+def test_fit_several_layers_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
+    import mfa_kernels
+    from mfa_kernels.fitting import loop
+    from mfa_kernels.models import load_language_model
+
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+    assert mfa_kernels.stream is stream
+    model, tokenizer = load_language_model(None)
+    passes = []
+    model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
+    texts = [f"def function_{i}(self, x):\n    return self.value_{i % 7} + {i} * x\n\n" * 4 for i in range(40)]
+    options = {"context": 64, "batch_size": 4, "max_tokens": 2500}
+    fits = {
+        "early": {"layer": 1, "n_components": 8, "rank": 2},
+        "late": {"layer": 3, "n_components": 8, "rank": 2},
+        "large": {"layer": 3, "n_components": 12, "rank": 3},
+    }
+    common: dict[str, Any] = {"batch_size": 250, "progress": False}
+    mixtures = mfa_kernels.fit_many(stream(model, tokenizer, texts, [1, 3], **options), fits, **common)
+    assert len(passes) == len(list(stream(model, tokenizer, texts, 0, **options)))
+    for name, own in fits.items():
+        assert mixtures[name].fit_report.history[-1]["step"] > 3
+        layer = own.pop("layer")
+        alone = mfa_kernels.fit(stream(model, tokenizer, texts, layer, **options), **own, **common)
+        assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), mixtures[name].state_dict().values()))

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import importlib
+import math
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 import mfa_kernels
-from mfa_kernels.fitting import KMeansResult, kmeans
+from mfa_kernels.fitting import KMeansResult, kmeans, reservoir
 from mfa_kernels.fitting import lloyd as lloyd_module
 from tests.fitting.planted import Store
 
@@ -208,6 +210,42 @@ def test_kinds_of_data_agree():
         assert torch.equal(result.assignment, expected.assignment)
 
 
+def test_a_stream_is_sampled_as_it_is_read():
+    x = blobs(rows=5000)
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def batches():
+        nonlocal most
+        for part in x.split(100):
+            batch = part.clone()
+            alive.append(weakref.ref(batch))
+            most = max(most, sum(ref() is not None for ref in alive))
+            yield batch
+            del batch
+
+    result = run(batches(), 8, sample=700, seed=3)
+    assert most <= 2
+    sample = reservoir(x.split(64), 700, seed=3)
+    expected = run(sample, 8, seed=3)
+    assert torch.equal(result.centroids, expected.centroids)
+    assert torch.equal(result.assignment, expected.assignment)
+    assert result.inertia == expected.inertia
+    assert expected.rows is None
+    assert torch.equal(x[result.rows], sample)
+    whole = run(x, 8)
+    distance = torch.cdist(result.centroids, whole.centroids).min(1).values
+    assert distance.max() < 0.1 * torch.cdist(whole.centroids, whole.centroids).fill_diagonal_(math.inf).min()
+
+
+def test_a_short_stream_is_kept_whole():
+    x = blobs()
+    result, expected = run(iter(x.split(90)), 8), run(x, 8)
+    assert torch.equal(result.centroids, expected.centroids)
+    assert torch.equal(result.assignment, expected.assignment)
+    assert torch.equal(result.rows, torch.arange(800))
+
+
 def test_precisions():
     x = blobs()
     assert run(x.double(), 8).centroids.dtype == torch.float64
@@ -252,6 +290,9 @@ def test_public_name():
         ({"weights": torch.full((800,), float("nan"))}, ValueError, "weights must be finite"),
         ({"weights": torch.eye(800)[0]}, ValueError, "finite rows of positive weight, got 1 of 800"),
         ({"weights": torch.zeros(800)}, ValueError, "no finite row of positive weight"),
+        ({"x": iter([blobs()]), "weights": torch.ones(800)}, ValueError, "weights must be None for an iterator"),
+        ({"x": iter([])}, ValueError, "x is an iterable without batches"),
+        ({"x": iter([blobs(), blobs()[:, :3]])}, ValueError, r"x\[1\] has width 3, but x\[0\] has width 5"),
         ({"x": torch.zeros(10, 3, dtype=torch.long)}, TypeError, "x must have a floating-point dtype"),
         ({"x": torch.full((10, 3), float("nan"))}, ValueError, "no finite row"),
     ],

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mfa_kernels.fitting import reservoir
+from mfa_kernels.fitting.reservoir import numbered
 
 
 def test_every_row_is_as_likely_as_another():
@@ -26,6 +27,17 @@ def test_the_batches_do_not_matter_and_rows_are_kept_once_in_order():
     index = torch.cdist(whole, x).argmin(1)
     assert (index.diff() > 0).all()
     assert not torch.equal(reservoir([x], 50, seed=4), whole)
+
+
+@pytest.mark.parametrize("rows", [1, 50, 999, 1000, 2000])
+@pytest.mark.parametrize("split", [1000, 33, [1, 700, 299]])
+def test_what_is_kept_are_the_rows_of_the_smallest_numbers(rows, split):
+    x = torch.randn(1000, 3)
+    drawn = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    smallest = drawn.argsort()[:rows].sort().values
+    sample, numbers = numbered(x.split(split), rows, 3)
+    assert torch.equal(numbers, smallest)
+    assert torch.equal(sample, x[smallest])
 
 
 def test_a_short_stream_is_kept_whole():

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from mfa_kernels import fit
+from mfa_kernels.fitting.feed import Feed
+
+
+def fed(*batches) -> Feed:
+    feed = Feed()
+    for batch in batches:
+        feed.put(batch)
+    return feed
+
+
+@pytest.mark.parametrize("split", [[3, 1, 10, 1], [15], [1] * 15, [0, 7, 0, 8, 0]])
+@pytest.mark.parametrize("wanted", [4, 1, 15])
+def test_rows_come_out_in_order(split, wanted):
+    x = torch.arange(30.0).view(15, 2)
+    feed, out = Feed(), []
+    for batch in x.split(split):
+        feed.put(batch)
+        while feed.holds(wanted):
+            out.append(feed.take(wanted))
+    assert all(len(rows) == wanted for rows in out)
+    feed.put(None)
+    assert feed.holds(wanted)
+    while len(rows := feed.take(wanted)):
+        out.append(rows)
+    assert torch.equal(torch.cat(out), x)
+    assert feed.take(wanted).shape == (0, 2)
+
+
+def test_the_rows_of_the_head_are_handed_over():
+    x = torch.randn(10, 3)
+    feed = fed(x[:4], x[4:6].numpy(), (x[6:], "tokens"))
+    assert feed.holds(10) and not feed.holds(11)
+    source = feed.source()
+    assert torch.equal(source.chunk(0, 10), x)
+    assert not feed.holds(1)
+    feed.put(x[:2])
+    assert torch.equal(feed.take(2), x[:2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2]
+)
+def test_dtypes(dtype, expected):
+    x = torch.randn(6, 2, 3).to(dtype)
+    feed = fed(x, None)
+    rows = feed.take(12)
+    assert rows.dtype == feed.take(12).dtype == expected
+    assert torch.equal(rows, x.view(12, 3).to(expected))
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([torch.zeros(4, 3), torch.zeros(4, 2)], ValueError, "batch 1 has width 2, but batch 0 has width 3"),
+        ([{"a": torch.zeros(4, 3)}], TypeError, "activations: batch 0 must be a tensor or an array, got dict"),
+        ([torch.zeros(4, 3), torch.zeros(4)], ValueError, r"activations: batch 1 must have shape"),
+        ([torch.zeros(4, 3).long()], TypeError, "activations: batch 0 must have a floating-point dtype"),
+    ],
+)
+def test_bad_batches_are_named(batches, error, message):
+    with pytest.raises(error, match=message):
+        fed(*batches)
+
+
+def test_nothing_to_begin_with():
+    with pytest.raises(ValueError, match="activations is an iterable without batches"):
+        fed(None).source()
+
+
+def test_a_fit_looks_like_a_function():
+    signature = inspect.signature(fit)
+    assert list(signature.parameters)[:3] == ["activations", "n_components", "rank"]
+    assert signature.return_annotation == fit.__annotations__["return"] == "MFA"
+    with pytest.raises(TypeError, match="'n_components'"):
+        fit(torch.zeros(3, 2))
+    x = torch.randn(50, 3)
+    assert fit(n_components=2, activations=x, rank=1, epochs=0, progress=False).means.shape == (2, 3)
