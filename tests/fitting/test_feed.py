@@ -37,7 +37,8 @@ def test_rows_come_out_in_order(split, wanted):
 def test_the_rows_of_the_head_are_handed_over():
     x = torch.randn(10, 3)
     feed = fed(x[:4], x[4:6].numpy(), (x[6:], "tokens"))
-    assert feed.holds(10) and not feed.holds(11)
+    assert feed.holds(10)
+    assert not feed.holds(11)
     source = feed.source()
     assert torch.equal(source.chunk(0, 10), x)
     assert not feed.holds(1)

@@ -84,7 +84,7 @@ def live_bytes() -> int:
 
 
 def test_what_is_held_does_not_grow_with_the_stream(monkeypatch):
-    head, rows, features = 6000, 300, 40
+    head, rows, features = 6000, 250, 40
     monkeypatch.setattr(loop, "_LEAST_START_ROWS", head)
     monkeypatch.setattr(loop, "_START_ROWS_PER_COMPONENT", head // 10)
     fits = {
@@ -106,7 +106,7 @@ def test_what_is_held_does_not_grow_with_the_stream(monkeypatch):
     for length in (60, 180):
         fit_many(read(length), fits, rank=0, patience=None, **{**OPTIONS, "batch_size": 1000})
     assert max(held[180]) == pytest.approx(max(held[60]), rel=0.05)
-    assert max(held[180]) < 1.5 * head, "in rows: of the heads, what is held out or looked at in the end"
+    assert max(held[180]) < 2 * head, "in rows: of the three heads, what is held out or looked at in the end"
 
 
 def test_cut_off_at_any_checkpoint_all_go_on(monkeypatch, tmp_path):
@@ -244,7 +244,8 @@ def test_arguments_are_checked_before_anything_is_read():
 def test_progress_bears_the_names(capsys):
     fit_many(batches(), {name: FITS[name] for name in ("early", "late")}, batch_size=200)
     shown = capsys.readouterr().err
-    assert "early, online EM" in shown and "late, online EM" in shown
+    assert "early, online EM" in shown
+    assert "late, online EM" in shown
 
 
 def test_several_processes_are_refused(tmp_path: Path):
