@@ -175,7 +175,7 @@ class BatchEM(_EM):
         bar = tqdm(
             total=passes * len(self.rows),
             initial=self.step * len(self.rows) + self.seen,
-            desc="EM",
+            desc=f"{self.settings.label}EM",
             unit="token",
             unit_scale=True,
             disable=not self.settings.progress,

@@ -85,7 +85,8 @@ def fit(
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
-      held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go;
+      held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go.
+      `mfa_kernels.fit_many` fits several mixtures to one iterator;
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
@@ -139,7 +140,7 @@ def fit(
         resume: a folder to go on from (and to write to, where `checkpoint` names no other), with the same data and
             settings. True: from `checkpoint`, or from the beginning where it holds none yet. A fit that came to its
             end returns its result.
-        progress: show progress bars; a string is what those of online EM begin with.
+        progress: show progress bars; with a string, that of the training begins with it.
         group: the `torch.distributed.ProcessGroup` whose ranks fit together; None: the default one where there is
             one; False: this process fits alone.
 
@@ -234,7 +235,7 @@ def fit(
             checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
             saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
 
-    if streamed:  # nothing else of the head is looked at again
+    if streamed and len(live_index):  # nothing else of the head is looked at again
         source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
 
     if progress:

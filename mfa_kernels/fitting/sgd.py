@@ -409,7 +409,8 @@ class Training(Run):
         per_epoch = -(-len(self.rows) // settings.batch_size)
         steps, step = per_epoch * settings.epochs, per_epoch * self.epoch + self.batch
         every = settings.eval_every or per_epoch
-        with tqdm(total=steps, initial=step, desc="fit", unit="step", disable=not settings.progress) as bar:
+        desc = f"{settings.label}fit"
+        with tqdm(total=steps, initial=step, desc=desc, unit="step", disable=not settings.progress) as bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
             for epoch in range(self.epoch, settings.epochs):
