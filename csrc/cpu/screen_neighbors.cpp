@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const T
   check(constants, {K}, type, "constants");
   TORCH_CHECK_VALUE(0 <= length && length < std::max<int64_t>(K, 1), "length must be in [0, K), got ", length);
   Tensor neighbors = allocate({K, length}, means.options().dtype(at::kInt));
-  Tensor onsets = allocate({K, length}, means.options()), horizons = at::empty({K}, means.options());
+  Tensor onsets = allocate({K, length}, means.options()), horizons = empty({K}, means.options());
   AT_DISPATCH_FLOATING_TYPES(type, "screen_neighbors", [&] {
     const mfa::Pairing<scalar_t> job{K, p, R, data<scalar_t>(means), data<scalar_t>(whitened), data<scalar_t>(cholesky),
                                      data<scalar_t>(constants), norm, threshold, length, data<int32_t>(neighbors),
