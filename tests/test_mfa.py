@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mfa_kernels import MFA, Code
+from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.select import reference
 from tests.mixtures import Mixture, mixture, tokens
 
@@ -497,6 +498,24 @@ def test_a_screen_changes_the_cost_and_not_the_result():
         again = mfa.encode(x)
         assert torch.equal(again.components[:, 0], code.components[:, 0])
         torch.testing.assert_close(again.responsibilities, code.responsibilities, rtol=1e-4, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_screen_with_lists_of_neighbors(monkeypatch):
+    mfa, x = screened_mixture()
+    if not mfa.screen(x, neighbors=True):
+        pytest.skip("screening needs the C++ kernels")
+    assert mfa.screened()[1].neighbors.neighbors.shape == (200, lists.length_of_lists(200))
+    wanted = mixture_of(mfa).log_prob_fp64(x)
+    torch.testing.assert_close(mfa.log_prob(x).double(), wanted, rtol=1e-5, atol=1e-4)
+    assert mfa.evaluated.double().mean() < 20
+    mfa.means += 0.5  # what moved has no lists until they are asked for again
+    torch.testing.assert_close(mfa.log_prob(x + 0.5).double(), wanted, rtol=1e-5, atol=1e-4)
+    assert mfa.screened()[1].neighbors is None
+    for least, made in ((201, False), (200, True)):
+        monkeypatch.setattr(lists, "LEAST_COMPONENTS", least)
+        mfa.screen(x)
+        assert (mfa.screened()[1].neighbors is not None) == made
 
 
 def test_a_screen_follows_the_parameters():

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold, log_prob
 from mfa_kernels.ranks import ALONE, Ranks
@@ -75,7 +76,12 @@ class Screening:
         if not self.used:
             self._screen = None
         elif self._screen is None or self._screen[0] is not factors:
-            self._screen = factors, op.screen(*self._parameters(), factors, basis=self.basis)
+            parameters, count = self._parameters(), self.mfa.n_components
+            screen = op.screen(*parameters, factors, basis=self.basis)
+            worth = rows >= lists.ROWS_PER_COMPONENT * count and count >= lists.LEAST_COMPONENTS
+            if worth and isinstance(screen, op.Screen):
+                screen = op.with_neighbors(screen, *parameters, factors)
+            self._screen = factors, screen
 
     @torch.no_grad()
     def ready(self) -> bool:

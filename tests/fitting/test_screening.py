@@ -59,9 +59,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     return counts
 
 
+@pytest.mark.parametrize("listed", [False, True], ids=["bounds", "neighbors"])
 @pytest.mark.parametrize("method", ["em", "online"])
-def test_the_mixture_is_that_of_dense_scans(method, counted, monkeypatch):
+def test_the_mixture_is_that_of_dense_scans(method, listed, counted, monkeypatch):
+    if listed:
+        monkeypatch.setattr(screening.lists, "LEAST_COMPONENTS", 2)
+        monkeypatch.setattr(screening.lists, "ROWS_PER_COMPONENT", 1)
+    made = []
+    find = screening.lists.find
+    monkeypatch.setattr(screening.lists, "find", lambda *args: made.append(find(*args)) or made[-1])
     screened = run(method=method)
+    assert (len(made) >= 3) == listed
     assert counted["dense"] == 0
     assert counted["screened"] >= 3 * 2850
     assert counted["choices"] >= 1

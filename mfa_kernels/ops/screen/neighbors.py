@@ -14,6 +14,15 @@ from mfa_kernels.ops.kmeans.op import nearest
 LONGEST = 512
 """Neighbors per component at most."""
 
+LEAST_COMPONENTS = 1024
+"""Fewer are bounded one by one in less time than it takes to find a first component among them."""
+
+AT_ONCE = 4096
+"""Components whose lists take no longer than a second or so on two cores: made without being asked for."""
+
+ROWS_PER_COMPONENT = 64
+"""Rows from which on making the lists costs less than they save (`python -m bench.bench_screen --only lists`)."""
+
 _LLOYD = 6  # iterations that group the means
 _CHUNK = 4096  # components at a time, in float64
 
