@@ -6,7 +6,8 @@
 Ratios of the smallest of several times, taken in turns, so that what else the machine does weighs on all three alike.
 Mixtures as in bench/screen_survivors.py: fitted to activations of the small language model; 32,768 components grown
 from 4,096 by splitting; and, for what screening costs where it cannot help, one that was never trained. The curve is of
-one mixture of 512, grown by splitting up to 32,768, on tokens drawn from each.
+mixtures fitted with 512 to 4,096 components, on held-out activations, and of the last one grown by splitting up to
+32,768, on tokens drawn from it.
 """
 
 from __future__ import annotations
@@ -35,10 +36,11 @@ from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 GEMM_COLUMNS = 4096 * 11
 """Columns of the GEMM at a time: 32,768 components at once would need gigabytes."""
 
-CURVE = tuple(512 << i for i in range(7))
-"""K of the curve: from the fitted mixture to 64 times as many."""
+FITTED = (512, 1024, 2048, 4096)
+GROWN = (2, 4, 8)
+"""K of the curve: fitted, and how many components the last of them is split into, each."""
 
-CURVE_TOKENS = 512
+CURVE_TOKENS = 1024
 CHOOSING = 256
 """Tokens that choose p for the curve, not among those measured."""
 
@@ -76,9 +78,21 @@ class Prepared(NamedTuple):
     def screened(self, x: Tensor, screen: op.Screen) -> op.Screened:
         return op.select(x, self.factors, self.constants, screen, self.threshold, SLOTS)
 
+    def listed(self, screen: op.Screen) -> op.Screen:
+        """The same with lists of neighbors."""
+        return op.with_neighbors(screen, *self.parameters, self.factors)
+
     def lines_left(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
         """Share of the components whose marginal bound a token needs."""
         return op.lines_left(x, self.factors, self.constants, screen, found.active.logits[:, 0] - self.threshold)
+
+    def not_listed(self, x: Tensor, screen: op.Screen) -> float:
+        """Share of the tokens that are farther from their component than its list of neighbors goes."""
+        assert screen.neighbors is not None
+        best = self.screened(x, screen).active
+        component = best.components[:, 0].long()
+        distance = (2 * (self.constants[component] - best.logits[:, 0])).clamp_min(0).sqrt()
+        return (distance >= screen.neighbors.horizons[component]).double().mean().item()
 
     def share_of_bytes(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
         """Of all parameters, what each token reads when it comes alone."""
@@ -115,20 +129,29 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         basis = screen.basis
         _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, basis=basis))  # noqa: B023
         screened = partial(prepared.screened, x, screen)
+        listed, seconds_listed = timed(lambda: prepared.listed(screen))  # noqa: B023
+        by_lists = partial(prepared.screened, x, listed)
         found = screened()
-        times = smallest_times({"gemm": gemm, "dense": dense, "screened": screened}, repeats)
+        functions = {"gemm": gemm, "dense": dense, "screened": screened, "lists": by_lists}
+        times = smallest_times(functions, repeats)
         left = prepared.lines_left(x, found, screen)
         computed = found.evaluated[found.evaluated >= 0].double()
+        saved = (times["screened"] - times["lists"]) / len(x)
         facts = {
-            "of the GEMM": f"{times['screened'] / times['gemm']:.3f}",
-            "of the dense scan": f"{times['screened'] / times['dense']:.3f}",
+            "of the GEMM": f"{times['screened'] / times['gemm']:.4f}, by lists {times['lists'] / times['gemm']:.4f}",
+            "of the dense scan": f"{times['screened'] / times['dense']:.3f}, {times['lists'] / times['dense']:.4f}",
+            "lists": f"{seconds_listed:.2f} s, paid by {seconds_listed / saved / count:.0f} K rows"
+            if saved > 0
+            else "lose",
+            "lists leave": f"{prepared.not_listed(x, listed):.1%}",
             "dense of the GEMM": f"{times['dense'] / times['gemm']:.2f}",
             "GEMM ms": f"{1e3 * times['gemm']:.0f}",
             "marginal bounds left": f"{left.mean():.2%}",
             "computed, mean": f"{computed.mean():.2f}",
             "tokens by the dense scan": f"{(found.evaluated < 0).double().mean():.2%}",
             "largest certificate": f"{found.dropped.max():.1e}",
-            "log p(x) off by": f"{(found.active.log_prob - log_prob).abs().max():.1e}",
+            "log p(x) off by": f"{(found.active.log_prob - log_prob).abs().max():.1e}, "
+            f"{(by_lists().active.log_prob - log_prob).abs().max():.1e}",
             "stage 0 ms": f"{1e3 * seconds:.0f}, {1e3 * again:.0f} with its basis",
         }
         print(f"  p={kept:4d}  " + "   ".join(f"{key} {value}" for key, value in facts.items()))
@@ -146,23 +169,28 @@ def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         f"\n{name}: one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank} p={screen.basis.shape[1]}: reads "
         f"{share.mean():.3f} of the parameters' bytes, {share.amax():.3f} at most"
     )
+    listed = prepared.listed(screen)
     for count in (1, 2, 4, 8, 16):
         few = x[:count].contiguous()
-        functions = {"dense": partial(prepared.dense, few), "screened": partial(prepared.screened, few, screen)}
+        functions = {
+            "dense": partial(prepared.dense, few),
+            "screened": partial(prepared.screened, few, screen),
+            "lists": partial(prepared.screened, few, listed),
+        }
         times = smallest_times(functions, 10 * repeats)
         print(f"  N={count:2d}  " + "   ".join(f"{key} {1e3 * value:.3f} ms" for key, value in times.items()))
 
 
-def point(mfa: MFA, repeats: int) -> dict[str, Any]:
-    """One K of the curve."""
+def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
+    """One K of the curve, on tokens (CURVE_TOKENS + CHOOSING, D)."""
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
-    x = mfa.sample(CURVE_TOKENS + CHOOSING, generator=torch.Generator().manual_seed(1))
-    x, sample = x.split([CURVE_TOKENS, CHOOSING])
+    x, sample = (part.contiguous() for part in x.split([CURVE_TOKENS, CHOOSING]))
     screen = op.choose(sample, *prepared.parameters, prepared.factors)
     if screen is None:
         screen = op.screen(*prepared.parameters, prepared.factors)
     kept = screen.basis.shape[1]
+    listed, list_seconds = timed(lambda: prepared.listed(screen))
     one, found = x[:1].contiguous(), prepared.screened(x, screen)
     evaluated, left = found.evaluated, prepared.lines_left(x, found, screen)
     bounds = count * (rank + 1)  # rows of p features that a token of a batch meets
@@ -172,9 +200,14 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
         "gemm": gemm_of(len(x), count, features, rank),
         "dense": partial(prepared.dense, x),
         "screened": partial(prepared.screened, x, screen),
+        "lists": partial(prepared.screened, x, listed),
         "stage_0": partial(op.refresh, screen, *prepared.parameters, prepared.factors),
     }
-    alone = {"dense": partial(prepared.dense, one), "screened": partial(prepared.screened, one, screen)}
+    alone = {
+        "dense": partial(prepared.dense, one),
+        "screened": partial(prepared.screened, one, screen),
+        "lists": partial(prepared.screened, one, listed),
+    }
     times, times_alone = smallest_times(functions, repeats), smallest_times(alone, 10 * repeats)
     screened = evaluated[evaluated >= 0].double()
     pairs = torch.where(evaluated < 0, count, evaluated).double().mean().item()
@@ -182,8 +215,10 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
         "K": count,
         "p": kept,
         "microseconds_per_token": {key: 1e6 * value / len(x) for key, value in times.items() if key != "stage_0"},
-        "of_the_gemm": times["screened"] / times["gemm"],
-        "of_the_dense_scan": times["screened"] / times["dense"],
+        "of_the_gemm": {key: times[key] / times["gemm"] for key in ("screened", "lists")},
+        "of_the_dense_scan": {key: times[key] / times["dense"] for key in ("screened", "lists")},
+        "list_seconds": list_seconds,
+        "tokens_beyond_their_list": prepared.not_listed(x, listed),
         "flops_per_token": {
             "dense": 2 * count * (rank + 1) * features,
             "screened": 2 * features * kept + 2 * bounds * kept + 2 * (rank + 1) * pairs * features,
@@ -201,17 +236,25 @@ def point(mfa: MFA, repeats: int) -> dict[str, Any]:
 
 def curve(folder: Path, cache: Path, repeats: int) -> None:
     """Writes screen_curve.json and screen_curve.svg."""
-    fitted_mixture, _ = fitted(CURVE[0], 768, cache)
     points = []
-    for count in CURVE:
-        mfa = split(fitted_mixture, count // CURVE[0]) if count > CURVE[0] else fitted_mixture
-        points.append(point(mfa, repeats))
+
+    def add(mfa: MFA, x: Tensor) -> None:
+        points.append(point(mfa, x, repeats))
         print(json.dumps(points[-1]), flush=True)
-        del mfa
         gc.collect()  # gigabytes, before the next one is made
+
+    tokens = CURVE_TOKENS + CHOOSING
+    for count in FITTED:
+        largest, x = fitted(count, 768, cache)
+        add(largest, x[:tokens])
+    for children in GROWN:
+        grown = split(largest, children)
+        add(grown, grown.sample(tokens, generator=torch.Generator().manual_seed(1)))
+        del grown
     of_all = {
-        "D": fitted_mixture.n_features,
-        "R": fitted_mixture.rank,
+        "D": largest.n_features,
+        "R": largest.rank,
+        "fitted up to": FITTED[-1],
         "N": CURVE_TOKENS,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
@@ -223,32 +266,38 @@ def curve(folder: Path, cache: Path, repeats: int) -> None:
 
 
 def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> None:
-    """Microseconds and modelled flops of a token against K; the same points give the same file."""
+    """Microseconds of a token against K, among others and alone; the same points give the same file."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     counts = [p["K"] for p in points]
+    names = {
+        "gemm": "GEMM",
+        "dense": "dense scan",
+        "screened": "every component bounded",
+        "lists": "lists of neighbors",
+    }
     with plt.rc_context({"svg.hashsalt": "mfa_kernels", "svg.fonttype": "none", "font.size": 9}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
-        for name, label in (("gemm", "GEMM"), ("dense", "dense scan"), ("screened", "screened")):
-            left.plot(counts, [p["microseconds_per_token"][name] for p in points], marker="o", ms=3, label=label)
-        left.set_ylabel("microseconds per token")
-        for name, label in (("dense", "dense scan"), ("screened", "screened")):
-            color = {"dense": "C1", "screened": "C2"}[name]
-            right.plot(counts, [p["flops_per_token"][name] for p in points], marker="o", ms=3, label=label, color=color)
-        right.set_ylabel("flops per token")
-        for axes in (left, right):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
+        for axes, key, scale, label in (
+            (left, "microseconds_per_token", 1, f"microseconds per token of {of_all['N']}"),
+            (right, "one_token_ms", 1e3, "microseconds for one token alone"),
+        ):
+            for i, (name, title) in enumerate(names.items()):
+                if name in points[0][key]:
+                    values = [scale * p[key][name] for p in points]
+                    axes.plot(counts, values, marker="o", ms=3, label=title, color=f"C{i}")
+            axes.axvline(of_all["fitted up to"] * 2**0.5, color="0.7", lw=0.8, ls=":")
+            axes.set_ylabel(label)
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_xticks(counts, [str(count) for count in counts])
-            axes.set_xlabel("K, components")
+            axes.set_xlabel("K, components (right of the dots: grown by splitting)")
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
-        figure.suptitle(
-            f"D={of_all['D']}, R={of_all['R']}, batches of {of_all['N']} tokens, {of_all['threads']} threads"
-        )
+        left.legend(frameon=False)
+        figure.suptitle(f"D={of_all['D']}, R={of_all['R']}, {of_all['threads']} threads")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
 

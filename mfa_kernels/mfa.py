@@ -218,9 +218,9 @@ class MFA(nn.Module):
         Args:
             x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None
                 draws them from the mixture itself.
-            neighbors: whether to list, for every component, those that can be active beside it: the work of a token then
-                hardly grows with K, while parameters stand still. On a CPU; takes K^2 steps, one or two seconds at
-                K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components.
+            neighbors: whether to list, for every component, those that can be active beside it: the work of a token
+                then hardly grows with K, while parameters stand still. On a CPU; takes K^2 steps, one or two seconds
+                at K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components.
 
         Returns:
             Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per

@@ -16,9 +16,9 @@ from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_screen import CASES, adversarial
 from tests.ops.test_select import check_slots, plain_fp32
 
-# (N, K, D, p, R): components in blocks of 8 against tiles of 16 (8 in double), loadings in columns of 12 and squares of
-# 5, ranks beyond 12 by loops the compiler does not know; tokens up to 4 by a path of their own, marginal bounds of pairs
-# by 4, lists by 16: three of each and a ragged tail.
+# (N, K, D, p, R): components in blocks of 8 against tiles of 16 (8 in double), loadings in columns of 12 and squares
+# of 5, ranks beyond 12 by loops the compiler does not know; tokens up to 4 by a path of their own, marginal bounds of
+# pairs by 4, lists by 16: three of each and a ragged tail.
 SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (301, 211, 40, 16, 3), (70, 67, 391, 208, 2),
           (1500, 197, 45, 32, 4), (40, 131, 50, 16, 0), (50, 53, 64, 32, 27), (20, 2, 40, 16, 1)]  # fmt: skip
 
@@ -206,7 +206,7 @@ def test_lists_decide_and_what_they_do_not_reach_is_scanned():
 
 
 def test_a_poor_pivot_gives_way():
-    """Groups that send every token to the wrong members: neighbors of neighbors lead to the right ones, or bounds do."""
+    """Groups that send every token to the wrong members: neighbors of neighbors lead back, or the bounds of all do."""
     m = mixture(300, 96, 4, spread=1.0)
     x = tokens(m, 300)
     made = prepared(m, 32)

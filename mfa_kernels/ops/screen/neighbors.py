@@ -21,7 +21,7 @@ AT_ONCE = 4096
 """Components whose lists take no longer than a second or so on two cores: made without being asked for."""
 
 ROWS_PER_COMPONENT = 64
-"""Rows from which on making the lists costs less than they save (`python -m bench.bench_screen --only lists`)."""
+"""Rows from which on making the lists costs less than they save (`python -m bench.bench_screen`)."""
 
 _LLOYD = 6  # iterations that group the means
 _CHUNK = 4096  # components at a time, in float64
@@ -38,7 +38,7 @@ class Neighbors(NamedTuple):
         means: m of the members, (K, p).
         mean_halves: half of their squared lengths, (K,).
         neighbors: of every component those with the smallest onsets, sorted by them, (K, M) int32.
-        onsets: Mahalanobis distance of a token from the component, nearer than which that neighbor is not active, (K, M).
+        onsets: Mahalanobis distance of a token from the component, nearer than which a neighbor is not active, (K, M).
         horizons: the smallest onset that is not in the list, (K,).
         threshold: nats below the best logit at which a component stops being active, for which the onsets hold.
     """
@@ -90,7 +90,8 @@ def find(projections: Tensor, constants: Tensor, norm: float, threshold: float, 
         cholesky[chunk] = torch.where((failed == 0)[:, None, None], lower, math.nan)
     length = length_of_lists(count)
     found = native.library().screen_neighbors(means, whitened, cholesky, constants, norm, threshold, length)
-    return Neighbors(*_groups(means), *found, threshold)
+    neighbors, onsets, horizons = found
+    return Neighbors(*_groups(means), neighbors, onsets, horizons, threshold)
 
 
 def _groups(means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
