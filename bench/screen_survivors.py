@@ -35,6 +35,9 @@ from mfa_kernels.ops.select import reference
 HELD_OUT = 4096
 """Activations kept from the fit, for measuring."""
 
+PIVOTS = 8
+"""Components per token whose lists are checked: the best one, and others at random."""
+
 LAYERS = (2, 1, 3)
 """In the order in which they are taken as the width grows by 256 each."""
 
@@ -110,27 +113,44 @@ def _norm_bounds(x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], q
 
 
 def check(x: Tensor, mfa: MFA, kept: int) -> None:
-    """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above."""
+    """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above; and
+    how many components are within the threshold of a pivot although its list rules them out for a token so near."""
     means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
     factors = mfa.factors()
     constants = factors.constants(log_weights)
     screen = op.screen(means, loadings, noise, log_weights, factors, kept)
+    lists = op.with_neighbors(screen, means, loadings, noise, log_weights, factors).neighbors
+    assert lists is not None
+    onsets = lists.horizons.unsqueeze(-1).repeat(1, mfa.n_components)
+    onsets = onsets.scatter(1, lists.neighbors.long(), lists.onsets).double().fill_diagonal_(0)
     a, _, log_det = factors_fp64(loadings.double(), noise.double())
     center, scale = means.double().mean(0), noise.double().rsqrt()
     m = (means.double() - center) * scale
     offsets = torch.einsum("krd,kd->kr", a, m)
     wide = log_weights.double() - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det)
-    violated, least = 0, math.inf
+    generator = torch.Generator().manual_seed(2)
+    violated, least, wrong, ruled_out = {"marginal": 0, "line": 0}, math.inf, 0, 0
     for part in x.split(512):
         y = (part.double() - center) * scale  # the expanded square: 1e-16 of it is far below a float32's slack
         t = (y @ a.flatten(0, 1).mT).unflatten(1, offsets.shape) - offsets
         distance = y.square().sum(-1, keepdim=True) - 2 * y @ m.mT + m.square().sum(-1) - t.square().sum(-1)
-        margin = op.bounds(part, factors, constants, screen).double() - (wide - 0.5 * distance)
-        violated += int((margin < 0).sum())
-        least = min(least, margin.amin().item())
+        logits = wide - 0.5 * distance
+        for name, by_lines in (("marginal", False), ("line", True)):
+            margin = op.bounds(part, factors, constants, screen, by_lines).double() - logits
+            violated[name] += int((margin < 0).sum())
+            least = min(least, margin.amin().item())
+        pivots = torch.randint(mfa.n_components, (len(part), PIVOTS), generator=generator)
+        pivots[:, 0] = logits.argmax(-1)
+        for pivot in pivots.mT:
+            own = logits.gather(1, pivot.unsqueeze(-1))
+            nearer = (2 * (wide[pivot].unsqueeze(-1) - own)).sqrt() < onsets[pivot]
+            ruled_out += int(nearer.sum())
+            wrong += int((nearer & (logits >= own - lists.threshold)).sum())
+    pairs = len(x) * mfa.n_components
     print(
-        f"p={kept}: {violated} of {len(x) * mfa.n_components:.2e} bounds violated, the closest {least:.2e} nats above"
+        f"p={kept}: of {pairs:.2e} bounds {violated} violated, the closest {least:.2e} nats above; of {ruled_out:.2e} "
     )
+    print(f"       components ruled out by lists, {PIVOTS} pivots a token, {wrong} within the threshold", flush=True)
 
 
 def main() -> None:
