@@ -14,6 +14,7 @@ from mfa_kernels.code import Code
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+from mfa_kernels.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from mfa_kernels.ops.screen.op import AnyScreen
@@ -70,6 +71,8 @@ class MFA(nn.Module):
     """
 
     fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here
+    ranks: Ranks = ALONE  # over which the components are spread: see `mfa_kernels.sharded`
+    start = 0  # number of the first component held here
 
     def __init__(
         self,

@@ -57,6 +57,10 @@ class Ranks:
         """This rank's part of something (n, ...) that all ranks hold: contiguous, of nearly equal sizes, in order."""
         return index if self.size == 1 else index.tensor_split(self.size)[self.rank]
 
+    def span(self, count: int) -> tuple[int, int]:
+        """This rank's part [start, stop) of so many things that all ranks know by number: contiguous, in order."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
     def stacked(self, tensor: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape and dtype: (size, ...)."""
         out = tensor.new_empty(self.size, *tensor.shape)
@@ -153,6 +157,17 @@ class Ranks:
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         return torch.cat([part[:count] for part, count in zip(self.stacked(padded), counts)])
+
+    def rows(self, own: Tensor, index: Tensor) -> Tensor:
+        """The rows at `index` of a tensor of which each rank has a part (n_r, ...), one after the other."""
+        if self.size == 1:
+            return own[index]
+        start = sum(self.objects(len(own))[: self.rank])
+        here = (index >= start) & (index < start + len(own))
+        out = own.new_zeros(len(index), *own.shape[1:])
+        out[here] = own[index[here] - start]
+        self.sum_(out)  # all others have zeros
+        return out
 
 
 ALONE = Ranks(False)

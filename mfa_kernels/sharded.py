@@ -95,6 +95,8 @@ class ShardedMFA(nn.Module):
         ValueError: on every rank, where the mixtures do not fit each other.
     """
 
+    fit_report: Any = None  # `mfa_kernels.fitting.fit_sharded` leaves its `FitReport` here
+
     def __init__(self, local: MFA, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.ranks = Ranks(group).on(local.means.device)
@@ -112,13 +114,42 @@ class ShardedMFA(nn.Module):
     @classmethod
     def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:
         """Each rank's part of a mixture that every rank holds; parameters are copied."""
-        start, stop = _part(mfa.n_components, Ranks(group))
+        start, stop = part_of(mfa.n_components, Ranks(group))
         local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
         local.extra = dict(mfa.extra)
         local.load_state_dict(
             {name: t[start:stop] if _is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
         )
         return cls(local, group)
+
+    @property
+    def means(self) -> Tensor:
+        """Of this rank's components, (K_local, D), as are `loadings`, `weight_logits` and a noise per component."""
+        return self.local.means
+
+    @property
+    def loadings(self) -> Tensor:
+        """(K_local, D, R)."""
+        return self.local.loadings
+
+    @property
+    def log_noise(self) -> Tensor:
+        """log(Psi - noise_floor), (D,) or (K_local, D)."""
+        return self.local.log_noise
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Psi, (D,) or (K_local, D)."""
+        return self.local.noise_variance
+
+    @property
+    def noise_floor(self) -> float:
+        return self.local.noise_floor
+
+    @property
+    def weight_logits(self) -> Tensor:
+        """(K_local,)."""
+        return self.local.weight_logits
 
     @property
     def log_weights(self) -> Tensor:
@@ -147,7 +178,11 @@ class ShardedMFA(nn.Module):
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> Active:
         """Active pairs of x (N, D) among all components."""
-        own = self.scan(x, slots)
+        return self.merged(self.scan(x, slots))
+
+    def merged(self, own: Active) -> Active:
+        """Active pairs among all components, from what the scan of each rank's own has found."""
+        slots = own.logits.shape[1]
         log_prob = _Stack.apply(own.log_prob, self.ranks).logsumexp(0)
         every = _Stack.apply(own.logits, self.ranks)  # (size, N, slots), as is what follows
         numbers = self.ranks.stacked(torch.where(own.components >= 0, own.components + self.start, -1))
@@ -174,7 +209,11 @@ class ShardedMFA(nn.Module):
     @torch.no_grad()
     def assign(self, x: Tensor) -> Tensor:
         """The most responsible component of all: (..., D) -> (...) int64; -1 for a token that is not finite."""
-        return self._active(self._flat(x)).components[:, 0].long().reshape(x.shape[:-1])
+        own = self.scan(self._flat(x))
+        best = self.ranks.stacked(own.logits[:, 0].nan_to_num(-torch.inf, -torch.inf, -torch.inf)).argmax(0)
+        number = torch.where(own.components[:, 0] >= 0, own.components[:, 0] + self.start, -1)
+        number = self.ranks.stacked(number).gather(0, best.unsqueeze(0)).squeeze(0)
+        return number.long().reshape(x.shape[:-1])
 
     def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
         """The components of all ranks that matter for each token, and the latents inside them: as `MFA.encode`."""
@@ -311,7 +350,7 @@ class ShardedMFA(nn.Module):
         tensors = {}
         with safe_open(weights_path, framework="pt", device="cpu") as file:
             config = checkpoint._of_the_weights(config, file.metadata() or {}, weights_path)
-            start, stop = _part(config["n_components"], Ranks(group))
+            start, stop = part_of(config["n_components"], Ranks(group))
             local = MFA(
                 stop - start,
                 config["n_features"],
@@ -335,16 +374,20 @@ class ShardedMFA(nn.Module):
         return cls(local, group)
 
 
+AnyMFA = MFA | ShardedMFA
+"""What fitting changes: parameters of components that are held here, and the ranks that hold the others."""
+
+
 def _is_split(name: str, noise: str) -> bool:
     """Whether a parameter of this name has a row for every component."""
     return name in ("means", "loadings", "weight_logits") or (name == "log_noise" and noise == "per_component")
 
 
-def _part(components: int, ranks: Ranks) -> tuple[int, int]:
+def part_of(components: int, ranks: Ranks) -> tuple[int, int]:
     """The first component of this rank, and the first one after its last."""
     if components < ranks.size:
         raise ValueError(f"a mixture of {components} components cannot be spread over {ranks.size} ranks")
-    return components * ranks.rank // ranks.size, components * (ranks.rank + 1) // ranks.size
+    return ranks.span(components)
 
 
 def _blank_like(mfa: MFA, components: int) -> MFA:

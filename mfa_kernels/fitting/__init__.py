@@ -5,6 +5,7 @@ from mfa_kernels.fitting.loop import fit
 from mfa_kernels.fitting.many import fit_many
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.reservoir import reservoir
+from mfa_kernels.fitting.sharded import fit_sharded
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.fitting.start import start_from_clusters
 
@@ -15,6 +16,7 @@ __all__ = [
     "as_source",
     "fit",
     "fit_many",
+    "fit_sharded",
     "kmeans",
     "reservoir",
     "start_from_clusters",

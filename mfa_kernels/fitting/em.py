@@ -24,6 +24,7 @@ from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, expectation
 from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.sharded import AnyMFA
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
@@ -40,7 +41,7 @@ _REVIVALS = 3  # passes that may move regions
 _REVIVAL_ROWS = 64  # per component, after which online EM looks for regions that own nothing
 
 
-def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor, ranks: Ranks = ALONE) -> Prior:
+def choose_prior(mfa: AnyMFA, s: Statistics, covariance: Tensor, held_out: Tensor, ranks: Ranks = ALONE) -> Prior:
     """The prior whose M-step serves held-out rows (n, D), of all ranks, best; the mixture is left as it was."""
     if not ranks.totals(len(held_out))[0]:
         return Prior(covariance)
@@ -53,7 +54,7 @@ def choose_prior(mfa: MFA, s: Statistics, covariance: Tensor, held_out: Tensor, 
         with torch.no_grad():
             for parameter, kept in zip(mfa.parameters(), before):
                 parameter.copy_(kept)
-    return Prior(covariance, min(scores, key=scores.__getitem__))
+    return Prior(covariance, mfa.ranks.agree(lambda: min(scores, key=scores.__getitem__)))
 
 
 def statistics_state(s: Statistics) -> dict[str, Tensor]:
@@ -74,7 +75,7 @@ class _EM(Run):
         self.covariance = pooled_covariance(self.mfa, first)
         self.ranks.broadcast_(self.covariance)
         # Its own rows: a view would hold all of those that the start was made of, for the length of the fit.
-        self.screening = Screening(self.mfa, start_rows[:SAMPLE].clone(), self.ranks)
+        self.screening = Screening(self._held(), start_rows[:SAMPLE].clone(), self.ranks)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches of the pass going on
 
@@ -101,6 +102,14 @@ class _EM(Run):
         overlap.load(tensors, self.mfa.means.device)
         return overlap
 
+    def _held(self) -> MFA:
+        """The components that this process scans."""
+        return self.mfa
+
+    def _count(self, s: Statistics) -> float:
+        """Tokens behind the statistics."""
+        return self.mfa.ranks.totals(float(s.mass.sum()))[0]
+
     def _zeros(self) -> Statistics:
         return Statistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
 
@@ -115,7 +124,7 @@ class _EM(Run):
         return self.screening.scan(x)
 
     def _choose_prior(self, s: Statistics) -> Prior:
-        if not float(s.mass.sum()) > 0:
+        if not self._count(s) > 0:
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
         self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks)
         self.report.prior_strength = self.prior.strength
@@ -187,7 +196,7 @@ class BatchEM(_EM):
             for step in range(self.step + 1, passes + 1):
                 s, overlap = self._pass(step == 1, bar)
                 prior = self.prior or self._choose_prior(s)
-                tokens = float(s.mass.sum())
+                tokens = self._count(s)
                 self.losses.append(-float(s.log_likelihood) / tokens)
                 log_posterior = float(s.log_likelihood + prior.log_density(self.mfa)) / tokens
                 moved = self._step(s, overlap, prior, log_posterior, last=step == passes)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.checks import check_choice
-from mfa_kernels.fitting.lloyd import Partition, finite_rows, lloyd
+from mfa_kernels.fitting.lloyd import Partition, chunks, finite_rows, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
-from mfa_kernels.fitting.source import Source, as_source
+from mfa_kernels.fitting.source import Source, as_source, picked
+from mfa_kernels.ranks import ALONE, Ranks
 
 _SAMPLE_PER_CLUSTER = 128
 _LEAST_SAMPLE = 50_000
@@ -59,6 +60,7 @@ def kmeans(
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> KMeansResult:
     """K-means clusters: Lloyd's iterations from a k-means|| start, the same bits for the same seed.
 
@@ -84,6 +86,9 @@ def kmeans(
         seed: of everything that is drawn.
         device: that computes; where x is when None.
         progress: show progress bars.
+        ranks: processes that share the work: each calls `kmeans` with the same arguments, all rows among them, and gets
+            the same result. They hold centroids and sums alike, a few times K x D numbers, and none holds the sample,
+            but that of an iterator.
 
     Raises:
         TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
@@ -101,9 +106,9 @@ def kmeans(
     device = torch.device(device) if device is not None else source.device
     weights = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress}
+    options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress, "ranks": ranks}
 
-    subset, index = _finite_sample(source, sample, weights, generator, device)
+    subset, index = _finite_sample(source, sample, weights, generator, device, ranks)
     if len(index) < n_clusters:
         positive = "" if weights is None else " of positive weight"
         sampled = f" in a sample of {sample}" if sample < len(source) else ""
@@ -112,8 +117,8 @@ def kmeans(
             f"got {len(index)} of {len(source)}{sampled}"
         )
     subset_weights = None if weights is None else weights[index]
-    center = subset.chunk(0, len(subset)).mean(0, dtype=torch.float64).to(subset.dtype)
-    centroids = _start(subset, subset_weights, center, n_clusters, init, generator)
+    center = _mean(subset, device, ranks)
+    centroids = _start(subset, subset_weights, center, n_clusters, init, generator, ranks)
     exchanges = 0 if isinstance(init, Tensor) else _EXCHANGES
     centroids, part, updates = lloyd(
         subset, centroids, center, subset_weights, iterations=iterations, exchanges=exchanges, **options
@@ -148,24 +153,41 @@ def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> T
 
 
 def _finite_sample(
-    source: Source, sample: int, weights: Tensor | None, generator: torch.Generator, device: torch.device
+    source: Source,
+    sample: int,
+    weights: Tensor | None,
+    generator: torch.Generator,
+    device: torch.device,
+    ranks: Ranks,
 ) -> tuple[Source, Tensor]:
     """The finite rows (of positive weight) of a random sample of the source, and their row numbers."""
-    if sample >= len(source):
-        index = torch.arange(len(source))
-        x = source.chunk(0, len(source)).to(device)
-    else:
-        index = torch.randperm(len(source), generator=generator)[:sample].sort().values
-        x = source.rows(index).to(device)
+    whole = sample >= len(source)
+    index = (
+        torch.arange(len(source)) if whole else torch.randperm(len(source), generator=generator)[:sample].sort().values
+    )
+    shared = ranks.size > 1  # then each reads its part in every pass
+    subset = source if whole else picked(source, index)
+    if not shared:
+        subset = as_source(subset.chunk(0, len(subset)).to(device), "x")
+    found = [finite_rows(subset.chunk(*ends).to(device)) for ends in chunks(subset, 1, device, ranks)]
+    keep = ranks.concatenated(torch.cat([torch.empty(0, device=device), *found])).bool()
     index = index.to(device)
-    keep = finite_rows(x)
     if weights is not None:
         keep &= weights[index] > 0
+    if not keep.any():
+        raise ValueError(f"x has no finite row of positive weight among {len(subset)}")
     if not keep.all():
-        x, index = x[keep], index[keep]
-    if not len(x):
-        raise ValueError(f"x has no finite row of positive weight among {min(sample, len(source))}")
-    return as_source(x, "x"), index
+        index = index[keep]
+        subset = picked(source, index) if shared else as_source(subset.rows(keep.nonzero().squeeze(1)), "x")
+    return subset, index
+
+
+def _mean(source: Source, device: torch.device, ranks: Ranks) -> Tensor:
+    total = torch.zeros(source.n_features, dtype=torch.float64, device=device)
+    for ends in chunks(source, 1, device, ranks):
+        total += source.chunk(*ends).to(device).sum(0, dtype=torch.float64)
+    ranks.sum_(total)
+    return (total / len(source)).to(source.dtype)
 
 
 def _start(
@@ -175,6 +197,7 @@ def _start(
     clusters: int,
     init: str | Tensor,
     generator: torch.Generator,
+    ranks: Ranks,
 ) -> Tensor:
     """First centroids, less the centre."""
     if isinstance(init, Tensor):
@@ -188,10 +211,10 @@ def _start(
     check_choice(init, ("k-means||", "random"), "init")
     mass = torch.ones(len(subset), device=center.device) if weights is None else weights
     if init == "random":
-        return subset.rows(draw(mass, clusters, generator)) - center
+        return subset.rows(draw(mass, clusters, generator)).to(center) - center
     rows = draw(torch.ones_like(mass), max(_SEED_ROWS_PER_CLUSTER * clusters, 4096), generator)
-    x = subset.rows(rows) - center
-    centroids = k_means_parallel(x, None if weights is None else weights[rows], clusters, generator)
+    x = subset.rows(rows[slice(*ranks.span(len(rows)))]).to(center) - center
+    centroids = k_means_parallel(x, None if weights is None else weights[rows], clusters, generator, ranks)
     # Where these rows are not distinct enough, the first pass finds the clusters that are empty and moves them.
     return torch.cat([centroids, centroids[:1].expand(clusters - len(centroids), -1)])
 

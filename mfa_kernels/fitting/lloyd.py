@@ -16,6 +16,7 @@ from mfa_kernels.fitting.exchange import exchange
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
+from mfa_kernels.ranks import ALONE, Ranks
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
 _BASIS_ROWS = 4096  # that show along which directions rows differ
@@ -46,10 +47,11 @@ class Partition(NamedTuple):
     inertia: Tensor
 
 
-def chunks(source: Source, clusters: int, device: torch.device) -> list[tuple[int, int]]:
-    """Ranges of rows that bound the memory of a pass; long enough to outweigh the K x D sums of each."""
+def chunks(source: Source, clusters: int, device: torch.device, ranks: Ranks = ALONE) -> list[tuple[int, int]]:
+    """Ranges of a rank's rows that bound the memory of a pass; long enough to outweigh the K x D sums of each."""
+    first, last = ranks.span(len(source))
     rows = max(clusters, _CHUNK_ELEMENTS.get(device.type, 1 << 22) // source.n_features)
-    return [(start, min(start + rows, len(source))) for start in range(0, len(source), rows)]
+    return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
 def finite_rows(x: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ def partition(
     weights: Tensor | None,
     bar: Any = None,
     basis: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> Partition:
     """One pass over the data.
 
@@ -75,6 +78,7 @@ def partition(
         weights: (N,) non-negative, or None.
         bar: a progress bar of rows.
         basis: of `nearest`: it makes the pass faster and changes nothing else.
+        ranks: each of which takes its part of the rows; all have all of them, the same centroids, and the result.
     """
     clusters, features = centroids.shape
     like: dict[str, Any] = {"device": centroids.device}
@@ -82,14 +86,18 @@ def partition(
     distance = torch.empty(len(source), dtype=centroids.dtype, **like)
     sums = torch.zeros(clusters, features, dtype=torch.float64, **like)
     mass, inertia = torch.zeros(2, clusters, dtype=torch.float64, **like)
-    for start, stop in chunks(source, clusters, centroids.device):
+    for start, stop in chunks(source, clusters, centroids.device, ranks):
         x = source.chunk(start, stop).to(centroids.device)
         mine, gap = nearest(x, centroids, center, basis)
         gap.masked_fill_(mine == clusters, 0)
         cluster_sums(x, center, mine, gap, None if weights is None else weights[start:stop], sums, mass, inertia)
         owner[start:stop], distance[start:stop] = mine, gap
         if bar is not None:
-            bar.update(stop - start)
+            bar.update((stop - start) * ranks.size)
+    if ranks.size > 1:
+        own = slice(*ranks.span(len(source)))
+        owner, distance = ranks.concatenated(owner[own]), ranks.concatenated(distance[own])
+        ranks.sum_(sums, mass, inertia)
     return Partition(owner, distance, sums, mass, inertia)
 
 
@@ -179,10 +187,12 @@ def lloyd(
     progress: bool,
     name: str = "k-means",
     exchanges: int = 0,
+    ranks: Ranks = ALONE,
 ) -> tuple[Tensor, Partition, int]:
     """Lloyd's iterations until the inertia falls by less than `tol` of itself.
 
-    Up to `exchanges` times on the way, clusters that lie together are merged and wide ones split instead.
+    Up to `exchanges` times on the way, clusters that lie together are merged and wide ones split instead. Ranks share
+    the passes over the rows, of which all of them have all; every one does the rest.
 
     Returns:
         Centroids less the centre (K, D), the partition they make, and the updates that were done.
@@ -197,7 +207,9 @@ def lloyd(
         total=(iterations + 1) * len(source), desc=name, unit="row", unit_scale=True, disable=not progress
     ) as bar:
         while True:
-            part = partition(source, centroids, center, weights, bar, fitting_width(basis, few, centroids, center))
+            ranks.broadcast_(centroids)  # the same already on machines of one kind
+            width = fitting_width(basis, few, centroids, center)
+            part = partition(source, centroids, center, weights, bar, width, ranks)
             total = float(part.inertia.sum())
             bar.set_postfix(inertia=f"{total:.5g}", refresh=False)
             last, settled = updates >= iterations, total >= previous * (1 - tol)

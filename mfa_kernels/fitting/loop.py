@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -32,6 +33,7 @@ from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.sharded import AnyMFA
 
 METHODS = ("sgd", "em", "online", "auto")
 _HELD_OUT_ROWS = 20_000  # at most
@@ -42,7 +44,6 @@ _LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of E
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
 _FINGERPRINT_ROWS = 256  # from all over, or the first of an iterator: they tell whether the data is the same
-_CALLER = 6  # frames from a function that warns, through `feed`, to the caller of `fit`
 _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 
 
@@ -296,10 +297,10 @@ def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | N
     try:
         yield from run.run() or ()
     except KeyboardInterrupt:
-        if run.ranks.size > 1:  # the others are elsewhere
+        if max(run.ranks.size, run.mfa.ranks.size) > 1:  # the others are elsewhere
             raise
         run.report.interrupted = True
-        warnings.warn("fit: interrupted; the mixture is the best so far", stacklevel=_CALLER)
+        _warn("fit: interrupted; the mixture is the best so far")
     run.report_skipped()
     run.note_time()
     run.restore_best()
@@ -415,7 +416,7 @@ def _finite(source: Source, index: Tensor, device: torch.device, report: FitRepo
 
 
 @torch.no_grad()
-def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport, ranks: Ranks) -> None:
+def _count_live(mfa: AnyMFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport, ranks: Ranks) -> None:
     """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
     rows = 0
@@ -428,9 +429,16 @@ def _count_live(mfa: MFA, held_out: Tensor, source: Source, index: Tensor, repor
     report.live_rows += int(ranks.totals(rows)[0])
     report.live_components = int((owned > 0).sum())
     dead = mfa.n_components - report.live_components
-    if dead > _DEAD_SHARE * mfa.n_components and ranks.first:
-        warnings.warn(
+    if dead > _DEAD_SHARE * mfa.n_components and ranks.first and mfa.ranks.first:
+        _warn(
             f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
-            f"{report.live_rows} rows; fewer components, more rows or another start may serve better",
-            stacklevel=_CALLER,
+            f"{report.live_rows} rows; fewer components, more rows or another start may serve better"
         )
+
+
+def _warn(message: str) -> None:
+    """Of the line that called the fit: the first one outside of this package and of torch, whose decorators it has."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mfa_kernels", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -6,16 +6,16 @@ Hinton, "The EM algorithm for mixtures of factor analyzers", 1996).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mfa_kernels.fitting.sgd import standard_deviation
-from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.factors.reference import factors as exact_factors
 from mfa_kernels.ops.statistics.op import Statistics
-from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.sharded import AnyMFA
 
 DEFAULT_STRENGTH = 10.0
 """Of the prior on covariances, in tokens per region, where nothing is held out to choose it by."""
@@ -46,7 +46,7 @@ class Prior:
     tokens: float = 1.0
 
     @torch.no_grad()
-    def log_density(self, mfa: MFA) -> Tensor:
+    def log_density(self, mfa: AnyMFA) -> Tensor:
         """log p(parameters) but for a constant, (): -nu/2 sum_k (log|C_k| + tr C_k^-1 S_0) + tokens sum_k log pi_k."""
         noise, total = mfa.noise_variance.double(), self.tokens * mfa.log_weights.double().sum()
         for k in _component_chunks(mfa):
@@ -55,39 +55,44 @@ class Prior:
             rows = rows * psi.rsqrt().unsqueeze(-2)
             trace = (self.covariance.diagonal() / psi).sum(-1) - ((rows @ self.covariance) * rows).sum((1, 2))
             total = total - self.strength / 2 * (log_det + trace).sum()
+        mfa.ranks.sum_(total)
         return total
 
 
-def _component_chunks(mfa: MFA) -> tuple[Tensor, ...]:
+def _component_chunks(mfa: AnyMFA) -> tuple[Tensor, ...]:
+    """Of those held here."""
     step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * (mfa.rank + 1)))
-    return torch.arange(mfa.n_components, device=mfa.means.device).split(step)
+    return torch.arange(len(mfa.means), device=mfa.means.device).split(step)
 
 
-def covariance_rows(mfa: MFA) -> int:
+def covariance_rows(mfa: AnyMFA) -> int:
     """Of the rows given to `pooled_covariance`, how many it looks at."""
     return max(_COVARIANCE_ROWS, 8 * mfa.n_features)
 
 
 @torch.no_grad()
-def pooled_covariance(mfa: MFA, x: Tensor) -> Tensor:
+def pooled_covariance(mfa: AnyMFA, x: Tensor) -> Tensor:
     """Covariance of the residuals of finite rows x (n, D) in the regions that own them, (D, D) float64."""
     scale = standard_deviation(mfa)
     x = x[: covariance_rows(mfa)].to(mfa.means)
     owner = mfa.assign(x)
-    x, owner = x[owner >= 0], owner[owner >= 0]
+    here = (owner >= mfa.start) & (owner < mfa.start + len(mfa.means))
+    x, owner = x[here], owner[here] - mfa.start
     distance = ((x - mfa.means[owner]) / scale).square().sum(1)
-    near = distance <= _OUTLIER * distance.median() if len(x) else owner >= 0
+    every = mfa.ranks.concatenated(distance)
+    near = distance <= (_OUTLIER * every.median() if len(every) else math.inf)
     x, owner = x[near], owner[near]
     total = torch.zeros(mfa.n_features, mfa.n_features, dtype=torch.float64, device=x.device)
     for part, k in zip(x.split(_COVARIANCE_CHUNK), owner.split(_COVARIANCE_CHUNK)):
         y = (part - mfa.means[k]) / scale
         total += y.mT @ y
+    mfa.ranks.sum_(total)
     scale = scale.double()
-    return total / max(1, len(x)) * scale * scale.unsqueeze(1)
+    return total / max(1, mfa.ranks.totals(len(x))[0]) * scale * scale.unsqueeze(1)
 
 
 @torch.no_grad()
-def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Tensor:
+def maximize(mfa: AnyMFA, s: Statistics, prior: Prior) -> Tensor:
     """The M-step: sets the mixture's parameters to those that maximise the expected log posterior.
 
     With the mean moved by delta, W and delta minimise sum E|y - W z - delta|^2 / Psi over the tokens and those of the
@@ -96,19 +101,17 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Te
 
     Args:
         mfa: what the statistics were collected under.
-        s: the statistics.
+        s: the statistics, of the components held here.
         prior: its strengths in the units of `s.mass`.
-        others: the ranks that hold the other components, where these are not all.
 
     Returns:
-        How far the means moved, (K, D) float64.
+        How far the means moved, (K, D) float64; of the components held here.
     """
     rank, nu = mfa.rank, prior.strength
     noise = mfa.noise_variance.double()
     shared = noise.dim() == 1
     total = s.mass.sum()
-    others.sum_(total)
-    components = int(others.totals(mfa.n_components)[0])
+    mfa.ranks.sum_(total)
     owned = s.mass > 1e-9 * total
     unexplained = s.squares.clone()
     change = torch.empty_like(s.shift)
@@ -139,8 +142,8 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Te
         change[k] = fitted[:, rank]
         loadings[k] = fitted[:, :rank].mT.to(loadings)
     if shared:
-        others.sum_(unexplained)
-    regions = components if shared else 1
+        mfa.ranks.sum_(unexplained)
+    regions = mfa.n_components if shared else 1
     unexplained += regions * nu * prior.covariance.diagonal()
     weight = (total if shared else s.mass.unsqueeze(1)) + regions * nu
     least = 2 * mfa.noise_floor or torch.finfo(mfa.means.dtype).tiny
@@ -150,5 +153,5 @@ def maximize(mfa: MFA, s: Statistics, prior: Prior, others: Ranks = ALONE) -> Te
     mfa.means.copy_(means)
     mfa.loadings.copy_(loadings)
     mfa.log_noise.copy_((psi - mfa.noise_floor).log())
-    mfa.weight_logits.copy_(((s.mass + prior.tokens) / (total + components * prior.tokens)).log())
+    mfa.weight_logits.copy_(((s.mass + prior.tokens) / (total + mfa.n_components * prior.tokens)).log())
     return change

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.mfa import MFA
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.sharded import AnyMFA
 
 _DEAD = 2.0  # tokens that a region owns, below which it is moved
 _DUPLICATE = 0.4  # of a region's tokens shared with another (0.5 and more: always both), from which on it is moved
@@ -86,19 +86,16 @@ class Revival(NamedTuple):
 
 
 @torch.no_grad()
-def revive(mfa: MFA, mass: Tensor, overlap: Overlap, covariance: Tensor) -> Revival:
+def revive(mfa: AnyMFA, mass: Tensor, overlap: Overlap, covariance: Tensor) -> Revival:
     """Moves the regions that own next to nothing, or what another one owns too: each takes half of the largest.
-
-    A region is split across its widest direction u (unit latent variance): the halves of a normal distribution have
-    their means at +-sqrt(2/pi) u, and the variance 1 - 2/pi along u.
 
     Args:
         mfa: changed in place.
-        mass: tokens of each region, (K,).
-        overlap: of the same pass.
+        mass: tokens of each region held here, (K,).
+        overlap: of the same pass, between all regions.
         covariance: pooled, (D, D): the directions of a mixture of rank 0.
     """
-    mass = mass.clone()
+    mass = mfa.ranks.concatenated(mass).clone()
     touched: list[int] = []
     for first, second in overlap.duplicates(mass):
         small, large = sorted((first, second), key=lambda k: float(mass[k]))
@@ -110,24 +107,39 @@ def revive(mfa: MFA, mass: Tensor, overlap: Overlap, covariance: Tensor) -> Revi
         donor = int(mass.argmax())
         if mass[donor] < 2 * _DEAD:
             break
-        if mfa.rank:
-            u, strength, rotation = torch.linalg.svd(mfa.loadings[donor].double(), full_matrices=False)
-            direction = u[:, 0] * strength[0]
-            strength[0] *= math.sqrt(1 - 2 / math.pi)
-            mfa.loadings[donor] = (u * strength @ rotation).to(mfa.loadings)
-            mfa.loadings[k] = mfa.loadings[donor]
-        else:
-            values, vectors = torch.linalg.eigh(covariance)
-            direction = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
-        step = (math.sqrt(2 / math.pi) * direction).to(mfa.means)
-        mfa.means[k] = mfa.means[donor] - step
-        mfa.means[donor] += step
-        if mfa.log_noise.dim() == 2:
-            mfa.log_noise[k] = mfa.log_noise[donor]
+        _split(mfa, donor, k, covariance)
         mass[donor] /= 2
         mass[k] = mass[donor]
-        mfa.weight_logits[donor] -= math.log(2)
-        mfa.weight_logits[k] = mfa.weight_logits[donor]
         moved += 1
         touched += [k, donor]
     return Revival(moved, sorted(set(touched)), mass)
+
+
+def _split(mfa: AnyMFA, donor: int, other: int, covariance: Tensor) -> None:
+    """Gives half of a region to another, of any rank, whose own parameters are lost.
+
+    It is split across its widest direction u (unit latent variance): the halves of a normal distribution have their
+    means at +-sqrt(2/pi) u, and the variance 1 - 2/pi along u.
+    """
+    parts = [mfa.means, mfa.loadings, mfa.weight_logits, *([mfa.log_noise] if mfa.log_noise.dim() == 2 else [])]
+    half = [torch.zeros_like(part[0]) for part in parts]
+    here = range(mfa.start, mfa.start + len(mfa.means))
+    if donor in here:
+        k = donor - mfa.start
+        if mfa.rank:
+            u, strength, rotation = torch.linalg.svd(mfa.loadings[k].double(), full_matrices=False)
+            direction = u[:, 0] * strength[0]
+            strength[0] *= math.sqrt(1 - 2 / math.pi)
+            mfa.loadings[k] = (u * strength @ rotation).to(mfa.loadings)
+        else:
+            values, vectors = torch.linalg.eigh(covariance)
+            direction = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
+        mfa.weight_logits[k] -= math.log(2)
+        half = [part[k].clone() for part in parts]
+        step = (math.sqrt(2 / math.pi) * direction).to(mfa.means)
+        half[0] -= step
+        mfa.means[k] += step
+    mfa.ranks.sum_(*half)  # all others have zeros
+    if other in here:
+        for part, row in zip(parts, half):
+            part[other - mfa.start] = row

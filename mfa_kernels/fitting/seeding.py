@@ -10,6 +10,7 @@ from torch import Tensor
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.kmeans.portable import segment_sums
+from mfa_kernels.ranks import ALONE, Ranks
 
 _DRAWS = 1 << 14  # in all, beside one a cluster: each is a pass over the 4 K candidates
 _ROUNDS = 4  # passes over the rows, each of which draws K candidates
@@ -27,24 +28,30 @@ def draw(mass: Tensor, n: int, generator: torch.Generator) -> Tensor:
     return times.topk(n, largest=False, sorted=True).indices
 
 
-def k_means_parallel(x: Tensor, weights: Tensor | None, clusters: int, generator: torch.Generator) -> Tensor:
+def k_means_parallel(
+    x: Tensor, weights: Tensor | None, clusters: int, generator: torch.Generator, ranks: Ranks = ALONE
+) -> Tensor:
     """K of the rows x (n, D), far apart: (m, D), m < K only where x has fewer distinct rows.
 
     Four rounds draw K candidates each, by squared distance to the candidates so far; these, weighted by the rows they
-    stand for, are then reduced to K by greedy k-means++.
+    stand for, are then reduced to K by greedy k-means++. Of several ranks, each has a part of the rows x (n_r, D), and
+    all have all the weights (n,).
     """
-    weights = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
-    center = torch.zeros_like(x[0])
-    basis = leading_directions(x[:_BASIS_ROWS], center)
+    rows = int(ranks.totals(len(x))[0])
+    weights = x.new_ones(rows) if weights is None else weights.to(x)
+    center = x.new_zeros(x.shape[1])
+    few = ranks.rows(x, torch.arange(min(_BASIS_ROWS, rows), device=x.device))
+    basis = leading_directions(few, center)
     first = draw(weights, 1, generator)
-    candidates, owner = x[first], torch.zeros(len(x), dtype=torch.long, device=x.device)
+    candidates, owner = ranks.rows(x, first), torch.zeros(rows, dtype=torch.long, device=x.device)
     gap = x - candidates
-    distance = torch.linalg.vecdot(gap, gap)
+    distance = ranks.concatenated(torch.linalg.vecdot(gap, gap))
     for _ in range(_ROUNDS):
-        new = x[draw(weights * distance, clusters, generator)]
+        new = ranks.rows(x, draw(weights * distance, clusters, generator))
         if not len(new):
             break
-        index, gap = nearest(x, new, center, fitting_width(basis, x, new, center))
+        width = fitting_width(basis, few, new, center)
+        index, gap = (ranks.concatenated(found) for found in nearest(x, new, center, width))
         owner = torch.where(gap < distance, index + len(candidates), owner)
         distance = torch.minimum(distance, gap)
         candidates = torch.cat([candidates, new])

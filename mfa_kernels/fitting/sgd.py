@@ -23,6 +23,7 @@ from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.sharded import AnyMFA
 
 Callback = Callable[[MFA, dict[str, Any]], Any]
 
@@ -156,16 +157,19 @@ def shuffled(rows: Tensor, batch_size: int, generator: torch.Generator) -> Itera
 
 
 @torch.no_grad()
-def standard_deviation(mfa: MFA) -> Tensor:
+def standard_deviation(mfa: AnyMFA) -> Tensor:
     """Of x within a component, averaged over the components: (D,)."""
     weights = mfa.log_weights.exp()
     noise = mfa.noise_variance
-    noise = noise if noise.dim() == 1 else weights @ noise
-    return (noise + torch.einsum("k,kdr,kdr->d", weights, mfa.loadings, mfa.loadings)).sqrt()
+    variance = torch.einsum("k,kdr,kdr->d", weights, mfa.loadings, mfa.loadings)
+    if noise.dim() == 2:
+        variance += weights @ noise
+    mfa.ranks.sum_(variance)
+    return (variance if noise.dim() == 2 else noise + variance).sqrt()
 
 
 @torch.no_grad()
-def mean_nll(mfa: MFA, x: Tensor, ranks: Ranks = ALONE) -> float:
+def mean_nll(mfa: AnyMFA, x: Tensor, ranks: Ranks = ALONE) -> float:
     """Mean negative log-likelihood of x (n, D), in nats per row; over the rows of all ranks."""
     parts = [mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]
     if ranks.size == 1:
@@ -349,8 +353,8 @@ class Run:
         versions = [p._version for p in self.mfa.parameters()]
         for callback in self.settings.callbacks:
             callback(self.mfa, record)
-        changed = versions != [p._version for p in self.mfa.parameters()]
-        if self.ranks.totals(changed)[0]:
+        changed = self.ranks.totals(versions != [p._version for p in self.mfa.parameters()])[0]
+        if self.mfa.ranks.totals(changed)[0]:
             self.ranks.broadcast_(*self.mfa.parameters())
             self._parameters_changed()
         self.losses, self.tokens = [], 0

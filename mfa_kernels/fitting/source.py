@@ -49,6 +49,19 @@ class Source:
         return self._read_range(start, stop).to(self.dtype)
 
 
+def picked(source: Source, index: Tensor) -> Source:
+    """The rows at `index` (n,), by their places in it; they are read when they are asked for."""
+    return Source(
+        len(index),
+        source.n_features,
+        source.dtype,
+        lambda place: source.rows(index[place.to(index.device)]),
+        lambda start, stop: source.rows(index[start:stop]),
+        device=source.device,
+        in_memory=source.in_memory,
+    )
+
+
 def as_source(activations: Any, name: str = "activations") -> Source:
     """Activations of any accepted kind as a `Source`.
 

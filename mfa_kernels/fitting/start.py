@@ -15,6 +15,8 @@ from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.kmeans.portable import segment_sums
+from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.sharded import part_of
 
 INITS = ("pca", "random")
 _NOISE_FLOOR = 1e-6  # of the median noise variance (a mean would follow outliers): constant dimensions keep a density
@@ -40,6 +42,7 @@ def start_from_clusters(
     device: torch.device | str | None = None,
     seed: int = 0,
     progress: bool = True,
+    ranks: Ranks = ALONE,
 ) -> MFA:
     """A mixture with one region per cluster: what `fit` begins with, and worth many steps by itself.
 
@@ -60,18 +63,23 @@ def start_from_clusters(
         device: of the mixture; that of the centroids when None.
         seed: of the random columns and of the randomised PCA.
         progress: show a progress bar.
+        ranks: processes that share the components: each calls this with the same arguments, all rows among them, and
+            gets its own part (`Ranks.span`), which `mfa_kernels.sharded.ShardedMFA` takes. For "pca" alone.
 
     Raises:
         TypeError, ValueError: naming the argument; activations that are all equal among it.
     """
     check_choice(init, INITS, "init")
+    if init == "random" and ranks.size > 1:
+        raise ValueError("init must be 'pca' where ranks share the components, got 'random'")
     source = as_source(activations)
     centroids = centroids_of(clusters, source.n_features)
     centroids = centroids.to(device=device or centroids.device, dtype=source.dtype)
+    first, stop = part_of(len(centroids), ranks)
     # Not initialised: that would draw from the global generator, and every parameter is set below.
     mfa: MFA = torch.nn.utils.skip_init(
         MFA,
-        len(centroids),
+        stop - first,
         source.n_features,
         rank,
         noise,
@@ -82,7 +90,7 @@ def start_from_clusters(
     generator = torch.Generator().manual_seed(seed)
 
     center = centroids.mean(0)
-    part = partition(source, centroids - center, center, None)
+    part = partition(source, centroids - center, center, None, ranks=ranks)
     mass = part.mass
     total = float(mass.sum())
     if not total:
@@ -90,7 +98,7 @@ def start_from_clusters(
     means = torch.where(mass.unsqueeze(1) > 0, part.sums / mass.unsqueeze(1), (centroids - center).double())
     data_mean = part.sums.sum(0) / total
     means = means.to(centroids)
-    variance, own_variance = _residual_variance(source, part, means, center, noise == "per_component")
+    variance, own_variance = _residual_variance(source, part, means, center, noise == "per_component", ranks)
     between = float(((means - data_mean).square() * mass.unsqueeze(1)).sum()) / (total * source.n_features)
     varying = variance[variance > 0]
     level = float(varying.median()) if len(varying) else between
@@ -99,18 +107,18 @@ def start_from_clusters(
     floor = _NOISE_FLOOR * level
     variance = variance.clamp_min(2 * floor)
     if init == "pca" and rank:
-        loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress)
-        psi = _noise(variance, own_variance, loadings, mass, 2 * floor)
+        loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress, ranks)
+        psi = _noise(variance, own_variance, loadings, mass, 2 * floor, ranks)
     else:
         loadings = torch.randn(mfa.loadings.shape, generator=generator).to(centroids)
         loadings *= (variance / source.n_features).sqrt().unsqueeze(-1)
-        psi = _noise(variance, own_variance, None, mass, 2 * floor)
+        psi = _noise(variance, own_variance, None, mass, 2 * floor, ranks)
 
     mfa.noise_floor = floor
-    mfa.means.copy_(means + center)
+    mfa.means.copy_(means[first:stop] + center)
     mfa.loadings.copy_(loadings)
     mfa.log_noise.copy_((psi - floor).log())
-    mfa.weight_logits.copy_(((mass + 1) / (total + len(mass))).log())
+    mfa.weight_logits.copy_(((mass[first:stop] + 1) / (total + len(mass))).log())
     mfa.center.copy_(data_mean + center)
     return mfa
 
@@ -128,9 +136,11 @@ def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components:
     return centroids
 
 
-def _residuals(source: Source, part: Partition, means: Tensor, center: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows less the mean of their cluster (n, D), and their clusters (n,), by chunks; only those that are owned."""
-    for start, stop in chunks(source, len(means), means.device):
+def _residuals(
+    source: Source, part: Partition, means: Tensor, center: Tensor, ranks: Ranks
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A rank's rows less the mean of their cluster (n, D), and their clusters (n,), by chunks; those that are owned."""
+    for start, stop in chunks(source, len(means), means.device, ranks):
         owner = part.owner[start:stop]
         x = source.chunk(start, stop).to(means)
         owned = owner < len(means)
@@ -140,22 +150,25 @@ def _residuals(source: Source, part: Partition, means: Tensor, center: Tensor) -
 
 
 def _residual_variance(
-    source: Source, part: Partition, means: Tensor, center: Tensor, per_component: bool
+    source: Source, part: Partition, means: Tensor, center: Tensor, per_component: bool, ranks: Ranks
 ) -> tuple[Tensor, Tensor | None]:
-    """Variance within the clusters: pooled (D,), and of each cluster (K, D) where wanted."""
+    """Variance within the clusters: pooled (D,), and of each of the rank's own clusters (K, D) where wanted."""
     clusters = len(means)
     squares = torch.zeros((clusters if per_component else 1, means.shape[1]), dtype=torch.float64, device=means.device)
-    for gap, owner in _residuals(source, part, means, center):
+    for gap, owner in _residuals(source, part, means, center, ranks):
         gap.square_()
         squares += segment_sums(gap, owner, clusters) if per_component else gap.sum(0, keepdim=True)
+    ranks.sum_(squares)
     rows = part.mass.unsqueeze(1)
     pooled = squares.sum(0) / max(1.0, float(rows.sum()) - int((rows > 0).sum()))
-    own = torch.where(rows > 1, squares / (rows - 1), pooled).to(means) if per_component else None
-    return pooled.to(means), own
+    if not per_component:
+        return pooled.to(means), None
+    own = slice(*ranks.span(clusters))
+    return pooled.to(means), torch.where(rows[own] > 1, squares[own] / (rows[own] - 1), pooled).to(means)
 
 
 def _noise(
-    variance: Tensor, own_variance: Tensor | None, loadings: Tensor | None, mass: Tensor, least: float
+    variance: Tensor, own_variance: Tensor | None, loadings: Tensor | None, mass: Tensor, least: float, ranks: Ranks
 ) -> Tensor:
     """The noise variance (D,) or (K, D): what the loadings, where there are any, leave of the variance in clusters.
 
@@ -163,9 +176,11 @@ def _noise(
     their leading directions.
     """
     mass = mass.to(variance)
+    own_share, mass = (t[slice(*ranks.span(len(mass)))] for t in (mass / mass.sum(), mass))
     pooled = variance
     if loadings is not None:
-        explained = torch.einsum("k,kdr,kdr->d", mass / mass.sum(), loadings, loadings)
+        explained = torch.einsum("k,kdr,kdr->d", own_share, loadings, loadings)
+        ranks.sum_(explained)
         pooled = torch.maximum(variance - explained, variance * _LEAST_UNIQUE)
     if own_variance is None:
         return pooled.clamp_min(least)
@@ -196,16 +211,18 @@ def _cluster_pca(
     rank: int,
     generator: torch.Generator,
     progress: bool,
+    ranks: Ranks,
 ) -> Tensor:
-    """Loadings (K, D, R) by randomised PCA of the rows of each cluster, whitened by `variance`."""
+    """Loadings (K, D, R) of the rank's own clusters, by randomised PCA of the rows of each, whitened by `variance`."""
     from tqdm import tqdm
 
-    clusters, features = means.shape
     like: dict[str, Any] = {"dtype": means.dtype, "device": means.device}
     order = part.owner.argsort(stable=True)
-    totals = part.owner.bincount(minlength=clusters + 1)
-    firsts = (totals.cumsum(0) - totals)[:clusters]
-    totals = totals[:clusters]
+    totals = part.owner.bincount(minlength=len(means) + 1)
+    own = slice(*ranks.span(len(means)))
+    firsts, totals = (totals.cumsum(0) - totals)[own], totals[own]
+    means, mass = means[own], part.mass[own]
+    clusters, features = means.shape
     counts = totals.clamp_max(_ROWS_PER_CLUSTER)
     width = min(rank + _OVERSAMPLING, features)
     probe = torch.randn(features, width, generator=generator).to(**like)
@@ -236,13 +253,15 @@ def _cluster_pca(
     shown = torch.arange(rank, device=means.device) < counts.unsqueeze(1) // 2
     eigenvalues = eigenvalues * shown
     rest = (trace - eigenvalues.sum(1)).clamp_min(0) / max(1, features - rank)
-    level = float((rest * part.mass.to(rest)).sum() / part.mass.sum()) or 1.0  # of the noise; the rows are whitened
+    rest = (rest * mass.to(rest)).sum()
+    ranks.sum_(rest)
+    level = float(rest / part.mass.sum()) or 1.0  # of the noise; the rows are whitened
     strength = _shrink(eigenvalues / level, features / freedom) * level
     strong = strength > _PADDING**2 * level
     directions *= strength.sqrt().unsqueeze(1)
     cluster, column = (~strong).nonzero(as_tuple=True)
-    noise = torch.randn(len(cluster), features, generator=generator).to(**like)
-    directions[cluster, :, column] = noise * (_PADDING * math.sqrt(level / features))
+    noise = torch.randn(rank, features, generator=generator).to(**like)  # for all clusters: the columns of each differ
+    directions[cluster, :, column] = noise[column] * (_PADDING * math.sqrt(level / features))
     return directions * variance.sqrt().unsqueeze(-1)
 
 
