@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mfa_kernels import __version__, tuning
+
+if TYPE_CHECKING:
+    from mfa_kernels.data import ActivationStore
+    from mfa_kernels.sharded import ShardedMFA
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,6 +118,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
     fit.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint; from the beginning where there is none yet"
+    )
+    fit.add_argument(
+        "--shard-components",
+        action="store_true",
+        help="for a mixture too large for one device: each process holds some of the regions, and reads all rows; em "
+        "alone, and the checkpoint is the best mixture so far, from which --resume starts",
     )
 
     encode = command("encode", _encode, "write the codes of a store's activations")
@@ -230,14 +240,17 @@ def _fit(arguments: argparse.Namespace) -> None:
         raise ValueError("--text needs --layer")
     if harvested and os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
+    if harvested and arguments.shard_components:
+        raise ValueError("--shard-components goes with a store, not with --text")
     with _processes() as (first, device):
         mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, device)
-    if not first:
-        return
-    for name, mfa in mixtures.items():
-        folder = arguments.out / name if len(mixtures) > 1 else arguments.out
-        mfa.save_pretrained(folder)
-        print(f"held-out negative log-likelihood {mfa.fit_report.held_out_nll:.3f} nats per token; saved in {folder}")
+        for name, mfa in mixtures.items():
+            folder = arguments.out / name if len(mixtures) > 1 else arguments.out
+            if first or arguments.shard_components:  # then each process has a part
+                mfa.save_pretrained(folder)
+            if first:
+                nll = mfa.fit_report.held_out_nll
+                print(f"held-out negative log-likelihood {nll:.3f} nats per token; saved in {folder}")
 
 
 def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:
@@ -246,11 +259,40 @@ def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str
 
     store = ActivationStore(arguments.store)
     extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
-    mixtures = {}
+    mixtures: dict[str, Any] = {}
     for name, own in _fits(arguments, [None]).items():
-        mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))
-        mixtures[name].extra = extra
+        if arguments.shard_components:
+            mixtures[name] = _fit_sharded(arguments, store, device, own)
+            mixtures[name].local.extra = extra
+        else:
+            mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))
+            mixtures[name].extra = extra
     return mixtures
+
+
+def _fit_sharded(
+    arguments: argparse.Namespace, store: ActivationStore, device: str | None, own: dict[str, Any]
+) -> ShardedMFA:
+    from mfa_kernels.checkpoint import CONFIG
+    from mfa_kernels.fitting import fit_sharded
+    from mfa_kernels.sharded import ShardedMFA
+
+    if (
+        arguments.method not in ("auto", "em")
+        or arguments.init != "pca"
+        or arguments.polish
+        or arguments.lr is not None
+    ):
+        raise ValueError("--shard-components fits by --method em from --init pca, without --polish and --lr")
+    start = None
+    if arguments.resume:
+        if arguments.checkpoint is None:
+            raise ValueError("--resume needs --checkpoint")
+        if (own["checkpoint"] / CONFIG).exists():
+            start = ShardedMFA.from_pretrained(own["checkpoint"], device=device)
+    return fit_sharded(
+        store, **own, noise=arguments.noise, epochs=arguments.epochs, seed=arguments.seed, start=start, device=device
+    )
 
 
 def _fit_while_harvesting(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:

@@ -50,6 +50,24 @@ def test_fit_by_every_method(folder, method, capsys):
     assert f"{best:.3f} nats per token" in capsys.readouterr().out
 
 
+def test_fit_shards_the_components(folder, tmp_path, capsys):
+    """In one process, which holds them all; several are compared with it in tests/distributed."""
+    command = ["fit", str(folder / "store"), "-K", "8", "-R", "2", "--epochs", "1", "--method", "em", "--out"]
+    assert main([*command, str(tmp_path / "expected")]) == 0
+    sharded = [*command, str(tmp_path / "mfa"), "--shard-components", "--checkpoint", str(tmp_path / "best")]
+    assert main(sharded) == 0
+    found, best, expected = (MFA.from_pretrained(tmp_path / name) for name in ("mfa", "best", "expected"))
+    for name, tensor in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name], tensor)
+        assert torch.equal(found.state_dict()[name], best.state_dict()[name])
+    assert found.extra == expected.extra == {**found.extra, "layer": "model.layers.1"}
+    assert main(sharded) == 1
+    assert "holds a mixture" in capsys.readouterr().err
+    assert main([*sharded, "--resume"]) == 0
+    assert main([*sharded, "--resume", "--method", "sgd"]) == 1
+    assert "--shard-components fits by --method em" in capsys.readouterr().err
+
+
 def test_encode(folder):
     out = folder / "codes.safetensors"
     assert main(["encode", str(folder / "mfa"), str(folder / "store"), "--out", str(out), "--top-k", "2"]) == 0
@@ -107,6 +125,10 @@ def test_doctor(capsys):
         (
             ["fit", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/x", "-K", "8", "--method", "em"],
             "layer1-K8-R10: method must be 'online' or 'auto'",
+        ),
+        (
+            ["fit", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/x", "-K", "8", "--shard-components"],
+            "--shard-components goes with a store",
         ),
         (["harvest", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/store"], "store"),
         (["harvest", "--text", "{folder}/missing", "--layer", "1", "--out", "{folder}/y"], "missing"),
@@ -167,8 +189,9 @@ def test_fit_while_harvesting(folder, tmp_path, capsys):
     assert MFA.from_pretrained(tmp_path / "all/layer-2-K4-R2").extra["layer"] == "model.layers.3"
 
 
-def test_fit_several_sizes_to_a_store(folder, tmp_path):
-    arguments = ["fit", str(folder / "store"), "-R", "2", "--epochs", "1"]
+@pytest.mark.parametrize("sharded", [[], ["--shard-components"]])
+def test_fit_several_sizes_to_a_store(folder, tmp_path, sharded):
+    arguments = ["fit", str(folder / "store"), "-R", "2", "--epochs", "1", *sharded]
     assert main([*arguments, "-K", "4", "8", "--out", str(tmp_path / "all")]) == 0
     assert main([*arguments, "-K", "8", "--out", str(tmp_path / "one")]) == 0
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"K4-R2", "K8-R2"}

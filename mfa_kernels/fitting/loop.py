@@ -105,7 +105,8 @@ def fit(
     pass of "em" in two.) Rank 0 runs K-means, shows progress, and writes `log` and `checkpoint`; callbacks are called
     on the ranks that have them, and parameters that they change become those of rank 0. Of an iterator that is fitted
     online, every rank brings its own, and it takes as many ranks to resume. Data or settings that differ between ranks
-    are an error. An error on one rank alone, and Ctrl-C, are left to the launcher, which ends the others.
+    are an error. An error on one rank alone, and Ctrl-C, are left to the launcher, which ends the others. Where the
+    mixture itself does not fit on one device, `mfa_kernels.fitting.fit_sharded` spreads its components.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is

@@ -6,11 +6,13 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mfa_kernels.checkpoint import CONFIG
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import loop, memory
@@ -73,7 +75,7 @@ def fit_sharded(
         callbacks: called on every rank, which must have the same, as callback(mfa, record) after every evaluation.
         log: path of a file of JSON lines, one per evaluation; rank 0 writes.
         checkpoint: folder to which the best state so far is saved (`ShardedMFA.save_pretrained`), after every
-            evaluation that has found one; replaced atomically.
+            evaluation that has found one; replaced atomically. Every rank has to see it to go on from it.
         progress: show progress bars, on rank 0.
         group: the `torch.distributed.ProcessGroup`; None: the default one where there is one; False: this process
             alone.
@@ -83,6 +85,7 @@ def fit_sharded(
 
     Raises:
         TypeError, ValueError: naming the argument; different data or settings on the ranks among it.
+        FileExistsError: `checkpoint` holds a mixture, and there is no `start`.
     """
     check_choice(noise, ("shared", "per_component"), "noise")
     check_choice(precision, PRECISIONS, "precision")
@@ -97,6 +100,8 @@ def fit_sharded(
     source = as_source(activations)
     if rank > source.n_features:
         raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+    if checkpoint is not None and start is None:
+        ranks.agree(lambda: _check_free(Path(checkpoint)))
     if clusters is not None:
         clusters = centroids_of(clusters, source.n_features, n_components)
     if start is not None:
@@ -159,6 +164,14 @@ def fit_sharded(
     loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
     start.fit_report = report
     return start
+
+
+def _check_free(checkpoint: Path) -> None:
+    if (checkpoint / CONFIG).exists():
+        raise FileExistsError(
+            f"checkpoint: {checkpoint} holds a mixture: start=ShardedMFA.from_pretrained(...) goes on with it; else "
+            "name another folder"
+        )
 
 
 def _check_start(start: ShardedMFA, components: int, features: int, rank: int, noise: str, ranks: Ranks) -> None:

@@ -13,9 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mfa_kernels import MFA, fit
-from mfa_kernels.fitting import em
+from mfa_kernels import MFA, fit, kmeans
+from mfa_kernels.fitting import em, fit_sharded
+from mfa_kernels.fitting import start as cluster_start
 from mfa_kernels.fitting.em import Prior
 from mfa_kernels.fitting.sharded import em_step
 from mfa_kernels.ranks import Ranks
@@ -171,6 +174,7 @@ def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
     out["ddp"] = data_parallel(rank, size, group)
     for name in SHARDED:
         out[f"sharded, {name}"] = sharded(name, folder / f"{size}, {name}", group)
+    out["fit_sharded"] = sharded_fits(rank, size, folder, group)
     return out
 
 
@@ -281,4 +285,101 @@ def sharded(name: str, folder: Path, group: Any) -> dict[str, Any]:
     out["again"] = {name: torch.equal(t, again.local.state_dict()[name]) for name, t in mfa.local.state_dict().items()}
     out["start"] = mfa.start
     out["too many"] = message(lambda: ShardedMFA.from_mfa(module(mixture(1, 5, 1)), group))
+    return out
+
+
+# Component-parallel fits
+
+
+def far_away() -> Tensor:
+    """Where regions are, and a place where no row is, on the first of two and the second of four ranks."""
+    means = planted().means.detach().double()
+    return torch.cat([means[:2], torch.full_like(means[:1], 1e3), means[2:]])
+
+
+SHARDED_FITS: dict[str, dict[str, Any]] = {
+    "shared": {"n_components": 7, "epochs": 3},
+    "few rows": {"n_components": 60, "rank": 5, "epochs": 2, "noise": "per_component", "held_out": 0.0},
+    "a region moves": {"n_components": 7, "epochs": 3, "clusters": far_away()},
+}
+TWINS: dict[str, Any] = {"n_components": 7, "epochs": 3, "held_out": 0.0}
+LARGE = {"n_components": 128, "rank": 8, "epochs": 1}
+LARGE_FEATURES = 64
+
+
+def run_sharded(x: Any = ROWS, **options: Any) -> ShardedMFA:
+    return fit_sharded(x, **{"rank": 2, "progress": False, "dtype": torch.float64, **options})
+
+
+def sharded_outcome(mfa: ShardedMFA) -> dict[str, Any]:
+    """That of the whole mixture, on every rank."""
+    out = outcome(mfa)  # type: ignore[arg-type]
+    split = {name: len(t) == mfa.local.n_components for name, t in mfa.local.state_dict().items()}
+    out["state"] = {n: mfa.ranks.concatenated(t) if split[n] else t for n, t in mfa.local.state_dict().items()}
+    return out
+
+
+def clusters_of_a_sample(ranks: Ranks) -> dict[str, Any]:
+    weights = torch.linspace(0, 2, len(ROWS), dtype=torch.float64)
+    options: dict[str, Any] = {"sample": 700, "iterations": 4, "progress": False, "ranks": ranks}
+    return {w is None: asdict(kmeans(ROWS, 9, weights=w, **options)) for w in (None, weights)}
+
+
+def twins(group: Any) -> ShardedMFA:
+    """A mixture whose first and last components are one but for their weights: on two ranks, where there are some."""
+    m = planted()
+    parameters = [m.means, m.loadings]
+    means, loadings = (torch.cat([p.detach(), p[:1].detach()]).double() for p in parameters)
+    weights = m.log_weights.exp().detach().double()
+    weights = torch.cat([0.6 * weights[:1], weights[1:], 0.4 * weights[:1]])
+    whole = MFA.from_parameters(means, loadings, m.noise_variance.detach(), weights)
+    return ShardedMFA.from_mfa(whole, group)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor of three or more dimensions that any operator returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.dim() >= 3:
+                stored = t.untyped_storage().nbytes() // t.element_size()  # less, where it is expanded
+                self.elements = max(self.elements, min(t.numel(), stored))
+        return out
+
+
+def largest_tensor(group: Any) -> tuple[int, tuple[int, ...]]:
+    """While K D R outgrows everything else; and the shape of the loadings that come out."""
+    x = draw(planted(features=LARGE_FEATURES), 600)
+    rows, cluster_start._GROUP_ELEMENTS = cluster_start._GROUP_ELEMENTS, 1 << 12
+    with Largest() as largest:
+        mfa = run_sharded(x, **LARGE, group=group)
+    cluster_start._GROUP_ELEMENTS = rows
+    return largest.elements, tuple(mfa.loadings.shape)
+
+
+def sharded_fits(rank: int, size: int, folder: Path, group: Any) -> dict[str, Any]:
+    em._LEAST_BATCH = 600
+    out: dict[str, Any] = {}
+    seen: list[int] = []
+    saved = folder / f"{size}, best"
+    for name, options in SHARDED_FITS.items():
+        more: dict[str, Any] = {}
+        if name == "shared":
+            more = {"checkpoint": saved, "log": folder / f"sharded {size}-{rank}.jsonl"}
+            more["callbacks"] = [lambda mfa, record: seen.append(mfa.n_components)]
+        out[name] = sharded_outcome(run_sharded(**options, **more, group=group))
+    out["seen"], out["log"] = seen, (folder / f"sharded {size}-{rank}.jsonl").exists()
+    out["again"] = outcome(
+        run_sharded(n_components=7, epochs=0, start=ShardedMFA.from_pretrained(saved, group=group), group=group)  # type: ignore[arg-type]
+    )["report"]
+    out["twins"] = sharded_outcome(run_sharded(**TWINS, start=twins(group), group=group))
+    out["clusters"] = clusters_of_a_sample(Ranks(group))
+    out["largest"] = largest_tensor(group)
+    out["other data"] = message(lambda: run_sharded(ROWS + (rank == 1), n_components=6, group=group))
+    out["too many"] = message(lambda: run_sharded(n_components=1, group=group))
+    out["other start"] = message(lambda: run_sharded(n_components=8, start=twins(group), group=group))
+    em._LEAST_BATCH = 150
     return out

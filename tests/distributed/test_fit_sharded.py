@@ -1,0 +1,101 @@
+"""A mixture fitted component-parallel, by two and four processes, is the one that `fit` comes to in one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from mfa_kernels import MFA
+from mfa_kernels.fitting import em
+from mfa_kernels.ranks import ALONE
+from tests.distributed.test_fit import assert_close, assert_same_bits, load
+from tests.distributed.worker import (
+    LARGE,
+    LARGE_FEATURES,
+    SHARDED_FITS,
+    SIZES,
+    TWINS,
+    clusters_of_a_sample,
+    largest_tensor,
+    outcome,
+    run,
+    run_sharded,
+    sharded_outcome,
+    twins,
+)
+
+
+@pytest.fixture(autouse=True)
+def batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three to a pass, the last one shorter, as in the processes."""
+    monkeypatch.setattr(em, "_LEAST_BATCH", 600)
+    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+
+
+def ranks(found, size):
+    return [load(found, size, rank)["fit_sharded"] for rank in range(size)]
+
+
+@pytest.mark.parametrize("name", SHARDED_FITS)
+def test_several_processes_fit_what_one_fits(found, name):
+    expected = outcome(run(**SHARDED_FITS[name], method="em"))
+    if name == "a region moves":
+        assert expected["report"]["revived_components"] == 1
+    assert_close(sharded_outcome(run_sharded(**SHARDED_FITS[name], group=False)), expected)
+    for size in SIZES:
+        first, *others = [mine[name] for mine in ranks(found, size)]
+        assert_close(first, expected)
+        for other in others:
+            assert_same_bits(first, other)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_regions_of_two_ranks_that_are_one(found, size):
+    expected = sharded_outcome(run_sharded(**TWINS, start=twins(False), group=False))
+    assert expected["report"]["revived_components"] == 1
+    for mine in ranks(found, size):
+        assert_close(mine["twins"], expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_best_state_is_saved_and_gone_on_with(found, size):
+    saved = MFA.from_pretrained(found / f"{size}, best")
+    for rank, mine in enumerate(ranks(found, size)):
+        assert_same_bits(dict(saved.state_dict()), mine["shared"]["state"])
+        assert mine["seen"] == [7] * 4, "a callback on every rank, after each of three passes and the start"
+        assert mine["log"] == (rank == 0)
+        best = mine["shared"]["report"]["held_out_nll"]
+        assert math.isclose(mine["again"]["history"][0]["held_out_nll"], best, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_k_means_shares_its_passes(found, size):
+    expected: dict[bool, Any] = clusters_of_a_sample(ALONE)
+    assert expected[True]["skipped"] == 16
+    first, *others = [mine["clusters"] for mine in ranks(found, size)]
+    for other in others:
+        for weighted in (True, False):
+            assert_same_bits(first[weighted], other[weighted])
+    for weighted in (True, False):
+        assert_close(first[weighted], expected[weighted])
+
+
+def test_no_rank_holds_the_loadings_of_all(found):
+    """No tensor of three dimensions is larger than R + 1 rows of D for each of the rank's own components."""
+    components, features, rank = LARGE["n_components"], LARGE_FEATURES, LARGE["rank"]
+    assert largest_tensor(False)[0] >= components * features * rank, "in one process, it is found"
+    for size in SIZES:
+        for mine in ranks(found, size):
+            elements, loadings = mine["largest"]
+            assert loadings == (components // size, features, rank)
+            assert elements <= components // size * features * (rank + 1)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_errors_reach_every_rank(found, size):
+    for mine in ranks(found, size):
+        assert mine["other data"].startswith("ValueError: the ranks that fit together have different data")
+        assert "cannot be spread over" in mine["too many"]
+        assert mine["other start"].startswith("ValueError: start must have (n_components, ")
