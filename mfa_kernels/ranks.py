@@ -160,7 +160,7 @@ class Ranks:
 
     def rows(self, own: Tensor, index: Tensor) -> Tensor:
         """The rows at `index` of a tensor of which each rank has a part (n_r, ...), one after the other."""
-        if self.size == 1:
+        if self.size == 1 or not len(index):
             return own[index]
         start = sum(self.objects(len(own))[: self.rank])
         here = (index >= start) & (index < start + len(own))

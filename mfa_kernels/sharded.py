@@ -74,7 +74,7 @@ class _Sum(torch.autograd.Function):
 
 
 class ShardedMFA(nn.Module):
-    """One mixture, each rank with some of its components: component-parallel.
+    """One mixture, each rank with some of its components: component-parallel. `fitting.fit_sharded` fits one to data.
 
     The methods are collective: every rank calls them, with the same tokens, and gets the same result. So is backward;
     afterwards a rank has the gradients of its own components, and all have that of a shared noise and of x. An

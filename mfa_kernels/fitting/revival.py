@@ -122,7 +122,7 @@ def _split(mfa: AnyMFA, donor: int, other: int, covariance: Tensor) -> None:
     means at +-sqrt(2/pi) u, and the variance 1 - 2/pi along u.
     """
     parts = [mfa.means, mfa.loadings, mfa.weight_logits, *([mfa.log_noise] if mfa.log_noise.dim() == 2 else [])]
-    half = [torch.zeros_like(part[0]) for part in parts]
+    half = torch.zeros(sum(part[0].numel() for part in parts), dtype=mfa.means.dtype, device=mfa.means.device)
     here = range(mfa.start, mfa.start + len(mfa.means))
     if donor in here:
         k = donor - mfa.start
@@ -135,11 +135,10 @@ def _split(mfa: AnyMFA, donor: int, other: int, covariance: Tensor) -> None:
             values, vectors = torch.linalg.eigh(covariance)
             direction = vectors[:, -1] * values[-1].clamp_min(0).sqrt()
         mfa.weight_logits[k] -= math.log(2)
-        half = [part[k].clone() for part in parts]
         step = (math.sqrt(2 / math.pi) * direction).to(mfa.means)
-        half[0] -= step
+        half = torch.cat([mfa.means[k] - step, *(part[k].flatten() for part in parts[1:])])
         mfa.means[k] += step
-    mfa.ranks.sum_(*half)  # all others have zeros
+    mfa.ranks.sum_(half)  # all others have zeros
     if other in here:
-        for part, row in zip(parts, half):
-            part[other - mfa.start] = row
+        for part, row in zip(parts, half.split([part[0].numel() for part in parts])):
+            part[other - mfa.start] = row.view(part[0].shape)

@@ -57,14 +57,13 @@ def fit_sharded(
     """`fit` with method "em" for a mixture that is too large for one device: each rank holds some of its components.
 
     Every process of the group calls it with the same arguments, and sees the same rows. The result is that of `fit` in
-    one process, but for the order of sums (and for a K-means on a sample of rows some of which are not finite). A rank
-    holds parameters, statistics, steps and the best state of its own K / size components, and never loadings of
-    others. What all hold alike grows with K D, not with K D R: centroids and their sums while K-means and the start
-    run, which share their passes over the rows. The sample of the start is read again in every pass, not held. In EM
-    every rank reads all rows; what travels is a few numbers per token and rank, and D numbers per pass.
+    one process, but for the order of sums. A rank holds parameters, statistics, steps and the best state of its own
+    K / size components, and never loadings of others. What all hold alike is a few times K D numbers, centroids and
+    their sums, while K-means and the start run; those share their passes over the rows of the sample, which are read
+    again in each and not held. In EM every rank reads all rows; per token, a few numbers from each rank travel.
 
-    A fit that is cut off cannot go on bit for bit. What was best when it was, in `checkpoint`, can be the `start` of
-    another, by any number of ranks: ``start=ShardedMFA.from_pretrained(folder)``.
+    A fit that is cut off does not go on bit for bit. The best state that it came to, in `checkpoint`, can be the
+    `start` of another, by any number of ranks: ``start=ShardedMFA.from_pretrained(folder)``.
 
     Args:
         activations: what `fit` takes, but for streams: an iterator is concatenated in memory, on every rank.

@@ -176,19 +176,20 @@ def _noise(
     their leading directions.
     """
     mass = mass.to(variance)
-    own_share, mass = (t[slice(*ranks.span(len(mass)))] for t in (mass / mass.sum(), mass))
+    own = slice(*ranks.span(len(mass)))
+    share, mass = (mass / mass.sum())[own], mass[own]
     pooled = variance
     if loadings is not None:
-        explained = torch.einsum("k,kdr,kdr->d", own_share, loadings, loadings)
+        explained = torch.einsum("k,kdr,kdr->d", share, loadings, loadings)
         ranks.sum_(explained)
         pooled = torch.maximum(variance - explained, variance * _LEAST_UNIQUE)
     if own_variance is None:
         return pooled.clamp_min(least)
-    own = own_variance
+    unique = own_variance
     if loadings is not None:
-        own = torch.maximum(own - loadings.square().sum(-1), own * _LEAST_UNIQUE)
+        unique = torch.maximum(unique - loadings.square().sum(-1), unique * _LEAST_UNIQUE)
     rows = mass.unsqueeze(1)
-    return ((rows * own + _PRIOR_ROWS * pooled) / (rows + _PRIOR_ROWS)).clamp_min(least)
+    return ((rows * unique + _PRIOR_ROWS * pooled) / (rows + _PRIOR_ROWS)).clamp_min(least)
 
 
 def _groups(counts: Tensor, features: int) -> Iterator[Tensor]:

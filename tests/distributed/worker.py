@@ -303,7 +303,7 @@ SHARDED_FITS: dict[str, dict[str, Any]] = {
     "a region moves": {"n_components": 7, "epochs": 3, "clusters": far_away()},
 }
 TWINS: dict[str, Any] = {"n_components": 7, "epochs": 3, "held_out": 0.0}
-LARGE = {"n_components": 128, "rank": 8, "epochs": 1}
+LARGE = {"n_components": 32, "rank": 24, "epochs": 1}
 LARGE_FEATURES = 64
 
 
