@@ -12,7 +12,7 @@ from torch import Tensor
 import mfa_kernels
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import fit, kmeans, loop
+from mfa_kernels.fitting import fit, fit_sharded, kmeans, loop
 from tests.fitting.planted import Store, draw, nll, planted
 from tests.fitting.test_start import overlap
 
@@ -259,11 +259,13 @@ def test_clusters_are_reused(monkeypatch):
     assert same(run(clusters=result, epochs=1), run(clusters=result.centroids, epochs=1))
 
 
-def test_dead_components_are_warned_of():
+@pytest.mark.parametrize("fitting", [fit, fit_sharded])
+def test_dead_components_are_warned_of(fitting):
     far = torch.cat([TRUE.means.detach(), torch.full((6, 12), 1e3) + torch.arange(6.0).unsqueeze(1)])
-    with pytest.warns(UserWarning, match="6 of 12 components are not the most responsible for any"):
-        mfa = run(n_components=12, clusters=far, epochs=1)
+    with pytest.warns(UserWarning, match="6 of 12 components are not the most responsible for any") as told:
+        mfa = fitting(ROWS, 12, 2, clusters=far, epochs=0, progress=False)
     assert mfa.fit_report.live_components == 6
+    assert [warning.filename for warning in told] == [__file__], "it is told of the line that fits"
 
 
 def test_as_many_components_as_rows_to_train_on():
