@@ -30,6 +30,7 @@ from bench.screen_survivors import fitted, split
 from mfa_kernels import MFA
 from mfa_kernels.demo import timed
 from mfa_kernels.ops import Factors, native
+from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
@@ -160,7 +161,7 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
 def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     """Prints what a few tokens cost: time against the dense scan, and the share of all parameters that one reads."""
     prepared = Prepared.of(mfa)
-    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.factors)
+    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.factors, lists.FEATURES)
     if screen is None:
         print(f"\n{name}: nothing to screen")
         return
@@ -186,7 +187,7 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     x, sample = (part.contiguous() for part in x.split([CURVE_TOKENS, CHOOSING]))
-    screen = op.choose(sample, *prepared.parameters, prepared.factors)
+    screen = op.choose(sample, *prepared.parameters, prepared.factors, lists.FEATURES)
     if screen is None:
         screen = op.screen(*prepared.parameters, prepared.factors)
     kept = screen.basis.shape[1]

@@ -236,17 +236,18 @@ class MFA(nn.Module):
         self._screen = self.evaluated = None
         (means, loadings, noise, log_weights), factors = self._prepared()
         chosen = evaluated = None
+        if neighbors is None:
+            neighbors = lists.LEAST_COMPONENTS <= self.n_components <= lists.AT_ONCE
         if screening.serves(factors):
             if x is None:
                 x = self.sample(_SCREEN_TOKENS, torch.Generator(means.device).manual_seed(0))
             flat = self._flat(x).to(means.dtype).contiguous()
             if flat.shape[0]:
-                chosen = screening.choose(flat, means, loadings, noise, log_weights, factors)
+                least = lists.FEATURES if neighbors else 16
+                chosen = screening.choose(flat, means, loadings, noise, log_weights, factors, least)
             if chosen is not None:
                 threshold = activity_threshold(self.n_components, means.dtype)
                 constants = factors.constants(log_weights)
-                if neighbors is None:
-                    neighbors = lists.LEAST_COMPONENTS <= self.n_components <= lists.AT_ONCE
                 if neighbors and isinstance(chosen, screening.Screen):
                     chosen = screening.with_neighbors(chosen, means, loadings, noise, log_weights, factors)
                 evaluated = screening.select(flat, factors, constants, chosen, threshold, SLOTS).evaluated

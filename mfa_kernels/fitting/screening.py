@@ -61,7 +61,8 @@ class Screening:
             rows: to be scanned under these parameters.
             total: to be scanned in the rest of the run.
         """
-        factors = self.mfa.factors()
+        factors, count = self.mfa.factors(), self.mfa.n_components
+        listed = count >= lists.LEAST_COMPONENTS and rows >= lists.ROWS_PER_COMPONENT * count
         if not self.decided:
             self.decided = True
             self._level()
@@ -69,17 +70,16 @@ class Screening:
             exact = self.mfa.precision != "reference"
             if factors.rows.dim() == 4 and not factors.per_component and exact and rows:
                 if total >= _APART <= self.since and (self.basis is None or self._drifted()):
-                    self._choose(factors)
+                    self._choose(factors, lists.FEATURES if listed else 16)
                 saved = rows * (1 - self.cost)
                 self.used = self.basis is not None and saved > _STAGE_0 * self.basis.shape[1]
             self.rows, self.work = 0.0, 0.0
         if not self.used:
             self._screen = None
         elif self._screen is None or self._screen[0] is not factors:
-            parameters, count = self._parameters(), self.mfa.n_components
+            parameters = self._parameters()
             screen = op.screen(*parameters, factors, basis=self.basis)
-            worth = rows >= lists.ROWS_PER_COMPONENT * count and count >= lists.LEAST_COMPONENTS
-            if worth and isinstance(screen, op.Screen):
+            if listed and isinstance(screen, op.Screen):
                 screen = op.with_neighbors(screen, *parameters, factors)
             self._screen = factors, screen
 
@@ -139,8 +139,8 @@ class Screening:
         """Whether the bounds left much more, or much less, under the parameters before these than when chosen."""
         return self.rows > 0 and abs(self.work / self.rows - self.cost) > _DRIFT * self.cost
 
-    def _choose(self, factors: Factors) -> None:
-        chosen = op.choose(self.sample, *self._parameters(), factors)
+    def _choose(self, factors: Factors, least: int) -> None:
+        chosen = op.choose(self.sample, *self._parameters(), factors, least)
         self.since, self.cost = 0, 1.0
         self.basis = None if chosen is None else chosen.basis.contiguous()
         if chosen is not None:  # it is not kept: a run that goes on from a checkpoint can only prepare it anew

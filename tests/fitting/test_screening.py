@@ -45,9 +45,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["screened" if self.ready() else "dense"] += len(x)
         return scan(self, x)
 
-    def counting_choose(self, factors):
+    def counting_choose(self, factors, least):
         counts["choices"] += 1
-        choose(self, factors)
+        choose(self, factors, least)
 
     def counting_stage(*args, **kwargs):
         counts["stages"] += 1

@@ -356,6 +356,14 @@ def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_doe
     assert chosen(per_component, tokens(per_component, 200)) is None
 
 
+def test_lists_ask_for_more_coordinates_where_there_are_so_many():
+    m = mixture(400, 160, 4, spread=15.0)
+    x, factors = tokens(m, 200), m.factors(m.means.mean(0))
+    assert op.choose(x, *m, factors).basis.shape[1] == 16
+    assert op.choose(x, *m, factors, least=64).basis.shape[1] == 64
+    assert op.choose(x, *m, factors, least=96).basis.shape[1] == 16, "none that is at most half of the features"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     m = mixture(21, 40, 2, dtype=dtype)

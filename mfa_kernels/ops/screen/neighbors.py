@@ -23,6 +23,9 @@ AT_ONCE = 4096
 ROWS_PER_COMPONENT = 64
 """Rows from which on making the lists costs less than they save (`python -m bench.bench_screen`)."""
 
+FEATURES = 64
+"""Coordinates at least, where lists are to be made: with fewer they grow long, and a token bounds few components."""
+
 _LLOYD = 6  # iterations that group the means
 _CHUNK = 4096  # components at a time, in float64
 

@@ -184,7 +184,13 @@ def with_neighbors(
 
 
 def choose(
-    x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, factors: Factors
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    factors: Factors,
+    least: int = 16,
 ) -> AnyScreen | None:
     """The screen that costs least on some tokens; None where the dense scan costs less, as it does with noise per
     component. Counts decide, not times: the same tokens and parameters give the same choice.
@@ -192,9 +198,11 @@ def choose(
     Args:
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
         means, loadings, noise_variance, log_weights, factors: as `screen` takes them.
+        least: coordinates, where that is no more than half of the features: `neighbors.FEATURES` for lists.
     """
     step = 16 if factors.rows.dim() == 4 else 64  # features that a tile of Triton's scan reads at least
     widths = [width for width in WIDTHS if 2 * width <= means.shape[1] and width % step == 0]
+    widths = [width for width in widths if width >= least] or widths
     if not serves(factors) or not widths:
         return None
     with torch.no_grad():
