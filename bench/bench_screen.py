@@ -116,7 +116,7 @@ def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[
 
 
 def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
-    """Prints a line for each of three p."""
+    """Prints a line for each of three p; of a large mixture, whose lists take minutes, for one."""
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     means, loadings, noise, log_weights = prepared.parameters
@@ -125,7 +125,8 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
 
     log_prob, _, _, counts = dense()
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
-    for kept in sorted({op.default_features(features), -(-features // 192) * 16, -(-features // 64) * 16}):
+    widths = {op.default_features(features), -(-features // 192) * 16, -(-features // 64) * 16}
+    for kept in [lists.FEATURES] if count > 2 * lists.AT_ONCE else sorted(widths):
         screen, seconds = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, kept))  # noqa: B023
         basis = screen.basis
         _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, basis=basis))  # noqa: B023
@@ -297,7 +298,7 @@ def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> No
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.set_xlabel("K, components (right of the dots: grown by splitting)")
             axes.grid(alpha=0.3)
-        left.legend(frameon=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         figure.suptitle(f"D={of_all['D']}, R={of_all['R']}, {of_all['threads']} threads")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)
