@@ -68,8 +68,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
     const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, const std::vector<Tensor>& neighbors,
     double neighbor_threshold, double exact_slack, double threshold, int64_t slots);
 std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const Tensor& whitened, const Tensor& cholesky,
-                                                    const Tensor& constants, double norm, double threshold,
-                                                    int64_t length);
+                                                    const Tensor& constants, const Tensor& offs, double norm,
+                                                    double threshold, int64_t length);
 Tensor screen_bounds(const Tensor& x, const Tensor& constants, const Tensor& lam, const Tensor& center,
                      const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
                      const Tensor& slack, const Tensor& lines, const Tensor& line_terms, bool by_lines);

@@ -46,7 +46,7 @@ mfa::Near<T> near_of(const mfa::Shape& shape, const Tensor& basis, const std::ve
   check(tensors[8], {K}, type, "horizons");
   return {G, data<T>(tensors[0]), data<T>(tensors[1]), data<int32_t>(tensors[2]), data<int32_t>(tensors[3]),
           data<T>(tensors[4]), data<T>(tensors[5]), M, data<int32_t>(tensors[6]), data<T>(tensors[7]),
-          data<T>(tensors[8]), static_cast<T>(threshold)};
+          data<T>(tensors[8]), threshold};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(

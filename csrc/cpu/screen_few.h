@@ -34,6 +34,7 @@ struct Screen {
   // A constant raised by the rounding of its terms.
   T raised(int64_t k, int64_t all_features) const {
     const T size = std::abs(constants[k]) + std::abs(log_det[k]) + 2 * static_cast<T>(all_features);
+    if (!(size < std::numeric_limits<T>::infinity())) return constants[k];  // -inf where a component has no weight
     return constants[k] + 2 * std::numeric_limits<T>::epsilon() * size;
   }
 

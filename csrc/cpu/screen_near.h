@@ -35,7 +35,7 @@ struct Near {
   const int32_t* neighbors;  // [K, M] by rising onset
   const T* onsets;           // [K, M]
   const T* horizons;         // [K]
-  T threshold;               // nats, for which the onsets hold
+  double threshold;          // nats, for which the onsets hold
 };
 
 // The N rows of a matrix [count, p] nearest to y, best first: with the largest y.row - half. Returns how many.
@@ -128,28 +128,35 @@ void near_tokens(const Shape& shape, const Screen<T>& screen, const Near<T>& nea
   };
 
   // How far tokens are from their pivots, and whether the list goes that far.
-  const T wider = 2 * std::max(T(0), threshold - near.threshold);
-  auto distance = [&](int64_t n) {
-    const T constant = screen.raised(pivots.components[n], D);
+  const T wider = static_cast<T>(2 * std::max(0.0, threshold - near.threshold)) * (1 + kEps);
+  auto distance = [&](int64_t n) {  // NaN stays
+    const T constant = screen.raised(pivots.components[n], D) + screen.slack[pivots.components[n]];
     const T rounding = 4 * kEps * (std::abs(constant) + std::abs(best[n]) + wider);
-    return std::sqrt(std::max(T(0), 2 * (constant - best[n]) + wider + rounding)) * (1 + 4 * kEps);
+    return std::sqrt(std::max(2 * (constant - best[n]) + wider + rounding, T(0))) * (1 + 4 * kEps);
   };
   std::vector<T> distances(here);
   for (int64_t n = 0; n < here; ++n) distances[n] = distance(n);
   auto within = [&](int64_t n) { return distances[n] < near.horizons[pivots.components[n]]; };
+  std::vector<char> stuck(here, 0);
   for (int climb = 0; climb < kNearClimbs; ++climb) {
     Pairs<T> others;
     for (int64_t n = 0; n < here; ++n) {
-      if (within(n)) continue;
+      if (within(n) || stuck[n]) continue;
       T largest = best[n];
       int32_t owner = -1;
       const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
       for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, neighbors[m], &largest, &owner);
+      stuck[n] = 1;  // unless the best of them is better
       if (owner >= 0) others.add(begin + n, owner);
     }
     if (!others.size()) break;
+    const std::vector<int32_t> candidates(others.components);
     challenge(others);
-    for (int64_t token : others.tokens) distances[token - begin] = distance(token - begin);
+    for (int64_t i = 0; i < others.size(); ++i) {
+      const int64_t n = others.tokens[i] - begin;
+      distances[n] = distance(n);
+      stuck[n] = pivots.components[n] != candidates[i];
+    }
   }
 
   // What their lines leave of the prefixes, and the marginal bounds of that, component by component.
@@ -163,7 +170,7 @@ void near_tokens(const Shape& shape, const Screen<T>& screen, const Near<T>& nea
       const int64_t count = std::min<int64_t>(V, length - m);
       const int32_t* const some = near.neighbors + own + m;
       T on_lines[V] = {}, value, largest = kInf;
-      int32_t owner;
+      int32_t owner = -1;
       if (screen.lines) distances_on_lines(screen, some, count, y + n * p, on_lines);
       for (int64_t i = 0; i < count; ++i) {
         screen.bound(some[i], D, on_lines + i, stretch.norms.data() + n, 1, &value, &largest, &owner);

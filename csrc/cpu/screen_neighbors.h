@@ -31,6 +31,7 @@ struct Pairing {
   const T* whitened;                   // E [K, R, p]
   const T* cholesky;                   // L [K, R, R]
   const T* constants;                  // [K], raised
+  const T* offs;                       // [K] what |V^T u| / |u| may be off by
   double norm;                         // largest eigenvalue of Q^T Q, at most
   double threshold;                    // T, nats
   int64_t length;                      // M
@@ -186,7 +187,6 @@ struct PairTile {
   }
 
   // From u: what bounds the deviation of u.y from components j and k, and how far their means are apart along it, [V] each.
-  // `off` are what |V^T u| / |u| may be off by.
   void measure(const Pairing<T>& in, const T* e_j, const T* l_j, T off_j, T size_j, const T* e_k, const T* l_k,
                const T* off_k, const T* size_k, double* sigma_j, double* sigma_k, double* apart) {
     const double error = (p + 8) * double(std::numeric_limits<T>::epsilon()) / 2;  // of a sum of p products
@@ -241,20 +241,16 @@ void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
   parallel_for(tiles, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * V; i < end * V; ++i) {
       const int64_t k = std::min(i, K - 1), tile = i / V, lane = i % V;
-      double square = 0, length = 0;
+      double square = 0;
       for (int64_t c = 0; c < p; ++c) {
         const T value = in.means[k * p + c];
         means[(tile * p + c) * V + lane] = value;
         square += double(value) * value;
         for (int64_t r = 0; r < R; ++r) whitened[((tile * p + c) * R + r) * V + lane] = in.whitened[(k * R + r) * p + c];
       }
-      for (int64_t r = 0; r < R * R; ++r) {
-        const T value = in.cholesky[k * R * R + r];
-        cholesky[(tile * R * R + r) * V + lane] = value;
-        length += double(value) * value;
-      }
+      for (int64_t r = 0; r < R * R; ++r) cholesky[(tile * R * R + r) * V + lane] = in.cholesky[k * R * R + r];
       sizes[i] = static_cast<T>(std::sqrt(square) * (1 + 1e-6));
-      offs[i] = static_cast<T>((p + 2 * R + 8) * double(std::numeric_limits<T>::epsilon()) * std::sqrt(R * length));
+      offs[i] = in.offs[k];
       constants[i] = in.constants[k];
     }
   });
@@ -299,7 +295,8 @@ void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
           for (int lane = 0; lane < V; ++lane) {
             const int64_t k = tile * V + lane;
             const double more = double(constants[k]) - constants[j];
-            const double rounding = 4e-15 * (std::abs(double(constants[k])) + std::abs(double(constants[j])));
+            const double sum = std::abs(double(constants[k])) + std::abs(double(constants[j]));
+            const double rounding = std::isfinite(sum) ? 4e-15 * sum : 0;  // -inf where a component has no weight
             if (both && (k <= j || k >= K)) continue;
             onsets[b * stride + k] =
                 onset<T>(sigma_j[lane], sigma_k[lane], apart[lane], more + rounding, in.threshold);

@@ -264,23 +264,50 @@ def test_components_of_no_weight_and_a_component_that_is_not_finite():
     m = mixture(130, 64, 3, spread=3.0)
     m.log_weights[::2] = -torch.inf
     x = tokens(m, 70)
-    found = prepared(m, 32).select(x)
+    made = prepared(m, 32)
+    listed = made.screen.neighbors.onsets.isfinite()
+    assert (made.screen.neighbors.neighbors[1::2][listed[1::2]] % 2 == 1).all(), "nobody's neighbors"
+    found = made.select(x)
+    assert (found.evaluated > 0).any()
     torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-6, atol=0)
     m.means[1, 3] = torch.nan
     assert prepared(m, 32).select(x).active.log_prob.isnan().all()
 
 
-def test_a_degenerate_component_is_everybodys_neighbor():
+def degenerate(length: float) -> Mixture:
     m = mixture(130, 64, 3, spread=3.0)
     m.loadings[7, :, 1] = m.loadings[7, :, 0]
-    m.loadings[7] *= 1e7
+    m.loadings[7] *= length
+    return m
+
+
+@pytest.mark.parametrize("length", [1e7, 1.12e8])
+def test_a_degenerate_component_is_everybodys_neighbor_and_no_pivot(length):
+    """Also where its factorisation goes through, and its determinant is off by nats."""
+    made = prepared(degenerate(length), 32)
+    assert made.screen.slack[7].isinf()
+    assert (made.screen.neighbors.neighbors == 7).any(1).sum() == 129
+    assert made.screen.neighbors.horizons[7] == 0
+
+
+def test_a_degenerate_component_is_always_computed():
+    m = degenerate(1e7)
     x = tokens(m, 200)
     x = x[x.abs().amax(-1) < 100]
-    made = prepared(m, 32)
-    assert (made.screen.neighbors.neighbors == 7).any(1).sum() >= 129
-    found = made.select(x)
+    found = prepared(m, 32).select(x)
     assert (found.evaluated >= 2).all()
     torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+
+
+def test_a_mean_whose_square_overflows():
+    m = mixture(130, 64, 3, spread=3.0)
+    x = tokens(m, 50)
+    wanted = m.log_prob_fp64(x)
+    m.means[5] *= 1e19
+    assert prepared(m, 32).select(x).active.log_prob.shape == (50,)
+    keep = x.abs().amax(-1) < 1e9
+    found = prepared(m, 32).select(x[keep]).active.log_prob.double()
+    torch.testing.assert_close(found[wanted[keep] < 0], wanted[keep][wanted[keep] < 0], rtol=1e-2, atol=2)
 
 
 @pytest.mark.parametrize("count", [700, 128 + 129])

@@ -68,32 +68,41 @@ def length_of_lists(components: int) -> int:
     return min(components - 1, 32 + components // 8, LONGEST)
 
 
-def find(projections: Tensor, constants: Tensor, norm: float, threshold: float, dtype: torch.dtype) -> Neighbors:
+def find(
+    projections: Tensor, sizes: Tensor, constants: Tensor, known: Tensor, norm: float, features: int, threshold: float
+) -> Neighbors:
     """Lists of all components. K^2 p (R^2 + 7 R) multiply-adds.
 
     Args:
         projections: {m_k, V_k^T} (K, R+1, p) float64, the marginals on p directions.
-        constants: raised by their rounding, (K,), in the dtype.
+        sizes: lengths of the whitened loadings W~_k, all together, at least; (K,) float64.
+        constants: raised by their rounding, (K,), in the dtype of the mixture.
+        known: whether anything is known of a component, (K,) bool; what is not is everybody's neighbor, and no pivot.
         norm: largest eigenvalue of Q^T Q, at most.
+        features: D.
         threshold: nats.
-        dtype: of the mixture.
     """
-    count, rows, features = projections.shape
+    count, rows, kept = projections.shape
+    rank, dtype = rows - 1, constants.dtype
     means = projections[:, 0].to(dtype).contiguous()
-    whitened = means.new_empty(count, rows - 1, features)
-    cholesky = means.new_empty(count, rows - 1, rows - 1)
-    identity = torch.eye(rows - 1, dtype=torch.float64)
+    whitened = means.new_empty(count, rank, kept)
+    cholesky = means.new_empty(count, rank, rank)
+    identity = torch.eye(rank, dtype=torch.float64)
     for begin in range(0, count, _CHUNK):
         chunk = slice(begin, begin + _CHUNK)
         loadings = projections[chunk, 1:]
         lower, failed = torch.linalg.cholesky_ex(loadings @ loadings.mT + 2 * identity)
-        lower = torch.where((failed == 0)[:, None, None], lower, identity)
+        usable = ((failed == 0) & known[chunk])[:, None, None]
+        lower = torch.where(usable, lower, identity)
         whitened[chunk] = torch.linalg.solve_triangular(lower, loadings, upper=False)
-        # Where there is no factorisation, nothing is known: such a component is everybody's neighbor.
-        cholesky[chunk] = torch.where((failed == 0)[:, None, None], lower, math.nan)
-    length = length_of_lists(count)
-    found = native.library().screen_neighbors(means, whitened, cholesky, constants, norm, threshold, length)
-    neighbors, onsets, horizons = found
+        cholesky[chunk] = torch.where(usable, lower, math.nan)
+    # What V^T u may be off by: its sums and those of E and L here, and V in float64 there (README.md, "Rounding").
+    length = cholesky.double().square().sum((1, 2)).sqrt()
+    unit = torch.finfo(dtype).eps
+    offs = rank**0.5 * ((kept + 2 * rank + 8) * unit * length + 2 * features * torch.finfo(torch.float64).eps * sizes)
+    neighbors, onsets, horizons = native.library().screen_neighbors(
+        means, whitened, cholesky, constants, offs.to(dtype) * (1 + unit), norm, threshold, length_of_lists(count)
+    )
     return Neighbors(*_groups(means), neighbors, onsets, horizons, threshold)
 
 
@@ -106,7 +115,7 @@ def _groups(means: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tens
     centers = means[torch.arange(groups) * count // groups]
     owner = torch.zeros(count, dtype=torch.long)
     for _ in range(_LLOYD):
-        owner = nearest(means, centers - center, center)[0].long()
+        owner = nearest(means, centers - center, center)[0].clamp_max(groups - 1)  # K where distances overflow
         sizes = owner.bincount(minlength=groups).unsqueeze(-1)
         sums = torch.zeros_like(centers).index_add_(0, owner, means)
         centers = torch.where(sizes > 0, sums / sizes.clamp_min(1), centers)

@@ -177,9 +177,13 @@ def with_neighbors(
         assert projections is not None
         constants = factors.constants(log_weights)
         size = constants.abs() + screen.log_det.abs() + 2 * means.shape[1]
-        raised = constants + 2 * torch.finfo(means.dtype).eps * size  # as in csrc/cpu/screen_few.h
+        known = screen.slack.isfinite()
+        # As in csrc/cpu/screen_few.h, and rho, which is less than the slack: log|C_k| in float64 is off by so much.
+        raised = constants + 2 * torch.finfo(means.dtype).eps * size + torch.where(known, screen.slack, 0)
         raised = torch.where(constants == -math.inf, constants, raised)  # of no weight: nobody's neighbor
-        found = lists.find(projections, raised, 1 + _skew(q.double()), threshold, means.dtype)
+        sizes = factors.cholesky.double().square().sum((1, 2)).sqrt()
+        norm = 1 + _skew(q.double())
+        found = lists.find(projections, sizes, raised, known, norm, means.shape[1], threshold)
     return screen._replace(neighbors=found)
 
 
