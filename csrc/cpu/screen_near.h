@@ -8,8 +8,8 @@
 // Never materialised: anything of size N x K.
 // Exact     for the reason that screen.h is: whatever could come within the threshold has its logit computed in full.
 //           Tokens whose prefix is longer than the list are left to screen.h.
-// Floor     D p multiply-adds for the projection, (G + 3 K / G) p for the pivot, p (R + 1) for every neighbor in the prefix
-//           and D (R + 1) for every logit. Measured by bench/bench_screen.py.
+// Floor     D p multiply-adds for the projection, (G + 3 K / G) p for the pivot, p (R + 1) for every neighbor in the
+//          prefix and D (R + 1) for every logit. Measured by bench/bench_screen.py.
 #pragma once
 #include "screen.h"
 
@@ -76,46 +76,94 @@ struct Nearest {
   }
 };
 
-// Tokens [begin, end): appends to `guesses` (one a token, in order, its logit computed) and to `pairs` (without logits),
-// and writes `dropped` and `evaluated`, -1 where the token is left to others.
+// Tokens [begin, end) on their way: a pivot for each, the neighbors that its distance leaves, the pairs to be computed.
 template <class T>
-void near_tokens(const Shape& shape, const Screen<T>& screen, const Near<T>& near, const T* x, int64_t begin,
-                 int64_t end, const T* rows, const T* constants, const T* lam, T threshold, Pairs<T>& guesses,
-                 Pairs<T>& pairs, T* dropped, int32_t* evaluated, bool few) {
-  constexpr T kInf = std::numeric_limits<T>::infinity(), kEps = std::numeric_limits<T>::epsilon();
-  constexpr int L = 4, V = kWidth<T>;
-  const int64_t K = shape.components, D = shape.features, p = screen.features, R = shape.rank, M = near.length;
-  const int64_t here = end - begin, stride = p * (R + 1);
-  auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
-  Stretch<T> stretch;
-  stretch.project(shape, screen, x + begin * D, here, lam, few, serially);
-  const T* const y = stretch.y.data();
-
-  FewDistances<T, 1> distance_of(R, p);
-  auto offer = [&](int64_t n, int32_t k, T* largest, int32_t* owner) {  // the marginal bound of k, if it is the largest
-    T distance, value;
-    distance_of(screen.rows + k * stride, y + n * p, &distance);
-    screen.bound(k, D, &distance, stretch.norms.data() + n, 1, &value, largest, owner);
-  };
-
-  // Pivots, and what their logits reach for certain.
-  Pairs<T> pivots;
-  for (int64_t n = 0; n < here; ++n) {
-    Nearest<T, kNearGroups> groups;
-    groups.search(y + n * p, p, near.centers, near.center_halves, 0, near.groups);
-    Nearest<T, kNearMembers> found;
-    for (int i = 0; i < groups.count; ++i)
-      found.search(y + n * p, p, near.means, near.mean_halves, near.starts[groups.rows[i]],
-                   near.starts[groups.rows[i] + 1]);
-    int32_t pivot = found.count ? near.members[found.rows[0]] : 0;
-    T largest = -kInf;
-    for (int i = 0; i < found.count; ++i) offer(n, near.members[found.rows[i]], &largest, &pivot);
-    pivots.add(begin + n, pivot);
+class NearTokens {
+ public:
+  NearTokens(const Shape& shape, const Screen<T>& screen, const Near<T>& near, const T* x, int64_t begin, int64_t end,
+             const T* rows, const T* constants, const T* lam, T threshold, bool few)
+      : shape(shape), screen(screen), near(near), x(x), rows(rows), constants(constants), lam(lam),
+        threshold(threshold), begin(begin), here(end - begin), distance_of(shape.rank, screen.features) {
+    stretch.project(shape, screen, x + begin * shape.features, here, lam, few, serially);
   }
-  evaluate(shape, x, rows, constants, lam, pivots, serially);
-  std::vector<T> best(here);
-  for (int64_t n = 0; n < here; ++n) best[n] = screen.reached(pivots.logits[n], pivots.components[n], stretch.norms[n]);
-  auto challenge = [&](Pairs<T>& others) {  // takes the place of the pivot where it reaches more
+
+  // Appends to `guesses` (the pivots, in order, their logits computed) and to `pairs` (without logits), and writes
+  // `dropped` and `evaluated`, -1 where the token is left to others.
+  void run(Pairs<T>& guesses, Pairs<T>& pairs, T* dropped, int32_t* evaluated) {
+    find_pivots();
+    climb();
+    bound_prefixes();
+    settle(pairs, dropped, evaluated);
+    guesses.append(pivots);
+  }
+
+ private:
+  static constexpr T kInf = std::numeric_limits<T>::infinity(), kEps = std::numeric_limits<T>::epsilon();
+  static constexpr auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
+
+  const Shape& shape;
+  const Screen<T>& screen;
+  const Near<T>& near;
+  const T *x, *rows, *constants, *lam;
+  const T threshold;
+  const int64_t begin, here;
+  FewDistances<T, 1> distance_of;
+  Stretch<T> stretch;
+  Pairs<T> pivots;                  // one a token
+  std::vector<T> best;              // what their logits reach for certain
+  std::vector<T> distances;         // s: the token is no farther from its pivot
+  Pairs<T> close;                   // tokens of this stretch, counted from 0, and neighbors; bounds as logits
+  std::vector<int32_t> rivals;  // [here] the neighbor that may be better than the pivot, or -1
+
+  const T* y(int64_t n) const { return stretch.y.data() + n * screen.features; }
+  const T* marginal(int64_t k) const { return screen.rows + k * screen.features * (shape.rank + 1); }
+  bool within(int64_t n) const { return distances[n] < near.horizons[pivots.components[n]]; }  // its list goes so far
+
+  // The bound of k from its distance; keeps the largest and whose it is.
+  T bound(int64_t n, int64_t k, T distance, T* largest, int32_t* owner) const {
+    T value;
+    screen.bound(k, shape.features, &distance, stretch.norms.data() + n, 1, &value, largest, owner);
+    return value;
+  }
+  void offer(int64_t n, int64_t k, T* largest, int32_t* owner) {
+    T distance;
+    distance_of(marginal(k), y(n), &distance);
+    bound(n, k, distance, largest, owner);
+  }
+
+  // s for the pivot of token n, for onsets that may have been made for a smaller threshold; NaN stays.
+  T distance(int64_t n) const {
+    const int64_t k = pivots.components[n];
+    const T wider = static_cast<T>(2 * std::max(0.0, threshold - near.threshold)) * (1 + kEps);
+    const T constant = screen.raised(k, shape.features) + screen.slack[k];
+    const T rounding = 4 * kEps * (std::abs(constant) + std::abs(best[n]) + wider);
+    return std::sqrt(std::max(2 * (constant - best[n]) + wider + rounding, T(0))) * (1 + 4 * kEps);
+  }
+
+  void find_pivots() {
+    const int64_t p = screen.features;
+    for (int64_t n = 0; n < here; ++n) {
+      Nearest<T, kNearGroups> groups;
+      groups.search(y(n), p, near.centers, near.center_halves, 0, near.groups);
+      Nearest<T, kNearMembers> found;
+      for (int i = 0; i < groups.count; ++i)
+        found.search(y(n), p, near.means, near.mean_halves, near.starts[groups.rows[i]],
+                     near.starts[groups.rows[i] + 1]);
+      int32_t pivot = found.count ? near.members[found.rows[0]] : 0;
+      T largest = -kInf;
+      for (int i = 0; i < found.count; ++i) offer(n, near.members[found.rows[i]], &largest, &pivot);
+      pivots.add(begin + n, pivot);
+    }
+    evaluate(shape, x, rows, constants, lam, pivots, serially);
+    best.resize(here), distances.resize(here);
+    for (int64_t n = 0; n < here; ++n) {
+      best[n] = screen.reached(pivots.logits[n], pivots.components[n], stretch.norms[n]);
+      distances[n] = distance(n);
+    }
+  }
+
+  // Computes the logits of `others`; those that reach more change places with the pivots.
+  void challenge(Pairs<T>& others) {
     evaluate(shape, x, rows, constants, lam, others, serially);
     for (int64_t i = 0; i < others.size(); ++i) {
       const int64_t n = others.tokens[i] - begin;
@@ -125,110 +173,106 @@ void near_tokens(const Shape& shape, const Screen<T>& screen, const Near<T>& nea
       std::swap(pivots.components[n], others.components[i]);
       std::swap(pivots.logits[n], others.logits[i]);
     }
-  };
+  }
 
-  // How far tokens are from their pivots, and whether the list goes that far.
-  const T wider = static_cast<T>(2 * std::max(0.0, threshold - near.threshold)) * (1 + kEps);
-  auto distance = [&](int64_t n) {  // NaN stays
-    const T constant = screen.raised(pivots.components[n], D) + screen.slack[pivots.components[n]];
-    const T rounding = 4 * kEps * (std::abs(constant) + std::abs(best[n]) + wider);
-    return std::sqrt(std::max(2 * (constant - best[n]) + wider + rounding, T(0))) * (1 + 4 * kEps);
-  };
-  std::vector<T> distances(here);
-  for (int64_t n = 0; n < here; ++n) distances[n] = distance(n);
-  auto within = [&](int64_t n) { return distances[n] < near.horizons[pivots.components[n]]; };
-  std::vector<char> stuck(here, 0);
-  for (int climb = 0; climb < kNearClimbs; ++climb) {
-    Pairs<T> others;
-    for (int64_t n = 0; n < here; ++n) {
-      if (within(n) || stuck[n]) continue;
-      T largest = best[n];
-      int32_t owner = -1;
-      const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
-      for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, neighbors[m], &largest, &owner);
-      stuck[n] = 1;  // unless the best of them is better
-      if (owner >= 0) others.add(begin + n, owner);
-    }
-    if (!others.size()) break;
-    const std::vector<int32_t> candidates(others.components);
-    challenge(others);
-    for (int64_t i = 0; i < others.size(); ++i) {
-      const int64_t n = others.tokens[i] - begin;
-      distances[n] = distance(n);
-      stuck[n] = pivots.components[n] != candidates[i];
+  // Better pivots for tokens beyond the horizon of theirs: neighbors of theirs, while that helps.
+  void climb() {
+    const int64_t M = near.length;
+    std::vector<char> stuck(here, 0);
+    for (int climb = 0; climb < kNearClimbs; ++climb) {
+      Pairs<T> others;
+      for (int64_t n = 0; n < here; ++n) {
+        if (within(n) || stuck[n]) continue;
+        T largest = best[n];
+        int32_t owner = -1;
+        const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
+        for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, neighbors[m], &largest, &owner);
+        stuck[n] = 1;  // unless it is better
+        if (owner >= 0) others.add(begin + n, owner);
+      }
+      if (!others.size()) break;
+      const std::vector<int32_t> candidates(others.components);
+      challenge(others);
+      for (int64_t i = 0; i < others.size(); ++i) {
+        const int64_t n = others.tokens[i] - begin;
+        distances[n] = distance(n);
+        stuck[n] = pivots.components[n] != candidates[i];
+      }
     }
   }
 
   // What their lines leave of the prefixes, and the marginal bounds of that, component by component.
-  Pairs<T> close;
-  for (int64_t n = 0; n < here; ++n) {
-    evaluated[begin + n] = within(n) ? 1 : -1;
-    if (!within(n)) continue;
-    const int64_t own = pivots.components[n] * M;
-    const int64_t length = std::upper_bound(near.onsets + own, near.onsets + own + M, distances[n]) - near.onsets - own;
-    for (int64_t m = 0; m < length; m += V) {
-      const int64_t count = std::min<int64_t>(V, length - m);
-      const int32_t* const some = near.neighbors + own + m;
-      T on_lines[V] = {}, value, largest = kInf;
-      int32_t owner = -1;
-      if (screen.lines) distances_on_lines(screen, some, count, y + n * p, on_lines);
-      for (int64_t i = 0; i < count; ++i) {
-        screen.bound(some[i], D, on_lines + i, stretch.norms.data() + n, 1, &value, &largest, &owner);
-        if (!(value < best[n] - threshold)) close.add(n, some[i]);  // NaN is not
+  void bound_prefixes() {
+    constexpr int V = kWidth<T>, L = 4;
+    const int64_t M = near.length, p = screen.features;
+    for (int64_t n = 0; n < here; ++n) {
+      if (!within(n)) continue;
+      const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
+      const T* const onsets = near.onsets + pivots.components[n] * M;
+      const int64_t length = std::upper_bound(onsets, onsets + M, distances[n]) - onsets;
+      for (int64_t m = 0; m < length; m += V) {
+        const int64_t count = std::min<int64_t>(V, length - m);
+        T on_lines[V] = {}, largest = kInf;
+        int32_t owner = -1;
+        if (screen.lines) distances_on_lines(screen, neighbors + m, count, y(n), on_lines);
+        for (int64_t i = 0; i < count; ++i)
+          if (!(bound(n, neighbors[m + i], on_lines[i], &largest, &owner) < best[n] - threshold))  // NaN is not
+            close.add(n, neighbors[m + i]);
+      }
+    }
+    close.logits.resize(close.size());
+    rivals.assign(here, -1);
+    const std::vector<int64_t> order = grouped(close.components, shape.components);
+    std::vector<T> largest(best), some(L * p);
+    FewDistances<T, L> distances_of(shape.rank, p);
+    for (int64_t i = 0, count; i < close.size(); i += count) {
+      const int64_t k = close.components[order[i]];
+      count = run_length(close.components, order, i, std::min<int64_t>(L, close.size() - i));
+      T together[L];
+      if (count == 1) {
+        distance_of(marginal(k), y(close.tokens[order[i]]), together);
+      } else {
+        for (int64_t g = 0; g < L; ++g)  // the last again and again where there are fewer
+          std::copy_n(y(close.tokens[order[i + std::min(g, count - 1)]]), p, some.data() + g * p);
+        distances_of(marginal(k), some.data(), together);
+      }
+      for (int64_t g = 0; g < count; ++g) {
+        const int64_t n = close.tokens[order[i + g]];
+        close.logits[order[i + g]] = bound(n, k, together[g], &largest[n], &rivals[n]);
       }
     }
   }
-  const std::vector<int64_t> order = grouped(close.components, K);
-  close.logits.resize(close.size());  // bounds
-  std::vector<T> largest(best), some(L * p), together(L);
-  std::vector<int32_t> owners(here, -1);
-  FewDistances<T, L> distances_of(R, p);
-  for (int64_t i = 0, count; i < close.size(); i += count) {
-    const int64_t k = close.components[order[i]];
-    count = run_length(close.components, order, i, std::min<int64_t>(L, close.size() - i));
-    T values[L], norms[L];
-    if (count == 1) {
-      distance_of(screen.rows + k * stride, y + close.tokens[order[i]] * p, together.data());
-    } else {
-      for (int64_t g = 0; g < L; ++g)  // the last again and again where there are fewer
-        std::copy_n(y + close.tokens[order[i + std::min(g, count - 1)]] * p, p, some.data() + g * p);
-      distances_of(screen.rows + k * stride, some.data(), together.data());
-    }
-    for (int64_t g = 0; g < count; ++g) {
-      const int64_t n = close.tokens[order[i + g]];
-      norms[g] = stretch.norms[n];
-      screen.bound(k, D, together.data() + g, norms + g, 1, values + g, &largest[n], &owners[n]);
-      close.logits[order[i + g]] = values[g];
-    }
-  }
-  Pairs<T> others;
-  for (int64_t n = 0; n < here; ++n)
-    if (owners[n] >= 0) others.add(begin + n, owners[n]);
-  challenge(others);
 
-  std::vector<int32_t> kept(here, 1);
-  auto keep = [&](int64_t n, int32_t k) {
-    pairs.add(begin + n, k);
-    ++kept[n];
-  };
-  for (int64_t i = 0; i < close.size(); ++i) {
-    const int64_t n = close.tokens[i];
-    if (close.components[i] != pivots.components[n] && !(close.logits[i] < best[n] - threshold))  // NaN is not
-      keep(n, close.components[i]);
+  void settle(Pairs<T>& pairs, T* dropped, int32_t* evaluated) {
+    std::vector<char> settled(here);
+    Pairs<T> others;
+    for (int64_t n = 0; n < here; ++n) {
+      settled[n] = within(n);  // of the pivot whose list was used
+      if (rivals[n] >= 0) others.add(begin + n, rivals[n]);
+    }
+    challenge(others);
+    std::vector<int32_t> kept(here, 1);
+    auto keep = [&](int64_t n, int32_t k) {
+      pairs.add(begin + n, k);
+      ++kept[n];
+    };
+    for (int64_t i = 0; i < close.size(); ++i) {
+      const int64_t n = close.tokens[i];
+      if (close.components[i] != pivots.components[n] && !(close.logits[i] < best[n] - threshold))  // NaN is not
+        keep(n, close.components[i]);
+    }
+    // A pivot that lost its place here is not among its own neighbors.
+    for (int64_t i = 0; i < others.size(); ++i) {
+      const int64_t n = others.tokens[i] - begin;
+      if (others.components[i] != rivals[n]) keep(n, others.components[i]);
+    }
+    const double share = std::exp(-static_cast<double>(threshold)) * (1 + 1e-6);
+    for (int64_t n = 0; n < here; ++n) {
+      evaluated[begin + n] = settled[n] ? kept[n] : -1;
+      if (settled[n]) dropped[begin + n] = static_cast<T>((shape.components - kept[n]) * share);
+    }
   }
-  // A pivot that lost its place is not among its own neighbors.
-  for (int64_t i = 0; i < others.size(); ++i) {
-    const int64_t n = others.tokens[i] - begin;
-    if (others.components[i] != owners[n]) keep(n, others.components[i]);
-  }
-  const double share = std::exp(-static_cast<double>(threshold)) * (1 + 1e-6);
-  for (int64_t n = 0; n < here; ++n) {
-    if (evaluated[begin + n] < 0) continue;
-    evaluated[begin + n] = kept[n];
-    dropped[begin + n] = static_cast<T>((K - kept[n]) * share);
-  }
-  guesses.append(pivots);
-}
+};
 
 // As `select_screened` in screen.h, which takes the tokens that this leaves.
 template <class T, class ParallelFor>
@@ -243,9 +287,11 @@ void select_near(const Shape& shape, const Screen<T>& screen, const Near<T>& nea
     const int64_t size = ceil_div(step, kPanel<T>) * kPanel<T>, stretches = ceil_div(to - from, size);
     std::vector<Pairs<T>> guessed(stretches), found(stretches);
     parallel_for(stretches, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i)
-        near_tokens(shape, screen, near, x, from + i * size, std::min(to, from + (i + 1) * size), rows, constants, lam,
-                    threshold, guessed[i], found[i], dropped, evaluated, tokens <= kFewScreened);
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t begin = from + i * size, end = std::min(to, begin + size);
+        NearTokens<T>(shape, screen, near, x, begin, end, rows, constants, lam, threshold, tokens <= kFewScreened)
+            .run(guessed[i], found[i], dropped, evaluated);
+      }
     });
     for (const Pairs<T>& some : guessed) guesses.append(some);
     for (const Pairs<T>& some : found) pairs.append(some);

@@ -4,13 +4,13 @@
 //           distance of a token from component k, in all D features. For any direction u,
 //             d_k(x) >= |u.(y - m_k)| / sqrt(u^T S_k u) >= alpha - beta d_j(x),
 //             alpha = |u.(m_j - m_k)| / sqrt(u^T S_k u),   beta = sqrt(u^T S_j u / u^T S_k u),
-//           because |u.(y - m_j)| <= sqrt(u^T S_j u) d_j(x). Where d_j(x) = s, the logit of j is constant_j - s^2 / 2, and
-//           k is below it by more than T as long as (alpha - beta s)^2 > s^2 + 2 (constant_k - constant_j + T): for all s
-//           below the `onset` of k, the root.
-//           u = (S_j + S_k)^-1 (m_k - m_j), the discriminant between the two.
-// Never materialised: K x K of anything. A block of components j meets V components k at a time, one to a SIMD lane.
-// Exact     u is what it is after rounding; its products with m and V, and their rounding, are bounded from the side that
-//           keeps an onset from being too large (mfa_kernels/ops/screen/README.md, "Rounding").
+//           because |u.(y - m_j)| <= sqrt(u^T S_j u) d_j(x). Where d_j(x) = s, the logit of j is constant_j - s^2 / 2,
+//           and k is below it by more than T as long as (alpha - beta s)^2 > s^2 + 2 (constant_k - constant_j + T): for
+//           all s below the `onset` of k, the root. u = (S_j + S_k)^-1 (m_k - m_j), the discriminant between the two.
+// Never materialised: K x K of anything but the onsets of up to kSquare components. A block of components j meets V
+//           components k at a time, one to a SIMD lane.
+// Exact     u is what it is after rounding; its products with m and V, and their rounding, are bounded from the side
+//           that keeps an onset from being too large (mfa_kernels/ops/screen/README.md, "Rounding").
 // Floor     K^2 p (R^2 + 7 R) multiply-adds, half of them up to kSquare components. Measured by bench/bench_screen.py.
 #pragma once
 #include <algorithm>
@@ -40,9 +40,10 @@ struct Pairing {
   T* horizons;                         // [K] the first onset that was left out
 };
 
-// out [A, B] += over all coordinates of a [p, stride] (one component, broadcast) times b [p, columns, V] (one to a lane).
+// out [A, B] = sums over the coordinates of a [p, stride] (one component, broadcast) times b [p, columns, V] (lanes).
 template <class T, int A, int B>
-void pair_products(const T* a, int64_t stride, const T* b, int64_t columns, int64_t p, Vec<T>* out, int64_t out_stride) {
+void pair_products(const T* a, int64_t stride, const T* b, int64_t columns, int64_t p, Vec<T>* out,
+                   int64_t out_stride) {
   Vec<T> sum[A][B] = {};
   for (int64_t c = 0; c < p; ++c)
 #pragma GCC unroll 12
@@ -53,7 +54,7 @@ void pair_products(const T* a, int64_t stride, const T* b, int64_t columns, int6
     for (int j = 0; j < B; ++j) out[i * out_stride + j] = sum[i][j];
 }
 
-// out [B] += over all coordinates of a [p, V] times b [p, columns, V], lane by lane.
+// out [B] = sums over the coordinates of a [p, V] times b [p, columns, V], lane by lane.
 template <class T, int B>
 void lane_products(const Vec<T>* a, const T* b, int64_t columns, int64_t p, Vec<T>* out) {
   Vec<T> sum[B] = {};
@@ -91,7 +92,8 @@ void with_constant(int64_t n, Body&& body) {
 // Some component j, broadcast, against V components k, one to a lane.
 template <class T>
 struct PairTile {
-  static constexpr int V = kWidth<T>, kSide = kRegisters >= 32 ? 5 : 3, kColumns = kRegisters >= 32 ? 12 : 6, kUnrolled = 12;
+  static constexpr int V = kWidth<T>, kSide = kRegisters >= 32 ? 5 : 3, kColumns = kRegisters >= 32 ? 12 : 6;
+  static constexpr int kUnrolled = 12;
   int64_t p, R;
   std::vector<T> memory;
   Vec<T>*cross, *schur, *left, *right, *spare, *difference, *direction;  // [R, R] twice, [R] thrice, [p] twice
@@ -114,8 +116,8 @@ struct PairTile {
     }
   }
 
-  // left, right = [I, C; C^T, I]^-1 [left; right] by I - C^T C = F F^T. N is the rank where the compiler is to know it: short
-  // loops over small matrices cost several times as much where it does not.
+  // left, right = [I, C; C^T, I]^-1 [left; right] by I - C^T C = F F^T. N is the rank where the compiler is to know it:
+  // short loops over small matrices cost several times as much where it does not.
   template <int N>
   void solve() {
     const int64_t rank = N ? N : R;
@@ -160,7 +162,8 @@ struct PairTile {
     }
   }
 
-  // u, in every lane: (S_j + S_k)^-1 (m_k - m_j) up to scale, from [I, C; C^T, I] [a; b] = [E_j^T v; E_k^T v], C = E_j^T E_k.
+  // u, in every lane: (S_j + S_k)^-1 (m_k - m_j) up to scale, from [I, C; C^T, I] [a; b] = [E_j^T v; E_k^T v] with
+  // C = E_j^T E_k.
   void direct(const T* m_j, const T* e_j, const T* m_k, const T* e_k) {
     for (int64_t i = 0; i < R; i += kSide)
       for (int64_t j = 0; j < R; j += kSide)
@@ -175,18 +178,16 @@ struct PairTile {
       solve<0>();
     else
       with_constant<kUnrolled>(R, [&]<int N>(std::integral_constant<int, N>) { solve<N>(); });
-    for (int64_t r = 0, count; r < R || r == 0; r += count) {
+    if (!R) std::copy_n(reinterpret_cast<const T*>(difference), p * V, reinterpret_cast<T*>(direction));
+    for (int64_t r = 0, count; r < R; r += count) {
       count = std::min<int64_t>(kColumns, R - r);
-      const Vec<T>* from = r ? direction : difference;
-      if (!count) std::copy_n(reinterpret_cast<const T*>(difference), p * V, reinterpret_cast<T*>(direction));
-      if (!count) break;
       with_constant<kColumns>(count, [&]<int B>(std::integral_constant<int, B>) {
-        subtract_products<T, B>(from, e_j + r, left + r, e_k + r * V, right + r, R, p, direction);
+        subtract_products<T, B>(r ? direction : difference, e_j + r, left + r, e_k + r * V, right + r, R, p, direction);
       });
     }
   }
 
-  // From u: what bounds the deviation of u.y from components j and k, and how far their means are apart along it, [V] each.
+  // From u, [V] each: bounds of the deviation of u.y from components j and k, and of how far their means are apart.
   void measure(const Pairing<T>& in, const T* e_j, const T* l_j, T off_j, T size_j, const T* e_k, const T* l_k,
                const T* off_k, const T* size_k, double* sigma_j, double* sigma_k, double* apart) {
     const double error = (p + 8) * double(std::numeric_limits<T>::epsilon()) / 2;  // of a sum of p products
@@ -227,9 +228,9 @@ T onset(double sigma_j, double sigma_k, double apart, double more, double thresh
   return found > 0 ? static_cast<T>(found) : T(0);  // NaN is not
 }
 
-// Lists of the M components with the smallest onsets, for every component.
-constexpr int64_t kSquare = 8192;
+constexpr int64_t kSquare = 8192;  // components up to which all onsets are held, so that every pair is met once
 
+// Lists of the M components with the smallest onsets, for every component.
 template <class T, class ParallelFor>
 void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
   constexpr int V = kWidth<T>;
@@ -246,7 +247,8 @@ void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
         const T value = in.means[k * p + c];
         means[(tile * p + c) * V + lane] = value;
         square += double(value) * value;
-        for (int64_t r = 0; r < R; ++r) whitened[((tile * p + c) * R + r) * V + lane] = in.whitened[(k * R + r) * p + c];
+        for (int64_t r = 0; r < R; ++r)
+          whitened[((tile * p + c) * R + r) * V + lane] = in.whitened[(k * R + r) * p + c];
       }
       for (int64_t r = 0; r < R * R; ++r) cholesky[(tile * R * R + r) * V + lane] = in.cholesky[k * R * R + r];
       sizes[i] = static_cast<T>(std::sqrt(square) * (1 + 1e-6));
