@@ -227,7 +227,7 @@ class MFA(nn.Module):
 
         Returns:
             Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per
-            component, and where neither the C++ kernels nor Triton serve the mixture. With Triton, training steps take
+            component, and where neither the C++ kernels nor Triton serve the mixture. On a GPU, training steps take
             the dense scan.
         """
         from mfa_kernels.ops.screen import neighbors as lists
@@ -266,7 +266,7 @@ class MFA(nn.Module):
         if self._screen is None:
             return None
         seen, screen, evaluated = self._screen
-        if x.is_cuda and torch.is_grad_enabled() and (x.requires_grad or self._training_step()):
+        if x.is_cuda and self._training_step():  # stage 0, in float64 there, would cost more than the scan saves
             return None
         tokens = x.shape[0]
         if seen is not factors and screen is not None and evaluated is not None:

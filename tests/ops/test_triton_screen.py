@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.ops import configs
 from mfa_kernels.ops.factors import triton_rows
-from mfa_kernels.ops.screen import reference, triton_project, triton_screen
+from mfa_kernels.ops.screen import differentiable, reference, triton_project, triton_screen
 from mfa_kernels.ops.screen.basis import basis
 from mfa_kernels.ops.screen.op import Screened
 from mfa_kernels.ops.select import triton_tokens
@@ -265,6 +265,22 @@ def test_no_weight_no_tokens_and_nothing_known_of_a_component():
     assert (found.evaluated >= 2).any()  # the degenerate one is always computed
     assert not (found.active.components % 2 == 0).any()
     torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x).to(DEVICE), rtol=1e-5, atol=0)
+
+
+def test_gradients_are_those_of_the_dense_scan():
+    case = Case(mixture(70, 40, 3, spread=2.0), 16)
+    x = tokens(case.m, 9).to(DEVICE)
+
+    def gradients(screened: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, *case.m)]
+        if screened:
+            log_prob = differentiable.log_prob(*leaves, case.factors, case.screen, 16).active.log_prob
+        else:
+            log_prob = Mixture(*leaves[1:]).active(leaves[0], center=case.factors.center).log_prob
+        return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
+
+    for ours, dense in zip(gradients(True), gradients(False)):
+        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4 * dense.abs().max().item())
 
 
 def test_half_precision_tokens():

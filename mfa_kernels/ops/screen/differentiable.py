@@ -26,7 +26,7 @@ def log_prob(
     screen: AnyScreen,
     slots: int,
 ) -> Screened:
-    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; on a CPU differentiable in the first five arguments.
+    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; differentiable in the first five arguments.
 
     Args:
         x: (N, D), any float dtype.
@@ -37,7 +37,10 @@ def log_prob(
     """
     f = factors
     if not isinstance(screen, Screen):
-        return select(x, f, f.constants(log_weights), screen, activity_threshold(len(means), means.dtype), slots)
+        *active, dropped, evaluated = _Screened.apply(
+            x, means, loadings, noise_variance, log_weights, factors, screen, slots
+        )
+        return Screened(Active(*active), dropped, evaluated)
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
         x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
         screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,
@@ -85,6 +88,25 @@ def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
     gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
     return *(g if n else None for g, n in zip(gradients, needs)), *ctx.rest
+
+
+class _Screened(torch.autograd.Function):
+    """The Triton scan with its gradients; eager only."""
+
+    @staticmethod
+    def forward(ctx, x, means, loadings, noise_variance, log_weights, factors, screen, slots):
+        f, threshold = factors, activity_threshold(len(means), means.dtype)
+        active, dropped, evaluated = select(x, f, f.constants(log_weights), screen, threshold, slots)
+        parameters = means, loadings, noise_variance, log_weights
+        ctx.save_for_backward(x, *parameters, f.rows, f.cholesky, f.log_det, f.scale, f.center, *active)
+        ctx.rest = [None] * 3
+        ctx.mark_non_differentiable(active.components, active.counts, dropped, evaluated)
+        return *active, dropped, evaluated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        return _gradient(ctx, *gradients)
 
 
 torch.library.register_autograd("mfa_kernels::screened_log_prob", _gradient, setup_context=_context)
