@@ -57,7 +57,8 @@ def discriminants(m: Mixture, basis: Tensor) -> Tensor:
     means, loadings = wide.means @ projection, wide.loadings.mT @ projection
     covariance = loadings.mT @ loadings + torch.eye(basis.shape[1], dtype=torch.float64)
     difference = means.unsqueeze(0) - means.unsqueeze(1)
-    return torch.linalg.solve(covariance.unsqueeze(1) + covariance, difference) @ projection.T
+    lower = torch.linalg.cholesky(covariance.unsqueeze(1) + covariance)
+    return torch.cholesky_solve(difference.unsqueeze(-1), lower).squeeze(-1) @ projection.T
 
 
 def onsets_fp64(m: Mixture, basis: Tensor, threshold: float) -> Tensor:
