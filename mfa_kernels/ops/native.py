@@ -100,7 +100,7 @@ def library() -> Any:
         return cached(name) or build(
             name,
             sorted(source_folder().glob("*.cpp")),
-            "the C++ kernels, once (about 40 s on two cores)",
+            "the C++ kernels, once (about a minute on two cores)",
             extra_cflags=FLAGS,
         )
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
