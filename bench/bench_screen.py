@@ -195,9 +195,6 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     listed, list_seconds = timed(lambda: prepared.listed(screen))
     one, found = x[:1].contiguous(), prepared.screened(x, screen)
     evaluated, left = found.evaluated, prepared.lines_left(x, found, screen)
-    bounds = count * (rank + 1)  # rows of p features that a token of a batch meets
-    if screen.batches_by_lines:
-        bounds = count + (left.mean().item() * count + op.candidates(count)) * (rank + 1)
     functions = {
         "gemm": gemm_of(len(x), count, features, rank),
         "dense": partial(prepared.dense, x),
@@ -212,7 +209,6 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     }
     times, times_alone = smallest_times(functions, repeats), smallest_times(alone, 10 * repeats)
     screened = evaluated[evaluated >= 0].double()
-    pairs = torch.where(evaluated < 0, count, evaluated).double().mean().item()
     return {
         "K": count,
         "p": kept,
@@ -221,10 +217,6 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
         "of_the_dense_scan": {key: times[key] / times["dense"] for key in ("screened", "lists")},
         "list_seconds": list_seconds,
         "tokens_beyond_their_list": prepared.not_listed(x, listed),
-        "flops_per_token": {
-            "dense": 2 * count * (rank + 1) * features,
-            "screened": 2 * features * kept + 2 * bounds * kept + 2 * (rank + 1) * pairs * features,
-        },
         "lines_left": left.mean().item(),
         "batches_by_lines": screen.batches_by_lines,
         "computed_per_token": screened.mean().item(),

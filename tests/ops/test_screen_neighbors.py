@@ -18,9 +18,10 @@ from tests.ops.test_select import check_slots, plain_fp32
 
 # (N, K, D, p, R): components in blocks of 8 against tiles of 16 (8 in double), loadings in columns of 12 and squares
 # of 5, ranks beyond 12 by loops the compiler does not know; tokens up to 4 by a path of their own, marginal bounds of
-# pairs by 4, lists by 16: three of each and a ragged tail.
+# pairs by 4, lists by 16, tokens in stretches of 1,024 on two threads: three of each and a ragged tail.
 SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (301, 211, 40, 16, 3), (70, 67, 391, 208, 2),
-          (1500, 197, 45, 32, 4), (40, 131, 50, 16, 0), (50, 53, 64, 32, 27), (20, 2, 40, 16, 1)]  # fmt: skip
+          (1500, 197, 45, 32, 4), (6800, 41, 32, 16, 2), (40, 131, 50, 16, 0), (50, 53, 64, 32, 27),
+          (20, 2, 40, 16, 1)]  # fmt: skip
 
 LISTS = [(201, 40, 16, 3), (70, 71, 32, 10), (37, 391, 208, 5), (53, 50, 16, 0), (53, 64, 32, 27), (2, 40, 16, 1)]
 
@@ -50,34 +51,34 @@ def prepared(m: Mixture, features: int = 16, threshold: float | None = None) -> 
     return Prepared(factors, factors.constants(m.log_weights), screen, activity_threshold(len(m.means), m.means.dtype))
 
 
-def discriminants(m: Mixture, basis: Tensor) -> Tensor:
-    """lam Q (S_j + S_k)^-1 (m_k - m_j), in float64: (K, K, D)."""
+def discriminants(m: Mixture, basis: Tensor, of: Tensor) -> Tensor:
+    """lam Q (S_j + S_k)^-1 (m_k - m_j) of some j, in float64: (J, K, D)."""
     wide = m.to(torch.float64)
     projection = wide.noise_variance.rsqrt().unsqueeze(-1) * basis.double()
     means, loadings = wide.means @ projection, wide.loadings.mT @ projection
     covariance = loadings.mT @ loadings + torch.eye(basis.shape[1], dtype=torch.float64)
-    difference = means.unsqueeze(0) - means.unsqueeze(1)
-    lower = torch.linalg.cholesky(covariance.unsqueeze(1) + covariance)
+    difference = means.unsqueeze(0) - means[of].unsqueeze(1)
+    lower = torch.linalg.cholesky(covariance[of].unsqueeze(1) + covariance)
     return torch.cholesky_solve(difference.unsqueeze(-1), lower).squeeze(-1) @ projection.T
 
 
-def onsets_fp64(m: Mixture, basis: Tensor, threshold: float) -> Tensor:
-    """The roots, by bisection: (K, K), [j, k] of k for tokens of j."""
+def onsets_fp64(m: Mixture, basis: Tensor, threshold: float, of: Tensor) -> Tensor:
+    """The roots, by bisection: (J, K), of k for tokens of some j; infinite for j itself."""
     wide = m.to(torch.float64)
-    u = discriminants(m, basis)
+    u = discriminants(m, basis, of)
     spread = (u.square() * wide.noise_variance).sum(-1)
-    sigma_j = (spread + torch.einsum("jkd,jdr->jkr", u, wide.loadings).square().sum(-1)).sqrt()
+    sigma_j = (spread + torch.einsum("jkd,jdr->jkr", u, wide.loadings[of]).square().sum(-1)).sqrt()
     sigma_k = (spread + torch.einsum("jkd,kdr->jkr", u, wide.loadings).square().sum(-1)).sqrt()
-    alpha = (u * (wide.means.unsqueeze(0) - wide.means.unsqueeze(1))).sum(-1).abs() / sigma_k
+    alpha = (u * (wide.means.unsqueeze(0) - wide.means[of].unsqueeze(1))).sum(-1).abs() / sigma_k
     beta = sigma_j / sigma_k
     constants = m.factors().constants(m.log_weights).double()
-    g = 2 * (constants - constants.unsqueeze(-1) + threshold)
+    g = 2 * (constants - constants[of].unsqueeze(-1) + threshold)
     low, high = torch.zeros_like(g), torch.full_like(g, 1e9)
     for _ in range(120):
         s = (low + high) / 2
         ruled_out = (s.square() + g < 0) | ((alpha > beta * s) & ((alpha - beta * s).square() > s.square() + g))
         low, high = torch.where(ruled_out, s, low), torch.where(ruled_out, high, s)
-    return low
+    return low.scatter(1, of.unsqueeze(-1), math.inf)
 
 
 def all_onsets(neighbors: op.Neighbors) -> Tensor:
@@ -86,29 +87,39 @@ def all_onsets(neighbors: op.Neighbors) -> Tensor:
     return onsets.scatter(1, neighbors.neighbors.long(), neighbors.onsets)
 
 
+def check_lists(m: Mixture, features: int, of: Tensor) -> None:
+    """Lists of the components `of` hold the smallest onsets, which are those of the formula or a little less."""
+    found = prepared(m, features)
+    lists = found.screen.neighbors
+    wanted = onsets_fp64(m, found.screen.basis, found.threshold, of)
+    unit = torch.finfo(m.means.dtype).eps
+    near = {
+        "rtol": 2e-6 + 1e3 * unit,
+        "atol": 4e4 * unit,
+    }  # rounding of V^T u, of which |V| / |u| may be in the thousands
+    listed, onsets = wanted.gather(1, lists.neighbors[of].long()), lists.onsets[of].double()
+    assert (onsets <= listed).all()
+    torch.testing.assert_close(onsets, listed, **near)
+    length = onsets.shape[1]
+    assert length == op.lists.length_of_lists(len(m.means))
+    assert (onsets.diff(dim=1) >= 0).all()
+    smallest = wanted.sort(1).values
+    torch.testing.assert_close(onsets, smallest[:, :length], **near)
+    torch.testing.assert_close(lists.horizons[of].double(), smallest[:, length], **near)
+
+
 @pytest.mark.parametrize("shape", LISTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.usefixtures("poisoned")
 def test_onsets_are_the_formula_and_lists_hold_the_smallest(shape, dtype):
     k, d, p, r = shape
-    m = mixture(k, d, r, dtype=dtype)
-    found = prepared(m, p)
-    neighbors = found.screen.neighbors
-    wanted = onsets_fp64(m, found.screen.basis, found.threshold).fill_diagonal_(math.inf)
-    listed = wanted.gather(1, neighbors.neighbors.long())
-    unit = torch.finfo(dtype).eps
-    near = {
-        "rtol": 2e-6 + 1e3 * unit,
-        "atol": 4e4 * unit,
-    }  # rounding of V^T u, of which |V| / |u| may be in the thousands
-    assert (neighbors.onsets <= listed).all()
-    torch.testing.assert_close(neighbors.onsets.double(), listed, **near)
-    length = neighbors.neighbors.shape[1]
-    assert length == op.lists.length_of_lists(k)
-    assert (neighbors.onsets.diff(dim=1) >= 0).all()
-    smallest = wanted.sort(1).values
-    torch.testing.assert_close(neighbors.onsets.double(), smallest[:, :length], **near)
-    torch.testing.assert_close(neighbors.horizons.double(), smallest[:, length], **near)
+    check_lists(mixture(k, d, r, dtype=dtype), p, torch.arange(k))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_lists_of_more_components_than_all_onsets_are_held_for():
+    """8,203: every pair is met twice, from each side, and no K x K onsets exist."""
+    check_lists(mixture(8203, 16, 1), 16, torch.tensor([0, 7, 8, 4096, 8191, 8192, 8202]))
 
 
 def test_groups_hold_every_component_once():
@@ -142,8 +153,8 @@ def test_nobody_is_active_nearer_than_its_onset(case, features):
 
     for j in range(0, len(m.means), 7):
         check(x.double(), torch.full((len(x),), j))
-    u = discriminants(m, found.screen.basis)[::7]
     of = torch.arange(0, len(m.means), 7)
+    u = discriminants(m, found.screen.basis, of)
     covered = u * wide.noise_variance + torch.einsum("jdr,jkr->jkd", wide.loadings[of],
                                                      torch.einsum("jkd,jdr->jkr", u, wide.loadings[of]))  # fmt: skip
     length = (u * covered).sum(-1, keepdim=True).sqrt()

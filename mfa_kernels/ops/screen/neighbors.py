@@ -15,7 +15,7 @@ LONGEST = 512
 """Neighbors per component at most."""
 
 LEAST_COMPONENTS = 1024
-"""Fewer are bounded one by one in less time than it takes to find a first component among them."""
+"""Fewer are bounded one by one in about the same time (`python -m bench.bench_screen --curve`)."""
 
 AT_ONCE = 4096
 """Components whose lists take no longer than a second or so on two cores: made without being asked for."""
