@@ -223,7 +223,10 @@ class MFA(nn.Module):
                 draws them from the mixture itself.
             neighbors: whether to list, for every component, those that can be active beside it: the work of a token
                 then hardly grows with K, while parameters stand still. On a CPU; takes K^2 steps, one or two seconds
-                at K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components.
+                at K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components, where it can.
+
+        Raises:
+            ValueError: neighbors are asked for where the C++ kernels do not serve the mixture.
 
         Returns:
             Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per
@@ -235,6 +238,10 @@ class MFA(nn.Module):
 
         self._screen = self.evaluated = None
         (means, loadings, noise, log_weights), factors = self._prepared()
+        if neighbors and not factors.is_native:
+            raise ValueError(
+                "neighbors must be None or False here: only the C++ kernels, on a CPU, have lists of neighbors"
+            )
         chosen = evaluated = None
         if neighbors is None:
             neighbors = lists.LEAST_COMPONENTS <= self.n_components <= lists.AT_ONCE

@@ -500,11 +500,20 @@ def test_a_screen_changes_the_cost_and_not_the_result():
         torch.testing.assert_close(again.responsibilities, code.responsibilities, rtol=1e-4, atol=1e-6)
 
 
+def test_lists_of_neighbors_need_the_native_kernels(monkeypatch):
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "portable")
+    mfa, x = screened_mixture()
+    with pytest.raises(ValueError, match="neighbors must be None or False here"):
+        mfa.screen(x, neighbors=True)
+    assert not mfa.screen(x)
+
+
 @torch.no_grad()
 def test_a_screen_with_lists_of_neighbors(monkeypatch):
     mfa, x = screened_mixture()
-    if not mfa.screen(x, neighbors=True):
-        pytest.skip("screening needs the C++ kernels")
+    if not mfa.factors().is_native:
+        pytest.skip("lists need the C++ kernels")
+    assert mfa.screen(x, neighbors=True)
     assert mfa.screened()[1].neighbors.neighbors.shape == (200, lists.length_of_lists(200))
     wanted = mixture_of(mfa).log_prob_fp64(x)
     torch.testing.assert_close(mfa.log_prob(x).double(), wanted, rtol=1e-5, atol=1e-4)
