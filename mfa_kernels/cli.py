@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--shard-components",
         action="store_true",
-        help="for a mixture too large for one device: each process holds some of the regions, and reads all rows; em "
-        "alone, and the checkpoint is the best mixture so far, from which --resume starts",
+        help="for a mixture too large for one device: each process holds some of the regions, and reads all rows; not "
+        "by sgd",
     )
 
     encode = command("encode", _encode, "write the codes of a store's activations")
@@ -273,26 +273,12 @@ def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str
 def _fit_sharded(
     arguments: argparse.Namespace, store: ActivationStore, device: str | None, own: dict[str, Any]
 ) -> ShardedMFA:
-    from mfa_kernels.checkpoint import CONFIG
     from mfa_kernels.fitting import fit_sharded
-    from mfa_kernels.sharded import ShardedMFA
 
-    if (
-        arguments.method not in ("auto", "em")
-        or arguments.init != "pca"
-        or arguments.polish
-        or arguments.lr is not None
-    ):
-        raise ValueError("--shard-components fits by --method em from --init pca, without --polish and --lr")
-    start = None
-    if arguments.resume:
-        if arguments.checkpoint is None:
-            raise ValueError("--resume needs --checkpoint")
-        if (own["checkpoint"] / CONFIG).exists():
-            start = ShardedMFA.from_pretrained(own["checkpoint"], device=device)
-    return fit_sharded(
-        store, **own, noise=arguments.noise, epochs=arguments.epochs, seed=arguments.seed, start=start, device=device
-    )
+    options = _fit_options(arguments)
+    if (options.pop("init"), options.pop("polish"), options.pop("lr", None)) != ("pca", 0, None):
+        raise ValueError("--shard-components starts from --init pca, and goes without --polish and --lr")
+    return fit_sharded(store, device=device, **own, **options)
 
 
 def _fit_while_harvesting(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:

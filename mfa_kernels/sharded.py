@@ -118,7 +118,7 @@ class ShardedMFA(nn.Module):
         local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
         local.extra = dict(mfa.extra)
         local.load_state_dict(
-            {name: t[start:stop] if _is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
+            {name: t[start:stop] if is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
         )
         return cls(local, group)
 
@@ -285,7 +285,7 @@ class ShardedMFA(nn.Module):
                 weights = files.enter_context(open(weights_path, "wb"))
                 weights.write(self._header(config))
             for name, tensor in local.state_dict().items():
-                sharers = range(ranks.size if _is_split(name, self.noise) else 1)
+                sharers = range(ranks.size if is_split(name, self.noise) else 1)
                 for piece in (piece for rank in sharers for piece in self._pieces(tensor, rank)):
                     if weights is not None:
                         weights.write(piece.cpu().view(torch.uint8).numpy().tobytes())
@@ -296,7 +296,7 @@ class ShardedMFA(nn.Module):
         header: dict[str, Any] = {"__metadata__": checkpoint._metadata(config)}
         end = 0
         for name, tensor in self.local.state_dict().items():
-            shape = [self.n_components if _is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
+            shape = [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
             start, end = end, end + torch.Size(shape).numel() * tensor.element_size()
             header[name] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
@@ -362,7 +362,7 @@ class ShardedMFA(nn.Module):
                 dtype=checkpoint._DTYPES[config["dtype"]],
             )
             for name, expected in local.state_dict().items():
-                split = _is_split(name, local.noise)
+                split = is_split(name, local.noise)
                 found = file.get_slice(name)
                 shape = [config["n_components"] if split else len(expected), *expected.shape[1:]]
                 if list(found.get_shape()) != shape:
@@ -378,7 +378,7 @@ AnyMFA = MFA | ShardedMFA
 """What fitting changes: parameters of components that are held here, and the ranks that hold the others."""
 
 
-def _is_split(name: str, noise: str) -> bool:
+def is_split(name: str, noise: str) -> bool:
     """Whether a parameter of this name has a row for every component."""
     return name in ("means", "loadings", "weight_logits") or (name == "log_noise" and noise == "per_component")
 

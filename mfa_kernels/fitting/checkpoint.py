@@ -31,8 +31,9 @@ FORMAT = "mfa_kernels.fit"
 VERSION = 2
 FILE = "checkpoint.json"
 DONE = "done"  # the stage of a fit that came to its end
+_STATE = r"state-(\d+)(?:-\d+-of-\d+)?\.safetensors"
 # States, and what a process that was killed while it wrote leaves; the last is the name that safetensors writes under.
-_OURS = re.compile(r"state-\d+\.safetensors|\.(state-\d+\.safetensors|checkpoint\.json)\.\w+\.tmp|\.tmp\w+")
+_OURS = re.compile(rf"{_STATE}|\.({_STATE}|checkpoint\.json)\.\w+\.tmp|\.tmp\w+")
 
 
 class State(NamedTuple):
@@ -45,13 +46,15 @@ class State(NamedTuple):
 
 
 class Checkpoints:
-    """Writes the checkpoints of one fit.
+    """Writes the checkpoints of one fit, and reads them.
 
     Args:
         folder: made if it is missing.
         seconds: at least, between two of them.
         settings: of the fit, what JSON can hold; a fit with others cannot go on from here.
     """
+
+    format = FORMAT
 
     def __init__(self, folder: StrPath, seconds: float, settings: Mapping[str, Any]) -> None:
         self.folder, self.seconds, self.settings = Path(folder), seconds, dict(settings)
@@ -63,14 +66,21 @@ class Checkpoints:
 
     def save(self, state: State) -> None:
         """Writes a checkpoint, and removes the one before."""
-        numbers = [int(path.stem.removeprefix("state-")) for path in self.folder.glob("state-*.safetensors")]
-        name = f"state-{max(numbers, default=-1) + 1:05d}.safetensors"
+        name = f"state-{self._number():05d}.safetensors"
         atomic_save_safetensors(state.tensors, self.folder / name)
+        self._publish(state, {"tensors": name, "bytes": (self.folder / name).stat().st_size}, {name})
+
+    def _number(self) -> int:
+        """Of the next state."""
+        found = (re.fullmatch(_STATE, path.name) for path in self.folder.glob("state-*"))
+        return max((int(match[1]) for match in found if match), default=-1) + 1
+
+    def _publish(self, state: State, tensors: Mapping[str, Any], names: set[str]) -> None:
+        """Makes the files `names` count, which hold the tensors, and removes those before."""
         content = {
-            "format": FORMAT,
+            "format": self.format,
             "version": VERSION,
-            "tensors": name,
-            "bytes": (self.folder / name).stat().st_size,
+            **tensors,
             "stage": state.stage,
             "settings": self.settings,
             "report": asdict(state.report),
@@ -79,7 +89,7 @@ class Checkpoints:
         # Not `atomic_write_json`: a likelihood on the way may be NaN, and has to come back as it was.
         atomic_write_text(self.folder / FILE, json.dumps(content, indent=2) + "\n")
         for path in self.folder.iterdir():
-            if _OURS.fullmatch(path.name) and path.name != name:
+            if _OURS.fullmatch(path.name) and path.name not in names:
                 path.unlink()
         self.written = time.monotonic()
 
@@ -90,9 +100,13 @@ class Checkpoints:
             FileNotFoundError: there is none, or its tensors are missing.
             ValueError: a file is not ours or incomplete, or the settings differ, each of which is named.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        content = self._content(folder)
+        path = Path(folder) / content["tensors"]
+        check_size(path, content["bytes"])
+        return State(content["stage"], read(path), content["values"], FitReport(**content["report"]))
 
+    def _content(self, folder: StrPath) -> dict[str, Any]:
+        """What checkpoint.json holds, of a fit with the same settings."""
         path = Path(folder) / FILE
         if not path.is_file():
             raise FileNotFoundError(f"resume: {folder} holds no {FILE}")
@@ -100,8 +114,8 @@ class Checkpoints:
             content = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"resume: {path} is not JSON ({error})") from error
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"resume: {path} is not the checkpoint of a fit (its format is not {FORMAT!r})")
+        if not isinstance(content, dict) or content.get("format") != self.format:
+            raise ValueError(f"resume: {path} is not the checkpoint of a fit (its format is not {self.format!r})")
         if content.get("version") != VERSION:
             raise ValueError(
                 f"resume: {path} has version {content.get('version')!r}, this library reads version {VERSION}"
@@ -114,17 +128,27 @@ class Checkpoints:
         ]
         if different:
             raise ValueError(f"resume: {folder} is of a fit with other settings: here {'; '.join(different)}")
-        tensors = path.parent / content["tensors"]
-        if not tensors.is_file():
-            raise FileNotFoundError(f"resume: {tensors} is missing")
-        size = tensors.stat().st_size
-        if size != content["bytes"]:
-            raise ValueError(f"resume: {tensors} has {size} bytes, expected {content['bytes']}")
-        try:
-            state = load_file(tensors)
-        except SafetensorError as error:
-            raise ValueError(f"resume: {tensors} is not a safetensors file: {error}") from error
-        return State(content["stage"], state, content["values"], FitReport(**content["report"]))
+        return content
+
+
+def check_size(path: Path, size: int) -> None:
+    """Raises where a file of tensors is missing, or has not as many bytes as were written."""
+    if not path.is_file():
+        raise FileNotFoundError(f"resume: {path} is missing")
+    found = path.stat().st_size
+    if found != size:
+        raise ValueError(f"resume: {path} has {found} bytes, expected {size}")
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as views of it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"resume: {path} is not a safetensors file: {error}") from error
 
 
 def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> State:

@@ -7,7 +7,7 @@ The E-step is one scan (`mfa_kernels.fitting.screening`) and the statistics of i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, replace
 from itertools import count, islice
 from typing import Any
@@ -285,7 +285,7 @@ class OnlineEM(_EM):
     """
 
     statistics: Statistics  # per token; of the parameters' past, about the means that they have now
-    counted: Tensor  # tokens of each region since regions were looked at for revival, (K,)
+    counted: Tensor  # tokens of each region held here since regions were looked at for revival, (K,)
     about: Tensor  # these means
 
     def __init__(self, *args: Any, start_rows: Tensor, stream: Feed | None = None) -> None:
@@ -295,7 +295,7 @@ class OnlineEM(_EM):
         self.batch_rows = online_rows(self.mfa.n_components, self.settings.batch_size)
         self.known = 1.0  # batches that the start rows are worth
         self.overlap = Overlap(self.mfa.n_components)  # of the same tokens as `counted`
-        self.counted = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=self.mfa.means.device)
+        self.counted = torch.zeros(len(self.mfa.means), dtype=torch.float64, device=self.mfa.means.device)
         self.epoch = 1  # the pass going on
         self.order = self.generator.get_state()  # that its order is drawn from
 
@@ -381,17 +381,20 @@ class OnlineEM(_EM):
 
     def _look_at_start(self, start_rows: Tensor) -> None:
         """The statistics of the start rows, and the first M-step."""
-        s, rows = self._zeros(), len(start_rows)
-        self.screening.prepare(rows, self._to_come())  # where a checkpoint or a callback came between
-        for x in start_rows.split(self._batch_rows()):
+        s, before = self._zeros(), self.tokens
+        self.screening.prepare(len(start_rows), self._to_come())  # where a checkpoint or a callback came between
+        for x in self._start_batches(start_rows):
             self._expect(x, s)
             self.tokens += len(x)
         self.ranks.sum_(*s.tensors())
-        rows = int(self.ranks.totals(rows)[0])
+        rows = int(self.ranks.totals(self.tokens - before)[0])
         self.start_rows = None
         self._maximize(s, self._choose_prior(s))
         self.statistics.scale_(1 / rows)
         self.known = max(1.0, rows / self.batch_rows)
+
+    def _start_batches(self, start_rows: Tensor) -> Iterable[Tensor]:
+        return start_rows.split(self._batch_rows())
 
     def _step(self, x: Tensor, rows: int, eta: float) -> None:
         """x (n, D) are this rank's of the `rows` of a batch."""
@@ -417,7 +420,7 @@ class OnlineEM(_EM):
             seen = min(seen, len(self.rows))
         self._maximize(s, replace(prior, strength=prior.strength / seen, tokens=prior.tokens / seen))
         due = _REVIVAL_ROWS * self.mfa.n_components
-        if float(self.counted.sum()) >= due:
+        if self.mfa.ranks.totals(float(self.counted.sum()))[0] >= due:
             if self._to_come() > due:
                 self.overlap.pool(self.ranks)
                 self._revive()
@@ -432,9 +435,11 @@ class OnlineEM(_EM):
         if not found.moved:
             return
         self.report.revived_components += found.moved
-        k = torch.tensor(found.touched, device=mfa.means.device)
+        touched = torch.tensor(found.touched, device=mfa.means.device)
+        touched = touched[(touched >= mfa.start) & (touched < mfa.start + len(mfa.means))]
+        mass = found.mass[touched] / found.mass.sum() * self._count(s)
+        k = touched - mfa.start
         loadings = mfa.loadings.detach()[k].double().mT
-        mass = found.mass[k] / found.mass.sum() * s.mass.sum()
         s.mass[k], s.shift[k], s.latent[k] = mass, 0.0, 0.0
         s.second[k] = mass[:, None, None] * torch.eye(mfa.rank, dtype=mass.dtype, device=mass.device)
         s.cross[k] = mass[:, None, None] * loadings

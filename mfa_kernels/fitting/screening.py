@@ -110,8 +110,8 @@ class Screening:
         return tensors, {"screening": {name: getattr(self, name) for name in names}}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave."""
-        for name, value in values["screening"].items():
+        """Takes over what `state` gave; nothing, where that was of another number of ranks."""
+        for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
         self.basis = tensors["screening.basis"].clone() if "screening.basis" in tensors else None
         self._screen = None

@@ -23,7 +23,7 @@ from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ranks import ALONE, Ranks
-from mfa_kernels.sharded import AnyMFA
+from mfa_kernels.sharded import AnyMFA, ShardedMFA
 
 Callback = Callable[[MFA, dict[str, Any]], Any]
 
@@ -178,9 +178,10 @@ def mean_nll(mfa: AnyMFA, x: Tensor, ranks: Ranks = ALONE) -> float:
     return -total / rows
 
 
-def mixture_state(mfa: MFA) -> dict[str, Tensor]:
-    """A mixture's parameters and centre, by the names they have in a checkpoint."""
-    return {f"mfa.{name}": tensor for name, tensor in mfa.state_dict().items()}
+def mixture_state(mfa: AnyMFA) -> dict[str, Tensor]:
+    """Parameters of the components that are held here and the centre, by the names they have in a checkpoint."""
+    held = mfa.local if isinstance(mfa, ShardedMFA) else mfa
+    return {f"mfa.{name}": tensor for name, tensor in held.state_dict().items()}
 
 
 class Run:

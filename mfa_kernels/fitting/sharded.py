@@ -5,24 +5,23 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.checkpoint import CONFIG
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import loop, memory
-from mfa_kernels.fitting.checkpoint import fingerprint
-from mfa_kernels.fitting.em import BatchEM
+from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
+from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize
 from mfa_kernels.fitting.report import FitReport
-from mfa_kernels.fitting.sgd import Settings
-from mfa_kernels.fitting.source import as_source, picked
+from mfa_kernels.fitting.sgd import Settings, mixture_state
+from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
+from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
@@ -37,10 +36,12 @@ def fit_sharded(
     n_components: int,
     rank: int = 10,
     *,
+    method: str = "auto",
     noise: str = "shared",
     clusters: KMeansResult | Tensor | None = None,
     start: ShardedMFA | None = None,
     epochs: int = 10,
+    batch_size: int = 1024,
     held_out: float = 0.05,
     eval_every: int | None = None,
     patience: int | None = 5,
@@ -51,10 +52,12 @@ def fit_sharded(
     callbacks: Sequence[Callable[[Any, dict[str, Any]], Any]] = (),
     log: StrPath | None = None,
     checkpoint: StrPath | None = None,
+    checkpoint_seconds: float = 60.0,
+    resume: StrPath | bool = False,
     progress: bool = True,
     group: Any = None,
 ) -> ShardedMFA:
-    """`fit` with method "em" for a mixture that is too large for one device: each rank holds some of its components.
+    """`fit` by EM of a mixture that is too large for one device: each rank holds some of its components.
 
     Every process of the group calls it with the same arguments, and sees the same rows. The result is that of `fit` in
     one process, but for the order of sums. A rank holds parameters, statistics, steps and the best state of its own
@@ -62,19 +65,20 @@ def fit_sharded(
     their sums, while K-means and the start run; those share their passes over the rows of the sample, which are read
     again in each and not held. In EM every rank reads all rows; per token, a few numbers from each rank travel.
 
-    A fit that is cut off does not go on bit for bit. The best state that it came to, in `checkpoint`, can be the
-    `start` of another, by any number of ranks: ``start=ShardedMFA.from_pretrained(folder)``.
+    With a `checkpoint`, each rank writes what it holds. A fit that is killed goes on, with `resume`, to the bits that
+    it would have come to; with another number of ranks, to the same but for the order of sums.
 
     Args:
         activations: what `fit` takes, but for streams: an iterator is concatenated in memory, on every rank.
         n_components: K, at least the number of ranks.
-        rank, noise, clusters, epochs, held_out, eval_every, patience, seed, dtype, precision: as in `fit`.
+        method: "em", "online" or "auto", as in `fit`.
+        rank, noise, clusters, epochs, batch_size, held_out, eval_every, patience, seed, dtype, precision: as in `fit`.
         start: a mixture to begin with, instead of K-means and the PCA of clusters; it is changed.
         device: of this rank's components and of the work; None: where the activations are.
         callbacks: called on every rank, which must have the same, as callback(mfa, record) after every evaluation.
         log: path of a file of JSON lines, one per evaluation; rank 0 writes.
-        checkpoint: folder to which the best state so far is saved (`ShardedMFA.save_pretrained`), after every
-            evaluation that has found one; replaced atomically. Every rank has to see it to go on from it.
+        checkpoint: folder, which every rank has to see, for what is needed to go on; of one fit.
+        checkpoint_seconds, resume: as in `fit`.
         progress: show progress bars, on rank 0.
         group: the `torch.distributed.ProcessGroup`; None: the default one where there is one; False: this process
             alone.
@@ -84,23 +88,26 @@ def fit_sharded(
 
     Raises:
         TypeError, ValueError: naming the argument; different data or settings on the ranks among it.
-        FileExistsError: `checkpoint` holds a mixture, and there is no `start`.
+        FileExistsError, FileNotFoundError: as `fit`.
     """
+    check_choice(method, ("em", "online", "auto"), "method")
     check_choice(noise, ("shared", "per_component"), "noise")
     check_choice(precision, PRECISIONS, "precision")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    loop._check_counts(n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0), eval_every=(eval_every, 1),
-                       patience=(patience, 1))  # fmt: skip
+    loop._check_counts(n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0), batch_size=(batch_size, 1),
+                       eval_every=(eval_every, 1), patience=(patience, 1))  # fmt: skip
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
+    folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     source = as_source(activations)
     if rank > source.n_features:
         raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
-    if checkpoint is not None and start is None:
-        ranks.agree(lambda: _check_free(Path(checkpoint)))
+    if method == "auto":
+        steps = len(source) * (1 - held_out) / online_rows(n_components, batch_size)
+        method = "online" if steps >= loop._LEAST_ONLINE_STEPS else "em"
     if clusters is not None:
         clusters = centroids_of(clusters, source.n_features, n_components)
     if start is not None:
@@ -111,15 +118,19 @@ def fit_sharded(
     looked_at = torch.arange(0, len(source), max(1, len(source) // loop._FINGERPRINT_ROWS))[: loop._FINGERPRINT_ROWS]
     facts = {
         "rows": len(source), "n_features": source.n_features, "data": fingerprint(source.rows(looked_at)),
-        "n_components": n_components, "rank": rank, "noise": noise,
+        "n_components": n_components, "rank": rank, "method": method, "noise": noise,
         "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
-        "epochs": epochs, "held_out": held_out, "eval_every": eval_every, "patience": patience, "seed": seed,
-        "dtype": str(dtype), "precision": precision, "checkpoint": None if checkpoint is None else str(checkpoint),
-        "callbacks": len(callbacks),
+        "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
+        "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
     }  # fmt: skip
-    loop._check_same(facts, False, ranks)
+    loop._check_same({**facts, "callbacks": len(callbacks)}, False, ranks)
+    checkpoints: ShardedCheckpoints | None = None
+    saved: State | None = None
+    if folder is not None:
+        checkpoints = ShardedCheckpoints(folder, checkpoint_seconds, facts, n_components, noise, ranks)
+        saved = None if resumed is None else checkpoints.load(resumed)
 
-    report = FitReport(method="em")
+    report = FitReport(method=method)
     generator = torch.Generator().manual_seed(seed)
     rows, held_index = loop._split(len(source), held_out, generator)
     if len(rows) < n_components:
@@ -132,13 +143,15 @@ def fit_sharded(
     progress = progress and ranks.first
     if progress:
         planned = memory.plan(
-            stop - first, source.n_features, rank, noise, "em", dtype, len(held_out_rows), report.held_out_rows > 0
+            stop - first, source.n_features, rank, noise, method, dtype, len(held_out_rows), report.held_out_rows > 0
         )
         told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}, a rank of {ranks.size},")
         if told:
             print(told, file=sys.stderr)
 
-    if start is None:
+    if saved is not None:
+        start, report = ShardedMFA(loop._restored(saved, noise, precision, device), group), saved.report
+    elif start is None:
         with loop._timed(report, "kmeans"):
             found: KMeansResult | Tensor = kmeans(
                 picked(source, sample), n_components,
@@ -151,26 +164,21 @@ def fit_sharded(
             )  # fmt: skip
         del found
         start = ShardedMFA(local, group)
-    settings = Settings(
-        epochs, 1, 1.0, "constant", eval_every, patience, tuple(callbacks), log if ranks.first else None, progress
-    )
-    start_rows = loop._finite(source, sample[: covariance_rows(start)], device)
-    run = _ShardedEM(
-        start, source, rows, held_out_rows, settings, generator, report, start_rows=start_rows, checkpoint=checkpoint
-    )
-    deque(loop._run(run, "em", None, None), maxlen=0)  # steps of a fit that is not fed
-    live_index = rows[: loop._LIVE_ROWS_PER_COMPONENT * n_components]
-    loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
+    if saved is None or saved.stage != DONE:
+        settings = Settings(
+            epochs, batch_size, 1.0, "constant", eval_every, patience, tuple(callbacks),
+            log if ranks.first else None, progress,
+        )  # fmt: skip
+        run = (_ShardedBatchEM if method == "em" else _ShardedOnlineEM)(
+            start, source, rows, held_out_rows, settings, generator, report, sample=sample
+        )
+        deque(loop._run(run, method, checkpoints, saved), maxlen=0)  # steps of a fit that is not fed
+        live_index = rows[: loop._LIVE_ROWS_PER_COMPONENT * n_components]
+        loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
+        if checkpoints is not None:
+            checkpoints.save(State(DONE, mixture_state(start), {"noise_floor": start.noise_floor}, report))
     start.fit_report = report
     return start
-
-
-def _check_free(checkpoint: Path) -> None:
-    if (checkpoint / CONFIG).exists():
-        raise FileExistsError(
-            f"checkpoint: {checkpoint} holds a mixture: start=ShardedMFA.from_pretrained(...) goes on with it; else "
-            "name another folder"
-        )
 
 
 def _check_start(start: ShardedMFA, components: int, features: int, rank: int, noise: str, ranks: Ranks) -> None:
@@ -180,15 +188,19 @@ def _check_start(start: ShardedMFA, components: int, features: int, rank: int, n
         raise ValueError(f"start must have (n_components, n_features, rank, noise, ranks) = {expected}, got {found}")
 
 
-class _ShardedEM(BatchEM):
-    """Batch EM in which a rank reads all rows, scans them for its own components, and keeps what belongs to these.
+class _Sharded(_EM):
+    """EM in which a rank reads all rows, scans them for its own components, and keeps what belongs to these.
 
     What decides, likelihoods among it, is the same on every rank.
+
+    Args:
+        sample: numbers of the rows that the start was made of.
     """
 
-    def __init__(self, mfa: ShardedMFA, *args: Any, start_rows: Tensor, checkpoint: StrPath | None) -> None:
-        self.whole, self.checkpoint = mfa, checkpoint
-        super().__init__(mfa, *args, start_rows=start_rows)
+    def __init__(self, mfa: ShardedMFA, source: Source, *args: Any, sample: Tensor) -> None:
+        self.whole, self.sample = mfa, sample
+        start_rows = loop._finite(source, sample[: covariance_rows(mfa)], mfa.means.device)
+        super().__init__(mfa, source, *args, start_rows=start_rows)
 
     def _held(self) -> MFA:
         return self.whole.local
@@ -207,23 +219,29 @@ class _ShardedEM(BatchEM):
     def _expect(self, x: Tensor, out: Statistics, token_weight: float | None = None) -> tuple[Any, Tensor]:
         """The two most responsible components of all: where regions overlap."""
         ranks = self.whole.ranks
-        active, responsibilities = expectation(self.whole, x, out, self._scan_own(x))
+        active, weights = expectation(
+            self.whole, x, out, self._scan_own(x), 1.0 if token_weight is None else token_weight
+        )
         numbers = torch.where(active.components >= 0, active.components + self.whole.start, -1)
-        every, places = ranks.stacked(responsibilities[:, :2]).transpose(0, 1).flatten(1).topk(2)
+        every, places = ranks.stacked(weights[:, :2]).transpose(0, 1).flatten(1).topk(2)
         numbers = ranks.stacked(numbers[:, :2]).transpose(0, 1).flatten(1).gather(1, places)
         return active._replace(components=numbers), every
-
-    def _pool(self, s: Statistics, overlap: Any) -> None:
-        self.whole.ranks.broadcast_(s.log_likelihood)
 
     def _look_at_held_out(self) -> dict[str, Any]:
         found = super()._look_at_held_out()
         return self.whole.ranks.agree(lambda: found)
 
-    def _evaluate(self, step: int, epoch: int, bar: Any) -> None:
-        super()._evaluate(step, epoch, bar)
-        if self.checkpoint is not None and not self.evaluations_since_best:
-            self.whole.save_pretrained(self.checkpoint)
+
+class _ShardedBatchEM(_Sharded, BatchEM):
+    def _pool(self, s: Statistics, overlap: Any) -> None:
+        self.whole.ranks.broadcast_(s.log_likelihood)
+
+
+class _ShardedOnlineEM(_Sharded, OnlineEM):
+    def _start_batches(self, start_rows: Tensor) -> Iterator[Tensor]:
+        """All of the sample, which is not held."""
+        for index in self.sample.split(self._batch_rows()):
+            yield loop._finite(self.source, index, self.whole.means.device)
 
 
 @torch.no_grad()
@@ -257,7 +275,9 @@ def em_step(mfa: ShardedMFA, batches: Iterable[Tensor], prior: Prior | None = No
 
 
 @torch.no_grad()
-def expectation(mfa: ShardedMFA, x: Tensor, out: Statistics, own: Active) -> tuple[Active, Tensor]:
+def expectation(
+    mfa: ShardedMFA, x: Tensor, out: Statistics, own: Active, token_weight: float = 1.0
+) -> tuple[Active, Tensor]:
     """Adds the statistics of this rank's components to `out`, and log p(x) of the whole mixture.
 
     Args:
@@ -265,16 +285,17 @@ def expectation(mfa: ShardedMFA, x: Tensor, out: Statistics, own: Active) -> tup
         x: (N, D), the same on every rank.
         out: of this rank's components.
         own: what this rank's scan of x has found (`ShardedMFA.scan`).
+        token_weight: of each token.
 
     Returns:
-        `own` with log p(x) of the whole mixture, and the responsibilities of its slots (N, S).
+        `own` with log p(x) of the whole mixture, and the responsibilities of its slots (N, S), times the weight.
     """
     parameters, factors = mfa.parameters_in_compute_dtype(), mfa.local.factors()
     x = x.to(factors.rows.dtype).contiguous()
     every = mfa.ranks.stacked(own.log_prob)
     log_prob = every.logsumexp(0)
     finite = log_prob.isfinite()
-    share = every.softmax(0)[mfa.ranks.rank].masked_fill(~finite, 0)  # of the responsibility, on this rank
-    weights = collect(x, own, *parameters, factors, out, share, least=math.exp(-mfa._threshold))
-    out.log_likelihood.add_(log_prob.double().masked_fill(~finite, 0).sum())
+    share = token_weight * every.softmax(0)[mfa.ranks.rank].masked_fill(~finite, 0)  # of the responsibility, here
+    weights = collect(x, own, *parameters, factors, out, share, least=token_weight * math.exp(-mfa._threshold))
+    out.log_likelihood.add_(token_weight * log_prob.double().masked_fill(~finite, 0).sum())
     return own._replace(log_prob=log_prob), weights

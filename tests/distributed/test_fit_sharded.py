@@ -15,6 +15,7 @@ from tests.distributed.worker import (
     LARGE,
     LARGE_FEATURES,
     SHARDED_FITS,
+    SHARDED_RESUMED,
     SIZES,
     TWINS,
     clusters_of_a_sample,
@@ -40,8 +41,8 @@ def ranks(found, size):
 
 @pytest.mark.parametrize("name", SHARDED_FITS)
 def test_several_processes_fit_what_one_fits(found, name):
-    expected = outcome(run(**SHARDED_FITS[name], method="em"))
-    if name == "a region moves":
+    expected = outcome(run(**{"method": "em", **SHARDED_FITS[name]}))
+    if name.endswith("a region moves"):
         assert expected["report"]["revived_components"] == 1
     assert_close(sharded_outcome(run_sharded(**SHARDED_FITS[name], group=False)), expected)
     for size in SIZES:
@@ -60,14 +61,26 @@ def test_regions_of_two_ranks_that_are_one(found, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_best_state_is_saved_and_gone_on_with(found, size):
-    saved = MFA.from_pretrained(found / f"{size}, best")
+def test_a_saved_mixture_is_a_start(found, size):
+    saved = MFA.from_pretrained(found / f"{size}, saved")
     for rank, mine in enumerate(ranks(found, size)):
         assert_same_bits(dict(saved.state_dict()), mine["shared"]["state"])
         assert mine["seen"] == [7] * 4, "a callback on every rank, after each of three passes and the start"
         assert mine["log"] == (rank == 0)
         best = mine["shared"]["report"]["held_out_nll"]
         assert math.isclose(mine["again"]["history"][0]["held_out_nll"], best, rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("name", SHARDED_RESUMED)
+def test_what_four_have_begun_any_number_goes_on_with(found, name):
+    four, two = ranks(found, 4), ranks(found, 2)
+    for mine in four:
+        assert_same_bits(mine[f"{name}, resumed"], mine[name])
+    for mine in two:
+        assert_same_bits(mine[f"{name}, resumed"], two[0][f"{name}, resumed"])
+    assert_close(two[0][f"{name}, resumed"], four[0][name])
+    one = run_sharded(**SHARDED_FITS[name], resume=found / f"four, for 1, {name}", group=False)
+    assert_close(sharded_outcome(one), four[0][name])
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -65,7 +65,7 @@ def several_batches() -> None:
     em._LEAST_BATCH, em._BATCH_ELEMENTS = 150, 1
 
 
-def cut_off(options: dict[str, Any], folder: Path, group: Any) -> None:
+def cut_off(options: dict[str, Any], folder: Path, group: Any, run: Callable[..., Any] = run) -> None:
     """A fit that ends, after its first evaluation in training, without having come to a checkpoint since."""
 
     def stop(_: MFA, record: dict[str, Any]) -> None:
@@ -301,7 +301,15 @@ SHARDED_FITS: dict[str, dict[str, Any]] = {
     "shared": {"n_components": 7, "epochs": 3},
     "few rows": {"n_components": 60, "rank": 5, "epochs": 2, "noise": "per_component", "held_out": 0.0},
     "a region moves": {"n_components": 7, "epochs": 3, "clusters": far_away()},
-}
+    "online": {"n_components": 7, "epochs": 3, "method": "online", "batch_size": 150},
+    "online, per component": {
+        "n_components": 7, "epochs": 2, "method": "online", "batch_size": 400, "noise": "per_component",
+    },
+    "online, a region moves": {
+        "n_components": 7, "epochs": 3, "method": "online", "batch_size": 150, "clusters": far_away(),
+    },
+}  # fmt: skip
+SHARDED_RESUMED = ("few rows", "online", "online, per component")
 TWINS: dict[str, Any] = {"n_components": 7, "epochs": 3, "held_out": 0.0}
 LARGE = {"n_components": 32, "rank": 24, "epochs": 1}
 LARGE_FEATURES = 64
@@ -364,13 +372,26 @@ def sharded_fits(rank: int, size: int, folder: Path, group: Any) -> dict[str, An
     em._LEAST_BATCH = 600
     out: dict[str, Any] = {}
     seen: list[int] = []
-    saved = folder / f"{size}, best"
+    saved = folder / f"{size}, saved"
     for name, options in SHARDED_FITS.items():
         more: dict[str, Any] = {}
         if name == "shared":
-            more = {"checkpoint": saved, "log": folder / f"sharded {size}-{rank}.jsonl"}
+            more = {"log": folder / f"sharded {size}-{rank}.jsonl"}
             more["callbacks"] = [lambda mfa, record: seen.append(mfa.n_components)]
-        out[name] = sharded_outcome(run_sharded(**options, **more, group=group))
+        mfa = run_sharded(**options, **more, group=group)
+        out[name] = sharded_outcome(mfa)
+        if name == "shared":
+            mfa.save_pretrained(saved)
+    for name in SHARDED_RESUMED:
+        own, copies = folder / f"{size}, {name}", [folder / f"four, for {count}, {name}" for count in (4, 2, 1)]
+        if size == 4:
+            cut_off(SHARDED_FITS[name], own, group, run_sharded)
+            if rank == 0:
+                for copy in copies:
+                    shutil.copytree(own, copy)
+            dist.barrier()
+        there = copies[SIZES.index(size)]
+        out[f"{name}, resumed"] = sharded_outcome(run_sharded(**SHARDED_FITS[name], resume=there, group=group))
     out["seen"], out["log"] = seen, (folder / f"sharded {size}-{rank}.jsonl").exists()
     out["again"] = outcome(
         run_sharded(n_components=7, epochs=0, start=ShardedMFA.from_pretrained(saved, group=group), group=group)  # type: ignore[arg-type]

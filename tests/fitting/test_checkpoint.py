@@ -13,6 +13,7 @@ import torch
 from mfa_kernels import MFA
 from mfa_kernels.fitting import em, fit, loop, sgd
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
+from mfa_kernels.sharded import AnyMFA
 from tests.fitting.planted import Store, draw, planted
 
 ROWS = draw(planted(), 3000)
@@ -54,7 +55,7 @@ def run(x: Any = ROWS, **options: Any) -> MFA:
     return fit(x, **chosen)
 
 
-def result(mfa: MFA) -> tuple[list[bytes], dict[str, Any]]:
+def result(mfa: AnyMFA) -> tuple[list[bytes], dict[str, Any]]:
     """All bits of a mixture, and of its report all but the times."""
     report = asdict(mfa.fit_report)
     report["seconds"] = sorted(report["seconds"])
@@ -72,9 +73,9 @@ def eventful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
 
 
-def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch, kind: type[Checkpoints] = Checkpoints) -> None:
     """The process 'dies' right after so many checkpoints."""
-    whole, left = Checkpoints.save, [saves]
+    whole, left = kind.save, [saves]
 
     def save(self: Checkpoints, state: Any) -> None:
         if not left[0]:
@@ -82,7 +83,7 @@ def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch) -> None:
         left[0] -= 1
         whole(self, state)
 
-    monkeypatch.setattr(Checkpoints, "save", save)
+    monkeypatch.setattr(kind, "save", save)
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)

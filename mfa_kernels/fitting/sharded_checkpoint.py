@@ -1,0 +1,118 @@
+"""Checkpoints of a fit whose components are spread over the ranks: each writes its own, and any number can go on.
+
+checkpoint.json                 as of any fit, with what there is of every rank
+state-00007-2-of-4.safetensors  what rank 2 of 4 holds
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.files import StrPath, atomic_save_safetensors
+from mfa_kernels.fitting.checkpoint import Checkpoints, State, check_size, read
+from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.ranks import Ranks
+from mfa_kernels.sharded import is_split, part_of
+
+# What other numbers of ranks make of a tensor: a row for every component; a sum over the components, of which each rank
+# has its own; what all ranks hold alike; what only this rank can use.
+_SPLIT, _SUMMED, _COMMON, _OWN = range(4)
+_PARAMETERS = ("means", "loadings", "log_noise", "weight_logits")  # as a module lists them
+
+
+def _kind(name: str, noise: str) -> int:
+    group, _, rest = name.partition(".")
+    if group in ("best", "plain"):
+        group, rest = "mfa", _PARAMETERS[int(rest)]
+    if group == "mfa":
+        return _SPLIT if is_split(rest, noise) else _COMMON
+    if group == "statistics" and rest != "log_likelihood":
+        return _SUMMED if rest == "squares" and noise == "shared" else _SPLIT
+    if name in ("counted", "about"):
+        return _SPLIT
+    return _OWN if group == "screening" else _COMMON
+
+
+class ShardedCheckpoints(Checkpoints):
+    """Writes the checkpoints of one fit, and reads them; all ranks call together, and all see the folder.
+
+    Args:
+        folder, seconds, settings: as of `Checkpoints`.
+        components: K, of all ranks.
+        noise: "shared" or "per_component".
+        ranks: that hold them.
+    """
+
+    format = "mfa_kernels.fit_sharded"
+
+    def __init__(
+        self, folder: StrPath, seconds: float, settings: Mapping[str, Any], components: int, noise: str, ranks: Ranks
+    ) -> None:
+        super().__init__(folder, seconds, settings)
+        self.noise, self.ranks = noise, ranks
+        self.span = part_of(components, ranks)
+
+    def due(self) -> bool:
+        """Whether it is time for one, by the clock of rank 0."""
+        return self.ranks.totals(self.ranks.first and super().due())[0] > 0
+
+    def save(self, state: State) -> None:
+        """Writes a checkpoint, and removes the one before; values are those of rank 0, but for those of screening."""
+        number = self.ranks.agree(self._number)
+        path = self.folder / f"state-{number:05d}-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
+        atomic_save_safetensors(state.tensors, path)
+        own = {
+            "tensors": path.name,
+            "bytes": path.stat().st_size,
+            "components": self.span,
+            "screening": state.values.get("screening"),
+        }
+        every = self.ranks.objects(own)  # when all files are there
+        self.ranks.agree(lambda: self._publish(state, {"ranks": every}, {one["tensors"] for one in every}))
+
+    def load(self, folder: StrPath) -> State:
+        """What this rank goes on from; raises what that of one process does."""
+
+        def look() -> dict[str, Any]:
+            content = self._content(folder)
+            for one in content["ranks"]:
+                check_size(Path(folder) / one["tensors"], one["bytes"])
+            return content
+
+        content = self.ranks.agree(look)
+        every, values = content["ranks"], content["values"]
+        own = every[self.ranks.rank] if len(every) == self.ranks.size else None
+        values["screening"] = own and own["screening"]
+        if own:
+            tensors = read(Path(folder) / own["tensors"])
+        else:
+            tensors = self._regrouped([(one["components"], Path(folder) / one["tensors"]) for one in every])
+        return State(content["stage"], tensors, values, FitReport(**content["report"]))
+
+    def _regrouped(self, every: list[tuple[list[int], Path]]) -> dict[str, Tensor]:
+        """What this rank holds of the tensors of another number of ranks."""
+        from safetensors import safe_open
+
+        found: dict[str, list[Tensor]] = defaultdict(list)
+        for i, ((first, after), path) in enumerate(every):
+            start, stop = (min(max(k, first), after) - first for k in self.span)
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    kind = _kind(name, self.noise)
+                    if kind == _SPLIT and start < stop:
+                        found[name].append(file.get_slice(name)[start:stop])
+                    elif (not i and kind in (_SUMMED, _COMMON)) or (self.ranks.first and kind == _SUMMED):
+                        found[name].append(file.get_tensor(name))
+        joined = {}
+        for name, tensors in found.items():
+            if _kind(name, self.noise) == _SUMMED:
+                joined[name] = torch.stack(tensors).sum(0) if self.ranks.first else torch.zeros_like(tensors[0])
+            else:
+                joined[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        return joined
