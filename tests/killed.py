@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from mfa_kernels import MFA, fit, harvest
+from mfa_kernels import MFA, fit, fit_many, harvest
+from mfa_kernels.fitting import fit_sharded, loop
 from mfa_kernels.ops import native
 from tests.data.test_harvest import make_model, make_tokenizer, words
 from tests.fitting.planted import Store, draw, planted
@@ -45,6 +46,24 @@ def fitting(method: str) -> Job:
     return job
 
 
+def fitting_parts(folder: Path, resume: bool) -> None:
+    mfa = fit_sharded(
+        Store(draw(TRUE, 3000)), 8, 2, method="online", epochs=2, batch_size=300, seed=3, progress=False,
+        checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume,
+    )  # fmt: skip
+    mfa.save_pretrained(folder / "out")
+
+
+def fitting_several(folder: Path, resume: bool) -> None:
+    sizes = {"small": {"n_components": 4}, "large": {"n_components": 8, "noise": "per_component"}}
+    mixtures = fit_many(
+        draw(TRUE, 3000).split(130), sizes, rank=2, batch_size=300, seed=3, progress=False,
+        checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume,
+    )  # fmt: skip
+    for name, mfa in mixtures.items():
+        mfa.save_pretrained(folder / "out" / name)
+
+
 def harvesting(folder: Path, resume: bool) -> None:
     harvest(
         make_model("llama"), make_tokenizer(bos=True), TEXTS, [0, 2], folder / "out",
@@ -60,6 +79,8 @@ def saving(folder: Path, resume: bool) -> None:
 
 JOBS: dict[str, Job] = {
     **{f"fit, {method}": fitting(method) for method in ("sgd", "em", "online")},
+    "fit_sharded": fitting_parts,
+    "fit_many": fitting_several,
     "harvest": harvesting,
     "save": saving,
 }
@@ -134,6 +155,7 @@ def check(name: str, job: Job, folder: Path, kills: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    loop._LEAST_START_ROWS = 1000  # of a stream of 3000
     native.library()  # built and loaded once, as the model's classes are
     make_model("llama")
     for name, kills in json.loads(sys.argv[2]).items():

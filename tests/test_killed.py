@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-KILLS = {"fit, sgd": 7, "fit, em": 7, "fit, online": 7, "harvest": 20, "save": 20}
+KILLS = {"fit, sgd": 7, "fit, em": 7, "fit, online": 7, "fit_sharded": 5, "fit_many": 5, "harvest": 20, "save": 20}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that it forks")
