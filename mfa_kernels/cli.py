@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfa_kernels import __version__, tuning
+from mfa_kernels.functional import PRECISIONS
 
 if TYPE_CHECKING:
+    import torch
+
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.sharded import ShardedMFA
 
@@ -77,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     harvest.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
+    _where(harvest)
 
     fit = command(
         "fit",
@@ -111,8 +115,15 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--epochs", type=int, default=10, help="passes over the store, at most")
     fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online, of a store")
     fit.add_argument("--batch-size", type=int, default=1024, help="of sgd and online")
-    fit.add_argument("--lr", type=float, help="learning rate of sgd; see mfa_kernels.fit")
+    fit.add_argument("--lr", type=float, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
+    fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")
+    fit.add_argument("--held-out", type=float, default=0.05, help="share of the rows that the best state is chosen by")
+    fit.add_argument("--eval-every", type=int, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
+    fit.add_argument("--patience", type=int, default=5, help="looks without a gain, after which to stop; 0: never")
+    fit.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
+    fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
     fit.add_argument("--seed", type=int, default=0)
+    _where(fit)
     fit.add_argument("--log", type=Path, help="JSONL file of the curve; a folder of them, of several")
     fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
     fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
@@ -131,10 +142,12 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("store", type=Path)
     encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     encode.add_argument("--top-k", type=int, default=8, help="components per token")
+    _where(encode)
 
     evaluate = command("evaluate", _evaluate, "likelihood, reconstruction and live regions on a store")
     _mixture(evaluate)
     evaluate.add_argument("store", type=Path)
+    _where(evaluate)
 
     steer = command("steer", _steer, "generate text from a steered model")
     _mixture(steer)
@@ -152,6 +165,7 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--max-new-tokens", type=int, default=64)
     steer.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     steer.add_argument("--seed", type=int, default=0)
+    _where(steer)
 
     convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
     convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
@@ -183,6 +197,22 @@ def _language_model(parser: argparse.ArgumentParser, layer_default: str | None =
 
 def _mixture(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mfa", help="folder or hub id of the mixture")
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; without it, a GPU where there is one")
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one, under torchrun this process's own."""
+    import torch
+
+    if name is None:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device  # a name alone does not say whether it is there
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -225,6 +255,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, arguments.out,
         max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
         dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite, resume=arguments.resume,
+        device=_device(arguments.device),
     )  # fmt: skip
     print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
 
@@ -242,7 +273,8 @@ def _fit(arguments: argparse.Namespace) -> None:
         raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
     if harvested and arguments.shard_components:
         raise ValueError("--shard-components goes with a store, not with --text")
-    with _processes() as (first, device):
+    device = _device(arguments.device)
+    with _processes(device) as first:
         mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, device)
         for name, mfa in mixtures.items():
             folder = arguments.out / name if len(mixtures) > 1 else arguments.out
@@ -253,7 +285,7 @@ def _fit(arguments: argparse.Namespace) -> None:
                 print(f"held-out negative log-likelihood {nll:.3f} nats per token; saved in {folder}")
 
 
-def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:
+def _fit_to_store(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from mfa_kernels import fit
     from mfa_kernels.data import ActivationStore
 
@@ -271,24 +303,23 @@ def _fit_to_store(arguments: argparse.Namespace, device: str | None) -> dict[str
 
 
 def _fit_sharded(
-    arguments: argparse.Namespace, store: ActivationStore, device: str | None, own: dict[str, Any]
+    arguments: argparse.Namespace, store: ActivationStore, device: torch.device, own: dict[str, Any]
 ) -> ShardedMFA:
     from mfa_kernels.fitting import fit_sharded
 
     options = _fit_options(arguments)
-    if (options.pop("init"), options.pop("polish"), options.pop("lr", None)) != ("pca", 0, None):
-        raise ValueError("--shard-components starts from --init pca, and goes without --polish and --lr")
+    if (options.pop("init"), options.pop("polish")) != ("pca", 0):
+        raise ValueError("--shard-components starts from --init pca, and goes without --polish")
+    del options["schedule"], options["lr"]
     return fit_sharded(store, device=device, **own, **options)
 
 
-def _fit_while_harvesting(arguments: argparse.Namespace, device: str | None) -> dict[str, Any]:
-    import torch
-
+def _fit_while_harvesting(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     from mfa_kernels import fit_many, stream
     from mfa_kernels.models import load_language_model, resolve_layer
 
     model, tokenizer = load_language_model(arguments.model)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device)
     batches = stream(
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,
         context=arguments.context, batch_size=arguments.windows, seed=arguments.seed,
@@ -322,26 +353,29 @@ def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> 
 
 def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What all fits have."""
-    names = ("method", "noise", "init", "epochs", "polish", "batch_size", "seed", "checkpoint_seconds", "resume")
+    import torch
+
+    names = (
+        "method", "noise", "init", "epochs", "polish", "batch_size", "lr", "schedule", "held_out", "eval_every",
+        "precision", "seed", "checkpoint_seconds", "resume",
+    )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
-    return options if arguments.lr is None else {**options, "lr": arguments.lr}
+    return {**options, "patience": arguments.patience or None, "dtype": getattr(torch, arguments.dtype)}
 
 
 @contextmanager
-def _processes() -> Iterator[tuple[bool, str | None]]:
-    """Joins the processes that torchrun has started, if it has: whether this is the first, and the GPU that is its."""
+def _processes(device: torch.device) -> Iterator[bool]:
+    """Joins the processes that torchrun has started, if it has: whether this is the first."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield True, None
+        yield True
         return
     import torch
     import torch.distributed as dist
 
-    device = None
-    if torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device is None else "nccl")
-    yield dist.get_rank() == 0, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield dist.get_rank() == 0
     dist.destroy_process_group()  # after an error, the others may be waiting for this process to end
 
 
@@ -353,14 +387,15 @@ def _encode(arguments: argparse.Namespace) -> None:
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.files import atomic_save_safetensors
 
-    mfa, store = MFA.from_pretrained(arguments.mfa), ActivationStore(arguments.store)
+    device = _device(arguments.device)
+    mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     parts: dict[str, list[Any]] = {"components": [], "responsibilities": [], "latents": [], "dropped": []}
     bar = tqdm(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
     with torch.no_grad(), bar:
         for batch in store.batches(8192):
-            code = mfa.encode(batch, top_k=arguments.top_k)
+            code = mfa.encode(batch.to(device), top_k=arguments.top_k)
             for name, tensors in parts.items():
-                tensors.append(getattr(code, name))
+                tensors.append(getattr(code, name).cpu())
             bar.update(len(batch))
     atomic_save_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, arguments.out)
     print(f"codes of {len(store):,} tokens in {arguments.out}: components, responsibilities, latents, dropped")
@@ -371,7 +406,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.evaluation import evaluate
 
-    score = evaluate(MFA.from_pretrained(arguments.mfa), ActivationStore(arguments.store))
+    mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
+    score = evaluate(mfa, ActivationStore(arguments.store))
     for name, value in score.as_dict().items():
         if value is not None:
             print(f"{name:<18}  {value:,.6g}")
@@ -385,7 +421,8 @@ def _steer(arguments: argparse.Namespace) -> None:
     from mfa_kernels.models import load_language_model
     from mfa_kernels.steering import live
 
-    mfa = MFA.from_pretrained(arguments.mfa)
+    device = _device(arguments.device)
+    mfa = MFA.from_pretrained(arguments.mfa, device=device)
     layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
     if layer is None:
         raise ValueError("--layer: the mixture does not say which layer it was fitted to; name one")
@@ -394,6 +431,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     gate = None if arguments.gate is None else (arguments.component, arguments.gate)
     latents = None if arguments.latents is None else torch.tensor(arguments.latents)
     model, tokenizer = load_language_model(arguments.model)
+    model.to(device)
     with steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents,
         positions=arguments.positions, gate=gate, norm=arguments.norm,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from mfa_kernels import MFA
+import mfa_kernels
+from mfa_kernels import MFA, fit
 from mfa_kernels.cli import main
 from mfa_kernels.data import ActivationStore
 
@@ -48,6 +50,46 @@ def test_fit_by_every_method(folder, method, capsys):
     assert [record["epoch"] for record in records] == ([0, 1, 2] if method == "em" else [0, 1])
     best = min(record["held_out_nll"] for record in records)
     assert f"{best:.3f} nats per token" in capsys.readouterr().out
+
+
+def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
+    """But for what is no word on a command line, and the resumption from a folder that is not the checkpoint's."""
+    seen = {}
+
+    def stand_in(activations, **options):
+        seen.update(options)
+        return fit(activations, **{**options, "epochs": 0})
+
+    monkeypatch.setattr(mfa_kernels, "fit", stand_in)
+    given = {
+        "--method": "sgd", "--noise": "per_component", "--init": "random", "--epochs": 3, "--batch-size": 70,
+        "--lr": 0.5, "--schedule": "constant", "--held-out": 0.2, "--eval-every": 4, "--patience": 6, "--seed": 7,
+        "--device": "cpu", "--dtype": "float64", "--precision": "reference", "--log": tmp_path / "log",
+        "--checkpoint": tmp_path / "checkpoint", "--checkpoint-seconds": 8.0,
+    }  # fmt: skip
+    words = [str(word) for option in given.items() for word in option]
+    command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--out", str(tmp_path / "mfa")]
+    assert main([*command, "--resume", *words]) == 0
+    expected = {name[2:].replace("-", "_"): value for name, value in given.items()}
+    expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True}
+    assert seen == {**expected, "dtype": torch.float64, "device": torch.device("cpu")}
+    assert set(inspect.signature(fit).parameters) - set(seen) == {
+        "activations", "clusters", "callbacks", "progress", "group",
+    }  # fmt: skip
+    assert main([*command, "--patience", "0"]) == 0
+    assert seen["patience"] is None
+
+
+def test_device(folder, capsys):
+    commands = [["evaluate", "{}/mfa", "{}/store"], ["encode", "{}/mfa", "{}/store", "--out", "{}/on_a_device"]]
+    for command in commands:
+        words = [word.format(folder) for word in command]
+        assert main([*words, "--device", "cpu"]) == 0
+        assert main([*words, "--device", "abacus"]) == 1
+        assert f"mfa-kernels {command[0]}: --device abacus: " in capsys.readouterr().err
+        if not torch.cuda.is_available():
+            assert main([*words, "--device", "cuda"]) == 1
+            assert f"mfa-kernels {command[0]}: --device cuda: " in capsys.readouterr().err
 
 
 def test_fit_shards_the_components(folder, tmp_path, capsys):
