@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--alpha", type=float, default=0.3, help="how far steering moves toward the region")
     demo.add_argument("-k", "--component", type=int, help="region to steer toward; without it, one is chosen")
     demo.add_argument("--prompt", nargs="+", help="prompts to steer")
+    demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
 
     command("doctor", _doctor, "what is built, what is missing, what runs where")
 
@@ -231,6 +232,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             alpha=arguments.alpha,
             component=arguments.component,
             prompts=tuple(arguments.prompt or demo.PROMPTS),
+            device=_device(arguments.device),
         )
     )
 

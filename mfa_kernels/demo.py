@@ -50,6 +50,7 @@ class Options:
     new_tokens: int = 32
     temperature: float = 0.7
     seed: int = 0
+    device: torch.device | str = "cpu"  # of the language model and of the mixture
 
 
 class Rows:
@@ -72,6 +73,7 @@ def run(options: Options) -> list[Path]:
     if options.rank < 1:
         raise ValueError(f"rank must be at least 1 to move inside a region, got {options.rank}")
     model, tokenizer = load_language_model(options.model)
+    model.to(options.device)
     depth = model.config.get_text_config().num_hidden_layers
     layer = depth // 2 if options.layer is None else options.layer
     layer_path = resolve_layer(model, layer)[0]
@@ -88,11 +90,13 @@ def run(options: Options) -> list[Path]:
     split = min(options.tokens, len(store) * 10 // 11)
     training, test = Rows(store, 0, split), Rows(store, split, len(store))
 
-    clusters, kmeans_seconds = timed(lambda: kmeans(training, options.components, seed=options.seed))
+    clusters, kmeans_seconds = timed(
+        lambda: kmeans(training, options.components, seed=options.seed, device=options.device)
+    )
     mfa, fit_seconds = timed(
         lambda: fit(
             training, options.components, options.rank, clusters=clusters, epochs=options.epochs, seed=options.seed,
-            log=options.out / "fit.jsonl",
+            log=options.out / "fit.jsonl", device=options.device,
         )
     )  # fmt: skip
     mfa.extra = {"model": options.model or "tiny_lm", "layer": layer_path}

@@ -646,3 +646,11 @@ def test_the_threshold_the_tests_rely_on():
         logits = dense(m, x)
         counts = (logits > logits.amax(-1, keepdim=True) - activity_threshold(401, torch.float32)).sum(-1)
         assert bool((counts > 16).any()) == overflows
+
+
+def test_harvest_fit_look_and_steer(tmp_path, capsys):
+    from mfa_kernels import demo
+
+    options = demo.Options(out=tmp_path, tokens=4000, components=16, rank=3, epochs=1, new_tokens=8, device=DEVICE)
+    assert tmp_path / "regions.html" in demo.run(options)
+    assert "Next token after" in capsys.readouterr().out
