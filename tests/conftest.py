@@ -16,6 +16,22 @@ if not torch.cuda.is_available():
 from mfa_kernels.ops import native
 
 
+def pytest_configure() -> None:
+    """Under pytest-xdist, each process has its share of the cores, and what it starts too."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if processes > 1:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist, the tests of a file stay together, for its fixtures; those of several processes all do."""
+    for item in items:
+        file = item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group("tests/distributed" if "/distributed/" in file else file))
+
+
 @pytest.fixture(params=["native", "portable"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C++ kernels and on plain PyTorch."""

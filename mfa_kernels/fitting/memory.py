@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 
 import torch
 
@@ -54,7 +56,12 @@ def peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        import resource
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    except (OSError, IndexError):
+        pass
+    try:
+        import resource  # on Linux, what it knows may be that of the process that started this one
     except ImportError:  # not a Unix
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
