@@ -42,6 +42,27 @@ def _layer(text: str) -> int | str:
         return text
 
 
+class _Store(argparse.Action):
+    """A positional argument that `_Integers` may have found already: argparse would set it to None again."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is not None:
+            namespace.store = values
+
+
+class _Integers(argparse.Action):
+    """One or more integers. A last value that is none of them is the store: `-K 256 store` is what people type."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = list(values)
+        if len(found) > 1 and namespace.store is None and not found[-1].lstrip("+-").isdecimal():
+            namespace.store = Path(found.pop())
+        try:
+            setattr(namespace, self.dest, [int(value) for value in found])
+        except ValueError:
+            raise argparse.ArgumentError(self, f"expected integers, got {' '.join(found)}") from None
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mfa-kernels", description="Mixtures of factor analyzers over activations.")
     parser.add_argument("--version", action="version", version=f"mfa_kernels {__version__}")
@@ -90,14 +111,16 @@ def _parser() -> argparse.ArgumentParser:
         "without a store. Several layers or sizes are as many mixtures. Of a store, under torchrun: by all its "
         "processes, each on a GPU of its own where there are some",
     )
-    fit.add_argument("store", type=Path, nargs="?", help="folder of the store; without it, --text is read")
+    fit.add_argument(
+        "store", type=Path, nargs="?", action=_Store, help="folder of the store; without it, --text is read"
+    )
     fit.add_argument(
         "--out", type=Path, required=True,
         help="folder of the mixture; of several, one folder each in it, such as layer2-K512-R10 or, of a store, "
         "K512-R10; so with --checkpoint and --log",
     )  # fmt: skip
-    fit.add_argument("-K", "--components", type=int, nargs="+", required=True, help="regions")
-    fit.add_argument("-R", "--rank", type=int, nargs="+", default=[10], help="local directions per region")
+    fit.add_argument("-K", "--components", nargs="+", action=_Integers, required=True, help="regions")
+    fit.add_argument("-R", "--rank", nargs="+", action=_Integers, default=[10], help="local directions per region")
     harvested = fit.add_argument_group("without a store")
     harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
     harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 import mfa_kernels
 from mfa_kernels import MFA, fit
-from mfa_kernels.cli import main
+from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore
 
 
@@ -107,6 +108,28 @@ def test_fit_shards_the_components(folder, tmp_path, capsys):
     assert main([*sharded, "--resume"]) == 0
     assert main([*sharded, "--polish", "1"]) == 1
     assert "--shard-components starts from --init pca, and goes without --polish" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("order", "components", "rank"),
+    [
+        (["store", "-K", "8", "16"], [8, 16], [10]),
+        (["-K", "8", "store"], [8], [10]),
+        (["-K", "8", "16", "-R", "2", "3", "store"], [8, 16], [2, 3]),
+        (["-R", "2", "store", "-K", "8", "16"], [8, 16], [2]),
+        (["-K", "8", "--epochs", "1", "store"], [8], [10]),
+    ],
+)
+def test_sizes_before_and_after_the_store(order, components, rank):
+    found = _parser().parse_args(["fit", "--out", "mfa", *order])
+    assert (found.store, found.components, found.rank) == (Path("store"), components, rank)
+
+
+def test_sizes_that_are_no_integers(capsys):
+    for order in (["-K", "store"], ["store", "-K", "8", "other"], ["-K", "8.5", "store"], ["-K", "8", "one", "two"]):
+        with pytest.raises(SystemExit):
+            _parser().parse_args(["fit", "--out", "mfa", *order])
+        assert "argument -K/--components: expected integers, got" in capsys.readouterr().err
 
 
 def test_encode(folder):
