@@ -298,6 +298,8 @@ def _fit(arguments: argparse.Namespace) -> None:
         raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
     if harvested and arguments.shard_components:
         raise ValueError("--shard-components goes with a store, not with --text")
+    if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
+        raise ValueError(f"--out must be a folder, {arguments.out} is a file")
     device = _device(arguments.device)
     with _processes(device) as first:
         mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, device)

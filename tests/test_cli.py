@@ -182,6 +182,8 @@ def test_doctor(capsys):
         (["steer", "{folder}/mfa", "x", "-k", "1", "--layer", "9"], "layer must be in [-5, 5), got 9"),
         (["steer", "{folder}/mfa", "x", "--gate", "0.5"], "--gate needs --component"),
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "5000"], "5000"),
+        (["fit", "{folder}/store", "--out", "{folder}/fit.jsonl", "-K", "8"], "--out must be a folder"),
+        (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "8", "--log", "{folder}/text"], "log must name a file"),
         (["fit", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
         (["fit", "{folder}/store", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "8", "--layer", "1"], "--layer goes with --text"),

@@ -169,6 +169,7 @@ def fit(
         raise ValueError(f"lr must be positive and finite, got {lr!r}")
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    _check_log(log)
     ranks = Ranks(group)
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     if polish and (streamed or method == "sgd"):
@@ -401,6 +402,12 @@ def _check_counts(**named: tuple[int | None, int]) -> None:
     for name, (value, least) in named.items():
         if value is not None and (int(value) != value or value < least):
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+
+
+def _check_log(log: StrPath | None) -> None:
+    """Raises now what would be raised at the first evaluation, when K-means is done."""
+    if log is not None and Path(log).is_dir():
+        raise IsADirectoryError(f"log must name a file, {log} is a folder")
 
 
 def _finite(source: Source, index: Tensor, device: torch.device, report: FitReport | None = None) -> Tensor:

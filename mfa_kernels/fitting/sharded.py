@@ -99,6 +99,7 @@ def fit_sharded(
                        eval_every=(eval_every, 1), patience=(patience, 1))  # fmt: skip
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    loop._check_log(log)
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
     folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
