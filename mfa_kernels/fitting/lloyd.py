@@ -55,8 +55,8 @@ def chunks(source: Source, clusters: int, device: torch.device, ranks: Ranks = A
 
 
 def finite_rows(x: Tensor) -> Tensor:
-    """Which rows of x (n, D) are finite, (n,) bool."""
-    return x.abs().amax(1).isfinite()
+    """Which rows of x (n, D) are finite, their squared norms too: others have no density, (n,) bool."""
+    return torch.linalg.vector_norm(x, dim=1).isfinite()
 
 
 @torch.no_grad()

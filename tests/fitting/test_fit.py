@@ -223,6 +223,19 @@ def test_rows_that_are_not_finite_are_skipped_and_counted():
     assert run(dirty, epochs=0).fit_report.skipped_rows == 240
 
 
+@pytest.mark.parametrize("method", ["sgd", "em", "online"])
+def test_rows_whose_squares_overflow_are_skipped_and_counted(method):
+    """One of them among the held-out rows, and no state would be better than another."""
+    dirty = ROWS.clone()
+    dirty[::50] = 1e25
+    dirty[1::50, 3] = -3e38
+    report = run(dirty, method=method).fit_report
+    assert report.skipped_rows == 240
+    assert report.skipped_steps == 0
+    assert 200 < report.held_out_rows < 300
+    assert report.held_out_nll < BEST + 0.5
+
+
 def test_whole_batches_that_are_not_finite():
     dirty = torch.cat([ROWS[:400], torch.full((5600, 12), float("nan"))])
     mfa = run(dirty, batch_size=4, epochs=1)
@@ -328,13 +341,16 @@ def test_activations_of_a_language_model(tmp_path):
 
 
 def test_a_held_out_row_too_far_for_the_dtype_does_not_stop_the_choice():
-    """1e25 squared overflows float32: the held-out mean is not finite, and the fit must not fall back to its start."""
+    """In units of the noise 1e18 is 1e20, whose square overflows float32: the held-out mean is not finite, and the fit
+    must not fall back to its start."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(600, 6, generator=generator)
-    x[::40] = 1e25
+    x = 0.01 * torch.randn(600, 6, generator=generator)
+    held_out = torch.randperm(600, generator=torch.Generator().manual_seed(0))[:180]
+    x[held_out[::12]] = 1e18
+    clusters = 0.01 * torch.randn(2, 6, generator=generator)
     seen = []
     mfa = fit(
-        x, 2, 1, method="sgd", epochs=2, held_out=0.3, patience=None, clusters=torch.randn(2, 6, generator=generator),
+        x, 2, 1, method="sgd", epochs=2, held_out=0.3, patience=None, clusters=clusters,
         callbacks=[lambda mfa, record: seen.append(record["held_out_nll"])], progress=False,
     )  # fmt: skip
     assert not math.isfinite(seen[-1])
