@@ -51,13 +51,14 @@ class Checkpoints:
     Args:
         folder: made if it is missing.
         seconds: at least, between two of them.
-        settings: of the fit, what JSON can hold; a fit with others cannot go on from here.
+        settings: of the fit, what JSON can hold, or numbers of NumPy; a fit with others cannot go on from here.
     """
 
     format = FORMAT
 
     def __init__(self, folder: StrPath, seconds: float, settings: Mapping[str, Any]) -> None:
-        self.folder, self.seconds, self.settings = Path(folder), seconds, dict(settings)
+        self.folder, self.seconds = Path(folder), seconds
+        self.settings = json.loads(json.dumps(dict(settings), default=lambda number: number.item()))
         self.written = time.monotonic()
 
     def due(self) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -205,6 +206,14 @@ def test_settings_that_differ_are_named(change, named, tmp_path):
     text = str(caught.value)
     assert all(name in text for name in named), text
     assert text.count(", there ") == (2 if len(change) == 2 or "rows" in named[0] else 1)
+
+
+def test_settings_may_be_numbers_of_numpy(tmp_path):
+    options = {"n_components": np.int64(6), "held_out": np.float32(0.1), "checkpoint": tmp_path}
+    expected = result(run(**options))
+    same = {"n_components": 6, "held_out": float(np.float32(0.1)), "checkpoint": tmp_path}
+    for again in (options, same):
+        assert result(run(**again, resume=True)) == expected
 
 
 def spoil(path: Path, data: bytes | None) -> None:

@@ -300,6 +300,8 @@ def test_public_name():
         ({"schedule": "linear"}, ValueError, "schedule must be one of"),
         ({"precision": "double"}, ValueError, "precision must be one of"),
         ({"n_components": 0}, ValueError, "n_components must be an integer >= 1, got 0"),
+        ({"n_components": 6.0}, ValueError, "n_components must be an integer >= 1, got 6.0"),
+        ({"batch_size": "64"}, ValueError, "batch_size must be an integer >= 1, got '64'"),
         ({"n_components": 5701}, ValueError, r"n_components = 5701 needs .* got 5700 of 6000 \(held out: 300\)"),
         ({"rank": 13}, ValueError, "rank must be at most the width of the activations, 12, got 13"),
         ({"rank": -1}, ValueError, "rank"),
