@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,7 @@ def kmeans(
         x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
     device = torch.device(device) if device is not None else source.device
-    weights = _check_weights(weights, len(source), device)
+    weights, unit = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress, "ranks": ranks}
 
@@ -128,7 +129,7 @@ def kmeans(
         options["name"] = "k-means, all rows"
         centroids, part, more = lloyd(source, centroids, center, weights, iterations=full, **options)
         updates += more
-    return _result(part, centroids + center, weights is not None, updates, rows)
+    return _result(part, centroids + center, unit, updates, rows)
 
 
 def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int | None) -> None:
@@ -141,15 +142,17 @@ def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int |
         raise ValueError(f"tol must be >= 0, got {tol!r}")
 
 
-def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> Tensor | None:
+def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor | None, float | None]:
+    """The weights over a power of two that brings the largest to about 1, as float32 needs it; and that power."""
     if weights is None:
-        return None
+        return None, None
     weights = torch.as_tensor(weights).to(device=device, dtype=torch.float64)
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")
     if not (weights.isfinite() & (weights >= 0)).all():
         raise ValueError("weights must be finite and non-negative")
-    return weights
+    unit = 2.0 ** (math.frexp(float(weights.max()))[1] - 1)
+    return weights / unit, unit
 
 
 def _finite_sample(
@@ -219,7 +222,7 @@ def _start(
     return torch.cat([centroids, centroids[:1].expand(clusters - len(centroids), -1)])
 
 
-def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int, rows: Tensor | None) -> KMeansResult:
+def _result(part: Partition, centroids: Tensor, unit: float | None, updates: int, rows: Tensor | None) -> KMeansResult:
     clusters = len(centroids)
     empty = int((part.mass == 0).sum())
     if empty:
@@ -231,8 +234,8 @@ def _result(part: Partition, centroids: Tensor, weighted: bool, updates: int, ro
     return KMeansResult(
         centroids,
         assignment.masked_fill_(lost, -1),
-        float(part.inertia.sum()),
-        part.mass if weighted else part.mass.long(),
+        float(part.inertia.sum()) * (unit or 1),
+        part.mass.long() if unit is None else part.mass * unit,
         updates,
         int(lost.sum()),
         rows,

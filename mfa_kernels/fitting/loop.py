@@ -91,7 +91,8 @@ def fit(
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
-    finite, or whose squared norm is not, are left out and counted. Ctrl-C ends the training with a warning, and returns the best so far.
+    finite, or whose squared norm is not, are left out and counted. Ctrl-C ends the training with a warning, and
+    returns the best so far.
 
     With a `checkpoint`, a fit that is killed at any moment goes on, with `resume`, to the bits that it would have
     come to (timings apart; on the same kind of device). The first one is written when the start is there: K-means is

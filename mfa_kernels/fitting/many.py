@@ -83,7 +83,7 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
 
 def _arguments(name: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Those of one fit, "layer" among them."""
-    if not isinstance(name, str) or not name or Path(name).name != name:
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name:
         raise ValueError(f"fits: a name must be a string that can be the name of a folder, got {name!r}")
     inside = {key: Path(options[key]) / _WRITTEN[key].format(name) for key in _WRITTEN if options.get(key) is not None}
     arguments = {**options, **inside, **own}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.source import as_source
+from mfa_kernels.fitting.source import as_rows, as_source
 
 
 def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
@@ -43,7 +43,10 @@ def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches"
     numbers = torch.empty(0, dtype=torch.long)
     seen = 0
     for i, batch in enumerate(batches):
-        source = as_source([batch], f"{name}[{i}]")
+        x = as_rows(batch, f"{name}[{i}]")
+        if not len(x):
+            continue
+        source = as_source(x, f"{name}[{i}]")
         if parts and source.n_features != parts[0].shape[1]:
             raise ValueError(f"{name}[{i}] has width {source.n_features}, but {name}[0] has width {parts[0].shape[1]}")
         held = len(drawn)
@@ -68,6 +71,6 @@ def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches"
             drawn[slots], numbers[slots] = mine[new], seen + new
         seen += len(source)
     if not parts:
-        raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
+        raise ValueError(f"{name} is an iterable without batches that hold rows (an iterator can be read only once)")
     order = numbers.argsort()
     return torch.cat(parts)[order.to(parts[0].device)], numbers[order]

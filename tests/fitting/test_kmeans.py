@@ -117,6 +117,17 @@ def test_weights_count_as_repeated_rows():
     is_consistent(x, weighted, weights)
 
 
+@pytest.mark.parametrize("unit", [2.0**-1000, 2.0**-200, 2.0**200, 2.0**900])
+@pytest.mark.parametrize("init", ["k-means||", "random"])
+def test_weights_have_no_unit(init, unit):
+    """Beyond the range of float32 too; by powers of two, which round nothing."""
+    x, weights = blobs(rows=300), torch.arange(300).double() % 4
+    expected, found = (run(x, 6, init=init, weights=weights * times) for times in (1.0, unit))
+    assert torch.equal(found.centroids, expected.centroids)
+    assert torch.equal(found.counts, expected.counts * unit)
+    assert found.inertia == expected.inertia * unit
+
+
 def test_a_heavy_row_keeps_its_centroid():
     x = blobs(rows=200)
     weights = torch.ones(200)
@@ -236,6 +247,12 @@ def test_a_stream_is_sampled_as_it_is_read():
     whole = run(x, 8)
     distance = torch.cdist(result.centroids, whole.centroids).min(1).values
     assert distance.max() < 0.1 * torch.cdist(whole.centroids, whole.centroids).fill_diagonal_(math.inf).min()
+
+
+def test_batches_without_rows_are_passed_over():
+    x = blobs()
+    expected, found = run(iter([x]), 8), run(iter([x[:0], x[:300], x[:0], x[300:]]), 8)
+    assert torch.equal(found.centroids, expected.centroids)
 
 
 def test_a_short_stream_is_kept_whole():

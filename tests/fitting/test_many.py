@@ -214,6 +214,7 @@ def good() -> dict[str, Any]:
         (None, {}, {}, ValueError, "fits must name at least one fit, got none"),
         (None, {"a/b": good()}, {}, ValueError, "a name must be a string that can be the name of a folder, got 'a/b'"),
         (None, {"a": good(), "": good()}, {}, ValueError, "a name must be"),
+        (None, {"..": good()}, {}, ValueError, "a name must be"),
         (None, {"a": good(), "b": {"layer": 4}}, {}, TypeError, "b: .*'n_components'"),
         (None, {"a": {**good(), "k": 3}}, {}, TypeError, "a: .*unexpected keyword argument 'k'"),
         (None, {"a": {**good(), "rank": -1}}, {}, ValueError, "a: rank must be an integer >= 0, got -1"),

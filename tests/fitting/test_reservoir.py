@@ -43,6 +43,7 @@ def test_what_is_kept_are_the_rows_of_the_smallest_numbers(rows, split):
 def test_a_short_stream_is_kept_whole():
     x = torch.randn(20, 3)
     assert torch.equal(reservoir(x.split(6), 50), x)
+    assert torch.equal(reservoir([x[:0], x[:5], x[:0], x[5:]], 50), x)
     assert reservoir([x.bfloat16()], 5).dtype == torch.float32
     assert reservoir([x.double()], 5).dtype == torch.float64
 
@@ -51,6 +52,7 @@ def test_a_short_stream_is_kept_whole():
     ("batches", "rows", "error", "message"),
     [
         ([], 5, ValueError, "batches is an iterable without batches"),
+        ([torch.zeros(0, 2)], 5, ValueError, "batches is an iterable without batches that hold rows"),
         ([torch.zeros(3, 2)], 0, ValueError, "rows must be an integer >= 1, got 0"),
         (
             [torch.zeros(3, 2), torch.zeros(3, 4)],
