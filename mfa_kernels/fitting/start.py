@@ -257,7 +257,8 @@ def _cluster_pca(
     rest = (rest * mass.to(rest)).sum()
     ranks.sum_(rest)
     level = float(rest / part.mass.sum()) or 1.0  # of the noise; the rows are whitened
-    strength = _shrink(eigenvalues / level, features / freedom) * level
+    # In double: where clusters hold few distinct rows, next to nothing is left, and squares of the ratio overflow.
+    strength = (_shrink(eigenvalues.double() / level, features / freedom.double()) * level).to(means)
     strong = strength > _PADDING**2 * level
     directions *= strength.sqrt().unsqueeze(1)
     cluster, column = (~strong).nonzero(as_tuple=True)
@@ -272,7 +273,8 @@ def _leading(x: Tensor, probe: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     for _ in range(_POWER_ITERATIONS):
         basis = torch.linalg.qr(x.mT @ (x @ basis)).Q
     projected = x @ basis
-    values, vectors = torch.linalg.eigh(projected.mT @ projected)
+    # In double: rows that are one row, but for rounding, leave numbers at which LAPACK's float gives up, or gives NaN.
+    values, vectors = (found.to(x) for found in torch.linalg.eigh((projected.mT @ projected).double()))
     return (basis @ vectors.flip(-1))[..., :rank], values.flip(-1)[..., :rank].clamp_min(0)
 
 

@@ -147,6 +147,18 @@ def test_each_distinct_row_its_own_cluster():
     assert mfa.log_prob(x).isfinite().all()
 
 
+@pytest.mark.parametrize(("distinct", "components", "features"), [(12, 8, 256), (80, 64, 96), (300, 256, 16)])
+def test_few_distinct_rows_in_a_cluster(distinct, components, features):
+    """One in most of them, two in some: what is left of the former is rounding, and of both next to no noise."""
+    for seed in (0, 5, 6):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(distinct, features, generator=generator).repeat(40, 1)
+        clusters = kmeans(x, components, seed=seed, progress=False)
+        mfa = start(x, clusters, rank=3)
+        assert all(parameter.isfinite().all() for parameter in mfa.parameters())
+        assert mfa.log_prob(x[:distinct]).isfinite().all()
+
+
 def test_far_from_the_origin():
     true = planted()
     x, c = draw(true, 2000), true.means.detach()
