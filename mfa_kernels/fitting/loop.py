@@ -224,17 +224,17 @@ def fit(
     saved: State | None = None
     if folder is not None or ranks.size > 1:
         every = 1 if streamed else max(1, len(source) // _FINGERPRINT_ROWS)
-        looked_at = source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS])
+        data = fingerprint(source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS]))
         facts = {
             "rows": None if streamed else len(source), "n_features": source.n_features,
-            "data": fingerprint(looked_at),
+            "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
             "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
             "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
             "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
             "ranks": ranks.size if streamed else None,
         }  # fmt: skip
-        _check_same(facts, streamed, ranks)
+        _check_same(facts, ranks)
         if folder is not None:
             checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
             saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
@@ -317,6 +317,8 @@ def _checkpoint_folders(
         raise ValueError(f"checkpoint_seconds must be >= 0, got {seconds!r}")
     if not isinstance(resume, bool | str | os.PathLike):
         raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise NotADirectoryError(f"checkpoint must name a folder, {checkpoint} is a file")
     held = checkpoint is not None and (Path(checkpoint) / FILE).exists()
     if resume is True:
         if checkpoint is None:
@@ -370,9 +372,9 @@ def _from_first(start: Callable[[], MFA], ranks: Ranks, *shape: Any) -> MFA:
     return mfa
 
 
-def _check_same(facts: dict[str, Any], streamed: bool, ranks: Ranks) -> None:
-    """Raises, on every rank, where the ranks were given different data (but for streams) or settings."""
-    first, *others = ranks.objects({name: fact for name, fact in facts.items() if name != "data" or not streamed})
+def _check_same(facts: dict[str, Any], ranks: Ranks) -> None:
+    """Raises, on every rank, where the ranks were given different data or settings."""
+    first, *others = ranks.objects(facts)
     for rank, other in enumerate(others, 1):
         different = [
             f"{name} = {other[name]!r}, on rank 0 {fact!r}" for name, fact in first.items() if other[name] != fact

@@ -124,7 +124,7 @@ def fit_sharded(
         "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
         "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
     }  # fmt: skip
-    loop._check_same({**facts, "callbacks": len(callbacks)}, False, ranks)
+    loop._check_same({**facts, "callbacks": len(callbacks)}, ranks)
     checkpoints: ShardedCheckpoints | None = None
     saved: State | None = None
     if folder is not None:

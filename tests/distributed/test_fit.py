@@ -114,6 +114,7 @@ def test_every_rank_brings_its_own_stream(found, size):
     assert expected["report"]["skipped_rows"] == 16
     assert expected["report"]["history"][-1]["step"] == 12  # of 100 rows, after a start of 400; the last of one row
     several = load(found, size, 0)["stream"]
+    assert_same_bits(load(found, size, 0)["stream, resumed"], several)
     assert several["report"].pop("live_rows") >= expected["report"].pop("live_rows")  # every rank looked at all it had
     assert_close(several, expected)
 
@@ -133,6 +134,7 @@ def test_errors_reach_every_rank(found, size):
         mine = load(found, size, rank)
         assert mine["other data"].startswith("ValueError: the ranks that fit together have different data")
         assert "rank 1 has data = " in mine["other data"]
+        assert "of a fit with other settings: here data = " in mine["other stream"]
         assert "rank 1 has seed = 1, on rank 0 0" in mine["other settings"]
         assert ("RuntimeError: rank 0 failed with ValueError: " if rank else "ValueError: ") in mine["no start"]
         assert "do not vary" in mine["no start"]

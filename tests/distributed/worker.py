@@ -137,7 +137,7 @@ def fits(folder: Path, size: int, group: Any) -> dict[str, Any]:
     return out
 
 
-def streamed(rank: int, size: int, group: Any) -> MFA:
+def streamed(rank: int, size: int, group: Any, rows: Tensor = ROWS, **options: Any) -> MFA:
     """A fit to streams that are dealt to the ranks, batch by batch: the last one, of one row, to rank 0 alone.
 
     The rows of the start and of every step are then those of one process, in another order.
@@ -146,13 +146,14 @@ def streamed(rank: int, size: int, group: Any) -> MFA:
 
     before = loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT
     loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = 400, 1
-    own: Iterator[Tensor] = iter(ROWS.split(25)[rank::size])
-    mfa = run(
-        own, method="online", batch_size=100, held_out=0.0, eval_every=2, clusters=planted().means.detach().double(),
-        group=group,
-    )  # fmt: skip
-    loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = before
-    return mfa
+    own: Iterator[Tensor] = iter(rows.split(25)[rank::size])
+    try:
+        return run(
+            own, method="online", batch_size=100, held_out=0.0, eval_every=2, group=group,
+            clusters=planted().means.detach().double(), **options,
+        )  # fmt: skip
+    finally:
+        loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = before
 
 
 def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
@@ -161,7 +162,11 @@ def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
             mfa.means.add_(1)  # on rank 1, but those of rank 0 count
 
     out: dict[str, Any] = {}
-    out["stream"] = outcome(streamed(rank, size, group))
+    checkpoint = folder / f"{size}, stream"
+    out["stream"] = outcome(streamed(rank, size, group, checkpoint=checkpoint))
+    resumed = {"checkpoint": checkpoint, "resume": True}
+    out["stream, resumed"] = outcome(streamed(rank, size, group, **resumed))
+    out["other stream"] = message(lambda: streamed(rank, size, group, ROWS + (rank == 1), **resumed))
     out["callback"] = outcome(run(**FITS["sgd"], callbacks=[shift] if rank == 1 else [], group=group))
     log = folder / f"{size}-{rank}.jsonl"
     run(method="em", epochs=1, log=log, group=group)

@@ -247,6 +247,7 @@ def test_damage_is_reported_by_name(name, data, error, message, tmp_path):
         ({"resume": True}, ValueError, "resume = True needs a checkpoint"),
         ({"resume": 3}, TypeError, "resume must be a folder or a bool, got int"),
         ({"checkpoint_seconds": -1}, ValueError, "checkpoint_seconds must be >= 0, got -1"),
+        ({"checkpoint": __file__}, NotADirectoryError, "checkpoint must name a folder, .* is a file"),
     ],
 )
 def test_bad_arguments(options, error, message):
