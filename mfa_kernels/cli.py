@@ -317,6 +317,8 @@ def _fit_to_store(arguments: argparse.Namespace, device: torch.device) -> dict[s
     from mfa_kernels.data import ActivationStore
 
     store = ActivationStore(arguments.store)
+    if not store.complete:
+        print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
     extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
     mixtures: dict[str, Any] = {}
     for name, own in _fits(arguments, [None]).items():

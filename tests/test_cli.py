@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,16 @@ def test_sizes_that_are_no_integers(capsys):
         with pytest.raises(SystemExit):
             _parser().parse_args(["fit", "--out", "mfa", *order])
         assert "argument -K/--components: expected integers, got" in capsys.readouterr().err
+
+
+def test_fit_says_that_a_store_is_not_complete(folder, tmp_path, capsys):
+    shutil.copytree(folder / "store", tmp_path / "store")
+    manifest = tmp_path / "store" / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    options = ["-K", "4", "-R", "2", "--epochs", "0", "--out", str(tmp_path / "mfa")]
+    for store, said in ((folder / "store", False), (tmp_path / "store", True)):
+        assert main(["fit", str(store), *options]) == 0
+        assert ("incomplete): harvest --resume would bring the rest" in capsys.readouterr().err) == said
 
 
 def test_encode(folder):

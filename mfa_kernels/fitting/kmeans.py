@@ -165,9 +165,11 @@ def _finite_sample(
 ) -> tuple[Source, Tensor]:
     """The finite rows (of positive weight) of a random sample of the source, and their row numbers."""
     whole = sample >= len(source)
-    index = (
-        torch.arange(len(source)) if whole else torch.randperm(len(source), generator=generator)[:sample].sort().values
-    )
+    index = torch.arange(len(source)) if weights is None or whole else (weights > 0).nonzero().squeeze(1).cpu()
+    if not whole:
+        index = index[torch.randperm(len(index), generator=generator)[:sample].sort().values]
+    if not len(index):
+        raise ValueError(f"x has no finite row of positive weight among {len(source)}")
     shared = ranks.size > 1  # then each reads its part in every pass
     subset = source if whole else picked(source, index)
     if not shared:

@@ -128,6 +128,15 @@ def test_weights_have_no_unit(init, unit):
     assert found.inertia == expected.inertia * unit
 
 
+def test_a_sample_is_one_of_rows_that_have_a_weight():
+    x, weights = blobs(rows=2000), (torch.arange(2000) % 100 == 0).double()
+    result = run(x, 8, weights=weights, sample=100)
+    assert float(result.counts.sum()) == 20
+    assert result.inertia <= 1.2 * run(x[weights > 0], 8).inertia
+    with pytest.raises(ValueError, match="x has no finite row of positive weight"):
+        run(x, 8, weights=torch.zeros(2000), sample=100)
+
+
 def test_a_heavy_row_keeps_its_centroid():
     x = blobs(rows=200)
     weights = torch.ones(200)
