@@ -27,12 +27,9 @@ _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
 def code_of(active: ops.Active, latents: Tensor, lead: torch.Size) -> Code:
     """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
     slots, held = active.logits.shape[-1], latents.shape[1]
-    # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
-    overflow = active.counts > slots
-    of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-    responsibilities = torch.where(overflow.unsqueeze(-1), of_all, active.logits.softmax(-1))
+    responsibilities = active.responsibilities()
     with torch.no_grad():
-        eps = torch.finfo(of_all.dtype).eps
+        overflow, eps = active.counts > slots, torch.finfo(responsibilities.dtype).eps
         rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
         rest = torch.where(
             overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)

@@ -196,8 +196,7 @@ def _problem(shape: tuple[int, int, int, int], device: torch.device) -> dict[str
     active = ops.log_prob(x, *parameters, log_weights, factors)
     every, needs = torch.arange(n, device=device), [False, True, True, True, True]
     upstream = torch.full_like(active.log_prob, 1 / n), torch.zeros_like(active.logits)
-    f = factors
-    saved = (f.rows, f.cholesky, f.log_det, f.scale, f.center, *active)
+    saved = *factors.tensors(), *active
 
     def gradient() -> list[Tensor]:
         backward = torch.ops.mfa_kernels.log_prob_backward
@@ -214,7 +213,7 @@ def _problem(shape: tuple[int, int, int, int], device: torch.device) -> dict[str
         "gradient": gradient,
         "dense": lambda: [ops.component_log_prob(x, *parameters, factors)],
         "statistics": statistics,
-        "nearest": lambda: list(nearest(x, means - f.center, f.center)),
+        "nearest": lambda: list(nearest(x, means - factors.center, factors.center)),
     }
 
 

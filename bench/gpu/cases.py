@@ -165,7 +165,7 @@ def screened_scan(bench: Bench, results: Results, folder: Path, components: int,
     problem = problems.make(bench, shape, decay=1.0)
     parameters, factors = problem.parameters(), problem.mfa.factors()
     on_gpu = factors.scan[0].numel() > 0  # or in the interpreter
-    if not on_gpu and factors.rows.dim() != 4:
+    if not on_gpu and not factors.is_native:
         return {"skipped": "neither C++ nor Triton kernels here"}
     batches = problem.batches if on_gpu else [x.to(factors.scale) for x in problem.batches]
     constants = factors.constants(parameters[3])
@@ -316,12 +316,11 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
         active = [mfa._active(x) for x in batches]
         tokens = torch.arange(shape.tokens, device=bench.device)
         codes = [mfa.encode(x) for x in batches]
-        f = (factors.rows, factors.cholesky, factors.log_det, factors.scale, factors.center)
         upstream = torch.full_like(active[0].log_prob, 1 / shape.tokens), torch.zeros_like(active[0].logits)
 
         def backward(i: int) -> Any:
             return torch.ops.mfa_kernels.log_prob_backward(
-                *upstream, batches[i], *parameters, *f, *active[i], [False, True, True, True, True]
+                *upstream, batches[i], *parameters, *factors.tensors(), *active[i], [False, True, True, True, True]
             )
 
         def latents(i: int) -> Tensor:

@@ -10,20 +10,20 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
-from mfa_kernels.ops.intervene.op import (
+from mfa_kernels.ops.intervene.op import Edit
+from mfa_kernels.ops.intervene.op import intervene as steer_tokens
+from mfa_kernels.ops.intervene.portable import (
     ALWAYS,
     DENSITY,
     NEVER,
     NOT_DENSITY,
     NOT_RESPONSIBILITY,
     RESPONSIBILITY,
-    Edit,
+    per_row,
 )
-from mfa_kernels.ops.intervene.op import intervene as steer_tokens
-from mfa_kernels.ops.intervene.portable import per_row
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.steering.composition import Affine, Composition, Local, moved
-from mfa_kernels.steering.evidence import Evidence, Reader
+from mfa_kernels.steering.evidence import Reader
 from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
 from mfa_kernels.steering.interventions import Row, as_rows
 
@@ -220,9 +220,9 @@ class Program:
             term = Local(*(per_row(v, batch) if isinstance(v, Tensor) else v for v in own))
             shift = _local_shift(term, hidden.to(edit.shift.dtype), seen)
             edit = edit._replace(shift=per_row(edit.shift, batch) + shift)
-        return steer_tokens(hidden, edit, chosen, passed, None if seen is None else Active(*seen), *mixture)
+        return steer_tokens(hidden, edit, chosen, passed, seen, *mixture)
 
-    def _passed(self, seen: Evidence, shape: torch.Size) -> Tensor | None:
+    def _passed(self, seen: Active, shape: torch.Size) -> Tensor | None:
         """Where gates made of others let tokens through, True in rows without one, (B, T); None without any."""
         passed = None
         for gate, elsewhere in self._composed:
@@ -274,7 +274,7 @@ def _simple(gate: Gate) -> tuple[int, float] | None:
     return None
 
 
-def _local_shift(term: Local, x: Tensor, seen: Evidence | None) -> Tensor:
+def _local_shift(term: Local, x: Tensor, seen: Active | None) -> Tensor:
     out = (x - term.mean) @ term.gain.mT @ term.loadings
     if term.apart is not None:
         out = out + term.apart

@@ -7,7 +7,7 @@ time. Steering runs at every generated token: here the factors are held.
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,30 +15,10 @@ from torch import Tensor, nn
 from mfa_kernels import ops
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.screen import op as screening
-from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold, responsibilities
+from mfa_kernels.ops.select.op import SLOTS, activity_threshold
 
 _SCREENED_VALUES = 1 << 22
 """Values of the rows, K (R + 1) D, from which on a token is screened: 16 MB in float32, more than a cache holds."""
-
-
-class Evidence(NamedTuple):
-    """Of N tokens and their C slots for active components, largest responsibility first.
-
-    Attributes:
-        log_prob: log p(x), (N,); NaN for a token that is not finite.
-        components: (N, C) int32; -1 marks an empty slot.
-        logits: (N, C); -inf in an empty slot.
-        counts: (N,) int32; more than C where slots are missing.
-    """
-
-    log_prob: Tensor
-    components: Tensor
-    logits: Tensor
-    counts: Tensor
-
-    def responsibility(self, component: int | Tensor) -> Tensor:
-        """p(component | x), (N,), for one component or one per token (N, 1)."""
-        return (responsibilities(Active(*self)) * (self.components == component)).sum(-1)
 
 
 class Reader(nn.Module):
@@ -92,8 +72,8 @@ class Reader(nn.Module):
     def _factors(self) -> ops.Factors:
         return ops.Factors(*(self._kept(part) for part in self._parts))
 
-    def read(self, x: Tensor) -> Evidence:
-        """Evidence of tokens (N, D)."""
+    def read(self, x: Tensor) -> ops.Active:
+        """The active pairs of tokens (N, D)."""
         count = self.means.shape[0]
         slots = min(SLOTS, count)
         active = self._active(x, slots)
@@ -101,7 +81,7 @@ class Reader(nn.Module):
         if not waits and slots < count and bool((active.counts > slots).any()):
             slots = count
             active = self._active(x, slots)
-        return Evidence(*active)
+        return active
 
     def _active(self, x: Tensor, slots: int) -> ops.Active:
         if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
@@ -118,7 +98,7 @@ class Reader(nn.Module):
 
 def _screen(mfa: MFA, factors: ops.Factors) -> screening.AnyScreen | None:
     """The mixture's screen; prepared here for a large mixture, where the rows of every token are read from memory."""
-    if factors.rows.dim() != 4:  # on a GPU a few tokens read all rows faster
+    if not factors.is_native:  # on a GPU a few tokens read all rows faster
         return None
     tried, screen = mfa.screened()
     if not tried and factors.rows.numel() >= _SCREENED_VALUES:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_component
 from mfa_kernels.mfa import MFA
-from mfa_kernels.steering.evidence import Evidence
+from mfa_kernels.ops import Active
 from mfa_kernels.steering.interventions import finite
 
 
@@ -26,7 +26,7 @@ class Gate:
     def __invert__(self) -> Gate:
         return Not(self)
 
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         """(N,) bool. A token that is not finite passes no gate that `steer` is given, inverted or not."""
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class Responsibility(Gate):
     component: int
     threshold: float
 
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         return seen.responsibility(self.component) > self.threshold
 
 
@@ -52,7 +52,7 @@ class LogDensity(Gate):
 
     threshold: float
 
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         return seen.log_prob > self.threshold
 
 
@@ -61,7 +61,7 @@ class Both(Gate):
     first: Gate
     second: Gate
 
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         return self.first.passes(seen) & self.second.passes(seen)
 
     def leaves(self) -> Iterator[Gate]:
@@ -71,7 +71,7 @@ class Both(Gate):
 
 @dataclass(frozen=True)
 class Either(Both):
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         return self.first.passes(seen) | self.second.passes(seen)
 
 
@@ -79,7 +79,7 @@ class Either(Both):
 class Not(Gate):
     inner: Gate
 
-    def passes(self, seen: Evidence) -> Tensor:
+    def passes(self, seen: Active) -> Tensor:
         return ~self.inner.passes(seen)
 
     def leaves(self) -> Iterator[Gate]:

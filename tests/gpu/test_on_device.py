@@ -430,7 +430,7 @@ def examples() -> dict[str, list[tuple]]:
     for dtype, per_component in itertools.product((torch.float32, torch.float64), (False, True)):
         m, x = problem((7, 9, 21, 2), per_component, dtype=dtype)
         f = m.factors()
-        factors = (f.rows, f.cholesky, f.log_det, f.scale, f.center)
+        factors = f.tensors()
         leaves = [t.clone().requires_grad_() for t in (x, *m)]
         n, k = torch.tensor([0, 2, 5], device=DEVICE), torch.tensor([4, 8, 0], device=DEVICE).int()
         components = torch.tensor([[0, 2], [1, -1], [3, 3]], device=DEVICE).int()

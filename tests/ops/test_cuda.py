@@ -197,8 +197,7 @@ def exact_logits(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
 
 
 def widened(factors: Factors) -> Factors:
-    fields = (factors.rows, factors.cholesky, factors.log_det, factors.scale, factors.center)
-    return Factors(*(t.double() for t in fields), factors.per_component)
+    return Factors(*(t.double() for t in factors.tensors()), factors.per_component)
 
 
 def chip_for(count: int) -> Chip:
@@ -419,8 +418,7 @@ def test_on_the_rows_that_the_library_makes(kernels):
     triton_rows = pytest.importorskip("mfa_kernels.ops.factors.triton_rows")
     x, factors, constants, own = problem((70, 130, 3), 3, torch.float32, spread=3.0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fields = (factors.rows, factors.cholesky, factors.log_det, factors.scale, factors.center)
-    view = triton_rows.scan_rows(Factors(*(t.to(device) for t in fields), False))
+    view = triton_rows.scan_rows(Factors(*(t.to(device) for t in factors.tensors()), False))
     view = [t.cpu() for t in view[: len(own)]]  # the kernel does not read `worst`
     assert [t.shape for t in view] == [t.shape for t in own]
     exact = exact_logits(x, widened(factors), constants.double())

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 
-from mfa_kernels.ops.intervene.op import NEVER, Edit, intervene
+from mfa_kernels.ops.intervene.op import Edit, intervene
+from mfa_kernels.ops.intervene.portable import NEVER
 from tests.mixtures import Mixture, tokens
 from tests.ops.intervene_cases import WAYS, Case, case, within_budget
 
@@ -149,7 +150,7 @@ def test_opcheck(backend: str) -> None:
         c = case(way, batch=2, count=2, mask=(2, 1), finite=True)
         m, f = c.mixture, c.mixture.factors()
         parameters = m[:3] if c.mixes else (None,) * 3
-        factors = (f.rows, f.cholesky, f.log_det, f.scale, f.center) if c.mixes else (None,) * 5
+        factors = f.tensors() if c.mixes else (None,) * 5
         arguments = (c.hidden, *c.edit, c.chosen, c.passed, *c.active, *parameters, *factors)
         torch.library.opcheck(torch.ops.mfa_kernels.intervene.default, arguments)
 

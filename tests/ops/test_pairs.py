@@ -85,12 +85,8 @@ def test_opcheck(backend):
     m = mixture(4, 21, 2, dtype=torch.float64)
     x = tokens(m, 6)
     n, c = pairs(7, 6, 4)
-    f = m.factors()
     leaves = [t.clone().requires_grad_() for t in (x, *m[:3])]
-    torch.library.opcheck(
-        torch.ops.mfa_kernels.latents.default,
-        (leaves[0], n, c, *leaves[1:], f.rows, f.cholesky, f.log_det, f.scale, f.center),
-    )
+    torch.library.opcheck(torch.ops.mfa_kernels.latents.default, (leaves[0], n, c, *leaves[1:], *m.factors().tensors()))
     components = torch.tensor([[0, 2], [1, -1], [3, 3]]).int()
     code = [torch.rand(3, 2).double().requires_grad_(), torch.randn(3, 2, 2).double().requires_grad_()]
     torch.library.opcheck(torch.ops.mfa_kernels.decode.default, (components, *code, *leaves[1:3]))

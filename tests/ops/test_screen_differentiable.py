@@ -55,9 +55,8 @@ def test_opcheck():
     factors = m.factors()
     screen = op.screen(*m, factors, 16)
     leaves = [t.clone().requires_grad_() for t in (tokens(m, 40), *m)]
-    f = factors
     torch.library.opcheck(
         torch.ops.mfa_kernels.screened_log_prob.default,
-        (*leaves, f.rows, f.cholesky, f.log_det, f.scale, f.center, screen.basis, screen.rows, screen.radii,
-         screen.slack, screen.lines, screen.line_terms, True, [], 0.0, screen.exact_slack, 16),
+        (*leaves, *factors.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
+         screen.line_terms, True, [], 0.0, screen.exact_slack, 16),
     )  # fmt: skip

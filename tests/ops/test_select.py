@@ -155,8 +155,7 @@ def test_what_does_not_fit_is_refused():
     if native.library() is None:
         pytest.skip("the checks guard the C++ kernels, which could not be built here")
     m = mixture(9, 21, 2)
-    f, x = m.factors(), tokens(m, 7)
-    tensors = (f.rows, f.cholesky, f.log_det, f.scale, f.center)
+    x, tensors = tokens(m, 7), m.factors().tensors()
     call = torch.ops.mfa_kernels.log_prob
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
         call(x, *m, *tensors, 0)
@@ -394,8 +393,7 @@ def test_shared_noise_gradient_does_not_depend_on_the_thread_count():
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_opcheck(backend, per_component):
     m = mixture(9, 21, 2, per_component=per_component, dtype=torch.float64)
-    f = m.factors()
-    tensors = (f.rows, f.cholesky, f.log_det, f.scale, f.center)
+    tensors = m.factors().tensors()
     leaves = [t.clone().requires_grad_() for t in (tokens(m, 7), *m)]
     torch.library.opcheck(torch.ops.mfa_kernels.log_prob.default, (*leaves, *tensors, 4))
     torch.library.opcheck(torch.ops.mfa_kernels.component_log_prob.default, (*leaves[:4], *tensors))

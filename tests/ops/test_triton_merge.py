@@ -22,16 +22,6 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
 
-def empty(count: int, slots: int) -> tuple[torch.Tensor, ...]:
-    new = {"device": DEVICE}
-    return (
-        torch.empty(count, **new),
-        torch.empty(count, slots, dtype=torch.int32, **new),
-        torch.empty(count, slots, **new),
-        torch.empty(count, dtype=torch.int32, **new),
-    )
-
-
 def partials_of(logits: torch.Tensor) -> Partials:
     """What an exact scan would leave of (N, K) logits, K a multiple of the tile."""
     tiled = logits.unflatten(1, (-1, TILE))
@@ -70,9 +60,8 @@ def test_candidates(logits):
 
 
 def test_finish_fast(logits):
-    out = empty(6, 20)
-    merge.finish_fast(partials_of(logits), torch.zeros(6, device=DEVICE), True, logits.shape[1], out)
-    active = Active(*out)
+    active = Active.empty(6, 20, logits)
+    merge.finish_fast(partials_of(logits), torch.zeros(6, device=DEVICE), True, logits.shape[1], active)
     torch.testing.assert_close(active.log_prob, torch.logsumexp(logits, -1), rtol=1e-6, atol=1e-5)
     seen = torch.tensor([0, 1, 2, 3, 5], device=DEVICE)
     check_slots(Active(*(t[seen] for t in active)), logits[seen].double(), 20, 1e-5)
@@ -88,7 +77,7 @@ def test_finish_dense(slots):
     logits[2] = -math.inf
     logits[3, :3000] = -1e5
     count = torch.tensor([4], device=DEVICE).int()  # the last row is not to be read
-    out = empty(9, slots)
+    out = Active.empty(9, slots, logits)
     for t in out:
         t.fill_(77)
     merge.finish_dense(logits, index, count, components, out)

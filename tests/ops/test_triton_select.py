@@ -281,7 +281,7 @@ def test_opcheck(test):
     x = tokens(m, 6)
     f = m.factors()
     leaves = [t.clone().requires_grad_() for t in (x, *m)]
-    args = (*leaves, f.rows, f.cholesky, f.log_det, f.scale, f.center, 4, True, *f.scan)
+    args = (*leaves, *f.tensors(), 4, True, *f.scan)
     torch.library.opcheck(torch.ops.mfa_kernels.log_prob.default, args, test_utils=test)
     torch.library.opcheck(
         torch.ops.mfa_kernels.scan_rows.default, (f.rows, f.cholesky, f.scale, f.center, False), test_utils=test

@@ -38,6 +38,10 @@ class Factors:
     per_component: bool
     scan: tuple[Tensor, ...] = ()
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Those that operators take, as `FACTORS` names them in a schema."""
+        return self.rows, self.cholesky, self.log_det, self.scale, self.center
+
     @property
     def is_native(self) -> bool:
         """Whether the rows are those of the C++ kernels."""
@@ -52,6 +56,8 @@ class Factors:
         """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
         return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)
 
+
+FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
 
 _CHUNK = 1 << 26  # loadings in float64 at a time
 

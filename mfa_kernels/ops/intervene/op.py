@@ -10,14 +10,6 @@ from torch import Tensor
 from mfa_kernels.ops import backends, native
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.intervene import portable
-from mfa_kernels.ops.intervene.portable import (  # noqa: F401 - the kinds of gate are part of the operator
-    ALWAYS,
-    DENSITY,
-    NEVER,
-    NOT_DENSITY,
-    NOT_RESPONSIBILITY,
-    RESPONSIBILITY,
-)
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.ops.select.op import Active
 
@@ -29,9 +21,9 @@ class Edit(NamedTuple):
         coefficients: scale, weight and spread, (B', S, 3), in the dtype that x is steered in: the wider of its own and
             the mixture's, float32 or float64.
         shift: (B', S, D), in that dtype.
-        rules: (B', 3) int32. The kind of gate: ALWAYS, RESPONSIBILITY and NOT_RESPONSIBILITY (of the region, against
-            the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region looked at, -1 for none. Whether the
-            norm is kept, 0 or 1.
+        rules: (B', 3) int32. The kind of gate, a number of portable.py: ALWAYS, RESPONSIBILITY and NOT_RESPONSIBILITY
+            (of the region, against the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region looked at,
+            -1 for none. Whether the norm is kept, 0 or 1.
         thresholds: of the gates, (B',), in the dtype of the mixture.
         keeps_norm: whether any row keeps its norm.
         latents: z, (B', S, R), in the dtype of the mixture; None for 0.
@@ -82,8 +74,7 @@ def intervene(
         return portable.intervene(
             hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, parameters, factors
         )  # fmt: skip
-    of_factors = (None,) * 5 if factors is None else (factors.rows, factors.cholesky, factors.log_det, factors.scale,
-                                                      factors.center)  # fmt: skip
+    of_factors = (None,) * 5 if factors is None else factors.tensors()
     return torch.ops.mfa_kernels.intervene(
         hidden, *edit, chosen, passed, *(active or (None,) * 4), *(parameters or (None,) * 3), *of_factors
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs import op as pairs
-from mfa_kernels.ops.select.op import Active, responsibilities
+from mfa_kernels.ops.select.op import Active
 
 ALWAYS, RESPONSIBILITY, NOT_RESPONSIBILITY, DENSITY, NOT_DENSITY, NEVER = range(6)
 
@@ -38,7 +38,7 @@ def intervene(
     scale, weight, spread = (c.unsqueeze(-1) for c in coefficients.unbind(-1))
     x = hidden.to(shift.dtype)
     out = torch.addcmul(shift, scale, x)
-    r = None if active is None else responsibilities(active)
+    r = None if active is None else active.responsibilities()
     if parameters is not None and factors is not None and active is not None and r is not None:
         means, loadings, _ = parameters
         components, slots = active.components, active.components.shape[1]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops import backends, native
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.pairs import portable
 from mfa_kernels.ops.precision import full_precision, once_differentiable
 
@@ -22,9 +22,7 @@ def latents(
         components: (P,) int32; -1 stands for no pair, whose latents are 0.
         means, loadings, noise_variance: the parameters behind `f`.
     """
-    return torch.ops.mfa_kernels.latents(
-        x, tokens, components, means, loadings, noise_variance, f.rows, f.cholesky, f.log_det, f.scale, f.center
-    )
+    return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *f.tensors())
 
 
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
@@ -72,10 +70,9 @@ def accumulate_gradients(
 
 
 _PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
-_FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
 _CODE = "Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings"
 
-torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {_FACTORS}) -> Tensor")
+torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {FACTORS}) -> Tensor")
 torch.library.define(
     "mfa_kernels::latents_backward",
     f"(Tensor grad, Tensor latents, {_PARAMETERS}, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)",

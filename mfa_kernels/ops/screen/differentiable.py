@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
-from mfa_kernels.ops.select.op import Active, activity_threshold
-
-_SHAPES = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
+from mfa_kernels.ops.select.op import Active, activity_threshold, gradients_of
 
 
 def log_prob(
@@ -35,23 +33,20 @@ def log_prob(
         screen: of these parameters.
         slots: S, the most active components kept per token.
     """
-    f = factors
+    parameters = means, loadings, noise_variance, log_weights
     if not isinstance(screen, Screen):
-        *active, dropped, evaluated = _Screened.apply(
-            x, means, loadings, noise_variance, log_weights, factors, screen, slots
-        )
+        *active, dropped, evaluated = _Screened.apply(x, *parameters, factors, screen, slots)
         return Screened(Active(*active), dropped, evaluated)
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
-        x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
-        screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,
-        screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, slots,
+        x, *parameters, *factors.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
+        screen.line_terms, screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, slots,
     )  # fmt: skip
     return Screened(Active(*active), dropped, evaluated)
 
 
 torch.library.define(
     "mfa_kernels::screened_log_prob",
-    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {_SHAPES}, Tensor basis,"
+    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {FACTORS}, Tensor basis,"
     " Tensor marginal_rows, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,"
     " Tensor[] neighbors, float neighbor_threshold, float exact_slack, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
@@ -81,13 +76,7 @@ def _context(ctx, inputs, output) -> None:
 
 
 def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
-    saved = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    log_prob, logits = saved[10], saved[12]
-    grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
-    grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
-    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), *ctx.rest
+    return *gradients_of(ctx, grad_log_prob, grad_logits), *ctx.rest
 
 
 class _Screened(torch.autograd.Function):
@@ -95,10 +84,10 @@ class _Screened(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, means, loadings, noise_variance, log_weights, factors, screen, slots):
-        f, threshold = factors, activity_threshold(len(means), means.dtype)
-        active, dropped, evaluated = select(x, f, f.constants(log_weights), screen, threshold, slots)
+        threshold = activity_threshold(len(means), means.dtype)
+        active, dropped, evaluated = select(x, factors, factors.constants(log_weights), screen, threshold, slots)
         parameters = means, loadings, noise_variance, log_weights
-        ctx.save_for_backward(x, *parameters, f.rows, f.cholesky, f.log_det, f.scale, f.center, *active)
+        ctx.save_for_backward(x, *parameters, *factors.tensors(), *active)
         ctx.rest = [None] * 3
         ctx.mark_non_differentiable(active.components, active.counts, dropped, evaluated)
         return *active, dropped, evaluated

@@ -86,7 +86,7 @@ class Screened(NamedTuple):
 def serves(factors: Factors) -> bool:
     """Whether there are kernels that screen with these factors: C++ on a CPU, or Triton."""
     shared = not factors.per_component
-    return shared and (factors.rows.dim() == 4 or (bool(factors.scan) and factors.scan[0].numel() > 0))
+    return shared and (factors.is_native or (bool(factors.scan) and factors.scan[0].numel() > 0))
 
 
 def _triton() -> ModuleType:
@@ -137,7 +137,7 @@ def screen(
         raise ValueError(f"features must be a multiple of 16 between 16 and D = {means.shape[1]}, got {width}")
     with torch.no_grad():
         q = (choose_basis(factors, log_weights.exp(), width) if basis is None else basis).to(means.dtype)
-        if factors.rows.dim() == 4:
+        if factors.is_native:
             return _screen(means, loadings, noise_variance, log_weights, factors, q)[0]
         return _triton().screen(means, loadings, noise_variance, factors, q)
 
@@ -204,7 +204,7 @@ def choose(
         means, loadings, noise_variance, log_weights, factors: as `screen` takes them.
         least: coordinates, where that is no more than half of the features: `neighbors.FEATURES` for lists.
     """
-    step = 16 if factors.rows.dim() == 4 else 64  # features that a tile of Triton's scan reads at least
+    step = 16 if factors.is_native else 64  # features that a tile of Triton's scan reads at least
     widths = [width for width in WIDTHS if 2 * width <= means.shape[1] and width % step == 0]
     widths = [width for width in widths if width >= least] or widths
     if not serves(factors) or not widths:
@@ -230,13 +230,13 @@ def _choose(
     known, one = None, torch.ones(1)
     for width in widths:
         sizes = count, features, rank, width
-        ways = (None, 0.0) if factors.rows.dim() == 4 else (None,)
+        ways = (None, 0.0) if factors.is_native else (None,)
         if min(modelled_cost(one, *sizes, lines=lines) for lines in ways) >= least:
             break
         # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
         keep = count * (rank + 1) * width <= _KNOWN
         parameters = means, loadings, noise_variance
-        if factors.rows.dim() == 4:
+        if factors.is_native:
             candidate, known = _screen(*parameters, log_weights, factors, basis[:, :width], known, keep)
             (_, _, logits, _), _, evaluated = select(x, factors, constants, candidate, threshold, 1)
             share = lines_left(x, factors, constants, candidate, logits[:, 0] - threshold).mean().item()
@@ -429,12 +429,5 @@ def _(
     x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
     batches_by_lines, neighbors, neighbor_threshold, exact_slack, threshold, slots,
 ):  # fmt: skip
-    tokens = x.shape[0]
-    return (
-        rows.new_empty(tokens),
-        rows.new_empty(tokens, slots, dtype=torch.int32),
-        rows.new_empty(tokens, slots),
-        rows.new_empty(tokens, dtype=torch.int32),
-        rows.new_empty(tokens),
-        rows.new_empty(tokens, dtype=torch.int32),
-    )
+    active = Active.empty(x.shape[0], slots, rows)
+    return *active, torch.empty_like(active.log_prob), torch.empty_like(active.counts)

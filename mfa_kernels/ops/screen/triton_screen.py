@@ -174,7 +174,7 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, th
     if math.isclose(log_eps, merge.LOG_EPS, rel_tol=1e-9):
         log_eps = merge.LOG_EPS  # kernels are compiled for it: once for all K
     with torch.cuda.device_of(x):
-        active = Active(*_room(count, slots, constants))
+        active = Active.empty(count, slots, constants)
         dropped, evaluated = torch.zeros_like(active.log_prob), torch.full_like(active.counts, -1)
         if count == 0:
             return Screened(active, dropped, evaluated)
@@ -208,16 +208,6 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, th
         evaluated = torch.where(screened, held, evaluated)
         _dense_scan(x, tokens, factors, rows, constants, crowded, active, config, log_eps)
     return Screened(active, dropped, evaluated)
-
-
-def _room(count: int, slots: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob, components, logits and counts, to be written."""
-    return (
-        like.new_empty(count),
-        like.new_empty(count, slots, dtype=torch.int32),
-        like.new_empty(count, slots),
-        like.new_empty(count, dtype=torch.int32),
-    )
 
 
 def _guess(partials: Partials) -> Tensor:
@@ -267,7 +257,7 @@ def _dense_scan(
     found, crowded = merge.candidates(partials, norms, components, CANDIDATES, log_eps)
     logits, _ = explain(x, index.repeat_interleave(CANDIDATES), found.flatten(), factors, constants, with_t=False)
     assert logits is not None
-    room = _room(len(index), out.components.shape[1], constants)
+    room = Active.empty(len(index), out.components.shape[1], constants)
     merge.finish(found, logits, crowded, components, room, log_eps)
     place = (chosen.cumsum(0) - 1).clamp_min(0)  # where in `index` a token is
     mine = chosen == 1

@@ -74,7 +74,7 @@ def error_bound(
 def _per_squared_residual(factors: Factors, features: int, unit: float) -> float:
     """What a logit may be off by, per |v|^2."""
     length, rank = features, factors.cholesky.shape[-1]
-    if factors.rows.dim() == 4:  # the C++ kernels sum in lanes, and flush every 64 features
+    if factors.is_native:  # the C++ kernels sum in lanes, and flush every 64 features
         length = max(66 + -(-features // 64), -(-features // factors.rows.shape[-1]) + 8)
     total = 1.01 * length * unit
     explained = (5 * unit + total) * math.sqrt(rank)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops import native
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.pairs import dense
 from mfa_kernels.ops.pairs.op import accumulate_gradients
@@ -25,7 +25,6 @@ SLOTS = 16
 """Active components kept per token; the mixture that `mfa-kernels demo` fits has about one (README)."""
 
 _PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
-_FACTORS = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
 _SCAN = ", ".join(
     f"Tensor? {name}=None" for name in ("rows16", "scales", "offsets", "squares", "bounds", "worst", "reference")
 )
@@ -46,6 +45,27 @@ class Active(NamedTuple):
     components: Tensor
     logits: Tensor
     counts: Tensor
+
+    @classmethod
+    def empty(cls, tokens: int, slots: int, like: Tensor) -> Active:
+        """Room for N = `tokens`, to be written, in the dtype and on the device of `like`."""
+        return cls(
+            like.new_empty(tokens),
+            like.new_empty(tokens, slots, dtype=torch.int32),
+            like.new_empty(tokens, slots),
+            like.new_empty(tokens, dtype=torch.int32),
+        )
+
+    def responsibilities(self) -> Tensor:
+        """p(k | x) of the slots, (N, S); 0 in an empty one, NaN for a token that is not finite."""
+        # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
+        of_all = (self.logits - self.log_prob.unsqueeze(-1)).exp()
+        is_full = (self.counts > self.components.shape[1]).unsqueeze(-1)
+        return torch.where(is_full, of_all, self.logits.softmax(-1))
+
+    def responsibility(self, component: int | Tensor) -> Tensor:
+        """p(component | x), (N,), for one component or one per token (N, 1)."""
+        return (self.responsibilities() * (self.components == component)).sum(-1)
 
 
 def activity_threshold(components: int, dtype: torch.dtype) -> float:
@@ -75,46 +95,30 @@ def log_prob(
         slots: S, the most active components kept per token.
         exact: False allows a backend to leave out the exact recompute of a low-precision scan.
     """
-    f = factors
-    return Active(
-        *torch.ops.mfa_kernels.log_prob(
-            x, means, loadings, noise_variance, log_weights, f.rows, f.cholesky, f.log_det, f.scale, f.center,
-            slots, exact, *f.scan,
-        )
-    )  # fmt: skip
-
-
-def responsibilities(active: Active) -> Tensor:
-    """p(k | x) of the slots, (N, S); 0 in an empty one, NaN for a token that is not finite."""
-    # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
-    of_all = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-    is_full = (active.counts > active.components.shape[1]).unsqueeze(-1)
-    return torch.where(is_full, of_all, active.logits.softmax(-1))
+    parameters = means, loadings, noise_variance, log_weights
+    return Active(*torch.ops.mfa_kernels.log_prob(x, *parameters, *factors.tensors(), slots, exact, *factors.scan))
 
 
 def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors) -> Tensor:
     """log p(x | k) for every component, (N, K): dense, differentiable."""
-    f = factors
-    return torch.ops.mfa_kernels.component_log_prob(
-        x, means, loadings, noise_variance, f.rows, f.cholesky, f.log_det, f.scale, f.center
-    )
+    return torch.ops.mfa_kernels.component_log_prob(x, means, loadings, noise_variance, *factors.tensors())
 
 
 torch.library.define(
     "mfa_kernels::log_prob",
-    f"({_PARAMETERS}, Tensor log_weights, {_FACTORS}, int slots, bool exact=True, {_SCAN})"
+    f"({_PARAMETERS}, Tensor log_weights, {FACTORS}, int slots, bool exact=True, {_SCAN})"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)",
 )
 torch.library.define(
     "mfa_kernels::log_prob_backward",
-    f"(Tensor grad_log_prob, Tensor grad_logits, {_PARAMETERS}, Tensor log_weights, {_FACTORS},"
+    f"(Tensor grad_log_prob, Tensor grad_logits, {_PARAMETERS}, Tensor log_weights, {FACTORS},"
     " Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs)"
     " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)",
 )
-torch.library.define("mfa_kernels::component_log_prob", f"({_PARAMETERS}, {_FACTORS}) -> Tensor")
+torch.library.define("mfa_kernels::component_log_prob", f"({_PARAMETERS}, {FACTORS}) -> Tensor")
 torch.library.define(
     "mfa_kernels::component_log_prob_backward",
-    f"(Tensor grad, {_PARAMETERS}, {_FACTORS}, bool[] needs)"
+    f"(Tensor grad, {_PARAMETERS}, {FACTORS}, bool[] needs)"
     " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise)",
 )
 
@@ -251,13 +255,7 @@ for _device in ("CPU", "CUDA"):
 def _(
     x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
 ):
-    tokens = x.shape[0]
-    return (
-        means.new_empty(tokens),
-        means.new_empty(tokens, slots, dtype=torch.int32),
-        means.new_empty(tokens, slots),
-        means.new_empty(tokens, dtype=torch.int32),
-    )
+    return tuple(Active.empty(x.shape[0], slots, means))
 
 
 @torch.library.register_fake("mfa_kernels::component_log_prob")
@@ -290,13 +288,18 @@ def _log_prob_context(ctx, inputs, output) -> None:
 
 
 def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_counts):
+    return *gradients_of(ctx, grad_log_prob, grad_logits), *[None] * 14
+
+
+def gradients_of(ctx, grad_log_prob: Tensor | None, grad_logits: Tensor | None) -> list[Tensor | None]:
+    """Those of x and the parameters, where wanted: `ctx` has saved these, the factors' tensors and the `Active`."""
     saved = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:5])
     log_prob, logits = saved[10], saved[12]
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
     gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), *[None] * 14
+    return [g if n else None for g, n in zip(gradients, needs)]
 
 
 def _component_log_prob_context(ctx, inputs, output) -> None:

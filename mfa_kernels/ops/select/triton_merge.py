@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.factors.triton_rows import TILE
+from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.select.triton_scan import TOP, Partials
 
 LOG_EPS = math.log(torch.finfo(torch.float32).eps)
@@ -312,47 +313,33 @@ def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def finish(
-    found: Tensor,
-    exact: Tensor,
-    crowded: Tensor,
-    components: int,
-    out: tuple[Tensor, ...],
-    log_eps: float = LOG_EPS,
+    found: Tensor, exact: Tensor, crowded: Tensor, components: int, out: Active, log_eps: float = LOG_EPS
 ) -> None:
-    """Writes log_prob, components, logits and counts of the tokens that are not crowded."""
-    log_prob, best, logits, counts = out
-    count, slots = best.shape
+    """Writes the tokens that are not crowded."""
+    count, slots = out.components.shape
     finish_kernel[(count,)](
-        found, exact, crowded, log_prob, best, logits, counts, components, slots,
+        found, exact, crowded, *out, components, slots,
         C=found.shape[1], BS=triton.next_power_of_2(slots), LOG_EPS=log_eps, num_warps=1,
     )  # fmt: skip
 
 
 def finish_dense(
-    logits: Tensor,
-    index: Tensor,
-    count: Tensor,
-    components: int,
-    out: tuple[Tensor, ...],
-    log_eps: float = LOG_EPS,
+    logits: Tensor, index: Tensor, count: Tensor, components: int, out: Active, log_eps: float = LOG_EPS
 ) -> None:
-    """Writes the four of tokens index[i], i < count, from all their logits (n, K)."""
-    log_prob, best, kept, counts = out
-    slots = best.shape[1]
+    """Writes tokens index[i], i < count, from all their logits (n, K)."""
+    slots = out.components.shape[1]
     if slots > MANY:
         _finish_many(logits, index, count, out, log_eps)
         return
     block = min(2048, triton.next_power_of_2(components))
     finish_dense_kernel[(index.shape[0],)](
-        logits, index, count, log_prob, best, kept, counts, components, slots,
-        LOG_EPS=log_eps, BK=block, num_warps=4,
+        logits, index, count, *out, components, slots, LOG_EPS=log_eps, BK=block, num_warps=4
     )  # fmt: skip
 
 
-def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: tuple[Tensor, ...], log_eps: float) -> None:
+def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: Active, log_eps: float) -> None:
     """finish_dense for more slots than a kernel should search one by one: by sorting."""
-    log_prob, best, kept, counts = out
-    slots, rows = best.shape[1], index.shape[0]
+    slots, rows = out.components.shape[1], index.shape[0]
     logits = logits[:rows]
     value = torch.logsumexp(logits, -1)
     value = value.masked_fill(value == -torch.inf, torch.nan)
@@ -366,19 +353,16 @@ def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: tuple[Tensor
     components = components.masked_fill(ordered == -torch.inf, -1).int()
     real = torch.arange(rows, device=logits.device) < count
     n = index.long()
-    log_prob[n] = torch.where(real, value, log_prob[n])
-    counts[n] = torch.where(real, found.clamp_max(slots + 1).int(), counts[n])
-    best[n] = torch.where(real.unsqueeze(-1), components, best[n])
-    kept[n] = torch.where(real.unsqueeze(-1), ordered, kept[n])
+    for own, new in zip(out, (value, components, ordered, found.clamp_max(slots + 1).int())):
+        own[n] = torch.where(real if own.dim() == 1 else real.unsqueeze(-1), new, own[n])
 
 
-def finish_fast(partials: Partials, length: Tensor, shared: bool, components: int, out: tuple[Tensor, ...]) -> None:
-    """Writes the four from a scan without bounds."""
-    log_prob, best, logits, counts = out
+def finish_fast(partials: Partials, length: Tensor, shared: bool, components: int, out: Active) -> None:
+    """Writes every token from a scan without bounds."""
     count, tiles = partials.lower.shape
     finish_fast_kernel[(count,)](
-        partials.upper, partials.components, partials.lower, partials.sums, length, log_prob, best, logits, counts,
-        components, tiles, best.shape[1], TILE=TILE, TOP=TOP, LOG_EPS=LOG_EPS, SHARED=shared,
+        partials.upper, partials.components, partials.lower, partials.sums, length, *out,
+        components, tiles, out.components.shape[1], TILE=TILE, TOP=TOP, LOG_EPS=LOG_EPS, SHARED=shared,
         BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
     )  # fmt: skip
 

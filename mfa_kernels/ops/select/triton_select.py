@@ -20,6 +20,7 @@ from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.factors.triton_rows import ScanRows
 from mfa_kernels.ops.pairs.triton_pairs import explain
 from mfa_kernels.ops.select import triton_merge as merge
+from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.select.triton_dense import dense
 from mfa_kernels.ops.select.triton_scan import scan
 from mfa_kernels.ops.select.triton_tokens import scan_tokens
@@ -34,10 +35,8 @@ DENSE = 1 << 26
 """Most logits of crowded tokens in memory at a time (256 MB)."""
 
 
-def select(
-    x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int, exact: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log_prob (N,), components (N, S) int32, logits (N, S), counts (N,) int32; see `mfa_kernels.ops.select.op`.
+def select(x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int, exact: bool = True) -> Active:
+    """log p(x) and the active pairs of every token; see `mfa_kernels.ops.select.op`.
 
     Args:
         x: (N, D), contiguous, any float dtype but float64.
@@ -49,12 +48,7 @@ def select(
     """
     count, components = x.shape[0], constants.shape[0]
     with torch.cuda.device_of(x):
-        out = (
-            constants.new_empty(count),
-            constants.new_empty(count, slots, dtype=torch.int32),
-            constants.new_empty(count, slots),
-            constants.new_empty(count, dtype=torch.int32),
-        )
+        out = Active.empty(count, slots, constants)
         if count == 0:
             return out
         if exact and count <= FEW and not factors.per_component and slots <= CANDIDATES:
@@ -76,24 +70,16 @@ def select(
     return out
 
 
-def _few_tokens(
-    library: Any, x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _few_tokens(library: Any, x: Tensor, factors: Factors, rows: ScanRows, constants: Tensor, slots: int) -> Active:
     """The same by csrc/cuda/few_tokens.cuh: the rows are read once, at the speed of memory, in two launches."""
     f, threshold = factors, math.log(constants.shape[0]) - merge.LOG_EPS
-    out = library.few_tokens(x, f.rows, f.scale, f.center, *rows[:5], constants, threshold, slots)
-    counts = out[3]
-    crowded_tokens(x, factors, constants, (counts < 0).int(), out)
+    out = Active(*library.few_tokens(x, f.rows, f.scale, f.center, *rows[:5], constants, threshold, slots))
+    crowded_tokens(x, factors, constants, (out.counts < 0).int(), out)
     return out
 
 
 def crowded_tokens(
-    x: Tensor,
-    factors: Factors,
-    constants: Tensor,
-    crowded: Tensor,
-    out: tuple[Tensor, ...],
-    log_eps: float = merge.LOG_EPS,
+    x: Tensor, factors: Factors, constants: Tensor, crowded: Tensor, out: Active, log_eps: float = merge.LOG_EPS
 ) -> None:
     """Decides the tokens whose `crowded` (N,) is 1, from all their logits; T is log K - log_eps."""
     count, components = x.shape[0], constants.shape[0]
