@@ -1,4 +1,4 @@
-"""Shared fixtures: both CPU backends, poisoned memory, and mixtures of every shape."""
+"""Shared fixtures: both CPU backends, poisoned memory, a single thread."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mfa_kernels.ops import native
+from tests.threads import threads
 
 
 def pytest_configure() -> None:
@@ -41,6 +42,20 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         warnings.warn("no C++ library on this machine: the native backend is not tested", stacklevel=1)
         pytest.skip("the C++ kernels could not be built here")
     return request.param
+
+
+@pytest.fixture
+def needs_native() -> None:
+    """For what plain PyTorch does not do, or not in one order."""
+    if native.library() is None:
+        pytest.skip("the C++ kernels could not be built here")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For many short operations: a second thread would only cost time."""
+    with threads(1):
+        yield
 
 
 @pytest.fixture

@@ -18,17 +18,10 @@ from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.harvest import stream
 from mfa_kernels.models import hidden_states, with_hidden_states
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
+
 BOS, EOS, UNKNOWN, WORDS = 0, 1, 2, 40
 VOCABULARY = 3 + WORDS
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:

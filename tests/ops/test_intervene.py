@@ -9,6 +9,7 @@ from mfa_kernels.ops.intervene.op import Edit, intervene
 from mfa_kernels.ops.intervene.portable import NEVER
 from tests.mixtures import Mixture, tokens
 from tests.ops.intervene_cases import WAYS, Case, case, within_budget
+from tests.threads import threads
 
 # (K, D, R): features below, at and beyond three vectors, and a ragged tail; one component; no directions.
 SHAPES = [(5, 33, 3), (1, 1, 1), (4, 16, 0), (3, 130, 17), (7, 27, 10)]
@@ -100,14 +101,10 @@ def test_views_and_no_tokens(backend: str) -> None:
 def test_input_is_left_alone_and_bits_do_not_change(backend: str) -> None:
     c = case(batch=12, shape=(5, 130, 10), dtype=torch.float32)
     before = [t.clone() for t in (c.hidden, c.edit.shift, *c.active)]
-    threads = torch.get_num_threads()
-    try:
-        runs = []
-        for count in (1, 2, 2):
-            torch.set_num_threads(count)
+    runs = []
+    for count in (1, 2, 2):
+        with threads(count):
             runs.append(intervene(*c.arguments()))
-    finally:
-        torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(runs[0], run))
     for a, b in zip(before, (c.hidden, c.edit.shift, *c.active)):
@@ -172,11 +169,8 @@ def test_compiles_whole(backend: str) -> None:
         assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
 
 
+@pytest.mark.usefixtures("needs_native")
 def test_the_kernels_read_no_further_than_they_may() -> None:
-    from mfa_kernels.ops import native
-
-    if native.library() is None:
-        pytest.skip("no C++ library")
     c = case()
     short = c._replace(edit=c.edit._replace(shift=c.edit.shift[:4]))
     with pytest.raises(ValueError, match="shift does not fit a batch of 6 rows of 3 tokens"):

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
 from mfa_kernels.ops.kmeans import basis as basis_module
 from mfa_kernels.ops.kmeans import op, portable, reference
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest, screened
+from tests.threads import threads
 
 # (N, K, D): rows in tasks of 32 and tiles of 8, centroids in tiles of 48 (24 in float64), features in vectors of 16
 # and sums of 256
@@ -69,15 +69,9 @@ def test_nearest_is_the_definition(backend, shape, dtype, monkeypatch):
         torch.testing.assert_close(distance.double(), least, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture
-def compiled() -> None:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
-
-
 @pytest.mark.parametrize("width", [16, 32, 48, 96, 112])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.usefixtures("poisoned", "compiled")
+@pytest.mark.usefixtures("poisoned", "needs_native")
 def test_a_basis_changes_nothing_but_the_pairs(width, dtype):
     x, centroids, center = clustered(333, 200, 130, dtype)
     owner, distance, pairs = screened(x, centroids, center)
@@ -92,7 +86,7 @@ def test_a_basis_changes_nothing_but_the_pairs(width, dtype):
 
 @pytest.mark.parametrize("offset", [0.0, 30.0, 1e4])
 @pytest.mark.parametrize("width", [None, 16])
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("needs_native")
 def test_where_the_expanded_square_would_fail(offset, width):
     """Centroids far from the origin, some of them almost the same, rows on top of them."""
     _, centroids, _ = clustered(1, 90, 70)
@@ -106,7 +100,7 @@ def test_where_the_expanded_square_would_fail(offset, width):
     assert (distance[:90] == 0).all()
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("needs_native")
 def test_outlier_features_and_a_huge_centroid():
     x, centroids, center = clustered(300, 100, 64)
     x[:, 7] *= 1e4
@@ -140,7 +134,7 @@ def test_rows_that_are_not_finite(backend):
     torch.testing.assert_close(distance, least, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("needs_native")
 def test_the_same_bits_whatever_the_threads_and_the_batch():
     x, centroids, center = clustered(500, 100, 96)
     whole = screened(x, centroids, center, axes(96, 32))
@@ -152,12 +146,8 @@ def test_the_same_bits_whatever_the_threads_and_the_batch():
         return out
 
     before = sums()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 2)
-    try:
+    with threads(torch.get_num_threads() + 2):
         again, after = screened(x, centroids, center, axes(96, 32)), sums()
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip((*whole[:2], *before), (*again[:2], *after)))
     assert whole[2] == again[2]
     parts = [nearest(part, centroids, center) for part in x.split(77)]
@@ -193,7 +183,7 @@ def test_cluster_sums(backend, weighted):
         torch.testing.assert_close(found - 1, sums, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("needs_native")
 def test_leading_directions():
     x, centroids, center = clustered(600, 40, 200)
     x[5] = torch.nan
@@ -209,7 +199,7 @@ def test_leading_directions():
     assert leading_directions(x[:50], center) is None, "too few rows"
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("needs_native")
 def test_a_basis_is_used_where_it_pays():
     x, centroids, center = clustered(3000, 500, 256, spread=0.1)
     assert fitting_width(leading_directions(x, center), x, centroids, center) is not None

@@ -14,6 +14,9 @@ from mfa_kernels.ops.screen import op, portable, reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots, plain_fp32
+from tests.threads import threads
+
+pytestmark = pytest.mark.usefixtures("needs_native")
 
 # (N, K, D, p, R): a path of its own for up to 4 tokens, panels of up to 32, stretches of 256, flushes every 64 features
 # (of D and of p), passes of 12 rows, pairs in groups of eight and tasks of 8 to 64: three of each and a
@@ -31,12 +34,6 @@ SHAPES = [
     (40, 67, 64, 32, 13),
     (900, 97, 45, 16, 4),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _needs_native() -> None:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
 
 
 def screened(m: Mixture, x: Tensor, features: int | None = 16, slots: int = 16, **options) -> op.Screened:
@@ -286,12 +283,10 @@ def test_two_runs_are_bitwise_equal():
 def test_the_number_of_threads_changes_no_bit():
     m = mixture(200, 64, 5, spread=1.0)
     x = tokens(m, 700)
-    before = torch.get_num_threads()
     runs = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        runs.append(screened(m, x, 32))
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            runs.append(screened(m, x, 32))
     assert (runs[0].evaluated > 0).any()
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))
@@ -471,12 +466,10 @@ def test_stage_0_adds_columns_to_those_it_knows():
 
 def test_stage_0_is_the_same_whatever_the_threads():
     m = mixture(203, 200, 5)
-    before = torch.get_num_threads()
     screens = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        screens.append(op._screen(*m, m.factors(), orthonormal(200, 32).float())[0])
-    torch.set_num_threads(before)
+    for count in (1, 2, 3):
+        with threads(count):
+            screens.append(op._screen(*m, m.factors(), orthonormal(200, 32).float())[0])
     for screen in screens[1:]:
         assert all(torch.equal(a, b) for a, b in zip(tensors(screen), tensors(screens[0])))
 
@@ -496,12 +489,10 @@ def test_the_tail_of_a_batch_does_not_depend_on_the_threads():
     """129 tokens after the pilot: 4 stretches of 32 and one token, or fewer stretches and no token alone."""
     m = mixture(200, 64, 5, spread=0.7)
     x = tokens(m, 128 + 129)
-    before = torch.get_num_threads()
     runs = []
-    for threads in (1, 4, 5):
-        torch.set_num_threads(threads)
-        runs.append(screened(m, x, 48))
-    torch.set_num_threads(before)
+    for count in (1, 4, 5):
+        with threads(count):
+            runs.append(screened(m, x, 48))
     assert (runs[0].evaluated[128:] > 0).any()
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))

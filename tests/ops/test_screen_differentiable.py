@@ -7,15 +7,10 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import ops
-from mfa_kernels.ops import native
 from mfa_kernels.ops.screen import differentiable, op
 from tests.mixtures import Mixture, mixture, tokens
 
-
-@pytest.fixture(autouse=True)
-def _needs_native() -> None:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
+pytestmark = pytest.mark.usefixtures("needs_native")
 
 
 def screened(x: Tensor, m: Mixture, slots: int = 16) -> op.Screened:

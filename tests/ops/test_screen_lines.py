@@ -6,24 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import unpack_rows
 from mfa_kernels.ops.screen import op, portable
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_screen import CASES, STAGE_0, adversarial, orthonormal
+from tests.threads import threads
+
+pytestmark = pytest.mark.usefixtures("needs_native")
 
 # (N, K, D, p, R): lines in fours or eights and sixty-fours, up to four tokens by a path of their own, panels of up to
 # 32, stretches of 256, flushes every 64 coordinates, marginal bounds of pairs by four: three of each and a ragged
 # tail.
 SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (101, 211, 40, 16, 3), (70, 67, 391, 208, 2),
           (900, 197, 45, 32, 4), (40, 131, 50, 16, 0)]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _needs_native() -> None:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
 
 
 def prepared(m: Mixture, features: int, basis: Tensor | None = None):
@@ -159,13 +155,11 @@ def test_the_number_of_threads_changes_no_bit(count):
     m = mixture(391, 64, 5, spread=1.5)
     x = tokens(m, count)
     factors, constants, screen = prepared(m, 48)
-    before = torch.get_num_threads()
     runs = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        found = op.select(x, factors, constants, screen, 20.0, 8)
-        runs.append([*found.active, *found[1:], op.bounds(x, factors, constants, screen, by_lines=True)])
-    torch.set_num_threads(before)
+    for number in (1, 2, 5):
+        with threads(number):
+            found = op.select(x, factors, constants, screen, 20.0, 8)
+            runs.append([*found.active, *found[1:], op.bounds(x, factors, constants, screen, by_lines=True)])
     assert (runs[0][5] > 0).any()
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))

@@ -9,12 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import Factors, native
+from mfa_kernels.ops import Factors
 from mfa_kernels.ops.screen import differentiable, op
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_screen import CASES, adversarial
 from tests.ops.test_select import check_slots, plain_fp32
+from tests.threads import threads
+
+pytestmark = pytest.mark.usefixtures("needs_native")
 
 # (N, K, D, p, R): components in blocks of 8 against tiles of 16 (8 in double), loadings in columns of 12 and squares
 # of 5, ranks beyond 12 by loops the compiler does not know; tokens up to 4 by a path of their own, marginal bounds of
@@ -24,12 +27,6 @@ SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (301,
           (20, 2, 40, 16, 1)]  # fmt: skip
 
 LISTS = [(201, 40, 16, 3), (70, 71, 32, 10), (37, 391, 208, 5), (53, 50, 16, 0), (53, 64, 32, 27), (2, 40, 16, 1)]
-
-
-@pytest.fixture(autouse=True)
-def _needs_native() -> None:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
 
 
 class Prepared(NamedTuple):
@@ -326,14 +323,12 @@ def test_a_mean_whose_square_overflows():
 def test_the_number_of_threads_changes_no_bit(count):
     m = mixture(200, 64, 5, spread=0.7)
     x = tokens(m, count)
-    before = torch.get_num_threads()
     runs = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        made = prepared(m, 32)
-        found = made.select(x)
+    for number in (1, 2, 5):
+        with threads(number):
+            made = prepared(m, 32)
+            found = made.select(x)
         runs.append([*made.screen.neighbors[:-1], *found.active, *found[1:]])
-    torch.set_num_threads(before)
     assert (runs[0][-1] > 0).any()
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))

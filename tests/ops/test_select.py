@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from mfa_kernels import ops
-from mfa_kernels.ops import native
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
+from tests.threads import threads
 
 # (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go
 # in blocks of up to 16 and are flushed every 64, ranks above 12 take several passes: every one of these axes crosses
@@ -151,9 +151,8 @@ def test_a_token_whose_logits_are_coarser_than_the_threshold(backend):
     assert (active.components[:, 0] >= 0).all()
 
 
+@pytest.mark.usefixtures("needs_native")
 def test_what_does_not_fit_is_refused():
-    if native.library() is None:
-        pytest.skip("the checks guard the C++ kernels, which could not be built here")
     m = mixture(9, 21, 2)
     x, tensors = tokens(m, 7), m.factors().tensors()
     call = torch.ops.mfa_kernels.log_prob
@@ -378,15 +377,12 @@ def test_gradients_are_bitwise_repeatable(backend):
 def test_shared_noise_gradient_does_not_depend_on_the_thread_count():
     m = mixture(100, 70, 5)
     x = tokens(m, 400)
-    threads, grads = torch.get_num_threads(), []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            leaves = [t.clone().requires_grad_() for t in m]
+    grads = []
+    for count in (1, 2):
+        leaves = [t.clone().requires_grad_() for t in m]
+        with threads(count):
             Mixture(*leaves).active(x).log_prob.sum().backward()
-            grads.append(leaves[2].grad)
-    finally:
-        torch.set_num_threads(threads)
+        grads.append(leaves[2].grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
 
 

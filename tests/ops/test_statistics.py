@@ -8,6 +8,7 @@ from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.statistics import op, portable, reference
 from mfa_kernels.ops.statistics.op import Statistics, accumulate, expectation
 from tests.mixtures import Mixture, mixture, tokens
+from tests.threads import threads
 
 # (N, K, D, R): features in vectors of 8 or 16, tokens in groups of 8, 4 and 1, components in 64 chunks
 SHAPES = [(40, 1, 1, 0), (93, 3, 37, 1), (150, 5, 70, 10), (300, 200, 9, 2), (60, 2, 40, 17)]
@@ -173,14 +174,11 @@ def test_the_kernel_adds_in_one_order_for_any_number_of_threads():
         pytest.skip("PyTorch's own sums may depend on the threads")
     active = m.active(x)
     weights = active.logits.softmax(-1)
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 3):
-            torch.set_num_threads(count)
-            found.append(zeros(m))
+    found = []
+    for count in (1, 3):
+        found.append(zeros(m))
+        with threads(count):
             accumulate(x, active.components, weights, f, found[-1])
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(found[0].tensors(), found[1].tensors()))
 
 

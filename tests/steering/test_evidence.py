@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from mfa_kernels import MFA
-from mfa_kernels.ops import native
 from mfa_kernels.steering import evidence
 from mfa_kernels.steering.evidence import Reader
 from tests.mixtures import mixture, tokens
 
 
 @pytest.fixture
-def problem() -> tuple[MFA, torch.Tensor]:
-    if native.library() is None:
-        pytest.skip("the C++ kernels could not be built here")
+def problem(needs_native) -> tuple[MFA, torch.Tensor]:
     m = mixture(200, 64, 4, spread=3.0)
     return MFA.from_parameters(*m[:3], m.log_weights.exp()).requires_grad_(False), tokens(m, 9)
 
