@@ -24,7 +24,24 @@ _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not
 _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
 
 
-def code_of(active: ops.Active, latents: Tensor, lead: torch.Size) -> Code:
+def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
+    """What `encode` returns, of an `MFA` or of a mixture that is spread over ranks (`mfa_kernels.sharded`)."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
+    flat, components = mixture._flat(x), mixture.n_components
+    slots = min(components, max(top_k or SLOTS, SLOTS))
+    active = mixture._active(flat, slots)
+    if top_k is None:
+        if slots < components and bool((active.counts > slots).any()):
+            slots = components
+            active = mixture._active(flat, slots)
+        held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
+    else:
+        held = min(top_k, components)
+    return _code_of(active, mixture._latents(flat, active.components[:, :held]), x.shape[:-1])
+
+
+def _code_of(active: ops.Active, latents: Tensor, lead: torch.Size) -> Code:
     """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
     slots, held = active.logits.shape[-1], latents.shape[1]
     responsibilities = active.responsibilities()
@@ -307,12 +324,8 @@ class MFA(nn.Module):
             return parameters, ops.factorize(*parameters[:3], self.center)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "_cache": None,
-            "_screen": None,
-            "evaluated": None,
-        }  # derived: neither copied nor pickled
+        derived = {"_cache": None, "_screen": None, "evaluated": None}  # neither copied nor pickled
+        return {**super().__getstate__(), **derived}
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
@@ -403,20 +416,7 @@ class MFA(nn.Module):
             A `Code` with C = min(top_k, K) slots, or as many as the most ambiguous token needs when top_k is None.
             Differentiable in x and the parameters.
         """
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
-        flat, lead = self._flat(x), x.shape[:-1]
-        slots = min(self.n_components, max(top_k or SLOTS, SLOTS))
-        active = self._active(flat, slots)
-        if top_k is None:
-            if slots < self.n_components and bool((active.counts > slots).any()):
-                slots = self.n_components
-                active = self._active(flat, slots)
-            held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
-        else:
-            held = min(top_k, self.n_components)
-        latents = self._latents(flat, active.components[:, :held])
-        return code_of(active, latents, lead)
+        return encoded(self, x, top_k)
 
     def _latents(self, x: Tensor, components: Tensor) -> Tensor:
         """E[z | x, k] for the held slots of components (N, C): (N, C, R), 0 elsewhere."""

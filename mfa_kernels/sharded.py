@@ -21,7 +21,7 @@ from mfa_kernels import checkpoint, ops
 from mfa_kernels.checks import check_activations
 from mfa_kernels.code import Code
 from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
-from mfa_kernels.mfa import MFA, code_of
+from mfa_kernels.mfa import MFA, encoded
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
 from mfa_kernels.ranks import Ranks
 
@@ -217,19 +217,7 @@ class ShardedMFA(nn.Module):
 
     def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
         """The components of all ranks that matter for each token, and the latents inside them: as `MFA.encode`."""
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
-        flat = self._flat(x)
-        slots = max(min(top_k or SLOTS, self.n_components), SLOTS)
-        active = self._active(flat, slots)
-        if top_k is None:
-            if slots < self.n_components and bool((active.counts > slots).any()):
-                slots = self.n_components
-                active = self._active(flat, slots)
-            held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
-        else:
-            held = min(top_k, self.n_components)
-        return code_of(active, self._latents(flat, active.components[:, :held]), x.shape[:-1])
+        return encoded(self, x, top_k)
 
     def _own(self, components: Tensor) -> Tensor:
         """Numbers within this rank's components, int32; -1 where they are not among them."""
