@@ -1,4 +1,4 @@
-"""The command line: mfa-kernels demo, doctor, harvest, fit, encode, evaluate, steer, convert."""
+"""The command line: mfa-kernels demo, doctor, tune, harvest, fit, encode, evaluate, steer, convert."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from mfa_kernels.files import StrPath
 
-PLAIN = (".txt", ".md", ".rst", ".py")
-IN_FOLDERS = (*PLAIN, ".jsonl")  # a folder's .json files are mostly settings: name the one that holds texts
+# A folder's .json files are mostly settings: name the one that holds texts.
+IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 
 def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:

@@ -177,9 +177,8 @@ def scan_rows(factors: Factors) -> ScanRows:
     out = allocate(rows, rank, per_component)
     padded = out.rows.shape[-1]
     scale = out.scale.copy_(reference_scale(factors))
-    beta = rows.new_full(
-        (components,), 2.0**-5
-    )  # |A_rd| <= 1, so B is brought into [0, 64) with noise per component too
+    # |A_rd| <= 1, so B is brought into [0, 64) with noise per component too.
+    beta = rows.new_full((components,), 2.0**-5)
     if per_component:
         beta *= (rows[:, -1] / scale).amax(-1).log2().ceil().clamp(-90, 90).nan_to_num(0).exp2()
     scales, (errors, sizes) = rows.new_empty(groups, components), rows.new_empty(2, 2, groups, components)
