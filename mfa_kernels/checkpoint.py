@@ -267,6 +267,8 @@ def push_to_hub(
     A short model card comes along where the repository has no README.md yet.
 
     Args:
+        mfa: the mixture.
+        repo_id: "name", of the account of the token, or "owner/name".
         private: visibility of a new repository; default: that of the account.
         revision: branch to commit to, made if it is missing; default: main.
         extra: see `save_pretrained`.

@@ -73,6 +73,7 @@ class MFA(nn.Module):
         noise: "shared" (Psi is (D,)) or "per_component" (Psi is (K, D)).
         precision: "exact", "fast" or "reference"; see `mfa_kernels.functional.log_prob`.
         noise_floor: added to the noise variance, so that no dimension can collapse while training.
+        device, dtype: of the parameters.
 
     Attributes:
         means: mu, parameter (K, D).
@@ -153,6 +154,7 @@ class MFA(nn.Module):
             loadings: (K, D, R).
             noise_variance: (D,) or (K, D), positive.
             weights: pi, (K,), non-negative; normalised here.
+            precision: as in the constructor.
         """
         dtype = means.dtype
         for tensor in (loadings, noise_variance, weights):

@@ -40,6 +40,18 @@ void latents_of(int64_t rank, const T* chol, const T* t, T* z) {
   }
 }
 
+// inverse [R, R] = L^-1, lower triangular.
+template <class T, class U>
+void invert_lower(int64_t rank, const T* chol, std::vector<U>& inverse) {
+  inverse.assign(rank * rank, 0);
+  for (int64_t j = 0; j < rank; ++j)
+    for (int64_t i = j; i < rank; ++i) {
+      U sum = i == j ? 1 : 0;
+      for (int64_t m = j; m < i; ++m) sum -= chol[i * rank + m] * inverse[m * rank + j];
+      inverse[i * rank + j] = sum / chol[i * rank + i];
+    }
+}
+
 // x [N, D], tokens [P], components [P] -> latents [P, R]
 template <class T, class ParallelFor>
 void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_t* components, int64_t pairs,
@@ -69,13 +81,13 @@ struct Gradients {  // any may be null: then it is not computed
 
 // What one component's pairs add up to: S = sum w, sum w q [D], sum w q^2 [D], sum w q z^T [D/V, R, V].
 template <class T>
-struct Statistics {
+struct GradientSums {
   T weight;
   std::vector<T> q, q2, qz;
   std::vector<T> v, t, z;  // scratch of a group of tokens
   static constexpr int kGroup = 8;
 
-  explicit Statistics(const Shape& shape)
+  explicit GradientSums(const Shape& shape)
       : q(shape.padded<T>()), q2(shape.padded<T>()), qz(shape.padded<T>() * shape.rank),
         v(shape.padded<T>() * kGroup), t(shape.rank * kGroup), z(shape.rank * kGroup) {}
 
@@ -124,21 +136,13 @@ struct Statistics {
   }
 };
 
-// Adds one component's statistics to the gradients of its parameters. noise is its own row, or a chunk's partial sum.
+// Adds one component's sums to the gradients of its parameters. noise is its own row, or a chunk's partial sum.
 template <class T>
-void add_gradients(const Shape& shape, const Statistics<T>& s, const T* rows, const T* chol, const T* lam, T* means,
+void add_gradients(const Shape& shape, const GradientSums<T>& s, const T* rows, const T* chol, const T* lam, T* means,
                    T* loadings, T* noise, std::vector<T>& inverse) {
   constexpr int V = kWidth<T>;
   const int64_t R = shape.rank, D = shape.features, stride = shape.block_stride<T>();
-  if (loadings) {  // inverse = L^-1, lower triangular
-    inverse.assign(R * R, 0);
-    for (int64_t j = 0; j < R; ++j)
-      for (int64_t i = j; i < R; ++i) {
-        T sum = i == j ? T(1) : T(0);
-        for (int64_t m = j; m < i; ++m) sum -= chol[i * R + m] * inverse[m * R + j];
-        inverse[i * R + j] = sum / chol[i * R + i];
-      }
-  }
+  if (loadings) invert_lower(R, chol, inverse);
   for (int64_t b = 0; b < shape.blocks<T>(); ++b) {
     const T* a = rows + b * stride + V;
     const int64_t d0 = b * V, lanes = std::min<int64_t>(V, D - d0);
@@ -176,35 +180,36 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
     const bool shared_noise = grad.noise && !shape.per_component;
     std::vector<T> partial(shared_noise ? chunks * D : 0);
     parallel_for(chunks, [&](int64_t begin, int64_t end) {
-      Statistics<T> statistics(shape);
+      constexpr int kGroup = GradientSums<T>::kGroup;
+      GradientSums<T> sums(shape);
       std::vector<T> inverse;
       for (int64_t chunk = begin; chunk < end; ++chunk)
         for (int64_t k = K * chunk / chunks; k < K * (chunk + 1) / chunks; ++k) {
           const int64_t first = by.offsets[k], last = by.offsets[k + 1];
           if (first == last) continue;
           const T* own = rows + k * shape.component_stride<T>();
-          statistics.clear();
-          const T* token[Statistics<T>::kGroup];
-          T weight[Statistics<T>::kGroup];
+          sums.clear();
+          const T* token[kGroup];
+          T weight[kGroup];
           for (int64_t i = first; i < last;) {
-            const int64_t group = last - i >= Statistics<T>::kGroup ? Statistics<T>::kGroup : last - i >= 4 ? 4 : 1;
+            const int64_t group = last - i >= kGroup ? kGroup : last - i >= 4 ? 4 : 1;
             for (int64_t g = 0; g < group; ++g) {
               const int64_t p = by.order[i + g];
               token[g] = x + tokens[p] * D;
               weight[g] = weights[p];
             }
             if (group == 1)
-              statistics.template add<1>(shape, own, chol + k * R * R, token, weight, lam);
+              sums.template add<1>(shape, own, chol + k * R * R, token, weight, lam);
             else if (group == 4)
-              statistics.template add<4>(shape, own, chol + k * R * R, token, weight, lam);
+              sums.template add<4>(shape, own, chol + k * R * R, token, weight, lam);
             else
-              statistics.template add<Statistics<T>::kGroup>(shape, own, chol + k * R * R, token, weight, lam);
+              sums.template add<kGroup>(shape, own, chol + k * R * R, token, weight, lam);
             i += group;
           }
           T* noise = !grad.noise ? nullptr : shape.per_component ? grad.noise + k * D : partial.data() + chunk * D;
-          add_gradients(shape, statistics, own, chol + k * R * R, lam, grad.means ? grad.means + k * D : nullptr,
+          add_gradients(shape, sums, own, chol + k * R * R, lam, grad.means ? grad.means + k * D : nullptr,
                         grad.loadings ? grad.loadings + k * D * R : nullptr, noise, inverse);
-          if (grad.log_weights) grad.log_weights[k] += statistics.weight;
+          if (grad.log_weights) grad.log_weights[k] += sums.weight;
         }
     });
     for (int64_t chunk = 0; shared_noise && chunk < chunks; ++chunk)
@@ -238,7 +243,8 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
   }
 }
 
-// sum_c r_c (mu_c + W_c z_c): components [N, C] (-1: an empty slot), responsibilities [N, C], latents [N, C, R] -> [N, D]
+// sum_c r_c (mu_c + W_c z_c): components [N, C] (-1: an empty slot), responsibilities [N, C], latents [N, C, R]
+// -> [N, D]
 template <class T, class ParallelFor>
 void decode(const Shape& shape, const int32_t* components, const T* responsibilities, const T* latents, int64_t tokens,
             int64_t slots, const T* means, const T* loadings, T* out, ParallelFor&& parallel_for) {

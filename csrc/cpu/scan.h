@@ -4,7 +4,8 @@
 // Never materialised: anything of size N x K or larger. A micro-tile of one component by two SIMD vectors of tokens
 //           holds |v|^2 and the R values of t in registers; its logits go straight into the per-token candidates.
 // Exact because x - mu is formed before anything is scaled or squared: the rounding error is that of the true distance,
-//           never that of |x|^2 - 2 x.mu + |mu|^2, wherever the origin lies. Sums over features are flushed every kFlush of them.
+//           never that of |x|^2 - 2 x.mu + |mu|^2, wherever the origin lies. Sums over features are flushed every kFlush
+//           of them.
 // Active    logit >= best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
 //           than eps of the responsibility. A token with more than S active components overflows its slots: it keeps
 //           the S largest, and log p(x) comes from a running sum of all the active ones.
@@ -20,11 +21,11 @@
 
 namespace mfa {
 
-constexpr int kTokenVectors = 2;                                     // SIMD vectors of tokens per micro-tile
-constexpr int kMaxGroup = kRegisters >= 32 ? 12 : 5;                 // rows of A per pass over the features
-constexpr int64_t kFlush = 64;                                       // features between flushes of the sums
+constexpr int kTokenVectors = 2;                      // SIMD vectors of tokens per micro-tile
+constexpr int kMaxGroup = kRegisters >= 32 ? 12 : 5;  // rows of A per pass over the features
+constexpr int64_t kFlush = 64;                        // features between flushes of the sums
 template <class T>
-constexpr int kPanel = kTokenVectors * kWidth<T>;                    // tokens per panel
+constexpr int kPanel = kTokenVectors * kWidth<T>;     // tokens per panel
 
 // |v|^2 - |t|^2 over `G` rows of A for C neighbouring components and one panel of tokens, features blocked by V.
 //   rows   component c starts at rows + c * component_stride

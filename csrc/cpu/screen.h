@@ -23,7 +23,7 @@ namespace mfa {
 constexpr int64_t kBoundValues = int64_t(1) << 21;  // bounds held at a time, 8 MB in float: within reach of a cache
 constexpr int64_t kStretch = 256;                   // tokens at a time at least, so that rows are read seldom enough
 constexpr int64_t kPilot = 128;                     // tokens that decide whether screening pays
-constexpr int64_t kPairCost = 16;                   // a pair computed alone, in units of a pair in the dense scan
+constexpr int64_t kDenseShare = 16;                 // a token that keeps more than K over this takes the dense scan
 
 // One panel of tokens: y [tokens, p] and norms |x~| [tokens], rounded up.
 template <class T>
@@ -434,17 +434,15 @@ void collect(int64_t tokens, const Pairs<T>& guesses, const Pairs<T>& pairs, con
   });
 }
 
-// The dense scan for some of the tokens.
-template <class T, class ParallelFor>
-void select_some(const Shape& shape, const T* x, const std::vector<int64_t>& some, const T* rows, const T* constants,
-                 const T* lam, T threshold, int64_t slots, const Selection<T>& out, int64_t threads,
-                 ParallelFor&& parallel_for) {
-  const int64_t count = static_cast<int64_t>(some.size()), D = shape.features;
-  std::vector<T> own_x(count * D), log_prob(count), logits(count * slots);
+// Another scan for some of the tokens: run(x, count, out) on a copy of them.
+template <class T, class Run>
+void select_some(const T* x, int64_t features, const std::vector<int64_t>& some, int64_t slots, const Selection<T>& out,
+                 Run&& run) {
+  const int64_t count = static_cast<int64_t>(some.size());
+  std::vector<T> own_x(count * features), log_prob(count), logits(count * slots);
   std::vector<int32_t> components(count * slots), counts(count);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(x + some[i] * D, D, own_x.data() + i * D);
-  select(shape, own_x.data(), count, rows, constants, lam, threshold, slots, log_prob.data(), components.data(),
-         logits.data(), counts.data(), threads, parallel_for);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(x + some[i] * features, features, own_x.data() + i * features);
+  run(own_x.data(), count, Selection<T>{log_prob.data(), components.data(), logits.data(), counts.data()});
   for (int64_t i = 0; i < count; ++i) {
     out.log_prob[some[i]] = log_prob[i];
     out.counts[some[i]] = counts[i];
@@ -520,7 +518,7 @@ template <class T, class ParallelFor>
 void select_screened(const Shape& shape, Screen<T> screen, const T* x, int64_t tokens, const T* rows,
                      const T* constants, const T* lam, T threshold, int64_t slots, const Selection<T>& out, T* dropped,
                      int32_t* evaluated, int64_t threads, ParallelFor&& parallel_for) {
-  const int64_t K = shape.components, limit = std::max<int64_t>(slots, K / kPairCost);
+  const int64_t K = shape.components, limit = std::max<int64_t>(slots, K / kDenseShare);
   auto serially = [](int64_t count, auto&& body) { body(int64_t(0), count); };
   auto run = [&](int64_t begin, int64_t end, Pairs<T>& guesses, Pairs<T>& pairs, int64_t inner, auto&& inner_for) {
     return screen_tokens(shape, screen, x, begin, end, rows, constants, lam, threshold, limit, guesses, pairs, dropped,
@@ -557,7 +555,10 @@ void select_screened(const Shape& shape, Screen<T> screen, const T* x, int64_t t
   evaluate(shape, x, rows, constants, lam, pairs, parallel_for);
   collect(tokens, guesses, pairs, evaluated, threshold, slots, out, parallel_for);
   if (!diffuse.empty())
-    select_some(shape, x, diffuse, rows, constants, lam, threshold, slots, out, threads, parallel_for);
+    select_some(x, shape.features, diffuse, slots, out, [&](const T* own_x, int64_t count, const Selection<T>& own) {
+      select(shape, own_x, count, rows, constants, lam, threshold, slots, own.log_prob, own.components, own.logits,
+             own.counts, threads, parallel_for);
+    });
 }
 
 // Every bound, on request, that of lines or that of marginals: x [N, D] -> out [N, K]

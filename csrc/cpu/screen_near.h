@@ -113,7 +113,7 @@ class NearTokens {
   std::vector<T> best;              // what their logits reach for certain
   std::vector<T> distances;         // s: the token is no farther from its pivot
   Pairs<T> close;                   // tokens of this stretch, counted from 0, and neighbors; bounds as logits
-  std::vector<int32_t> rivals;  // [here] the neighbor that may be better than the pivot, or -1
+  std::vector<int32_t> rivals;      // [here] the neighbor that may be better than the pivot, or -1
 
   const T* y(int64_t n) const { return stretch.y.data() + n * screen.features; }
   const T* marginal(int64_t k) const { return screen.rows + k * screen.features * (shape.rank + 1); }
@@ -305,20 +305,13 @@ void select_near(const Shape& shape, const Screen<T>& screen, const Near<T>& nea
   evaluate(shape, x, rows, constants, lam, pairs, parallel_for);
   collect(tokens, guesses, pairs, evaluated, threshold, slots, out, parallel_for);
   if (left.empty()) return;
-  const int64_t count = static_cast<int64_t>(left.size()), D = shape.features;
-  std::vector<T> own_x(count * D), log_prob(count), logits(count * slots), own_dropped(count);
-  std::vector<int32_t> components(count * slots), counts(count), own_evaluated(count);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(x + left[i] * D, D, own_x.data() + i * D);
-  const Selection<T> own{log_prob.data(), components.data(), logits.data(), counts.data()};
-  select_screened(shape, screen, own_x.data(), count, rows, constants, lam, threshold, slots, own, own_dropped.data(),
-                  own_evaluated.data(), threads, parallel_for);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = left[i];
-    out.log_prob[n] = log_prob[i], out.counts[n] = counts[i];
-    dropped[n] = own_dropped[i], evaluated[n] = own_evaluated[i];
-    std::copy_n(components.data() + i * slots, slots, out.components + n * slots);
-    std::copy_n(logits.data() + i * slots, slots, out.logits + n * slots);
-  }
+  std::vector<T> own_dropped(left.size());
+  std::vector<int32_t> own_evaluated(left.size());
+  select_some(x, shape.features, left, slots, out, [&](const T* own_x, int64_t count, const Selection<T>& own) {
+    select_screened(shape, screen, own_x, count, rows, constants, lam, threshold, slots, own, own_dropped.data(),
+                    own_evaluated.data(), threads, parallel_for);
+  });
+  for (size_t i = 0; i < left.size(); ++i) dropped[left[i]] = own_dropped[i], evaluated[left[i]] = own_evaluated[i];
 }
 
 }  // namespace mfa

@@ -138,6 +138,7 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
 
     Args:
         name: from `name_for`.
+        sources: C++ files, and CUDA ones.
         what: is being built, in words, for the line on stderr.
         options: of torch.utils.cpp_extension.load.
     """

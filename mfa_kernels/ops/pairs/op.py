@@ -54,6 +54,8 @@ def accumulate_gradients(
         tokens: (P,) int64, ascending.
         components: (P,) int32; on the Triton backend -1 stands for no pair.
         weights: (P,).
+        factors: of the parameters.
+        gradients: in the shapes of what they belong to; None is not computed.
         add: on the Triton backend, False writes the gradients instead of adding to them.
     """
     if factors.is_native:
