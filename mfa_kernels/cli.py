@@ -446,8 +446,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     import torch
 
     from mfa_kernels import MFA, steer
-    from mfa_kernels.demo import continuation
-    from mfa_kernels.models import load_language_model
+    from mfa_kernels.models import continuation, load_language_model
     from mfa_kernels.steering import live
 
     device = _device(arguments.device)

@@ -22,7 +22,7 @@ from mfa_kernels.fitting import KMeansResult, fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
 from mfa_kernels.interpret.lens import logit_shift
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
-from mfa_kernels.models import load_language_model, resolve_layer
+from mfa_kernels.models import continuation, load_language_model, resolve_layer
 from mfa_kernels.steering import steer
 
 PROMPTS = ("    def close(self):\n", "The return value is", "    def test_read(self):\n")
@@ -218,21 +218,6 @@ def worth_steering(shown: list[int], summaries: dict[int, RegionSummary]) -> int
         if all(len(token) > 1 and token.isidentifier() for token in tokens):
             return component
     return shown[0]
-
-
-def continuation(
-    model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0
-) -> str:
-    """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    options = {"do_sample": True, "temperature": temperature, "top_p": 0.9} if temperature > 0 else {"do_sample": False}
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator
-        torch.manual_seed(seed)
-        ids = model.generate(
-            **inputs, **options, max_new_tokens=new_tokens, pad_token_id=tokenizer.eos_token_id
-        )  # fmt: skip
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def _reports(

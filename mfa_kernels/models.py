@@ -1,4 +1,4 @@
-"""Where in a Hugging Face causal language model the residual stream passes: finding layers, reading their outputs."""
+"""Hugging Face causal language models: loading them, finding layers, reading their outputs, writing text."""
 
 from __future__ import annotations
 
@@ -113,3 +113,22 @@ def load_language_model(name: str | None = None, dtype: torch.dtype | None = Non
     options = {kind: dtype or "auto", "trust_remote_code": False}
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+def continuation(
+    model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0, **options: Any
+) -> str:
+    """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed.
+
+    Further options are those of `model.generate`.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator
+        torch.manual_seed(seed)
+        ids = model.generate(
+            **inputs, **sampling, do_sample=temperature > 0, max_new_tokens=new_tokens,
+            pad_token_id=tokenizer.eos_token_id, **options,
+        )  # fmt: skip
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mfa_kernels.models import continuation
 from mfa_kernels.steering.handle import Handle
 
 HELP = (
@@ -47,17 +48,11 @@ def stream(
 
     note(HELP)
     listener = Listener(handle, Commands(sys.stdin.fileno()), component, note)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}
-    devices = [model.device] if model.device.type == "cuda" else []
     print(prompt, end="", flush=True)
-    with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator
-        torch.manual_seed(seed)
-        model.generate(
-            **inputs, **sampling, do_sample=temperature > 0, max_new_tokens=new_tokens,
-            pad_token_id=tokenizer.eos_token_id, stopping_criteria=StoppingCriteriaList([listener]),
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )  # fmt: skip
+    continuation(
+        model, tokenizer, prompt, new_tokens, temperature, seed, stopping_criteria=StoppingCriteriaList([listener]),
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )  # fmt: skip
 
 
 def parse(line: str, component: int | None) -> dict[str, Any]:
