@@ -98,7 +98,7 @@ def tune(
     for shape in shapes:
         problem = _problem(shape, device)
         for kind in kinds:
-            start = configs.default(KINDS[kind], _architecture(device), *shape[:2])
+            start = configs.default(KINDS[kind], configs.architecture(device), *shape[:2])
             report(f"{kind}, (N, K, D, R) = {tuple(shape)}")
             best = search(start, problem[kind], device, report)
             key = configs._key(KINDS[kind], *shape[:2])
@@ -170,14 +170,6 @@ def _median(workload: Callable[[], Any], device: torch.device) -> float:
             torch.cuda.synchronize()
             times.append(start.elapsed_time(stop) / 1e3)
     return statistics.median(times)
-
-
-def _architecture(device: torch.device) -> int:
-    """As `configs.configured` takes it."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @torch.no_grad()

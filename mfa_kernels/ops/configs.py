@@ -108,6 +108,14 @@ _ANALYSED: dict[tuple[type, int], Any] = {
 _overrides: dict[type, Any] = {}
 
 
+def architecture(device: torch.device, interpreted: int = 80) -> int:
+    """Of a GPU, 90 for compute capability 9.0; of a CPU, that which the interpreter stands for."""
+    if device.type != "cuda":
+        return interpreted
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
 def bucket(size: int) -> int:
     """The power of two at or above a size: shapes in one bucket share a configuration."""
     return 1 << max(0, size - 1).bit_length()
@@ -131,11 +139,10 @@ def configured(kind: type[Config], like: torch.Tensor, tokens: int, components: 
     """The configuration to launch with on the device of `like`: overridden, tuned, or the default."""
     if kind in _overrides:
         return _overrides[kind]
-    if like.device.type != "cuda":  # the interpreter: any GPU's will do
-        return default(kind, 80, tokens, components)
-    major, minor = torch.cuda.get_device_capability(like.device)
-    tuned = _tuned(torch.cuda.get_device_name(like.device)).get(_key(kind, tokens, components))
-    return kind(**tuned) if tuned else default(kind, 10 * major + minor, tokens, components)
+    tuned = None
+    if like.device.type == "cuda":
+        tuned = _tuned(torch.cuda.get_device_name(like.device)).get(_key(kind, tokens, components))
+    return kind(**tuned) if tuned else default(kind, architecture(like.device), tokens, components)
 
 
 @contextlib.contextmanager

@@ -307,7 +307,7 @@ def _bounds(norms: Tensor, length: Tensor, features: int) -> tuple[Tensor, Tenso
 
 def _descriptors(config: configs.Nearest, like: Tensor) -> bool:
     """Whether tensor descriptors are used; the interpreter has them too."""
-    return config.descriptors and (like.device.type != "cuda" or torch.cuda.get_device_capability(like.device)[0] >= 9)
+    return config.descriptors and configs.architecture(like.device, 90) >= 90
 
 
 def ahead_of_time(

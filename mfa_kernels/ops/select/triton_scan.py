@@ -45,6 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mfa_kernels.ops import configs
 from mfa_kernels.ops.configs import Scan
 from mfa_kernels.ops.factors.triton_rows import TILE, ScanRows
 from mfa_kernels.ops.select.triton_tokens import Tokens
@@ -236,7 +237,8 @@ def scan(
     matrix = rows.rows.view(-1, padded)
     squares = tokens.tokens if tokens.squares is None else tokens.squares
     operands: list[Any] = [tokens.tokens, squares, matrix, matrix, matrix]
-    architecture, per_component = _architecture(constants), groups == rank + 2
+    architecture = configs.architecture(constants.device, 90)  # the interpreter has descriptors too
+    per_component = groups == rank + 2
     config = fitted(config, architecture, rank, per_component or in_use is not None)
     descriptors = config.descriptors and architecture >= 90
     if descriptors:
@@ -272,18 +274,8 @@ def _heights(config: Scan) -> list[int]:
     return [config.tokens, config.tokens, config.width * TILE, 2 * TILE, TILE]
 
 
-def _architecture(like: Tensor) -> int:
-    """90 for compute capability 9.0; the interpreter has descriptors too."""
-    if like.device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(like.device)
-    return 10 * major + minor
-
-
 def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    from mfa_kernels.ops import configs
-
     entries = []
     variants: dict[str, dict[str, Any]] = {
         "scan": {},
