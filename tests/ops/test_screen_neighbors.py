@@ -13,7 +13,7 @@ from mfa_kernels.ops import Factors
 from mfa_kernels.ops.screen import differentiable, op
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
-from tests.ops.test_screen import CASES, adversarial
+from tests.ops.test_screen import CASES, adversarial, check_that_tokens_are_nan_alone
 from tests.ops.test_select import check_slots, plain_fp32
 from tests.threads import threads
 
@@ -257,16 +257,7 @@ def test_what_is_dropped_weighs_no_more_than_certified(threshold):
 
 def test_tokens_that_are_not_finite_are_nan_alone():
     m = mixture(130, 64, 3)
-    x = tokens(m, 70)
-    made = prepared(m, 32)
-    clean = made.select(x).active
-    x[3, 5], x[40, 0] = torch.nan, torch.inf
-    found = made.select(x).active
-    bad = torch.zeros(70, dtype=torch.bool)
-    bad[[3, 40]] = True
-    assert found.log_prob[bad].isnan().all()
-    assert torch.equal(found.log_prob[~bad], clean.log_prob[~bad])
-    assert torch.equal(found.components[~bad], clean.components[~bad])
+    check_that_tokens_are_nan_alone(prepared(m, 32).select, tokens(m, 70))
 
 
 def test_components_of_no_weight_and_a_component_that_is_not_finite():

@@ -12,7 +12,13 @@ from mfa_kernels.ops.precision import full_precision, once_differentiable
 
 
 def latents(
-    x: Tensor, tokens: Tensor, components: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, f: Factors
+    x: Tensor,
+    tokens: Tensor,
+    components: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    factors: Factors,
 ) -> Tensor:
     """E[z | x_n, k] for the pairs (tokens[p], components[p]): (P, R). Differentiable in x and the parameters.
 
@@ -20,9 +26,10 @@ def latents(
         x: (N, D).
         tokens: (P,) int64.
         components: (P,) int32; -1 stands for no pair, whose latents are 0.
-        means, loadings, noise_variance: the parameters behind `f`.
+        means, loadings, noise_variance: the parameters behind `factors`.
+        factors: of these parameters.
     """
-    return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *f.tensors())
+    return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *factors.tensors())
 
 
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
