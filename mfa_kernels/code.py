@@ -1,4 +1,4 @@
-"""What `MFA.encode` returns: where tokens sit and how they vary there."""
+"""What `MFA.encode` returns: where tokens sit and how they vary there; and how it is made of the active pairs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from mfa_kernels.ops.select.op import SLOTS, Active
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -54,3 +56,40 @@ class Code:
         dense = blocks.new_zeros(*shape, mfa.n_components + 1, 1 + rank)
         dense = dense.scatter_add(-2, index.unsqueeze(-1).expand_as(blocks), blocks)
         return dense[..., :-1, :].flatten(-2)
+
+
+def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
+    """What `encode` returns, of an `MFA` or of a mixture that is spread over ranks (`mfa_kernels.sharded`)."""
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
+    flat, components = mixture._flat(x), mixture.n_components
+    slots = min(components, max(top_k or SLOTS, SLOTS))
+    active = mixture._active(flat, slots)
+    if top_k is None:
+        if slots < components and bool((active.counts > slots).any()):
+            slots = components
+            active = mixture._active(flat, slots)
+        held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
+    else:
+        held = min(top_k, components)
+    return _code_of(active, mixture._latents(flat, active.components[:, :held]), x.shape[:-1])
+
+
+def _code_of(active: Active, latents: Tensor, lead: torch.Size) -> Code:
+    """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
+    slots, held = active.logits.shape[-1], latents.shape[1]
+    responsibilities = active.responsibilities()
+    with torch.no_grad():
+        overflow, eps = active.counts > slots, torch.finfo(responsibilities.dtype).eps
+        rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
+        rest = torch.where(
+            overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
+        ).clamp_min(0)
+        # eps: what all the components that are not active weigh together.
+        dropped = (rest + eps + rounding).clamp_max(1)
+    return Code(
+        active.components[:, :held].long().reshape(*lead, held),
+        responsibilities[:, :held].reshape(*lead, held),
+        latents.reshape(*lead, held, latents.shape[-1]),
+        dropped.reshape(lead),
+    )

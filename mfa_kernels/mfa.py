@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import functional, ops
 from mfa_kernels.checks import check_activations, check_choice, check_component, check_parameters
-from mfa_kernels.code import Code
+from mfa_kernels.code import Code, encoded
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
@@ -22,43 +22,6 @@ if TYPE_CHECKING:
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
 _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
-
-
-def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
-    """What `encode` returns, of an `MFA` or of a mixture that is spread over ranks (`mfa_kernels.sharded`)."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
-    flat, components = mixture._flat(x), mixture.n_components
-    slots = min(components, max(top_k or SLOTS, SLOTS))
-    active = mixture._active(flat, slots)
-    if top_k is None:
-        if slots < components and bool((active.counts > slots).any()):
-            slots = components
-            active = mixture._active(flat, slots)
-        held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
-    else:
-        held = min(top_k, components)
-    return _code_of(active, mixture._latents(flat, active.components[:, :held]), x.shape[:-1])
-
-
-def _code_of(active: ops.Active, latents: Tensor, lead: torch.Size) -> Code:
-    """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
-    slots, held = active.logits.shape[-1], latents.shape[1]
-    responsibilities = active.responsibilities()
-    with torch.no_grad():
-        overflow, eps = active.counts > slots, torch.finfo(responsibilities.dtype).eps
-        rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
-        rest = torch.where(
-            overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
-        ).clamp_min(0)
-        # eps: what all the components that are not active weigh together.
-        dropped = (rest + eps + rounding).clamp_max(1)
-    return Code(
-        active.components[:, :held].long().reshape(*lead, held),
-        responsibilities[:, :held].reshape(*lead, held),
-        latents.reshape(*lead, held, latents.shape[-1]),
-        dropped.reshape(lead),
-    )
 
 
 class MFA(nn.Module):

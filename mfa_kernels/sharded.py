@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from mfa_kernels import checkpoint, ops
 from mfa_kernels.checks import check_activations
-from mfa_kernels.code import Code
+from mfa_kernels.code import Code, encoded
 from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
-from mfa_kernels.mfa import MFA, encoded
+from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
 from mfa_kernels.ranks import Ranks
 
