@@ -66,7 +66,7 @@ class _EM(Run):
     """What batch and online EM share.
 
     Args:
-        start_rows: (n, D), finite and on the mixture's device: the rows that the start was made of, a rank's share.
+        start_rows: (n, D), finite, on any device: the rows that the start was made of, a rank's share.
     """
 
     def __init__(self, *args: Any, start_rows: Tensor) -> None:
@@ -394,7 +394,7 @@ class OnlineEM(_EM):
         self.known = max(1.0, rows / self.batch_rows)
 
     def _start_batches(self, start_rows: Tensor) -> Iterable[Tensor]:
-        return start_rows.split(self._batch_rows())
+        return (part.to(self.mfa.means.device) for part in start_rows.split(self._batch_rows()))
 
     def _step(self, x: Tensor, rows: int, eta: float) -> None:
         """x (n, D) are this rank's of the `rows` of a batch."""

@@ -15,7 +15,7 @@ from mfa_kernels.checks import check_choice
 from mfa_kernels.fitting.lloyd import Partition, chunks, finite_rows, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
-from mfa_kernels.fitting.source import Source, as_source, picked
+from mfa_kernels.fitting.source import Source, as_source, home, picked
 from mfa_kernels.ranks import ALONE, Ranks
 
 _SAMPLE_PER_CLUSTER = 128
@@ -173,7 +173,7 @@ def _finite_sample(
     shared = ranks.size > 1  # then each reads its part in every pass
     subset = source if whole else picked(source, index)
     if not shared:
-        subset = as_source(subset.chunk(0, len(subset)).to(device), "x")
+        subset = as_source(subset.chunk(0, len(subset)).to(home(source, len(subset), device)), "x")
     found = [finite_rows(subset.chunk(*ends).to(device)) for ends in chunks(subset, 1, device, ranks)]
     keep = ranks.concatenated(torch.cat([torch.empty(0, device=device), *found])).bool()
     index = index.to(device)

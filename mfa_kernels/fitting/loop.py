@@ -28,7 +28,7 @@ from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
-from mfa_kernels.fitting.source import Source, as_source
+from mfa_kernels.fitting.source import Source, as_source, home
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
@@ -209,8 +209,9 @@ def fit(
     all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
     if all_held and not report.held_out_rows:
         raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
-    # What is left out of the sample is counted when training meets it.
-    start_rows = _finite(source, start_index, device, None if epochs and not streamed else report)
+    # What is left out of the sample is counted when training meets it. Several ranks send it on their devices.
+    there = device if ranks.size > 1 else home(source, len(start_index), device)
+    start_rows = _finite(source, start_index, there, None if epochs and not streamed else report)
     found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
     if found < n_components:
         raise ValueError(
@@ -243,7 +244,7 @@ def fit(
         source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
 
     if progress:
-        held = len(start_rows) + len(held_out_rows)
+        held = len(held_out_rows) + (len(start_rows) if there == device else 0)
         planned = memory.plan(
             n_components, source.n_features, rank, noise, method, dtype, held, report.held_out_rows > 0
         )
@@ -258,7 +259,9 @@ def fit(
             with _timed(report, "kmeans"):
                 result: KMeansResult | Tensor | None = clusters
                 if result is None:
-                    result = kmeans(whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, progress=progress)
+                    result = kmeans(
+                        whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress
+                    )
                 centroids = centroids_of(result, source.n_features, n_components)
             with _timed(report, "start"):
                 return start_from_clusters(

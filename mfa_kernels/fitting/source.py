@@ -62,6 +62,16 @@ def picked(source: Source, index: Tensor) -> Source:
     )
 
 
+def home(source: Source, rows: int, device: torch.device) -> torch.device:
+    """Where a sample of so many rows is held: on `device`, or, where that would take too much of it, with the data."""
+    return device if rows * source.n_features * source.dtype.itemsize <= _room(device) else source.device
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of a sample that a device takes."""
+    return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else float("inf")
+
+
 def as_source(activations: Any, name: str = "activations") -> Source:
     """Activations of any accepted kind as a `Source`.
 

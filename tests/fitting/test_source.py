@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfa_kernels.fitting import as_source
+from mfa_kernels.fitting import as_source, source
 from tests.fitting.planted import Store
 
 DATA = torch.arange(24.0).view(8, 3)
@@ -107,3 +107,10 @@ def test_a_store_that_returns_the_wrong_shape_is_named():
     store.n_features = 4
     with pytest.raises(ValueError, match=r"activations.rows must return a tensor of shape \(1, 4\), got \(1, 3\)"):
         as_source(store)
+
+
+def test_a_sample_too_large_for_a_device_stays_with_the_data(monkeypatch):
+    data, device = as_source(torch.randn(9, 5)), torch.device("meta")
+    monkeypatch.setattr(source, "_room", lambda device: 8 * 5 * 4)
+    assert source.home(data, 8, device) == device
+    assert source.home(data, 9, device) == torch.device("cpu")

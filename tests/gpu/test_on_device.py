@@ -648,6 +648,22 @@ def test_the_threshold_the_tests_rely_on():
         assert bool((counts > 16).any()) == overflows
 
 
+@pytest.mark.parametrize("method", ["em", "online", "sgd"])
+def test_a_sample_that_stays_on_the_host_changes_nothing(method, monkeypatch):
+    from mfa_kernels import fit
+    from mfa_kernels.fitting import source
+    from tests.fitting.planted import draw, planted
+
+    x = draw(planted(), 4000)
+    options = {"method": method, "epochs": 2, "batch_size": 500, "device": DEVICE, "progress": False}
+    held = fit(x, 6, 2, **options)
+    monkeypatch.setattr(source, "_room", lambda device: 0)
+    left = fit(x, 6, 2, **options)
+    assert left.means.device.type == torch.device(DEVICE).type
+    for name, tensor in held.state_dict().items():
+        torch.testing.assert_close(left.state_dict()[name], tensor, rtol=1e-5, atol=1e-5)
+
+
 def test_harvest_fit_look_and_steer(tmp_path, capsys):
     from mfa_kernels import demo
 
