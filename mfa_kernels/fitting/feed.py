@@ -34,12 +34,12 @@ class Feed:
         self._held: deque[Tensor] = deque()
         self._rows = self._batches = 0
         self._none = torch.empty(0, 0)  # rows like those of the first batch
-        self._ended = False
+        self.ended = False  # whether the stream has, as far as is known
 
     def put(self, batch: Any) -> None:
         """Takes a batch over; None: the stream has ended."""
         if batch is None:
-            self._ended = True
+            self.ended = True
             return
         rows = as_rows(batch, f"activations: batch {self._batches}")
         if not self._batches:
@@ -55,7 +55,7 @@ class Feed:
 
     def holds(self, rows: int) -> bool:
         """Whether that many rows are here, or all that are left."""
-        return self._ended or self._rows >= rows
+        return self.ended or self._rows >= rows
 
     def take(self, rows: int) -> Tensor:
         """The next `rows` rows, fewer where they are the last: float32, or float64 where they came so."""

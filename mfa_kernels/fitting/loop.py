@@ -86,8 +86,8 @@ def fit(
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
-      held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go.
-      `mfa_kernels.fit_many` fits several mixtures to one iterator;
+      held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go. One
+      that ends within the sample is fitted as other data are. `mfa_kernels.fit_many` fits several mixtures to one;
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
@@ -182,7 +182,10 @@ def fit(
         while not stream.holds(head):
             stream.put((yield))
         source = stream.source()
-        sample = len(source)  # what the last batch brought besides is not read again
+        if stream.ended and ranks.size == 1:  # all of it is here: data like any other
+            stream, streamed = None, False
+        else:
+            sample = len(source)  # what the last batch brought besides is not read again
     else:
         source = as_source(activations)
     if rank > source.n_features:

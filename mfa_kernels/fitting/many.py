@@ -40,7 +40,7 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
         batches: an iterable of batches (B, D), as of `fit`, or, for several layers, of dicts that hold one for each,
             such as `mfa_kernels.stream` gives. It is read once.
         fits: by name, the arguments of `fit` that are a fit's own, and, where batches are dicts, "layer": which part of
-            them it is fitted to. Methods are "online" and "auto", which is "online" here. Progress bars, messages of
+            them it is fitted to. Methods are "online" and "auto", as of an iterator. Progress bars, messages of
             errors, and files bear the name.
         options: arguments of `fit` for all that do not have them of their own; but a `checkpoint` here is a folder with
             a checkpoint of each fit in a folder of its own, and a `log` a folder with a file `<name>.jsonl` of each.

@@ -49,6 +49,22 @@ class FitReport:
     prior_strength: float | None = None
     revived_components: int = 0
 
+    def __str__(self) -> str:
+        """A few lines for people."""
+        last: dict[str, Any] = self.history[-1] if self.history else {}
+        chosen = "" if self.held_out_nll is None else f", held-out {self.held_out_nll:.3f} nats per token"
+        lines = [f"{self.method}: the state of step {self.best_step} of {last.get('step', 0)}{chosen}"]
+        lines.append(f"{self.live_components} regions own one of {self.live_rows:,} rows")
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        lines.append(f"{sum(self.seconds.values()):.1f} s: {stages}")
+        if self.prior_strength is not None:
+            lines.append(f"prior: {self.prior_strength:g} tokens a region; {self.revived_components} regions moved")
+        if self.skipped_rows or self.skipped_steps:
+            lines.append(f"left out: {self.skipped_rows:,} rows, {self.skipped_steps} steps that were not finite")
+        if self.stopped_early or self.interrupted:
+            lines.append("interrupted" if self.interrupted else "stopped for want of improvement")
+        return "\n".join(lines)
+
     def write_history(self, path: StrPath) -> None:
         """Writes the history as JSON lines, replacing the file; a number that is not finite becomes null."""
         lines = [
