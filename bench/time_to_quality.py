@@ -176,11 +176,11 @@ class Baseline:
 
 
 def ours(
-    x: Tensor, test: Tensor, components: int, rank: int, noise: str, epochs: int, **options: Any
+    x: Tensor, test: Tensor, components: int, rank: int, noise: str, epochs: int, before: float = 0.0, **options: Any
 ) -> tuple[Curve, dict[str, Any]]:
-    """The curve of `fit`, its own K-means included, and what its report says."""
+    """The curve of `fit`, K-means included: its own, or that of `clusters`, which took `before` seconds."""
     curve: Curve = []
-    began, looking = time.perf_counter(), 0.0
+    began, looking = time.perf_counter() - before, 0.0
 
     def look(mfa: MFA, record: dict[str, Any]) -> None:
         nonlocal looking
@@ -300,6 +300,7 @@ def main() -> None:
     parser.add_argument("--flat", type=float, default=0.5, help="nats that an epoch of the baseline has to gain")
     parser.add_argument("--most-seconds", type=float, default=math.inf, help="of the baseline, in this call")
     parser.add_argument("--baseline-state", type=Path, help="file to go on from and to keep the baseline in")
+    parser.add_argument("--centroids-of", type=Path, help="a --baseline-state, whose centroids ours begin with too")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "paper"], choices=["paper", *METHODS])
     parser.add_argument("--activations", type=Path, help="a .pt file (N, D); written where it is missing")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to put together instead of running anything")
@@ -334,9 +335,14 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         flat = of.run(arguments.least_epochs, arguments.flat, arguments.most_seconds)
         return of.curve, {"final": of.curve[-1]["nll"], "flat": flat, "kmeans_seconds": of.kmeans_seconds}
 
+    given: dict[str, Any] = {}
+    if arguments.centroids_of is not None:
+        saved = torch.load(arguments.centroids_of, weights_only=True)
+        given = {"clusters": saved["centroids"], "before": saved["kmeans_seconds"]}
+
     def library(name: str) -> Callable[[], tuple[Curve, dict[str, Any]]]:
         sizes = arguments.components, arguments.rank, arguments.noise, arguments.epochs
-        return lambda: ours(x, test, *sizes, **METHODS[name])
+        return lambda: ours(x, test, *sizes, **METHODS[name], **given)
 
     for name in arguments.methods:
         curve, facts = (baseline if name == "paper" else library(name))()
