@@ -1,7 +1,9 @@
 """Checkpoints of a fit whose components are spread over the ranks: each writes its own, and any number can go on.
 
-checkpoint.json                 as of any fit, with what there is of every rank
-state-00007-2-of-4.safetensors  what rank 2 of 4 holds
+A checkpoint is a folder:
+
+    checkpoint.json                 as of any fit, with what there is of every rank
+    state-00007-2-of-4.safetensors  what rank 2 of 4 holds
 """
 
 from __future__ import annotations
