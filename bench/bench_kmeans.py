@@ -34,6 +34,7 @@ def budgets(clusters: int) -> dict[str, dict[str, Any]]:
     """Options of ours, from hasty to thorough."""
     everything = 1 << 62
     return {
+        "sample=16 K, iterations=2": {"sample": 16 * clusters, "iterations": 2},
         "sample=32 K, iterations=4": {"sample": 32 * clusters, "iterations": 4},
         "sample=64 K, iterations=8": {"sample": 64 * clusters, "iterations": 8},
         "(default)": {},
