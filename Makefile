@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(BIN)/mfa-kernels demo --out demo
 
 test: $(VENV)/installed lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
