@@ -26,6 +26,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,22 @@ def reached(curve: Curve, nll: float, what: str) -> float | None:
     return next((point[what] for point in curve if point["nll"] <= nll), None)
 
 
+def rise(curve: Curve) -> float:
+    """The most that a curve stands above what it came to before."""
+    lowest, most = math.inf, 0.0
+    for point in curve:
+        lowest = min(lowest, point["nll"])
+        most = max(most, point["nll"] - lowest)
+    return most
+
+
+def at_fastest_pace(curve: Curve) -> float:
+    """Seconds that a curve would have taken, had all of it gone as fast as its fastest quarter of a pass or more."""
+    steps = [(b["passes"] - a["passes"], b["seconds"] - a["seconds"]) for a, b in pairwise(curve)]
+    pace = min(seconds / passes for passes, seconds in steps if passes > 0.8 / _EVALUATIONS)
+    return curve[0]["seconds"] + pace * curve[-1]["passes"]
+
+
 def target_of(runs: dict[str, dict[str, Any]]) -> float:
     """The best of the baseline; without one, of the run that ends highest."""
     if "paper" in runs:
@@ -219,13 +236,13 @@ def table(runs: dict[str, dict[str, Any]]) -> str:
         return "never" if value is None else form.format(value)
 
     lines = [
-        f"| | held-out NLL, final | best | seconds to {target:.2f} | passes to it | seconds in all | live |",
-        "|---|---|---|---|---|---|---|",
+        f"| | held-out NLL, final | best | rose by | seconds to {target:.2f} | passes to it | seconds in all | live |",
+        "|" + "---|" * 8,
     ]
     for name, run in runs.items():
         curve = run["curve"]
         lines.append(
-            f"| {name} | {run['final']:.2f} | {min(p['nll'] for p in curve):.2f} "
+            f"| {name} | {run['final']:.2f} | {min(p['nll'] for p in curve):.2f} | {rise(curve):.2f} "
             f"| {cell(reached(curve, target, 'seconds'))} | {cell(reached(curve, target, 'passes'), '{:.2f}')} "
             f"| {run.get('all_seconds', curve[-1]['seconds']):.1f} | {run.get('live', '')} |"
         )
@@ -238,7 +255,8 @@ def marks(runs: dict[str, dict[str, Any]]) -> str:
         return "no baseline among the runs"
     target = target_of(runs)
     whole = reached(runs["paper"]["curve"], target, "seconds") or math.nan
-    lines = []
+    fastest = at_fastest_pace(runs["paper"]["curve"])
+    lines = [f"the baseline: {whole:.0f} s; {fastest:.0f} s, had all of it gone at its fastest pace"]
     for name, run in runs.items():
         if name == "paper":
             continue
@@ -248,7 +266,7 @@ def marks(runs: dict[str, dict[str, Any]]) -> str:
             continue
         verdict = "aim" if own <= AIM * whole else "must" if own <= MUST * whole else "missed"
         lines.append(
-            f"{name}: {own:.1f} s of {whole:.1f} s to {target:.2f} nats, 1/{whole / own:.1f} "
+            f"{name}: {own:.1f} s of {whole:.1f} s to {target:.2f} nats, 1/{whole / own:.1f} (1/{fastest / own:.1f}) "
             f"(must 1/{1 / MUST:.0f}, aim 1/{1 / AIM:.0f}: {verdict}); final {run['final']:.2f}, live {run['live']}"
         )
     if not runs["paper"].get("flat", True):

@@ -228,11 +228,13 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU where there is one, under torchrun this process's own."""
+    """The device of that name; None: a GPU where there is one. Under torchrun, "cuda" is this process's own."""
     import torch
 
     if name is None:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         return torch.empty(0, device=name).device  # a name alone does not say whether it is there
     except (RuntimeError, AssertionError) as error:

@@ -57,12 +57,13 @@ def runs():
 
 def test_marks():
     lines = bench.marks(runs()).splitlines()
-    assert lines[0].startswith("online: 3.0 s of 60.0 s to 20.00 nats, 1/20.0 (must 1/15, aim 1/50: must)")
-    assert lines[1] == "em: never reached 20.00 nats (final 20.50)"
+    assert lines[0] == "the baseline: 60 s; 119 s, had all of it gone at its fastest pace"
+    assert lines[1].startswith("online: 3.0 s of 60.0 s to 20.00 nats, 1/20.0 (1/39.7) (must 1/15, aim 1/50: must)")
+    assert lines[2] == "em: never reached 20.00 nats (final 20.50)"
     early = runs()
     early["paper"]["flat"] = False
     assert "not flat yet" in bench.marks(early)
-    assert "| paper | 21.00 | 20.00 | 60.0 | 1.00 | 120.0 |  |" in bench.table(runs())
+    assert "| paper | 21.00 | 20.00 | 1.00 | 60.0 | 1.00 | 120.0 |  |" in bench.table(runs())
 
 
 def test_merged_reports_share_their_settings():

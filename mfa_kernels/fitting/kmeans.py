@@ -85,7 +85,7 @@ def kmeans(
         tol: iterations end when the inertia falls by less than this fraction of itself.
         sample: rows of the subset, and of an iterator those that stay; max(50000, 128 K) when None.
         seed: of everything that is drawn.
-        device: that computes; where x is when None.
+        device: that computes; where x is when None. A sample that would take a quarter of a GPU stays where x is.
         progress: show progress bars.
         ranks: processes that share the work: each calls `kmeans` with the same arguments, all rows among them, and gets
             the same result. They hold centroids and sums alike, a few times K x D numbers, and none holds the sample,
