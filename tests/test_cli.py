@@ -56,9 +56,10 @@ def test_fit_by_every_method(folder, method, capsys):
 
 def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
     """But for what is no word on a command line, and the resumption from a folder that is not the checkpoint's."""
-    seen = {}
+    seen: dict[str, object] = {}
 
     def stand_in(activations, **options):
+        seen.clear()
         seen.update(options)
         return fit(activations, **{**options, "epochs": 0})
 
@@ -80,10 +81,19 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
     }  # fmt: skip
     assert main([*command, "--patience", "0"]) == 0
     assert seen["patience"] is None
+    assert main(command) == 0
+    defaults = {name: of_fit.default for name, of_fit in inspect.signature(fit).parameters.items()}
+    own = {"n_components", "rank", "device"}
+    assert {name: defaults[name] for name in seen.keys() - own} == {name: seen[name] for name in seen.keys() - own}
 
 
 def test_device(folder, capsys):
-    commands = [["evaluate", "{}/mfa", "{}/store"], ["encode", "{}/mfa", "{}/store", "--out", "{}/on_a_device"]]
+    commands = [
+        ["evaluate", "{}/mfa", "{}/store"],
+        ["encode", "{}/mfa", "{}/store", "--out", "{}/on_a_device"],
+        ["steer", "{}/mfa", "x", "-k", "1", "--max-new-tokens", "1"],
+        ["harvest", "--text", "{}/text", "--layer", "1", "--max-tokens", "9", "--out", "{}/few", "--overwrite"],
+    ]
     for command in commands:
         words = [word.format(folder) for word in command]
         assert main([*words, "--device", "cpu"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,20 @@ def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch, kind: type[Checkp
     monkeypatch.setattr(kind, "save", save)
 
 
+def in_lives(
+    work: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, kind: type[Checkpoints] = Checkpoints, saves: int = 1
+) -> tuple[Any, int]:
+    """What `work`, which goes on each time, comes to, and how often it 'died': at once, then after so many saves."""
+    cuts = 0
+    while True:
+        with monkeypatch.context() as patch:
+            cut_off_after(saves if cuts else 0, patch, kind)
+            try:
+                return work(), cuts
+            except CutOff:
+                cuts += 1
+
+
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("wrap", [torch.Tensor.clone, Store], ids=["tensor", "store"])
 def test_cut_off_at_every_checkpoint(options, wrap, eventful, monkeypatch, tmp_path):
@@ -96,16 +111,7 @@ def test_cut_off_at_every_checkpoint(options, wrap, eventful, monkeypatch, tmp_p
         assert expected[1]["stopped_early"]
     if options == METHODS["em, settles"]:
         assert 2 < steps < 9
-    cuts = 0
-    while True:
-        with monkeypatch.context() as patch:
-            cut_off_after(1 if cuts else 0, patch)
-            try:
-                mfa = run(wrap(ROWS), checkpoint=tmp_path, resume=True, **options)
-            except CutOff:
-                cuts += 1
-                continue
-        break
+    mfa, cuts = in_lives(lambda: run(wrap(ROWS), checkpoint=tmp_path, resume=True, **options), monkeypatch)
     assert result(mfa) == expected
     # Each life came one checkpoint further; the first one, K-means included, was lost.
     assert cuts > 4

@@ -17,7 +17,7 @@ from mfa_kernels import MFA
 from mfa_kernels.fitting import fit, fit_many, loop
 from mfa_kernels.fitting.checkpoint import FILE
 from tests.fitting.planted import Store, draw, planted
-from tests.fitting.test_checkpoint import CutOff, cut_off_after, result
+from tests.fitting.test_checkpoint import in_lives, result
 
 LAYERS = {4: draw(planted(), 4000), "model.layers.8": draw(planted(4, 7, 3), 4000)}
 LAYERS[4][::97, 0] = torch.nan
@@ -111,16 +111,11 @@ def test_what_is_held_does_not_grow_with_the_stream(monkeypatch):
 
 def test_cut_off_at_any_checkpoint_all_go_on(monkeypatch, tmp_path):
     fits = {name: FITS[name] for name in ("early", "late", "longer head", "impatient")}
-    cuts = 0
-    while True:
-        with monkeypatch.context() as patch:
-            cut_off_after(5 if cuts else 0, patch)
-            try:
-                mixtures = fit_many(batches(), fits, checkpoint=tmp_path, checkpoint_seconds=0, resume=True, **OPTIONS)
-            except CutOff:
-                cuts += 1
-                continue
-        break
+    mixtures, cuts = in_lives(
+        lambda: fit_many(batches(), fits, checkpoint=tmp_path, checkpoint_seconds=0, resume=True, **OPTIONS),
+        monkeypatch,
+        saves=5,
+    )
     assert cuts > 6
     assert {path.name for path in tmp_path.iterdir()} == set(fits)
     for name, mfa in mixtures.items():

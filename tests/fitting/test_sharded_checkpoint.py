@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from mfa_kernels.fitting import em, fit, fit_sharded, sharded
-from mfa_kernels.fitting.checkpoint import FILE
+from mfa_kernels.fitting.checkpoint import FILE, State
+from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
+from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import ShardedMFA
 from tests.fitting.planted import draw, planted
-from tests.fitting.test_checkpoint import CutOff, cut_off_after, result
+from tests.fitting.test_checkpoint import in_lives, result
 
 ROWS = draw(planted(), 3000)
 ROWS[::97, 0] = torch.nan
@@ -36,19 +38,68 @@ def test_cut_off_at_every_checkpoint(options, monkeypatch, tmp_path):
     monkeypatch.setattr(em, "_LEAST_BATCH", 700)
     monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
     expected = result(run(**options))
-    cuts = 0
-    while True:
-        with monkeypatch.context() as patch:
-            cut_off_after(1 if cuts else 0, patch, ShardedCheckpoints)
-            try:
-                mfa = run(checkpoint=tmp_path, resume=True, **options)
-            except CutOff:
-                cuts += 1
-                continue
-        break
+    mfa, cuts = in_lives(lambda: run(checkpoint=tmp_path, resume=True, **options), monkeypatch, kind=ShardedCheckpoints)
     assert result(mfa) == expected
     assert cuts > 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, f"state-{cuts - 1:05d}-0-of-1.safetensors"]
+
+
+class OneOfTwo(Ranks):
+    """As a rank that reads what another number has written; what rank 0 sees, it sees too."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(False)
+        self.rank, self.size = rank, 2
+
+    def agree(self, work: Any) -> Any:
+        return work()
+
+
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+def test_what_becomes_of_each_tensor(noise, tmp_path):
+    components, features = 5, 3
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, dtype=torch.float64)
+
+    of_components = {
+        "mfa.means": numbers(components, features), "best.0": numbers(components, features),
+        "plain.1": numbers(components, features, 2), "best.3": numbers(components), "about": numbers(components, 3),
+        "statistics.cross": numbers(components, 2, features), "counted": numbers(components),
+    }  # fmt: skip
+    common = {
+        "covariance": numbers(features, features), "order": numbers(9), "overlap.pairs": numbers(4),
+        "losses": numbers(0), "mfa.center": numbers(features), "statistics.log_likelihood": numbers(),
+    }  # fmt: skip
+    of_noise = {
+        name: numbers(*(() if noise == "shared" else (components,)), features) for name in ("mfa.log_noise", "best.2")
+    }
+    (common if noise == "shared" else of_components).update(of_noise)
+    squares = {"statistics.squares": numbers(*(() if noise == "shared" else (components,)), features)}
+    basis = {"screening.basis": numbers(features, 2)}
+    values = {"step": 3, "screening": {"cost": 0.5}}
+
+    def checkpoints(ranks: Ranks) -> ShardedCheckpoints:
+        return ShardedCheckpoints(tmp_path, 60, {}, components, noise, ranks)
+
+    state = State("em", {**of_components, **common, **squares, **basis}, values, FitReport())
+    checkpoints(ALONE).save(state)
+    assert repr(sorted(checkpoints(ALONE).load(tmp_path).tensors.items())) == repr(sorted(state.tensors.items()))
+    assert checkpoints(ALONE).load(tmp_path).values == values
+    halves = [checkpoints(OneOfTwo(rank)).load(tmp_path) for rank in (0, 1)]
+    for half in halves:
+        assert half.values == {"step": 3, "screening": None}, "of another number of ranks"
+        assert half.tensors.keys() == state.tensors.keys() - basis.keys()
+        assert all(torch.equal(half.tensors[name], tensor) for name, tensor in common.items())
+    for name, tensor in of_components.items():
+        assert [len(half.tensors[name]) for half in halves] == [2, 3]
+        assert torch.equal(torch.cat([half.tensors[name] for half in halves]), tensor)
+    first, second = (half.tensors["statistics.squares"] for half in halves)
+    if noise == "shared":
+        assert torch.equal(first, squares["statistics.squares"])
+        assert not second.any(), "they are counted once"
+    else:
+        assert torch.equal(torch.cat([first, second]), squares["statistics.squares"])
 
 
 def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
