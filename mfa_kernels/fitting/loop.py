@@ -43,7 +43,7 @@ _KMEANS_ITERATIONS = 10
 _LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
 _LIVE_ROWS_PER_COMPONENT = 64
 _CHUNK_ROWS = 4096  # of these that are assigned at once
-_FINGERPRINT_ROWS = 256  # from all over, or the first of an iterator: they tell whether the data is the same
+_FINGERPRINT_ROWS = 256
 _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 
 
@@ -158,19 +158,14 @@ def fit(
     """
     check_choice(method, METHODS, "method")
     check_choice(init, INITS, "init")
-    check_choice(noise, ("shared", "per_component"), "noise")
     check_choice(schedule, SCHEDULES, "schedule")
-    check_choice(precision, PRECISIONS, "precision")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     streamed = isinstance(activations, Iterator) and method in ("online", "auto")
-    _check_counts(n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0), batch_size=(batch_size, 1),
-                  polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1))  # fmt: skip
+    _check_arguments(
+        noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
+        batch_size=(batch_size, 1), polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1),
+    )  # fmt: skip
     if not 0 < lr < float("inf"):
         raise ValueError(f"lr must be positive and finite, got {lr!r}")
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
-    _check_log(log)
     ranks = Ranks(group)
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     if polish and (streamed or method == "sgd"):
@@ -191,8 +186,7 @@ def fit(
     if rank > source.n_features:
         raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
     if method == "auto":
-        steps = len(source) * (1 - held_out) / online_rows(n_components, batch_size)
-        method = "online" if streamed or steps >= _LEAST_ONLINE_STEPS else "em"
+        method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
     device = torch.device(device) if device is not None else source.device
     ranks.on(device)
     label = f"{progress}, " if isinstance(progress, str) else ""
@@ -227,8 +221,7 @@ def fit(
     checkpoints: Checkpoints | None = None
     saved: State | None = None
     if folder is not None or ranks.size > 1:
-        every = 1 if streamed else max(1, len(source) // _FINGERPRINT_ROWS)
-        data = fingerprint(source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS]))
+        data = _data(source, streamed)
         facts = {
             "rows": None if streamed else len(source), "n_features": source.n_features,
             "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
@@ -406,18 +399,38 @@ def _split(rows: int, held_out: float, generator: torch.Generator) -> tuple[Tens
     return order[held:], order[:held]
 
 
-def _check_counts(**named: tuple[int | None, int]) -> None:
-    """Raises where a value is neither None nor an integer of at least its least."""
-    for name, (value, least) in named.items():
+def _check_arguments(
+    noise: str,
+    precision: str,
+    dtype: torch.dtype,
+    held_out: float,
+    log: StrPath | None,
+    **counts: tuple[int | None, int],  # a value, and its least
+) -> None:
+    """Raises where an argument is not what a fit can be given; now, and not when K-means is done."""
+    check_choice(noise, ("shared", "per_component"), "noise")
+    check_choice(precision, PRECISIONS, "precision")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    for name, (value, least) in counts.items():
         # What counts is what slices and ranges take: 6.0 would fail there, without its name.
         if value is not None and (not hasattr(value, "__index__") or value < least):
             raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-
-
-def _check_log(log: StrPath | None) -> None:
-    """Raises now what would be raised at the first evaluation, when K-means is done."""
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
     if log is not None and Path(log).is_dir():
         raise IsADirectoryError(f"log must name a file, {log} is a folder")
+
+
+def _chosen(rows: float, components: int, batch_size: int) -> str:
+    """The method of "auto" for data that is held, of so many rows to train on."""
+    return "online" if rows / online_rows(components, batch_size) >= _LEAST_ONLINE_STEPS else "em"
+
+
+def _data(source: Source, streamed: bool = False) -> str:
+    """What tells whether the data is the same: rows from all over, or the first of a stream."""
+    every = 1 if streamed else max(1, len(source) // _FINGERPRINT_ROWS)
+    return fingerprint(source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS]))
 
 
 def _finite(source: Source, index: Tensor, device: torch.device, report: FitReport | None = None) -> Tensor:

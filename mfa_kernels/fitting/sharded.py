@@ -15,7 +15,7 @@ from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import loop, memory
 from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
-from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM, online_rows
+from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize
 from mfa_kernels.fitting.report import FitReport
@@ -23,7 +23,6 @@ from mfa_kernels.fitting.sgd import Settings, mixture_state
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
-from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, collect
@@ -91,15 +90,10 @@ def fit_sharded(
         FileExistsError, FileNotFoundError: as `fit`.
     """
     check_choice(method, ("em", "online", "auto"), "method")
-    check_choice(noise, ("shared", "per_component"), "noise")
-    check_choice(precision, PRECISIONS, "precision")
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    loop._check_counts(n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0), batch_size=(batch_size, 1),
-                       eval_every=(eval_every, 1), patience=(patience, 1))  # fmt: skip
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
-    loop._check_log(log)
+    loop._check_arguments(
+        noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
+        batch_size=(batch_size, 1), eval_every=(eval_every, 1), patience=(patience, 1),
+    )  # fmt: skip
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
     folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
@@ -107,8 +101,7 @@ def fit_sharded(
     if rank > source.n_features:
         raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
     if method == "auto":
-        steps = len(source) * (1 - held_out) / online_rows(n_components, batch_size)
-        method = "online" if steps >= loop._LEAST_ONLINE_STEPS else "em"
+        method = loop._chosen(len(source) * (1 - held_out), n_components, batch_size)
     if clusters is not None:
         clusters = centroids_of(clusters, source.n_features, n_components)
     if start is not None:
@@ -116,9 +109,8 @@ def fit_sharded(
         device = start.means.device
     device = torch.device(device) if device is not None else source.device
     ranks.on(device)
-    looked_at = torch.arange(0, len(source), max(1, len(source) // loop._FINGERPRINT_ROWS))[: loop._FINGERPRINT_ROWS]
     facts = {
-        "rows": len(source), "n_features": source.n_features, "data": fingerprint(source.rows(looked_at)),
+        "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
         "n_components": n_components, "rank": rank, "method": method, "noise": noise,
         "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
         "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
