@@ -26,7 +26,8 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and list of a model's decoder layers.
 
     Where none of the known places holds them, as in a wrapped model (PEFT, DDP) or a new architecture, the one list
-    of modules with as many entries as the configuration says there are hidden layers.
+    of modules with as many entries as the configuration says there are hidden layers. Of an encoder-decoder, the list
+    of its decoder.
 
     Raises:
         ValueError: none is found, or several.
@@ -38,8 +39,12 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if isinstance(stack, nn.ModuleList):
             return path, stack
+    decoder = _decoder_of_two(model)
     depth = getattr(text_config(model), "num_hidden_layers", None)
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if decoder is not None:
+        children = model.get_submodule(decoder).named_children()
+        found = [(f"{decoder}.{name}", m) for name, m in children if isinstance(m, nn.ModuleList)]
     if len(found) != 1:
         raise ValueError(
             f"layer: {'no' if not found else 'more than one'} stack of decoder layers found in {type(model).__name__}"
@@ -47,6 +52,34 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             "model.named_modules()"
         )
     return found[0]
+
+
+def _decoder_of_two(model: nn.Module) -> str | None:
+    """Path of the decoder of an encoder-decoder; None for other models."""
+    find: Any = getattr(model, "get_decoder", None)
+    if find is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return None
+    decoder = find()
+    return next((path for path, module in model.named_modules() if module is decoder and path), None)
+
+
+def stack_of(model: nn.Module, layer: str) -> str:
+    """Path of the module that holds the stack of layers that a module belongs to, and is called with its tokens.
+
+    Args:
+        model: a language model.
+        layer: path of a layer, or of a part of one. For a module outside every stack, that of the decoder layers is
+            taken, and the model itself ("") where none is found.
+    """
+    names = layer.split(".")
+    for depth in range(1, len(names)):
+        path = ".".join(names[:depth])
+        if isinstance(model.get_submodule(path), nn.ModuleList):
+            return path.rpartition(".")[0]
+    try:
+        return decoder_layers(model)[0].rpartition(".")[0]
+    except ValueError:
+        return ""
 
 
 def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:

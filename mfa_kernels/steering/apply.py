@@ -115,9 +115,7 @@ class Program:
         self._decides = is_gated or self.composition.acts is not None  # which tokens are reached
         self._device, self._mixture_dtype = mfa.means.device, torch.promote_types(mfa.means.dtype, torch.float32)
         self._reader = Reader(mfa, differentiable) if is_gated or self.composition.uses_mixture else None
-        self._key: Any = None
-        self._affine: Affine
-        self._edit: Edit
+        self._folded: Any = (None, None, None)  # for which hidden states, the map, and the operator's argument
         count = math.lcm(*self._sizes.values())
         rules = [
             (*_rule(gates[i * len(gates) // count], bool(rows[i * len(rows) // count])), norms[i * len(norms) // count])
@@ -142,21 +140,26 @@ class Program:
         for name, count in self._sizes.items():
             if batch % count:
                 raise ValueError(f"{name} for {count} batch rows do not fit a batch of {batch}")
-        self.prepare(hidden.dtype, hidden.device, steps)
-        if self._is_plain:
-            return self._fixed(hidden, chosen)
+        affine, edit = self.prepare(hidden.dtype, hidden.device, steps)
+        if edit is None:
+            return self._fixed(affine, hidden, chosen)
         x, mask = hidden.to(self._device), chosen.to(self._device) if isinstance(chosen, Tensor) else None
         width = max(1, _TOKENS_PER_CHUNK // batch)
-        parts = [self._columns(x, mask, a, min(a + width, tokens)) for a in range(0, tokens, width)]
+        parts = [self._columns(affine, edit, x, mask, a, min(a + width, tokens)) for a in range(0, tokens, width)]
         steered, tally = parts[0] if len(parts) == 1 else (torch.cat(of, 1) for of in zip(*parts))
         steered = steered.to(hidden.device)
         return Outcome(steered, None, tally) if self._decides else Outcome(steered, chosen, None)
 
-    def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> None:
-        """Folds the map for hidden states like these; it is kept until their dtype or device, or the steps change."""
+    def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> tuple[Affine, Edit | None]:
+        """The map folded for hidden states like these, and the operator's argument, None where it is not needed.
+
+        Both are kept until the dtype or device of the hidden states, or the steps change. Other threads may be at
+        other steps: they are handed over, and not read from this object again.
+        """
         key = (dtype, device, steps)
-        if key == self._key:
-            return
+        kept, affine, edit = self._folded
+        if key == kept:
+            return affine, edit
         folded = self.composition.fold(steps)
         if not self._is_plain:
             dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
@@ -169,22 +172,23 @@ class Program:
                 return value
             return value.to(device, dtype) if value.is_floating_point() else value.to(device)
 
-        self._affine = folded.each(ready)
+        affine, edit = folded.each(ready), None
         if not self._is_plain:
             latents = folded.latents
-            self._edit = Edit(
+            edit = Edit(
                 _side_by_side(folded, dtype, device),
-                self._affine.shift,
+                affine.shift,
                 self._rules,
                 self._thresholds,
                 self._keeps_norm,
                 None if latents is None else latents.to(device, self._mixture_dtype),
                 self.composition.uses_latents,
             )
-        self._key = key
+        self._folded = (key, affine, edit)
+        return affine, edit
 
-    def _fixed(self, hidden: Tensor, chosen: bool | Tensor) -> Outcome:
-        batch, affine, acts = hidden.shape[0], self._affine, self.composition.acts
+    def _fixed(self, affine: Affine, hidden: Tensor, chosen: bool | Tensor) -> Outcome:
+        batch, acts = hidden.shape[0], self.composition.acts
         shift, scale = per_row(affine.shift, batch), affine.scale
         if isinstance(scale, Tensor):
             steered = torch.addcmul(shift, per_row(scale, batch), hidden.to(shift.dtype)).to(hidden.dtype)
@@ -197,7 +201,9 @@ class Program:
             steered = torch.where(chosen.unsqueeze(-1), steered, hidden)
         return Outcome(steered, chosen, None)
 
-    def _columns(self, hidden: Tensor, chosen: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def _columns(
+        self, affine: Affine, edit: Edit, hidden: Tensor, chosen: Tensor | None, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
         """Columns [start, stop) of the hidden states steered, and their tally."""
 
         def here(value: Any) -> Any:
@@ -206,7 +212,7 @@ class Program:
 
         batch, tokens, features = hidden.shape
         hidden, chosen = here(hidden), here(chosen)
-        edit = self._edit._replace(**{name: here(getattr(self._edit, name)) for name in _PER_POSITION})
+        edit = edit._replace(**{name: here(getattr(edit, name)) for name in _PER_POSITION})
         seen, passed = None, None
         mixture: Any = (None, None)
         if self._reader is not None:
@@ -215,7 +221,7 @@ class Program:
             passed = self._passed(seen, hidden.shape[:2])
             if self.composition.mixes:
                 mixture = self._reader.mixture()
-        for term in self._affine.local:
+        for term in affine.local:
             own: list[Any] = [here(term.coefficient), *term[1:]]
             term = Local(*(per_row(v, batch) if isinstance(v, Tensor) else v for v in own))
             shift = _local_shift(term, hidden.to(edit.shift.dtype), seen)

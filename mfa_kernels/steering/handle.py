@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -12,11 +14,12 @@ from torch import Tensor, nn
 
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
+from mfa_kernels.steering import compiled
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Toward, as_rows
 from mfa_kernels.steering.positions import Positions, check_positions, choose
-from mfa_kernels.steering.tracking import Tracker
+from mfa_kernels.steering.tracking import Pass, Tracker
 
 _KEEP: Any = object()  # an argument of `update` that was not given
 
@@ -108,6 +111,32 @@ def steer(
     return Handle(model, mfa, layer, given, positions, gate, norm)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a handle does, as one value: a thread that steers meanwhile sees the old one or the new one.
+
+    Attributes:
+        given, where: arguments of `steer`: what to do, and at which tokens.
+        program: what they amount to.
+    """
+
+    given: dict[str, Any]
+    where: dict[str, Any]
+    program: Program
+
+    @property
+    def asks_where(self) -> bool:
+        """Whether what happens to a generated token depends on its place in the sequence."""
+        positions = self.where["positions"]
+        return self.program.composition.is_scheduled or not isinstance(positions, str) or positions == "prompt"
+
+    @property
+    def is_the_same_everywhere(self) -> bool:
+        """Whether it does not matter where in its sequence a token is, as long as it is none of padding."""
+        positions = self.where["positions"]
+        return not self.program.composition.is_scheduled and isinstance(positions, str) and positions == "all"
+
+
 class Handle:
     """A model being steered: made by `steer`, a context manager, and good for several `with` blocks in turn."""
 
@@ -128,8 +157,7 @@ class Handle:
         self._mfa = mfa
         self.layer, self._module = resolve_layer(self._model, layer)
         _check_width(self._model, self.layer, mfa.n_features)
-        self._given, self._where = given, {"positions": positions, "gate": gate, "norm": norm}
-        self._program = self._build(given, self._where)
+        self._plan = self._build(given, {"positions": positions, "gate": gate, "norm": norm})
         self._counts = _Counts(_example(self._module, mfa.means).device)
         self._is_paused = False
         self._tracker: Tracker | None = None
@@ -161,11 +189,10 @@ class Handle:
             given = {"component": None, "alpha": None, "latents": None, "interventions": None, "rows": None}
             given.update(lists, **changes)
         else:
-            given = {**self._given, **changes}
+            given = {**self._plan.given, **changes}
         where = {"positions": positions, "gate": gate, "norm": norm}
-        where = {name: self._where[name] if value is _KEEP else value for name, value in where.items()}
-        self._program = self._build(given, where)
-        self._given, self._where = given, where
+        where = {name: self._plan.where[name] if value is _KEEP else value for name, value in where.items()}
+        self._plan = self._build(given, where)
         return self
 
     def remove(self) -> None:
@@ -175,7 +202,8 @@ class Handle:
         self._hook.remove()
         self._tracker.release(self)
         self._tracker = None
-        _forget_compiled(self._given_model)
+        compiled.unnotice(self._module)
+        compiled.forget(self._given_model)
 
     @contextmanager
     def paused(self) -> Iterator[Handle]:
@@ -189,18 +217,17 @@ class Handle:
     @contextmanager
     def restored(self) -> Iterator[Handle]:
         """Takes back, at the end of a `with` block, what was updated and counted inside it."""
-        program, given, where, counts = self._program, self._given, self._where, self._counts.totals()
+        plan, counts = self._plan, self._counts.totals()
         try:
             yield self
         finally:
-            self._program, self._given, self._where = program, given, where
+            self._plan = plan
             self._counts.reset(counts)
 
     @property
     def asks_where(self) -> bool:
         """Whether what happens to a generated token depends on its place in the sequence."""
-        positions = self._where["positions"]
-        return self._program.composition.is_scheduled or not isinstance(positions, str) or positions == "prompt"
+        return self._plan.asks_where
 
     def stats(self) -> Stats:
         """Tokens seen and tokens steered so far; asks the device."""
@@ -217,18 +244,20 @@ class Handle:
         self.remove()
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self._given.items() if value is not None)
-        where = ", ".join(f"{name}={value!r}" for name, value in self._where.items() if value is not None)
+        given = ", ".join(f"{name}={value!r}" for name, value in self._plan.given.items() if value is not None)
+        where = ", ".join(f"{name}={value!r}" for name, value in self._plan.where.items() if value is not None)
         state = "" if self._tracker is not None else ", removed"
         return f"Handle({self.layer!r}, {given}, {where}{state})"
 
     def _install(self) -> None:
         if self._tracker is None:
-            self._tracker = Tracker.acquire(self._model, self)
-            self._hook = self._module.register_forward_hook(self._act)
-            _forget_compiled(self._given_model)
+            self._tracker = Tracker.acquire(self._model, self, self.layer)
+            self._hook = self._module.register_forward_hook(self._act, with_kwargs=True)
+            _before_recorders(self._module)
+            compiled.notice(self._module)
+            compiled.forget(self._given_model)
 
-    def _build(self, given: dict[str, Any], where: dict[str, Any]) -> Program:
+    def _build(self, given: dict[str, Any], where: dict[str, Any]) -> _Plan:
         check_positions(where["positions"])
         example = _example(self._module, self._mfa.means)
         rows = as_rows(*_as_lists(given), self._mfa)
@@ -236,34 +265,38 @@ class Handle:
             program = Program(self._mfa, rows, example.device, where["gate"], where["norm"])
             if not program.composition.is_scheduled:
                 program.prepare(example.dtype, example.device, (0,))
-        return program
+        return _Plan(given, where, program)
 
-    def _act(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _act(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         if self._is_paused:
             return None
-        hidden = hidden_states(output)
+        hidden, plan = hidden_states(output), self._plan
         is_token = isinstance(hidden, Tensor) and hidden.dim() == 3 and hidden.shape[1] == 1
-        if torch.compiler.is_compiling() and is_token and not self.asks_where:
-            steered = self._steer(hidden, True, None, (0,))
+        if torch.compiler.is_compiling() and is_token and not plan.asks_where:
+            steered = self._steer(plan.program, hidden, True, None, (0,))
         else:
-            steered = self._act_by_position(hidden)
+            steered = self._act_by_position(plan, hidden, (args, kwargs))
         return None if steered is None else with_hidden_states(output, steered)
 
     @torch.compiler.disable
-    def _act_by_position(self, hidden: Any) -> Tensor | None:
-        assert self._tracker is not None
+    def _act_by_position(self, plan: _Plan, hidden: Any, given: Any) -> Tensor | None:
+        tracker = self._tracker
+        assert tracker is not None
         check_hidden(hidden, self._mfa.n_features, f"the output of {self.layer}")
         if hidden.dim() != 3:
             raise ValueError(f"the output of {self.layer} must be (batch, tokens, D), got {tuple(hidden.shape)}")
-        now = self._tracker.at(hidden)
-        chosen = choose(self._where["positions"], now, hidden.shape[0], hidden.device)
+        if plan.is_the_same_everywhere:
+            now = Pass(0, hidden.shape[1], hidden.shape[1], tracker.padding(hidden, given))
+        else:
+            now = tracker.at(hidden, given)
+        chosen = choose(plan.where["positions"], now, hidden.shape[0], hidden.device)
         if not hidden.shape[0] * hidden.shape[1]:
             return None
-        steps = now.steps() if self._program.composition.is_scheduled else (0,)
-        return self._steer(hidden, chosen, now.real, steps)
+        steps = now.steps() if plan.program.composition.is_scheduled else (0,)
+        return self._steer(plan.program, hidden, chosen, now.real, steps)
 
     def _steer(
-        self, hidden: Tensor, chosen: bool | Tensor, real: Tensor | None, steps: tuple[int, ...]
+        self, program: Program, hidden: Tensor, chosen: bool | Tensor, real: Tensor | None, steps: tuple[int, ...]
     ) -> Tensor | None:
         """The hidden states with the interventions at the chosen tokens, and all of them counted."""
         shape = hidden.shape[:2]
@@ -271,7 +304,7 @@ class Handle:
         counts: list[int | Tensor] = [every if real is None else real.expand(shape).sum(), 0]
         steered = None
         if chosen is not False:
-            steered, reached, tally = self._program(hidden, chosen, steps)
+            steered, reached, tally = program(hidden, chosen, steps)
             if tally is not None:
                 self._counts.add_tally(tally)
             else:
@@ -301,17 +334,19 @@ class _Counts(nn.Module):
         self._on_host = [0.0] * 4
 
     def add(self, counts: list[int | Tensor]) -> None:
-        for i, count in enumerate(counts):
-            if isinstance(count, Tensor):
-                self.on_device[i].add_(count.detach().to(self.on_device.device))
-            elif torch.compiler.is_compiling():
-                self.on_device[i].add_(count)
-            else:
-                self._on_host[i] += count
+        with _one_thread():
+            for i, count in enumerate(counts):
+                if isinstance(count, Tensor):
+                    self.on_device[i].add_(count.detach().to(self.on_device.device))
+                elif torch.compiler.is_compiling():
+                    self.on_device[i].add_(count)
+                else:
+                    self._on_host[i] += count
 
     def add_tally(self, tally: Tensor) -> None:
         """Adds what `Outcome.tally` says of each token, (B, T, 3)."""
-        self.on_device[1:].add_(tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device))
+        with _one_thread():
+            self.on_device[1:].add_(tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device))
 
     def totals(self) -> list[float]:
         return [host + device for host, device in zip(self._on_host, self.on_device.tolist())]
@@ -319,6 +354,14 @@ class _Counts(nn.Module):
     def reset(self, totals: list[float]) -> None:
         self.on_device.zero_()
         self._on_host = list(totals)
+
+
+_lock = threading.Lock()
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """Held while counts are added up; compiled code, which cannot take a lock, goes without."""
+    return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 def _as_lists(given: dict[str, Any]) -> tuple[Any, Any]:
@@ -351,10 +394,9 @@ def _check_width(model: nn.Module, layer: str, features: int) -> None:
         raise ValueError(f"mfa has n_features = {features}, but {layer} of {type(model).__name__} is {width} wide")
 
 
-def _forget_compiled(model: nn.Module) -> None:
-    """Compiled code does not notice hooks that come and go: a compiled model is compiled again."""
-    if hasattr(model, "_orig_mod") or any(
-        getattr(module, "_compiled_call_impl", None) is not None or "_compiled_call" in vars(module)
-        for module in model.modules()
-    ):
-        torch.compiler.reset()
+def _before_recorders(module: nn.Module) -> None:
+    """Lets the hooks by which transformers records hidden states run last: they record what the model goes on with."""
+    hooks = module._forward_hooks
+    for key, hook in list(hooks.items()):
+        if (getattr(hook, "__module__", None) or "").startswith("transformers."):
+            hooks[key] = hooks.pop(key)

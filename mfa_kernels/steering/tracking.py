@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
-from mfa_kernels.models import decoder_layers
+from mfa_kernels.models import decoder_layers, stack_of
+from mfa_kernels.steering.arguments import Arguments, cache_of, first_key, recognised
+from mfa_kernels.steering.generation import Call, Generate
 
 _UNKNOWN = 2**62  # the end of a prompt nobody has seen
-_ATTRIBUTE = "_mfa_kernels_tracker"
+_ATTRIBUTE = "_mfa_kernels_trackers"
+_REMEMBERED = 256  # passes whose layers may be recomputed in a backward pass
 
 
 class User(Protocol):
-    """A handle. `asks_where` is whether it needs to know where the one token of a pass is."""
+    """A handle. `asks_where` is whether it needs to know where the tokens of a pass are, beyond which are padding."""
 
     @property
     def asks_where(self) -> bool: ...
@@ -67,6 +74,10 @@ class Pass:
         return positions
 
 
+class LostTrackError(RuntimeError):
+    """What a model was called with does not say where in its sequence its tokens are."""
+
+
 @dataclass
 class _Sequence:
     """What is remembered of a (batch of) sequences between its passes.
@@ -75,7 +86,7 @@ class _Sequence:
         prompt_end: first column that was generated.
         next: column after the last pass.
         padding: columns of padding so far, (B, 1).
-        cache: that of its first pass, where it is an object that stays the same.
+        cache: what its passes share, by which it is known again.
     """
 
     prompt_end: int = _UNKNOWN
@@ -84,69 +95,135 @@ class _Sequence:
     cache: Any = None
 
 
-class Tracker:
-    """Follows the forward passes of one model, for all the handles that steer it.
+@dataclass(frozen=True)
+class _Now:
+    """The pass that a thread is in, or was in last.
 
-    A pre-hook on the stack of decoder layers reads its arguments. What they cannot say, where the prompt ends when it
-    comes in chunks or is recomputed at each step, is read from the call to `model.generate`, which is wrapped as long
-    as the model is steered. In a loop of one's own, without `generate`, a pass of several tokens is a prompt (or a
+    Attributes:
+        where: the pass; or why it is not known.
+        real: (B, T) bool, False for padding; None where there is none, or why it is not known.
+        tokens: T.
+        sequence: that of the pass.
+        backward: number of the backward pass that it recomputes, -1 outside of one.
+        trains: whether gradients may be asked for, and layers be recomputed for them.
+    """
+
+    where: Pass | Exception
+    real: Tensor | None | Exception
+    tokens: int
+    sequence: _Sequence | None
+    backward: int
+    trains: bool
+
+
+class Tracker:
+    """Follows the forward passes of one stack of layers, for all the handles that steer it.
+
+    A pre-hook on the module that holds the stack reads its arguments. What they cannot say, where the prompt ends when
+    it comes in chunks or is recomputed at each step, is read from the call to `model.generate`, which is wrapped as
+    long as the model is steered. In a loop of one's own, without `generate`, a pass of several tokens is a prompt (or a
     further chunk of it), and a pass of one token that extends a cache is generated. So it is for what runs the model
     on a cache of its own while `generate` does, as the unconditional branch of classifier-free guidance.
+
+    What is known belongs to a thread and its pass, and between passes to the cache: threads, and sequences that take
+    turns, do not disturb each other.
     """
 
     @classmethod
-    def acquire(cls, model: nn.Module, user: User) -> Tracker:
-        """The tracker of this model, installed with the first handle."""
-        tracker = vars(model).get(_ATTRIBUTE)
+    def acquire(cls, model: nn.Module, user: User, layer: str) -> Tracker:
+        """The tracker of the stack that a layer belongs to, installed with the first handle.
+
+        Args:
+            model: a language model.
+            user: a handle.
+            layer: path of a module of the model.
+        """
+        path = stack_of(model, layer)
+        trackers = vars(model).setdefault(_ATTRIBUTE, {})
+        tracker = trackers.get(path)
         if tracker is None:
-            tracker = cls(model)
+            tracker = trackers[path] = cls(model, path)
         tracker._users.append(user)
         return tracker
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self._model, self._path = model, path
         self._users: list[User] = []
-        self._own = _Sequence()
-        self._generated: _Sequence | None = None  # by the call to `generate` that is under way
-        self.current: Pass | None = None
-        stack = _stack_owner(model)
+        self._generate = Generate.watch(model, self)
+        self._follows = _is_decoder(model, path)
+        stack = model.get_submodule(path)
         # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
         self._names = list(inspect.signature(type(stack).forward).parameters)[1:]
-        self._hook = stack.register_forward_pre_hook(self._observe, with_kwargs=True)
-        setattr(model, _ATTRIBUTE, self)
-        self._shadowed = vars(model).get("generate")
-        self._generate: Any = getattr(model, "generate", None)
-        if self._generate is not None:
-            model.generate = self.generate  # type: ignore[assignment]
+        self._hooks = (
+            stack.register_forward_pre_hook(self._observe, with_kwargs=True),
+            stack.register_forward_hook(self._leave),
+        )
+        self._recomputable: dict[Any, _Now] = {}
 
     def release(self, user: User) -> None:
         """Takes the hooks off when the last handle lets go."""
         self._users.remove(user)
         if self._users:
             return
-        self._hook.remove()
-        delattr(self._model, _ATTRIBUTE)
-        if vars(self._model).get("generate") == self.generate:
-            del self._model.generate
-            if self._shadowed is not None:
-                self._model.generate = self._shadowed
+        for hook in self._hooks:
+            hook.remove()
+        self._generate.release(self)
+        trackers = vars(self._model)[_ATTRIBUTE]
+        del trackers[self._path]
+        if not trackers:
+            delattr(self._model, _ATTRIBUTE)
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate`, with the end of the prompt noted."""
-        outer, sequence = self._generated, _Sequence(_prompt_columns(args, kwargs))
-        self._generated = sequence
-        try:
-            return self._generate(*args, **kwargs)
-        finally:
-            self._generated, sequence.cache = outer, None
-            if outer is None:
-                self._own = sequence  # a loop of one's own may go on with its cache
+    @property
+    def current(self) -> Pass | None:
+        """The pass that this thread is in, or was in last.
 
-    def at(self, hidden: Tensor) -> Pass:
-        """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence."""
+        Raises:
+            LostTrackError, TypeError, ValueError: the arguments of the pass do not say where it is.
+        """
+        now = _states().get(self)
+        return None if now is None else _known(now.where)
+
+    def at(self, hidden: Tensor, given: Any = None) -> Pass:
+        """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence.
+
+        Args:
+            hidden: what the layer returned.
+            given: what it was called with, by which a layer that is run again in a backward pass is known.
+
+        Raises:
+            LostTrackError, TypeError, ValueError: the arguments of the pass do not say where it is.
+        """
+        now = self._now(hidden, given)
+        return Pass(0, hidden.shape[1], hidden.shape[1]) if now is None else _known(now.where)
+
+    def padding(self, hidden: Tensor, given: Any = None) -> Tensor | None:
+        """Which of the hidden states (B, T, D) are of real tokens, (B, T); None where all are. Arguments as for `at`.
+
+        Raises:
+            LostTrackError, TypeError, ValueError: the mask does not say which are padding.
+        """
+        now = self._now(hidden, given)
+        return None if now is None else _known(now.real)
+
+    def _now(self, hidden: Tensor, given: Any) -> _Now | None:
+        now, backward = _states().get(self), _backward()
+        if backward >= 0 and (now is None or now.backward != backward):
+            # One layer runs again, not the model: the pass is the one in which it was given the same tensors.
+            now = self._recomputable.get(_fingerprint(given))
+            if now is None:
+                raise LostTrackError(
+                    "a steered layer was run again in a backward pass with tensors it has not seen in a forward pass: "
+                    "its tokens cannot be told from padding, nor prompt from generated ones"
+                )
+        elif now is not None and now.trains:
+            while len(self._recomputable) >= _REMEMBERED:
+                self._recomputable.pop(next(iter(self._recomputable)), None)
+            self._recomputable[_fingerprint(given)] = now
+        if now is None:
+            return None
         batch, tokens = hidden.shape[:2]
-        now = self.current or Pass(0, tokens, tokens)
-        if now.tokens != tokens or (now.real is not None and now.real.shape[0] not in (1, batch)):
+        rows = now.real.shape[0] if isinstance(now.real, Tensor) else 1
+        if now.tokens and (now.tokens != tokens or rows not in (1, batch)):
             raise ValueError(
                 f"the steered layer returned hidden states of shape {tuple(hidden.shape)}, but the model was called "
                 f"with {now.tokens} tokens per row: call the model itself, and steer a layer that sees every token"
@@ -154,92 +231,228 @@ class Tracker:
         return now
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = {**dict(zip(self._names, args)), **kwargs}
+        given = recognised({**dict(zip(self._names, args)), **kwargs})
         compiled = torch.compiler.is_compiling()
-        if not compiled or _tokens(given) != 1 or any(user.asks_where for user in self._users):
+        if not compiled or given.tokens != 1 or any(user.asks_where for user in self._users):
             self._note(type(module).__name__, given, compiled)
 
     @torch.compiler.disable
-    def _note(self, name: str, given: dict[str, Any], compiled: bool) -> None:
-        inputs = _inputs(given)
-        if inputs is None:
-            raise ValueError(f"{name} was called without input_ids and inputs_embeds as tensors")
-        tokens, cache = inputs.shape[1], _cache(given)
-        sequence = self._generated or self._own
-        start = self._start(cache, sequence, compiled)
-        if sequence is self._generated:
-            if not sequence.next:
-                sequence.cache = None if isinstance(cache, tuple | list) else cache
-            elif sequence.cache is not None and cache is not sequence.cache and start != sequence.next:
-                sequence = self._own
+    def _note(self, name: str, given: Arguments, compiled: bool) -> None:
+        """Sets what this thread is in; what cannot be told is said to those who ask for it."""
+        where: Pass | Exception
+        real: Tensor | None | Exception
+        sequence: _Sequence | None = None
+        try:
+            if self._follows:
+                where, sequence = self._followed(name, given, compiled)
+            else:
+                _check_inputs(name, given)
+                real, _ = _read_mask(given.mask, 0, given.tokens, None)
+                where = Pass(0, given.tokens, given.tokens, real)
+            real = where.real
+        except (LostTrackError, TypeError, ValueError) as error:
+            where, real = error, _padding_alone(given, error)
+        trains = torch.is_grad_enabled() and _backward() < 0
+        _states()[self] = _Now(where, real, given.tokens, sequence, _backward(), trains)
+
+    def _followed(self, name: str, given: Arguments, compiled: bool) -> tuple[Pass, _Sequence]:
+        """The pass by its arguments and what is remembered, and the sequence that it belongs to."""
+        tokens, cache, call = given.tokens, given.cache, self._generate.call
+        _check_inputs(name, given)
+        sequence, is_own = self._sequence(given, call)
+        start = _start(cache, sequence, compiled or is_own)
+        self._check(name, given, start, call)
         if start == 0:
             sequence.padding = None
-        if sequence is self._own:
+        if is_own:
             extends = start > 0 and tokens == 1
             sequence.prompt_end = min(sequence.prompt_end, start) if extends else start + tokens
+        elif sequence.prompt_end == _UNKNOWN:
+            assert call is not None
+            sequence.prompt_end = _prompt_end(call, given, start)
         real, padding = None, sequence.padding
         # What generate() appends is never masked: a mask needs no look after the prompt.
-        if sequence is self._own or start < sequence.prompt_end:
-            real, padding = _read_mask(given.get("attention_mask"), start, tokens, padding)
-        self.current = Pass(start, tokens, sequence.prompt_end, real, padding)
+        if is_own or start < sequence.prompt_end:
+            real, padding = _read_mask(given.mask, start, tokens, padding)
+        now = Pass(start, tokens, sequence.prompt_end, real, padding)
         sequence.next = start + tokens
         if real is not None:
             added = (~real).sum(1, keepdim=True)
             sequence.padding = added if padding is None else padding + added
+        return now, sequence
 
-    def _start(self, cache: Any, sequence: _Sequence, compiled: bool) -> int:
-        """Tokens in the cache."""
-        if cache is None:
-            return 0
-        if isinstance(cache, tuple | list):
-            return cache[0][0].shape[-2] if cache else 0
-        try:
-            length = cache.get_seq_length()
-        except (AttributeError, ValueError):  # caches of state-space models have no length
-            return sequence.next
-        if isinstance(length, Tensor) and sequence is self._generated and sequence.next and not compiled:
-            # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have
-            # passed tokens that nobody asked about.
-            return sequence.next
-        return int(length)
+    def _sequence(self, given: Arguments, call: Call | None) -> tuple[_Sequence, bool]:
+        """The sequence that a pass belongs to, and whether it is another than that of the call to `generate`."""
+        cache, ours = given.cache, None
+        if call is not None:
+            ours = call.sequences.get(self)
+            if ours is None:  # the first pass of the call
+                ours = call.sequences[self] = _Sequence()
+                _remember(cache, ours)
+                return ours, False
+            if cache is None:
+                # What begins anew, with fewer tokens than were read, is another sequence.
+                is_ours = given.tokens >= ours.next or ours.next < ours.prompt_end
+            else:
+                # The cache may be exchanged for another that holds the same.
+                is_ours = ours.cache is None or ours.cache() is _key(cache) or _start(cache, ours, True) == ours.next
+            if is_ours:
+                return ours, False
+        sequence = None if cache is None else _SEQUENCES.get(_key(cache))
+        if sequence is None or sequence is ours:
+            sequence = _Sequence()
+            _remember(cache, sequence)
+        return sequence, True
+
+    def _check(self, name: str, given: Arguments, start: int, call: Call | None) -> None:
+        """Raises where what is known of a pass contradicts itself."""
+        seen = start + given.tokens
+        found = None
+        if given.cache is None and given.mask_columns > given.tokens:
+            found = f"a mask of {given.mask_columns} columns"
+        elif call is not None and self in call.sequences and start == 0 and given.tokens == 1:
+            if call.sequences[self].next > 1 and given.mask_columns > 1:
+                found = f"a mask of {given.mask_columns} columns"
+            elif call.sequences[self].next > 1 and given.positions is not None:
+                last = int(given.positions.max())  # asks the device, in a pass that looks impossible
+                found = f"position {last}" if last >= seen else None
+        if found is not None:
+            cache = (
+                "no cache was recognised" if given.cache is None else f"only an empty {type(given.cache).__name__} is"
+            )
+            raise LostTrackError(
+                f"{name} was called with {given.tokens} tokens per row and {found}, but {cache} "
+                "among its arguments: mfa_kernels does not know how this version of transformers hands over what was "
+                'read before. Steering with positions="all" and a constant alpha does not depend on it'
+            )
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The cache that a pass leaves stands for its sequence."""
+        if not torch.compiler.is_compiling():
+            now, cache = _states().get(self), cache_of(output)
+            if cache is not None and now is not None and now.sequence is not None:
+                _remember(cache, now.sequence)
 
 
-def _cache(given: dict[str, Any]) -> Any:
-    """The cache among the arguments of the stack."""
-    cache = given.get("past_key_values")
-    return given.get("cache_params") if cache is None else cache
+# By cache: whoever holds it may go on with its sequence, in another thread too.
+_SEQUENCES = WeakIdKeyDictionary()
+_local = threading.local()
 
 
-def _inputs(given: dict[str, Any]) -> Tensor | None:
-    """(B, T), or (B, T, D), among the arguments of the stack."""
-    inputs = given.get("input_ids")
-    inputs = given.get("inputs_embeds") if inputs is None else inputs
-    return inputs if isinstance(inputs, Tensor) else None
+def _states() -> WeakKeyDictionary[Tracker, _Now]:
+    """Of this thread, by tracker."""
+    if not hasattr(_local, "states"):
+        _local.states = WeakKeyDictionary()
+    return _local.states
 
 
-def _tokens(given: dict[str, Any]) -> int:
-    inputs = _inputs(given)
-    return 0 if inputs is None else inputs.shape[1]
+def _known(value: Any) -> Any:
+    if isinstance(value, Exception):
+        raise value
+    return value
 
 
-def _stack_owner(model: nn.Module) -> nn.Module:
-    """The module whose forward runs the decoder layers, and gets masks and cache as tensors."""
+def _key(cache: Any) -> Any:
+    """What stays the same of a cache from one pass to the next."""
+    first = first_key(cache)
+    return cache if first is None else first
+
+
+def _remember(cache: Any, sequence: _Sequence) -> None:
+    """Notes that a sequence goes on wherever this cache is handed over."""
+    key = _key(cache)
+    if key is None or (sequence.cache is not None and sequence.cache() is key):
+        return
+    with contextlib.suppress(TypeError):  # no weak reference can be had to it: its sequence is not known again
+        sequence.cache = ref(key)
+        _SEQUENCES[key] = sequence
+
+
+def _start(cache: Any, sequence: _Sequence, asks: bool) -> int:
+    """Tokens in the cache.
+
+    Args:
+        cache: as it was handed over, or None.
+        sequence: that it belongs to.
+        asks: whether a length that is on a device is asked for.
+    """
+    if cache is None:
+        return 0
+    key = first_key(cache)
+    if key is not None:
+        return key.shape[-2]
     try:
-        path, _ = decoder_layers(model)
+        length = cache.get_seq_length()
+    except (AttributeError, ValueError):  # caches of state-space models have no length
+        return sequence.next
+    if isinstance(length, Tensor) and not asks and sequence.next:
+        # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have
+        # passed tokens that nobody asked about.
+        return sequence.next
+    return int(length)
+
+
+def _check_inputs(name: str, given: Arguments) -> None:
+    """Raises where a pass has no tokens, or tokens of which it cannot be told which are padding."""
+    if given.inputs is None:
+        raise ValueError(f"{name} was called without input_ids and inputs_embeds as tensors")
+    if given.unknown is not None:
+        raise LostTrackError(f"{name} was called with {given.unknown}, which may be a mask of padding, or not")
+    if given.packed is not None:
+        raise LostTrackError(f"{name} was called with {given.packed}: several sequences share a row")
+
+
+def _padding_alone(given: Arguments, error: Exception) -> Tensor | None | Exception:
+    """Which tokens of a pass are real, (B, T), where `error` keeps from telling where the pass is; or why not."""
+    if given.inputs is None or given.unknown is not None:
+        return error
+    if given.mask is None:
+        return None
+    if given.mask_columns < given.tokens:  # of another shape, or one that says nothing of some tokens
+        return error
+    return given.mask[:, -given.tokens :] != 0  # its last columns are those of the pass
+
+
+def _prompt_end(call: Call, given: Arguments, start: int) -> int:
+    """The column after the prompt of a call to `generate`, from its first pass.
+
+    Columns that `generate` was not told of come before the prompt: those of a cache that is none of its arguments
+    (prefix tuning), and embeddings that stand before those of its tokens (prompt tuning).
+    """
+    seen = start + given.tokens
+    if call.prompt is None:  # a token that the model begins with, or several
+        return seen
+    before = start if start and call.cache is None else 0
+    if given.has_embeddings and not call.from_embeddings:
+        before = max(before, seen - call.prompt)
+    return call.prompt + before
+
+
+def _is_decoder(model: nn.Module, path: str) -> bool:
+    """Whether a stack reads the sequence that is written; others, as encoders, read whole inputs."""
+    try:
+        return decoder_layers(model)[0].rpartition(".")[0] == path
     except ValueError:
-        return model
-    return model.get_submodule(path.rpartition(".")[0])
+        return True
 
 
-def _prompt_columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Columns of the prompt given to `generate`, with what a cache already holds."""
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return mask.shape[1]
-    for given in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]):
-        if isinstance(given, Tensor):
-            return given.shape[1]
-    return 1  # generate starts from a beginning-of-sequence token
+def _backward() -> int:
+    """Number of the backward pass that this thread is in, -1 outside of one."""
+    return torch._C._current_graph_task_id()
+
+
+def _fingerprint(given: Any) -> tuple[int, ...]:
+    """Addresses of the tensors among arguments, in order; unlike tensors, they survive that a layer is run again."""
+    if isinstance(given, Tensor):
+        try:
+            return (given.data_ptr(),)
+        except RuntimeError:  # no storage of its own
+            return ()
+    if isinstance(given, dict):
+        given = given.values()
+    elif not isinstance(given, tuple | list):
+        return ()
+    return tuple(address for entry in given for address in _fingerprint(entry))
 
 
 def _read_mask(mask: Any, start: int, tokens: int, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

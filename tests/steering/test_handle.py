@@ -400,7 +400,7 @@ class TestHandle:
                 del handle
                 tensors, memory = _live_tensors(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with steer(model, mfa, cycle % 3, **BOTH), steer(model, mfa, LAYER, 1, 0.5, gate=(1, 0.2)) as handle:
-                assert count_hooks(model) == hooks + 3
+                assert count_hooks(model) == hooks + 4
                 if cycle % 50 == 0:
                     layer_output(model, inputs)
                 handle.update(component=None)

@@ -9,17 +9,31 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.models import resolve_layer
 from mfa_kernels.steering.tracking import Pass, Tracker
 from tests.steering.tiny import PAD, STATIC, UNWRITTEN, causal_lm, count_hooks, generate, prompts, static_cache
 
 USER = SimpleNamespace(asks_where=True)
 
 
+def path(model: nn.Module) -> str:
+    return resolve_layer(model, 1)[0]
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.long)
+
+
+def acquired() -> Tracker:
+    model = causal_lm()
+    return Tracker.acquire(model, USER, path(model))
+
+
 class Log:
     """A tracker whose passes are kept: (start, tokens, prompt_end), and positions with -1 for padding."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.tracker = Tracker.acquire(model, USER)
+        self.tracker = Tracker.acquire(model, USER, path(model))
         self.passes: list[tuple[int, int, int]] = []
         self.positions: list[list[list[int]]] = []
         _, layer = next((n, m) for n, m in model.named_modules() if n.endswith(".1"))
@@ -67,9 +81,10 @@ def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
             tracker._observe(nn.Identity(), (), {"input_ids": tokens, "past_key_values": cache})
             starts.append(tracker.current.start)
 
-    tracker, cache, starts = Tracker.acquire(causal_lm(), USER), StaticCache(), []
-    tracker._generate = steps
-    tracker.generate(input_ids=PADDED["input_ids"])
+    model, cache, starts = causal_lm(), StaticCache(), []
+    model.generate = steps
+    tracker = Tracker.acquire(model, USER, path(model))
+    model.generate(input_ids=PADDED["input_ids"])
     assert starts == [0, 7, 8]
 
 
@@ -205,9 +220,9 @@ def test_state_space_model_whose_cache_has_no_length() -> None:
 
 
 def test_legacy_cache_of_tuples() -> None:
-    tracker = Tracker.acquire(causal_lm(), USER)
+    tracker = acquired()
     legacy = ((torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)),)
-    tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 1), "past_key_values": legacy})
+    tracker._observe(nn.Identity(), (), {"input_ids": ids(2, 1), "past_key_values": legacy})
     assert (tracker.current.start, tracker.current.tokens) == (5, 1)
 
 
@@ -221,9 +236,9 @@ def test_steps() -> None:
 def test_users_share_a_tracker_and_the_last_one_cleans_up() -> None:
     model = causal_lm()
     hooks, names = count_hooks(model), set(vars(model))
-    first, second = Tracker.acquire(model, USER), Tracker.acquire(model, USER)
+    first, second = Tracker.acquire(model, USER, path(model)), Tracker.acquire(model, USER, path(model))
     assert first is second
-    assert count_hooks(model) == hooks + 1
+    assert count_hooks(model) == hooks + 2
     first.release(USER)
     assert "generate" in vars(model)
     second.release(USER)
@@ -240,7 +255,7 @@ def test_an_existing_wrapper_of_generate_is_put_back() -> None:
         return inner(*args, **kwargs)
 
     model.generate = wrapper
-    tracker = Tracker.acquire(model, USER)
+    tracker = Tracker.acquire(model, USER, path(model))
     generate(model, PADDED, new=1)
     tracker.release(USER)
     assert model.generate is wrapper
@@ -248,9 +263,9 @@ def test_an_existing_wrapper_of_generate_is_put_back() -> None:
 
 
 def test_layers_called_by_themselves() -> None:
-    tracker = Tracker.acquire(causal_lm(), USER)
+    tracker = acquired()
     assert tracker.at(torch.zeros(2, 5, 32)) == Pass(0, 5, 5)
-    tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 3)})
+    tracker._observe(nn.Identity(), (), {"input_ids": ids(2, 3)})
     with pytest.raises(ValueError, match=r"shape \(2, 5, 32\), but the model was called with 3 tokens per row"):
         tracker.at(torch.zeros(2, 5, 32))
 
@@ -264,15 +279,19 @@ def test_layers_called_by_themselves() -> None:
     ],
 )  # fmt: skip
 def test_masks_that_do_not_tell_padding(mask: Any, error: type[Exception], message: str) -> None:
-    tracker = Tracker.acquire(causal_lm(), USER)
-    with pytest.raises(error, match=message):
-        tracker._observe(nn.Identity(), (), {"input_ids": torch.zeros(2, 3), "attention_mask": mask})
+    tracker = acquired()
+    tracker._observe(nn.Identity(), (), {"input_ids": ids(2, 3), "attention_mask": mask})
+    for ask in (tracker.at, tracker.padding):
+        with pytest.raises(error, match=message):
+            ask(torch.zeros(2, 3, 32))
 
 
 def test_a_call_without_tokens_is_named() -> None:
-    tracker = Tracker.acquire(causal_lm(), USER)
-    with pytest.raises(ValueError, match="Identity was called without input_ids"):
-        tracker._observe(nn.Identity(), (), {})
+    tracker = acquired()
+    tracker._observe(nn.Identity(), (), {})
+    for ask in (tracker.at, tracker.padding):
+        with pytest.raises(ValueError, match="Identity was called without input_ids"):
+            ask(torch.zeros(2, 3, 32))
 
 
 def additive(real: Tensor) -> Tensor:
@@ -290,6 +309,6 @@ def test_padding_in_masks_of_four_dimensions(kind: str) -> None:
         mask = mask == 0
     elif kind == "dict":
         mask = {"sliding_attention": None, "full_attention": mask}
-    tracker = Tracker.acquire(causal_lm(), USER)
+    tracker = acquired()
     tracker._observe(nn.Identity(), (), {"input_ids": PADDED["input_ids"], "attention_mask": mask})
     assert torch.equal(tracker.current.real, real)

@@ -1,0 +1,107 @@
+"""What a forward pass was given: its tokens, mask, positions and cache, recognised by what they are.
+
+Names of arguments change from one release of transformers to the next (`past_key_values` became `cache`), so a cache is
+whatever says how long it is, and tokens are the first tensor that has their shape. Only what no shape can tell apart,
+a mask or positions from token ids, is told by a word in its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+# Of encoder states and their mask, of image and audio inputs: none of them is of the sequence that is followed.
+_FOREIGN = ("encoder_", "cross_", "pixel_", "image_", "video_", "audio_")
+
+
+class Arguments(NamedTuple):
+    """What a stack of decoder layers, or `generate`, was called with.
+
+    Attributes:
+        inputs: token ids (B, T), or embeddings (B, T, D); None where there are none.
+        mask: of padding or of attention, as it was given.
+        positions: position ids, (B or 1, T) or (axes, B, T).
+        cache: what earlier passes left.
+        packed: the name of an argument that says that a row holds several sequences.
+        unknown: the name of a tensor that might be a mask and is not known as one.
+    """
+
+    inputs: Tensor | None
+    mask: Any = None
+    positions: Tensor | None = None
+    cache: Any = None
+    packed: str | None = None
+    unknown: str | None = None
+
+    @property
+    def tokens(self) -> int:
+        """T, or 0 where there are no inputs."""
+        return 0 if self.inputs is None else self.inputs.shape[1]
+
+    @property
+    def has_embeddings(self) -> bool:
+        return self.inputs is not None and self.inputs.is_floating_point()
+
+    @property
+    def mask_columns(self) -> int:
+        """Columns of a mask of shape (B, columns); 0 where there is no such mask."""
+        return self.mask.shape[1] if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else 0
+
+
+def recognised(given: Mapping[str, Any]) -> Arguments:
+    """The arguments by their kind.
+
+    Args:
+        given: values by name, in the order of the signature; those of an encoder-decoder's decoder without "decoder_".
+    """
+    inputs, embeddings, mask, positions, cache, packed = None, None, None, None, None, None
+    rest = []
+    for name, value in given.items():
+        if value is None or name.startswith(_FOREIGN):
+            continue
+        if name.startswith("cu_seq"):
+            packed = packed or name
+        elif "mask" in name and "head" not in name:
+            mask = value if mask is None else mask
+        elif is_cache(name, value):
+            cache = value if cache is None else cache
+        elif not isinstance(value, Tensor):
+            continue
+        elif "position" in name:
+            positions = value if positions is None and value.dim() > 1 else positions
+        elif value.is_floating_point():
+            embeddings = value if embeddings is None and value.dim() == 3 else embeddings
+        elif value.dim() == 2 and "type" not in name and name != "labels":
+            if inputs is None and value.dtype in (torch.int64, torch.int32):
+                inputs = value
+            elif not name.endswith("ids"):
+                rest.append(name)
+    unknown = rest[0] if rest and mask is None else None
+    return Arguments(embeddings if inputs is None else inputs, mask, positions, cache, packed, unknown)
+
+
+def is_cache(name: str, value: Any) -> bool:
+    """Whether a value is what earlier passes left: it says how long it is, or holds keys and values by layer, or its
+    name says so (those of state-space models have no length)."""
+    if callable(getattr(value, "get_seq_length", None)) or first_key(value) is not None:
+        return True
+    is_object = not isinstance(value, Tensor | bool | int | float | str | dict | list | tuple)
+    return is_object and ("cache" in name or "past" in name)
+
+
+def first_key(value: Any) -> Tensor | None:
+    """Keys of the first layer, (B, heads, columns, size), of a cache that is a tuple of (keys, values) by layer."""
+    if isinstance(value, tuple | list) and value and isinstance(value[0], tuple | list) and len(value[0]) >= 2:
+        key = value[0][0]
+        if isinstance(key, Tensor) and key.dim() == 4:
+            return key
+    return None
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in a model's output; None where there is none."""
+    items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple) else ()
+    return next((value for name, value in items if value is not None and is_cache(str(name), value)), None)
