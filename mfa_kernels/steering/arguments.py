@@ -88,7 +88,7 @@ def is_cache(name: str, value: Any) -> bool:
     name says so (those of state-space models have no length)."""
     if callable(getattr(value, "get_seq_length", None)) or first_key(value) is not None:
         return True
-    is_object = not isinstance(value, Tensor | bool | int | float | str | dict | list | tuple)
+    is_object = not isinstance(value, Tensor | bool | int | float | str | dict | list | tuple | None)
     return is_object and ("cache" in name or "past" in name)
 
 

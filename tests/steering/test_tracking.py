@@ -9,9 +9,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels import steer
 from mfa_kernels.models import resolve_layer
-from mfa_kernels.steering.tracking import Pass, Tracker
-from tests.steering.tiny import PAD, STATIC, UNWRITTEN, causal_lm, count_hooks, generate, prompts, static_cache
+from mfa_kernels.steering import arguments
+from mfa_kernels.steering.tracking import LostTrackError, Pass, Tracker
+from tests.steering.tiny import (
+    PAD,
+    STATIC,
+    UNWRITTEN,
+    causal_lm,
+    count_hooks,
+    fitting_mixture,
+    generate,
+    generated,
+    prompts,
+    static_cache,
+)
 
 USER = SimpleNamespace(asks_where=True)
 
@@ -224,6 +237,82 @@ def test_legacy_cache_of_tuples() -> None:
     legacy = ((torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)),)
     tracker._observe(nn.Identity(), (), {"input_ids": ids(2, 1), "past_key_values": legacy})
     assert (tracker.current.start, tracker.current.tokens) == (5, 1)
+
+
+def test_sequences_that_take_turns() -> None:
+    """Each is known by its cache, whoever holds it: the prompts' ends, padding and steps are not mixed up."""
+    model = causal_lm()
+    log = Log(model)
+    short = prompts(1, 4)
+    with torch.no_grad():
+        first, second = model(**PADDED), model(**short)
+        for _ in range(2):
+            model(input_ids=PADDED["input_ids"][:, :1], past_key_values=first.past_key_values)
+            model(input_ids=short["input_ids"][:, :1], past_key_values=second.past_key_values)
+    assert log.passes == [(0, 7, 7), (0, 4, 4), (7, 1, 7), (4, 1, 4), (8, 1, 7), (5, 1, 4)]
+    assert log.positions[2:] == [[[6], [5]], [[4]], [[7], [6]], [[5]]]
+
+
+def test_legacy_caches_that_take_turns() -> None:
+    """A new tuple at each pass, in the place of the one that was handed over."""
+    tracker, steps = acquired(), []
+
+    def read(tokens: int, cache: Any, columns: int) -> Any:
+        tracker._observe(nn.Identity(), (), {"input_ids": ids(2, tokens), "past_key_values": cache})
+        steps.append((tracker.current.start, tracker.current.steps()))
+        made = ((torch.zeros(2, 4, columns, 8), torch.zeros(2, 4, columns, 8)),)
+        tracker._leave(nn.Identity(), (), (torch.zeros(2, tokens, 32), made))
+        return made
+
+    a, b = read(5, None, 5), read(3, None, 3)
+    for turn in range(3):
+        a, b = read(1, a, 6 + turn), read(1, b, 4 + turn)
+    assert steps[2:] == [(5, (1,)), (3, (1,)), (6, (2,)), (4, (2,)), (7, (3,)), (5, (3,))]
+
+
+def forgetting(name: str, value: Any) -> bool:
+    """A cache of a kind that nobody knows."""
+    return False
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_lost_track_is_said(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a version of transformers that hands its cache over in a way of its own: by mask, or by positions."""
+    model, mfa = causal_lm(), fitting_mixture()
+    inputs = prompts(padded=True) if masked else {"input_ids": PADDED["input_ids"]}
+    with steer(model, mfa, 1, 2, 0.6):
+        expected = generated(model, inputs)
+    monkeypatch.setattr(arguments, "is_cache", forgetting)
+    for spec in ({"positions": "generated"}, {"positions": slice(0, 3)}, {"alpha": lambda step: 0.1}):
+        with (
+            steer(model, mfa, 1, **{"component": 2, "alpha": 0.6, **spec}),
+            pytest.raises(
+                LostTrackError, match=r"1 tokens per row and (a mask of 8 columns|position \d), but no cache"
+            ),
+        ):
+            generate(model, inputs)
+    with steer(model, mfa, 1, 2, 0.6):  # the same everywhere: does not depend on it
+        found = generated(model, inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+def test_a_lost_track_outside_generate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = causal_lm()
+    monkeypatch.setattr(arguments, "is_cache", forgetting)
+    with torch.no_grad(), steer(model, fitting_mixture(), 1, 2, 0.6, positions="prompt"):
+        cache = model(**PADDED).past_key_values
+        mask = nn.functional.pad(PADDED["attention_mask"], (0, 1), value=1)
+        with pytest.raises(LostTrackError, match="a mask of 8 columns, but no cache was recognised"):
+            model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_rows_of_several_sequences_are_not_told_apart() -> None:
+    tracker, hidden = acquired(), torch.zeros(1, 6, 32)
+    packed = {"input_ids": ids(1, 6), "cu_seq_lens_q": torch.tensor([0, 2, 6])}
+    tracker._observe(nn.Identity(), (), packed)
+    with pytest.raises(LostTrackError, match="cu_seq_lens_q: several sequences share a row"):
+        tracker.at(hidden)
+    assert tracker.padding(hidden) is None
 
 
 def test_steps() -> None:
