@@ -20,9 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from mfa_kernels import steer
 from mfa_kernels.models import hidden_states, resolve_layer, with_hidden_states
 from mfa_kernels.steering import Toward, intervene
-from mfa_kernels.steering.arguments import is_cache
 from mfa_kernels.steering.tracking import LostTrackError
-from tests.steering.tiny import LAYER, PAD, WIDTH, causal_lm, fitting_mixture, generated, prompts
+from tests.steering.tiny import CACHE, LAYER, PAD, WIDTH, causal_lm, fitting_mixture, generated, prompts
 
 TRAINED = torch.zeros((), requires_grad=True)  # without which a reentrant checkpoint makes no gradients
 VIRTUAL = 4  # tokens of a learnt prompt
@@ -135,10 +134,9 @@ def soft_prompt(model: nn.Module, kind: str) -> None:
     embeddings = torch.randn(1, VIRTUAL, WIDTH, generator=generator).expand(2, -1, -1)
     with torch.no_grad():
         prefix = model(inputs_embeds=embeddings, use_cache=True)
-    name = next(key for key, value in prefix.items() if is_cache(key, value))
 
     def prepared(ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        cache = kwargs.get(name)
+        cache = kwargs.get(CACHE)
         begins = cache is None or not cache.get_seq_length()
         kwargs.pop("position_ids", None)
         given = prepare(ids, *args, **kwargs)
@@ -151,7 +149,7 @@ def soft_prompt(model: nn.Module, kind: str) -> None:
             own = model.get_input_embeddings()(given.pop("input_ids"))
             given["inputs_embeds"] = torch.cat([embeddings, own], 1)
         elif begins:
-            given[name] = copy.deepcopy(prefix[name])
+            given[CACHE] = copy.deepcopy(prefix[CACHE])
         return given
 
     model.prepare_inputs_for_generation = prepared

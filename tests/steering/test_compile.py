@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.steering import Add, LogDensity, Reconstruct, Remove, Responsibility, Toward
-from tests.steering.tiny import LAYER, VERSION, WIDTH, causal_lm, fitting_mixture, prompts, static_cache
+from tests.steering.tiny import CACHE, LAYER, VERSION, WIDTH, causal_lm, fitting_mixture, prompts, static_cache
 
 Z = torch.tensor([2.0, -3.0, 1.0])
 WHOLE: dict[str, dict[str, Any]] = {
@@ -40,12 +40,12 @@ def fresh() -> Iterator[None]:
 def decode(model: nn.Module, step: Any, new: int = 5) -> tuple[Tensor, Tensor]:
     """Tokens (B, new) and the logits after them, greedily: the prompt by the model, each token after it by `step`."""
     cache, tokens = static_cache(model), []
-    logits = model(**prompts(), past_key_values=cache).logits[:, -1]
+    logits = model(**prompts(), **{CACHE: cache}).logits[:, -1]
     for _ in range(new):
         tokens.append(logits.argmax(-1, keepdim=True))
         # As `generate` of transformers 4 does: without it, no step on a static cache compiles whole, steered or not.
         where = {"cache_position": torch.tensor([7 + len(tokens) - 1])} if VERSION < (5, 0) else {}
-        logits = step(input_ids=tokens[-1], past_key_values=cache, **where).logits[:, -1]
+        logits = step(input_ids=tokens[-1], **{CACHE: cache}, **where).logits[:, -1]
     return torch.cat(tokens, 1), logits
 
 

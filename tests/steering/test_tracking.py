@@ -14,6 +14,7 @@ from mfa_kernels.models import resolve_layer
 from mfa_kernels.steering import arguments
 from mfa_kernels.steering.tracking import LostTrackError, Pass, Tracker
 from tests.steering.tiny import (
+    CACHE,
     PAD,
     STATIC,
     UNWRITTEN,
@@ -145,12 +146,12 @@ def test_a_second_turn_on_the_same_cache(kind: str) -> None:
     # transformers 4 counts the keys of a static cache that are not zero, and those of this padding would be.
     model.get_input_embeddings().weight.data[PAD] = 1
     log = Log(model)
-    first = generate(model, PADDED, new=3, **({} if kind == "dynamic" else {"past_key_values": static_cache(model)}))
+    first = generate(model, PADDED, new=3, **({} if kind == "dynamic" else {CACHE: static_cache(model)}))
     again = torch.cat([first.sequences, torch.tensor([[5, 6], [7, 8]])], 1)
     mask = torch.cat([PADDED["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
     log.passes.clear()
     log.positions.clear()
-    generate(model, {"input_ids": again, "attention_mask": mask}, new=2, past_key_values=first.past_key_values)
+    generate(model, {"input_ids": again, "attention_mask": mask}, new=2, **{CACHE: first[CACHE]})
     assert log.passes == [(9, 3, 12), (12, 1, 12)]
     assert log.positions == [[[8, 9, 10], [7, 8, 9]], [[11], [10]]]
 
@@ -158,12 +159,12 @@ def test_a_second_turn_on_the_same_cache(kind: str) -> None:
 def test_a_loop_of_ones_own_goes_on_where_generate_stopped() -> None:
     model = causal_lm()
     log = Log(model)
-    cache = generate(model, PADDED, new=3).past_key_values
+    cache = generate(model, PADDED, new=3)[CACHE]
     log.passes.clear()
     log.positions.clear()
     with torch.no_grad():
         for _ in range(2):
-            model(input_ids=PADDED["input_ids"][:, -1:], past_key_values=cache)
+            model(input_ids=PADDED["input_ids"][:, -1:], **{CACHE: cache})
     assert log.passes == [(9, 1, 7), (10, 1, 7)]
     assert log.positions == [[[8], [7]], [[9], [8]]]
 
@@ -192,11 +193,11 @@ def test_loop_of_ones_own() -> None:
     model, ids, mask = causal_lm(), PADDED["input_ids"], PADDED["attention_mask"]
     log = Log(model)
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4]).past_key_values
-        model(ids[:, 4:], mask, past_key_values=cache)  # a second chunk, by position
+        cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4])[CACHE]
+        model(ids[:, 4:], mask, **{CACHE: cache})  # a second chunk, by position
         for _ in range(2):
             mask = nn.functional.pad(mask, (0, 1), value=1)
-            model(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache)
+            model(input_ids=ids[:, :1], attention_mask=mask, **{CACHE: cache})
         model(input_ids=ids[:, :2])
     assert log.passes == [(0, 4, 4), (4, 3, 7), (7, 1, 7), (8, 1, 7), (0, 2, 2)]
     assert log.positions[1] == [row[4:] for row in PREFILL]
@@ -206,10 +207,10 @@ def test_loop_of_ones_own() -> None:
 def test_joining_in_the_middle_of_a_sequence() -> None:
     model, ids = causal_lm(), PADDED["input_ids"]
     with torch.no_grad():
-        cache = model(**PADDED).past_key_values
+        cache = model(**PADDED)[CACHE]
         log = Log(model)
         model(input_ids=ids[:, :1], attention_mask=torch.cat([PADDED["attention_mask"], ids[:, -1:] ** 0], 1),
-              past_key_values=cache)  # fmt: skip
+              **{CACHE: cache})  # fmt: skip
     assert log.passes == [(7, 1, 7)]
     assert log.positions == [[[6], [5]]]
 
@@ -247,8 +248,8 @@ def test_sequences_that_take_turns() -> None:
     with torch.no_grad():
         first, second = model(**PADDED), model(**short)
         for _ in range(2):
-            model(input_ids=PADDED["input_ids"][:, :1], past_key_values=first.past_key_values)
-            model(input_ids=short["input_ids"][:, :1], past_key_values=second.past_key_values)
+            model(input_ids=PADDED["input_ids"][:, :1], **{CACHE: first[CACHE]})
+            model(input_ids=short["input_ids"][:, :1], **{CACHE: second[CACHE]})
     assert log.passes == [(0, 7, 7), (0, 4, 4), (7, 1, 7), (4, 1, 4), (8, 1, 7), (5, 1, 4)]
     assert log.positions[2:] == [[[6], [5]], [[4]], [[7], [6]], [[5]]]
 
@@ -300,10 +301,10 @@ def test_a_lost_track_outside_generate_is_said(monkeypatch: pytest.MonkeyPatch) 
     model = causal_lm()
     monkeypatch.setattr(arguments, "is_cache", forgetting)
     with torch.no_grad(), steer(model, fitting_mixture(), 1, 2, 0.6, positions="prompt"):
-        cache = model(**PADDED).past_key_values
+        cache = model(**PADDED)[CACHE]
         mask = nn.functional.pad(PADDED["attention_mask"], (0, 1), value=1)
         with pytest.raises(LostTrackError, match="a mask of 8 columns, but no cache was recognised"):
-            model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, past_key_values=cache)
+            model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, **{CACHE: cache})
 
 
 def test_rows_of_several_sequences_are_not_told_apart() -> None:

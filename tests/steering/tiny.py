@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import LlamaModel
 
 from mfa_kernels import MFA
 from mfa_kernels.models import hidden_states, resolve_layer
@@ -20,6 +22,8 @@ VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 SLIDING = "gemma2" if VERSION > (4, 51) else "llama"
 ARCHITECTURES = tuple(dict.fromkeys(("gpt2", "llama", SLIDING, "qwen2", "qwen3", "gpt_neox")))
 STATIC = "static" if VERSION > (4, 51) else "hybrid"  # until then the name of Gemma's static cache
+# What transformers calls the cache among a model's arguments: another name from 5.24 on.
+CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaModel.forward).parameters)
 UNWRITTEN = 64  # outside the vocabulary: where transformers insists on a token that ends the sequence
 
 
