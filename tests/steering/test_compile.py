@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.steering import Add, LogDensity, Reconstruct, Remove, Responsibility, Toward
-from tests.steering.tiny import CACHE, LAYER, VERSION, WIDTH, causal_lm, fitting_mixture, prompts, static_cache
+from tests.steering.tiny import CACHE, LAYER, SLIDING, VERSION, WIDTH, causal_lm, fitting_mixture, prompts, static_cache
 
 Z = torch.tensor([2.0, -3.0, 1.0])
 WHOLE: dict[str, dict[str, Any]] = {
@@ -53,7 +53,7 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize(("name", "architecture"), [*((name, "llama") for name in WHOLE), ("gate", "gemma2")])
+@pytest.mark.parametrize(("name", "architecture"), [*((name, "llama") for name in WHOLE), ("gate", SLIDING)])
 def test_one_graph(name: str, architecture: str) -> None:
     model, mfa = causal_lm(architecture), fitting_mixture()
     clean = decode(model, model)
