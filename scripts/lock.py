@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import tomllib
@@ -35,20 +36,21 @@ def write(name: str, title: str, extras: list[str], further: list[str], pins: li
     """Lock one file, within its `pins`; `options` are the resolver, and what it is asked besides."""
     path = ROOT / "requirements" / name
     before = path.read_text() if path.exists() else ""
-    uv, *asked = options
-    command = [
-        uv, "pip", "compile", "--quiet", "--universal", "--python-version=3.10", "--no-python-downloads",
-        "--no-annotate", "--no-header", *asked, *(f"--extra={extra}" for extra in extras), *further,
-        "--constraint=requirements/torch.txt", "--constraint=-", f"--output-file={path}",
-        "pyproject.toml", "requirements/tools.in",
-    ]  # fmt: skip
-    try:
+    with tempfile.TemporaryDirectory() as folder:
+        draft = Path(folder) / name
+        draft.write_text(before)  # the resolver keeps what it finds there
+        uv, *asked = options
+        command = [
+            uv, "pip", "compile", "--quiet", "--universal", "--python-version=3.10", "--no-python-downloads",
+            "--no-annotate", "--no-header", *asked, *(f"--extra={extra}" for extra in extras), *further,
+            "--constraint=requirements/torch.txt", "--constraint=-", f"--output-file={draft}",
+            "pyproject.toml", "requirements/tools.in",
+        ]  # fmt: skip
         subprocess.run(command, cwd=ROOT, input="\n".join(pins), text=True, check=True)
-        lines = [line for line in path.read_text().splitlines() if "==" in line and not CUDA.match(line)]
-    except BaseException:
-        path.write_text(before)
-        raise
-    path.write_text(HEADER.format(title=title) + "\n".join(lines) + "\n")
+        lines = [line for line in draft.read_text().splitlines() if "==" in line and not CUDA.match(line)]
+    text = HEADER.format(title=title) + "\n".join(lines) + "\n"
+    if text != before:  # what is as it was is not installed again
+        path.write_text(text)
 
 
 def main() -> None:
