@@ -8,7 +8,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 TESTS  := tests/steering tests/interpret tests/data tests/test_models.py tests/test_cli.py tests/test_checkpoint.py \
           tests/test_files.py tests/fitting/test_source.py
 
-.PHONY: demo test test-matrix test-more lint lock bench clean FORCE
+.PHONY: demo test test-matrix test-more test-everything lint lock bench clean FORCE
 
 # Exactly what the lock $(2) says into the environment $(1), pip and the build backend too: nothing else is downloaded.
 define install
@@ -46,9 +46,13 @@ test-matrix: $(VENV)/installed $(MATRIX)/oldest/installed $(MATRIX)/newest/insta
 	    $$venv/bin/python $(PYTEST) $(TESTS) || failed="$$failed $$venv"; \
 	done; test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
 
+# An hour at most, and a failure beyond it.
+test-more:
+	timeout 60m $(MAKE) lint test-matrix test-everything
+
 # With the packages of the extra interop; a test that skips for want of something fails. The one left out is about
 # TransformerLens 2, which is in the oldest environment of the matrix.
-test-more: lint test-matrix $(MATRIX)/more/installed
+test-everything: $(MATRIX)/more/installed
 	$(MATRIX)/more/bin/python $(PYTEST) --more --deselect tests/steering/test_functions.py::test_transformer_lens
 
 lint: $(VENV)/installed
