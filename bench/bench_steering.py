@@ -82,7 +82,7 @@ def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float
     from transformers import DynamicCache
 
     context, ids = DynamicCache(), token_ids(batch, CONTEXT + 1, 0)
-    model(input_ids=ids[:, :-1], past_key_values=context)
+    model(ids[:, :-1], None, None, context)  # the cache by its place: its name differs between versions
     screened_at = evidence._SCREENED_VALUES
     evidence._SCREENED_VALUES = sys.maxsize
     dense = copy.deepcopy(mfa)  # the only one without a screen
@@ -99,7 +99,7 @@ def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float
                     stack.enter_context(steer(model, dense if way == "gate_dense" else mfa, LAYER, **spec))
                 evidence._SCREENED_VALUES = screened_at
                 begin = time.perf_counter()
-                model(input_ids=ids[:, -1:], past_key_values=cache)
+                model(ids[:, -1:], None, None, cache)
                 found[way].append(time.perf_counter() - begin)
     return {way: seconds[2:] for way, seconds in found.items()}  # the first rounds warm up
 

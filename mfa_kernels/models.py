@@ -128,6 +128,13 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     return hidden
 
 
+def weights_in(dtype: torch.dtype | str) -> dict[str, Any]:
+    """The option of `from_pretrained` that asks for weights of a dtype, by the name that configurations have for it."""
+    from transformers import PretrainedConfig
+
+    return {"dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype": dtype}
+
+
 def load_language_model(name: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
     """A Hugging Face causal language model and its tokenizer, in eval mode.
 
@@ -142,8 +149,7 @@ def load_language_model(name: str | None = None, dtype: torch.dtype | None = Non
         return tiny_lm.load(dtype or torch.float32)
     import transformers
 
-    kind = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    options = {kind: dtype or "auto", "trust_remote_code": False}
+    options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
     model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
     return model.eval(), transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ if not torch.cuda.is_available():
 from mfa_kernels.ops import native
 from tests.threads import threads
 
+NOT_APPLICABLE = "not applicable: "  # how the reason of a skip begins that nothing installed would prevent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--more", action="store_true", help="the tests marked `more` too; what is missing fails a test")
+
 
 def pytest_configure() -> None:
     """Under pytest-xdist, each process has its share of the cores, and what it starts too."""
@@ -26,11 +32,43 @@ def pytest_configure() -> None:
         torch.set_num_threads(share)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist, the tests of a file stay together, for its fixtures; those of several processes all do."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `more` are left out unless asked for.
+
+    Under pytest-xdist, the tests of a file stay together, for its fixtures; those of several processes all do.
+    """
+    if not config.getoption("--more"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("more")])
+        items[:] = [item for item in items if not item.get_closest_marker("more")]
     for item in items:
         file = item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group("tests/distributed" if "/distributed/" in file else file))
+
+
+def _fail_what_is_missing(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """A skip becomes a failure, but for one that says that the test is not applicable."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        if not reason.removeprefix("Skipped: ").startswith(NOT_APPLICABLE):
+            report.outcome, report.longrepr = "failed", f"with --more nothing may be missing: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if item.config.getoption("--more") and not item.get_closest_marker("gpu"):
+        _fail_what_is_missing(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if collector.config.getoption("--more"):
+        _fail_what_is_missing(report)
+    return report
 
 
 @pytest.fixture(params=["native", "portable"])

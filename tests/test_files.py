@@ -66,7 +66,7 @@ def test_safetensors_of_views_shared_and_empty_tensors(tmp_path: Path) -> None:
         assert file.metadata() == {"note": "yes"}
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+@pytest.mark.skipif(os.name != "posix", reason="not applicable: permissions of POSIX")
 def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     before = os.umask(0o027)
     try:

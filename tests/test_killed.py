@@ -12,7 +12,7 @@ import pytest
 KILLS = {"fit, sgd": 7, "fit, em": 7, "fit, online": 7, "fit_sharded": 5, "fit_many": 5, "harvest": 20, "save": 20}
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills children that it forks")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="not applicable: kills children that it forks")
 def test_killed_at_random_moments(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "tests.killed", str(tmp_path), json.dumps(KILLS)],

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
+from mfa_kernels.data import tiny_lm
+from mfa_kernels.models import (
+    decoder_layers,
+    hidden_states,
+    load_language_model,
+    resolve_layer,
+    text_config,
+    with_hidden_states,
+)
 from tests.steering.tiny import ARCHITECTURES, causal_lm
 
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
@@ -63,3 +71,9 @@ def test_hidden_states_in_tensor_tuple_and_list() -> None:
     for output, replaced in ((old, new), ((old, rest), (new, rest)), ([old, rest], [new, rest])):
         assert hidden_states(output) is old
         assert with_hidden_states(output, new) == replaced
+
+
+@pytest.mark.parametrize(("asked", "found"), [(None, torch.bfloat16), (torch.float32, torch.float32)])
+def test_weights_are_loaded_as_stored_or_as_asked(asked: torch.dtype | None, found: torch.dtype) -> None:
+    model, _ = load_language_model(str(tiny_lm.path()), asked)
+    assert {parameter.dtype for parameter in model.parameters()} == {found}

@@ -61,7 +61,7 @@ print(before, after, peak(torch.device("cpu")))
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="not applicable: asks Linux")
 def test_peak_grows_by_what_is_held():
     # In a process of its own: what ran before this test may have held more.
     out = subprocess.run([sys.executable, "-c", _HELD], capture_output=True, text=True, check=True, cwd=ROOT).stdout

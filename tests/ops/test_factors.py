@@ -78,7 +78,9 @@ def test_nearly_collinear_loadings(backend):
     loadings = 1e3 * (base + 1e-3 * m.loadings)
     m = m._replace(loadings=loadings).to(torch.float32)
     if backend == "portable":
-        pytest.skip("plain PyTorch factorises in the dtype of the parameters, and says so where it fails")
+        pytest.skip(
+            "not applicable: plain PyTorch factorises in the dtype of the parameters, and says so where it fails"
+        )
     _, _, log_det = torch.ops.mfa_kernels.factors(*inputs(m))
     _, _, wanted = reference.factors(m.loadings.double(), m.noise_variance.double())
     torch.testing.assert_close(log_det.double(), wanted, rtol=1e-5, atol=1e-2)

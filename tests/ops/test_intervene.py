@@ -32,7 +32,7 @@ def check(c: Case) -> None:
 @pytest.mark.usefixtures("poisoned")
 def test_matches_the_definitions(backend: str, way: str, shape: tuple[int, int, int]) -> None:
     if WAYS[way][2] and shape[2] == 0:
-        pytest.skip("no latents to give")
+        pytest.skip("not applicable: no latents to give")
     check(case(way, shape=shape))
 
 

@@ -343,7 +343,7 @@ def test_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter copies its arguments: 17 GB of them")
+@pytest.mark.skipif(DEVICE == "cpu", reason="not applicable: the interpreter copies its arguments: 17 GB of them")
 def test_rows_beyond_2_to_the_31_are_addressed():
     """K D passes 2^31 values: the last component's are found, read and written."""
     features, last = 1 << 20, 1 << 11

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from mfa_kernels.models import weights_in
+
 
 def path() -> Path:
     """Return the folder with the model's files, which is also a valid name for any `from_pretrained`."""
@@ -24,7 +26,6 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """
     import transformers
 
-    kind = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    model = transformers.AutoModelForCausalLM.from_pretrained(path(), local_files_only=True, **{kind: dtype})
+    model = transformers.AutoModelForCausalLM.from_pretrained(path(), local_files_only=True, **weights_in(dtype))
     tokenizer = transformers.AutoTokenizer.from_pretrained(path(), local_files_only=True)
     return model.eval(), tokenizer
