@@ -293,7 +293,10 @@ class Handle:
         if not hidden.shape[0] * hidden.shape[1]:
             return None
         steps = now.steps() if plan.program.composition.is_scheduled else (0,)
-        return self._steer(plan.program, hidden, chosen, now.real, steps)
+        steered = self._steer(plan.program, hidden, chosen, now.real, steps)
+        if steered is not None:
+            tracker.note(hidden, steered)
+        return steered
 
     def _steer(
         self, program: Program, hidden: Tensor, chosen: bool | Tensor, real: Tensor | None, steps: tuple[int, ...]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -95,7 +96,7 @@ class _Sequence:
     cache: Any = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Now:
     """The pass that a thread is in, or was in last.
 
@@ -106,6 +107,8 @@ class _Now:
         sequence: that of the pass.
         backward: number of the backward pass that it recomputes, -1 outside of one.
         trains: whether gradients may be asked for, and layers be recomputed for them.
+        runs: whether the stack has not come to its end.
+        steered: hidden states that were given another value, and that value.
     """
 
     where: Pass | Exception
@@ -114,6 +117,8 @@ class _Now:
     sequence: _Sequence | None
     backward: int
     trains: bool
+    runs: bool = True
+    steered: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
 class Tracker:
@@ -326,12 +331,24 @@ class Tracker:
                 'read before. Steering with positions="all" and a constant alpha does not depend on it'
             )
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The cache that a pass leaves stands for its sequence."""
-        if not torch.compiler.is_compiling():
-            now, cache = _states().get(self), cache_of(output)
-            if cache is not None and now is not None and now.sequence is not None:
-                _remember(cache, now.sequence)
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Notes the cache that a pass leaves, and puts steered hidden states where others were recorded."""
+        now = None if torch.compiler.is_compiling() else _states().get(self)
+        if now is None:
+            return None
+        cache = cache_of(output)
+        if cache is not None and now.sequence is not None:
+            _remember(cache, now.sequence)
+        steered, now.steered, now.runs = now.steered, [], False
+        for before, after in steered:
+            output = _exchanged(output, before, after)
+        return output
+
+    def note(self, before: Tensor, after: Tensor) -> None:
+        """Notes that hidden states were steered."""
+        now = _states().get(self)
+        if now is not None and now.runs and _backward() < 0:
+            now.steered.append((before, after))
 
 
 # By cache: whoever holds it may go on with its sequence, in another thread too.
@@ -426,6 +443,20 @@ def _prompt_end(call: Call, given: Arguments, start: int) -> int:
     if given.has_embeddings and not call.from_embeddings:
         before = max(before, seen - call.prompt)
     return call.prompt + before
+
+
+def _exchanged(output: Any, before: Tensor, after: Tensor) -> Any:
+    """A model's output with one tensor in the place of another in its tuples of tensors, as hidden states are."""
+    if not isinstance(output, Mapping | tuple):
+        return output
+    for name, value in list(output.items() if isinstance(output, Mapping) else enumerate(output)):
+        if isinstance(value, tuple) and any(entry is before for entry in value):
+            changed = tuple(after if entry is before else entry for entry in value)
+            if isinstance(output, tuple):
+                output = (*output[:name], changed, *output[name + 1 :])
+            else:
+                output[name] = changed  # type: ignore[index]
+    return output
 
 
 def _is_decoder(model: nn.Module, path: str) -> bool:

@@ -338,6 +338,11 @@ def test_hidden_states_asked_for_before_and_after_are_those_the_model_goes_on_wi
         with steer(model, mfa, LAYER, COMPONENT, ALPHA):
             steered = model(**inputs, output_hidden_states=True).hidden_states
         again = model(**inputs, output_hidden_states=True).hidden_states
+        with steer(model, mfa, LAYER, COMPONENT, ALPHA), steer(model, mfa, LAYER, 1, 0.5):
+            twice = model(**inputs, output_hidden_states=True, return_dict=False)
+    both = [Toward(COMPONENT, ALPHA), Toward(1, 0.5)]
+    recorded = next(part for part in twice if isinstance(part, tuple) and len(part) == len(clean))
+    torch.testing.assert_close(recorded[LAYER + 1], intervene(clean[LAYER + 1], mfa, both))
     torch.testing.assert_close(steered[LAYER + 1], intervene(clean[LAYER + 1], mfa, Toward(COMPONENT, ALPHA)))
     assert torch.equal(steered[LAYER], clean[LAYER])
     assert all(torch.equal(*pair) for pair in zip(clean, again))
