@@ -101,7 +101,7 @@ def test_transformer_lens(name: str) -> None:
     try:
         from transformer_lens import HookedTransformer
     except ImportError:
-        pytest.skip("TransformerLens 4 wraps Hugging Face models: the test below")
+        pytest.skip("not applicable: TransformerLens 4 wraps Hugging Face models, which the test below is about")
     config = transformer_lens.HookedTransformerConfig(
         n_layers=3, d_model=WIDTH, n_ctx=64, d_head=8, n_heads=4, d_vocab=64, act_fn="gelu", seed=0, device="cpu"
     )
