@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_PLAIN = (type(None), bool, int, float, str)
 # Of encoder states and their mask, of image and audio inputs: none of them is of the sequence that is followed.
 _FOREIGN = ("encoder_", "cross_", "pixel_", "image_", "video_", "audio_")
 
@@ -60,16 +61,15 @@ def recognised(given: Mapping[str, Any]) -> Arguments:
     inputs, embeddings, mask, positions, cache, packed = None, None, None, None, None, None
     rest = []
     for name, value in given.items():
-        if value is None or name.startswith(_FOREIGN):
+        if type(value) in _PLAIN or name.startswith(_FOREIGN):
             continue
         if name.startswith("cu_seq"):
             packed = packed or name
         elif "mask" in name and "head" not in name:
             mask = value if mask is None else mask
-        elif is_cache(name, value):
-            cache = value if cache is None else cache
         elif not isinstance(value, Tensor):
-            continue
+            if cache is None and is_cache(name, value):
+                cache = value
         elif "position" in name:
             positions = value if positions is None and value.dim() > 1 else positions
         elif value.is_floating_point():

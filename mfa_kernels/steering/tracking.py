@@ -450,7 +450,7 @@ def _exchanged(output: Any, before: Tensor, after: Tensor) -> Any:
     if not isinstance(output, Mapping | tuple):
         return output
     for name, value in list(output.items() if isinstance(output, Mapping) else enumerate(output)):
-        if isinstance(value, tuple) and any(entry is before for entry in value):
+        if type(value) is tuple and any(entry is before for entry in value):
             changed = tuple(after if entry is before else entry for entry in value)
             if isinstance(output, tuple):
                 output = (*output[:name], changed, *output[name + 1 :])
