@@ -47,6 +47,14 @@ class Arguments(NamedTuple):
         return self.inputs is not None and self.inputs.is_floating_point()
 
     @property
+    def before(self) -> int | None:
+        """Columns before those of the pass, by its mask, or by its positions (which asks the device); None where
+        neither is there."""
+        if self.mask_columns:
+            return self.mask_columns - self.tokens
+        return None if self.positions is None else int(self.positions.max()) + 1 - self.tokens
+
+    @property
     def mask_columns(self) -> int:
         """Columns of a mask of shape (B, columns); 0 where there is no such mask."""
         return self.mask.shape[1] if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else 0
@@ -85,20 +93,49 @@ def recognised(given: Mapping[str, Any]) -> Arguments:
 
 def is_cache(name: str, value: Any) -> bool:
     """Whether a value is what earlier passes left: it says how long it is, or holds keys and values by layer, or its
-    name says so (those of state-space models have no length)."""
-    if callable(getattr(value, "get_seq_length", None)) or first_key(value) is not None:
+    name says so (those of state-space models, and of some older ones, have no length)."""
+    if callable(getattr(value, "get_seq_length", None)) or _is_keys_by_layer(value):
         return True
-    is_object = not isinstance(value, Tensor | bool | int | float | str | dict | list | tuple | None)
-    return is_object and ("cache" in name or "past" in name)
+    if isinstance(value, tuple | list):
+        is_holder = first_tensor(value) is not None
+    else:
+        is_holder = not isinstance(value, Tensor | bool | int | float | str | dict | None)
+    return is_holder and not {"cache", "past", "state"}.isdisjoint(name.split("_"))
 
 
-def first_key(value: Any) -> Tensor | None:
-    """Keys of the first layer, (B, heads, columns, size), of a cache that is a tuple of (keys, values) by layer."""
-    if isinstance(value, tuple | list) and value and isinstance(value[0], tuple | list) and len(value[0]) >= 2:
-        key = value[0][0]
-        if isinstance(key, Tensor) and key.dim() == 4:
-            return key
-    return None
+def length_of(cache: Any) -> int | Tensor | None:
+    """Tokens in a cache: a tensor where it keeps their number on a device, None where it does not say."""
+    if cache is None:
+        return 0
+    if isinstance(cache, tuple | list):
+        return cache[0][0].shape[-2] if _is_keys_by_layer(cache) else None
+    keys = getattr(cache, "key_cache", None)
+    if isinstance(keys, list) and keys and not any(isinstance(key, Tensor) and key.numel() for key in keys):
+        return 0  # hybrid models of transformers 4 say the number of rows before they have read anything
+    try:
+        return cache.get_seq_length()
+    except (AttributeError, ValueError):
+        return None
+
+
+def identity_of(cache: Any) -> Any:
+    """What stays the same of a cache from where one pass leaves it to where it is handed over to the next."""
+    return first_tensor(cache) if isinstance(cache, tuple | list) else cache
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first tensor in tuples or lists of tuples or lists."""
+    while isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def _is_keys_by_layer(value: Any) -> bool:
+    """Whether it is a tuple of (keys, values, ...) by layer, keys (B, heads, columns, size)."""
+    if not isinstance(value, tuple | list) or not value or not isinstance(value[0], tuple | list):
+        return False
+    key = first_tensor(value)
+    return len(value[0]) >= 2 and key is not None and key.dim() == 4
 
 
 def cache_of(output: Any) -> Any:

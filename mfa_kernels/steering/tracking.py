@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mfa_kernels.models import decoder_layers, stack_of
-from mfa_kernels.steering.arguments import Arguments, cache_of, first_key, recognised
+from mfa_kernels.steering.arguments import Arguments, cache_of, identity_of, length_of, recognised
 from mfa_kernels.steering.generation import Call, Generate
 
 _UNKNOWN = 2**62  # the end of a prompt nobody has seen
@@ -73,6 +73,13 @@ class Pass:
         if self.real is not None:
             positions = positions - (~self.real.to(device)).cumsum(1)
         return positions
+
+
+_LOST = (
+    "{0} was called with {1} tokens per row and {2}, but {3} among its arguments: mfa_kernels does not know how this "
+    'model, or this version of transformers, hands over what was read before. Steering with positions="all" and a '
+    "constant alpha does not depend on it"
+)
 
 
 class LostTrackError(RuntimeError):
@@ -262,10 +269,10 @@ class Tracker:
 
     def _followed(self, name: str, given: Arguments, compiled: bool) -> tuple[Pass, _Sequence]:
         """The pass by its arguments and what is remembered, and the sequence that it belongs to."""
-        tokens, cache, call = given.tokens, given.cache, self._generate.call
+        tokens, call = given.tokens, self._generate.call
         _check_inputs(name, given)
-        sequence, is_own = self._sequence(given, call)
-        start = _start(cache, sequence, compiled or is_own)
+        sequence, is_own = self._sequence(name, given, call)
+        start = sequence.next if _is_kept(given, sequence) else _start(given.cache, sequence, compiled or is_own)
         self._check(name, given, start, call)
         if start == 0:
             sequence.padding = None
@@ -286,7 +293,7 @@ class Tracker:
             sequence.padding = added if padding is None else padding + added
         return now, sequence
 
-    def _sequence(self, given: Arguments, call: Call | None) -> tuple[_Sequence, bool]:
+    def _sequence(self, name: str, given: Arguments, call: Call | None) -> tuple[_Sequence, bool]:
         """The sequence that a pass belongs to, and whether it is another than that of the call to `generate`."""
         cache, ours = given.cache, None
         if call is not None:
@@ -296,40 +303,37 @@ class Tracker:
                 _remember(cache, ours)
                 return ours, False
             if cache is None:
-                # What begins anew, with fewer tokens than were read, is another sequence.
-                is_ours = given.tokens >= ours.next or ours.next < ours.prompt_end
+                # What begins anew with fewer tokens than were read is another sequence.
+                is_ours = given.tokens >= ours.next or ours.next < ours.prompt_end or _is_kept(given, ours)
+                if not is_ours and given.before is None:
+                    raise LostTrackError(_LOST.format(name, given.tokens, "no mask or positions", "no cache is"))
             else:
+                is_ours = ours.cache is None or ours.cache() is identity_of(cache)
                 # The cache may be exchanged for another that holds the same.
-                is_ours = ours.cache is None or ours.cache() is _key(cache) or _start(cache, ours, True) == ours.next
+                is_ours = is_ours or _start(cache, ours, True) == ours.next
             if is_ours:
                 return ours, False
-        sequence = None if cache is None else _SEQUENCES.get(_key(cache))
+        sequence = None if cache is None else _SEQUENCES.get(identity_of(cache))
         if sequence is None or sequence is ours:
             sequence = _Sequence()
+            if call is None and given.tokens == 1 and length_of(cache) is None:
+                raise LostTrackError(_LOST.format(name, 1, "a cache that does not say how long it is", "no other is"))
             _remember(cache, sequence)
         return sequence, True
 
     def _check(self, name: str, given: Arguments, start: int, call: Call | None) -> None:
         """Raises where what is known of a pass contradicts itself."""
-        seen = start + given.tokens
-        found = None
-        if given.cache is None and given.mask_columns > given.tokens:
+        ours, seen = None if call is None else call.sequences.get(self), start + given.tokens
+        is_empty = given.cache is None or start == 0
+        is_late = is_empty and ours is not None and call is not None and _is_short(given, ours, call)
+        if given.mask_columns > seen and (given.cache is None or is_late):
             found = f"a mask of {given.mask_columns} columns"
-        elif call is not None and self in call.sequences and start == 0 and given.tokens == 1:
-            if call.sequences[self].next > 1 and given.mask_columns > 1:
-                found = f"a mask of {given.mask_columns} columns"
-            elif call.sequences[self].next > 1 and given.positions is not None:
-                last = int(given.positions.max())  # asks the device, in a pass that looks impossible
-                found = f"position {last}" if last >= seen else None
-        if found is not None:
-            cache = (
-                "no cache was recognised" if given.cache is None else f"only an empty {type(given.cache).__name__} is"
-            )
-            raise LostTrackError(
-                f"{name} was called with {given.tokens} tokens per row and {found}, but {cache} "
-                "among its arguments: mfa_kernels does not know how this version of transformers hands over what was "
-                'read before. Steering with positions="all" and a constant alpha does not depend on it'
-            )
+        elif is_late and given.before is not None and given.before > start:  # asks the device where it looks impossible
+            found = f"position {given.before}"
+        else:
+            return
+        cache = "no cache" if given.cache is None else f"only an empty {type(given.cache).__name__}"
+        raise LostTrackError(_LOST.format(name, given.tokens, found, f"{cache} is"))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Notes the cache that a pass leaves, and puts steered hidden states where others were recorded."""
@@ -369,20 +373,29 @@ def _known(value: Any) -> Any:
     return value
 
 
-def _key(cache: Any) -> Any:
-    """What stays the same of a cache from one pass to the next."""
-    first = first_key(cache)
-    return cache if first is None else first
-
-
 def _remember(cache: Any, sequence: _Sequence) -> None:
     """Notes that a sequence goes on wherever this cache is handed over."""
-    key = _key(cache)
+    key = identity_of(cache)
     if key is None or (sequence.cache is not None and sequence.cache() is key):
         return
     with contextlib.suppress(TypeError):  # no weak reference can be had to it: its sequence is not known again
         sequence.cache = ref(key)
         _SEQUENCES[key] = sequence
+
+
+def _is_short(given: Arguments, sequence: _Sequence, call: Call) -> bool:
+    """Whether a pass of `generate` reads less than a sequence has before its end, so that a cache should hold the rest;
+    what begins a sequence of another kind, or a prompt in chunks, does so too."""
+    if sequence.next:
+        return given.tokens == 1 < sequence.next
+    return call.prompt is not None and given.tokens < call.prompt
+
+
+def _is_kept(given: Arguments, sequence: _Sequence) -> bool:
+    """Whether a pass goes on with a sequence though it is handed no cache that is known as one: the model keeps what it
+    read in a way of its own, and the mask or the positions say the same as what was counted."""
+    is_short = given.cache is None and given.tokens < sequence.next
+    return is_short and given.before == sequence.next
 
 
 def _start(cache: Any, sequence: _Sequence, asks: bool) -> int:
@@ -393,14 +406,8 @@ def _start(cache: Any, sequence: _Sequence, asks: bool) -> int:
         sequence: that it belongs to.
         asks: whether a length that is on a device is asked for.
     """
-    if cache is None:
-        return 0
-    key = first_key(cache)
-    if key is not None:
-        return key.shape[-2]
-    try:
-        length = cache.get_seq_length()
-    except (AttributeError, ValueError):  # caches of state-space models have no length
+    length = length_of(cache)
+    if length is None:  # as those of state-space models
         return sequence.next
     if isinstance(length, Tensor) and not asks and sequence.next:
         # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.steering.arguments import Arguments, cache_of, is_cache, recognised
+from mfa_kernels.steering.arguments import Arguments, cache_of, identity_of, is_cache, length_of, recognised
 from tests.steering.tiny import causal_lm, prompts
 
 IDS, EMBEDDINGS = torch.ones(2, 3, dtype=torch.long), torch.zeros(2, 3, 8)
@@ -56,9 +56,43 @@ def test_by_kind_not_by_name(names: tuple[str, ...], cache: Any, embedded: bool)
 def test_caches_without_a_length_are_known_by_name() -> None:
     for name in ("cache_params", "past", "cache"):
         assert is_cache(name, StateSpace())
-    assert not is_cache("state", StateSpace())
-    for value in (True, 3, "static", KEYS, {}, [], (), [KEYS], ((),), None):
+    for name in ("past_key_values", "state"):
+        assert is_cache(name, [KEYS, KEYS])
+    assert not is_cache("collector", StateSpace())
+    for value in (True, 3, "static", KEYS, {}, [], (), ((),), None):
         assert not is_cache("use_cache", value)
+    assert not is_cache("hidden_states", (EMBEDDINGS, EMBEDDINGS))
+
+
+def test_lengths() -> None:
+    rows = StateSpace()
+    rows.key_cache, rows.get_seq_length = [torch.tensor([[]] * 2)], lambda: 2
+    assert length_of(rows) == 0  # before anything was read, its "length" is the number of rows
+    rows.key_cache = [torch.tensor([[]] * 2), None, KEYS]
+    assert length_of(rows) == 2
+    assert [length_of(cache) for cache in (None, WithLength(), ((KEYS, KEYS),))] == [0, 2, 5]
+    assert [length_of(cache) for cache in (StateSpace(), [KEYS, KEYS])] == [None, None]
+
+
+def test_what_stands_for_a_cache() -> None:
+    cache = WithLength()
+    assert identity_of(cache) is cache
+    assert identity_of(((KEYS, MASK),)) is KEYS
+    assert identity_of([KEYS, MASK]) is KEYS
+    assert identity_of(None) is identity_of([]) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "before"),
+    [
+        ({"attention_mask": MASK, "position_ids": POSITIONS}, 2),
+        ({"position_ids": POSITIONS + 4}, 4),
+        ({"attention_mask": MASK[:, :3]}, 0),
+        ({}, None),
+    ],
+)
+def test_what_mask_and_positions_say_of_earlier_tokens(given: dict[str, Any], before: int | None) -> None:
+    assert recognised({"input_ids": IDS, **given}).before == before
 
 
 def test_what_is_not_there() -> None:

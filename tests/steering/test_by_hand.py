@@ -31,13 +31,17 @@ POSITIONS = ("all", "prompt", "generated")
 
 @contextmanager
 def by_hand(model: nn.Module, layer: int | str, prompt: int, positions: str) -> Iterator[None]:
-    """Steers the tokens of one run of a model, which reads `prompt` columns, with a cache, before it writes."""
+    """Steers the tokens of one run of a model, which reads `prompt` columns before it writes.
+
+    A pass of several tokens begins anew, one of a single token goes on.
+    """
     mfa, seen = fitting_mixture(), [0]
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)
-        column = torch.arange(seen[0], seen[0] + hidden.shape[1])
-        seen[0] += hidden.shape[1]
+        start = seen[0] if hidden.shape[1] == 1 else 0
+        column = torch.arange(start, start + hidden.shape[1])
+        seen[0] = start + hidden.shape[1]
         chosen = {"all": column >= 0, "prompt": column < prompt, "generated": column >= prompt}[positions]
         steered = intervene(hidden, mfa, Toward(COMPONENT, ALPHA))
         return with_hidden_states(output, torch.where(chosen[:, None], steered, hidden))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -277,24 +279,82 @@ def forgetting(name: str, value: Any) -> bool:
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_lost_track_is_said(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with a version of transformers that hands its cache over in a way of its own: by mask, or by positions."""
+@pytest.mark.parametrize(
+    "spec", [{}, {"positions": "generated"}, {"positions": slice(2, 9)}, {"alpha": lambda step: 0.1 * step}], ids=str
+)
+def test_a_cache_nobody_knows_is_made_up_for(
+    masked: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a model that keeps it to itself: what was counted has to be what the mask says, or the positions."""
     model, mfa = causal_lm(), fitting_mixture()
     inputs = prompts(padded=True) if masked else {"input_ids": PADDED["input_ids"]}
-    with steer(model, mfa, 1, 2, 0.6):
+    with steer(model, mfa, 1, **{"component": 2, "alpha": 0.6, **spec}):
         expected = generated(model, inputs)
+        monkeypatch.setattr(arguments, "is_cache", forgetting)
+        found = generated(model, inputs)
+    assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+def test_a_lost_track_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second turn: nothing was counted of what the cache, which nobody knows, holds."""
+    model, mfa = causal_lm(), fitting_mixture()
+    again = {
+        "input_ids": torch.cat([PADDED["input_ids"]] * 2, 1),
+        "attention_mask": torch.ones(2, 14, dtype=torch.long),
+    }
+
+    def cache() -> dict[str, Any]:
+        with torch.no_grad():
+            return {CACHE: model(input_ids=PADDED["input_ids"])[CACHE]}
+
+    kept = [cache() for _ in range(5)]
+    with steer(model, mfa, 1, 2, 0.6):
+        expected = generated(model, again, **kept.pop())
     monkeypatch.setattr(arguments, "is_cache", forgetting)
     for spec in ({"positions": "generated"}, {"positions": slice(0, 3)}, {"alpha": lambda step: 0.1}):
         with (
             steer(model, mfa, 1, **{"component": 2, "alpha": 0.6, **spec}),
             pytest.raises(
-                LostTrackError, match=r"1 tokens per row and (a mask of 8 columns|position \d), but no cache"
+                LostTrackError, match=r"7 tokens per row and (a mask of 14 columns|position 7), but no cache is"
             ),
         ):
-            generate(model, inputs)
+            generated(model, again, **kept.pop())
     with steer(model, mfa, 1, 2, 0.6):  # the same everywhere: does not depend on it
-        found = generated(model, inputs)
+        found = generated(model, again, **kept.pop())
     assert all(torch.equal(*pair) for pair in zip(found, expected))
+
+
+class Empty:
+    """A cache that says that it holds nothing, whatever it holds."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("further", "message"),
+    [
+        ({"attention_mask": ids(2, 9) + 1}, "a mask of 9 columns, but no cache is"),
+        ({"position_ids": ids(1, 1) + 9}, "position 9, but no cache is"),
+        ({}, "no mask or positions, but no cache is"),
+        ({"cache": Empty(), "attention_mask": ids(2, 8) + 1}, "a mask of 8 columns, but only an empty Empty is"),
+        ({"cache": Empty(), "position_ids": ids(1, 1) + 7}, "position 7, but only an empty Empty is"),
+    ],
+)
+def test_what_contradicts_itself_inside_generate(further: dict[str, Any], message: str) -> None:
+    model, found = causal_lm(), []
+
+    def run(input_ids: Tensor) -> None:
+        tracker._observe(nn.Identity(), (), {"input_ids": input_ids, "attention_mask": torch.ones(2, 7)})
+        tracker._observe(nn.Identity(), (), {"input_ids": input_ids[:, :1], **further})
+        with pytest.raises(LostTrackError) as error:
+            tracker.at(torch.zeros(2, 1, 32))
+        found.append(str(error.value))
+
+    model.generate = run
+    tracker = Tracker.acquire(model, USER, path(model))
+    model.generate(input_ids=PADDED["input_ids"])
+    assert message in found[0]
 
 
 def test_a_lost_track_outside_generate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +363,7 @@ def test_a_lost_track_outside_generate_is_said(monkeypatch: pytest.MonkeyPatch) 
     with torch.no_grad(), steer(model, fitting_mixture(), 1, 2, 0.6, positions="prompt"):
         cache = model(**PADDED)[CACHE]
         mask = nn.functional.pad(PADDED["attention_mask"], (0, 1), value=1)
-        with pytest.raises(LostTrackError, match="a mask of 8 columns, but no cache was recognised"):
+        with pytest.raises(LostTrackError, match="a mask of 8 columns, but no cache is among"):
             model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, **{CACHE: cache})
 
 
@@ -314,6 +374,22 @@ def test_rows_of_several_sequences_are_not_told_apart() -> None:
     with pytest.raises(LostTrackError, match="cu_seq_lens_q: several sequences share a row"):
         tracker.at(hidden)
     assert tracker.padding(hidden) is None
+
+
+def test_a_state_space_loop_of_ones_own() -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    log, token = Log(model), PADDED["input_ids"][:, :1]
+    with torch.no_grad():
+        out = model(input_ids=PADDED["input_ids"])
+        name = next(name for name, value in out.items() if arguments.is_cache(name, value))
+        where = {"cache_position": torch.tensor([7])} if "cache_position" in signature(model.forward).parameters else {}
+        for _ in range(2):
+            model(input_ids=token, **{name: out[name]}, **where)
+        assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7)]
+        with pytest.raises(LostTrackError, match="1 tokens per row and a cache that does not say how long it is"):
+            model(input_ids=token, **{name: copy.deepcopy(out[name])}, **where)
 
 
 def test_steps() -> None:
