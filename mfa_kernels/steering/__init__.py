@@ -8,6 +8,9 @@ evidence        what a token's active components are, for gates and for what dep
 latents         latents to give: drawn from the prior, or quantiles of those observed in a region
 apply           that map on hidden states; `intervene` for any framework
 tracking        where in its sequence each token of a forward pass is, under a KV cache and padding
+arguments       what a forward pass was given, recognised by what it is, not by its name
+generation      calls to `generate` while they run
+compiled        compiled code, made to notice that hooks come and go
 positions       which tokens are meant
 handle          `steer`: the hooks, their updating, removal and counts
 functions       the same as a function for TransformerLens hooks and nnsight
@@ -24,6 +27,7 @@ from mfa_kernels.steering.handle import Handle, Stats, steer
 from mfa_kernels.steering.interventions import Add, Offset, Reconstruct, Remove, Toward
 from mfa_kernels.steering.latents import latent_quantiles, prior_latents
 from mfa_kernels.steering.paper import MFASteerer
+from mfa_kernels.steering.tracking import LostTrackError
 
 __all__ = [
     "Add",
@@ -31,6 +35,7 @@ __all__ = [
     "Gate",
     "Handle",
     "LogDensity",
+    "LostTrackError",
     "MFASteerer",
     "Offset",
     "Reconstruct",

@@ -63,10 +63,10 @@ def steer(
     x <- (1 - alpha) x + alpha mu_k, then x <- x + W_k z, with z not scaled by alpha (arXiv 2602.02464, eq. 14, 15).
 
     Args:
-        model: a Hugging Face causal language model. One that is compiled, as `torch.compile` returned it: it is
-            compiled again when the steering begins and ends.
+        model: a Hugging Face causal language model or encoder-decoder, or one that `torch.compile` returned.
         mfa: a mixture of that layer's output. Its parameters are read now: after changing them, call `update`.
-        layer: an index (negative counts from the end), or the path of a module whose output is (B, T, D).
+        layer: an index (negative counts from the end; of an encoder-decoder, its decoder's), or the path of a module
+            whose output is (B, T, D).
         component: k, or an integer tensor (B,) with one per batch row. None means the responsibility-weighted mixture
             sum_k r_k(x) (mu_k + W_k z), with the responsibilities of the unsteered x.
         alpha: a float, a tensor (B,), or a function of the generation step: 0 for the prompt, 1 for the first generated
@@ -86,7 +86,13 @@ def steer(
 
     Inside `generate` the prompt is what it was given, in however many passes it is read; steps and positions do not
     depend on the cache. In a decoding loop of one's own, a pass of several tokens is prompt, and a pass of one token
-    that extends a cache is generated.
+    that extends a cache is generated. A learnt prompt, as of PEFT, is prompt, and its virtual tokens are positions; what
+    an encoder reads is prompt, and nothing is generated there.
+
+    Where a pass stands is read from what it is given, and belongs to its thread and its cache: several threads, and
+    several sequences in turn, may use one model. What was given may not say it, or contradict itself, as with a model
+    or a version of transformers that hands its cache over in a way nobody knows: then the forward pass raises
+    `LostTrackError`, unless positions is "all" and alpha no function, where nothing depends on it.
 
     Where `generate` repeats rows (beams, num_return_sequences), what was given for B rows follows: row i of the
     repeated batch B' takes entry i // (B' / B).
@@ -97,7 +103,8 @@ def steer(
     On a CPU, what asks a large mixture for responsibilities goes through certified bounds (`MFA.screen`), which are
     prepared the first time, in a fraction of a second, and kept with the mixture.
 
-    Compiled (`torch.compile`, `fullgraph=True`), a pass of one token compiles whole where alpha is no function and
+    Code that was compiled before, by whatever means, is compiled again when steering begins and ends. Compiled
+    (`torch.compile`, `fullgraph=True`), a pass of one token compiles whole where alpha is no function and
     positions is "all", "generated" or "last": such a pass counts as generated, even if it is a prompt of one token.
     Everything else breaks the graph, and is right.
 

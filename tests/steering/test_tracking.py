@@ -280,7 +280,9 @@ def forgetting(name: str, value: Any) -> bool:
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize(
-    "spec", [{}, {"positions": "generated"}, {"positions": slice(2, 9)}, {"alpha": lambda step: 0.1 * step}], ids=str
+    "spec",
+    [{}, {"positions": "generated"}, {"positions": slice(2, 9)}, {"alpha": lambda step: 0.1 * step}],
+    ids=["all", "generated", "slice", "schedule"],
 )
 def test_a_cache_nobody_knows_is_made_up_for(
     masked: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
