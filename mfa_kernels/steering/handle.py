@@ -86,8 +86,8 @@ def steer(
 
     Inside `generate` the prompt is what it was given, in however many passes it is read; steps and positions do not
     depend on the cache. In a decoding loop of one's own, a pass of several tokens is prompt, and a pass of one token
-    that extends a cache is generated. A learnt prompt, as of PEFT, is prompt, and its virtual tokens are positions; what
-    an encoder reads is prompt, and nothing is generated there.
+    that extends a cache is generated. A learnt prompt, as of PEFT, is prompt, and its virtual tokens count as
+    positions; what an encoder reads is prompt, and nothing is generated there.
 
     Where a pass stands is read from what it is given, and belongs to its thread and its cache: several threads, and
     several sequences in turn, may use one model. What was given may not say it, or contradict itself, as with a model
