@@ -263,6 +263,7 @@ class Tracker:
                 where = Pass(0, given.tokens, given.tokens, real)
             real = where.real
         except (LostTrackError, TypeError, ValueError) as error:
+            error = error.with_traceback(None)  # it may be kept for long, and would keep what led to it
             where, real = error, _padding_alone(given, error)
         trains = torch.is_grad_enabled() and _backward() < 0
         _states()[self] = _Now(where, real, given.tokens, sequence, _backward(), trains)
