@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 
+from mfa_kernels import MFA
 from mfa_kernels.ops.factors.triton_rows import TILE
 from mfa_kernels.ops.select import triton_merge as merge
 from mfa_kernels.ops.select import triton_tokens
 from mfa_kernels.ops.select.op import Active, activity_threshold
 from mfa_kernels.ops.select.triton_scan import TOP, Partials
+from tests.mixtures import mixture, tokens
 from tests.ops.test_select import check_slots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]  # and on a CPU: interpreted
@@ -91,6 +93,49 @@ def test_finish_dense(slots):
     check_slots(Active(*(t[good] for t in active)), logits[good].double(), slots, 1e-6)
     untouched = torch.tensor([2, 3, 5, 6, 8], device=DEVICE)
     assert all((t[untouched] == 77).all() for t in out)
+
+
+@pytest.mark.parametrize("slots", [16, 100])
+@pytest.mark.parametrize("crowded", [[0], [0, 2, 5], [3], [], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_what_pads_the_crowded_tokens_writes_nothing_of_its_own(crowded, slots):
+    """`gather` pads their numbers with 0, and token 0 may be crowded or not."""
+    components = 300
+    logits = 8 * normal(6, components)
+    flags = torch.zeros(6, dtype=torch.int32, device=DEVICE)
+    flags[crowded] = 1
+    index, count = merge.gather(flags)
+    rows = logits[index.long()]
+    rows[len(crowded) :] = math.nan
+    out = Active.empty(6, slots, logits)
+    for t in out:
+        t.fill_(77)
+    merge.finish_dense(rows, index, count, components, out)
+    others = [n for n in range(6) if n not in crowded]
+    assert all((t[others] == 77).all() for t in out)
+    if crowded:
+        active = Active(*(t[crowded] for t in out))
+        torch.testing.assert_close(active.log_prob, torch.logsumexp(logits[crowded], -1), rtol=1e-6, atol=1e-5)
+        check_slots(active, logits[crowded].double(), slots, 1e-6)
+
+
+def test_all_active_pairs_of_a_crowded_first_token(monkeypatch):
+    """A diffuse mixture of more than 64 components: through `encode` without a cap, and `reconstruct`."""
+    m = mixture(90, 24, 2, spread=0.05)
+    mfa = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).to(DEVICE)
+    x = tokens(m, 7).to(DEVICE)
+    x[3:5] += 100 * m.means[8].to(DEVICE)  # not every token is crowded
+    reference = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).double()
+    wanted = reference.responsibilities(x.cpu().double())
+    wanted_rebuilt = reference.reconstruct(x.cpu().double())
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
+    with torch.no_grad():
+        code = mfa.encode(x, top_k=None)
+        rebuilt = mfa.reconstruct(x)
+    assert code.components.min() >= -1
+    assert code.components.max() < 90
+    dense = code.to_dense(mfa).cpu().double()
+    torch.testing.assert_close(dense, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(rebuilt.cpu().double(), wanted_rebuilt, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 1000, 10_000])

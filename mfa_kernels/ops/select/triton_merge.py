@@ -352,9 +352,11 @@ def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: Active, log_
     ordered = ordered.masked_fill(value.isnan().unsqueeze(-1), -torch.inf)
     components = components.masked_fill(ordered == -torch.inf, -1).int()
     real = torch.arange(rows, device=logits.device) < count
-    n = index.long()
+    # Rows beyond the count write what the first one writes, to where it does; without any, nothing changes.
+    n = torch.where(real, index, index[0]).long()
     for own, new in zip(out, (value, components, ordered, found.clamp_max(slots + 1).int())):
-        own[n] = torch.where(real if own.dim() == 1 else real.unsqueeze(-1), new, own[n])
+        first = torch.where(real[0], new[:1], own[n[:1]])
+        own[n] = torch.where(real if own.dim() == 1 else real.unsqueeze(-1), new, first)
 
 
 def finish_fast(partials: Partials, length: Tensor, shared: bool, components: int, out: Active) -> None:
