@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, cuda, native
+from mfa_kernels.ops import backends, cuda, native, trust
 from mfa_kernels.ops.factors import reference
 from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.precision import full_precision
@@ -110,7 +110,20 @@ def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
     return torch.cat(rows, dim=1), cholesky.contiguous(), log_det
 
 
+_check_factors = trust.checker("factors", trust.PARAMETERS)
+_ROWS = "cholesky(K, R + 1 + per_component, D)"
+_check_scan_rows = trust.checker(
+    "scan_rows",
+    {
+        "rows": f"{_ROWS} or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))",
+        "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)", "per_component": "",
+    },
+    last=("rows",),
+)  # fmt: skip
+
+
 def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_factors(means, loadings, noise_variance)
     with full_precision(means), _room(means, loadings.shape[2], 2):
         serving = backends.serving(means, loadings.shape[2])
         library = native.library() if serving == "native" else cuda.library() if serving == "triton" else None
@@ -151,6 +164,7 @@ torch.library.define(
 
 
 def _scan_rows(rows, cholesky, scale, center, per_component):
+    _check_scan_rows(rows, cholesky, scale, center, per_component)
     factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
     if not factors.is_triton:
         return _no_scan(rows)

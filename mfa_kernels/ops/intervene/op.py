@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native
+from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.intervene import portable
 from mfa_kernels.ops.precision import full_precision
@@ -89,13 +89,66 @@ torch.library.define(
 )
 
 
+_check = trust.checker(
+    "intervene",
+    {
+        "hidden": "any(B, T, D)", "coefficients": "real(E, S, 3)", "shift": "coefficients(F, U, D)",
+        "rules": "int32(G, 3)", "thresholds": "real(H)", "keeps_norm": "", "latents": "thresholds(I, J, R)",
+        "spreads": "", "chosen": "bool(L, M)", "passed": "bool(B, T)", "log_prob": "thresholds(B * T)",
+        "components": "int32(B * T, C)", "logits": "thresholds(B * T, C)", "counts": "int32(B * T)",
+        "means": "thresholds(K, D)", "loadings": "thresholds(K, D, R)",
+        "noise_variance": "thresholds(D) or thresholds(K, D)", **trust.FACTORS,
+    },
+    last=("rows", "latents"),
+    optional=(
+        "latents", "chosen", "passed", "log_prob", "components", "logits", "counts", "means", "loadings",
+        "noise_variance", "rows", "cholesky", "log_det", "scale", "center",
+    ),
+)  # fmt: skip
+
+
+def _check_together(what: str, **tensors: Tensor | None) -> bool:
+    """Whether tensors that belong together are given; raises where some of them are missing."""
+    missing = [name for name, tensor in tensors.items() if tensor is None]
+    if missing and len(missing) < len(tensors):
+        raise ValueError(f"intervene: {', '.join(missing)} must be given with the rest of the {what}, got None")
+    return not missing
+
+
+def _check_fit(name: str, rows: int, steps: int, batch: int, tokens: int) -> None:
+    """Raises unless what is given for B' rows and S tokens fits a batch: B' divides B, S is 1 or T."""
+    if rows < 1 or batch % rows or steps not in (1, tokens):
+        raise ValueError(
+            f"intervene: {name} for {rows} rows and {steps} tokens does not fit a batch of {batch} rows of {tokens}"
+        )
+
+
 def _intervene(
     hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
     log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
 ):  # fmt: skip
+    seen = _check_together("active pairs", log_prob=log_prob, components=components, logits=logits, counts=counts)
+    weighs = _check_together(
+        "mixture", means=means, loadings=loadings, noise_variance=noise_variance, rows=rows, cholesky=cholesky,
+        log_det=log_det, scale=scale, center=center,
+    )  # fmt: skip
+    if weighs and not seen:
+        raise ValueError("intervene: log_prob must be given where the mixture is, got None")
+    _check(
+        hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
+        log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+    )  # fmt: skip
+    batch, tokens, _ = hidden.shape
+    for name, part in (("coefficients", coefficients), ("shift", shift), ("latents", latents), ("chosen", chosen)):
+        if part is not None:
+            _check_fit(name, *part.shape[:2], batch, tokens)
+    _check_fit("rules", len(rules), 1, batch, tokens)
+    _check_fit("thresholds", len(thresholds), 1, batch, tokens)
     per_component = noise_variance is not None and noise_variance.dim() == 2
     rank = 0 if cholesky is None else cholesky.shape[-1]
     serving = backends.serving(thresholds, rank)
+    if weighs and serving != "native":  # which looks itself
+        trust.check_range("intervene", "components", components, -1, len(means))
     if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
         active = None if log_prob is None else Active(log_prob, components, logits, counts)
         parameters = None if means is None else (means, loadings, noise_variance)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native
+from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.kmeans import portable
 from mfa_kernels.ops.precision import full_precision
 
@@ -108,7 +108,26 @@ def _rounding(centroids: Tensor, coordinates: int) -> float:
     return 8 * torch.finfo(centroids.dtype).eps * (256 + features / 256 + features / 8 + coordinates / 256 + 64)
 
 
+_check_nearest = trust.checker(
+    "nearest",
+    {"x": "any(N, D)", "centroids": "real(K, D)", "center": "any(D)", "basis": "any(D, P)"},
+    last=("x",),
+    optional=("basis",),
+)
+_check_cluster_sums = trust.checker(
+    "cluster_sums",
+    {
+        "x": "any(N, D)", "center": "real(D)", "owner": "int64(N)", "distance": "any(N)", "weights": "any(N)",
+        "sums": "double(K, D)", "mass": "double(K)", "inertia": "double(K)",
+    },
+    last=("x", "owner", "distance", "weights"),
+    optional=("weights",),
+    written=("sums", "mass", "inertia"),
+)  # fmt: skip
+
+
 def _nearest(x, centroids, center, basis=None):
+    _check_nearest(x, centroids, center, basis)
     if backends.serving(centroids, 0) == "native":
         return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
@@ -121,13 +140,16 @@ def _nearest(x, centroids, center, basis=None):
 
 
 def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
+    _check_cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
     weights = None if weights is None else weights.double()
     if backends.serving(center, 0) == "native":
         x, distance = x.to(center.dtype).contiguous(), distance.to(center.dtype).contiguous()
         weights = None if weights is None else weights.contiguous()
         out = (sums, mass, inertia)
         native.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
-    elif backends.serving(center, 0) == "triton":
+        return
+    trust.check_range("cluster_sums", "owner", owner, 0, len(mass) + 1)
+    if backends.serving(center, 0) == "triton":
         from mfa_kernels.ops.kmeans import triton_clusters
 
         x, distance = x if x.dtype != torch.float64 else x.float(), distance.float()

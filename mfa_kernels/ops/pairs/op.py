@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native
+from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.pairs import portable
 from mfa_kernels.ops.precision import full_precision, once_differentiable
@@ -90,7 +90,25 @@ torch.library.define("mfa_kernels::decode", f"({_CODE}) -> Tensor")
 torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
+_PAIRS = {"x": "any(N, D)", "tokens": "int64(P)", "components": "int32(P)"}
+_check_latents = trust.checker(
+    "latents", {**_PAIRS, **trust.PARAMETERS, **trust.FACTORS}, last=("x", "tokens", "components")
+)
+_check_latents_backward = trust.checker(
+    "latents_backward",
+    {"grad": "means(P, R)", "latents": "means(P, R)", **_PAIRS, **trust.PARAMETERS, "cholesky": "means(K, R, R)"},
+    last=("x", "tokens", "components", "grad", "latents"),
+)
+_SLOTS = {"components": "int32(N, C)", "responsibilities": "means(N, C)", "latents": "means(N, C, R)"}
+_MAP = {"means": "real(K, D)", "loadings": "means(K, D, R)"}
+_check_decode = trust.checker("decode", {**_SLOTS, **_MAP}, last=tuple(_SLOTS))
+_check_decode_backward = trust.checker(
+    "decode_backward", {"grad": "means(N, D)", **_SLOTS, **_MAP}, last=(*_SLOTS, "grad")
+)
+
+
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    _check_latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     if factors.is_native:
         out = means.new_zeros(tokens.shape[0], loadings.shape[2])
@@ -100,6 +118,8 @@ def _latents(x, tokens, components, means, loadings, noise_variance, rows, chole
             factors.per_component,
         )  # fmt: skip
         return out
+    trust.check_range("latents", "tokens", tokens, 0, len(x))
+    trust.check_range("latents", "components", components, -1, len(means))
     with full_precision(means):
         if factors.is_triton:
             from mfa_kernels.ops.pairs import triton_pairs
@@ -111,10 +131,12 @@ def _latents(x, tokens, components, means, loadings, noise_variance, rows, chole
 
 
 def _decode(components, responsibilities, latents, means, loadings):
+    _check_decode(components, responsibilities, latents, means, loadings)
     tensors = [t.contiguous() for t in (components, responsibilities, latents, means, loadings)]
     serving = backends.serving(means, loadings.shape[2])
     if serving == "native":
         return native.library().decode(*tensors)
+    trust.check_range("decode", "components", components, -1, len(means))
     with full_precision(means):
         if serving == "triton":
             from mfa_kernels.ops.pairs import triton_decode
@@ -124,6 +146,9 @@ def _decode(components, responsibilities, latents, means, loadings):
 
 
 def _latents_backward(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky):
+    _check_latents_backward(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky)
+    trust.check_range("latents_backward", "tokens", tokens, 0, len(x))
+    trust.check_range("latents_backward", "components", components, -1, len(means))
     with full_precision(means):
         return portable.latents_backward(
             grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky
@@ -131,6 +156,8 @@ def _latents_backward(grad, latents, x, tokens, components, means, loadings, noi
 
 
 def _decode_backward(grad, components, responsibilities, latents, means, loadings):
+    _check_decode_backward(grad, components, responsibilities, latents, means, loadings)
+    trust.check_range("decode_backward", "components", components, -1, len(means))
     with full_precision(means):
         if backends.serving(means, loadings.shape[2]) == "triton":
             from mfa_kernels.ops.pairs import triton_decode

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import native, trust
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.basis import basis as choose_basis
@@ -419,8 +419,23 @@ torch.library.define(
 )
 
 
+_check_select_screened = trust.checker(
+    "select_screened",
+    {
+        "x": "any(N, D)", "rows": "scale(K, -(-D // lanes(scale)), Q, lanes(scale))", "constants": "scale(K)",
+        "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
+        "marginal_rows": "scale(K, P // lanes(scale), Q, lanes(scale))", "log_det": "scale(K)", "radii": "scale(K)",
+        "slack": "scale(K)", "lines": "scale(L, P)", "line_terms": "scale(2, L)",
+    },
+    last=("rows", "marginal_rows", "x"),
+)  # fmt: skip
+
+
 @torch.library.impl("mfa_kernels::select_screened", "CPU")
 def _select_screened(x, rows, *rest):
+    if native.library() is None:
+        raise RuntimeError("select_screened: the C++ kernels, which alone have it, are not built here")
+    _check_select_screened(x, rows, *rest[:10])
     return native.library().select_screened(x.to(rows.dtype).contiguous(), rows, *rest)
 
 

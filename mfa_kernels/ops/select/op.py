@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import native, trust
 from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.pairs import dense
@@ -123,6 +123,30 @@ torch.library.define(
 )
 
 
+_check_log_prob = trust.checker(
+    "log_prob",
+    {"x": "any(N, D)", **trust.PARAMETERS, "log_weights": "means(K)", **trust.FACTORS, "slots": "positive"},
+    last=("x",),
+)
+_check_component_log_prob = trust.checker(
+    "component_log_prob", {"x": "any(N, D)", **trust.PARAMETERS, **trust.FACTORS}, last=("x",)
+)
+_check_log_prob_backward = trust.checker(
+    "log_prob_backward",
+    {
+        "grad_log_prob": "means(N)", "grad_logits": "means(N, S)", "x": "any(N, D)", **trust.PARAMETERS,
+        "log_weights": "means(K)", **trust.FACTORS, "log_prob": "means(N)", "components": "int32(N, S)",
+        "logits": "means(N, S)", "counts": "int32(N)",
+    },
+    last=("x", "components", "grad_log_prob", "grad_logits", "log_prob", "logits", "counts"),
+)  # fmt: skip
+_check_component_log_prob_backward = trust.checker(
+    "component_log_prob_backward",
+    {"grad": "means(N, K)", "x": "any(N, D)", **trust.PARAMETERS, **trust.FACTORS},
+    last=("x", "grad"),
+)
+
+
 def _prepared(x: Tensor, means: Tensor, factors: Factors) -> Tensor:
     """x as the backend reads it: only Triton converts the halves as it loads them."""
     keep = factors.is_triton and x.dtype in (torch.bfloat16, torch.float16)
@@ -132,6 +156,7 @@ def _prepared(x: Tensor, means: Tensor, factors: Factors) -> Tensor:
 def _log_prob(
     x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
 ):
+    _check_log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x = _prepared(x, means, factors)
     threshold = activity_threshold(means.shape[0], means.dtype)
@@ -155,6 +180,7 @@ def _log_prob(
 
 
 def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
+    _check_component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x = _prepared(x, means, factors)
     return dense_logits(x, factors, factors.constants(torch.zeros_like(log_det))).contiguous()
@@ -196,7 +222,14 @@ def _log_prob_backward(
     grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
     rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
 ):  # fmt: skip
+    _check_log_prob_backward(
+        grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
+        rows, cholesky, log_det, scale, center, log_prob, components, logits, counts,
+    )  # fmt: skip
+    _check_needs("log_prob_backward", needs, 5)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    if not factors.is_native:  # those kernels look themselves
+        trust.check_range("log_prob_backward", "components", components, -1, len(means))
     x_dtype, x = x.dtype, _prepared(x, means, factors)
     fused = factors.is_triton
     gradients = _new_gradients(factors, [x, means, loadings, noise_variance, log_weights], needs, written=fused)
@@ -226,6 +259,11 @@ def _log_prob_backward(
     return _filled(gradients, means)
 
 
+def _check_needs(operator: str, needs: list[bool], count: int) -> None:
+    if len(needs) != count:
+        raise ValueError(f"{operator}: needs must have {count} entries, one for each gradient, got {len(needs)}")
+
+
 def _dense_step(means: Tensor) -> int:
     """Tokens at a time of a dense backward: logits, weights and tokens each within bounds."""
     return max(1, portable.CHUNK // max(2 * means.shape[0], means.shape[1]))
@@ -234,6 +272,8 @@ def _dense_step(means: Tensor) -> int:
 def _component_log_prob_backward(
     grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center, needs
 ):
+    _check_component_log_prob_backward(grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
+    _check_needs("component_log_prob_backward", needs, 4)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
     gradients = [*_new_gradients(factors, [x, means, loadings, noise_variance], needs), None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import native, trust
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.ops.select.op import SLOTS, Active, component_log_prob, log_prob
@@ -184,13 +184,31 @@ torch.library.define(
 )
 
 
+_check_statistics = trust.checker(
+    "statistics",
+    {
+        "x": "any(N, D)", "components": "int32(N, S)", "weights": "cholesky(N, S)",
+        "rows": "cholesky(K, R + 1 + per_component, D)"
+        " or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))",
+        "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)", "per_component": "",
+        "mass": "double(K)", "shift": "double(K, D)", "latent": "double(K, R)", "second": "double(K, R, R)",
+        # One of the two is refused, as 0 features or components.
+        "cross": "double(K, R, D)", "squares": "double(D * (1 - per_component)) or double(K * per_component, D)",
+    },
+    last=("rows", "x", "components", "weights"),
+    written=("mass", "shift", "latent", "second", "cross", "squares"),
+)  # fmt: skip
+
+
 def _statistics(x, components, weights, rows, cholesky, scale, center, per_component, *out):
+    _check_statistics(x, components, weights, rows, cholesky, scale, center, per_component, *out)
     components, weights = components.contiguous(), weights.contiguous()
     factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
     if factors.is_native:
         x = x.to(rows.dtype).contiguous()
         native.library().statistics(x, components, weights, rows, cholesky, scale, per_component, *out)
         return
+    trust.check_range("statistics", "components", components, -1, len(rows))
     with full_precision(rows):
         if factors.is_triton:
             from mfa_kernels.ops.statistics import triton_statistics

@@ -1,0 +1,162 @@
+"""Wrong calls of every operator: `python -m tests.ops.fuzz COUNT SEED BACKEND` says what became of them, as JSON.
+
+A call is one that works, with one or two of its arguments changed: another shape, dtype, stride or device, indices out
+of range, something missing, or the tensor of another mixture. It has to be refused, naming an argument, or to work.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import random
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels import ops
+from mfa_kernels.ops.screen import op as screening
+from mfa_kernels.ops.statistics.op import Statistics
+from tests.mixtures import mixture, tokens
+from tests.ops.intervene_cases import case
+
+
+def calls(components: int, features: int, rank: int, per_component: bool) -> dict[str, list[Any]]:
+    """Arguments of every operator that work, for one mixture."""
+    m = mixture(components, features, rank, per_component=per_component, spread=0.5)
+    x, f = tokens(m, 7), m.factors()
+    op, n = torch.ops.mfa_kernels, torch.arange(7)
+    active = op.log_prob(x, *m, *f.tensors(), 4)
+    k, z = active[1][:, 0].contiguous(), torch.randn(7, rank)
+    pairs = [x, n, k, *m[:3]]
+    slots = [active[1].clamp_min(0), active[2].softmax(-1), torch.randn(7, 4, rank)]
+    center = torch.zeros(features)
+    owner, distance = op.nearest(x, m.means, center)
+    sums = [torch.zeros(s, dtype=torch.float64) for s in ((components, features), (components,), (components,))]
+    steps = Statistics.zeros(m.means, rank, per_component).tensors()[:6]
+    made: dict[str, list[Any]] = {
+        "factors": [*m[:3]],
+        "scan_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
+        "log_prob": [x, *m, *f.tensors(), 4],
+        "log_prob_backward": [torch.ones(7), torch.zeros(7, 4), x, *m, *f.tensors(), *active, [True] * 5],
+        "component_log_prob": [x, *m[:3], *f.tensors()],
+        "component_log_prob_backward": [torch.ones(7, components), x, *m[:3], *f.tensors(), [True] * 4],
+        "latents": [*pairs, *f.tensors()],
+        "latents_backward": [torch.ones(7, rank), z, *pairs, f.cholesky],
+        "decode": [*slots, *m[:2]],
+        "decode_backward": [torch.ones(7, features), *slots, *m[:2]],
+        "nearest": [x, m.means, center, None],
+        "cluster_sums": [x, center, owner, distance, None, *sums],
+        "statistics": [
+            x,
+            active[1],
+            active[2].softmax(-1),
+            f.rows,
+            f.cholesky,
+            f.scale,
+            f.center,
+            per_component,
+            *steps,
+        ],
+    }
+    c = case(shape=(components, features, rank), per_component=per_component, dtype=torch.float32)
+    made["intervene"] = [*flat(c)]
+    screen = None if per_component or not f.is_native else screening.screen(*m, f, 16)
+    if screen is not None:
+        made["select_screened"] = [
+            x, f.rows, f.constants(m.log_weights), f.scale, f.center, screen.basis, screen.rows, screen.log_det,
+            screen.radii, screen.slack, screen.lines, screen.line_terms, screen.batches_by_lines, [], 0.0,
+            screen.exact_slack, 20.0, 4,
+        ]  # fmt: skip
+    return made
+
+
+def flat(c: Any) -> list[Any]:
+    hidden, edit, chosen, passed, active, parameters, factors = c.arguments()
+    return [hidden, *edit, chosen, passed, *(active or (None,) * 4), *(parameters or (None,) * 3),
+            *((None,) * 5 if factors is None else factors.tensors())]  # fmt: skip
+
+
+CHANGES: list[Callable[[Tensor, random.Random], Any]] = [
+    lambda t, r: t[: max(0, len(t) - 1)] if t.dim() else t[None],
+    lambda t, r: t[..., : max(0, t.shape[-1] - 1)] if t.dim() else t[None, None],
+    lambda t, r: torch.cat([t, t]) if t.dim() else t[None],
+    lambda t, r: t[:0] if t.dim() else t[None],
+    lambda t, r: t.unsqueeze(r.randrange(t.dim() + 1)),
+    lambda t, r: t.flatten(),
+    lambda t, r: t.reshape(-1)[0] if t.numel() else t[None],
+    lambda t, r: t.transpose(0, -1) if t.dim() > 1 else t[None],
+    lambda t, r: t.expand(3, *t.shape),
+    lambda t, r: t.repeat_interleave(2, -1)[..., ::2] if t.dim() else t[None],
+    lambda t, r: t.to(r.choice([torch.float64, torch.float16, torch.int64, torch.int32, torch.bool, torch.complex64])),
+    lambda t, r: t.to("meta"),
+    lambda t, r: t + 10**6 if not t.is_floating_point() and t.dtype != torch.bool else t * 1e30,
+    lambda t, r: t - 10**6 if not t.is_floating_point() and t.dtype != torch.bool else -t,
+    lambda t, r: torch.full_like(t, torch.nan) if t.is_floating_point() else torch.zeros_like(t),
+    lambda t, r: t.to_sparse() if t.dim() else t[None],
+    lambda t, r: None,
+    lambda t, r: "a string",
+    lambda t, r: t.numpy() if not t.is_meta else t,
+]  # fmt: skip
+
+
+def changed(arguments: list[Any], others: list[Any], random_: random.Random) -> list[Any]:
+    """The arguments with one or two of them made wrong."""
+    out = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+    for place in random_.sample(range(len(out)), random_.choice([1, 1, 1, 2])):
+        value = out[place]
+        if isinstance(value, Tensor) and random_.random() < 0.2:
+            out[place] = others[place]
+        elif isinstance(value, Tensor):
+            out[place] = random_.choice(CHANGES)(value, random_)
+        elif isinstance(value, bool):
+            out[place] = not value
+        elif isinstance(value, int):
+            out[place] = random_.choice([0, -1, 10**4])
+        elif isinstance(value, list):
+            out[place] = random_.choice([[], value[:1], value * 2])
+        elif value is None:
+            out[place] = random_.choice([torch.zeros(3), torch.zeros(3, 2, dtype=torch.bool)])
+    return out
+
+
+def main(count: int, seed: int, backend: str) -> None:
+    faulthandler.enable()
+    random_, done = random.Random(seed), {"calls": 0, "refused": 0, "unnamed": 0, "worked": 0}
+    shapes = [((5, 21, 3), (4, 21, 3)), ((9, 40, 2), (9, 32, 2)), ((70, 33, 4), (70, 33, 3)), ((6, 16, 1), (5, 17, 2))]
+    pools = [
+        (calls(*size, per), calls(*other, not per)) for size, other in shapes for per in (False, True)
+    ]  # fmt: skip
+    unnamed = []
+    while done["calls"] < count:
+        own, others = random_.choice(pools)
+        name = random_.choice(sorted(own))
+        if name not in others:
+            others = own
+        arguments = changed(own[name], others[name], random_)
+        done["calls"] += 1
+        print(done["calls"], name, file=sys.stderr)
+        operator = getattr(torch.ops.mfa_kernels, name)
+        names = {a.name for a in operator.default._schema.arguments}
+        try:
+            operator(*arguments)
+            done["worked"] += 1
+        except Exception as error:
+            done["refused"] += 1
+            of_pytorch = isinstance(error, NotImplementedError) and "backend" in str(error)  # sparse tensors
+            if not of_pytorch and not names & set(re.findall(r"\w+", str(error))):
+                done["unnamed"] += 1
+                unnamed.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    print("\n".join(unnamed[:20]))
+    print(json.dumps(done))
+
+
+if __name__ == "__main__":
+    os.environ["MFA_KERNELS_BACKEND"] = sys.argv[3]
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    assert ops
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
