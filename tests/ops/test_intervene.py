@@ -178,7 +178,7 @@ def test_the_kernels_read_no_further_than_they_may() -> None:
     far = c._replace(active=c.active._replace(components=c.active.components + 5))
     with pytest.raises(IndexError, match=r"components must be in \[-1, 5\)"):
         intervene(*far.arguments())
-    with pytest.raises(TypeError, match="coefficients must be Double"):
+    with pytest.raises(TypeError, match=r"shift must be float32 of shape .*got float64"):
         intervene(*c._replace(edit=c.edit._replace(coefficients=c.edit.coefficients.float())).arguments())
 
 

@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_refused():
     call = torch.ops.mfa_kernels.log_prob
     with pytest.raises(ValueError, match="slots must be at least 1, got 0"):
         call(x, *m, *tensors, 0)
-    with pytest.raises(ValueError, match=r"log_prob: x must be .* of shape \(N, 21\).*got float32 of shape \(7, 12\)"):
+    with pytest.raises(ValueError, match=r"log_prob: x must be .* of shape \(7, 21\).*got float32 of shape \(7, 12\)"):
         call(x[:, :12], *m, *tensors, 4)
     n, k = torch.tensor([0, 7]), torch.tensor([0, 1]).int()
     with pytest.raises(IndexError, match="tokens must be in"):
