@@ -9,7 +9,6 @@ from mfa_kernels import ops
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import activity_threshold
 from tests.mixtures import Mixture, mixture, tokens
-from tests.threads import threads
 
 # (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go
 # in blocks of up to 16 and are flushed every 64, ranks above 12 take several passes: every one of these axes crosses
@@ -372,18 +371,6 @@ def test_gradients_are_bitwise_repeatable(backend):
         runs.append([t.grad for t in leaves])
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
-
-
-def test_shared_noise_gradient_does_not_depend_on_the_thread_count():
-    m = mixture(100, 70, 5)
-    x = tokens(m, 400)
-    grads = []
-    for count in (1, 2):
-        leaves = [t.clone().requires_grad_() for t in m]
-        with threads(count):
-            Mixture(*leaves).active(x).log_prob.sum().backward()
-        grads.append(leaves[2].grad)
-    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
