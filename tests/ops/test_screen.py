@@ -13,8 +13,10 @@ from mfa_kernels.ops import native
 from mfa_kernels.ops.factors.op import unpack_rows
 from mfa_kernels.ops.screen import op, portable, reference
 from mfa_kernels.ops.select.op import activity_threshold
+from tests import budgets
+from tests.budgets import Terms
 from tests.mixtures import Mixture, mixture, tokens
-from tests.ops.test_select import check_slots, plain_fp32
+from tests.ops.test_select import check_slots
 from tests.threads import threads
 
 pytestmark = pytest.mark.usefixtures("needs_native")
@@ -174,27 +176,20 @@ def test_adversarial_results_are_those_of_the_dense_scan(case):
         x, factors.rows, factors.constants(m.log_weights), factors.scale, False, threshold, 16
     )
     found = screened(m, x, 48).active
-    # Both round the same formula, in another order.
-    truth = m.logits_fp64(x)
-    plain = (plain_fp32(m, x).double() - truth).abs().amax(-1)
-    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
-    budget = 3 * torch.maximum(plain, unit)
-    assert ((found.log_prob.double() - truth.logsumexp(-1)).abs() <= budget).all()
-    assert ((found.log_prob - dense[0]).abs() <= budget).all()
+    truth, terms = m.logits_fp64(x), Terms(m, x)
+    for log_prob in (found.log_prob, dense[0]):  # both round the same formula, in another order
+        budgets.check(log_prob, truth.logsumexp(-1), terms.log_prob(truth))
 
 
 @pytest.mark.parametrize("shape", [(70, 150, 384, 48, 10), (70, 67, 768, 96, 10)], ids=str)
-def test_fp32_error_is_that_of_the_plain_formula(shape):
+def test_fp32_error_is_a_few_roundings_of_the_terms(shape):
     n, k, d, p, r = shape
     m = mixture(k, d, r, spread=2.0)
     x = tokens(m, n)
     truth = m.logits_fp64(x)
     found = screened(m, x, p)
     assert (found.evaluated > 0).any()
-    wanted = torch.logsumexp(truth, -1)
-    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
-    budget = 3 * torch.maximum((torch.logsumexp(plain_fp32(m, x), -1).double() - wanted).abs(), unit)
-    assert ((found.active.log_prob.double() - wanted).abs() <= budget).all()
+    budgets.check(found.active.log_prob, truth.logsumexp(-1), Terms(m, x).log_prob(truth))
 
 
 @pytest.mark.parametrize("threshold", [0.5, 2.0])
