@@ -38,7 +38,8 @@ def log_prob(
         center: (D,), subtracted from x and means; changes no result, saves digits where magnitudes are large.
         precision: "exact" (agrees with float64 to the rounding of the dtype), "fast" (on a GPU without the exact
             recompute: logits are off by the rounding of fp16 operands, tenths of a nat; the same on the CPU), or
-            "reference" (the plain formula, dense).
+            "reference" (the plain formula, dense, in the dtype of the parameters: nearly collinear loadings take a QR
+            decomposition in place of the Cholesky one, so that none is refused; `ops/factors/README.md`).
 
     Returns:
         (...), natural logarithms.

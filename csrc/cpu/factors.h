@@ -13,13 +13,14 @@
 
 namespace mfa {
 
-// Lower Cholesky factor of the symmetric positive definite m [n, n], in place; the upper triangle becomes zero.
+// Lower Cholesky factor of m [n, n], the identity plus a Gram matrix, in place; the upper triangle becomes zero. No pivot
+// of such a matrix is below 1: where rounding says so (collinear loadings), it is 1, and no machine finds it indefinite.
 inline void cholesky(double* m, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t i = j; i < n; ++i) {
       double sum = m[i * n + j];
       for (int64_t s = 0; s < j; ++s) sum -= m[i * n + s] * m[j * n + s];
-      m[i * n + j] = i == j ? std::sqrt(sum) : sum / m[j * n + j];
+      m[i * n + j] = i == j ? std::sqrt(sum < 1 ? 1 : sum) : sum / m[j * n + j];  // NaN stays
     }
     for (int64_t i = 0; i < j; ++i) m[i * n + j] = 0;
   }

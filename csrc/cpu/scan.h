@@ -147,16 +147,21 @@ struct TokenState {
 
   bool summing() const { return evicted > kNone; }
 
-  // Takes a logit of at least best - threshold (which may round to best), or NaN.
-  void offer(T logit, int32_t component, T threshold, int64_t slots, int32_t* components, T* logits) {
+  // Takes a logit of at least best - threshold (which may round to best), or NaN; `summed` if it is in the sum already.
+  void offer(T logit, int32_t component, T threshold, int64_t slots, int32_t* components, T* logits,
+             bool summed = false) {
     if (logit != logit) {
       invalid = true;
       return;
     }
     if (logit == kNone) return;
     best = std::max(best, logit);
-    if (summing()) add(logit, 1);
-    if (count == slots) drop_inactive(threshold, components, logits);
+    if (summing() && !summed) add(logit, 1);
+    int64_t smallest = 0;
+    if (count == slots) {
+      smallest = std::min_element(logits, logits + count) - logits;
+      if (logits[smallest] < best - threshold) drop_inactive(threshold, components, logits);
+    }
     if (count < slots) {
       components[count] = component;
       logits[count++] = logit;
@@ -166,7 +171,6 @@ struct TokenState {
       sum_slots(logits);
       add(logit, 1);
     }
-    const int64_t smallest = std::min_element(logits, logits + count) - logits;
     if (logits[smallest] < logit) {
       std::swap(logits[smallest], logit);
       components[smallest] = component;
@@ -178,16 +182,14 @@ struct TokenState {
   void merge(const TokenState& other, T threshold, int64_t slots, int32_t* components, T* logits,
              const int32_t* other_components, const T* other_logits) {
     invalid |= other.invalid;
-    if (other.summing()) {  // its slots are in its sum: they are offered below without being added again
+    if (other.summing()) {  // its slots are in its sum, and are not added again below
       if (!summing()) sum_slots(logits);
       add(other.base, other.sum);
       evicted = std::max(evicted, other.evicted);
     }
     for (int32_t i = 0; i < other.count; ++i) {
       if (other_logits[i] < best - threshold) continue;
-      const TokenState before = *this;
-      offer(other_logits[i], other_components[i], threshold, slots, components, logits);
-      if (other.summing()) base = before.base, sum = before.sum;
+      offer(other_logits[i], other_components[i], threshold, slots, components, logits, other.summing());
     }
   }
 
@@ -256,10 +258,17 @@ void pack_panel(const Shape& shape, const T* x, int64_t tokens, T* out) {
   }
 }
 
-// How a scan is cut: blocks of panels that share a cache, and ranges of components when tokens alone cannot feed
-// the threads. A function of sizes and the thread count only, so that two runs add in the same order.
+constexpr int64_t kTasks = 64;             // panels times ranges of components, at least: threads that few tokens feed
+constexpr int64_t kRangeComponents = 32;   // to a range, at least
+constexpr int64_t kRangeValues = 1 << 18;  // of their rows, at least: less is not worth a thread
+constexpr int64_t kRangeStep = 12;         // ranges begin at its multiples: micro-tiles of 1 to 4 are cut nowhere
+
+// How a scan is cut: blocks of panels that share a cache, and ranges of components when tokens alone cannot feed the
+// threads. A token that overflows sums its active components range by range, so ranges are a function of sizes only:
+// whatever the number of threads, the same numbers are added in the same order. Blocks may depend on it, since a token
+// does not know its block.
 struct Schedule {
-  int64_t panels, panels_per_block, blocks, splits;
+  int64_t panels, panels_per_block, blocks, splits, components;
   template <class T>
   static Schedule of(const Shape& shape, int64_t tokens, int64_t threads) {
     Schedule s;
@@ -268,8 +277,17 @@ struct Schedule {
     const int64_t cached = std::clamp<int64_t>((int64_t(3) << 19) / bytes, 2, 32);  // 1.5 MB of tokens
     s.panels_per_block = std::max<int64_t>(1, std::min(cached, ceil_div(s.panels, threads)));
     s.blocks = ceil_div(s.panels, s.panels_per_block);
-    s.splits = s.blocks == 0 || s.blocks >= threads ? 1 : std::min(ceil_div(threads, s.blocks), ceil_div(shape.components, 32));
+    s.components = shape.components;
+    const int64_t size = shape.features * (shape.rank + 1);
+    const int64_t least = std::max(kRangeComponents, ceil_div(kRangeValues, std::max<int64_t>(1, size)));
+    const int64_t most = std::max<int64_t>(1, ceil_div(s.components, least));
+    s.splits = std::min(most, ceil_div(kTasks, std::max<int64_t>(1, s.panels)));
     return s;
+  }
+
+  // The first component of a range; that of the range past the last is K.
+  int64_t first(int64_t split) const {
+    return std::min(components, ceil_div(components, kRangeStep) * split / splits * kRangeStep);
   }
 };
 
@@ -277,13 +295,13 @@ struct Schedule {
 constexpr int64_t kFewTokens = 4;
 
 template <class T, class Visit, class ParallelFor>
-void scan_few(const Shape& shape, int64_t splits, const T* x, int64_t tokens, const T* rows, const T* lam,
+void scan_few(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
               Visit&& visit, ParallelFor&& parallel_for) {
-  parallel_for(splits, [&](int64_t begin, int64_t end) {
+  parallel_for(plan.splits, [&](int64_t begin, int64_t end) {
     std::vector<T> v(shape.padded<T>() * kFewTokens), t(shape.rank * kFewTokens);
     T out[kFewTokens];
     for (int64_t split = begin; split < end; ++split)
-      for (int64_t k = shape.components * split / splits; k < shape.components * (split + 1) / splits; ++k) {
+      for (int64_t k = plan.first(split); k < plan.first(split + 1); ++k) {
         const T* own = rows + k * shape.component_stride<T>();
         if (tokens == kFewTokens)
           distances<T, kFewTokens>(shape, x, own, lam, v.data(), t.data(), out);
@@ -307,14 +325,16 @@ void scan_panels(const Shape& shape, const Schedule& plan, const T* x, int64_t t
   parallel_for(plan.blocks * plan.splits, [&](int64_t begin, int64_t end) {
     std::vector<T> panels(plan.panels_per_block * panel_size);
     T distances[4 * kPanel<T>];
+    int64_t packed = -1;  // the block that is in `panels`
     for (int64_t task = begin; task < end; ++task) {
       const int64_t block = task / plan.splits, split = task % plan.splits;
       const int64_t p0 = block * plan.panels_per_block, p1 = std::min(plan.panels, p0 + plan.panels_per_block);
       auto tokens_of = [&](int64_t p) { return std::min<int64_t>(kPanel<T>, tokens - p * kPanel<T>); };
-      for (int64_t p = p0; p < p1; ++p)
+      for (int64_t p = p0; p < p1 && block != packed; ++p)
         pack_panel(shape, x + p * kPanel<T> * shape.features, tokens_of(p), panels.data() + (p - p0) * panel_size);
-      const int64_t k1 = shape.components * (split + 1) / plan.splits;
-      for (int64_t k = shape.components * split / plan.splits, count; k < k1; k += count) {
+      packed = block;
+      const int64_t k1 = plan.first(split + 1);
+      for (int64_t k = plan.first(split), count; k < k1; k += count) {
         count = k + distance.tile() <= k1 ? distance.tile() : 1;
         for (int64_t p = p0; p < p1; ++p) {
           distance(rows + k * shape.component_stride<T>(), panels.data() + (p - p0) * panel_size, scale.data(), count,
@@ -330,7 +350,7 @@ void scan_panels(const Shape& shape, const Schedule& plan, const T* x, int64_t t
 template <class T, class Visit, class ParallelFor>
 void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
           Visit&& visit, ParallelFor&& parallel_for) {
-  if (tokens <= kFewTokens) return scan_few(shape, plan.splits, x, tokens, rows, lam, visit, parallel_for);
+  if (tokens <= kFewTokens) return scan_few(shape, plan, x, tokens, rows, lam, visit, parallel_for);
   scan_panels(shape, plan, x, tokens, rows, lam, visit, parallel_for);
 }
 

@@ -46,7 +46,7 @@ __device__ inline void factorize(double* gram, int rank, int stride) {
       gram[i * stride + j] = sum;
     }
     __syncwarp();
-    const double pivot = sqrt(gram[j * stride + j]);
+    const double square = gram[j * stride + j], pivot = sqrt(square < 1 ? 1 : square);
     __syncwarp();
     for (int i = j + lane; i < rank; i += kWarp) gram[i * stride + j] = i == j ? pivot : gram[i * stride + j] / pivot;
     __syncwarp();

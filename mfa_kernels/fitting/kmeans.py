@@ -63,7 +63,8 @@ def kmeans(
     progress: bool = True,
     ranks: Ranks = ALONE,
 ) -> KMeansResult:
-    """K-means clusters: Lloyd's iterations from a k-means|| start, the same bits for the same seed.
+    """K-means clusters: Lloyd's iterations from a k-means|| start. The same seed and number of threads give the same
+    bits.
 
     More than `sample` rows are clustered on a random subset of them first; two updates and the assignment then run
     over all. A cluster that loses its rows moves into the cluster with the largest inertia. Every few updates, unless

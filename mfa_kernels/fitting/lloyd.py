@@ -1,7 +1,7 @@
 """Lloyd's iterations in chunks: assign, average by sorted segments, split where a cluster lost its rows.
 
-Never held: the N x K distances, or a copy of the data. Every sum runs over rows in one fixed order: two runs agree
-to the bit.
+Never held: the N x K distances, or a copy of the data. Every sum runs over rows in one fixed order: two runs on as
+many threads agree to the bit.
 """
 
 from __future__ import annotations

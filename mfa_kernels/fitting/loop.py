@@ -90,14 +90,14 @@ def fit(
       that ends within the sample is fitted as other data are. `mfa_kernels.fit_many` fits several mixtures to one;
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
-    Rows are shuffled by number and never moved. The same seed gives the same bits on one device. Rows that are not
-    finite, or whose squared norm is not, are left out and counted. Ctrl-C ends the training with a warning, and
-    returns the best so far.
+    Rows are shuffled by number and never moved. The same seed gives the same bits on one device and number of threads
+    (docs/fitting.md, "The same bits"). Rows that are not finite, or whose squared norm is not, are left out and
+    counted. Ctrl-C ends the training with a warning, and returns the best so far.
 
     With a `checkpoint`, a fit that is killed at any moment goes on, with `resume`, to the bits that it would have
-    come to (timings apart; on the same kind of device). The first one is written when the start is there: K-means is
-    not cut up, and one that was killed runs again. An iterator has to be given again from its beginning: the rows that
-    were used are read and passed over. What callbacks remember is theirs to keep.
+    come to (timings apart; on the same kind of device and number of threads). The first one is written when the
+    start is there: K-means is not cut up, and one that was killed runs again. An iterator has to be given again
+    from its beginning: the rows that were used are read and passed over. What callbacks remember is theirs to keep.
 
     Where `torch.distributed` is initialised (as under torchrun), its processes fit one mixture, data-parallel: each of
     them calls `fit` with the same arguments, takes its share of every batch, and returns the same mixture, bit for

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.functional import compute_dtype
+from mfa_kernels.ops.factors.reference import factors
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -86,7 +87,7 @@ class _Centroids(_Metric):
 
 
 class _Mahalanobis(_Metric):
-    """d^2 = |lam v|^2 - |L^-1 W~^T lam v|^2 with v = mu_j - mu_k (Woodbury), lam, L and W~ those of region k."""
+    """d^2 = |lam v|^2 - |A lam v|^2 with v = mu_j - mu_k (Woodbury), lam and A = L^-1 W~^T those of region k."""
 
     def __init__(self, mfa: MFA):
         means = mfa.means.double()
@@ -98,12 +99,11 @@ class _Mahalanobis(_Metric):
     def squared(self, block: Tensor) -> Tensor:
         means, loadings = self.means[block], self.loadings[block].double()
         precision = self.precision.expand_as(self.means)[block]
-        weighted = loadings * precision.unsqueeze(-1)  # Psi^-1 W, (B, D, R)
         outside = precision @ self.means.square().T - 2 * (precision * means) @ self.means.T
         outside += (precision * means.square()).sum(-1, keepdim=True)
-        inner = torch.eye(loadings.shape[-1], dtype=means.dtype, device=means.device) + loadings.mT @ weighted
-        projected = weighted.mT @ self.means.T - weighted.mT @ means.unsqueeze(-1)  # (B, R, K)
-        inside = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), projected, upper=False)
+        noise = precision.reciprocal()
+        rows = factors(loadings, noise)[0] * precision.sqrt().unsqueeze(1)  # A_k lam_k, (B, R, D)
+        inside = rows @ self.means.T - rows @ means.unsqueeze(-1)  # (B, R, K)
         return outside - inside.square().sum(1)
 
 

@@ -20,6 +20,7 @@ from mfa_kernels.ops.factors import reference
 from mfa_kernels.ops.factors.op import Factors, portable
 from mfa_kernels.ops.select.op import activity_threshold
 from mfa_kernels.ops.select.portable import dense
+from tests import budgets
 from tests.cuda_emulation import A100, H100, Chip, Emulation
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots
@@ -61,17 +62,24 @@ ROOMY = Chip(3, 100_000, 102_048)
 # Stage 0
 
 
-def factors_errors(found: tuple[Tensor, ...], m: Mixture) -> list[tuple[float, float]]:
-    """(error, allowed) of rows, Cholesky factor and log-determinant: 3 times that of the plain float32 formula."""
-    wide = m.to(torch.float64)
-    plain, oracle = (portable(t.means, t.loadings, t.noise_variance) for t in (m, wide))
-    out = []
-    for f, p, o in zip(found, plain, oracle):
-        if o.numel():
-            size = o.abs().max().item()
-            budget = 3 * (p - o).abs().max().item() + torch.finfo(torch.float32).eps * size
-            out.append(((f.double() - o).abs().max().item(), budget))
-    return out
+def check_factors(found: tuple[Tensor, ...], m: Mixture) -> None:
+    """Rows, Cholesky factor and log-determinant, made in float64 and rounded: each entry within its budget.
+
+    The kernel whitens in float32, so what is added is |L^-1| |W~^T|, and so on for the others.
+    """
+    rows, lower, log_det = portable(*m.to(torch.float64)[:3])
+    whitened = m.loadings.double().abs() * m.noise_variance.double().rsqrt().expand_as(m.means).unsqueeze(-1)
+    inverse = torch.linalg.inv(lower).abs()
+    sizes = rows.abs()
+    sizes[:, 1 : 1 + m.loadings.shape[2]] += inverse @ lower.abs() @ inverse @ whitened.mT
+    gram = whitened.mT @ whitened
+    of_lower = lower.abs() + lower.abs() @ inverse @ gram @ inverse.mT
+    of_log_det = m.noise_variance.double().log().abs().sum(-1) + log_det.abs()
+    of_log_det = of_log_det + (inverse @ gram @ inverse.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+    for name, *tensors in zip(
+        ("rows", "cholesky", "log_det"), found, (rows, lower, log_det), (sizes, of_lower, of_log_det)
+    ):
+        budgets.check(*tensors, name)
 
 
 FACTORS = [(1, 1, 1), (5, 130, 0), (3, 643, 1), (3, 333, 10), (2, 170, 17), (2, 71, 40), (1, 30, 64)]
@@ -92,8 +100,7 @@ def test_factors(kernels, shape, per_component):
         kernels.chip = chip_for_tiles(*shape[1:])
     m = mixture(*shape, per_component=per_component)
     found = kernels.factors(m.means, m.loadings, m.noise_variance)
-    for error, budget in factors_errors(found, m):
-        assert error <= budget
+    check_factors(found, m)
     assert torch.equal(found[0][:, 0], m.means)
     assert torch.equal(found[1], found[1].tril())
 
@@ -307,14 +314,16 @@ def test_few_tokens_are_deterministic(case):
 def check_active(
     found: tuple[Tensor, ...], x: Tensor, factors: Factors, constants: Tensor, threshold: float, slots: int
 ):
-    """The output against the float64 oracle: at most 3 times the error of the plain float32 formula."""
+    """The output against the float64 oracle of the same factors: each logit within its budget."""
     log_prob, components, logits, counts = found
     oracle = exact_logits(x, widened(factors), constants.double())
-    plain = exact_logits(x, factors, constants)
-    eps = torch.finfo(torch.float32).eps
-    # A component without weight is -inf in both.
-    budget = 3 * (plain - oracle).nan_to_num(0).abs().amax(1) + eps * oracle.amax(1).abs()
-    assert ((log_prob - oracle.logsumexp(1)).abs() <= budget + eps).all()
+    rows = factors.rows.double()
+    v = (x.double().unsqueeze(1) - rows[:, 0]) * factors.scale.double()
+    t, summed = (torch.einsum("nkd,krd->nkr", v, a).abs() for v, a in ((v, rows[:, 1:]), (v.abs(), rows[:, 1:].abs())))
+    terms = constants.double().nan_to_num(0, 0, 0).abs() + 0.5 * v.square().sum(-1) + (t * summed).sum(-1)
+    carried = (oracle.softmax(-1) * terms).sum(-1) + oracle.logsumexp(-1).abs()
+    budgets.check(log_prob, oracle.logsumexp(-1), carried, "log p(x)")
+    budget = budgets.ROUNDINGS * budgets.EPS * terms.amax(1)
     best = oracle.amax(1, keepdim=True)
     for n in range(x.shape[0]):
         order = oracle[n].argsort(descending=True)

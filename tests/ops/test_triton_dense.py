@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 from mfa_kernels.ops import configs
 from mfa_kernels.ops.factors import op as factors_op
 from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.select import portable, triton_dense
+from mfa_kernels.ops.select import triton_dense
+from tests import budgets
+from tests.budgets import Terms
 from tests.mixtures import Mixture, mixture, tokens
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
@@ -43,12 +45,8 @@ def case(shape: tuple[int, int, int, int], per_component: bool = False) -> tuple
 def check(m: Mixture, x: torch.Tensor, factors: Factors) -> None:
     constants = factors.constants(m.log_weights)
     found = triton_dense.dense(x, factors, constants)
-    exact, plain = m.logits_fp64(x), portable.dense(x.float(), factors, constants)
     assert found.dtype == torch.float32
-    assert found.shape == exact.shape
-    unit = torch.finfo(torch.float32).eps * exact.abs().amax(-1)
-    budget = 3 * torch.maximum((plain - exact).abs().amax(-1), unit)
-    assert ((found - exact).abs().amax(-1) <= budget).all()
+    budgets.check(found, m.logits_fp64(x), Terms(m, x).logits())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

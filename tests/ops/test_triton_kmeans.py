@@ -15,6 +15,7 @@ from mfa_kernels import kmeans
 from mfa_kernels.ops import configs
 from mfa_kernels.ops.kmeans import op, portable, triton_clusters, triton_nearest
 from mfa_kernels.ops.kmeans import reference as oracle
+from tests import budgets
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
@@ -75,11 +76,11 @@ def check(x: Tensor, centroids: Tensor, center: Tensor) -> Tensor:
     gap = x.double().unsqueeze(1) - center.double() - centroids.double()
     exact = gap.square().sum(-1)  # (N, K)
     each = torch.arange(len(x), device=x.device)
-    error = ((x.float() - center - centroids[owner]).square().sum(-1) - exact[each, owner]).abs()
-    # y is rounded once: what that moves a distance by
-    rounding = EPS * (x.double() - center).abs().amax(1) * gap[each, owner].abs().sum(1) + 3 * EPS * exact[each, owner]
-    assert (exact[each, owner] - exact.amin(1) <= 2 * rounding).all()
-    assert ((distance - exact[each, owner]).abs() <= 3 * torch.maximum(error, rounding)).all()
+    # y = x - center is rounded once: what that moves a distance by
+    moved = ((x.double() - center.double()).abs() * gap[each, owner].abs()).sum(1)
+    terms = exact[each, owner] + moved
+    assert (exact[each, owner] - exact.amin(1) <= 2 * budgets.ROUNDINGS * EPS * terms).all()
+    budgets.check(distance, exact[each, owner], terms)
     return owner
 
 

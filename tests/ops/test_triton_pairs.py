@@ -19,6 +19,8 @@ from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs import portable, reference, triton_backward, triton_decode, triton_pairs
 from mfa_kernels.ops.pairs.triton_groups import group
 from mfa_kernels.ops.select.portable import explained, pair_logits, residuals
+from tests import budgets
+from tests.budgets import Terms
 from tests.mixtures import Mixture, mixture, tokens
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
@@ -102,22 +104,6 @@ def case(
     return Case(m, x, each.to(DEVICE), components.flatten().to(DEVICE), weights.to(DEVICE), factors)
 
 
-def within_budget(found: Tensor, plain: Tensor, exact: Tensor, terms: Tensor | None = None) -> None:
-    """At most three times the error of the plain float32 formula, per row; or three roundings, where that was lucky.
-
-    `terms` is what the absolute values of the summands add up to, where the sum itself is much smaller.
-    """
-    assert found.shape == exact.shape
-    assert found.dtype == torch.float32
-    if not exact.numel():
-        return
-    terms = exact.abs() if terms is None else terms
-    found, plain, exact, terms = (t.double().reshape(exact.shape[0], -1) for t in (found, plain, exact, terms))
-    unit = torch.finfo(torch.float32).eps * terms.amax(-1)
-    error, budget = (found - exact).abs().amax(-1), 3 * torch.maximum((plain - exact).abs().amax(-1), unit)
-    assert (error <= budget).all(), f"errors of {error} where {budget} is allowed"
-
-
 def test_groups_cover_every_pair_once():
     components = torch.tensor([2, -1, 0, 2, 5, 2, 2, -1, 0, 2], dtype=torch.int32, device=DEVICE)
     groups = group(components, 6, 2)
@@ -171,10 +157,10 @@ def check_explain(c: Case) -> None:
     x, wide_constants, wide = c.wide()
     truth = c.mixture.logits_fp64(c.x)[n, k]
     torch.testing.assert_close(pair_logits(x, n, k, wide, wide_constants), truth, rtol=1e-10, atol=1e-8)
-    plain = pair_logits(c.x.float(), n, k, c.factors, constants)
-    within_budget(logits[c.held], plain, truth)
-    plain = explained(residuals(c.x.float()[n], k, c.factors), k, c.factors)
-    within_budget(t[c.held], plain, explained(residuals(x[n], k, wide), k, wide))
+    terms = Terms(c.mixture, c.x)
+    assert logits.dtype == t.dtype == torch.float32
+    budgets.check(logits[c.held], truth, terms.logits()[n, k], "a logit")
+    budgets.check(t[c.held], explained(residuals(x[n], k, wide), k, wide), terms.t()[n, k], "t")
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -210,24 +196,20 @@ def test_latents(shape):
     assert (z[~c.held] == 0).all()
     n, k = c.tokens[c.held], c.components[c.held].long()
     wide = c.mixture.to(torch.float64)
-    within_budget(
-        z[c.held],
-        portable.latents(c.x, n, k, c.factors),
-        reference.latents(c.x.double(), n, k, *wide[:3]),
-    )
+    exact = reference.latents(c.x.double(), n, k, *wide[:3])
+    budgets.check(z[c.held], exact, Terms(c.mixture, c.x).latents()[n, k])
 
 
 def test_latents_of_nearly_collinear_loadings():
-    """L far from a multiple of the identity: substitution loses no more than the plain formula does."""
+    """L far from a multiple of the identity: substitution loses no more than its terms say."""
     m = mixture(3, 50, 17)
     m = m._replace(loadings=30 * (m.loadings[..., :1] + 1e-2 * m.loadings))
     m = Mixture(*(t.to(DEVICE) for t in m))
     factors = rounded(portable_factors(m.to(torch.float64)))
     x = tokens(Mixture(*(t.cpu() for t in m)), 40).to(DEVICE)
     n, k = torch.arange(40, device=DEVICE), (torch.arange(40, device=DEVICE) % 3).int()
-    wide = replace(factors, **{name: getattr(factors, name).double() for name in ("rows", "cholesky", "scale")})
-    exact = portable.latents(x.double(), n, k.long(), wide)
-    within_budget(triton_pairs.latents(x, n, k, factors), portable.latents(x, n, k.long(), factors), exact)
+    exact = reference.latents(x.double(), n, k.long(), *m.to(torch.float64)[:3])
+    budgets.check(triton_pairs.latents(x, n, k, factors), exact, Terms(m, x).latents()[n, k.long()])
 
 
 def gradients(c: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -247,11 +229,13 @@ def exact_gradients(c: Case) -> list[Tensor]:
     return [g + (0 if s is None else s) for g, s in zip(gradients(c, torch.float64), found)]
 
 
-def plain_gradients(c: Case) -> list[Tensor]:
-    found = gradients(c)
+def gradient_terms(c: Case) -> list[Tensor]:
+    """With what the gradients held before, which is added to as well."""
     n, k, w = (t[c.held] for t in (c.tokens, c.components, c.weights))
-    portable.backward(c.x.float(), n, k, w, c.factors, *found)
-    return found
+    weight = torch.zeros(len(c.x), len(c.mixture.means), dtype=torch.float64, device=DEVICE)
+    weight.index_put_((n.long(), k.long()), w.double().abs(), accumulate=True)
+    sizes = Terms(c.mixture, c.x).gradients(weight)
+    return [size + before.abs() for size, before in zip(sizes, gradients(c, torch.float64))]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -270,12 +254,9 @@ def test_backward_reads_halves(dtype):
 def check_backward(c: Case) -> None:
     found = gradients(c)
     triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.factors, list(found))
-    for name, *tensors in zip(NAMES, found, plain_gradients(c), exact_gradients(c)):
-        rows = [t.reshape(1, -1) if name in ("noise", "log_weights") and t.dim() == 1 else t for t in tensors]
-        try:
-            within_budget(*rows)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from error
+    for name, *tensors in zip(NAMES, found, exact_gradients(c), gradient_terms(c)):
+        assert tensors[0].dtype == torch.float32
+        budgets.check(*tensors, name)
 
 
 def test_backward_computes_only_what_is_asked_for():
@@ -381,14 +362,14 @@ def test_decode_and_its_gradients(shape):
     components, *floats = random_code(c, 4)
     leaves = [t.double().requires_grad_() for t in floats]
     exact = reference.decode(components.long(), *leaves)
-    within_budget(triton_decode.decode(components, *floats), portable.decode(components, *floats), exact.detach())
+    sizes = reference.decode(components.long(), *(t.double().abs() for t in floats))
+    budgets.check(triton_decode.decode(components, *floats), exact.detach(), sizes)
     grad = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     wanted = torch.autograd.grad(exact, leaves, grad.double())
     found = triton_decode.decode_backward(grad, components, *floats)
-    plain = portable.decode_backward(grad, components, *floats)
     terms = portable.decode_backward(grad.abs(), components, *(t.abs() for t in floats))
-    for tensors in zip(found, plain, wanted, terms):
-        within_budget(*tensors)
+    for tensors in zip(found, wanted, terms):
+        budgets.check(*tensors)
 
 
 def test_decode_of_a_bad_token_is_nan_alone():

@@ -11,6 +11,8 @@ from mfa_kernels import MFA, ops
 from mfa_kernels.ops import configs
 from mfa_kernels.ops.factors import triton_rows
 from mfa_kernels.ops.select import reference, triton_merge, triton_scan, triton_select, triton_tokens
+from tests import budgets
+from tests.budgets import Terms
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_select import check_slots, component_log_prob
 
@@ -55,10 +57,7 @@ def test_log_prob_and_pairs(shape, per_component):
     x = tokens(m, n)
     active = m.active(x, slots=8, center=m.means.mean(0))
     truth = m.logits_fp64(x)
-    plain = torch.logsumexp(m.log_weights + reference.component_log_prob(x, *m[:3]), -1)
-    unit = torch.finfo(torch.float32).eps * truth.amax(-1).abs()
-    budget = 3 * torch.maximum((plain.double() - torch.logsumexp(truth, -1)).abs(), unit)
-    assert ((active.log_prob.double() - torch.logsumexp(truth, -1)).abs() <= budget).all()
+    budgets.check(active.log_prob, truth.logsumexp(-1), Terms(m, x).log_prob(truth))
     check_slots(active, truth, 8, 1e-3)
 
 
@@ -251,13 +250,12 @@ def test_gradients(spread, per_component):
     leaves = [t.clone().requires_grad_() for t in (x, *m)]
     active = ops.log_prob(leaves[0], *leaves[1:], m.factors(m.means.mean(0)))
     found = torch.autograd.grad(active.log_prob, leaves, upstream)
-    plain = [t.clone().requires_grad_() for t in (x, *m)]
     wide = [t.double().requires_grad_() for t in (x, *m)]
-    rough = torch.autograd.grad(reference.log_prob(*plain), plain, upstream)
     truth = torch.autograd.grad(reference.log_prob(*wide), wide, upstream.double())
-    for a, b, t in zip(found, rough, truth, strict=True):
-        limit = 3 * max((b.double() - t).norm().item(), torch.finfo(torch.float32).eps * t.norm().item())
-        assert (a.double() - t).norm() <= limit
+    terms = Terms(m, x)
+    sizes = terms.gradients(upstream.unsqueeze(-1) * terms.responsibilities(m.logits_fp64(x)))
+    for name, *tensors in zip(("x", *Mixture._fields), found, truth, sizes, strict=True):
+        budgets.check(*tensors, name)
 
 
 def test_component_log_prob_and_its_gradient():

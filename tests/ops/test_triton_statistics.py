@@ -13,9 +13,10 @@ pytest.importorskip("triton")
 
 from mfa_kernels.ops import configs
 from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.pairs import reference as pairs_reference
-from mfa_kernels.ops.statistics import op, portable, reference, triton_statistics
+from mfa_kernels.ops.statistics import op, reference, triton_statistics
 from mfa_kernels.ops.statistics.op import Statistics
+from tests import budgets
+from tests.budgets import Terms
 from tests.mixtures import Mixture, mixture, tokens
 from tests.ops.test_triton_pairs import portable_factors, rounded
 
@@ -85,33 +86,13 @@ def responsibilities(m: Mixture, components: Tensor, weights: Tensor) -> Tensor:
     return dense[:, :-1]
 
 
-def terms(m: Mixture, x: Tensor, r: Tensor, exact: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """What the absolute values of the summands add up to."""
-    n, k = (t.flatten() for t in torch.meshgrid(*(torch.arange(s, device=DEVICE) for s in r.shape), indexing="ij"))
-    z = pairs_reference.latents(x, n, k, *m[:3]).view(*r.shape, -1).abs()
-    y = (x.unsqueeze(1) - m.means).abs()
-    shift, latent = torch.einsum("nk,nkd->kd", r, y), torch.einsum("nk,nkr->kr", r, z)
-    return exact[0], shift, latent, exact[3], torch.einsum("nk,nkr,nkd->krd", r, z, y), exact[5]
-
-
 def check(m: Mixture, x: Tensor, components: Tensor, weights: Tensor) -> None:
-    """At most three times the error of the float32 formula with float64 sums, per component; or three roundings."""
+    """Every sum within its budget, what the outputs held before included."""
     r = responsibilities(m, components, weights).double()
-    wide = m.to(torch.float64)
-    exact = reference.statistics(x.double(), r, *wide[:3])
-    plain, before = noisy(m), noisy(m).tensors()
-    portable.accumulate(x.float(), components, weights, factors_of(m), *plain.tensors()[:6])
-    found = added(m, x, components, weights)
-    sizes = terms(wide, x.double(), r, exact)
-    for name, *tensors in zip(NAMES, found, plain.tensors(), before, exact, sizes, strict=False):
-        ours, plainly, start, expected, size = (
-            t.reshape(len(m.means) if len(t) == len(m.means) else 1, -1) for t in tensors
-        )
-        if not expected.numel():
-            continue
-        error, allowed = ((t - start - expected).abs().amax(1) for t in (ours, plainly))
-        allowed = 3 * torch.maximum(allowed, torch.finfo(torch.float32).eps * size.amax(1))
-        assert (error <= allowed).all(), f"{name}: errors of {error} where {allowed} is allowed"
+    exact = reference.statistics(x.double(), r, *m.to(torch.float64)[:3])
+    before, found = noisy(m).tensors(), added(m, x, components, weights)
+    for name, ours, start, expected, size in zip(NAMES, found, before, exact, Terms(m, x).statistics(r)):
+        budgets.check(ours - start, expected, size, name)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

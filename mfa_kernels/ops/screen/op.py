@@ -111,6 +111,8 @@ def screen(
 ) -> AnyScreen:
     """Stage 0 of screening: K D p (R + 1) multiply-adds in float64, and an eigenproblem unless a basis is given.
 
+    PyTorch's BLAS has a hand in it, so its last bits may depend on the number of threads; those of its scans do not.
+
     Args:
         means: (K, D), float32 (or float64 on a CPU).
         loadings: (K, D, R).
@@ -197,7 +199,7 @@ def choose(
     least: int = 16,
 ) -> AnyScreen | None:
     """The screen that costs least on some tokens; None where the dense scan costs less, as it does with noise per
-    component. Counts decide, not times: the same tokens and parameters give the same choice.
+    component. Counts decide, not times: the same tokens and parameters give the same choice, on as many threads.
 
     Args:
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
