@@ -14,7 +14,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from mfa_kernels.ops import native
+from tests import interpreter
 from tests.threads import threads
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    interpreter.speed_up()
 
 NOT_APPLICABLE = "not applicable: "  # how the reason of a skip begins that nothing installed would prevent
 
