@@ -193,7 +193,7 @@ def resources(cubin: bytes) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, sass = read("cuobjdump", "-res-usage", str(path)), read("nvdisasm", "-c", str(path))
+        usage, sass = read("cuobjdump", "-res-usage", str(path)), read("nvdisasm", "-ndf", "-c", str(path))
     found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
     counts: collections.Counter[str] = collections.Counter()
     for opcode, modifiers in _OPCODE.findall(sass):
@@ -220,6 +220,8 @@ def rows(module_names: list[str], architectures: tuple[int, ...] = ARCHITECTURES
         missing += [Row(kernel, name, 0, error="not in ahead_of_time") for kernel in sorted(launched(module) - listed)]
     if not jobs:
         return missing
+    if processes == 1:
+        return [*map(compile_entry, *zip(*jobs)), *missing]
     # New interpreters: the compiler's threads do not survive a fork.
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         return [*pool.map(compile_entry, *zip(*jobs)), *missing]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -27,8 +29,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--more", action="store_true", help="the tests marked `more` too; what is missing fails a test")
 
 
-def pytest_configure() -> None:
+LONGEST = [
+    "tests/distributed",
+    "tests/ops/test_aot.py",
+    "tests/ops/test_triton_select.py",
+    "tests/ops/test_cuda.py",
+    "tests/steering/test_compile.py",
+    "tests/gpu/test_rehearsal.py",
+    "tests/test_killed.py",
+    "tests/ops/test_triton_kmeans.py",
+    "tests/steering/test_handle.py",
+    "tests/steering/test_by_hand.py",
+    "tests/ops/test_triton_screen.py",
+    "tests/ops/test_screen_neighbors.py",
+    "tests/ops/test_select.py",
+    "tests/test_cli.py",
+    "tests/test_tuning.py",
+]
+"""What takes longest, in order: under pytest-xdist it begins first, so that no process is left alone with it."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Under pytest-xdist, each process has its share of the cores, and what it starts too."""
+    config.option.loadscopereorder = False  # by the number of tests: ours is by their length
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if processes > 1:
         share = max(1, (os.cpu_count() or 1) // processes)
@@ -36,17 +59,39 @@ def pytest_configure() -> None:
         torch.set_num_threads(share)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `more` are left out unless asked for.
+def pytest_collection_finish() -> None:
+    """Torch and all tests are there to stay: to look for garbage among them takes long, and is not done so often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
-    Under pytest-xdist, the tests of a file stay together, for its fixtures; those of several processes all do.
-    """
+
+def group(nodeid: str) -> str:
+    """The tests of a file stay in one process, for its fixtures; those of several processes all do."""
+    file = nodeid.partition("::")[0]
+    return "tests/distributed" if file.startswith("tests/distributed/") else file
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `more` are left out unless asked for; under pytest-xdist, the longest come first."""
     if not config.getoption("--more"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("more")])
         items[:] = [item for item in items if not item.get_closest_marker("more")]
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group("tests/distributed" if "/distributed/" in file else file))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(group(item.nodeid), len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out whole groups. (pytest-xdist 3.8 writes them into names that pytest 9.2 does not read any more.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    return Groups(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 def _fail_what_is_missing(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -118,8 +118,8 @@ class Bench:
 
     def clean(self) -> None:
         """Gives unused memory back, so that one case does not starve the next."""
-        gc.collect()
-        if not self.rehearsal:
+        if not self.rehearsal:  # where there is little to give, and to look for it takes longer than the case
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _wall(self, call: Callable[[int], Any], i: int) -> float:
