@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -157,16 +158,24 @@ def test_k_means(dtype):
     check(run)
 
 
+@functools.cache
+def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Factors, screen_op.AnyScreen]:
+    """A mixture, its factors and its screen, made once for all scans of it."""
+    if lists:
+        m, f, screen = with_screen(spread, False)
+        return m, f, screen_op.with_neighbors(screen, *m, f)
+    m = mixture(391, 64, 5, spread=spread)
+    f = m.factors(m.means.mean(0))
+    return m, f, screen_op.screen(*m, f, 48)
+
+
 @pytest.mark.parametrize("count", [1, 3, 5, 128 + 129, 700])
 @pytest.mark.parametrize("spread", [1.5, 0.7, 0.05], ids=["one_hot", "overlapping", "diffuse"])
 @pytest.mark.parametrize("way", ["lines", "marginals", "lists"])
 def test_scans_of_one_screen(count, spread, way):
     """What bounds and lists are made of comes from a BLAS: one screen is made, and every scan of it is the same."""
-    m = mixture(391, 64, 5, spread=spread)
-    x, f = tokens(m, count), m.factors(m.means.mean(0))
-    screen = screen_op.screen(*m, f, 48)
-    if way == "lists":
-        screen = screen_op.with_neighbors(screen, *m, f)
+    m, f, screen = with_screen(spread, way == "lists")
+    x = tokens(m, count)
     if way == "marginals":
         screen = screen.without_lines()
     constants, threshold = f.constants(m.log_weights), activity_threshold(391, m.means.dtype)
