@@ -2,7 +2,8 @@
 
 A folder is saved by renaming two files, and a reader, or a crash, may come between. So the header of the weights has a
 copy of the config, and config.json counts only beside the weights that it was saved with: the one rename of the weights
-is the save.
+is the save. It also has a checksum of the weights and of the copy, which is compared when they are read; weights of
+earlier versions and of other programs have none, and are read as they are.
 
 No loader here runs code from a file. `mfa_kernels.MFA` has these functions as methods.
 """
@@ -18,10 +19,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mfa_kernels import __version__
+from mfa_kernels import __version__, checksum
+from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
+from mfa_kernels.functional import PRECISIONS
+from mfa_kernels.reading import (
+    COUNT,
+    OBJECT,
+    SHARE,
+    TEXT,
+    check_fields,
+    check_file,
+    choice,
+    naming,
+    parse_json,
+    read_json,
+    read_safetensors,
+    shown,
+)
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -32,8 +48,16 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "mfa_kernels"
 FORMAT_VERSION = 1
 
-_KEYS = ("n_components", "n_features", "rank", "noise", "precision", "noise_floor", "dtype")
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_KINDS = {
+    "n_components": COUNT,
+    "n_features": COUNT,
+    "rank": COUNT,
+    "noise": TEXT,
+    "precision": TEXT,
+    "noise_floor": SHARE,
+    "dtype": choice(*_DTYPES),
+}
 
 
 # Our folder
@@ -54,7 +78,10 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
     folder, config = Path(folder), _sealed(_config(mfa, extra))
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
-        atomic_save_safetensors(mfa.state_dict(), weights_file, _metadata(config))
+        tensors = {name: tensor.detach().cpu() for name, tensor in mfa.state_dict().items()}
+        metadata = _metadata(config)
+        metadata[checksum.KEY] = checksum.of_tensors(tensors, metadata)
+        atomic_save_safetensors(tensors, weights_file, metadata)
 
 
 def _extra(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -91,7 +118,7 @@ def _sealed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _metadata(config: dict[str, Any]) -> dict[str, str]:
-    """What the header of the weights says."""
+    """What the header of the weights says, besides their checksum."""
     return {"format": "pt", "config": json.dumps(config)}
 
 
@@ -125,8 +152,11 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: there is no such folder, repository or file.
-        ValueError: a file is not ours, is incomplete, is of a newer format, or their shapes do not agree.
+        ValueError: a file is not ours, is incomplete or corrupt, is of a newer format, or their shapes do not agree; it
+            is named.
     """
+    if precision is not None:
+        check_choice(precision, PRECISIONS, "precision")
     config_path, weights_path = _find(
         folder_or_hub_id,
         subfolder,
@@ -136,18 +166,12 @@ def load_pretrained(
         local_files_only=local_files_only,
     )
     config = _read_config(config_path)
-    saved, metadata = _read_safetensors(weights_path)
+    saved, metadata = read_safetensors(weights_path)
+    if checksum.KEY in metadata:
+        checksum.compare(checksum.of_tensors(saved, metadata), metadata[checksum.KEY], weights_path, "its header")
     config = _of_the_weights(config, metadata, weights_path)
-    mfa = cls(
-        config["n_components"],
-        config["n_features"],
-        config["rank"],
-        config["noise"],
-        precision=precision or config["precision"],
-        noise_floor=config["noise_floor"],
-        device="meta",  # nothing is allocated before the shapes are known to fit, and no random numbers are drawn
-        dtype=_DTYPES[config["dtype"]],
-    )
+    # On the meta device nothing is allocated before the shapes are known to fit, and no random numbers are drawn.
+    mfa = _blank(cls, config, config["n_components"], precision, config_path)
     expected = mfa.state_dict()
     if set(saved) != set(expected):
         raise ValueError(f"{weights_path} holds the tensors {sorted(saved)}, expected {sorted(expected)}")
@@ -164,6 +188,21 @@ def load_pretrained(
     return mfa
 
 
+def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> MFA:
+    """A mixture of so many components on the meta device; where the config does not make one, an error names it."""
+    with naming(path, "the config of a mixture"):
+        return cls(
+            components,
+            config["n_features"],
+            config["rank"],
+            config["noise"],
+            precision=precision or config["precision"],
+            noise_floor=config["noise_floor"],
+            device="meta",
+            dtype=_DTYPES[config["dtype"]],
+        )
+
+
 def _allocate(mfa: MFA, device: torch.device | str | None, dtype: torch.dtype | None) -> MFA:
     """Memory for a mixture on the meta device; the values are yet to be written."""
     device = torch.get_default_device() if device is None else device
@@ -176,8 +215,7 @@ def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Pat
     if path.is_dir():
         path = path / (subfolder or "")
         for name in (CONFIG, WEIGHTS):
-            if not (path / name).is_file():
-                raise FileNotFoundError(f"{path} has no {name}; a saved mixture is {CONFIG} and {WEIGHTS}")
+            check_file(path / name, f"{path} has no {name}; a saved mixture is {CONFIG} and {WEIGHTS}")
         return path / CONFIG, path / WEIGHTS
     if path.is_file():
         raise NotADirectoryError(
@@ -206,50 +244,35 @@ def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Pat
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    return _checked(config, path)
+    return _checked(read_json(path), path)
 
 
 def _of_the_weights(config: dict[str, Any], metadata: dict[str, str], path: Path) -> dict[str, Any]:
     """`config`, read from config.json, if it was saved with the weights of this header; else the header's copy."""
     if "config" not in metadata:  # saved without one, perhaps with the floor, or by another program
-        return {**config, "noise_floor": float(metadata.get("noise_floor", config["noise_floor"]))}
-    own = _checked(json.loads(metadata["config"]), path)
+        with naming(path, "a file of weights with a noise floor"):
+            config = {**config, "noise_floor": float(metadata.get("noise_floor", config["noise_floor"]))}
+        return _checked(config, path)
+    own = _checked(parse_json(metadata["config"], path, ": its copy of the config is not JSON"), path)
     return config if config.get("saved_as") == own.get("saved_as") else own
 
 
 def _checked(config: Any, path: Path) -> dict[str, Any]:
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != MODEL_TYPE:
-        raise ValueError(f"{path} does not describe a mixture: model_type is {kind!r}, expected {MODEL_TYPE!r}")
+        raise ValueError(f"{path} does not describe a mixture: model_type is {shown(kind)}, expected {MODEL_TYPE!r}")
     version = config.get("format_version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{path}: format_version must be a positive integer, got {version!r}")
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path}: format_version must be a positive integer, got {shown(version)}")
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {version}, written by mfa_kernels {config.get('mfa_kernels_version')}; "
-            f"mfa_kernels {__version__} reads up to {FORMAT_VERSION}: update mfa_kernels"
+            f"{path} has format_version {shown(version)}, written by mfa_kernels "
+            f"{config.get('mfa_kernels_version')!s:.20}; mfa_kernels {__version__} reads up to {FORMAT_VERSION}: "
+            "update mfa_kernels"
         )
-    missing = [key for key in _KEYS if key not in config]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    if config["dtype"] not in _DTYPES:
-        raise ValueError(f"{path}: dtype must be one of {', '.join(_DTYPES)}, got {config['dtype']!r}")
+    check_fields(config, _KINDS, str(path))
+    check_fields(config, {"extra": OBJECT}, str(path), needed=False)
     return config
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors, mapped from the file, and the strings of its header."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a complete safetensors file: {error}") from error
 
 
 def push_to_hub(

@@ -1,18 +1,32 @@
-"""Files that are either whole or absent: written under a temporary name in the same folder, then renamed."""
+"""Files that are either whole or absent: written in a temporary folder beside their place, then renamed.
+
+What a process leaves that is killed while it writes is removed by the next one that writes a file of that name.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # not on this system: age alone tells what was abandoned
+    fcntl = None  # type: ignore[assignment]
+
 StrPath = str | os.PathLike[str]
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_ABANDONED = 3600.0  # seconds without a change, where no lock can tell
 
 
 @contextmanager
@@ -20,12 +34,13 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
     """A temporary path to write to; it becomes `path` when the block ends, and vanishes when the block raises.
 
     The folder of `path` is made if it is missing. The data reaches the disk before the name does, so that a power cut
-    does not leave a complete name on an incomplete file.
+    does not leave a complete name on an incomplete file. What killed writers of `path` have left is removed afterwards.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
+    # A folder, whose lock stays whatever a library does to the file: safetensors writes under a name of its own.
+    with _locked_folder(path) as folder:
+        temporary = folder / f".{path.name}"
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files that only their owner can read
         yield temporary
@@ -33,8 +48,86 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    sweep(path.parent, re.escape(path.name))
+
+
+@contextmanager
+def _locked_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, which other processes can tell from one whose writer has died."""
+    folder, lock = path, None
+    try:
+        while lock is None:
+            folder = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+            folder.mkdir()
+            if fcntl is None:
+                break
+            lock = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):  # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():  # swept away between its making and its lock
+                os.close(lock)
+                lock = None
+        yield folder
     finally:
-        temporary.unlink(missing_ok=True)
+        if folder is not path:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def sweep(folder: StrPath, names: str) -> None:
+    """Removes what writers that were killed have left for files of a folder; what cannot be removed stays.
+
+    Only what has a temporary name of ours goes, and only if no process that writes holds it.
+
+    Args:
+        folder: of the files.
+        names: a regular expression of their names.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            name = entry.name
+            while found := _TEMPORARY.fullmatch(name):  # twice over where an earlier version wrote one through another
+                name = found["name"]
+            if name != entry.name and re.fullmatch(names, name):
+                _remove_if_abandoned(Path(entry.path))
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_symlink():
+            return
+        if not path.is_dir():  # of an earlier version, which had no locks
+            if _is_old(path):
+                path.unlink()
+            return
+        with _lock_of_the_dead(path) as dead:
+            if dead or (dead is None and all(map(_is_old, (path, *path.iterdir())))):
+                shutil.rmtree(path)
+
+
+@contextmanager
+def _lock_of_the_dead(folder: Path) -> Iterator[bool | None]:
+    """Whether nobody holds a temporary folder, which is held meanwhile; None where there are no locks."""
+    if fcntl is None:
+        yield None
+        return
+    dead: bool | None = True
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            dead = False
+        except OSError:  # some network file systems
+            dead = None
+        yield dead
+    finally:
+        os.close(lock)
+
+
+def _is_old(path: Path) -> bool:
+    return time.time() - path.stat().st_mtime > _ABANDONED
 
 
 def atomic_write_bytes(path: StrPath, data: bytes) -> None:

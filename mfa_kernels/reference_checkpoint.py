@@ -8,7 +8,9 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from mfa_kernels.checkpoint import _allocate, _extra
 from mfa_kernels.files import StrPath, atomic_path
+from mfa_kernels.reading import SHARE, check_file, naming, optional, shown
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 _REFERENCE_TENSORS = ("mu", "dir_raw", "scale_rho", "psi_rho", "pi_logits")
 _BARE_EPS_FLOOR = 1e-8  # what the paper's loader takes where a file does not say
 _TRAINING_EPS_FLOOR = 1e-5  # what the paper's trainer starts with
+_META = ("K", "D", "q", "rank", "cls", "version", "eps_floor", "rotation_on")
+_RECORD_BYTES = 1 << 20  # read at once where only their checksum matters
 _CHUNK_ELEMENTS = 1 << 23  # 64 MiB of float64
 _OBLIQUE = 1e-2  # farther from orthogonal than the rounding of bfloat16 explains
 
@@ -61,18 +66,23 @@ def load_reference(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is incomplete, holds more than tensors and plain values, or its tensors do not fit.
+        ValueError: naming the file; it is incomplete or corrupt, holds more than tensors and plain values, or its
+            tensors do not fit. (Files of torch before 1.6, and those written without checksums, have nothing to tell
+            a flipped bit by.)
     """
-    state, meta = _read_reference(path)
-    components, features, rank = state["dir_raw"].shape
-    eps_floor = _choose_eps_floor(path, meta, eps_floor)
-    rotation = _read_rotation(path, state, meta)
+    if eps_floor is not None and not eps_floor >= 0:
+        raise ValueError(f"eps_floor must be >= 0, got {eps_floor!r}")
+    with naming(Path(path), "a checkpoint of the paper's code"):
+        state, meta = _read_reference(Path(path))
+        components, features, rank = state["dir_raw"].shape
+        eps_floor = _choose_eps_floor(path, meta, eps_floor)
+        rotation = _read_rotation(path, state, meta)
 
-    file_dtype = state["mu"].dtype
-    for tensor in state.values():
-        file_dtype = torch.promote_types(file_dtype, tensor.dtype)
-    noise = "per_component" if state["psi_rho"].dim() == 2 else "shared"
-    mfa = cls(components, features, rank, noise, noise_floor=eps_floor, device="meta", dtype=file_dtype)
+        file_dtype = state["mu"].dtype
+        for tensor in state.values():
+            file_dtype = torch.promote_types(file_dtype, tensor.dtype)
+        noise = "per_component" if state["psi_rho"].dim() == 2 else "shared"
+        mfa = cls(components, features, rank, noise, noise_floor=eps_floor, device="meta", dtype=file_dtype)
     mfa = _allocate(mfa, device, dtype)
 
     mfa.means.copy_(state["mu"])
@@ -94,10 +104,33 @@ def load_reference(
     return mfa
 
 
-def _read_reference(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _is_archive(path: Path) -> bool:
+    """Whether a file is of torch's own format since 1.6, a zip archive; raises where that is damaged.
+
+    Its readers, unlike `zipfile`, do not compare the checksums in it.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False
+    with zipfile.ZipFile(path) as archive:
+        size = path.stat().st_size
+        for entry in archive.infolist():
+            # torch compresses nothing: what claims to be larger than the file is would be made in memory.
+            if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
+                raise zipfile.BadZipFile(f"{shown(entry.filename)} claims {entry.file_size} bytes")
+            if entry.CRC:  # 0: written without, as torch.serialization.set_crc32_options asks for
+                with archive.open(entry) as record:
+                    while record.read(_RECORD_BYTES):
+                        pass
+    return True
+
+
+def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, of shapes that fit together, and the meta dict (empty for a bare state dict)."""
+    check_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        # Mapped, a tensor can be no larger than what there is of the file.
+        content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except (OSError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
@@ -116,10 +149,16 @@ def _read_reference(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     meta = (content.get("meta") or {}) if contained else {}
     if not isinstance(meta, dict):
         raise ValueError(f"{path}: meta is a {type(meta).__name__}, expected a dict")
+    for key in _META:
+        if not isinstance(meta.get(key), str | int | float | None):
+            raise ValueError(f"{path}: meta: {key} is a {type(meta[key]).__name__}, expected a plain value")
     if meta.get("cls", "MFA") != "MFA":
-        raise ValueError(f"{path} holds a {meta['cls']!r}, expected 'MFA'")
+        raise ValueError(f"{path} holds a {shown(meta['cls'])}, expected 'MFA'")
     if meta.get("version", 1) != 1:
-        raise ValueError(f"{path} is of version {meta['version']!r} of the paper's format, expected 1")
+        raise ValueError(f"{path} is of version {shown(meta['version'])} of the paper's format, expected 1")
+    if not optional(SHARE).holds(meta.get("eps_floor")):
+        # The mixture's word for it is the noise floor.
+        raise ValueError(f"{path}: meta: noise_floor must be >= 0, got eps_floor {shown(meta['eps_floor'])}")
 
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
     state = {name: tensors[name] for name in (*_REFERENCE_TENSORS, "_rot_inv_Tt") if name in tensors}
@@ -127,11 +166,9 @@ def _read_reference(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}; it holds {', '.join(list(tensors)[:20]) or 'nothing'}")
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ValueError(f"{path}: {name} must be a floating-point tensor, got {found}")
-        if not (tensor < torch.inf).all():  # -inf is a weight or a noise of 0
-            raise ValueError(f"{path}: {name} has NaN or infinite values")
 
     if state["mu"].dim() != 2 or state["dir_raw"].dim() != 3:
         raise ValueError(
@@ -152,9 +189,17 @@ def _read_reference(path: StrPath) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 f"{path}: {name} has shape {tuple(state[name].shape)}, expected {shape}: mu has K, D = {components}, "
                 f"{features} and dir_raw has rank {rank}"
             )
+    size = sum(state[name].numel() * state[name].element_size() for name in _REFERENCE_TENSORS)
+    if size > path.stat().st_size or rank > features:  # views that repeat few numbers, and rotations as large
+        raise ValueError(
+            f"{path}: its tensors claim {size} bytes and rank {rank}, more than the file has and {features}"
+        )
+    for name, tensor in state.items():
+        if not (tensor < torch.inf).all():  # -inf is a weight or a noise of 0
+            raise ValueError(f"{path}: {name} has NaN or infinite values")
     for key, size in (("K", components), ("D", features), ("q", rank), ("rank", rank)):
         if meta.get(key, size) != size:
-            raise ValueError(f"{path}: meta says {key} = {meta[key]!r}, but its tensors have {size}")
+            raise ValueError(f"{path}: meta says {key} = {shown(meta[key])}, but its tensors have {size}")
     return state, meta
 
 

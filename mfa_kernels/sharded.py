@@ -17,13 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mfa_kernels import checkpoint, ops
+from mfa_kernels import checkpoint, checksum, ops
 from mfa_kernels.checks import check_activations
 from mfa_kernels.code import Code, encoded
 from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.reading import opened
 
 _PIECE_ELEMENTS = 1 << 24  # of a tensor on its way to the file
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -264,6 +265,8 @@ class ShardedMFA(nn.Module):
         ranks, local = self.ranks, self.local
         config = {**ranks.agree(lambda: checkpoint._config(local, extra)), "n_components": self.n_components}
         config = checkpoint._sealed(config)
+        metadata, of = checkpoint._metadata(config), self._facts()
+        digests: dict[str, list[bytes]] = {}
         with ExitStack() as files:
             weights = None
             if ranks.first:
@@ -271,22 +274,40 @@ class ShardedMFA(nn.Module):
                 weights_path = files.enter_context(atomic_path(Path(folder) / checkpoint.WEIGHTS))
                 atomic_write_json(config_path, config)
                 weights = files.enter_context(open(weights_path, "wb"))
-                weights.write(self._header(config))
+                weights.write(self._header({**metadata, checksum.KEY: "0" * 64}, of))
             for name, tensor in local.state_dict().items():
                 sharers = range(ranks.size if is_split(name, self.noise) else 1)
+                written = checksum.Pieces()
                 for piece in (piece for rank in sharers for piece in self._pieces(tensor, rank)):
                     if weights is not None:
-                        weights.write(piece.cpu().view(torch.uint8).numpy().tobytes())
+                        data = piece.cpu().view(torch.uint8).numpy().tobytes()
+                        written.add(data)
+                        weights.write(data)
+                digests[name] = written.digests()
+            if weights is not None:  # the header had room for what is known only now
+                total = checksum.combined(of, [one for name in sorted(digests) for one in digests[name]], metadata)
+                weights.seek(0)
+                weights.write(self._header({**metadata, checksum.KEY: total}, of))
         ranks.totals(0)  # waits for rank 0
 
-    def _header(self, config: dict[str, Any]) -> bytes:
+    def _facts(self) -> dict[str, checksum.Fact]:
+        """Dtype and shape of each tensor of the whole mixture, in the order of the state dict."""
+        return {
+            name: checksum.fact(
+                tensor.dtype,
+                [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]],
+            )
+            for name, tensor in self.local.state_dict().items()
+        }
+
+    def _header(self, metadata: Mapping[str, str], of: Mapping[str, checksum.Fact]) -> bytes:
         """Of the safetensors file."""
-        header: dict[str, Any] = {"__metadata__": checkpoint._metadata(config)}
+        header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, tensor in self.local.state_dict().items():
-            shape = [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
-            start, end = end, end + torch.Size(shape).numel() * tensor.element_size()
-            header[name] = {"dtype": _SAFETENSORS_DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
+            start, end = end, end + torch.Size(of[name].shape).numel() * tensor.element_size()
+            dtype = _SAFETENSORS_DTYPES[tensor.dtype]
+            header[name] = {"dtype": dtype, "shape": of[name].shape, "data_offsets": [start, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -331,28 +352,21 @@ class ShardedMFA(nn.Module):
         Raises:
             FileNotFoundError, ValueError: as `MFA.from_pretrained`; fewer components than ranks among it.
         """
-        from safetensors import safe_open
-
         config_path, weights_path = checkpoint._find(folder_or_hub_id, subfolder, **hub)
         config = checkpoint._read_config(config_path)
-        tensors = {}
-        with safe_open(weights_path, framework="pt", device="cpu") as file:
+        ranks, tensors = Ranks(group), {}
+        with opened(weights_path) as file:
+            _verify(file, weights_path, ranks)
             config = checkpoint._of_the_weights(config, file.metadata() or {}, weights_path)
-            start, stop = part_of(config["n_components"], Ranks(group))
-            local = MFA(
-                stop - start,
-                config["n_features"],
-                config["rank"],
-                config["noise"],
-                precision=precision or config["precision"],
-                noise_floor=config["noise_floor"],
-                device="meta",
-                dtype=checkpoint._DTYPES[config["dtype"]],
-            )
-            for name, expected in local.state_dict().items():
+            start, stop = part_of(config["n_components"], ranks)
+            local = checkpoint._blank(MFA, config, stop - start, precision, config_path)
+            expected = local.state_dict()
+            if set(file.keys()) != set(expected):
+                raise ValueError(f"{weights_path} holds the tensors {sorted(file.keys())}, expected {sorted(expected)}")
+            for name, like in expected.items():
                 split = is_split(name, local.noise)
                 found = file.get_slice(name)
-                shape = [config["n_components"] if split else len(expected), *expected.shape[1:]]
+                shape = [config["n_components"] if split else len(like), *like.shape[1:]]
                 if list(found.get_shape()) != shape:
                     raise ValueError(f"{weights_path}: {name} has shape {found.get_shape()}, expected {shape}")
                 tensors[name] = found[start:stop] if split else found[:]
@@ -360,6 +374,18 @@ class ShardedMFA(nn.Module):
         local.load_state_dict(tensors)
         local.extra = config.get("extra", {})
         return cls(local, group)
+
+
+def _verify(file: Any, path: Path, ranks: Ranks) -> None:
+    """Compares weights with the checksum in their header, if it has one; every rank reads its part of them."""
+    metadata = file.metadata() or {}
+    if checksum.KEY not in metadata:
+        return
+    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (mapped, not read)
+    parts = checksum.pieces(tensors)
+    own = checksum.digests(parts[slice(*ranks.span(len(parts)))])
+    found = checksum.combined(checksum.facts(tensors), [one for each in ranks.objects(own) for one in each], metadata)
+    checksum.compare(found, metadata[checksum.KEY], path, "its header")
 
 
 AnyMFA = MFA | ShardedMFA

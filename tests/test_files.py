@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from mfa_kernels import files
+from tests.mixtures import random_mfa
 
 
 def test_bytes_text_and_json_replace_what_is_there(tmp_path: Path) -> None:
@@ -47,7 +51,7 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     path.write_text("old")
     with files.atomic_path(path) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == tmp_path  # a rename across file systems would not be atomic
+        assert temporary.is_relative_to(tmp_path)  # a rename across file systems would not be atomic
         assert path.read_text() == "old"
     assert path.read_text() == "new"
 
@@ -75,3 +79,72 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o640}
+
+
+def abandoned(folder: Path, name: str) -> Path:
+    """What a writer leaves that is killed."""
+    before = set(folder.iterdir())
+    child = os.fork()
+    if not child:
+        with files.atomic_path(folder / name) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = set(folder.iterdir()) - before
+    return left
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not applicable: locks of POSIX")
+def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    others = [".file.txt.0af.tmp", "file.txt.tmp", ".tmpK3eXbq", f".other.{'0' * 32}.tmp", f".file.txt.{'0' * 31}g.tmp"]
+    for name in others:
+        (tmp_path / name).write_text("somebody else's")
+    left = [abandoned(tmp_path, "file.txt"), abandoned(tmp_path, "file.txt")]
+    other = abandoned(tmp_path, "another.txt")
+    with files.atomic_path(tmp_path / "file.txt") as living:
+        living.write_text("whole, in the end")
+        files.atomic_write_text(tmp_path / "file.txt", "first")  # another writer, meanwhile
+        assert living.exists(), "nobody may take what is being written"
+        assert not any(path.exists() for path in left)
+    assert (tmp_path / "file.txt").read_text() == "whole, in the end"
+    assert {path.name for path in tmp_path.iterdir()} == {"file.txt", other.name, *others}
+
+
+def test_old_temporaries_of_earlier_versions_are_removed(tmp_path: Path) -> None:
+    once, twice = (tmp_path / f".file.{'ab' * 16}.tmp", tmp_path / f"..file.{'ab' * 16}.tmp.{'cd' * 16}.tmp")
+    for path in (once, twice):
+        path.write_text("half")
+    files.atomic_write_text(tmp_path / "file", "new")
+    assert all(path.exists() for path in (once, twice)), "they may be somebody's who is writing"
+    for path in (once, twice):
+        os.utime(path, (0, 0))
+    files.atomic_write_text(tmp_path / "file", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_without_locks_age_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "fcntl", None)
+    left = tmp_path / f".file.{'ab' * 16}.tmp"
+    left.mkdir()
+    (left / ".file").write_text("half")
+    os.utime(left, (0, 0))
+    files.atomic_write_text(tmp_path / "file", "new")
+    assert left.exists(), "what is in it is new"
+    os.utime(left / ".file", (0, 0))
+    files.atomic_write_text(tmp_path / "file", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="not applicable: signals of POSIX")
+def test_a_killed_save_of_a_mixture_leaves_nothing_for_long(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, safetensors.torch\nfrom tests.mixtures import random_mfa\n"
+        "save = safetensors.torch.save_file\n"
+        "def killed(tensors, path, metadata=None):\n"
+        "    save(tensors, path, metadata)\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "safetensors.torch.save_file = killed\nrandom_mfa().save_pretrained(sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    assert list(tmp_path.iterdir())
+    random_mfa().save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]

@@ -20,6 +20,7 @@ from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWri
 from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
 from mfa_kernels.models import hidden_states, resolve_layer
+from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
 
@@ -206,6 +207,7 @@ class _Reached(NamedTuple):
     texts: str  # a hash of the windows read
 
 
+_PROGRESS = {name: TEXT if name == "texts" else COUNT for name in _Reached._fields}
 _BEGINNING = _Reached(0, 0, 0, 0, hashlib.sha256().hexdigest())
 
 
@@ -222,6 +224,10 @@ def _reached(folders: dict[str, Path], metas: dict[str, dict[str, Any]], dtype: 
             if store.complete:
                 del out[path]
             elif store.progress:
+                where = f"resume: {folder / MANIFEST}: progress"
+                check_fields(store.progress, _PROGRESS, where)
+                if unknown := store.progress.keys() - _PROGRESS.keys():
+                    raise ValueError(f"{where} has no {shown(sorted(unknown))}")
                 out[path] = _Reached(**store.progress)
     return out
 

@@ -2,7 +2,8 @@
 
 A store is a folder:
 
-    manifest.json                    format, features, dtype, meta, and for each shard its file, rows, bytes and sha256
+    manifest.json                    format, features, dtype, meta, and for each shard its file, rows, bytes and sha256;
+                                     a checksum of all this
     activations-00000.safetensors    activations (n, D); document (n,) and position (n,) int32, of each row;
                                      tokens (T,) and lengths (d,) int32, of the documents that begin in this shard;
                                      in its header, `sources`: where each of these is from, as a JSON list
@@ -10,14 +11,16 @@ A store is a folder:
 A document is what the model read at once: rows of one document may run over into the next shard, its tokens are in the
 shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens,
 and that a writer can go on with; until it is complete, its manifest says under `progress` where.
+
+What is read is what was written, or an error: a manifest is compared with its checksum when a store is opened (those of
+earlier versions have none), a shard with the manifest when it is first read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -26,14 +29,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json
+from mfa_kernels import checksum
+from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
+from mfa_kernels.reading import (
+    COUNT,
+    FLAG,
+    OBJECT,
+    SHA256,
+    TEXT,
+    check_fields,
+    check_file,
+    choice,
+    every,
+    integer,
+    member,
+    naming,
+    opened,
+    parse_json,
+    read_json,
+    shown,
+)
 
 FORMAT = "mfa_kernels.activations"
 VERSION = 1
 MANIFEST = "manifest.json"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_HASH_CHUNK = 1 << 22
-# What a process that was killed while it wrote leaves; the second is the name that safetensors writes under.
+_FIELDS = {
+    "n_features": integer(1), "dtype": choice(*_DTYPES), "complete": FLAG, "meta": OBJECT, "shards": every(OBJECT),
+}  # fmt: skip
+_SHARD_FIELDS = {"file": TEXT, "rows": COUNT, "documents": COUNT, "bytes": COUNT, "sha256": SHA256}
+_NAMES = r"activations-\d+\.safetensors|manifest\.json"
+# What a process of an earlier version that was killed while it wrote has left; the second is the name that safetensors
+# writes under.
 _TEMPORARY = re.compile(r"\.(activations-\d+\.safetensors|manifest\.json)\.\w+\.tmp|\.tmp\w+")
 
 
@@ -68,7 +95,8 @@ class ActivationStore:
 
     Raises:
         FileNotFoundError: naming the manifest or shard that is missing.
-        ValueError: naming the file that is not what the manifest says, or that this version cannot read.
+        ValueError: naming the file that is not what the manifest says, or that this version cannot read; of what is in
+            a shard, once it is read.
     """
 
     def __init__(self, folder: StrPath):
@@ -81,15 +109,15 @@ class ActivationStore:
         self.progress: dict[str, Any] = manifest.get("progress", {})
         self.shards: list[dict[str, Any]] = manifest["shards"]
         for shard in self.shards:
-            path = self.folder / shard["file"]
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: this shard is in the manifest, but not in the folder")
+            path = member(self.folder, shard["file"], self.folder / MANIFEST)
+            check_file(path, f"{path}: this shard is in the manifest, but not in the folder")
             if path.stat().st_size != shard["bytes"]:
                 raise ValueError(f"{path}: {path.stat().st_size} bytes found, {shard['bytes']} expected: truncated?")
         self._row_ends = np.cumsum([shard["rows"] for shard in self.shards], dtype=np.int64)
         self._document_ends = np.cumsum([shard["documents"] for shard in self.shards], dtype=np.int64)
         self.n_documents = int(self._document_ends[-1]) if self.shards else 0
         self._open: dict[int, _Shard] = {}
+        self._sound: dict[int, tuple[int, ...]] = {}  # shards that were compared with the manifest, as they were then
 
     def __len__(self) -> int:
         return int(self._row_ends[-1]) if self.shards else 0
@@ -120,6 +148,7 @@ class ActivationStore:
             wrong = index[0] if index[0] < 0 else index[-1]
             raise IndexError(f"index must be in [0, {len(self)}), got {int(wrong)}")
         stops = np.searchsorted(index.numpy(), self._row_ends).tolist()
+        self._open_all(i for i, (start, stop) in enumerate(zip([0, *stops], stops)) if stop > start)
         start = 0
         for i, stop in enumerate(stops):
             if stop > start:
@@ -131,6 +160,7 @@ class ActivationStore:
 
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All the activations, (len(self), D), in memory."""
+        self._open_all(range(len(self.shards)))
         out = torch.empty(len(self), self.n_features, dtype=dtype)
         for i in range(len(self.shards)):
             out[self._first_row(i) : self._row_ends[i]] = self._shard(i).activations
@@ -154,6 +184,7 @@ class ActivationStore:
     @property
     def tokens(self) -> Tensor:
         """The token id of every row, (len(self),) int32."""
+        self._open_all(range(len(self.shards)))
         parts = []
         for i in range(len(self.shards)):
             document, position = self._shard(i).document.long(), self._shard(i).position.long()
@@ -164,7 +195,9 @@ class ActivationStore:
                 mine = torch.from_numpy(owners == owner)
                 shard = self._shard(owner)
                 starts = torch.nn.functional.pad(shard.ends, (1, 0))
-                token[mine] = shard.tokens[starts[document[mine] - self._first_document(owner)] + position[mine]]
+                number = document[mine] - self._first_document(owner)
+                self._check_positions(i, position[mine], starts.diff()[number])
+                token[mine] = shard.tokens[starts[number] + position[mine]]
             parts.append(token)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
 
@@ -191,7 +224,7 @@ class ActivationStore:
 
     def token(self, row: int) -> int:
         """The token id at a row."""
-        return int(self.document_tokens(self.document(row))[self.position(row)])
+        return int(self._tokens_of(row)[0][self.position(row)])
 
     def context(self, row: int, before: int = 10, after: int = 10) -> tuple[list[int], int]:
         """The tokens around a row, as far as its document reaches.
@@ -201,7 +234,7 @@ class ActivationStore:
         """
         if before < 0 or after < 0:
             raise ValueError(f"before and after must not be negative, got {before} and {after}")
-        tokens, position = self.document_tokens(self.document(row)), self.position(row)
+        tokens, position = self._tokens_of(row)
         start = max(0, position - before)
         return tokens[start : position + after + 1].tolist(), position - start
 
@@ -222,10 +255,23 @@ class ActivationStore:
                     problems.append(f"{name}: missing")
                 elif path.stat().st_size != shard["bytes"]:
                     problems.append(f"{name}: {path.stat().st_size} bytes, {shard['bytes']} expected")
-                elif _sha256(path) != shard["sha256"]:
+                elif checksum.of_file(path) != shard["sha256"]:
                     problems.append(f"{name}: corrupt, its sha256 is not the one in {MANIFEST}")
                 bar.update(shard["bytes"])
         return problems
+
+    def _tokens_of(self, row: int) -> tuple[Tensor, int]:
+        """Those of a row's document, and which of them is the row's."""
+        tokens, position = self.document_tokens(self.document(row)), self.position(row)
+        self._check_positions(self._locate(row)[0], torch.tensor(position), torch.tensor(len(tokens)))
+        return tokens, position
+
+    def _check_positions(self, shard: int, positions: Tensor, lengths: Tensor) -> None:
+        """Raises where rows of a shard stand outside of their documents, which another shard may hold."""
+        if not bool(((positions >= 0) & (positions < lengths)).all()):
+            raise ValueError(
+                f"{self.folder / self.shards[shard]['file']}: rows stand beyond the end of their documents"
+            )
 
     def _first_row(self, shard: int) -> int:
         return int(self._row_ends[shard]) - self.shards[shard]["rows"]
@@ -249,26 +295,70 @@ class ActivationStore:
 
     def _shard(self, i: int) -> _Shard:
         if i not in self._open:
-            self._open[i] = self._map(self.shards[i])
+            self._open[i] = self._map(i)
         return self._open[i]
 
-    def _map(self, entry: dict[str, Any]) -> _Shard:
-        from safetensors import SafetensorError, safe_open
+    def _open_all(self, shards: Iterable[int]) -> None:
+        """Opens shards side by side, since each is read as a whole then."""
+        new = [i for i in shards if i not in self._open]
+        if len(new) > 1:
+            checksum.threaded(self._shard, new)
 
+    def _map(self, i: int) -> _Shard:
+        entry = self.shards[i]
         path = self.folder / entry["file"]
-        try:
-            with safe_open(path, framework="pt") as file:
-                # On the CPU these are views of the mapped file.
-                tensors = {name: file.get_tensor(name) for name in (*_Shard._fields[:4], "lengths")}
-                sources = json.loads(file.metadata()["sources"])
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a readable shard ({error})") from error
-        found = (tuple(tensors["activations"].shape), tensors["activations"].dtype, len(tensors["lengths"]))
-        expected = ((entry["rows"], self.n_features), self.dtype, entry["documents"])
+        with opened(path, ": not a readable shard") as file:
+            # On the CPU these are views of the mapped file.
+            tensors = {name: file.get_tensor(name) for name in (*_Shard._fields[:4], "lengths")}
+            strings = file.metadata() or {}
+        found = (tuple(tensors["activations"].shape), tensors["activations"].dtype, tuple(tensors["lengths"].shape))
+        expected = ((entry["rows"], self.n_features), self.dtype, (entry["documents"],))
         if found != expected:
             raise ValueError(f"{path}: shape, dtype and documents are {found}, the manifest says {expected}")
-        ends = tensors.pop("lengths").long().cumsum(0)
+        self._verify(i, path)
+        with naming(path, "a shard of activations"):
+            sources = parse_json(strings["sources"], path, ": its sources are not JSON")
+            ends = _checked_ends(tensors, sources, path)
+            document, first, after = tensors["document"], self._first_document(i), int(self._document_ends[i])
+            if len(document):
+                low, high = map(int, document.aminmax())
+                if low < 0 or high >= after:
+                    raise ValueError(f"{path}: documents are from {low} to {high}, expected from 0 to {after - 1}")
+                here = document.long() - first
+                own = here >= 0
+                self._check_positions(i, tensors["position"][own], tensors["lengths"][here[own]])
+        del tensors["lengths"]
         return _Shard(**tensors, ends=ends, sources=sources)
+
+    def _verify(self, i: int, path: Path) -> None:
+        """Compares a shard with the manifest, unless this store has done so, here or where it was pickled."""
+        status = path.stat()
+        state = (status.st_size, status.st_mtime_ns, status.st_ino)
+        if self._sound.get(i) != state:
+            found, expected = checksum.of_file(path), self.shards[i]["sha256"]
+            if found != expected:
+                raise ValueError(
+                    f"{path}: corrupt, its sha256 is {found[:16]}..., the one in {MANIFEST} is {expected[:16]}..."
+                )
+            self._sound[i] = state
+
+
+def _checked_ends(tensors: dict[str, Tensor], sources: Any, path: Path) -> Tensor:
+    """Where the documents of a shard end in its tokens, (d,) int64; raises ValueError where its parts do not fit."""
+    lengths, rows = tensors["lengths"], len(tensors["activations"])
+    for name, size in (("document", rows), ("position", rows), ("tokens", None), ("lengths", len(lengths))):
+        tensor = tensors[name]
+        if tensor.dtype != torch.int32 or tensor.dim() != 1 or size not in (None, len(tensor)):
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected torch.int32 of shape "
+                f"({'T' if size is None else size},)"
+            )
+    ends = lengths.long().cumsum(0)
+    if (len(lengths) and int(lengths.min()) < 0) or (int(ends[-1]) if len(ends) else 0) != len(tensors["tokens"]):
+        raise ValueError(f"{path}: the lengths of its documents do not sum to its {len(tensors['tokens'])} tokens")
+    if not every(TEXT, len(lengths)).holds(sources):
+        raise ValueError(f"{path}: sources must be {len(lengths)} strings, got {shown(sources)}")
+    return ends
 
 
 class Batches:
@@ -436,8 +526,9 @@ class ActivationStoreWriter:
             raise ValueError(f"resume: {self.folder} cannot go on: {'; '.join(problems)}")
         self._shards, self.progress = store.shards, store.progress
         for path in self.folder.iterdir():
-            if _TEMPORARY.fullmatch(path.name):
+            if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
                 path.unlink()
+        sweep(self.folder, _NAMES)
 
     def _remove_old(self, overwrite: bool) -> None:
         manifest = self.folder / MANIFEST
@@ -450,6 +541,7 @@ class ActivationStoreWriter:
         for path in self.folder.iterdir():
             if re.fullmatch(r"activations-\d{5,}\.safetensors", path.name):
                 path.unlink()
+        sweep(self.folder, _NAMES)
 
     def _flush(self) -> None:
         name = f"activations-{len(self._shards):05d}.safetensors"
@@ -462,7 +554,7 @@ class ActivationStoreWriter:
             "lengths": torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int32),
         }
         atomic_save_safetensors(tensors, path, {"sources": json.dumps(self._sources)})
-        size, digest = path.stat().st_size, _sha256(path)
+        size, digest = path.stat().st_size, checksum.of_file(path)
         self._shards.append(
             {"file": name, "rows": self._filled, "documents": len(self._tokens), "bytes": size, "sha256": digest}
         )
@@ -483,7 +575,7 @@ class ActivationStoreWriter:
         }
         if not complete:
             manifest["progress"] = self.progress
-        atomic_write_json(self.folder / MANIFEST, manifest)
+        atomic_write_json(self.folder / MANIFEST, checksum.sealed(manifest))
 
 
 def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]) -> list[str]:
@@ -495,19 +587,26 @@ def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not found, so {folder} is no store of activations")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error})") from error
+    check_file(path, f"{path}: not found, so {folder} is no store of activations")
+    manifest = read_json(path, says=": not JSON")
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: not the manifest of a store of activations (its format is not {FORMAT!r})")
     if manifest.get("version") != VERSION:
-        raise ValueError(f"{path}: format version {manifest.get('version')!r}, this library reads version {VERSION}")
-    missing = {"n_features", "dtype", "complete", "meta", "shards"} - manifest.keys()
-    if missing or manifest["dtype"] not in _DTYPES:
-        raise ValueError(f"{path}: lacks {sorted(missing)}" if missing else f"{path}: dtype {manifest['dtype']!r}")
+        raise ValueError(
+            f"{path}: format version {shown(manifest.get('version'))}, this library reads version {VERSION}"
+        )
+    check_fields(manifest, _FIELDS, str(path))
+    checksum.check_json(manifest, path)
+    check_fields(manifest, {"progress": OBJECT}, str(path), needed=False)
+    for i, shard in enumerate(manifest["shards"]):
+        check_fields(shard, _SHARD_FIELDS, f"{path}: shards[{i}]")
+    names = [shard["file"] for shard in manifest["shards"]]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: names a shard twice")
+    for key in ("rows", "documents"):
+        total = sum(shard[key] for shard in manifest["shards"])
+        if not COUNT.holds(total) or manifest.get(key, total) != total:
+            raise ValueError(f"{path}: {key} is {shown(manifest.get(key))}, its shards have {total}")
     return manifest
 
 
@@ -517,11 +616,3 @@ def _integers(values: Any, name: str) -> Tensor:
     if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
         raise ValueError(f"{name} must be integers of shape (n,), got {tensor.dtype} of shape {tuple(tensor.shape)}")
     return tensor.long()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(_HASH_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -84,6 +84,8 @@ def _decode(data: bytes, name: str) -> str:
 def _parse(text: str, name: str) -> Any:
     try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name}: not JSON that can be read (nested too deeply)") from None
     except ValueError as error:
         raise ValueError(f"{name}: not JSON ({error})") from error
 

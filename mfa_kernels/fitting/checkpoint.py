@@ -7,6 +7,9 @@ A checkpoint is a folder:
 
 The tensors are complete on disk before the rename of checkpoint.json makes them count, and the older ones are removed
 after it: a crash at any moment leaves one complete checkpoint, or none when there was none.
+
+checkpoint.json has a checksum of its own content and those of the tensors, which are compared when it is read: a fit
+goes on to its own bits, or not at all. Checkpoints of earlier versions have none, and are read as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +27,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text
+from mfa_kernels import checksum
+from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text, sweep
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.reading import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    OBJECT,
+    SHARE,
+    TEXT,
+    check_fields,
+    check_file,
+    choice,
+    every,
+    member,
+    naming,
+    optional,
+    read_json,
+    read_safetensors,
+    shown,
+)
 
 FORMAT = "mfa_kernels.fit"
 VERSION = 2
 FILE = "checkpoint.json"
 DONE = "done"  # the stage of a fit that came to its end
 _STATE = r"state-(\d+)(?:-\d+-of-\d+)?\.safetensors"
-# States, and what a process that was killed while it wrote leaves; the last is the name that safetensors writes under.
+# States, and what a process of an earlier version that was killed while it wrote has left; the last is the name that
+# safetensors writes under.
 _OURS = re.compile(rf"{_STATE}|\.({_STATE}|checkpoint\.json)\.\w+\.tmp|\.tmp\w+")
+
+_FIELDS = {
+    "stage": choice("sgd", "em", "online", "polish", DONE), "settings": OBJECT, "report": OBJECT, "values": OBJECT,
+}  # fmt: skip
+FILE_FIELDS = {"tensors": TEXT, "bytes": COUNT}
+# What a state may hold besides tensors; of EM alone, from `prior` on. A likelihood on the way may be NaN.
+_SCREENING = {"cost": NUMBER, "since": NUMBER, "decided": FLAG, "used": FLAG, "rows": NUMBER, "work": NUMBER}
+_VALUES = {
+    "noise_floor": SHARE, "first_step": COUNT, "first_epoch": COUNT, "seconds": NUMBER,
+    "evaluations_since_best": COUNT, "prior": optional(every(NUMBER, 2)), "step": COUNT, "batch": COUNT,
+    "screening": optional(OBJECT), "revivals": COUNT, "calm": FLAG, "seen": COUNT, "known": NUMBER, "epoch": COUNT,
+    "typical": optional(NUMBER), "bad_steps": COUNT,
+}  # fmt: skip
+_RECORD = {
+    "step": COUNT, "epoch": COUNT, "seconds": NUMBER, "train_nll": optional(NUMBER), "held_out_nll": optional(NUMBER),
+}  # fmt: skip
+_REPORT = {
+    "history": every(OBJECT), "method": choice("sgd", "em", "online"), "best_step": COUNT,
+    "held_out_nll": optional(NUMBER), "held_out_rows": COUNT, "skipped_rows": COUNT, "skipped_steps": COUNT,
+    "live_components": COUNT, "live_rows": COUNT, "seconds": OBJECT, "stopped_early": FLAG, "interrupted": FLAG,
+    "prior_strength": optional(NUMBER), "revived_components": COUNT,
+}  # fmt: skip
 
 
 class State(NamedTuple):
@@ -60,6 +106,7 @@ class Checkpoints:
         self.folder, self.seconds = Path(folder), seconds
         self.settings = json.loads(json.dumps(dict(settings), default=lambda number: number.item()))
         self.written = time.monotonic()
+        self.source: Path | None = None  # of what was loaded
 
     def due(self) -> bool:
         """Whether it is time for one."""
@@ -68,8 +115,14 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Writes a checkpoint, and removes the one before."""
         name = f"state-{self._number():05d}.safetensors"
-        atomic_save_safetensors(state.tensors, self.folder / name)
-        self._publish(state, {"tensors": name, "bytes": (self.folder / name).stat().st_size}, {name})
+        self._publish(state, self._write(state, name), {name})
+
+    def _write(self, state: State, name: str) -> dict[str, Any]:
+        """Writes the tensors; what checkpoint.json has to say of them."""
+        tensors = {key: tensor.detach().cpu() for key, tensor in state.tensors.items()}
+        atomic_save_safetensors(tensors, self.folder / name)
+        size = (self.folder / name).stat().st_size
+        return {"tensors": name, "bytes": size, "sha256": checksum.of_tensors(tensors)}
 
     def _number(self) -> int:
         """Of the next state."""
@@ -88,10 +141,11 @@ class Checkpoints:
             "values": state.values,
         }
         # Not `atomic_write_json`: a likelihood on the way may be NaN, and has to come back as it was.
-        atomic_write_text(self.folder / FILE, json.dumps(content, indent=2) + "\n")
+        atomic_write_text(self.folder / FILE, json.dumps(checksum.sealed(content), indent=2) + "\n")
         for path in self.folder.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in names:
+            if _OURS.fullmatch(path.name) and path.name not in names and not path.is_dir():
                 path.unlink()
+        sweep(self.folder, _STATE)
         self.written = time.monotonic()
 
     def load(self, folder: StrPath) -> State:
@@ -99,28 +153,48 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: there is none, or its tensors are missing.
-            ValueError: a file is not ours or incomplete, or the settings differ, each of which is named.
+            ValueError: naming the file that is not ours, incomplete or corrupt; or the settings that differ.
         """
         content = self._content(folder)
-        path = Path(folder) / content["tensors"]
+        check_fields(content, FILE_FIELDS, f"resume: {self.source}")
+        path = member(Path(folder), content["tensors"], Path(folder) / FILE)
         check_size(path, content["bytes"])
-        return State(content["stage"], read(path), content["values"], FitReport(**content["report"]))
+        tensors = read(path)
+        if "sha256" in content:
+            checksum.compare(checksum.of_tensors(tensors), content["sha256"], path, FILE)
+        return State(content["stage"], tensors, content["values"], FitReport(**content["report"]))
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """For taking over what was loaded: what does not fit together is an error that names the file."""
+        if self.source is None:
+            yield
+            return
+        with naming(self.source, "the checkpoint of this fit"):
+            yield
 
     def _content(self, folder: StrPath) -> dict[str, Any]:
         """What checkpoint.json holds, of a fit with the same settings."""
-        path = Path(folder) / FILE
-        if not path.is_file():
+        path = self.source = Path(folder) / FILE
+        if not path.exists():
             raise FileNotFoundError(f"resume: {folder} holds no {FILE}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"resume: {path} is not JSON ({error})") from error
+        content = read_json(path, finite=False)
         if not isinstance(content, dict) or content.get("format") != self.format:
             raise ValueError(f"resume: {path} is not the checkpoint of a fit (its format is not {self.format!r})")
         if content.get("version") != VERSION:
             raise ValueError(
-                f"resume: {path} has version {content.get('version')!r}, this library reads version {VERSION}"
+                f"resume: {path} has version {shown(content.get('version'))}, this library reads version {VERSION}"
             )
+        checksum.check_json(content, path)
+        check_fields(content, _FIELDS, f"resume: {path}")
+        check_fields(content["values"], _VALUES, f"resume: {path}: values", needed=False)
+        check_fields(content["values"].get("screening") or {}, _SCREENING, f"resume: {path}: screening", needed=False)
+        unknown = content["report"].keys() - _REPORT.keys()
+        if unknown:
+            raise ValueError(f"resume: {path}: the report of a fit has no {shown(sorted(unknown))}")
+        check_fields(content["report"], _REPORT, f"resume: {path}: report", needed=False)
+        for record in content["report"].get("history", []):
+            check_fields(record, _RECORD, f"resume: {path}: history", needed=False)
         before = content["settings"]
         different = [
             f"{name} = {self.settings.get(name)!r}, there {before.get(name)!r}"
@@ -128,14 +202,13 @@ class Checkpoints:
             if self.settings.get(name) != before.get(name)
         ]
         if different:
-            raise ValueError(f"resume: {folder} is of a fit with other settings: here {'; '.join(different)}")
+            raise ValueError(f"resume: {path} is of a fit with other settings: here {'; '.join(different)}")
         return content
 
 
 def check_size(path: Path, size: int) -> None:
     """Raises where a file of tensors is missing, or has not as many bytes as were written."""
-    if not path.is_file():
-        raise FileNotFoundError(f"resume: {path} is missing")
+    check_file(path, f"resume: {path} is missing")
     found = path.stat().st_size
     if found != size:
         raise ValueError(f"resume: {path} has {found} bytes, expected {size}")
@@ -143,13 +216,7 @@ def check_size(path: Path, size: int) -> None:
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of a file, as views of it."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"resume: {path} is not a safetensors file: {error}") from error
+    return read_safetensors(path, " is not a safetensors file")[0]
 
 
 def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> State:
@@ -164,6 +231,7 @@ def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> Stat
         return state._replace(tensors={name: t.to("meta") for name, t in held.items()})
 
     state = ranks.agree(shapes)
+    checkpoints.source = Path(folder) / FILE
     tensors = {}
     for name, like in state.tensors.items():
         there = held[name] if ranks.first else torch.empty_like(like, device="cpu")

@@ -94,7 +94,11 @@ class _EM(Run):
         self.screening.load(tensors, values)
 
     def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
-        device = self.mfa.means.device
+        device, per_component = self.mfa.means.device, self.mfa.log_noise.dim() == 2
+        expected = statistics_state(Statistics.zeros(self.mfa.means.detach().to("meta"), self.mfa.rank, per_component))
+        for name, like in expected.items():
+            if tensors[name].shape != like.shape:
+                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(like.shape)}")
         return Statistics(*(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(Statistics)))
 
     def _saved_overlap(self, tensors: Mapping[str, Tensor]) -> Overlap:

@@ -269,7 +269,9 @@ def fit(
         del whole, start
     else:
         report = saved.report
-        mfa = _restored(saved, noise, precision, device)
+        assert checkpoints is not None
+        with checkpoints.reading():
+            mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
     if saved is None or saved.stage != DONE:
         arguments = mfa, source, rows, held_out_rows
         run: Run
@@ -336,11 +338,13 @@ def _checkpoint_folders(
 
 
 @torch.no_grad()
-def _restored(saved: State, noise: str, precision: str, device: torch.device) -> MFA:
-    """The mixture of a checkpoint."""
+def _restored(saved: State, noise: str, precision: str, device: torch.device, expected: tuple[int, int, int]) -> MFA:
+    """The mixture of a checkpoint, of `expected` components, features and rank."""
     tensors = {name.removeprefix("mfa."): t for name, t in saved.tensors.items() if name.startswith("mfa.")}
-    components, features, rank = tensors["loadings"].shape
-    mfa = _blank(components, features, rank, noise, precision, device, tensors["means"].dtype)
+    found = tuple(tensors["loadings"].shape)
+    if found != expected:
+        raise ValueError(f"loadings have shape {found}, expected {expected}")
+    mfa = _blank(*expected, noise, precision, device, tensors["means"].dtype)
     mfa.noise_floor = saved.values["noise_floor"]
     mfa.load_state_dict(tensors)
     return mfa

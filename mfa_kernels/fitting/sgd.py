@@ -214,7 +214,7 @@ class Run:
         self.settings, self.generator, self.report = settings, generator, report
         self.ranks = settings.ranks
         self.selects = self.ranks.totals(len(held_out))[0] > 0  # on held-out rows
-        last: dict[str, Any] = report.history[-1] if report.history else {"step": 0, "epoch": 0, "seconds": 0.0}
+        last: dict[str, Any] = {"step": 0, "epoch": 0, "seconds": 0.0, **(report.history[-1] if report.history else {})}
         self.first_step, self.first_epoch, self.seconds = last["step"], last["epoch"], last["seconds"]
         self.best = None if report.held_out_nll is None else self._copy()
         self.evaluations_since_best = 0
@@ -238,9 +238,20 @@ class Run:
         self.stage, self.checkpoints = stage, checkpoints
         self.spent_before = self.report.seconds.get(stage, 0.0)
         if saved is not None:
-            self._load(saved.tensors, saved.values)
+            assert checkpoints is not None  # that it was read by
+            with checkpoints.reading():
+                self._check(saved.tensors)
+                self._load(saved.tensors, saved.values)
         elif checkpoints is not None:
             self._save(checkpoints)
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raises where a tensor of the saved parameters is of another shape than those it is to replace."""
+        for i, parameter in enumerate(self.mfa.parameters()):
+            for name in (f"best.{i}", f"plain.{i}"):
+                if name in tensors and tensors[name].shape != parameter.shape:
+                    found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
+                    raise ValueError(f"{name} has shape {found}, expected {expected}")
 
     def note_time(self) -> None:
         """Tells the report what this stage has taken so far."""

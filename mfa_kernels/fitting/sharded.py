@@ -143,7 +143,10 @@ def fit_sharded(
             print(told, file=sys.stderr)
 
     if saved is not None:
-        start, report = ShardedMFA(loop._restored(saved, noise, precision, device), group), saved.report
+        assert checkpoints is not None
+        with checkpoints.reading():
+            held = loop._restored(saved, noise, precision, device, (stop - first, source.n_features, rank))
+        start, report = ShardedMFA(held, group), saved.report
     elif start is None:
         with loop._timed(report, "kmeans"):
             found: KMeansResult | Tensor = kmeans(

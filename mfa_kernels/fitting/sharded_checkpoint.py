@@ -16,15 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.files import StrPath, atomic_save_safetensors
-from mfa_kernels.fitting.checkpoint import Checkpoints, State, check_size, read
+from mfa_kernels import checksum
+from mfa_kernels.files import StrPath
+from mfa_kernels.fitting.checkpoint import FILE, FILE_FIELDS, Checkpoints, State, check_size, read
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.reading import COUNT, OBJECT, check_fields, every, member, opened, optional
 from mfa_kernels.sharded import is_split, part_of
 
 # What other numbers of ranks make of a tensor: a row for every component; a sum over the components, of which each rank
 # has its own; what all ranks hold alike; what only this rank can use.
 _SPLIT, _SUMMED, _COMMON, _OWN = range(4)
+_RANK = {**FILE_FIELDS, "components": every(COUNT, 2), "screening": optional(OBJECT)}
 _PARAMETERS = ("means", "loadings", "log_noise", "weight_logits")  # as a module lists them
 
 
@@ -57,7 +60,7 @@ class ShardedCheckpoints(Checkpoints):
         self, folder: StrPath, seconds: float, settings: Mapping[str, Any], components: int, noise: str, ranks: Ranks
     ) -> None:
         super().__init__(folder, seconds, settings)
-        self.noise, self.ranks = noise, ranks
+        self.components, self.noise, self.ranks = components, noise, ranks
         self.span = part_of(components, ranks)
 
     def due(self) -> bool:
@@ -67,11 +70,9 @@ class ShardedCheckpoints(Checkpoints):
     def save(self, state: State) -> None:
         """Writes a checkpoint, and removes the one before; values are those of rank 0, but for those of screening."""
         number = self.ranks.agree(self._number)
-        path = self.folder / f"state-{number:05d}-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
-        atomic_save_safetensors(state.tensors, path)
+        name = f"state-{number:05d}-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
         own = {
-            "tensors": path.name,
-            "bytes": path.stat().st_size,
+            **self._write(state, name),
             "components": self.span,
             "screening": state.values.get("screening"),
         }
@@ -81,30 +82,61 @@ class ShardedCheckpoints(Checkpoints):
     def load(self, folder: StrPath) -> State:
         """What this rank goes on from; raises what that of one process does."""
 
+        where = Path(folder) / FILE
+
         def look() -> dict[str, Any]:
             content = self._content(folder)
-            for one in content["ranks"]:
-                check_size(Path(folder) / one["tensors"], one["bytes"])
+            check_fields(content, {"ranks": every(OBJECT)}, f"resume: {where}")
+            if not content["ranks"]:
+                raise ValueError(f"resume: {where}: ranks must name at least one file, got none")
+            after = 0
+            for i, one in enumerate(content["ranks"]):
+                check_fields(one, _RANK, f"resume: {where}: ranks[{i}]")
+                check_size(member(Path(folder), one["tensors"], where), one["bytes"])
+                first, stop = one["components"]
+                if first != after or stop <= first:
+                    raise ValueError(
+                        f"resume: {where}: ranks[{i}] has components [{first}, {stop}), expected [{after},"
+                    )
+                after = stop
+            if after != self.components:
+                raise ValueError(f"resume: {where} is of {after} components, expected {self.components}")
             return content
 
         content = self.ranks.agree(look)
-        every, values = content["ranks"], content["values"]
-        own = every[self.ranks.rank] if len(every) == self.ranks.size else None
+        self.source = where
+        files, values = content["ranks"], content["values"]
+        own = files[self.ranks.rank] if len(files) == self.ranks.size else None
         values["screening"] = own and own["screening"]
+        self._verify(Path(folder), files)
         if own:
             tensors = read(Path(folder) / own["tensors"])
         else:
-            tensors = self._regrouped([(one["components"], Path(folder) / one["tensors"]) for one in every])
+            tensors = self._regrouped([(one["components"], Path(folder) / one["tensors"]) for one in files])
         return State(content["stage"], tensors, values, FitReport(**content["report"]))
+
+    def _verify(self, folder: Path, files: list[dict[str, Any]]) -> None:
+        """Compares the checksum of every file, each on one of the ranks; raises on all."""
+        failure: ValueError | OSError | None = None
+        try:
+            for one in files[self.ranks.rank :: self.ranks.size]:
+                tensors = read(folder / one["tensors"])
+                if "sha256" in one:
+                    checksum.compare(checksum.of_tensors(tensors), one["sha256"], folder / one["tensors"], FILE)
+        except (ValueError, OSError) as error:
+            failure = error
+        told = [text for text in self.ranks.objects(failure and str(failure)) if text]
+        if failure is not None:
+            raise failure
+        if told:
+            raise ValueError(f"resume: {told[0]}")
 
     def _regrouped(self, every: list[tuple[list[int], Path]]) -> dict[str, Tensor]:
         """What this rank holds of the tensors of another number of ranks."""
-        from safetensors import safe_open
-
         found: dict[str, list[Tensor]] = defaultdict(list)
         for i, ((first, after), path) in enumerate(every):
             start, stop = (min(max(k, first), after) - first for k in self.span)
-            with safe_open(path, framework="pt") as file:
+            with opened(path) as file:
                 for name in file.keys():  # noqa: SIM118
                     kind = _kind(name, self.noise)
                     if kind == _SPLIT and start < stop:

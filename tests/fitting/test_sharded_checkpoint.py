@@ -54,6 +54,9 @@ class OneOfTwo(Ranks):
     def agree(self, work: Any) -> Any:
         return work()
 
+    def objects(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
 
 @pytest.mark.parametrize("noise", ["shared", "per_component"])
 def test_what_becomes_of_each_tensor(noise, tmp_path):

@@ -1,0 +1,145 @@
+"""Checksums of what is on disk, so that a flipped bit is refused and never read as something else: SHA-256 throughout.
+
+A file of tensors is summed up by its content and not by its bytes: the header of safetensors lists its strings in a
+random order, and a checksum is best taken of the tensors in memory, before anything can go wrong on their way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+KEY = "checksum"  # under which JSON of ours has its own, and the header of a file of tensors that of the file
+PIECE = 1 << 24  # bytes of a tensor that are summed up at once, each piece by one thread
+_BUFFER = 1 << 20  # stays in a second-level cache between the read and the sum
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def of_file(path: Path) -> str:
+    """Of the bytes of a file."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_BUFFER))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def of_json(content: Mapping[str, Any]) -> str:
+    """Of what JSON says, whatever the order of its keys and its white space; of all keys but `KEY`."""
+    kept = {key: value for key, value in content.items() if key != KEY}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content`, which JSON can hold, with its checksum."""
+    return {**content, KEY: of_json(json.loads(json.dumps(content)))}  # of what will be read: of lists for tuples
+
+
+def check_json(content: Mapping[str, Any], path: Path) -> None:
+    """Raises ValueError where content that was read from `path` has a checksum, and another one than it should."""
+    if KEY in content:
+        compare(of_json(content), content[KEY], path)
+
+
+def compare(found: str, expected: Any, path: Path, where: str = "it") -> None:
+    """Raises ValueError where what was found in `path` is not what `where` says."""
+    if found != expected:
+        raise ValueError(
+            f"{path} is corrupt, or was changed by hand: its content has the {KEY} {found[:16]}..., {where} says "
+            f"{str(expected)[:16]}..."
+        )
+
+
+class Fact(NamedTuple):
+    """Of a tensor, what its bytes do not say."""
+
+    dtype: str
+    shape: list[int]
+    pieces: int
+
+
+def of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Of named tensors, on the CPU, and the strings that go with them; a string under `KEY` does not count."""
+    return combined(facts(tensors), threaded(_sha256, pieces(tensors)), metadata)
+
+
+def facts(tensors: Mapping[str, Tensor]) -> dict[str, Fact]:
+    """What `combined` has to know of tensors."""
+    return {name: fact(t.dtype, t.shape) for name, t in tensors.items()}
+
+
+def fact(dtype: torch.dtype, shape: Sequence[int]) -> Fact:
+    """What `combined` has to know of a tensor."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    return Fact(str(dtype).removeprefix("torch."), list(shape), -(-size // PIECE))
+
+
+def pieces(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """The bytes of tensors, by name, in pieces of `PIECE` bytes; views, where a tensor is contiguous."""
+    parts: list[Any] = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        parts += [flat[start : start + PIECE] for start in range(0, len(flat), PIECE)]
+    return parts
+
+
+def combined(of: Mapping[str, Fact], digests: Sequence[bytes], metadata: Mapping[str, str] | None = None) -> str:
+    """The checksum of tensors, given the digest of each of their `pieces`."""
+    content, first = [], 0
+    for name in sorted(of):
+        dtype, shape, count = of[name]
+        digest = hashlib.sha256(b"".join(digests[first : first + count])).hexdigest()
+        content.append([name, dtype, shape, digest])
+        first += count
+    strings = {key: value for key, value in (metadata or {}).items() if key != KEY}
+    return hashlib.sha256(json.dumps([strings, content], sort_keys=True).encode()).hexdigest()
+
+
+class Pieces:
+    """The digests of the pieces of a tensor whose bytes come little by little."""
+
+    def __init__(self) -> None:
+        self._done: list[bytes] = []
+        self._digest, self._filled = hashlib.sha256(), 0
+
+    def add(self, data: bytes) -> None:
+        """Goes on with the next bytes."""
+        view = memoryview(data)
+        while view:
+            part, view = view[: PIECE - self._filled], view[PIECE - self._filled :]
+            self._digest.update(part)
+            self._filled += len(part)
+            if self._filled == PIECE:
+                self._done.append(self._digest.digest())
+                self._digest, self._filled = hashlib.sha256(), 0
+
+    def digests(self) -> list[bytes]:
+        """Of all the pieces, the last one as long as it is."""
+        return [*self._done, self._digest.digest()] if self._filled else self._done
+
+
+def digests(parts: Iterable[Any]) -> list[bytes]:
+    """Of pieces, each."""
+    return threaded(_sha256, list(parts))
+
+
+def threaded(work: Callable[[_In], _Out], items: Sequence[_In]) -> list[_Out]:
+    """`work` on every item, by as many threads as torch may use: hashlib, as torch, lets the others run meanwhile."""
+    threads = min(torch.get_num_threads(), len(items))
+    if threads < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, items))
+
+
+def _sha256(data: Any) -> bytes:
+    return hashlib.sha256(data).digest()
