@@ -47,15 +47,15 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 def check_json(content: Mapping[str, Any], path: Path) -> None:
     """Raises ValueError where content that was read from `path` has a checksum, and another one than it should."""
     if KEY in content:
-        compare(of_json(content), content[KEY], path)
+        compare(of_json(content), content[KEY], path, f"its {KEY!r}", " (it is read as it is without that key)")
 
 
-def compare(found: str, expected: Any, path: Path, where: str = "it") -> None:
-    """Raises ValueError where what was found in `path` is not what `where` says."""
+def compare(found: str, expected: Any, path: Path, where: str, hint: str = "") -> None:
+    """Raises ValueError where what was found in `path` is not what `where` says; the error ends with `hint`."""
     if found != expected:
         raise ValueError(
             f"{path} is corrupt, or was changed by hand: its content has the {KEY} {found[:16]}..., {where} says "
-            f"{str(expected)[:16]}..."
+            f"{str(expected)[:16]}...{hint}"
         )
 
 

@@ -32,7 +32,9 @@ def test_of_json() -> None:
     sealed = checksum.sealed({"a": (1, 2), "b": {3: 4}})
     checksum.check_json(json.loads(json.dumps(sealed)), Path("file"))
     checksum.check_json({"a": 1}, Path("file"))  # as of an earlier version
-    with pytest.raises(ValueError, match=r"file is corrupt.* checksum [0-9a-f]{16}\.\.\., it says [0-9a-f]{16}\.\.\."):
+    with pytest.raises(
+        ValueError, match=r"file is corrupt.* checksum [0-9a-f]{16}\.\.\., its 'checksum' says [0-9a-f]{16}\.\.\."
+    ):
         checksum.check_json({**sealed, "a": [1, 3]}, Path("file"))
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfa_kernels
-from mfa_kernels import MFA, fit
+from mfa_kernels import MFA, checksum, fit
 from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore
 
@@ -146,7 +146,7 @@ def test_sizes_that_are_no_integers(capsys):
 def test_fit_says_that_a_store_is_not_complete(folder, tmp_path, capsys):
     shutil.copytree(folder / "store", tmp_path / "store")
     manifest = tmp_path / "store" / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "complete": False}))
+    manifest.write_text(json.dumps(checksum.sealed({**json.loads(manifest.read_text()), "complete": False})))
     options = ["-K", "4", "-R", "2", "--epochs", "0", "--out", str(tmp_path / "mfa")]
     for store, said in ((folder / "store", False), (tmp_path / "store", True)):
         assert main(["fit", str(store), *options]) == 0
