@@ -86,6 +86,11 @@ class _EM(Run):
         strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
         return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening
 
+    def _like(self) -> dict[str, Tensor]:
+        nowhere = self.mfa.means.detach().to("meta")
+        statistics = Statistics.zeros(nowhere, self.mfa.rank, self.mfa.log_noise.dim() == 2)
+        return super()._like() | statistics_state(statistics) | {"covariance": self.covariance}
+
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.covariance = tensors["covariance"].to(self.covariance, copy=True)
@@ -94,11 +99,7 @@ class _EM(Run):
         self.screening.load(tensors, values)
 
     def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
-        device, per_component = self.mfa.means.device, self.mfa.log_noise.dim() == 2
-        expected = statistics_state(Statistics.zeros(self.mfa.means.detach().to("meta"), self.mfa.rank, per_component))
-        for name, like in expected.items():
-            if tensors[name].shape != like.shape:
-                raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}, expected {tuple(like.shape)}")
+        device = self.mfa.means.device
         return Statistics(*(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(Statistics)))
 
     def _saved_overlap(self, tensors: Mapping[str, Tensor]) -> Overlap:
@@ -312,6 +313,9 @@ class OnlineEM(_EM):
         if self.start_rows is None:
             tensors |= {**statistics_state(self.statistics), "about": self.about}
         return tensors, values | {"known": self.known, "epoch": self.epoch}
+
+    def _like(self) -> dict[str, Tensor]:
+        return super()._like() | {"order": self.order, "counted": self.counted, "about": self.mfa.means}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)

@@ -344,6 +344,8 @@ def _restored(saved: State, noise: str, precision: str, device: torch.device, ex
     found = tuple(tensors["loadings"].shape)
     if found != expected:
         raise ValueError(f"loadings have shape {found}, expected {expected}")
+    if tensors["means"].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means are {tensors['means'].dtype}, expected torch.float32 or torch.float64")
     mfa = _blank(*expected, noise, precision, device, tensors["means"].dtype)
     mfa.noise_floor = saved.values["noise_floor"]
     mfa.load_state_dict(tensors)

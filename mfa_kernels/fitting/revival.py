@@ -56,6 +56,12 @@ class Overlap:
     def load(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
         """Takes over what `state` gave."""
         if "overlap.pairs" in tensors:
+            pairs, shares = tensors["overlap.pairs"], tensors["overlap.shares"]
+            found = pairs.dtype, shares.dtype, pairs.dim(), pairs.shape == shares.shape
+            if found != (torch.int64, torch.float64, 1, True):
+                raise ValueError("overlap: pairs and shares must be int64 and float64 of one shape (n,)")
+            if len(pairs) and not 0 <= int(pairs.min()) <= int(pairs.max()) < self.components**2:
+                raise ValueError(f"overlap: pairs are of more than {self.components} regions")
             self.pairs = [tensors["overlap.pairs"].to(device, copy=True)]
             self.shares = [tensors["overlap.shares"].to(device, copy=True)]
 

@@ -114,6 +114,10 @@ class Screening:
         for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
         self.basis = tensors["screening.basis"].clone() if "screening.basis" in tensors else None
+        if self.basis is not None:
+            features, dtype = self.mfa.n_features, self.sample.dtype
+            if self.basis.dim() != 2 or len(self.basis) != features or self.basis.dtype != dtype:
+                raise ValueError(f"screening.basis must be {dtype} of shape ({features}, p), got {self.basis.shape}")
         self._screen = None
 
     def _level(self) -> None:

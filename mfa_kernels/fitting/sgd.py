@@ -246,12 +246,27 @@ class Run:
             self._save(checkpoints)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises where a tensor of the saved parameters is of another shape than those it is to replace."""
+        """Raises where a saved tensor has another shape or dtype than what it is to replace: kernels rely on both."""
+        for name, like in self._like().items():
+            if name in tensors and (tensors[name].shape, tensors[name].dtype) != (like.shape, like.dtype):
+                raise ValueError(
+                    f"{name} is {tensors[name].dtype} of shape {tuple(tensors[name].shape)}, expected {like.dtype} of "
+                    f"shape {tuple(like.shape)}"
+                )
+        for name in ("losses", "log_posteriors"):
+            if name in tensors and (tensors[name].dim() != 1 or tensors[name].dtype != torch.float64):
+                raise ValueError(
+                    f"{name} is {tensors[name].dtype} of {tensors[name].dim()} dimensions, expected a list"
+                )
+        if all(f"best.{i}" in tensors for i in range(4)) != any(f"best.{i}" in tensors for i in range(4)):
+            raise ValueError("one of the best parameters is missing")
+
+    def _like(self) -> dict[str, Tensor]:
+        """By name, what has the shape and the dtype that a saved tensor must have."""
+        like = mixture_state(self.mfa)
         for i, parameter in enumerate(self.mfa.parameters()):
-            for name in (f"best.{i}", f"plain.{i}"):
-                if name in tensors and tensors[name].shape != parameter.shape:
-                    found, expected = tuple(tensors[name].shape), tuple(parameter.shape)
-                    raise ValueError(f"{name} has shape {found}, expected {expected}")
+            like |= {f"best.{i}": parameter, f"plain.{i}": parameter}
+        return like
 
     def note_time(self) -> None:
         """Tells the report what this stage has taken so far."""
@@ -409,6 +424,13 @@ class Training(Run):
         tensors["order"] = self.order
         own = {"bad_steps": self.bad_steps, "epoch": self.epoch, "batch": self.batch, "typical": self.adam.typical}
         return tensors, values | own
+
+    def _like(self) -> dict[str, Tensor]:
+        like = super()._like() | {f"adam.{name}": tensor for name, tensor in self.adam.state().items()}
+        for i, parameter in enumerate(self.adam.all):
+            like |= {f"adam.{i}.exp_avg": parameter, f"adam.{i}.exp_avg_sq": parameter}
+            like[f"adam.{i}.step"] = torch.zeros(())
+        return like | {"order": self.order}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)

@@ -178,3 +178,35 @@ def test_tensors_of_a_shard(name, copied):
         assert how in ("read", "refused"), (value, result)
         counts[how] += 1
     assert counts["refused"] >= 5, counts
+
+
+@pytest.mark.parametrize("most", [60, pytest.param(10_000, marks=pytest.mark.more, id="all")])
+@pytest.mark.parametrize("name", ["sgd", "em", "online", "sharded"])
+def test_tensors_of_a_state(name, most, copied):
+    """Of a checkpoint without checksums: tensors of other shapes and dtypes, and none."""
+    kind, folder = KINDS[f"{name} state"], copied(f"{name} state")
+    path = kind.file(folder)
+    whole = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    content = json.loads((folder / "checkpoint.json").read_text())
+    del content[KEY]
+    told = content["ranks"][0] if "ranks" in content else content
+    del told["sha256"]
+    faults, counts = [], Counter()
+    others = {
+        "no tensor": lambda own: None,
+        "three": lambda own: own.unsqueeze(0).repeat(3, *[1] * own.dim()),
+        "nothing": lambda own: own.flatten()[:0].clone(),
+        "bool": lambda own: own.bool(),
+    }
+    cases = [(key, other) for key in whole for other in others]
+    for key, other in random.Random(0).sample(cases, min(most, len(cases))):
+        tensors = {**whole, key: others[other](whole[key])}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+        told["bytes"] = path.stat().st_size
+        (folder / "checkpoint.json").write_text(json.dumps(content))
+        how, result = outcome(lambda: kind.use(folder), folder)
+        counts[how] += 1
+        if how in ("crashed", "unnamed"):
+            faults.append(f"{key}, {other}: {how}: {result[:200]}")
+    assert not faults, "\n".join(faults)
+    assert counts["refused"] > 0.5 * counts.total(), counts
