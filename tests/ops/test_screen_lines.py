@@ -208,7 +208,7 @@ def test_errors_name_the_argument():
     factors, constants, screen = prepared(m, 16)
     with pytest.raises(ValueError, match="by_lines needs a screen that has lines"):
         op.bounds(x, factors, constants, screen.without_lines(), by_lines=True)
-    with pytest.raises(ValueError, match=r"lines must have shape \[70, 16\], got \[69, 16\]"):
+    with pytest.raises(ValueError, match=r"lines must be float32 of shape \(70, 16\), .*of shape \(69, 16\)"):
         op.select(x, factors, constants, screen._replace(lines=screen.lines[:69]), 20.0, 4)
-    with pytest.raises(ValueError, match=r"line_terms must have shape \[2, 70\], got \[2, 0\]"):
+    with pytest.raises(ValueError, match=r"line_terms must be float32 of shape \(2, 70\), .*of shape \(2, 0\)"):
         op.select(x, factors, constants, screen._replace(line_terms=screen.line_terms[:, :0]), 20.0, 4)
