@@ -172,7 +172,7 @@ def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, An
 def _said(size: str, seen: dict[str, Any]) -> str:
     """A size as a number where it is known."""
     try:
-        return str(eval(size, {"lanes": _lanes, "min": min, "len": len}, seen))
+        return str(eval(size, {"lanes": _lanes, "len": len}, seen))
     except NameError:
         return size
 

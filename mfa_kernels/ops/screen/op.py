@@ -427,7 +427,7 @@ _check_select_screened = trust.checker(
         "x": "any(N, D)", "rows": "scale(K, -(-D // lanes(scale)), Q, lanes(scale))", "constants": "scale(K)",
         "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
         "marginal_rows": "scale(K, P // lanes(scale), Q, lanes(scale))", "log_det": "scale(K)", "radii": "scale(K)",
-        "slack": "scale(K)", "lines": "scale(K * min(1, len(lines)), P)", "line_terms": "scale(2, len(lines))",
+        "slack": "scale(K)", "lines": "scale(K * (len(lines) > 0), P)", "line_terms": "scale(2, len(lines))",
     },
     last=("rows", "marginal_rows", "x"),
 )  # fmt: skip
