@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import stat
+import subprocess
 import sys
+import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+from mfa_kernels.files import atomic_write_text
+
+# The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-pass-failed"]
+
+PATIENCE = 1800.0
+"""Seconds for which another process may build."""
+
+_SILENT = 5.0  # seconds of waiting that need no word
+_OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
 def source_folder(backend: str = "cpu") -> Path:
@@ -31,13 +47,54 @@ def cache_folder() -> Path:
     chosen = os.environ.get("MFA_KERNELS_CACHE")
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mfa_kernels"
+    base = os.environ.get("XDG_CACHE_HOME", "")  # by the XDG specification, one that is not absolute does not count
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "mfa_kernels"
+
+
+def check_private(folder: Path) -> None:
+    """Raises where another user may have put a library into a folder, or may do so.
+
+    Raises:
+        PermissionError: naming the folder and what to do.
+    """
+    if not hasattr(os, "geteuid"):
+        return
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        raise PermissionError(
+            f"{folder} belongs to user {found.st_uid}, who could put any code into it: set MFA_KERNELS_CACHE to a "
+            "folder of your own"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(
+            f"{folder} may be written to by others, who could put any code into it: chmod go-w {folder}, or set "
+            "MFA_KERNELS_CACHE to a folder of your own"
+        )
 
 
 def library_name() -> str:
     """Name of the library for these sources, this Torch, this Python and this processor."""
+    found = compiler()
+    built_by = "none" if found is None else f"{os.path.realpath(found)} {compiler_version(found)}"
     # -march=native: a cache shared between machines must not hand one's instructions to the other.
-    return name_for("cpu", source_folder(), [_processor_flags(), *FLAGS])
+    processor = _processor_flags() if architecture() == "native" else ""
+    return name_for("cpu", source_folder(), [built_by, processor, *flags()])
+
+
+def architecture() -> str:
+    """What the kernels are compiled for: $MFA_KERNELS_MARCH, as the compiler's -march takes it; else "native".
+
+    "x86-64-v3" (AVX2) or "x86-64-v4" (AVX-512) give machines of different make one library, where they share a cache.
+    """
+    chosen = os.environ.get("MFA_KERNELS_MARCH") or "native"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", chosen):
+        raise ValueError(f"MFA_KERNELS_MARCH must be an architecture, as in -march=native, got {chosen!r}")
+    return chosen
+
+
+def flags() -> list[str]:
+    """Of the compiler, for csrc/cpu."""
+    return [*FLAGS, f"-march={architecture()}"]
 
 
 def name_for(backend: str, sources: Path, facts: list[str]) -> str:
@@ -61,6 +118,28 @@ def _processor_flags() -> str:
 def compiler() -> str | None:
     """The C++ compiler that a build would use: $CXX, else c++ or g++; None where there is none."""
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+@functools.cache
+def compiler_version(program: str) -> str:
+    """The first line of what a compiler says of itself."""
+    out = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
+    return (out.splitlines() or ["?"])[0]
+
+
+def _check_openmp(program: str) -> None:
+    """Says what is missing where the compiler builds no OpenMP program, before a long build fails of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "openmp.cpp"
+        source.write_text(_OPENMP)
+        command = [program, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        why = next((line for line in out.stderr.splitlines() if "error" in line), f"status {out.returncode}")
+        raise RuntimeError(
+            f"{program} builds no OpenMP programs: install its runtime (for clang libomp-dev), or set CXX to another "
+            f"compiler; {why.strip()}"
+        )
 
 
 def ninja() -> str | None:
@@ -97,12 +176,15 @@ def library() -> Any:
         return None
     try:
         name = library_name()
-        return cached(name) or build(
-            name,
-            sorted(source_folder().glob("*.cpp")),
-            "the C++ kernels, once (about a minute on two cores)",
-            extra_cflags=FLAGS,
-        )
+        found = cached(name)
+        if found is None:
+            program = compiler()
+            if program is not None:
+                _check_openmp(program)
+            sources = sorted(source_folder().glob("*.cpp"))
+            what = "the C++ kernels, once (about a minute on two cores)"
+            found = build(name, sources, what, extra_cflags=flags(), extra_ldflags=["-fopenmp"])
+        return found
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
         warnings.warn(
             f"mfa_kernels: the C++ kernels could not be built ({first_line(error)}); using plain PyTorch on the CPU, "
@@ -119,18 +201,38 @@ def first_line(error: Exception) -> str:
 
 
 def cached(name: str) -> ModuleType | None:
-    """The library from the cache; None where it is not there, or does not load: a build that was killed, or is going
-    on (`build` takes the lock)."""
+    """The library from the cache; None where it is not there, or not as it was built (`build` makes it anew).
+
+    Raises:
+        PermissionError: others may write to the cache.
+    """
     path = _file(name)
-    spec = importlib.util.spec_from_file_location(name, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file():
         return None
+    for folder in (cache_folder(), path.parent):
+        check_private(folder)
+    try:
+        if _digest_file(path).read_text() != _digest(path):
+            return None
+    except OSError:  # a build that was killed, or is going on
+        return None
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
     try:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     except ImportError:
         return None
+
+
+def _digest_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _digest(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleType:
@@ -142,20 +244,62 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
         what: is being built, in words, for the line on stderr.
         options: of torch.utils.cpp_extension.load.
     """
-    if compiler() is None:
+    built_by = compiler()
+    if built_by is None:
         raise RuntimeError("no C++ compiler found (c++ or g++, or the CXX environment variable)")
     program = ninja()
     if program is None:
         raise RuntimeError("ninja not found: pip install ninja")
+    library = _file(name)
+    for folder in (cache_folder(), library.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_private(folder)
+    with _alone(library.parent, what):
+        found = cached(name)  # another process may have built it meanwhile
+        if found is None:
+            found = _compiled(name, sources, what, program, built_by, **options)
+            atomic_write_text(_digest_file(library), _digest(library))
+        return found
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, what: str) -> Iterator[None]:
+    """Holds a folder's lock, which the kernel takes back from a process that dies; says so where it has to wait.
+
+    Raises:
+        TimeoutError: another process has held it for `PATIENCE` seconds.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=_SILENT)
+    except Timeout:
+        print(f"mfa_kernels: another process is building {what}, waiting for it ({folder})...", file=sys.stderr)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise TimeoutError(f"another process has been building in {folder} for {PATIENCE:.0f} s: end it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _compiled(name: str, sources: list[Path], what: str, program: str, built_by: str, **options: Any) -> ModuleType:
+    """Compiles and loads, in a folder that is locked."""
     from torch.utils import cpp_extension
 
     folder = _file(name).parent
-    folder.mkdir(parents=True, exist_ok=True)
+    # Torch's lock is a file that outlives whoever was killed; nobody holds it while this process holds ours.
+    (folder / "lock").unlink(missing_ok=True)
+    _file(name).unlink(missing_ok=True)  # ninja would keep one that is not as it was built
     print(f"mfa_kernels: building {what}...", file=sys.stderr, flush=True)
-    path = os.environ.get("PATH", "")
+    path, chosen = os.environ.get("PATH", ""), os.environ.get("CXX")
     os.environ["PATH"] = f"{Path(program).parent}{os.pathsep}{path}"
+    os.environ["CXX"] = built_by  # the one that the name tells of
     try:
-        # load() takes a lock in the folder, so that processes started together build once.
         return cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
     finally:
         os.environ["PATH"] = path
+        del os.environ["CXX"]
+        if chosen is not None:
+            os.environ["CXX"] = chosen
