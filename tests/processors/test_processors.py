@@ -58,15 +58,14 @@ def check(tmp_path: Path, compiler: str, *flags: str, emulator: tuple[str, ...] 
     assert out.stdout.rstrip().endswith("all checks hold")
 
 
-@pytest.mark.parametrize("march", ["x86-64", "haswell", "skylake-avx512", "native"])
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "skylake-avx512"])
 @pytest.mark.parametrize("compiler", ["g++", "clang++"])
 def test_kernels_are_the_formulas(tmp_path, compiler, march):
     skip_beyond_this_processor(march)
     check(tmp_path, compiler, f"-march={march}")
 
 
-@pytest.mark.parametrize("march", ["x86-64", "haswell", "native"])
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize(("compiler", "march"), [("g++", "haswell"), ("g++", "native"), ("clang++", "x86-64")])
 def test_kernels_leave_other_memory_alone(tmp_path, compiler, march):
     skip_beyond_this_processor(march)
     check(tmp_path, compiler, f"-march={march}", *SANITIZED)
@@ -91,8 +90,7 @@ def run_tests(tests: list[str], **environment: str) -> None:
     assert "could not be built" not in out.stdout + out.stderr
 
 
-@pytest.mark.parametrize("march", ["x86-64", "haswell", "native"])
-@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+@pytest.mark.parametrize(("compiler", "march"), [("g++", "x86-64"), ("g++", "haswell"), ("clang++", "haswell")])
 def test_operators(tmp_path, compiler, march):
     """The library itself, in PyTorch."""
     skip_beyond_this_processor(march)
@@ -101,8 +99,8 @@ def test_operators(tmp_path, compiler, march):
 
 
 @pytest.mark.parametrize("mode", [
-    {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "AVX2"}, {"MKL_NUM_THREADS": "1"}, {"ATEN_CPU_CAPABILITY": "default"},
-    {"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"}, {"OMP_NUM_THREADS": "7"},
+    {"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"},
+    {"OMP_NUM_THREADS": "7"},
 ], ids=lambda mode: "=".join(*mode.items()))  # fmt: skip
 def test_budgets_beside_another_blas(mode):
     """What PyTorch computes rounds otherwise on other processors: no budget depends on how."""
