@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import subprocess
 
 import torch
 
@@ -42,8 +41,7 @@ def report() -> list[tuple[str, str]]:
     packages = ("mfa_kernels", "torch", "triton", "transformers", "numpy", "safetensors", "ninja", "matplotlib")
     lines += [(name, version(name)) for name in packages]
     if compiler is not None:
-        first = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-        compiler = f"{compiler} ({(first.splitlines() or ['?'])[0]})"
+        compiler = f"{compiler} ({native.compiler_version(compiler)}), -march={native.architecture()}"
     lines += [
         ("C++ compiler", compiler or "none: install g++, or set CXX"),
         ("ninja program", native.ninja() or "none"),

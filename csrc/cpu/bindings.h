@@ -5,6 +5,9 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -17,6 +20,10 @@ using at::Tensor;
 
 template <class Body>
 void parallel(int64_t count, const Body& body) {
+#ifdef _OPENMP
+  // Clang's OpenMP runtime is another one than PyTorch's, and does not know what torch.set_num_threads said.
+  omp_set_num_threads(at::get_num_threads());
+#endif
   at::parallel_for(0, count, 1, body);
 }
 inline constexpr auto parallel_for = [](int64_t count, auto&& body) { parallel(count, body); };

@@ -31,7 +31,8 @@ constexpr int64_t kDotFlush = 256;                      // features between flus
 template <class T>
 constexpr int kDotWidth = kDotVectors * kWidth<T>;
 
-// out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V].
+// out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V]. `out` is aligned to whole vectors:
+// by reference, clang forgets that these may stand anywhere.
 template <class T, int NV>
 void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[kDotRows][NV]) {
   constexpr int V = kWidth<T>, R = kDotRows;
@@ -216,7 +217,7 @@ class Nearest {
 
   template <int NV>
   void project(const T* const* rows, int64_t p, T* y) const {
-    Vec<T> out[kDotRows][NV];
+    alignas(kVectorBytes) Vec<T> out[kDotRows][NV];
     dot_tile<T, NV>(rows, c_.features, basis_.data() + p * c_.features, out);
     for (int i = 0; i < kDotRows; ++i)
       for (int n = 0; n < NV; ++n) store<T>(y + i * (c_.coordinates + 1) + p + n * kWidth<T>, out[i][n]);
@@ -228,7 +229,7 @@ class Nearest {
     const int64_t P = c_.coordinates, W = kDotWidth<T>;
     const T* rows[kDotRows];
     for (int i = 0; i < kDotRows; ++i) rows[i] = y + i * (P + 1);
-    Vec<T> dots[kDotRows][kDotVectors];
+    alignas(kVectorBytes) Vec<T> dots[kDotRows][kDotVectors];
     dot_tile<T, kDotVectors>(rows, P + 1, columns_.data() + b * (P + 1) * W, dots);
     for (int v = 0; v < kDotVectors; ++v) {
       const Vec<T> half = load(halves_.data() + b * W + v * V);

@@ -186,8 +186,10 @@ struct Stretch {
                    int64_t threads, ParallelFor&& parallel_for) {
     project(shape, screen, x, tokens, lam, few, parallel_for);
     const int64_t K = shape.components, D = shape.features, p = screen.features, padded = panels * lanes;
-    std::vector<T> columns(few ? 0 : padded * p);  // y [panels, p, lanes]
-    if (!few)
+    // In vectors of 16 bytes, the four tokens that are few fill a panel of doubles.
+    const bool whole = lanes == kPanel<T>;
+    std::vector<T> columns(whole ? padded * p : 0);  // y [panels, p, lanes]
+    if (whole)
       parallel_for(panels, [&](int64_t begin, int64_t end) {
         for (int64_t n = begin * lanes; n < end * lanes; ++n)
           for (int64_t j = 0; j < p; ++j) columns[n / lanes * lanes * p + j * lanes + n % lanes] = y[n * p + j];

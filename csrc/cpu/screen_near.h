@@ -40,7 +40,7 @@ struct Near {
 
 // The N rows of a matrix [count, p] nearest to y, best first: with the largest y.row - half. Returns how many.
 template <class T, int N>
-struct Nearest {
+struct NearestRows {
   static constexpr T kInf = std::numeric_limits<T>::infinity();
   T scores[N], worst = -kInf;
   int64_t rows[N];
@@ -143,9 +143,9 @@ class NearTokens {
   void find_pivots() {
     const int64_t p = screen.features;
     for (int64_t n = 0; n < here; ++n) {
-      Nearest<T, kNearGroups> groups;
+      NearestRows<T, kNearGroups> groups;
       groups.search(y(n), p, near.centers, near.center_halves, 0, near.groups);
-      Nearest<T, kNearMembers> found;
+      NearestRows<T, kNearMembers> found;
       for (int i = 0; i < groups.count; ++i)
         found.search(y(n), p, near.means, near.mean_halves, near.starts[groups.rows[i]],
                      near.starts[groups.rows[i] + 1]);

@@ -7,8 +7,11 @@ import hashlib
 import importlib.util
 import os
 import platform
+import re
 import shutil
+import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +19,10 @@ from typing import Any
 
 import torch
 
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi"]
+# The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
+FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-pass-failed"]
+
+_OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
 def source_folder(backend: str = "cpu") -> Path:
@@ -36,8 +42,27 @@ def cache_folder() -> Path:
 
 def library_name() -> str:
     """Name of the library for these sources, this Torch, this Python and this processor."""
+    found = compiler()
+    built_by = "none" if found is None else f"{os.path.realpath(found)} {compiler_version(found)}"
     # -march=native: a cache shared between machines must not hand one's instructions to the other.
-    return name_for("cpu", source_folder(), [_processor_flags(), *FLAGS])
+    processor = _processor_flags() if architecture() == "native" else ""
+    return name_for("cpu", source_folder(), [built_by, processor, *flags()])
+
+
+def architecture() -> str:
+    """What the kernels are compiled for: $MFA_KERNELS_MARCH, as the compiler's -march takes it; else "native".
+
+    "x86-64-v3" (AVX2) or "x86-64-v4" (AVX-512) give machines of different make one library, where they share a cache.
+    """
+    chosen = os.environ.get("MFA_KERNELS_MARCH") or "native"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", chosen):
+        raise ValueError(f"MFA_KERNELS_MARCH must be an architecture, as in -march=native, got {chosen!r}")
+    return chosen
+
+
+def flags() -> list[str]:
+    """Of the compiler, for csrc/cpu."""
+    return [*FLAGS, f"-march={architecture()}"]
 
 
 def name_for(backend: str, sources: Path, facts: list[str]) -> str:
@@ -61,6 +86,28 @@ def _processor_flags() -> str:
 def compiler() -> str | None:
     """The C++ compiler that a build would use: $CXX, else c++ or g++; None where there is none."""
     return shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+
+
+@functools.cache
+def compiler_version(program: str) -> str:
+    """The first line of what a compiler says of itself."""
+    out = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
+    return (out.splitlines() or ["?"])[0]
+
+
+def _check_openmp(program: str) -> None:
+    """Says what is missing where the compiler builds no OpenMP program, before a long build fails of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "openmp.cpp"
+        source.write_text(_OPENMP)
+        command = [program, "-fopenmp", str(source), "-o", str(source.with_suffix(""))]
+        out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        why = next((line for line in out.stderr.splitlines() if "error" in line), f"status {out.returncode}")
+        raise RuntimeError(
+            f"{program} builds no OpenMP programs: install its runtime (for clang libomp-dev), or set CXX to another "
+            f"compiler; {why.strip()}"
+        )
 
 
 def ninja() -> str | None:
@@ -97,12 +144,15 @@ def library() -> Any:
         return None
     try:
         name = library_name()
-        return cached(name) or build(
-            name,
-            sorted(source_folder().glob("*.cpp")),
-            "the C++ kernels, once (about a minute on two cores)",
-            extra_cflags=FLAGS,
-        )
+        found = cached(name)
+        if found is None:
+            program = compiler()
+            if program is not None:
+                _check_openmp(program)
+            sources = sorted(source_folder().glob("*.cpp"))
+            what = "the C++ kernels, once (about a minute on two cores)"
+            found = build(name, sources, what, extra_cflags=flags(), extra_ldflags=["-fopenmp"])
+        return found
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
         warnings.warn(
             f"mfa_kernels: the C++ kernels could not be built ({first_line(error)}); using plain PyTorch on the CPU, "
@@ -142,7 +192,8 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
         what: is being built, in words, for the line on stderr.
         options: of torch.utils.cpp_extension.load.
     """
-    if compiler() is None:
+    built_by = compiler()
+    if built_by is None:
         raise RuntimeError("no C++ compiler found (c++ or g++, or the CXX environment variable)")
     program = ninja()
     if program is None:
@@ -152,10 +203,14 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
     folder = _file(name).parent
     folder.mkdir(parents=True, exist_ok=True)
     print(f"mfa_kernels: building {what}...", file=sys.stderr, flush=True)
-    path = os.environ.get("PATH", "")
+    path, chosen = os.environ.get("PATH", ""), os.environ.get("CXX")
     os.environ["PATH"] = f"{Path(program).parent}{os.pathsep}{path}"
+    os.environ["CXX"] = built_by  # the one that the name tells of
     try:
         # load() takes a lock in the folder, so that processes started together build once.
         return cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
     finally:
         os.environ["PATH"] = path
+        del os.environ["CXX"]
+        if chosen is not None:
+            os.environ["CXX"] = chosen

@@ -62,3 +62,43 @@ def test_the_name_follows_the_sources(monkeypatch, tmp_path):
     assert native.library_name() == before
     (tmp_path / "vec.h").write_text("// changed")
     assert native.library_name() != before
+
+
+def test_the_name_follows_the_compiler_and_the_architecture(monkeypatch, tmp_path):
+    before = native.library_name()
+    monkeypatch.setenv("MFA_KERNELS_MARCH", "x86-64-v2")
+    assert native.library_name() != before
+    assert "-march=x86-64-v2" in native.flags()
+    processor = native.library_name()
+    monkeypatch.setattr(native, "_processor_flags", lambda: "another processor")
+    assert native.library_name() == processor, "machines of different make share what is built for both"
+    monkeypatch.setenv("MFA_KERNELS_MARCH", "")
+    assert native.library_name() != before, "but not what is built for one"
+    monkeypatch.undo()
+
+    other = tmp_path / "other-c++"
+    names = set()
+    for version in ("1.0", "2.0"):
+        other.write_text(f"#!/bin/sh\necho other {version}\n")
+        other.chmod(0o755)
+        native.compiler_version.cache_clear()
+        monkeypatch.setenv("CXX", str(other))
+        names.add(native.library_name())
+    assert len({before, *names}) == 3
+
+
+def test_an_architecture_that_is_none_is_refused(tmp_path):
+    out = run(LOG_PROB, MFA_KERNELS_MARCH="native -fplugin=x", MFA_KERNELS_CACHE=str(tmp_path))
+    assert out.stdout.strip() == "torch.Size([3])"
+    assert "MFA_KERNELS_MARCH must be an architecture, as in -march=native, got 'native -fplugin=x'" in out.stderr
+
+
+def test_a_compiler_without_openmp_is_named(tmp_path):
+    """As clang without libomp: plain PyTorch, and a warning that says what to install."""
+    compiler = tmp_path / "no-openmp-c++"
+    complains = "echo 'x.cpp:1:10: fatal error: omp.h file not found' >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) {complains};; esac\n')
+    compiler.chmod(0o755)
+    out = run(LOG_PROB, CXX=str(compiler), MFA_KERNELS_CACHE=str(tmp_path / "cache"))
+    assert out.stdout.strip() == "torch.Size([3])"
+    assert "builds no OpenMP programs: install its runtime (for clang libomp-dev)" in out.stderr

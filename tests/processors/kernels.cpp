@@ -1,0 +1,666 @@
+// Every CPU kernel against its formula in double precision, and its bits against themselves on other numbers of threads:
+// a program without Torch, for compilers, instruction sets and sanitizers that Torch is not there for.
+//
+// Prints a line for each check; the status is the number of those that failed.
+#include <cstdio>
+#include <functional>
+#include <map>
+#include <string>
+
+#include "intervene.h"
+#include "kmeans.h"
+#include "screen_factors.h"
+#include "screen_near.h"
+#include "screen_neighbors.h"
+#include "statistics.h"
+
+namespace {
+
+using Doubles = std::vector<double>;
+
+// at::parallel_for on so many threads, one after the other, the last first: nothing may depend on their order.
+struct Threads {
+  int64_t count;
+  template <class Body>
+  void operator()(int64_t size, Body&& body) const {
+    const int64_t chunk = size > 0 ? mfa::ceil_div(size, std::min(count, size)) : 0;
+    for (int64_t i = count - 1; i >= 0; --i)
+      if (i * chunk < size) body(i * chunk, std::min(size, (i + 1) * chunk));
+  }
+};
+
+uint64_t state = 1;
+double uniform() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return double(state >> 11) * 0x1p-53;
+}
+double normal() {
+  double sum = -6;
+  for (int i = 0; i < 12; ++i) sum += uniform();
+  return sum;
+}
+
+int failures = 0;
+std::map<std::string, double> worst;  // errors in eps of their terms, by what was checked
+
+void that(bool holds, const std::string& what) {
+  if (holds) return;
+  ++failures;
+  std::printf("FAILED: %s\n", what.c_str());
+}
+
+// As tests/budgets.py: 8 eps of what the absolute values of the terms add up to, for each entry.
+template <class T>
+void within(const T* found, const Doubles& exact, const Doubles& terms, const std::string& what) {
+  double most = 0;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    const double off = std::abs(found[i] - exact[i]) / (std::numeric_limits<T>::epsilon() * terms[i] + 1e-300);
+    if (!(off <= most)) most = off;
+  }
+  worst[what] = std::max(worst[what], most);
+  that(most <= 8, what + " is off by " + std::to_string(most) + " eps of its terms");
+}
+
+// Sums of many terms, for kernels that add in double precision themselves.
+struct Sums {
+  std::vector<std::vector<long double>> values;
+  template <size_t N>
+  explicit Sums(const int64_t (&sizes)[N]) {
+    for (const int64_t size : sizes) values.emplace_back(size, 0.0L);
+  }
+  void add(int which, int64_t at, double value) { values[which][at] += value; }
+  Doubles rounded(int which) const { return Doubles(values[which].begin(), values[which].end()); }
+};
+
+template <class T>
+struct Problem {
+  int64_t N, K, D, R;
+  mfa::Shape shape;
+  std::vector<T> x, means, loadings, noise, constants, rows, chol, log_det, lam;
+  // In double precision: v and t of every pair, A, L, z, logits; and what is added in t and z and a logit.
+  Doubles a, lower, v, t, z, logit, t_terms, z_terms, logit_terms;
+
+  Problem(int64_t N, int64_t K, int64_t D, int64_t R, bool own_noise, double spread)
+      : N(N), K(K), D(D), R(R), shape{K, D, R, own_noise}, x(N * D), means(K * D), loadings(K * D * R),
+        noise(own_noise ? K * D : D), constants(K), rows(K * shape.component_stride<T>()), chol(K * R * R), log_det(K),
+        lam(D, T(1)), a(K * R * D), lower(K * R * R), v(N * K * D), t(N * K * R), z(t), logit(N * K), t_terms(t),
+        z_terms(t), logit_terms(logit) {
+    for (T& value : means) value = T(spread * normal());
+    for (T& value : loadings) value = T(normal() * 3 / std::sqrt(double(D)));
+    for (T& value : noise) value = T(0.5 + uniform());
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t d = 0; d < D; ++d) x[n * D + d] = T(means[n % K * D + d] + normal());
+    if (!own_noise)
+      for (int64_t d = 0; d < D; ++d) lam[d] = T(1 / std::sqrt(noise[d]));
+    mfa::factors<T>(shape, means.data(), loadings.data(), noise.data(), rows.data(), chol.data(), log_det.data(),
+                    Threads{3});
+    for (int64_t k = 0; k < K; ++k) constants[k] = T(-std::log(double(K)) - 0.5 * (D * std::log(2 * M_PI) + log_det[k]));
+    formula();
+  }
+
+  double scale(int64_t k, int64_t d) const { return 1 / std::sqrt(double(noise[shape.per_component ? k * D + d : d])); }
+
+  void formula() {
+    Doubles log_dets(K), log_det_terms(K), lower_terms(lower.size());
+    for (int64_t k = 0; k < K; ++k) {
+      Doubles white(R * D), gram(R * R);
+      for (int64_t d = 0; d < D; ++d) {
+        const double own = std::log(double(noise[shape.per_component ? k * D + d : d]));
+        log_dets[k] += own, log_det_terms[k] += std::abs(own);
+        for (int64_t r = 0; r < R; ++r) white[r * D + d] = scale(k, d) * loadings[(k * D + d) * R + r];
+      }
+      for (int64_t i = 0; i < R; ++i)
+        for (int64_t j = 0; j <= i; ++j) {
+          double sum = i == j;
+          for (int64_t d = 0; d < D; ++d) sum += white[i * D + d] * white[j * D + d];
+          for (int64_t s = 0; s < j; ++s) sum -= gram[i * R + s] * gram[j * R + s];
+          gram[i * R + j] = i == j ? std::sqrt(sum) : sum / gram[j * R + j];
+        }
+      for (int64_t i = 0; i < R; ++i) {
+        log_dets[k] += 2 * std::log(gram[i * R + i]), log_det_terms[k] += 1 + 2 * std::log(gram[i * R + i]);
+        for (int64_t d = 0; d < D; ++d) {
+          double sum = white[i * D + d];
+          for (int64_t j = 0; j < i; ++j) sum -= gram[i * R + j] * a[(k * R + j) * D + d];
+          a[(k * R + i) * D + d] = sum / gram[i * R + i];
+        }
+      }
+      std::copy(gram.begin(), gram.end(), lower.begin() + k * R * R);
+      for (int64_t i = 0; i < R; ++i) {  // a row of L is as long as the root of what it is the factor of
+        double square = 0;
+        for (int64_t j = 0; j <= i; ++j) square += gram[i * R + j] * gram[i * R + j];
+        for (int64_t j = 0; j <= i; ++j) lower_terms[(k * R + i) * R + j] = std::sqrt(square);
+      }
+    }
+    within(log_det.data(), log_dets, log_det_terms, "log-determinants");
+    within(chol.data(), lower, lower_terms, "Cholesky factors");
+    for (int64_t n = 0; n < N; ++n)
+      for (int64_t k = 0; k < K; ++k) {
+        const int64_t p = n * K + k;
+        double square = 0, explained = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          v[p * D + d] = (double(x[n * D + d]) - means[k * D + d]) * scale(k, d);
+          square += v[p * D + d] * v[p * D + d];
+        }
+        double terms = square / 2;
+        for (int64_t r = 0; r < R; ++r) {
+          for (int64_t d = 0; d < D; ++d) {
+            t[p * R + r] += a[(k * R + r) * D + d] * v[p * D + d];
+            t_terms[p * R + r] += std::abs(a[(k * R + r) * D + d] * v[p * D + d]);
+          }
+          explained += t[p * R + r] * t[p * R + r];
+          terms += std::abs(t[p * R + r]) * t_terms[p * R + r];
+        }
+        logit[p] = -std::log(double(K)) - 0.5 * (D * std::log(2 * M_PI) + log_dets[k] + square - explained);
+        logit_terms[p] = std::log(double(K)) + 0.5 * (D * std::log(2 * M_PI) + log_det_terms[k]) + terms;
+        const double* L = lower.data() + k * R * R;
+        for (int64_t i = R - 1; i >= 0; --i) {
+          double sum = t[p * R + i], size = t_terms[p * R + i];
+          for (int64_t j = i + 1; j < R; ++j) {
+            sum -= L[j * R + i] * z[p * R + j];
+            size += std::abs(L[j * R + i]) * z_terms[p * R + j];
+          }
+          z[p * R + i] = sum / L[i * R + i];
+          z_terms[p * R + i] = size / L[i * R + i];
+        }
+      }
+  }
+
+  double log_prob(int64_t n, double* terms) const {
+    const double best = *std::max_element(logit.begin() + n * K, logit.begin() + (n + 1) * K);
+    double sum = 0, size = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const double r = std::exp(logit[n * K + k] - best);
+      sum += r, size += r * logit_terms[n * K + k];
+    }
+    *terms = size / sum + std::abs(best + std::log(sum));
+    return best + std::log(sum);
+  }
+};
+
+template <class T>
+struct Found {
+  std::vector<T> log_prob, logits, dropped;
+  std::vector<int32_t> components, counts, evaluated;
+  Found(int64_t N, int64_t S) : log_prob(N), logits(N * S), dropped(N), components(N * S), counts(N), evaluated(N) {}
+  mfa::Selection<T> out() { return {log_prob.data(), components.data(), logits.data(), counts.data()}; }
+  bool operator==(const Found& other) const {
+    return log_prob == other.log_prob && logits == other.logits && components == other.components &&
+           counts == other.counts && dropped == other.dropped && evaluated == other.evaluated;
+  }
+};
+
+constexpr int64_t kThreads[] = {1, 2, 3, 5, 6, 7, 8, 16, 33};
+
+// What `run(threads)` finds on one thread, after a look at whether it is the same on others.
+template <class Run>
+auto same(const std::string& what, Run&& run) {
+  auto first = run(Threads{1});
+  for (const int64_t count : kThreads)
+    that(run(Threads{count}) == first, what + ": other bits on " + std::to_string(count) + " threads");
+  return first;
+}
+
+template <class T>
+double threshold_of(int64_t K) { return std::log(double(K) / std::numeric_limits<T>::epsilon()); }
+
+template <class T>
+void check_selection(const Problem<T>& p, const Found<T>& found, int64_t slots, const std::string& what) {
+  Doubles exact(p.N), terms(p.N);
+  for (int64_t n = 0; n < p.N; ++n) exact[n] = p.log_prob(n, &terms[n]);
+  within(found.log_prob.data(), exact, terms, what + ", log p(x)");
+  for (int64_t n = 0; n < p.N; ++n) {
+    const double* own = p.logit.data() + n * p.K;
+    const double best = *std::max_element(own, own + p.K), room = 1e-3;
+    int64_t surely = 0, possibly = 0;
+    for (int64_t k = 0; k < p.K; ++k) {
+      surely += own[k] > best - threshold_of<T>(p.K) + room;
+      possibly += own[k] > best - threshold_of<T>(p.K) - room;
+    }
+    that(found.counts[n] >= std::min(surely, slots + 1) && found.counts[n] <= std::min(possibly, slots + 1),
+         what + ": wrong number of active components");
+    for (int64_t s = 0; s < std::min<int64_t>(slots, found.counts[n]); ++s)
+      that(std::abs(found.logits[n * slots + s] - own[found.components[n * slots + s]]) < room * 0.1,
+           what + ": a logit that is not its component's");
+  }
+}
+
+template <class T>
+void scans(const Problem<T>& p) {
+  for (const int64_t slots : {int64_t(2), int64_t(16)}) {
+    const auto found = same("select", [&](const Threads& threads) {
+      Found<T> f(p.N, slots);
+      mfa::select<T>(p.shape, p.x.data(), p.N, p.rows.data(), p.constants.data(), p.lam.data(),
+                     T(threshold_of<T>(p.K)), slots, f.log_prob.data(), f.components.data(), f.logits.data(),
+                     f.counts.data(), threads.count, threads);
+      return f;
+    });
+    check_selection(p, found, slots, "select");
+  }
+  const auto logits = same("dense", [&](const Threads& threads) {
+    std::vector<T> out(p.K * p.N);
+    mfa::dense<T>(p.shape, p.x.data(), p.N, p.rows.data(), p.constants.data(), p.lam.data(), out.data(), threads.count,
+                  threads);
+    return out;
+  });
+  Doubles exact(p.K * p.N), terms(exact);
+  for (int64_t n = 0; n < p.N; ++n)
+    for (int64_t k = 0; k < p.K; ++k)
+      exact[k * p.N + n] = p.logit[n * p.K + k], terms[k * p.N + n] = p.logit_terms[n * p.K + k];
+  within(logits.data(), exact, terms, "dense");
+}
+
+// The value of a pair, whoever its neighbours are: what the stretches of a thread, and so its number, may change.
+template <class T>
+void neighbours(const Problem<T>& p) {
+  constexpr int G = 8;
+  if (p.N < G) return;
+  std::vector<T> v(p.shape.template padded<T>() * G), t(p.R * G + 1);
+  T together[G], alone[G], of_two[2];
+  const int64_t every[G] = {0, 1, 2, 3, 4, 5, 6, 7};
+  for (int64_t k = 0; k < p.K; ++k) {
+    const T* own = p.rows.data() + k * p.shape.template component_stride<T>();
+    mfa::distances_of<T, G>(p.shape, p.x.data(), every, own, p.lam.data(), v.data(), t.data(), together);
+    for (int g = 0; g < G; ++g)
+      mfa::distances_of<T, 1>(p.shape, p.x.data(), every + g, own, p.lam.data(), v.data(), t.data(), alone + g);
+    mfa::distances_of<T, 2>(p.shape, p.x.data(), every + 2, own, p.lam.data(), v.data(), t.data(), of_two);
+    that(std::equal(alone, alone + G, together) && of_two[0] == alone[2] && of_two[1] == alone[3],
+         "a distance depends on the tokens beside it");
+  }
+}
+
+template <class T>
+void pairs(const Problem<T>& p) {
+  const int64_t N = p.N, K = p.K, D = p.D, R = p.R, P = N * K;
+  std::vector<int64_t> tokens(P);
+  std::vector<int32_t> components(P);
+  std::vector<T> weights(P);
+  for (int64_t i = 0; i < P; ++i) tokens[i] = i / K, components[i] = int32_t(i % K), weights[i] = T(normal());
+  const auto z = same("latents", [&](const Threads& threads) {
+    std::vector<T> out(P * R);
+    mfa::latents<T>(p.shape, p.x.data(), tokens.data(), components.data(), P, p.rows.data(), p.chol.data(),
+                    p.lam.data(), out.data(), threads);
+    return out;
+  });
+  within(z.data(), p.z, p.z_terms, "latents");
+
+  const int64_t noise = p.shape.per_component ? K * D : D;
+  const int64_t sizes[] = {N * D, K * D, K * D * R, noise, K};
+  const auto found = same("backward", [&](const Threads& threads) {
+    std::vector<std::vector<T>> g;
+    for (const int64_t size : sizes) g.emplace_back(size);
+    mfa::backward<T>(p.shape, p.x.data(), tokens.data(), components.data(), weights.data(), P, p.rows.data(),
+                     p.chol.data(), p.lam.data(), {g[0].data(), g[1].data(), g[2].data(), g[3].data(), g[4].data()},
+                     threads);
+    return g;
+  });
+  Sums exact(sizes), terms(sizes);
+  auto add = [&](int which, int64_t at, double value, double size) {
+    exact.add(which, at, value), terms.add(which, at, std::abs(size));
+  };
+  for (int64_t k = 0; k < K; ++k) {
+    Doubles inverse;
+    mfa::invert_lower(R, p.lower.data() + k * R * R, inverse);
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t i = n * K + k;
+      const double w = weights[i];
+      add(4, k, w, w);
+      for (int64_t d = 0; d < D; ++d) {
+        double q = p.v[i * D + d], size = std::abs(q), own = 1;
+        for (int64_t r = 0; r < R; ++r) {
+          const double a = p.a[(k * R + r) * D + d];
+          q -= a * p.t[i * R + r], size += std::abs(a) * p.t_terms[i * R + r], own -= a * a;
+        }
+        const double lam = p.scale(k, d);
+        add(0, n * D + d, -w * lam * q, w * lam * size);
+        add(1, k * D + d, w * lam * q, w * lam * size);
+        add(3, p.shape.per_component ? k * D + d : d, w * lam * lam * (q * q - own) / 2,
+            w * lam * lam * (size * size + 2) / 2);
+        for (int64_t r = 0; r < R; ++r) {
+          double prior = 0, prior_size = 0;
+          for (int64_t m = r; m < R; ++m) {
+            prior += p.a[(k * R + m) * D + d] * inverse[m * R + r];
+            prior_size += std::abs(p.a[(k * R + m) * D + d] * inverse[m * R + r]);
+          }
+          add(2, (k * D + d) * R + r, w * lam * (q * p.z[i * R + r] - prior),
+              w * lam * (size * p.z_terms[i * R + r] + prior_size));
+        }
+      }
+    }
+  }
+  const char* names[] = {"x", "means", "loadings", "noise", "log weights"};
+  for (int i = 0; i < 5; ++i) within(found[i].data(), exact.rounded(i), terms.rounded(i), std::string("gradient of ") + names[i]);
+
+  std::vector<T> given(N * K * R);
+  for (T& value : given) value = T(normal());
+  const auto decoded = same("decode", [&](const Threads& threads) {
+    std::vector<T> out(N * D);
+    mfa::decode<T>(p.shape, components.data(), weights.data(), given.data(), N, K, p.means.data(), p.loadings.data(),
+                   out.data(), threads);
+    return out;
+  });
+  Doubles sums(N * D), sum_terms(N * D);
+  for (int64_t i = 0; i < P; ++i)
+    for (int64_t d = 0; d < D; ++d) {
+      const int64_t k = components[i], n = tokens[i];
+      double value = p.means[k * D + d], size = std::abs(value);
+      for (int64_t r = 0; r < R; ++r) {
+        const double part = double(p.loadings[(k * D + d) * R + r]) * given[i * R + r];
+        value += part, size += std::abs(part);
+      }
+      sums[n * D + d] += weights[i] * value, sum_terms[n * D + d] += std::abs(weights[i]) * size;
+    }
+  within(decoded.data(), sums, sum_terms, "decode");
+}
+
+template <class T>
+void statistics(const Problem<T>& p) {
+  const int64_t N = p.N, K = p.K, D = p.D, R = p.R, noise = p.shape.per_component ? K * D : D;
+  std::vector<int32_t> components(N * K);
+  std::vector<T> weights(N * K);
+  for (int64_t i = 0; i < N * K; ++i) components[i] = int32_t(i % K), weights[i] = T(uniform());
+  const int64_t sizes[] = {K, K * D, K * R, K * R * R, K * R * D, noise};
+  const auto found = same("statistics", [&](const Threads& threads) {
+    std::vector<Doubles> s;
+    for (const int64_t size : sizes) s.emplace_back(size);
+    mfa::statistics<T>(p.shape, p.x.data(), components.data(), weights.data(), N, K, p.rows.data(), p.chol.data(),
+                       p.lam.data(), {s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(), s[5].data()},
+                       threads);
+    return s;
+  });
+  Sums exact(sizes), terms(sizes);
+  auto add = [&](int which, int64_t at, double value, double size) {
+    exact.add(which, at, value), terms.add(which, at, std::abs(size));
+  };
+  for (int64_t k = 0; k < K; ++k) {
+    Doubles inverse;
+    mfa::invert_lower(R, p.lower.data() + k * R * R, inverse);
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t i = n * K + k;
+      const double w = weights[i];
+      add(0, k, w, w);
+      for (int64_t d = 0; d < D; ++d) {
+        const double y = double(p.x[n * D + d]) - p.means[k * D + d];
+        add(1, k * D + d, w * y, w * y);
+        add(5, p.shape.per_component ? k * D + d : d, w * y * y, w * y * y);
+        for (int64_t r = 0; r < R; ++r)
+          add(4, (k * R + r) * D + d, w * p.z[i * R + r] * y, w * p.z_terms[i * R + r] * y);
+      }
+      for (int64_t r = 0; r < R; ++r) {
+        add(2, k * R + r, w * p.z[i * R + r], w * p.z_terms[i * R + r]);
+        for (int64_t s = 0; s < R; ++s) {
+          double own = 0, size = 1;  // of M^-1, and of the rounding of L in it
+          for (int64_t m = std::max(r, s); m < R; ++m) {
+            own += inverse[m * R + r] * inverse[m * R + s];
+            size += 4 * std::abs(inverse[m * R + r] * inverse[m * R + s]);
+          }
+          add(3, (k * R + r) * R + s, w * (p.z[i * R + r] * p.z[i * R + s] + own),
+              w * (p.z_terms[i * R + r] * p.z_terms[i * R + s] + size));
+        }
+      }
+    }
+  }
+  const char* names[] = {"mass", "shift", "latent", "second", "cross", "squares"};
+  // The sums are in double precision, of values in T.
+  for (int i = 0; i < 6; ++i) {
+    std::vector<T> narrow(found[i].begin(), found[i].end());
+    within(narrow.data(), exact.rounded(i), terms.rounded(i), std::string("statistics, ") + names[i]);
+  }
+}
+
+template <class T>
+void kmeans(int64_t N, int64_t K, int64_t D, int64_t P) {
+  std::vector<T> x(N * D), centroids(K * D), center(D), basis(D * P), projected(K * P);
+  for (T& value : centroids) value = T(normal());
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t d = 0; d < D; ++d) x[n * D + d] = T(centroids[n % K * D + d] + 0.7 * normal());
+  for (int64_t d = 0; d < D; ++d) {
+    center[d] = T(0.1 * normal());
+    for (int64_t p = 0; p < P; ++p) basis[d * P + p] = T(d == p);  // any orthonormal columns do
+  }
+  for (int64_t k = 0; k < K; ++k) std::copy_n(centroids.data() + k * D, P, projected.data() + k * P);
+  for (const bool screened : {false, true}) {
+    const mfa::Centroids<T> all{K,
+                                D,
+                                centroids.data(),
+                                center.data(),
+                                screened ? P : D,
+                                screened ? basis.data() : nullptr,
+                                screened ? projected.data() : centroids.data(),
+                                T((600 + D) * std::sqrt(double(D)) * std::numeric_limits<T>::epsilon())};
+    const auto found = same("nearest", [&](const Threads& threads) {
+      std::pair<std::vector<int64_t>, std::vector<T>> out{std::vector<int64_t>(N), std::vector<T>(N)};
+      mfa::nearest<T>(all, x.data(), N, out.first.data(), out.second.data(), threads);
+      return out;
+    });
+    Doubles least(N, 1e300);
+    for (int64_t n = 0; n < N; ++n) {
+      double own = 0;
+      for (int64_t k = 0; k < K; ++k) {
+        double gap = 0;
+        for (int64_t d = 0; d < D; ++d) gap += std::pow(double(T(x[n * D + d] - center[d])) - centroids[k * D + d], 2);
+        least[n] = std::min(least[n], gap);
+        if (k == found.first[n]) own = gap;
+      }
+      that(own <= least[n] * (1 + 16 * std::numeric_limits<T>::epsilon()), "nearest: another centroid is nearer");
+    }
+    within(found.second.data(), least, least, "squared distances");
+    const auto sums = same("cluster_sums", [&](const Threads& threads) {
+      std::vector<Doubles> out{Doubles(K * D), Doubles(K), Doubles(K)};
+      mfa::cluster_sums<T>(x.data(), N, D, center.data(), found.first.data(), found.second.data(), nullptr, K,
+                           out[0].data(), out[1].data(), out[2].data(), threads);
+      return out;
+    });
+    that(std::accumulate(sums[1].begin(), sums[1].end(), 0.0) == double(N), "cluster_sums: a row is missing");
+  }
+}
+
+// Bounds, lines and lists over the first p coordinates; every bound holds, and results are those of the formula.
+template <class T>
+void screening(const Problem<T>& m, int64_t p) {
+  const int64_t N = m.N, K = m.K, D = m.D, R = m.R, slots = 8;
+  const double eps = std::numeric_limits<T>::epsilon(), unit = eps / 2, up = 1 + 4 * eps;
+  std::vector<T> basis(D * p), center(D, T(0));
+  Doubles scale(D), projection(D * p), middle(p), kept(K * (R + 1) * p);
+  for (int64_t d = 0; d < D; ++d) {
+    scale[d] = m.scale(0, d);
+    for (int64_t c = 0; c < p; ++c) basis[d * p + c] = T(d == c), projection[d * p + c] = d == c ? scale[d] : 0;
+  }
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t c = 0; c < p; ++c) middle[c] += m.means[k * D + c] * scale[c] / K;
+  // As mfa_kernels/ops/screen/op.py has them, with Q^T Q = I.
+  const double rounding = 8 * D * (R + 1) * std::sqrt(double(p)) * std::numeric_limits<double>::epsilon();
+  const double token = (6 + (66 + mfa::ceil_div(D, 64)) * std::sqrt(double(p))) * unit, coordinates = token + 4 * unit;
+  const double products = coordinates + (67 + mfa::ceil_div(p, 64)) * std::sqrt(double(std::max<int64_t>(R, 1))) * unit;
+  const double base = 0.505 * (2 * coordinates + 2 * products + products * products +
+                               2 * (66 + mfa::ceil_div(p, 64) + R + 8) * unit) + 8 * unit;
+  const double in_full = (6 + (mfa::ceil_div(D, 4) + 9) * std::sqrt(double(std::max<int64_t>(R, 1)))) * unit;
+  const double exact_slack = 0.505 * (12 * unit + 2 * in_full + in_full * in_full +
+                                      2 * (mfa::ceil_div(D, 4) + R + 16) * unit) + 8 * unit;
+  const auto made = same("stage 0 of screening", [&](const Threads& threads) {
+    std::vector<std::vector<T>> s{std::vector<T>(K * p * (R + 1)), std::vector<T>(K),     std::vector<T>(K),
+                                  std::vector<T>(K * p),           std::vector<T>(K), std::vector<T>(K)};
+    mfa::marginals<T>(m.shape,
+                      {m.means.data(), m.loadings.data(), m.chol.data(), center.data(), scale.data(),
+                       projection.data(), p, nullptr, 0, kept.data(), rounding, base, 1.0, middle.data(), up,
+                       s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(), s[5].data()},
+                      threads);
+    return s;
+  });
+  const mfa::Screen<T> with_lines{p,
+                                  basis.data(),
+                                  center.data(),
+                                  made[0].data(),
+                                  m.constants.data(),
+                                  m.log_det.data(),
+                                  made[1].data(),
+                                  made[2].data(),
+                                  made[3].data(),
+                                  made[4].data(),
+                                  made[5].data(),
+                                  T(exact_slack * up)};
+  mfa::Screen<T> without = with_lines;
+  without.lines = nullptr;
+  for (const bool lines : {false, true}) {
+    const auto bounds = same("bounds", [&](const Threads& threads) {
+      std::vector<T> out(N * K);
+      mfa::bounds<T>(m.shape, with_lines, m.x.data(), N, m.lam.data(), lines, out.data(), threads.count, threads);
+      return out;
+    });
+    for (int64_t i = 0; i < N * K; ++i) that(bounds[i] >= m.logit[i], lines ? "a line's bound" : "a bound");
+    const auto found = same("select_screened", [&](const Threads& threads) {
+      Found<T> f(N, slots);
+      mfa::select_screened<T>(m.shape, lines ? with_lines : without, m.x.data(), N, m.rows.data(), m.constants.data(),
+                              m.lam.data(), T(threshold_of<T>(K)), slots, f.out(), f.dropped.data(),
+                              f.evaluated.data(), threads.count, threads);
+      return f;
+    });
+    check_selection(m, found, slots, "select_screened");
+  }
+  if (K < 4) return;
+
+  // Lists: V = E L^T with L L^T = 2 I + V^T V.
+  std::vector<T> means(K * p), whitened(K * R * p), lower(K * R * R), constants(K), offs(K), halves(K);
+  for (int64_t k = 0; k < K; ++k) {
+    const double* own = kept.data() + k * (R + 1) * p;
+    double square = 0;
+    for (int64_t c = 0; c < p; ++c) means[k * p + c] = T(own[c]), square += own[c] * own[c];
+    halves[k] = T(square / 2);
+    Doubles L(R * R), E(R * p);
+    double size = 0, whole = 0;
+    for (int64_t i = 0; i < R; ++i) {
+      for (int64_t j = 0; j <= i; ++j) {
+        double sum = i == j ? 2 : 0;
+        for (int64_t c = 0; c < p; ++c) sum += own[(i + 1) * p + c] * own[(j + 1) * p + c];
+        for (int64_t s = 0; s < j; ++s) sum -= L[i * R + s] * L[j * R + s];
+        L[i * R + j] = i == j ? std::sqrt(sum) : sum / L[j * R + j];
+        lower[(k * R + i) * R + j] = T(L[i * R + j]), size += L[i * R + j] * L[i * R + j];
+        whole += std::pow(m.lower[(k * R + i) * R + j], 2);
+      }
+      for (int64_t c = 0; c < p; ++c) {
+        double sum = own[(i + 1) * p + c];
+        for (int64_t j = 0; j < i; ++j) sum -= L[i * R + j] * E[j * p + c];
+        E[i * p + c] = sum / L[i * R + i], whitened[(k * R + i) * p + c] = T(E[i * p + c]);
+      }
+    }
+    constants[k] = m.constants[k] + T(2 * eps * (std::abs(m.constants[k]) + std::abs(m.log_det[k]) + 2 * D)) + made[2][k];
+    offs[k] = T(std::sqrt(double(R)) * ((p + 2 * R + 8) * eps * std::sqrt(size) + 2 * D * 2.3e-16 * std::sqrt(whole)) *
+                (1 + eps));
+  }
+  const int64_t M = K / 2;
+  using Lists = std::pair<std::vector<int32_t>, std::vector<std::vector<T>>>;
+  const auto lists = same("lists of neighbors", [&](const Threads& threads) {
+    Lists out{std::vector<int32_t>(K * M), {std::vector<T>(K * M), std::vector<T>(K)}};
+    mfa::find_neighbors<T>({K, p, R, means.data(), whitened.data(), lower.data(), constants.data(), offs.data(), 1.0,
+                            threshold_of<T>(K), M, out.first.data(), out.second[0].data(), out.second[1].data()},
+                           threads);
+    return out;
+  });
+  std::vector<int32_t> members(K);
+  std::iota(members.begin(), members.end(), 0);
+  const int32_t starts[] = {0, int32_t(K)};
+  const std::vector<T> centers(p, T(0)), zero(1, T(0));
+  const mfa::Near<T> near{1,
+                          centers.data(),
+                          zero.data(),
+                          starts,
+                          members.data(),
+                          means.data(),
+                          halves.data(),
+                          M,
+                          lists.first.data(),
+                          lists.second[0].data(),
+                          lists.second[1].data(),
+                          threshold_of<T>(K)};
+  const auto found = same("select_near", [&](const Threads& threads) {
+    Found<T> f(N, slots);
+    mfa::select_near<T>(m.shape, with_lines, near, m.x.data(), N, m.rows.data(), m.constants.data(), m.lam.data(),
+                        T(threshold_of<T>(K)), slots, f.out(), f.dropped.data(), f.evaluated.data(), threads.count,
+                        threads);
+    return f;
+  });
+  check_selection(m, found, slots, "select_near");
+}
+
+// x <- 0.8 x + shift + sum r (0.3 mu + W (z + 0.5 E[z | x, k])), all slots with a responsibility of their softmax.
+template <class T>
+void steering(const Problem<T>& p) {
+  const int64_t N = p.N, D = p.D, R = p.R, C = std::min<int64_t>(p.K, 3);
+  std::vector<T> shift(D), given(R + 1), log_prob(N, T(0)), logits(N * C), threshold(1, T(0));
+  std::vector<int32_t> components(N * C), counts(N, int32_t(C)), rule{mfa::kAlways, 0, 0};
+  const T coefficients[] = {T(0.8), T(0.3), T(0.5)};
+  for (T& value : shift) value = T(normal());
+  for (T& value : given) value = T(normal());
+  for (int64_t i = 0; i < N * C; ++i) components[i] = int32_t((i + i / C) % p.K), logits[i] = T(-uniform());
+  const mfa::Edit<T, T> edit{1,
+                             N,
+                             {coefficients, 1, 1, 3},
+                             {shift.data(), 1, 1, D},
+                             {rule.data(), 1, 1, 3},
+                             {threshold.data(), 1, 1, 1},
+                             {given.data(), 1, 1, R},
+                             {nullptr, 1, 1, 1},
+                             {nullptr, 1, 1, 1},
+                             true};
+  const mfa::Seen<T> seen{C,           log_prob.data(), components.data(), logits.data(),
+                          counts.data(), p.rows.data(),   p.chol.data(),     p.lam.data()};
+  const auto found = same("intervene", [&](const Threads& threads) {
+    std::pair<std::vector<T>, std::vector<T>> out{std::vector<T>(N * D), std::vector<T>(3 * N)};
+    mfa::intervene<T, T, T>(p.shape, edit, seen, p.x.data(), out.first.data(), out.second.data(), threads);
+    return out;
+  });
+  Doubles exact(N * D), terms(N * D);
+  for (int64_t n = 0; n < N; ++n) {
+    double total = 0;
+    for (int64_t c = 0; c < C; ++c) total += std::exp(double(logits[n * C + c]));
+    for (int64_t d = 0; d < D; ++d) {
+      exact[n * D + d] = double(coefficients[0]) * p.x[n * D + d] + shift[d];
+      terms[n * D + d] = std::abs(double(coefficients[0]) * p.x[n * D + d]) + std::abs(shift[d]);
+      for (int64_t c = 0; c < C; ++c) {
+        const int64_t k = components[n * C + c], i = n * p.K + k;
+        const double r = std::exp(double(logits[n * C + c])) / total, mean = double(coefficients[1]) * p.means[k * D + d];
+        exact[n * D + d] += r * mean, terms[n * D + d] += 3 * r * std::abs(mean);
+        // W z = lam^-1 A^T L^T z, whose sums are what the kernel adds.
+        for (int64_t j = 0; j < R; ++j) {
+          double u = coefficients[2] * p.t[i * R + j], size = std::abs(coefficients[2]) * p.t_terms[i * R + j];
+          for (int64_t s = j; s < R; ++s) {
+            const double part = p.lower[(k * R + s) * R + j] * given[s];
+            u += part, size += std::abs(part);
+          }
+          const double a = p.a[(k * R + j) * D + d] / p.scale(k, d);
+          exact[n * D + d] += r * a * u, terms[n * D + d] += 3 * r * std::abs(a) * size;
+        }
+      }
+    }
+  }
+  within(found.first.data(), exact, terms, "steering");
+}
+
+template <class T>
+void all() {
+  // (N, K, D, R): few tokens, panels, ragged ones; components in one range and in several; ranks in one pass and in more.
+  const int64_t shapes[][4] = {{1, 1, 1, 1}, {1, 150, 33, 3},  {3, 5, 16, 0},  {4, 67, 50, 10},
+                               {9, 13, 71, 2}, {37, 131, 90, 1}, {70, 40, 67, 13}, {260, 37, 40, 4}};
+  for (const auto& [N, K, D, R] : shapes)
+    for (const bool own_noise : {false, true})
+      for (const double spread : {2.0, 0.05}) {
+        const Problem<T> p(N, K, D, R, own_noise, spread);
+        scans(p);
+        neighbours(p);
+        steering(p);
+        if (N * K < 3000) pairs(p), statistics(p);
+        if (!own_noise && D >= 32 && R > 0) screening(p, 32);
+      }
+  kmeans<T>(75, 60, 50, 16);
+  kmeans<T>(33, 7, 40, 16);
+}
+
+}  // namespace
+
+int main() {
+  all<float>();
+  all<double>();
+  std::printf("%d-byte vectors\n", mfa::kVectorBytes);
+  for (const auto& [what, most] : worst) std::printf("%8.3f eps  %s\n", most, what.c_str());
+  std::printf(failures ? "%d checks failed\n" : "all checks hold\n", failures);
+  return std::min(failures, 100);
+}

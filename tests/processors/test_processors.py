@@ -1,0 +1,111 @@
+"""The CPU kernels on other instruction sets, by other compilers, under sanitizers, and beside other ways of the BLAS.
+
+Minutes, and packages that are seldom there: clang, libomp-dev, g++-aarch64-linux-gnu and qemu-user on Debian.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mfa_kernels.ops import native
+
+pytestmark = pytest.mark.more
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(__file__).with_name("kernels.cpp")
+NEEDED = {  # of /proc/cpuinfo
+    "x86-64": (),
+    "haswell": ("avx2", "fma", "bmi2"),
+    "skylake-avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+}
+SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
+
+
+def skip_without(program: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is not installed")
+    return found
+
+
+def skip_beyond_this_processor(march: str) -> None:
+    if march == "native":
+        return
+    if platform.machine() != "x86_64":
+        pytest.skip("not an x86-64 processor")
+    missing = set(NEEDED[march]) - set(native._processor_flags().split())
+    if missing:
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+
+
+def check(tmp_path: Path, compiler: str, *flags: str, emulator: tuple[str, ...] = ()) -> None:
+    """Compiles the program, which includes every header of csrc/cpu, without a warning; all of its checks hold."""
+    program = tmp_path / "kernels"
+    own = [flag for flag in native.FLAGS if flag not in ("-O3", "-fopenmp")]
+    command = [skip_without(compiler), "-O2", *own, *flags, "-Wall", "-Wextra", "-Werror"]
+    include = ["-I", str(native.source_folder()), str(PROGRAM), "-o", str(program)]
+    built = subprocess.run([*command, *include], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stderr[-4000:]
+    out = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)
+    assert out.returncode == 0, out.stdout[-2000:] + out.stderr[-4000:]
+    assert out.stdout.rstrip().endswith("all checks hold")
+
+
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "skylake-avx512", "native"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_kernels_are_the_formulas(tmp_path, compiler, march):
+    skip_beyond_this_processor(march)
+    check(tmp_path, compiler, f"-march={march}")
+
+
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "native"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_kernels_leave_other_memory_alone(tmp_path, compiler, march):
+    skip_beyond_this_processor(march)
+    check(tmp_path, compiler, f"-march={march}", *SANITIZED)
+
+
+def test_kernels_on_arm(tmp_path):
+    """Compiled for NEON and emulated: results, not speed."""
+    emulator = skip_without("qemu-aarch64")
+    check(tmp_path, "aarch64-linux-gnu-g++", "-static", emulator=(emulator,))
+
+
+OPERATORS = ["test_threads", "test_select", "test_pairs", "test_dense_backward", "test_factors", "test_statistics",
+             "test_kmeans", "test_intervene", "test_screen", "test_screen_lines", "test_screen_neighbors"]  # fmt: skip
+
+
+def run_tests(tests: list[str], **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    out = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
+    assert "could not be built" not in out.stdout + out.stderr
+
+
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "native"])
+@pytest.mark.parametrize("compiler", ["g++", "clang++"])
+def test_operators(tmp_path, compiler, march):
+    """The library itself, in PyTorch."""
+    skip_beyond_this_processor(march)
+    tests = [f"tests/ops/{name}.py" for name in OPERATORS]
+    run_tests(tests, CXX=skip_without(compiler), MFA_KERNELS_MARCH=march, MFA_KERNELS_CACHE=str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", [
+    {"MKL_CBWR": "COMPATIBLE"}, {"MKL_CBWR": "AVX2"}, {"MKL_NUM_THREADS": "1"}, {"ATEN_CPU_CAPABILITY": "default"},
+    {"ATEN_CPU_CAPABILITY": "avx2"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"}, {"OMP_NUM_THREADS": "7"},
+], ids=lambda mode: "=".join(*mode.items()))  # fmt: skip
+def test_budgets_beside_another_blas(mode):
+    """What PyTorch computes rounds otherwise on other processors: no budget depends on how."""
+    names = ["test_budgets.py", "ops/test_dense_backward.py", "ops/test_select.py", "ops/test_screen.py",
+             "ops/test_triton_pairs.py", "ops/test_triton_dense.py"]  # fmt: skip
+    run_tests([f"tests/{name}" for name in names], **mode)
