@@ -557,6 +557,7 @@ def test_what_is_built_and_for_what(monkeypatch, tmp_path):
 
     def load(name, sources, **options):
         seen.update(options, name=name, sources=sources, home=cpp_extension.CUDA_HOME)
+        (Path(options["build_directory"]) / f"{name}.so").touch()
         return "library"
 
     monkeypatch.setattr(cpp_extension, "load", load)
