@@ -37,6 +37,18 @@ void backward(const Tensor& x, const Tensor& tokens, const Tensor& components, c
   check_scan(shape, x, rows, lam);
   check_pairs(shape, x, tokens, components, chol);
   check(weights, {tokens.size(0)}, x.scalar_type(), "weights");
+  auto written = [&](const std::optional<Tensor>& t, at::IntArrayRef sizes, const char* name) {
+    if (t) check(*t, sizes, x.scalar_type(), name);
+  };
+  const int64_t K = shape.components, D = shape.features;
+  written(grad_x, {x.size(0), D}, "grad_x");
+  written(grad_means, {K, D}, "grad_means");
+  written(grad_loadings, {K, D, shape.rank}, "grad_loadings");
+  if (per_component)
+    written(grad_noise, {K, D}, "grad_noise");
+  else
+    written(grad_noise, {D}, "grad_noise");
+  written(grad_log_weights, {K}, "grad_log_weights");
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "backward", [&] {
     auto pointer = [](const std::optional<Tensor>& t) { return t ? t->data_ptr<scalar_t>() : nullptr; };
     const mfa::Gradients<scalar_t> grad{pointer(grad_x), pointer(grad_means), pointer(grad_loadings),

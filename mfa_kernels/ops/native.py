@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
+from mfa_kernels import checksum
 from mfa_kernels.files import atomic_write_text
 
 # The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
@@ -212,7 +213,7 @@ def cached(name: str) -> ModuleType | None:
     for folder in (cache_folder(), path.parent):
         check_private(folder)
     try:
-        if _digest_file(path).read_text() != _digest(path):
+        if _digest_file(path).read_text() != checksum.of_file(path):
             return None
     except OSError:  # a build that was killed, or is going on
         return None
@@ -229,10 +230,6 @@ def cached(name: str) -> ModuleType | None:
 
 def _digest_file(library: Path) -> Path:
     return library.with_suffix(".sha256")
-
-
-def _digest(library: Path) -> str:
-    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleType:
@@ -252,13 +249,13 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
         raise RuntimeError("ninja not found: pip install ninja")
     library = _file(name)
     for folder in (cache_folder(), library.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # where a umask leaves groups in, they are not wanted
         check_private(folder)
     with _alone(library.parent, what):
         found = cached(name)  # another process may have built it meanwhile
         if found is None:
             found = _compiled(name, sources, what, program, built_by, **options)
-            atomic_write_text(_digest_file(library), _digest(library))
+            atomic_write_text(_digest_file(library), checksum.of_file(library))
         return found
 
 

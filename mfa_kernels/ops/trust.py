@@ -40,6 +40,13 @@ FACTORS = {
 }
 
 
+# The rows of those terms, where no noise_variance says whether it is per component.
+ROWS = (
+    "cholesky(K, R + 1 + per_component, D)"
+    " or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))"
+)
+
+
 def checker(
     operator: str,
     arguments: dict[str, str],

@@ -185,16 +185,6 @@ class Tracker:
         if not trackers:
             delattr(self._model, _ATTRIBUTE)
 
-    @property
-    def current(self) -> Pass | None:
-        """The pass that this thread is in, or was in last.
-
-        Raises:
-            LostTrackError, TypeError, ValueError: the arguments of the pass do not say where it is.
-        """
-        now = _states().get(self)
-        return None if now is None else _known(now.where)
-
     def at(self, hidden: Tensor, given: Any = None) -> Pass:
         """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence.
 

@@ -113,7 +113,8 @@ def test_a_library_that_is_not_as_it_was_built_is_built_anew(cache: Path, built:
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nobody_waits_for_a_build_that_was_killed(cache: Path, how: signal.Signals) -> None:
-    (cache / "_queue").mkdir(parents=True)
+    cache.mkdir(mode=0o700)
+    (cache / "_queue").mkdir(mode=0o700)
     (cache / "_queue" / "lock").touch()  # as torch's own lock, which stays behind
     first = process(SLOWLY="300")
     assert first.stdout is not None
@@ -164,6 +165,19 @@ def test_a_cache_that_others_may_write_to_is_refused(cache: Path, built: Any, wh
             attempt()
     folder.chmod(0o755)
     assert native.cached("_queue") is not None
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o000])
+def test_a_cache_of_ones_own_making_is_private(cache: Path, built: Any, umask: int) -> None:
+    """As with the umask of Fedora and Ubuntu, by which a user's group may write."""
+    before = os.umask(umask)
+    try:
+        built()
+        assert builds(cache) == 1
+        built()
+        assert builds(cache) == 1
+    finally:
+        os.umask(before)
 
 
 def test_a_cache_of_another_user_is_refused(cache: Path, built: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
     def steps(input_ids: Tensor) -> None:
         for tokens in (input_ids, input_ids[:, :1], input_ids[:, :1]):
             tracker._observe(nn.Identity(), (), {"input_ids": tokens, "past_key_values": cache})
-            starts.append(tracker.current.start)
+            starts.append(tracker.at(torch.zeros(*tokens.shape, 32)).start)
 
     model, cache, starts = causal_lm(), StaticCache(), []
     model.generate = steps
@@ -239,7 +239,8 @@ def test_legacy_cache_of_tuples() -> None:
     tracker = acquired()
     legacy = ((torch.zeros(2, 4, 5, 8), torch.zeros(2, 4, 5, 8)),)
     tracker._observe(nn.Identity(), (), {"input_ids": ids(2, 1), "past_key_values": legacy})
-    assert (tracker.current.start, tracker.current.tokens) == (5, 1)
+    now = tracker.at(torch.zeros(2, 1, 32))
+    assert (now.start, now.tokens) == (5, 1)
 
 
 def test_sequences_that_take_turns() -> None:
@@ -262,7 +263,8 @@ def test_legacy_caches_that_take_turns() -> None:
 
     def read(tokens: int, cache: Any, columns: int) -> Any:
         tracker._observe(nn.Identity(), (), {"input_ids": ids(2, tokens), "past_key_values": cache})
-        steps.append((tracker.current.start, tracker.current.steps()))
+        now = tracker.at(torch.zeros(2, tokens, 32))
+        steps.append((now.start, now.steps()))
         made = ((torch.zeros(2, 4, columns, 8), torch.zeros(2, 4, columns, 8)),)
         tracker._leave(nn.Identity(), (), (torch.zeros(2, tokens, 32), made))
         return made
@@ -479,4 +481,4 @@ def test_padding_in_masks_of_four_dimensions(kind: str) -> None:
         mask = {"sliding_attention": None, "full_attention": mask}
     tracker = acquired()
     tracker._observe(nn.Identity(), (), {"input_ids": PADDED["input_ids"], "attention_mask": mask})
-    assert torch.equal(tracker.current.real, real)
+    assert torch.equal(tracker.padding(torch.zeros(*real.shape, 32)), real)

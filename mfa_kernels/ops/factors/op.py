@@ -111,12 +111,11 @@ def portable(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
 
 
 _check_factors = trust.checker("factors", trust.PARAMETERS)
-_ROWS = "cholesky(K, R + 1 + per_component, D)"
 _check_scan_rows = trust.checker(
     "scan_rows",
     {
-        "rows": f"{_ROWS} or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))",
-        "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)", "per_component": "",
+        "rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)",
+        "per_component": "",
     },
     last=("rows",),
 )  # fmt: skip

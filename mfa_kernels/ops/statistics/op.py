@@ -188,8 +188,7 @@ _check_statistics = trust.checker(
     "statistics",
     {
         "x": "any(N, D)", "components": "int32(N, S)", "weights": "cholesky(N, S)",
-        "rows": "cholesky(K, R + 1 + per_component, D)"
-        " or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))",
+        "rows": trust.ROWS,
         "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)", "per_component": "",
         "mass": "double(K)", "shift": "double(K, D)", "latent": "double(K, R)", "second": "double(K, R, R)",
         # One of the two is refused, as 0 features or components.
