@@ -1,10 +1,25 @@
 // One component and a few tokens, vectorised along the features: what the pairs and the scan of a few tokens share.
 #pragma once
 #include <algorithm>
+#include <limits>
 
 #include "layout.h"
 
 namespace mfa {
+
+// What t is multiplied by to be taken from |v|^2: t itself; 1 where |v|^2 overflowed. Such a component is far away on
+// every processor, while inf - t^2 depends on whether t^2, which overflows too, is rounded before it is subtracted.
+// Where t is not finite either, the difference is NaN.
+template <class T>
+Vec<T> once_if_infinite(Vec<T> square, Vec<T> t) {
+  return square == std::numeric_limits<T>::infinity() ? Vec<T>{} + T(1) : t;
+}
+
+// The same for one token: takes |t|^2 [R] from *square.
+template <class T>
+void take_explained(const T* t, int64_t rank, T* square) {
+  for (int64_t r = 0; r < rank; ++r) *square -= t[r] * (*square == std::numeric_limits<T>::infinity() ? T(1) : t[r]);
+}
 
 // v [D padded] of one token for one component.
 template <class T>
@@ -66,7 +81,7 @@ void distances(const Shape& shape, const T* x, const T* rows, const T* lam, T* v
     Vec<T> square = {};
     for (int64_t d = 0; d < padded; d += kWidth<T>) square += load(v + g * padded + d) * load(v + g * padded + d);
     out[g] = horizontal_sum<T>(square);
-    for (int64_t r = 0; r < shape.rank; ++r) out[g] -= t[g * shape.rank + r] * t[g * shape.rank + r];
+    take_explained(t + g * shape.rank, shape.rank, &out[g]);
   }
 }
 

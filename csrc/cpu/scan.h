@@ -78,7 +78,7 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int
     for (int n = 0; n < NV; ++n) {
       Vec<T> distance = load(out + c * kPanel<T> + n * V);
       if (first == 0) distance += square[c][n];
-      for (int g = 0; g < G; ++g) distance -= total[c][g][n] * total[c][g][n];
+      for (int g = 0; g < G; ++g) distance -= total[c][g][n] * once_if_infinite<T>(distance, total[c][g][n]);
       store<T>(out + c * kPanel<T> + n * V, distance);
     }
 }

@@ -76,7 +76,7 @@ void distances_of(const Shape& shape, const T* x, const int64_t* tokens, const T
     Vec<T> square = {};
     for (int64_t d = 0; d < padded; d += kWidth<T>) square += load(v + g * padded + d) * load(v + g * padded + d);
     out[g] = horizontal_sum<T>(square);
-    for (int64_t r = 0; r < shape.rank; ++r) out[g] -= t[g * shape.rank + r] * t[g * shape.rank + r];
+    take_explained(t + g * shape.rank, shape.rank, &out[g]);
   }
 }
 

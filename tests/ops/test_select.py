@@ -210,6 +210,20 @@ def test_a_bad_component_is_seen(backend):
     assert m.active(tokens(m, 40)).log_prob.isnan().all()
 
 
+@pytest.mark.parametrize("count", [1, 4, 30])
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+def test_a_component_whose_distance_overflows_is_far_away(backend, count, per_component):
+    """|v|^2 and |t|^2 are infinite, t is not: no processor, with fused multiply-adds or without, makes that NaN."""
+    m = mixture(30, 40, 3, per_component=per_component, spread=3.0)
+    x = tokens(m, count)
+    m.log_weights[5] = -math.inf
+    wanted = m.log_prob_fp64(x)
+    m.log_weights[5] = m.log_weights[4]
+    m.means[5] = 1e21 * m.means[5].sign()
+    torch.testing.assert_close(m.active(x).log_prob.double(), wanted, rtol=1e-6, atol=1e-4)
+    assert (component_log_prob(m, x)[:, 5] == -math.inf).all()
+
+
 def test_all_logits_very_negative(backend):
     m = mixture(67, 40, 3, dtype=torch.float64)  # K is no multiple of any tile; a padding lane of 0 would win
     x = tokens(m, 30) + 1e4

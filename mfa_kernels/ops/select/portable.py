@@ -28,6 +28,14 @@ def explained(v: Tensor, components: Tensor, factors: Factors) -> Tensor:
     return torch.einsum("prd,pd->pr", factors.rows[components, 1 : rank + 1], v)
 
 
+def _distances(v: Tensor, t: Tensor) -> Tensor:
+    """|v|^2 - |t|^2, of v (..., D) and t (..., R): infinite, not NaN, where finite differences have squares that are
+    not. Such a component is far away."""
+    square = v.square().sum(-1)
+    overflows = square.isinf() & t.isfinite().all(-1)
+    return torch.where(overflows, square, square - t.square().sum(-1))
+
+
 def pair_logits(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, constants: Tensor) -> Tensor:
     """Logits of the pairs (x[tokens[p]], components[p]), from the differences: (P,)."""
     step = max(1, CHUNK // factors.rows[0].numel())
@@ -35,7 +43,7 @@ def pair_logits(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors,
     for n, k in zip(tokens.split(step), components.split(step)):
         v = residuals(x[n], k, factors)
         t = explained(v, k, factors)
-        out.append(constants[k] - 0.5 * (v.square().sum(-1) - t.square().sum(-1)))
+        out.append(constants[k] - 0.5 * _distances(v, t))
     return torch.cat(out) if out else constants.new_empty(0)
 
 
@@ -51,7 +59,7 @@ def dense(x: Tensor, factors: Factors, constants: Tensor) -> Tensor:
             rows = factors.rows[k : k + components]
             v = (x[n : n + step].unsqueeze(1) - rows[:, 0]) * (rows[:, -1] if factors.per_component else factors.scale)
             t = torch.einsum("nkd,krd->nkr", v, rows[:, 1 : rank + 1])
-            distance = v.square().sum(-1) - t.square().sum(-1)
+            distance = _distances(v, t)
             out[n : n + step, k : k + components] = constants[k : k + components] - 0.5 * distance
     return out
 
