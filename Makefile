@@ -8,7 +8,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 TESTS  := tests/steering tests/interpret tests/data tests/test_models.py tests/test_cli.py tests/test_checkpoint.py \
           tests/test_files.py tests/fitting/test_source.py
 
-.PHONY: demo test test-matrix test-more test-everything lint lock bench clean FORCE
+.PHONY: demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
 
 # Exactly what the lock $(2) says into the environment $(1), pip and the build backend too: nothing else is downloaded.
 define install
@@ -53,6 +53,10 @@ test-more:
 # With the packages of the extra interop; a test that skips for want of something fails.
 test-everything: $(MATRIX)/more/installed
 	$(MATRIX)/more/bin/python $(PYTEST) --more
+
+# csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: a part of test-everything.
+test-sanitize: $(MATRIX)/more/installed
+	$(MATRIX)/more/bin/python -m pytest --more tests/processors/test_sanitizers.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

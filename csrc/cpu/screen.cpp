@@ -33,6 +33,7 @@ mfa::Screen<T> screen_of(const mfa::Shape& shape, const Tensor& x, const Tensor&
 template <class T>
 mfa::Near<T> near_of(const mfa::Shape& shape, const Tensor& basis, const std::vector<Tensor>& tensors, double threshold) {
   TORCH_CHECK_VALUE(tensors.size() == 9, "neighbors must be 9 tensors, got ", tensors.size());
+  TORCH_CHECK_VALUE(tensors[0].dim() == 2 && tensors[6].dim() == 2, "neighbors: centers and neighbors must be matrices");
   const int64_t K = shape.components, p = basis.size(1), G = tensors[0].size(0), M = tensors[6].size(1);
   const auto type = basis.scalar_type();
   check(tensors[0], {G, p}, type, "centers");
@@ -44,7 +45,7 @@ mfa::Near<T> near_of(const mfa::Shape& shape, const Tensor& basis, const std::ve
   check(tensors[6], {K, M}, at::kInt, "neighbors");
   check(tensors[7], {K, M}, type, "onsets");
   check(tensors[8], {K}, type, "horizons");
-  return {G, data<T>(tensors[0]), data<T>(tensors[1]), data<int32_t>(tensors[2]), data<int32_t>(tensors[3]),
+  return {K, G, data<T>(tensors[0]), data<T>(tensors[1]), data<int32_t>(tensors[2]), data<int32_t>(tensors[3]),
           data<T>(tensors[4]), data<T>(tensors[5]), M, data<int32_t>(tensors[6]), data<T>(tensors[7]),
           data<T>(tensors[8]), threshold};
 }

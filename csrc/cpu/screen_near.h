@@ -21,9 +21,11 @@ constexpr int kNearMembers = 2;         // of those, whose marginal bounds choos
 constexpr int64_t kNearTries = 16;      // neighbors that may take the place of a poor pivot
 constexpr int kNearClimbs = 3;          // times that one may
 
-// What stage 0 leaves (mfa_kernels/ops/screen/neighbors.py).
+// What stage 0 leaves (mfa_kernels/ops/screen/neighbors.py). Lists are too long to be looked through at every call: what
+// is no component, or no place in a list, is brought to one as it is read.
 template <class T>
 struct Near {
+  int64_t components;        // K
   int64_t groups;            // G; none where there are no neighbors
   const T* centers;          // [G, p]
   const T* center_halves;    // [G] half of their squared lengths
@@ -36,6 +38,9 @@ struct Near {
   const T* onsets;           // [K, M]
   const T* horizons;         // [K]
   double threshold;          // nats, for which the onsets hold
+
+  int64_t start(int64_t group) const { return std::clamp<int64_t>(starts[group], 0, components); }
+  int32_t component(int32_t k) const { return static_cast<int32_t>(std::clamp<int64_t>(k, 0, components - 1)); }
 };
 
 // The N rows of a matrix [count, p] nearest to y, best first: with the largest y.row - half. Returns how many.
@@ -147,11 +152,10 @@ class NearTokens {
       groups.search(y(n), p, near.centers, near.center_halves, 0, near.groups);
       NearestRows<T, kNearMembers> found;
       for (int i = 0; i < groups.count; ++i)
-        found.search(y(n), p, near.means, near.mean_halves, near.starts[groups.rows[i]],
-                     near.starts[groups.rows[i] + 1]);
-      int32_t pivot = found.count ? near.members[found.rows[0]] : 0;
+        found.search(y(n), p, near.means, near.mean_halves, near.start(groups.rows[i]), near.start(groups.rows[i] + 1));
+      int32_t pivot = found.count ? near.component(near.members[found.rows[0]]) : 0;
       T largest = -kInf;
-      for (int i = 0; i < found.count; ++i) offer(n, near.members[found.rows[i]], &largest, &pivot);
+      for (int i = 0; i < found.count; ++i) offer(n, near.component(near.members[found.rows[i]]), &largest, &pivot);
       pivots.add(begin + n, pivot);
     }
     evaluate(shape, x, rows, constants, lam, pivots, serially);
@@ -186,7 +190,7 @@ class NearTokens {
         T largest = best[n];
         int32_t owner = -1;
         const int32_t* const neighbors = near.neighbors + pivots.components[n] * M;
-        for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, neighbors[m], &largest, &owner);
+        for (int64_t m = 0; m < std::min(M, kNearTries); ++m) offer(n, near.component(neighbors[m]), &largest, &owner);
         stuck[n] = 1;  // unless it is better
         if (owner >= 0) others.add(begin + n, owner);
       }
@@ -213,11 +217,12 @@ class NearTokens {
       for (int64_t m = 0; m < length; m += V) {
         const int64_t count = std::min<int64_t>(V, length - m);
         T on_lines[V] = {}, largest = kInf;
-        int32_t owner = -1;
-        if (screen.lines) distances_on_lines(screen, neighbors + m, count, y(n), on_lines);
+        int32_t owner = -1, some[V];
+        for (int64_t i = 0; i < count; ++i) some[i] = near.component(neighbors[m + i]);
+        if (screen.lines) distances_on_lines(screen, some, count, y(n), on_lines);
         for (int64_t i = 0; i < count; ++i)
-          if (!(bound(n, neighbors[m + i], on_lines[i], &largest, &owner) < best[n] - threshold))  // NaN is not
-            close.add(n, neighbors[m + i]);
+          if (!(bound(n, some[i], on_lines[i], &largest, &owner) < best[n] - threshold))  // NaN is not
+            close.add(n, some[i]);
       }
     }
     close.logits.resize(close.size());

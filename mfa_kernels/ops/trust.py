@@ -54,6 +54,7 @@ def checker(
     last: tuple[str, ...] = (),
     optional: tuple[str, ...] = (),
     written: tuple[str, ...] = (),
+    where: dict[str, str] | None = None,
 ) -> Callable[..., None]:
     """A function of an operator's arguments, in this order, that raises where a tensor is not what it has to be.
 
@@ -68,12 +69,13 @@ def checker(
         last: tensors that are looked at after the others, so that it is they that do not fit.
         optional: tensors that may be None.
         written: tensors that results are added to, which must be contiguous.
+        where: by name of a tensor, what must hold of its sizes beyond their being equal; an expression of letters.
 
     Returns:
         The function. It raises TypeError or ValueError, naming the operator and the tensor, what was found and what was
         expected. All tensors have to be on the device of the first one.
     """
-    scope: dict[str, Any] = {"refuse": _refuse, "lanes": _lanes}
+    scope: dict[str, Any] = {"refuse": _refuse, "refuse_sizes": _refuse_sizes, "lanes": _lanes}
     scope |= {f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()}
     known, lines, missing, device = set[str](), list[str](), list[str](), None
     for name in sorted(arguments, key=lambda name: name in last):
@@ -93,6 +95,9 @@ def checker(
             own.append(f"device = {name}.get_device()")
         else:
             own.append(f"if {name}.get_device() != device: {refusal}")
+        if where and name in where:
+            told = f"refuse_sizes({operator!r}, {name!r}, {name}, {text!r}, {where[name]!r}, locals())"
+            own.append(f"if not ({where[name]}): {told}")
         if name in written:
             own.append(f"if not {name}.is_contiguous(): {refusal}")
         lines += [f"if {name} is not None:", *(f"    {line}" for line in own)] if name in optional else own
@@ -109,8 +114,15 @@ def checker(
 
 
 def check_range(operator: str, name: str, index: Tensor, low: int, high: int) -> None:
-    """Raises IndexError unless all entries of a CPU tensor are in [low, high); elsewhere, asking would wait."""
-    if not index.is_cpu or not index.numel():
+    """Raises IndexError unless all entries of a CPU tensor are in [low, high).
+
+    Elsewhere asking would wait, and kernels look themselves; but nothing is in an empty range, wherever it is.
+    """
+    if not index.numel():
+        return
+    if high <= low:
+        raise IndexError(f"{operator}: {name} must be empty where there is nothing to choose from, got {len(index)}")
+    if not index.is_cpu:
         return
     least, largest = (int(bound) for bound in index.aminmax())
     if least < low or largest >= high:
@@ -174,6 +186,12 @@ def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, An
         f"{operator}: {name} must be {', or '.join(wanted)}, on the device of the other tensors, and contiguous where "
         f"it is written to; got {_short(tensor.dtype)} of shape {tuple(tensor.shape)} on {tensor.device}, {contiguous}"
     )
+
+
+def _refuse_sizes(operator: str, name: str, tensor: Tensor, text: str, wanted: str, seen: dict[str, Any]) -> NoReturn:
+    """Says what had to hold of a tensor's sizes."""
+    letters = ", ".join(f"{letter} = {seen[letter]}" for letter in sorted(set(_LETTER.findall(wanted))))
+    raise ValueError(f"{operator}: {name} must have sizes {text} with {wanted}, got {tuple(tensor.shape)}, {letters}")
 
 
 def _said(size: str, seen: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops.screen import neighbors
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.statistics.op import Statistics
 from tests.mixtures import mixture, tokens
@@ -40,7 +41,7 @@ def calls(components: int, features: int, rank: int, per_component: bool) -> dic
     made: dict[str, list[Any]] = {
         "factors": [*m[:3]],
         "scan_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
-        "log_prob": [x, *m, *f.tensors(), 4],
+        "log_prob": [x, *m, *f.tensors(), 4, True, *f.scan],
         "log_prob_backward": [torch.ones(7), torch.zeros(7, 4), x, *m, *f.tensors(), *active, [True] * 5],
         "component_log_prob": [x, *m[:3], *f.tensors()],
         "component_log_prob_backward": [torch.ones(7, components), x, *m[:3], *f.tensors(), [True] * 4],
@@ -66,9 +67,11 @@ def calls(components: int, features: int, rank: int, per_component: bool) -> dic
     made["intervene"] = [*flat(c)]
     screen = None if per_component or not f.is_native else screening.screen(*m, f, 16)
     if screen is not None:
+        near = screening.with_neighbors(screen, *m, f)
+        lists, within = neighbors.flat(near.neighbors)
         made["select_screened"] = [
             x, f.rows, f.constants(m.log_weights), f.scale, f.center, screen.basis, screen.rows, screen.log_det,
-            screen.radii, screen.slack, screen.lines, screen.line_terms, screen.batches_by_lines, [], 0.0,
+            screen.radii, screen.slack, screen.lines, screen.line_terms, screen.batches_by_lines, lists, within,
             screen.exact_slack, 20.0, 4,
         ]  # fmt: skip
     return made
@@ -105,7 +108,17 @@ CHANGES: list[Callable[[Tensor, random.Random], Any]] = [
 
 def changed(arguments: list[Any], others: list[Any], random_: random.Random) -> list[Any]:
     """The arguments with one or two of them made wrong."""
-    out = [a.clone() if isinstance(a, Tensor) else a for a in arguments]
+
+    def copy(value: Any) -> Any:
+        return (
+            [copy(v) for v in value]
+            if isinstance(value, list)
+            else value.clone()
+            if isinstance(value, Tensor)
+            else value
+        )
+
+    out = copy(arguments)
     for place in random_.sample(range(len(out)), random_.choice([1, 1, 1, 2])):
         value = out[place]
         if isinstance(value, Tensor) and random_.random() < 0.2:
@@ -116,6 +129,9 @@ def changed(arguments: list[Any], others: list[Any], random_: random.Random) -> 
             out[place] = not value
         elif isinstance(value, int):
             out[place] = random_.choice([0, -1, 10**4])
+        elif isinstance(value, list) and value and isinstance(value[0], Tensor) and random_.random() < 0.8:
+            one = random_.randrange(len(value))
+            value[one] = random_.choice(CHANGES[:-3])(value[one], random_)
         elif isinstance(value, list):
             out[place] = random_.choice([[], value[:1], value * 2])
         elif value is None:

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from mfa_kernels.ops import trust
 from mfa_kernels.ops.factors import op as factors_op
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.intervene import triton_intervene
@@ -110,3 +111,16 @@ def test_tiles_fit_the_registers() -> None:
         tiles = _TILES(16, rank, 4096)
         assert tiles["BR"] >= rank
         assert tiles["BR"] * tiles["BD"] <= 128 * 64
+
+
+@pytest.mark.parametrize("wrong", [9, 10**6, -5])
+def test_what_is_no_component_is_no_pair(monkeypatch: pytest.MonkeyPatch, wrong: int) -> None:
+    """On a GPU nobody asks whether components are in range: the kernel touches no memory but its own."""
+    monkeypatch.setattr(trust, "check_range", lambda *rest: None)
+    c = case("all", shape=(9, 50, 3), dtype=torch.float32)
+    empty = c.active.components.clone()
+    empty[::2, 0] = -1
+    good = run(c._replace(active=c.active._replace(components=empty)))
+    bad = run(c._replace(active=c.active._replace(components=torch.where(empty == -1, wrong, empty).int())))
+    for a, b in zip(good, bad):
+        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))

@@ -385,3 +385,24 @@ def test_decode_of_a_bad_token_is_nan_alone():
     out = triton_decode.decode(held, nan, z, c.mixture.means, c.mixture.loadings)
     assert out[1].isnan().all()
     assert out[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [5, 10**6, -3])
+def test_what_is_no_component_marks_a_slot_without_a_pair(wrong):
+    """Nobody asks the device whether indices are in range: the kernels themselves touch no memory but their own."""
+    c = case((6, 5, 50, 3))
+    m, x, factors = c.mixture, c.x, c.factors
+    n = torch.arange(6, device=DEVICE)
+    good = torch.tensor([0, -1, 4, 2, -1, 1], dtype=torch.int32, device=DEVICE)
+    bad = torch.where(good == -1, wrong, good)
+    assert torch.equal(triton_pairs.latents(x, n, bad, factors), triton_pairs.latents(x, n, good, factors))
+    found, wanted = ([torch.zeros_like(t) for t in (x, *m)] for _ in range(2))
+    triton_backward.backward(x, n, bad, torch.ones_like(x[:, 0]), factors, found)
+    triton_backward.backward(x, n, good, torch.ones_like(x[:, 0]), factors, wanted)
+    slots = (torch.ones(6, 1, device=DEVICE), torch.ones(6, 1, 3, device=DEVICE), *m[:2])
+    found.append(triton_decode.decode(bad[:, None], *slots))
+    wanted.append(triton_decode.decode(good[:, None], *slots))
+    found += triton_decode.decode_backward(x, bad[:, None], *slots)
+    wanted += triton_decode.decode_backward(x, good[:, None], *slots)
+    for a, b in zip(found, wanted):
+        assert torch.equal(a, b)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -104,50 +104,56 @@ _check = trust.checker(
         "latents", "chosen", "passed", "log_prob", "components", "logits", "counts", "means", "loadings",
         "noise_variance", "rows", "cholesky", "log_det", "scale", "center",
     ),
+    where={
+        "coefficients": "E > 0 and B % E == 0 and (S == 1 or S == T)",
+        "shift": "F > 0 and B % F == 0 and (U == 1 or U == T)",
+        "rules": "G > 0 and B % G == 0", "thresholds": "H > 0 and B % H == 0",
+        "latents": "I > 0 and B % I == 0 and (J == 1 or J == T)",
+        "chosen": "L > 0 and B % L == 0 and (M == 1 or M == T)",
+    },
 )  # fmt: skip
 
 
-def _check_together(what: str, **tensors: Tensor | None) -> bool:
-    """Whether tensors that belong together are given; raises where some of them are missing."""
+def _refuse_missing(what: str, **tensors: Tensor | None) -> NoReturn:
     missing = [name for name, tensor in tensors.items() if tensor is None]
-    if missing and len(missing) < len(tensors):
-        raise ValueError(f"intervene: {', '.join(missing)} must be given with the rest of the {what}, got None")
-    return not missing
+    raise ValueError(f"intervene: {', '.join(missing)} must be given with the rest of the {what}, got None")
 
 
-def _check_fit(name: str, rows: int, steps: int, batch: int, tokens: int) -> None:
-    """Raises unless what is given for B' rows and S tokens fits a batch: B' divides B, S is 1 or T."""
-    if rows < 1 or batch % rows or steps not in (1, tokens):
-        raise ValueError(
-            f"intervene: {name} for {rows} rows and {steps} tokens does not fit a batch of {batch} rows of {tokens}"
-        )
+def _check_all(
+    hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
+    log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+):  # fmt: skip
+    """Raises where a tensor is not what it has to be, or where some of those that belong together are missing."""
+    if not ((log_prob is None) == (components is None) == (logits is None) == (counts is None)):
+        _refuse_missing("active pairs", log_prob=log_prob, components=components, logits=logits, counts=counts)
+    if not (
+        (means is None) == (loadings is None) == (noise_variance is None) == (rows is None) == (cholesky is None)
+        == (log_det is None) == (scale is None) == (center is None)
+    ):  # fmt: skip
+        _refuse_missing(
+            "mixture", means=means, loadings=loadings, noise_variance=noise_variance, rows=rows, cholesky=cholesky,
+            log_det=log_det, scale=scale, center=center,
+        )  # fmt: skip
+    if log_prob is None and means is not None:
+        raise ValueError("intervene: log_prob must be given where the mixture is, got None")
+    _check(
+        hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
+        log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+    )  # fmt: skip
 
 
 def _intervene(
     hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
     log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
 ):  # fmt: skip
-    seen = _check_together("active pairs", log_prob=log_prob, components=components, logits=logits, counts=counts)
-    weighs = _check_together(
-        "mixture", means=means, loadings=loadings, noise_variance=noise_variance, rows=rows, cholesky=cholesky,
-        log_det=log_det, scale=scale, center=center,
-    )  # fmt: skip
-    if weighs and not seen:
-        raise ValueError("intervene: log_prob must be given where the mixture is, got None")
-    _check(
+    _check_all(
         hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
         log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
     )  # fmt: skip
-    batch, tokens, _ = hidden.shape
-    for name, part in (("coefficients", coefficients), ("shift", shift), ("latents", latents), ("chosen", chosen)):
-        if part is not None:
-            _check_fit(name, *part.shape[:2], batch, tokens)
-    _check_fit("rules", len(rules), 1, batch, tokens)
-    _check_fit("thresholds", len(thresholds), 1, batch, tokens)
     per_component = noise_variance is not None and noise_variance.dim() == 2
     rank = 0 if cholesky is None else cholesky.shape[-1]
     serving = backends.serving(thresholds, rank)
-    if weighs and serving != "native":  # which looks itself
+    if means is not None and serving != "native":  # which looks itself
         trust.check_range("intervene", "components", components, -1, len(means))
     if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
         active = None if log_prob is None else Active(log_prob, components, logits, counts)

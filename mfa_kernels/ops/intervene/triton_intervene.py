@@ -53,7 +53,7 @@ def explained_by(p_x, p_own, p_scale, D, R: tl.constexpr, PER_COMPONENT: tl.cons
 
 @triton.jit
 def steered_tile(
-    p_x, p_shift, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, C, D, K_STRIDE,
+    p_x, p_shift, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, K, C, D, K_STRIDE,
     R: tl.constexpr, PER_COMPONENT: tl.constexpr, MIXES: tl.constexpr, MOVES: tl.constexpr, BC: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
@@ -67,7 +67,7 @@ def steered_tile(
         for c in range(0, C):
             k = tl.load(p_components + i_n * C + c).to(tl.int64)
             r = tl.sum(tl.where(o_c == c, b_r, 0.0), axis=0)
-            if k >= 0:
+            if (k >= 0) & (k < K):
                 p_own = p_rows + k * K_STRIDE
                 b_point = weight * tl.load(p_own + o_d, mask=m_d, other=0.0)  # [BD]
                 if MOVES:
@@ -112,6 +112,7 @@ def intervene_kernel(
     p_scale,  # (D,)
     B,
     T,
+    K,
     C,
     D,
     coefficient_rows,
@@ -181,7 +182,7 @@ def intervene_kernel(
         if MIXES and (LATENTS or SPREADS):
             for c in range(0, C):
                 k = tl.load(p_components + i_n * C + c).to(tl.int64)
-                if k >= 0:
+                if (k >= 0) & (k < K):
                     b_uc = tl.zeros([BR], dtype=tl.float32)
                     if SPREADS:
                         b_uc = tl.load(p_coefficients + at * 3 + 2) * explained_by(
@@ -201,7 +202,7 @@ def intervene_kernel(
             for d0 in range(0, D, BD):
                 o_d = tl.max_contiguous(d0 + tl.arange(0, BD), VEC)  # [BD]
                 b_x, b_out = steered_tile(
-                    p_x, p_s, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, C, D, K_STRIDE * D,
+                    p_x, p_s, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, K, C, D, K_STRIDE * D,
                     R, PER_COMPONENT, MIXES, LATENTS or SPREADS, BC, BR,
                 )  # fmt: skip
                 b_before += tl.where(o_d < D, b_x * b_x, 0.0)
@@ -211,7 +212,7 @@ def intervene_kernel(
         for d0 in range(0 if WHOLE else i_d * BD, D if WHOLE else i_d * BD + 1, BD):
             o_d = tl.max_contiguous(d0 + tl.arange(0, BD), VEC)  # [BD]
             _, b_out = steered_tile(
-                p_x, p_s, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, C, D, K_STRIDE * D,
+                p_x, p_s, p_components, p_rows, p_scale, b_r, b_u, scale, weight, o_d, i_n, K, C, D, K_STRIDE * D,
                 R, PER_COMPONENT, MIXES, LATENTS or SPREADS, BC, BR,
             )  # fmt: skip
             tl.store(p_y + o_d, (b_out * factor).to(p_out.dtype.element_ty), mask=o_d < D)
@@ -250,7 +251,7 @@ def intervene(
     if not hidden.numel():
         return out, tally
     slots = 0 if components is None else components.shape[1]
-    rank = 0 if cholesky is None else cholesky.shape[-1]
+    count, rank = (0, 0) if cholesky is None else (cholesky.shape[0], cholesky.shape[-1])
     spreads = spreads and rows is not None
     whole = spreads or keeps_norm
     tiles = _tiles(slots, rank, features)
@@ -260,7 +261,7 @@ def intervene(
     with torch.cuda.device_of(hidden):
         intervene_kernel[(grid,)](
             hidden, out, tally, coefficients, shift, rules, thresholds, latents, chosen, passed, log_prob,
-            components, logits, counts, rows, cholesky, scale, batch, tokens, slots, features,
+            components, logits, counts, rows, cholesky, scale, batch, tokens, count, slots, features,
             *coefficients.shape[:2], *shift.shape[:2], rules.shape[0], *of_latents, *of_chosen,
             R=rank, PER_COMPONENT=per_component, CHOSEN=chosen is not None, PASSED=passed is not None,
             SEEN=log_prob is not None, MIXES=rows is not None, LATENTS=latents is not None, SPREADS=spreads,
@@ -283,7 +284,7 @@ def ahead_of_time() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict
         "p_components": "*i32", "p_counts": "*i32",
     }  # fmt: skip
     sizes = [name for name in intervene_kernel.arg_names if name not in types and not name.isupper()]
-    types |= dict.fromkeys([*sizes, "B", "T", "C"], "i32") | {"D": "i32:16"}
+    types |= dict.fromkeys([*sizes, "B", "T", "K", "C"], "i32") | {"D": "i32:16"}
     flags = {"R": 10, "PER_COMPONENT": False, "CHOSEN": True, "PASSED": False, "SEEN": True, **_tiles(16, 10, 4096)}
     ways = {
         "intervene, gate": (False, False, False, False),

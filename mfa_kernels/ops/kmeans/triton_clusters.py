@@ -117,7 +117,7 @@ def cluster_sums(
             raise TypeError(f"{name} must be contiguous float64, got {tensor.dtype} of strides {tensor.stride()}")
     if rows == 0:
         return
-    groups = group(owner.int(), clusters, 1)
+    groups = group(owner.clamp(-1, clusters).int(), clusters, 1)
     with torch.cuda.device_of(x):
         cluster_kernel[(clusters * triton.cdiv(features, _FEATURES),)](
             x, center, distance.contiguous(), weights if weights is None else weights.contiguous(),

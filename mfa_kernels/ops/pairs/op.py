@@ -125,6 +125,7 @@ def _latents(x, tokens, components, means, loadings, noise_variance, rows, chole
             from mfa_kernels.ops.pairs import triton_pairs
 
             x = x if x.dtype != torch.float64 else x.float()
+            tokens = tokens.clamp(0, max(0, len(x) - 1))  # unseen on a GPU
             return triton_pairs.latents(x.contiguous(), tokens, components, factors)
         out = portable.latents(x.to(means.dtype), tokens, components.clamp_min(0), factors)
         return out.masked_fill((components == -1).unsqueeze(-1), 0)

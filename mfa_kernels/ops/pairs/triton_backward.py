@@ -135,6 +135,7 @@ def token_kernel(
     p_rows,  # (K, R + 1 or R + 2, D)
     p_scale,  # (D,)
     p_grad_x,  # (N, D), added to or written
+    K,
     D,
     R: tl.constexpr,
     PER_COMPONENT: tl.constexpr,
@@ -154,7 +155,7 @@ def token_kernel(
         p = first.to(tl.int64) + i
         k = tl.load(p_components + p).to(tl.int64)
         w = tl.load(p_weights + p)
-        if k >= 0:
+        if (k >= 0) & (k < K):
             p_own = p_rows + k * (R + 1 + PER_COMPONENT) * D
             b_q, b_scale = load_residual(p_x, m_d, p_own, p_scale, o_d, D, R, PER_COMPONENT)  # [1, 1, BD]
             for r0 in range(0, R, BR):
@@ -180,7 +181,7 @@ def backward(
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
         tokens: (P,) int32 or int64, ascending, P < 2^31.
-        components: (P,) int32; -1 marks a slot without a pair.
+        components: (P,) int32; what is not in [0, K) marks a slot without a pair.
         weights: (P,) float32; a pair of weight 0 is skipped.
         factors: in the portable layout, float32.
         gradients: of x (N, D), means, loadings, noise and log_weights in their shapes; float32, contiguous, or None.
@@ -222,7 +223,7 @@ def backward(
             tiles = _token_tiles(config, rank)
             token_kernel[(x.shape[0] * triton.cdiv(features, tiles["BD"]),)](
                 x, components, weights, t, ranges, factors.rows, factors.scale, grad_x,
-                features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
+                factors.rows.shape[0], features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
             )  # fmt: skip
     if grad_noise is not None and shared is not None:
         grad_noise.copy_(grad_noise + shared.sum(0) if add else shared.sum(0))
@@ -249,7 +250,7 @@ def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, st
     floats = "p_weights p_t p_rows p_scale p_cholesky p_means p_loadings p_noise p_log_weights"
     types = dict.fromkeys(floats.split(), "*fp32") | {
         "p_x": "*bf16", "p_tokens": "*i64", "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32",
-        "p_ranges": "*i32", "p_grad_x": "*fp32", "D": "i32:16",
+        "p_ranges": "*i32", "p_grad_x": "*fp32", "K": "i32:16", "D": "i32:16",
     }  # fmt: skip
     shape = {"R": rank, "PER_COMPONENT": False, "ADD": False}
     options = {"num_warps": config.warps}

@@ -32,6 +32,7 @@ def decode_kernel(
     p_means,  # (K, D)
     p_loadings,  # (K, D, R)
     p_out,  # (N, D)
+    K,
     C,
     D,
     R: tl.constexpr,
@@ -47,7 +48,7 @@ def decode_kernel(
         i_c = i_n * C + c
         k = tl.load(p_components + i_c).to(tl.int64)
         weight = tl.load(p_responsibilities + i_c)
-        if k >= 0:
+        if (k >= 0) & (k < K):
             b_point = tl.load(p_means + k * D + o_d, mask=m_d, other=0.0)  # [BD]
             for r0 in range(0, R, BR):
                 o_r = r0 + tl.arange(0, BR)  # [BR]
@@ -72,6 +73,7 @@ def slots_kernel(
     p_order,  # (N C,)
     p_grad_responsibilities,  # (N C,)
     p_grad_latents,  # (N C, R)
+    K,
     C,
     D,
     R: tl.constexpr,
@@ -80,8 +82,8 @@ def slots_kernel(
 ):
     i_c = tl.load(p_order + tl.program_id(0)).to(tl.int64)
     k = tl.load(p_components + i_c).to(tl.int64)
-    m_k = k >= 0
-    k = tl.maximum(k, 0)
+    m_k = (k >= 0) & (k < K)
+    k = tl.where(m_k, k, 0)
     weight = tl.load(p_responsibilities + i_c)
     grad_weight = 0.0
     for r0 in range(0, R if R > 0 else 1, BR):
@@ -146,7 +148,7 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
     """sum_c r_c (mu_c + W_c z_c), (N, D) float32. Does not wait for the device.
 
     Args:
-        components: (N, C) int32; -1 marks an empty slot. All arguments are contiguous.
+        components: (N, C) int32; what is not in [0, K) marks an empty slot. All arguments are contiguous.
         responsibilities: (N, C) float32; where one of them is NaN, the token's row is NaN.
         latents: (N, C, R) float32.
         means: (K, D) float32.
@@ -159,7 +161,7 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
         with torch.cuda.device_of(means):
             decode_kernel[(tokens * triton.cdiv(features, config.features),)](
                 components, responsibilities, latents, means, loadings, out,
-                slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
+                means.shape[0], slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
             )  # fmt: skip
     return out
 
@@ -177,7 +179,7 @@ def decode_backward(
         if components.numel():
             slots_kernel[(components.numel(),)](
                 grad, components, responsibilities, latents, means, loadings, groups.order, *grads[:2],
-                slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
+                count, slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
             )  # fmt: skip
         tiles = _parameter_tiles(config, rank)
         parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
@@ -204,7 +206,7 @@ def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, st
     rank = 10
     names = {name for kernel in (decode_kernel, slots_kernel, parameters_kernel) for name in kernel.arg_names}
     types = {name: "*fp32" for name in names if name.startswith("p_")} | {
-        "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32", "C": "i32", "D": "i32:16",
+        "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32", "K": "i32", "C": "i32", "D": "i32:16",
     }  # fmt: skip
     options = {"num_warps": config.warps}
     return [

@@ -12,7 +12,8 @@ class Groups(NamedTuple):
     """Pairs sorted by component and cut into blocks that belong to one component each.
 
     Attributes:
-        order: (P,) int64, the pairs by component and, within one, by position: those without a component come first.
+        order: (P,) int64, the pairs by component and, within one, by position; those without
+            a component come first, or last.
         starts: (K + 1,) int32: the pairs of component k are order[starts[k] : starts[k + 1]].
         blocks: (K + 1,) int32: the blocks of component k are blocks[k], ..., blocks[k + 1] - 1.
         grid: an upper bound on blocks[K], known without asking the device.
@@ -28,7 +29,7 @@ def group(components: Tensor, count: int, block: int) -> Groups:
     """Groups pairs by component. Nothing waits for the device, so a CUDA graph can hold it.
 
     Args:
-        components: (P,) int32, P < 2^31; -1 marks a slot without a pair.
+        components: (P,) int32, P < 2^31; what is not in [0, K) marks a slot without a pair, and is in no group.
         count: K.
         block: the most pairs of a block.
     """

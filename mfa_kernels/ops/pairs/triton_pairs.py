@@ -92,6 +92,7 @@ def latents_kernel(
     p_components,  # (P,)
     p_cholesky,  # (K, R, R)
     p_t,  # (P, R), overwritten by z
+    K,
     P,
     R: tl.constexpr,
     BP: tl.constexpr,
@@ -101,7 +102,7 @@ def latents_kernel(
     o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
     m_t = (o_p < P) & (o_r < R)
     o_k = tl.load(p_components + o_p, mask=o_p < P, other=0).to(tl.int64)
-    o_k = tl.maximum(o_k, 0)  # a slot without a pair has t = 0, and so z = 0
+    o_k = tl.where((o_k >= 0) & (o_k < K), o_k, 0)  # a slot without a pair has t = 0, and so z = 0
     b_t = tl.load(p_t + o_p * R + o_r, mask=m_t, other=0.0)  # [BP, BR, 1]
     tl.store(p_t + o_p * R + o_r, back_substitute(b_t, p_cholesky + o_k * R * R, o_r, R), mask=m_t)
 
@@ -121,7 +122,7 @@ def explain(
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
         tokens: (P,) int32 or int64, P < 2^31.
-        components: (P,) int32; -1 marks a slot without a pair.
+        components: (P,) int32; what is not in [0, K) marks a slot without a pair.
         factors: in the portable layout, float32.
         constants: (K,) float32, `factors.constants(log_weights)`; None where logits are not wanted.
         with_t: whether t is wanted.
@@ -156,7 +157,8 @@ def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, *, 
     if pairs and rank:
         with torch.cuda.device_of(x):
             latents_kernel[(triton.cdiv(pairs, _SOLVED),)](
-                components.contiguous(), factors.cholesky, t, pairs, rank, _SOLVED, triton.next_power_of_2(rank),
+                components.contiguous(), factors.cholesky, t, factors.cholesky.shape[0], pairs, rank, _SOLVED,
+                triton.next_power_of_2(rank),
                 num_warps=1,
             )  # fmt: skip
     return t

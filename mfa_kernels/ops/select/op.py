@@ -128,6 +128,16 @@ _check_log_prob = trust.checker(
     {"x": "any(N, D)", **trust.PARAMETERS, "log_weights": "means(K)", **trust.FACTORS, "slots": "positive"},
     last=("x",),
 )
+_check_scan = trust.checker(
+    "log_prob",
+    {
+        "loadings": "real(K, D, R)", "noise_variance": "any(D) or any(K, D)",
+        "rows16": "half(-(-K // 64), R + noise_variance.dim(), 64, -(-D // 64) * 64)",
+        "scales": "loadings(3, -(-K // 64) * 64)", "offsets": "loadings(-(-K // 64), R, 64)",
+        "squares": "double(K)", "bounds": "loadings(7, -(-K // 64) * 64)", "worst": "loadings(5)",
+        "reference": "loadings(D)",
+    },
+)  # fmt: skip
 _check_component_log_prob = trust.checker(
     "component_log_prob", {"x": "any(N, D)", **trust.PARAMETERS, **trust.FACTORS}, last=("x",)
 )
@@ -171,11 +181,11 @@ def _log_prob(
         from mfa_kernels.ops.factors import triton_rows
         from mfa_kernels.ops.select import triton_select
 
-        view = (
-            triton_rows.ScanRows(*scan)
-            if scan and scan[0] is not None and scan[0].numel()
-            else triton_rows.scan_rows(factors)
-        )
+        if scan and scan[0] is not None and scan[0].numel():
+            _check_scan(loadings, noise_variance, *scan)
+            view = triton_rows.ScanRows(*(t.contiguous() for t in scan))
+        else:
+            view = triton_rows.scan_rows(factors)
         return triton_select.select(x, factors, view, constants, slots, exact)
 
 
