@@ -36,15 +36,15 @@ mfa::Near<T> near_of(const mfa::Shape& shape, const Tensor& basis, const std::ve
   TORCH_CHECK_VALUE(tensors[0].dim() == 2 && tensors[6].dim() == 2, "neighbors: centers and neighbors must be matrices");
   const int64_t K = shape.components, p = basis.size(1), G = tensors[0].size(0), M = tensors[6].size(1);
   const auto type = basis.scalar_type();
-  check(tensors[0], {G, p}, type, "centers");
-  check(tensors[1], {G}, type, "center_halves");
-  check(tensors[2], {G + 1}, at::kInt, "starts");
-  check(tensors[3], {K}, at::kInt, "members");
-  check(tensors[4], {K, p}, type, "means");
-  check(tensors[5], {K}, type, "mean_halves");
-  check(tensors[6], {K, M}, at::kInt, "neighbors");
-  check(tensors[7], {K, M}, type, "onsets");
-  check(tensors[8], {K}, type, "horizons");
+  check(tensors[0], {G, p}, type, "neighbors: centers");
+  check(tensors[1], {G}, type, "neighbors: center_halves");
+  check(tensors[2], {G + 1}, at::kInt, "neighbors: starts");
+  check(tensors[3], {K}, at::kInt, "neighbors: members");
+  check(tensors[4], {K, p}, type, "neighbors: means");
+  check(tensors[5], {K}, type, "neighbors: mean_halves");
+  check(tensors[6], {K, M}, at::kInt, "neighbors: neighbors");
+  check(tensors[7], {K, M}, type, "neighbors: onsets");
+  check(tensors[8], {K}, type, "neighbors: horizons");
   return {K, G, data<T>(tensors[0]), data<T>(tensors[1]), data<int32_t>(tensors[2]), data<int32_t>(tensors[3]),
           data<T>(tensors[4]), data<T>(tensors[5]), M, data<int32_t>(tensors[6]), data<T>(tensors[7]),
           data<T>(tensors[8]), threshold};

@@ -31,8 +31,8 @@ _FORM = re.compile(r"(\w+)\((.*)\)")
 # What several operators take: a mixture's parameters, and the terms that are computed from them beforehand.
 PARAMETERS = {"means": "real(K, D)", "loadings": "means(K, D, R)", "noise_variance": "means(D) or means(K, D)"}
 FACTORS = {
-    "rows": "means(K, R + noise_variance.dim(), D)"
-    " or means(K, -(-D // lanes(means)), R + noise_variance.dim(), lanes(means))",
+    "rows": "means(K, R + noise_variance_dims, D)"
+    " or means(K, -(-D // lanes[means_dtype]), R + noise_variance_dims, lanes[means_dtype])",
     "cholesky": "means(K, R, R)",
     "log_det": "means(K)",
     "scale": "means(D)",
@@ -43,7 +43,7 @@ FACTORS = {
 # The rows of those terms, where no noise_variance says whether it is per component.
 ROWS = (
     "cholesky(K, R + 1 + per_component, D)"
-    " or cholesky(K, -(-D // lanes(cholesky)), R + 1 + per_component, lanes(cholesky))"
+    " or cholesky(K, -(-D // lanes[cholesky_dtype]), R + 1 + per_component, lanes[cholesky_dtype])"
 )
 
 
@@ -55,6 +55,7 @@ def checker(
     optional: tuple[str, ...] = (),
     written: tuple[str, ...] = (),
     where: dict[str, str] | None = None,
+    together: dict[str, tuple[str, ...]] | None = None,
 ) -> Callable[..., None]:
     """A function of an operator's arguments, in this order, that raises where a tensor is not what it has to be.
 
@@ -64,20 +65,27 @@ def checker(
             numbers of dimensions with "or" between them. The dtype is `any` float, `real` (float32 or float64),
             `double`, `half`, `int32`, `int64` or `bool`, or the name of a tensor before it, whose dtype it has. A size
             is a number, a capital letter, which stands for the same wherever it is (the first tensor with it says
-            what), or an expression of these and of earlier arguments. "" is an argument that is no tensor, and
-            "positive" a number of at least 1.
+            what), or an expression of these, of earlier arguments, of their `<name>_dims` where they have several
+            alternatives, and of `lanes[<name>_dtype]`, the C++ kernels' vectors. "" is an argument that is no tensor,
+            and "positive" a number of at least 1.
         last: tensors that are looked at after the others, so that it is they that do not fit.
         optional: tensors that may be None.
         written: tensors that results are added to, which must be contiguous.
+        together: optional tensors of which all are given or none, by what they are together.
         where: by name of a tensor, what must hold of its sizes beyond their being equal; an expression of letters.
 
     Returns:
         The function. It raises TypeError or ValueError, naming the operator and the tensor, what was found and what was
-        expected. All tensors have to be on the device of the first one.
+        expected. On which device they are is looked at elsewhere (`register`).
     """
-    scope: dict[str, Any] = {"refuse": _refuse, "refuse_sizes": _refuse_sizes, "lanes": _lanes}
+    scope: dict[str, Any] = {"refuse": _refuse, "refuse_sizes": _refuse_sizes, "refuse_missing": _refuse_missing}
+    scope["lanes"] = _lanes
     scope |= {f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()}
-    known, lines, missing, device = set[str](), list[str](), list[str](), None
+    scope |= {f"{kind}_dtype": dtypes[0] for kind, dtypes in _KINDS.items() if len(dtypes) == 1}
+    known, lines, missing = set[str](), list[str](), list[str]()
+    for what, names in (together or {}).items():
+        all_or_none = " == ".join(f"({name} is None)" for name in names)
+        lines.append(f"if not ({all_or_none}): refuse_missing({operator!r}, {what!r}, {names!r}, locals())")
     for name in sorted(arguments, key=lambda name: name in last):
         text = arguments[name]
         if not text:
@@ -88,13 +96,9 @@ def checker(
         refusal = f"refuse({operator!r}, {name!r}, {name}, {text!r}, locals())"
         own = _sizes(name, text, known, refusal)
         kind = _forms(text)[0][0]
-        test = f"not in {kind}_dtypes" if kind in _KINDS else f"is not {kind}.dtype"
-        own.append(f"if {name}.dtype {test}: {refusal}")
-        if device is None:
-            device = name
-            own.append(f"device = {name}.get_device()")
-        else:
-            own.append(f"if {name}.get_device() != device: {refusal}")
+        several = len(_KINDS.get(kind, ())) > 1
+        test = f"not in {kind}_dtypes" if several else f"is not {kind}_dtype"
+        own += [f"{name}_dtype = {name}.dtype", f"if {name}_dtype {test}: {refusal}"]
         if where and name in where:
             told = f"refuse_sizes({operator!r}, {name!r}, {name}, {text!r}, {where[name]!r}, locals())"
             own.append(f"if not ({where[name]}): {told}")
@@ -111,6 +115,35 @@ def checker(
         scope,
     )
     return scope["check"]
+
+
+def register(operator: str, function: Callable[..., Any]) -> None:
+    """Makes a function the implementation of an operator, on a CPU and on GPUs.
+
+    PyTorch calls that of the CPU only where every tensor is on it; on GPUs they are compared here first.
+    """
+    name = f"mfa_kernels::{operator}"
+    torch.library.impl(name, "CPU")(function)
+    torch.library.impl(name, "CUDA")(on_one_device(operator, function))
+
+
+def on_one_device(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, for tensors that are all on one device; ValueError for others, naming the first that is not where
+    the one before it is."""
+    names = [argument.name for argument in getattr(torch.ops.mfa_kernels, operator).default._schema.arguments]
+
+    def checked(*arguments: Any) -> Any:
+        device = None
+        for name, tensor in zip(names, arguments):
+            if isinstance(tensor, Tensor):
+                if device is not None and tensor.device != device:
+                    raise ValueError(
+                        f"{operator}: {name} must be on the device of the other tensors, {device}, got {tensor.device}"
+                    )
+                device = tensor.device
+        return function(*arguments)
+
+    return checked
 
 
 def check_range(operator: str, name: str, index: Tensor, low: int, high: int) -> None:
@@ -140,36 +173,37 @@ def _sizes(name: str, text: str, known: set[str], refusal: str) -> list[str]:
     forms, lines = _forms(text), []
     if len(forms) == 1 and all(set(_LETTER.findall(size)) <= known for size in forms[0][1]):
         return [f"if {name}.shape != {_tuple(forms[0][1])}: {refusal}"]
+    dims = "len(shape)" if len(forms) == 1 else f"{name}_dims"
     for number, (_, sizes) in enumerate(forms):
         new = [size for size in sizes if _LETTER.fullmatch(size) and size not in known]
         known.update(new)
-        places = [size if size in new else "_" for size in sizes]
-        lines.append(f"{'elif' if number else 'if'} len(shape) == {len(sizes)}:")
+        places = [size if size in new else f"_{place}" for place, size in enumerate(sizes)]
+        wrong = " or ".join(f"{place} != {size}" for place, size in zip(places, sizes) if size not in new)
+        lines.append(f"{'elif' if number else 'if'} {dims} == {len(sizes)}:")
         if new:
             lines.append(f"    {_tuple(places)} = shape")
-        if len(new) < len(sizes):
+            lines += [f"    if {wrong}: {refusal}"] * bool(wrong)
+        else:
             lines.append(f"    if shape != {_tuple(sizes)}: {refusal}")
-        elif not sizes:
-            lines.append("    pass")
-    return [f"shape = {name}.shape", *lines, f"else: {refusal}"]
+    counted = [f"{dims} = len(shape)"] * (len(forms) > 1)
+    return [f"shape = {name}.shape", *counted, *lines, f"else: {refusal}"]
 
 
 def _tuple(entries: list[str]) -> str:
     return f"({', '.join(entries)}{',' * (len(entries) == 1)})"
 
 
-_known_lanes: dict[torch.dtype, int] = {}
+class _Lanes(dict[torch.dtype, int]):
+    """Features that the C++ kernels hold in one vector, by dtype; 0 where there are no such kernels."""
+
+    def __missing__(self, dtype: torch.dtype) -> int:
+        library = native.library()
+        if library is None:
+            return 0
+        return self.setdefault(dtype, library.vector_bytes // dtype.itemsize)
 
 
-def _lanes(tensor: Tensor) -> int:
-    """Features that the C++ kernels hold in one vector of this dtype; 0 where there are no such kernels."""
-    known = _known_lanes.get(tensor.dtype)
-    if known is not None:
-        return known
-    library = native.library()
-    if library is None:
-        return 0
-    return _known_lanes.setdefault(tensor.dtype, library.vector_bytes // tensor.element_size())
+_lanes = _Lanes()
 
 
 def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, Any]) -> NoReturn:
@@ -183,8 +217,8 @@ def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, An
         wanted.append(f"{' or '.join(map(_short, dtypes))} of shape {shape}")
     contiguous = "contiguous" if tensor.is_contiguous() else "not contiguous"
     raise (ValueError if tensor.dtype in dtypes else TypeError)(
-        f"{operator}: {name} must be {', or '.join(wanted)}, on the device of the other tensors, and contiguous where "
-        f"it is written to; got {_short(tensor.dtype)} of shape {tuple(tensor.shape)} on {tensor.device}, {contiguous}"
+        f"{operator}: {name} must be {', or '.join(wanted)}, and contiguous where it is written to; got "
+        f"{_short(tensor.dtype)} of shape {tuple(tensor.shape)}, {contiguous}"
     )
 
 
@@ -192,6 +226,12 @@ def _refuse_sizes(operator: str, name: str, tensor: Tensor, text: str, wanted: s
     """Says what had to hold of a tensor's sizes."""
     letters = ", ".join(f"{letter} = {seen[letter]}" for letter in sorted(set(_LETTER.findall(wanted))))
     raise ValueError(f"{operator}: {name} must have sizes {text} with {wanted}, got {tuple(tensor.shape)}, {letters}")
+
+
+def _refuse_missing(operator: str, what: str, names: tuple[str, ...], seen: dict[str, Any]) -> NoReturn:
+    """Says which of some tensors that belong together are missing."""
+    missing = [name for name in names if seen[name] is None]
+    raise ValueError(f"{operator}: {', '.join(missing)} must be given with the rest of the {what}, got None")
 
 
 def _said(size: str, seen: dict[str, Any]) -> str:

@@ -18,22 +18,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.screen import neighbors
+from mfa_kernels.ops.screen import differentiable, neighbors  # noqa: F401  (registers an operator)
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.statistics.op import Statistics
 from tests.mixtures import mixture, tokens
 from tests.ops.intervene_cases import case
 
 
-def calls(components: int, features: int, rank: int, per_component: bool) -> dict[str, list[Any]]:
+def calls(components: int, features: int, rank: int, per_component: bool, tokens_: int = 7) -> dict[str, list[Any]]:
     """Arguments of every operator that work, for one mixture."""
     m = mixture(components, features, rank, per_component=per_component, spread=0.5)
-    x, f = tokens(m, 7), m.factors()
-    op, n = torch.ops.mfa_kernels, torch.arange(7)
+    x, f = tokens(m, tokens_), m.factors()
+    op, n = torch.ops.mfa_kernels, torch.arange(tokens_)
     active = op.log_prob(x, *m, *f.tensors(), 4)
-    k, z = active[1][:, 0].contiguous(), torch.randn(7, rank)
+    k, z = active[1][:, 0].contiguous(), torch.randn(tokens_, rank)
     pairs = [x, n, k, *m[:3]]
-    slots = [active[1].clamp_min(0), active[2].softmax(-1), torch.randn(7, 4, rank)]
+    slots = [active[1].clamp_min(0), active[2].softmax(-1), torch.randn(tokens_, 4, rank)]
     center = torch.zeros(features)
     owner, distance = op.nearest(x, m.means, center)
     sums = [torch.zeros(s, dtype=torch.float64) for s in ((components, features), (components,), (components,))]
@@ -42,13 +42,13 @@ def calls(components: int, features: int, rank: int, per_component: bool) -> dic
         "factors": [*m[:3]],
         "scan_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
         "log_prob": [x, *m, *f.tensors(), 4, True, *f.scan],
-        "log_prob_backward": [torch.ones(7), torch.zeros(7, 4), x, *m, *f.tensors(), *active, [True] * 5],
+        "log_prob_backward": [torch.ones(tokens_), torch.zeros(tokens_, 4), x, *m, *f.tensors(), *active, [True] * 5],
         "component_log_prob": [x, *m[:3], *f.tensors()],
-        "component_log_prob_backward": [torch.ones(7, components), x, *m[:3], *f.tensors(), [True] * 4],
+        "component_log_prob_backward": [torch.ones(tokens_, components), x, *m[:3], *f.tensors(), [True] * 4],
         "latents": [*pairs, *f.tensors()],
-        "latents_backward": [torch.ones(7, rank), z, *pairs, f.cholesky],
+        "latents_backward": [torch.ones(tokens_, rank), z, *pairs, f.cholesky],
         "decode": [*slots, *m[:2]],
-        "decode_backward": [torch.ones(7, features), *slots, *m[:2]],
+        "decode_backward": [torch.ones(tokens_, features), *slots, *m[:2]],
         "nearest": [x, m.means, center, None],
         "cluster_sums": [x, center, owner, distance, None, *sums],
         "statistics": [
@@ -69,6 +69,10 @@ def calls(components: int, features: int, rank: int, per_component: bool) -> dic
     if screen is not None:
         near = screening.with_neighbors(screen, *m, f)
         lists, within = neighbors.flat(near.neighbors)
+        made["screened_log_prob"] = [
+            x, *m, *f.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,
+            screen.batches_by_lines, lists, within, screen.exact_slack, 4,
+        ]  # fmt: skip
         made["select_screened"] = [
             x, f.rows, f.constants(m.log_weights), f.scale, f.center, screen.basis, screen.rows, screen.log_det,
             screen.radii, screen.slack, screen.lines, screen.line_terms, screen.batches_by_lines, lists, within,

@@ -139,8 +139,7 @@ def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextMa
     return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::factors", _device)(_factors)
+trust.register("factors", _factors)
 
 
 @torch.library.register_fake("mfa_kernels::factors")
@@ -177,8 +176,7 @@ def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
     return tuple(rows.new_empty(0) for _ in range(7))
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::scan_rows", _device)(_scan_rows)
+trust.register("scan_rows", _scan_rows)
 
 
 @torch.library.register_fake("mfa_kernels::scan_rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,6 +104,10 @@ _check = trust.checker(
         "latents", "chosen", "passed", "log_prob", "components", "logits", "counts", "means", "loadings",
         "noise_variance", "rows", "cholesky", "log_det", "scale", "center",
     ),
+    together={
+        "active pairs": ("log_prob", "components", "logits", "counts"),
+        "mixture": ("means", "loadings", "noise_variance", "rows", "cholesky", "log_det", "scale", "center"),
+    },
     where={
         "coefficients": "E > 0 and B % E == 0 and (S == 1 or S == T)",
         "shift": "F > 0 and B % F == 0 and (U == 1 or U == T)",
@@ -114,42 +118,16 @@ _check = trust.checker(
 )  # fmt: skip
 
 
-def _refuse_missing(what: str, **tensors: Tensor | None) -> NoReturn:
-    missing = [name for name, tensor in tensors.items() if tensor is None]
-    raise ValueError(f"intervene: {', '.join(missing)} must be given with the rest of the {what}, got None")
-
-
-def _check_all(
-    hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-    log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
-):  # fmt: skip
-    """Raises where a tensor is not what it has to be, or where some of those that belong together are missing."""
-    if not ((log_prob is None) == (components is None) == (logits is None) == (counts is None)):
-        _refuse_missing("active pairs", log_prob=log_prob, components=components, logits=logits, counts=counts)
-    if not (
-        (means is None) == (loadings is None) == (noise_variance is None) == (rows is None) == (cholesky is None)
-        == (log_det is None) == (scale is None) == (center is None)
-    ):  # fmt: skip
-        _refuse_missing(
-            "mixture", means=means, loadings=loadings, noise_variance=noise_variance, rows=rows, cholesky=cholesky,
-            log_det=log_det, scale=scale, center=center,
-        )  # fmt: skip
-    if log_prob is None and means is not None:
-        raise ValueError("intervene: log_prob must be given where the mixture is, got None")
-    _check(
-        hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-        log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
-    )  # fmt: skip
-
-
 def _intervene(
     hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
     log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
 ):  # fmt: skip
-    _check_all(
+    _check(
         hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
         log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
     )  # fmt: skip
+    if log_prob is None and means is not None:
+        raise ValueError("intervene: log_prob must be given where the mixture is, got None")
     per_component = noise_variance is not None and noise_variance.dim() == 2
     rank = 0 if cholesky is None else cholesky.shape[-1]
     serving = backends.serving(thresholds, rank)
@@ -178,8 +156,7 @@ def _intervene(
     return triton_intervene.intervene(*tensors, per_component, keeps_norm, spreads)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::intervene", _device)(_intervene)
+trust.register("intervene", _intervene)
 
 
 @torch.library.register_fake("mfa_kernels::intervene")

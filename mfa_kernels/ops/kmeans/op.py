@@ -113,6 +113,7 @@ _check_nearest = trust.checker(
     {"x": "any(N, D)", "centroids": "real(K, D)", "center": "any(D)", "basis": "any(D, P)"},
     last=("x",),
     optional=("basis",),
+    where={"centroids": "K > 0"},
 )
 _check_cluster_sums = trust.checker(
     "cluster_sums",
@@ -158,9 +159,8 @@ def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
         portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::nearest", _device)(_nearest)
-    torch.library.impl("mfa_kernels::cluster_sums", _device)(_cluster_sums)
+trust.register("nearest", _nearest)
+trust.register("cluster_sums", _cluster_sums)
 
 
 @torch.library.register_fake("mfa_kernels::nearest")

@@ -168,11 +168,10 @@ def _decode_backward(grad, components, responsibilities, latents, means, loading
         return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::latents", _device)(_latents)
-    torch.library.impl("mfa_kernels::decode", _device)(_decode)
-    torch.library.impl("mfa_kernels::latents_backward", _device)(_latents_backward)
-    torch.library.impl("mfa_kernels::decode_backward", _device)(_decode_backward)
+trust.register("latents", _latents)
+trust.register("decode", _decode)
+trust.register("latents_backward", _latents_backward)
+trust.register("decode_backward", _decode_backward)
 
 
 @torch.library.register_fake("mfa_kernels::latents")

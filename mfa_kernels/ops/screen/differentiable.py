@@ -11,7 +11,7 @@ from torch import Tensor
 from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
-from mfa_kernels.ops.select.op import Active, activity_threshold, gradients_of
+from mfa_kernels.ops.select.op import Active, activity_threshold, check_log_prob, gradients_of
 
 
 def log_prob(
@@ -66,7 +66,12 @@ def _screened_log_prob(
     )  # fmt: skip
 
 
-torch.library.impl("mfa_kernels::screened_log_prob", "CPU")(_screened_log_prob)
+@torch.library.impl("mfa_kernels::screened_log_prob", "CPU")
+def _checked(*arguments):
+    check_log_prob(*arguments[:10], arguments[-1])
+    return _screened_log_prob(*arguments)
+
+
 torch.library.register_fake("mfa_kernels::screened_log_prob")(_screened_log_prob)
 
 

@@ -424,12 +424,14 @@ torch.library.define(
 _check_select_screened = trust.checker(
     "select_screened",
     {
-        "x": "any(N, D)", "rows": "scale(K, -(-D // lanes(scale)), Q, lanes(scale))", "constants": "scale(K)",
+        "x": "any(N, D)", "rows": "scale(K, -(-D // lanes[scale_dtype]), Q, lanes[scale_dtype])",
+        "constants": "scale(K)",
         "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
-        "marginal_rows": "scale(K, P // lanes(scale), Q, lanes(scale))", "log_det": "scale(K)", "radii": "scale(K)",
+        "marginal_rows": "scale(K, P // lanes[scale_dtype], Q, lanes[scale_dtype])", "log_det": "scale(K)",
+        "radii": "scale(K)",
         "slack": "scale(K)", "lines": "scale(K * (len(lines) > 0), P)", "line_terms": "scale(2, len(lines))",
     },
-    last=("rows", "marginal_rows", "x"),
+    last=("rows", "constants", "marginal_rows", "x"),
 )  # fmt: skip
 
 

@@ -123,7 +123,7 @@ torch.library.define(
 )
 
 
-_check_log_prob = trust.checker(
+check_log_prob = trust.checker(
     "log_prob",
     {"x": "any(N, D)", **trust.PARAMETERS, "log_weights": "means(K)", **trust.FACTORS, "slots": "positive"},
     last=("x",),
@@ -132,7 +132,7 @@ _check_scan = trust.checker(
     "log_prob",
     {
         "loadings": "real(K, D, R)", "noise_variance": "any(D) or any(K, D)",
-        "rows16": "half(-(-K // 64), R + noise_variance.dim(), 64, -(-D // 64) * 64)",
+        "rows16": "half(-(-K // 64), R + noise_variance_dims, 64, -(-D // 64) * 64)",
         "scales": "loadings(3, -(-K // 64) * 64)", "offsets": "loadings(-(-K // 64), R, 64)",
         "squares": "double(K)", "bounds": "loadings(7, -(-K // 64) * 64)", "worst": "loadings(5)",
         "reference": "loadings(D)",
@@ -166,7 +166,7 @@ def _prepared(x: Tensor, means: Tensor, factors: Factors) -> Tensor:
 def _log_prob(
     x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
 ):
-    _check_log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots)
+    check_log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots)
     factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
     x = _prepared(x, means, factors)
     threshold = activity_threshold(means.shape[0], means.dtype)
@@ -294,11 +294,10 @@ def _component_log_prob_backward(
     return _filled(gradients[:4], means)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::log_prob", _device)(_log_prob)
-    torch.library.impl("mfa_kernels::log_prob_backward", _device)(_log_prob_backward)
-    torch.library.impl("mfa_kernels::component_log_prob", _device)(_component_log_prob)
-    torch.library.impl("mfa_kernels::component_log_prob_backward", _device)(_component_log_prob_backward)
+trust.register("log_prob", _log_prob)
+trust.register("log_prob_backward", _log_prob_backward)
+trust.register("component_log_prob", _component_log_prob)
+trust.register("component_log_prob_backward", _component_log_prob_backward)
 
 
 @torch.library.register_fake("mfa_kernels::log_prob")

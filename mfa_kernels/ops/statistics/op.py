@@ -218,8 +218,7 @@ def _statistics(x, components, weights, rows, cholesky, scale, center, per_compo
             portable.accumulate(x.to(rows.dtype), components, weights, factors, *out)
 
 
-for _device in ("CPU", "CUDA"):
-    torch.library.impl("mfa_kernels::statistics", _device)(_statistics)
+trust.register("statistics", _statistics)
 
 
 @torch.library.register_fake("mfa_kernels::statistics")
