@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mfa_kernels import __version__, checksum
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import check_choice, check_path
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.reading import (
@@ -75,7 +75,7 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with.
     """
-    folder, config = Path(folder), _sealed(_config(mfa, extra))
+    folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra))
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.state_dict().items()}
@@ -211,7 +211,7 @@ def _allocate(mfa: MFA, device: torch.device | str | None, dtype: torch.dtype | 
 
 def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Path]:
     """Local paths of config.json and model.safetensors."""
-    path = Path(source)
+    path = check_path(source, "folder_or_hub_id")
     if path.is_dir():
         path = path / (subfolder or "")
         for name in (CONFIG, WEIGHTS):

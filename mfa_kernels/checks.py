@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import math
+import operator
+import os
+import reprlib
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor
+
+MOST_COMPONENTS = (1 << 31) - 1  # their numbers are int32 in the kernels
+_LARGEST = (1 << 63) - 1
+
+
+def check_tensor(value: Any, name: str) -> Tensor:
+    """`value` as a dense tensor; raises otherwise."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}")
+    return value
+
+
+def check_floats(value: Any, name: str) -> Tensor:
+    """`value` as a dense tensor of a floating-point dtype; raises otherwise."""
+    if not check_tensor(value, name).is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
+    return value
+
+
+def check_integers(value: Any, name: str) -> Tensor:
+    """`value` as a dense tensor of an integer dtype, bool none of them; raises otherwise."""
+    dtype = check_tensor(value, name).dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {dtype}")
+    return value
+
+
+def check_finite(value: Tensor, name: str) -> Tensor:
+    """`value` if every entry is finite; raises otherwise."""
+    if value.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+    if not value.isfinite().all():
+        raise ValueError(f"{name} must be finite, got {int((~value.isfinite()).sum())} entries that are not")
+    return value
 
 
 def check_activations(x: Tensor, features: int, device: torch.device, name: str = "x") -> Tensor:
     """`x` as a tensor of shape (..., D), float, on the device of the parameters; raises otherwise."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {x.dtype}")
+    check_floats(x, name)
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name} must have shape (..., {features}), got {tuple(x.shape)}")
     if x.device != device:
@@ -19,17 +59,13 @@ def check_activations(x: Tensor, features: int, device: torch.device, name: str 
     return x
 
 
-def check_parameters(means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor) -> None:
-    """Raises unless the four parameters of a mixture fit together."""
-    named = {
-        "means": means,
-        "loadings": loadings,
-        "noise_variance": noise_variance,
-        "log_weights": log_weights,
-    }
+def check_parameters(
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, weights: str = "log_weights"
+) -> None:
+    """Raises unless the four parameters of a mixture fit together; `weights` is what the last is called."""
+    named = {"means": means, "loadings": loadings, "noise_variance": noise_variance, weights: log_weights}
     for name, tensor in named.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+        check_floats(tensor, name)
         if tensor.device != means.device:
             raise ValueError(f"{name} is on {tensor.device}, but means is on {means.device}")
         if tensor.dtype != means.dtype:
@@ -49,18 +85,109 @@ def check_parameters(means: Tensor, loadings: Tensor, noise_variance: Tensor, lo
             f"got {tuple(noise_variance.shape)}"
         )
     if log_weights.shape != (components,):
-        raise ValueError(f"log_weights must have shape (K,) = ({components},), got {tuple(log_weights.shape)}")
+        raise ValueError(f"{weights} must have shape (K,) = ({components},), got {tuple(log_weights.shape)}")
 
 
-def check_component(component: int, components: int, name: str = "component") -> int:
-    """`component` as an int in [0, K); raises otherwise."""
-    if not 0 <= int(component) < components:
-        raise IndexError(f"{name} must be in [0, {components}), got {int(component)}")
-    return int(component)
-
-
-def check_choice(value: str, choices: tuple[str, ...], name: str) -> str:
-    """`value` if it is one of `choices`; raises otherwise."""
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def check_mixture(value: Any, name: str = "mfa") -> Any:
+    """`value` if it is a mixture of factor analyzers, an `MFA` or one that is spread over ranks; raises otherwise."""
+    if not all(hasattr(value, attribute) for attribute in ("n_components", "n_features", "rank", "log_prob")):
+        raise TypeError(f"{name} must be a mixture (mfa_kernels.MFA), got {type(value).__name__}")
     return value
+
+
+def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -> int:
+    """`value` as an int in [least, most]; whatever Python takes for an index is one, but for True and False."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except Exception:  # of whatever kind: tensors on the meta device have a kind of their own
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be an integer {f'>= {least}' if number < least else f'<= {most}'}, got {number}")
+    return number
+
+
+def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """`value` as a finite float in [least, most]; raises otherwise."""
+    try:
+        number = None if isinstance(value, str | bytes) else float(value)
+    except OverflowError:
+        number = math.inf
+    except Exception:  # of whatever kind, as in `check_integer`
+        number = None
+    if number is None:
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be {f'>= {least:g}' if number < least else f'<= {most:g}'}, got {value!r}")
+    return number
+
+
+def check_positive(value: Any, name: str) -> float:
+    """`value` as a finite float above 0; raises otherwise."""
+    number = check_number(value, name)
+    if not number > 0:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}")
+    return number
+
+
+def check_flag(value: Any, name: str) -> bool:
+    """`value` if it is True or False; raises otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+    return value
+
+
+def check_component(component: Any, components: int, name: str = "component") -> int:
+    """`component` as an int in [0, K); raises otherwise."""
+    number = check_integer(component, name, -_LARGEST)
+    if not 0 <= number < components:
+        raise IndexError(f"{name} must be in [0, {components}), got {number}")
+    return number
+
+
+def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
+    """`value` if it is one of `choices`; raises otherwise."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+    return value
+
+
+def check_path(value: Any, name: str) -> Path:
+    """`value` as a path; raises otherwise."""
+    try:
+        text = os.fspath(value)
+    except TypeError:
+        text = None
+    if not isinstance(text, str) or "\0" in text or not text:
+        raise TypeError(f"{name} must be a path, a string or a pathlib.Path, got {shown(value)}")
+    return Path(text)
+
+
+def check_device(value: Any, name: str = "device") -> torch.device:
+    """`value` as a device that tensors can be on here; raises otherwise."""
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except Exception as error:  # each backend that is not there has a kind of its own
+        raise ValueError(f"{name} must be a device that is here, got {shown(value)}: {error}") from None
+    return device
+
+
+def check_dtype(value: Any, name: str = "dtype") -> torch.dtype:
+    """`value` if it is a real floating-point dtype; raises otherwise."""
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise TypeError(f"{name} must be a floating-point torch.dtype, got {shown(value)}")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in an error: short, on one line, and no contents of tensors."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
+    try:
+        return " ".join(reprlib.repr(value).split())
+    except Exception:  # whatever somebody's __repr__ does
+        return f"a {type(value).__name__}"

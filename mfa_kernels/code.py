@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.checks import check_integer, check_mixture
 from mfa_kernels.ops.select.op import SLOTS, Active
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Code:
 
     def to_dense(self, mfa: MFA) -> Tensor:
         """Coefficients in the paper's dictionary order, (..., K (1 + R)): per component [r_k, r_k z_k] (eq. 11-13)."""
+        check_mixture(mfa)
         shape, rank = self.components.shape[:-1], self.latents.shape[-1]
         blocks = torch.cat([torch.ones_like(self.latents[..., :1]), self.latents], dim=-1)
         blocks = blocks * self.responsibilities.unsqueeze(-1)
@@ -60,8 +62,7 @@ class Code:
 
 def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
     """What `encode` returns, of an `MFA` or of a mixture that is spread over ranks (`mfa_kernels.sharded`)."""
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1 or None, got {top_k!r}")
+    top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
     flat, components = mixture._flat(x), mixture.n_components
     slots = min(components, max(top_k or SLOTS, SLOTS))
     active = mixture._active(flat, slots)

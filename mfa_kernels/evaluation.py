@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.checks import check_activations, check_finite, check_flag, check_floats, check_mixture
 from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
 
@@ -61,7 +62,14 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     """
     from tqdm import tqdm
 
+    check_mixture(mfa)
+    check_flag(progress, "progress")
     source = as_source(activations)
+    if centroids is not None:
+        check_activations(check_floats(centroids, "centroids"), mfa.n_features, centroids.device, "centroids")
+        check_finite(centroids, "centroids")
+        if centroids.dim() != 2 or not len(centroids):
+            raise ValueError(f"centroids must have shape (K, D), got {tuple(centroids.shape)}")
     if source.n_features != mfa.n_features:
         raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
     device = mfa.means.device

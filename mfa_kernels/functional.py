@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,10 +58,17 @@ def log_prob(
         with no_autocast(means):
             out = reference.log_prob(flat.to(means.dtype), means, loadings, noise_variance, log_weights)
         return out.reshape(x.shape[:-1])
-    center = torch.zeros_like(means[0]) if center is None else center
+    center = torch.zeros_like(means[0]) if center is None else _checked_center(center, means)
     factors = ops.factorize(means, loadings, noise_variance, center)
     active = ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors, exact=precision != "fast")
     return active.log_prob.reshape(x.shape[:-1])
+
+
+def _checked_center(center: Any, means: Tensor) -> Tensor:
+    check_activations(center, means.shape[1], means.device, "center")
+    if center.dim() != 1:
+        raise ValueError(f"center must have shape (D,) = ({means.shape[1]},), got {tuple(center.shape)}")
+    return center
 
 
 def compute_dtype(*parameters: Tensor) -> tuple[Tensor, ...]:

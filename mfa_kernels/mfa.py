@@ -9,7 +9,23 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import functional, ops
-from mfa_kernels.checks import check_activations, check_choice, check_component, check_parameters
+from mfa_kernels.checks import (
+    MOST_COMPONENTS,
+    check_activations,
+    check_choice,
+    check_component,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_floats,
+    check_integer,
+    check_integers,
+    check_number,
+    check_parameters,
+    check_positive,
+    shown,
+)
 from mfa_kernels.code import Code, encoded
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
@@ -22,6 +38,8 @@ if TYPE_CHECKING:
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
 _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
+
+NOISES = ("shared", "per_component")
 
 
 class MFA(nn.Module):
@@ -65,17 +83,17 @@ class MFA(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("n_components", n_components, 1), ("n_features", n_features, 1), ("rank", rank, 0)):
-            if int(value) != value or value < least:
-                raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+        n_components = check_integer(n_components, "n_components", 1, MOST_COMPONENTS)
+        n_features = check_integer(n_features, "n_features", 1, MOST_COMPONENTS)
+        rank = check_integer(rank, "rank")
         if rank > n_features:
             raise ValueError(f"rank must be at most n_features = {n_features}, got {rank}")
-        if not noise_floor >= 0:
-            raise ValueError(f"noise_floor must be >= 0, got {noise_floor!r}")
-        self.n_components, self.n_features, self.rank = int(n_components), int(n_features), int(rank)
-        self.noise = check_choice(noise, ("shared", "per_component"), "noise")
+        self.n_components, self.n_features, self.rank = n_components, n_features, rank
+        self.noise = check_choice(noise, NOISES, "noise")
         self.precision = check_choice(precision, functional.PRECISIONS, "precision")
-        self.noise_floor = float(noise_floor)
+        self.noise_floor = check_number(noise_floor, "noise_floor", 0)
+        device = device if device is None else check_device(device)
+        dtype = dtype if dtype is None else check_dtype(dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.means = nn.Parameter(torch.empty(n_components, n_features, **where))
         self.loadings = nn.Parameter(torch.empty(n_components, n_features, rank, **where))
@@ -119,17 +137,21 @@ class MFA(nn.Module):
             weights: pi, (K,), non-negative; normalised here.
             precision: as in the constructor.
         """
-        dtype = means.dtype
-        for tensor in (loadings, noise_variance, weights):
-            dtype = torch.promote_types(dtype, tensor.dtype)
+        dtype = check_floats(means, "means").dtype
+        for name, tensor in (("loadings", loadings), ("noise_variance", noise_variance), ("weights", weights)):
+            dtype = torch.promote_types(dtype, check_floats(tensor, name).dtype)
+            if tensor.is_meta and not means.is_meta:
+                raise ValueError(f"{name} must hold values, got a tensor on the meta device")
         means, loadings, noise_variance, weights = (
             t.detach().to(device=means.device, dtype=dtype) for t in (means, loadings, noise_variance, weights)
         )
-        check_parameters(means, loadings, noise_variance, weights)
+        check_parameters(means, loadings, noise_variance, weights, "weights")
+        for name, tensor in (("means", means), ("loadings", loadings), ("noise_variance", noise_variance)):
+            check_finite(tensor, name)
         if not (noise_variance > 0).all():
             raise ValueError(f"noise_variance must be positive, got a minimum of {noise_variance.min().item()}")
-        if not (weights >= 0).all() or not weights.sum() > 0:
-            raise ValueError("weights must be non-negative with a positive sum")
+        if not (weights >= 0).all() or not 0 < weights.double().sum() < torch.finfo(dtype).max:
+            raise ValueError("weights must be non-negative with a positive, finite sum")
         noise = "shared" if noise_variance.dim() == 1 else "per_component"
         components, features, rank = loadings.shape
         mfa = cls(components, features, rank, noise, precision=precision, device=means.device, dtype=dtype)
@@ -152,6 +174,11 @@ class MFA(nn.Module):
         precision: str = "exact",
     ) -> MFA:
         """Regions at K-means centroids (K, D), loadings random, weights equal: the paper's start."""
+        check_floats(centroids, "centroids")
+        if centroids.dim() != 2 or 0 in centroids.shape:
+            raise ValueError(f"centroids must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
+        check_finite(centroids, "centroids")
+        variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
         components, features = centroids.shape
         mfa = cls(
             components, features, rank, noise, precision=precision, device=centroids.device, dtype=centroids.dtype
@@ -159,7 +186,7 @@ class MFA(nn.Module):
         mfa.reset_parameters(generator)
         with torch.no_grad():
             mfa.means.copy_(centroids)
-            mfa.log_noise.copy_(torch.as_tensor(noise_variance, dtype=centroids.dtype).log())
+            mfa.log_noise.copy_(variance.log())
             mfa.center.copy_(centroids.mean(0))
         return mfa
 
@@ -215,6 +242,8 @@ class MFA(nn.Module):
         from mfa_kernels.ops.screen import neighbors as lists
         from mfa_kernels.ops.screen import op as screening
 
+        if neighbors is not None:
+            check_flag(neighbors, "neighbors")
         self._screen = self.evaluated = None
         (means, loadings, noise, log_weights), factors = self._prepared()
         if neighbors and not factors.is_native:
@@ -360,8 +389,8 @@ class MFA(nn.Module):
 
     def responsibilities(self, x: Tensor, temperature: float = 1.0) -> Tensor:
         """p(k | x), dense: (..., D) -> (..., K). softmax((log pi + log p(x|k)) / temperature), eq. 8."""
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature!r}")
+        if not torch.compiler.is_compiling():
+            check_positive(temperature, "temperature")
         log_weights = self.parameters_in_compute_dtype()[3]
         return ((self.component_log_prob(x) + log_weights) / temperature).softmax(-1)
 
@@ -393,10 +422,11 @@ class MFA(nn.Module):
 
     def decode(self, code: Code) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""
+        _check_code(code, self.rank, self.means.device)
         means, loadings = functional.compute_dtype(self.means, self.loadings)
         components = code.components.flatten(0, -2) if code.components.dim() > 1 else code.components.unsqueeze(0)
         out = ops.decode(
-            components.int(),
+            components.clamp(-2, MOST_COMPONENTS).int(),  # 2^32 shall not become 0
             code.responsibilities.reshape(components.shape).to(means.dtype),
             code.latents.reshape(*components.shape, self.rank).to(means.dtype),
             means,
@@ -423,7 +453,14 @@ class MFA(nn.Module):
         flat, lead = self._flat(x), x.shape[:-1]
         cholesky = self.factors().cholesky
         if isinstance(component, Tensor):
-            index = component.to(flat.device).expand(lead).reshape(-1)
+            check_integers(component, "component")
+            try:
+                index = component.to(flat.device).expand(lead).reshape(-1).long()
+            except (RuntimeError, NotImplementedError) as error:  # values that are not there, on the meta device
+                raise ValueError(
+                    f"component must broadcast to {tuple(lead)}, as x has it, got {tuple(component.shape)} on "
+                    f"{component.device}"
+                ) from error
             if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.n_components):
                 raise IndexError(
                     f"component must be in [0, {self.n_components}), got values from {int(index.min())} to "
@@ -440,7 +477,12 @@ class MFA(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws from the mixture, (n, D)."""
+        n = check_integer(n, "n")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
         means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
+        if n * self.n_features * means.element_size() > 1 << 62:
+            raise ValueError(f"n must be a number of draws that fit into memory, got {n}")
         like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
         uniform = torch.rand(n, **like)
         components = torch.searchsorted(log_weights.exp().cumsum(0), uniform).clamp_max(self.n_components - 1)
@@ -459,6 +501,7 @@ class MFA(nn.Module):
         from mfa_kernels import rotation
 
         check_choice(method, ("varimax", "principal"), "method")
+        check_integer(iterations, "iterations", 1)
         rotated = (
             rotation.varimax(self.loadings, iterations) if method == "varimax" else rotation.principal(self.loadings)
         )
@@ -499,3 +542,41 @@ class MFA(nn.Module):
         from mfa_kernels import reference_checkpoint
 
         reference_checkpoint.save_reference(self, path, **kwargs)
+
+
+def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:
+    """A noise variance that is given beside centroids, positive, as a tensor that broadcasts to what `noise` has."""
+    if not isinstance(noise_variance, Tensor):
+        noise_variance = torch.tensor(check_positive(noise_variance, "noise_variance"), dtype=torch.float64)
+    check_finite(check_floats(noise_variance, "noise_variance"), "noise_variance")
+    variance = noise_variance.to(centroids.device, centroids.dtype)
+    shape = centroids.shape[1:] if noise == "shared" else centroids.shape
+    trailing = len(shape) >= variance.dim() and shape[len(shape) - variance.dim() :] == variance.shape
+    if not trailing and variance.numel() != 1:
+        raise ValueError(
+            f"noise_variance must be a number or of shape {tuple(shape)}, as {noise} noise has it, got "
+            f"{tuple(variance.shape)}"
+        )
+    if not (variance > 0).all():
+        raise ValueError(f"noise_variance must be positive, got a minimum of {variance.min().item()}")
+    return variance if trailing else variance.reshape(())
+
+
+def _check_code(code: Any, rank: int, device: torch.device) -> None:
+    """Raises unless a code has components (..., C), responsibilities of that shape and latents (..., C, R)."""
+    if not isinstance(code, Code):
+        raise TypeError(f"code must be a Code, as `encode` returns it, got {shown(code)}")
+    components = check_integers(code.components, "code.components")
+    if not components.dim():
+        raise ValueError("code.components must have shape (..., C), got ()")
+    shape = tuple(components.shape)
+    for name, tensor, wanted in (
+        ("responsibilities", code.responsibilities, shape), ("latents", code.latents, (*shape, rank)),
+    ):  # fmt: skip
+        if tuple(check_floats(tensor, f"code.{name}").shape) != wanted:
+            raise ValueError(
+                f"code.{name} must have shape {wanted} beside components of shape {shape}, got {tuple(tensor.shape)}"
+            )
+    for name, tensor in vars(code).items():
+        if name != "dropped" and tensor.device != device:
+            raise ValueError(f"code.{name} is on {tensor.device}, but the mixture is on {device}: move one of them")

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +24,6 @@ from mfa_kernels.files import atomic_write_json
 from mfa_kernels.ops import backends, configs
 from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.statistics.op import Statistics, accumulate
-from mfa_kernels.reading import FLAG, check_fields, integer, read_json, shown
 
 SHAPES = ((16384, 8192, 4096, 10), (16384, 1024, 2304, 10))
 """(N, K, D, R) that are measured unless others are asked for."""
@@ -54,8 +51,6 @@ KINDS: dict[str, Any] = {
     "statistics": configs.Statistics, "nearest": configs.Nearest,
 }  # fmt: skip
 
-_KEY = re.compile(r"[a-z]+/\d+/\d+")
-_LARGEST = 1 << 16  # of any number in a configuration
 _CACHE_BYTES = 1 << 28  # written between two calls: larger than any second-level cache
 _SECONDS = 0.3  # of calls per candidate
 _GAIN = 0.98  # of the best time so far: less than 2% faster is noise
@@ -98,7 +93,7 @@ def tune(
         raise ValueError(f"tuning measures the Triton kernels, and they do not serve {device} here")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     path = configs.tuned_folder() / configs.file_name(name)
-    entries = read(path) if path.exists() else {}
+    entries = configs.read(path) if path.exists() else {}
     for shape in shapes:
         problem = _problem(shape, device)
         for kind in kinds:
@@ -112,26 +107,6 @@ def tune(
             atomic_write_json(path, entries)  # after every kernel: what is measured is not lost
     configs._tuned.cache_clear()
     return path
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The configurations in a file, by kernel and shape.
-
-    Raises:
-        FileNotFoundError, ValueError: naming it, and what is not the configuration of a kernel.
-    """
-    entries = read_json(path)
-    if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold an object of configurations, got {shown(entries)}")
-    for key, values in entries.items():
-        kind = KINDS.get(key.split("/")[0])
-        if kind is None or not _KEY.fullmatch(key):
-            raise ValueError(f"{path}: {shown(key)}: expected kind/tokens/components, of the kinds {', '.join(KINDS)}")
-        kinds = {field.name: FLAG if field.type in (bool, "bool") else integer(1, _LARGEST) for field in fields(kind)}
-        check_fields(values, kinds, f"{path}: {key}")
-        if unknown := values.keys() - kinds.keys():
-            raise ValueError(f"{path}: {key}: must have exactly {', '.join(kinds)}, got {shown(sorted(unknown))}")
-    return entries
 
 
 def search(

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.checks import check_device, check_dtype, check_flag, check_integer, check_path
 from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences
 from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
@@ -86,7 +87,14 @@ def harvest(
             that differ.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
-    _check_sizes(max_tokens, context, batch_size, skip_first)
+    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed)
+    for name, flag in {"progress": progress, "overwrite": overwrite,
+                       "resume": resume}.items():  # fmt: skip
+        check_flag(flag, name)
+    check_integer(rows_per_shard, "rows_per_shard", 1)
+    check_dtype(dtype)
+    if out is not None:
+        check_path(out, "out")
     if resume and (overwrite or out is None):
         raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
     layers = _several(layer)
@@ -163,7 +171,7 @@ def stream(
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
     """
-    _check_sizes(max_tokens, context, batch_size, skip_first)
+    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed)
     layers = _several(layer)
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
@@ -183,18 +191,33 @@ def stream(
 
 
 def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
+    if not isinstance(layer, int | str | Sequence):
+        raise TypeError(f"layer must be an index, a module path or a sequence of them, got {shown(layer)}")
     layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
     if not layers:
         raise ValueError("layer must name at least one layer, got none")
     return layers
 
 
-def _check_sizes(max_tokens: int | None, context: int, batch_size: int, skip_first: int) -> None:
+def _check_arguments(
+    texts: Any,
+    max_tokens: int | None,
+    context: int,
+    batch_size: int,
+    skip_first: int,
+    drop_special: bool,
+    seed: int | None,
+) -> None:  # fmt: skip
     for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value!r}")
-    if max_tokens is not None and max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1 or None, got {max_tokens!r}")
+        check_integer(value, name, least)
+    if max_tokens is not None:
+        check_integer(max_tokens, "max_tokens", 1)
+    if seed is not None:
+        check_integer(seed, "seed")
+    check_flag(drop_special, "drop_special")
+    if isinstance(texts, Mapping | bytes) or not isinstance(texts, str | os.PathLike | Iterable):
+        kind = "a mapping: give one of its values" if isinstance(texts, Mapping) else type(texts).__name__
+        raise TypeError(f"texts must be a path, or an iterable of strings, of mappings or of paths, got {kind}")
 
 
 class _Reached(NamedTuple):
@@ -430,8 +453,13 @@ def _in_order(texts: Any) -> Iterator[tuple[str, str]]:
 def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tuple[Any, Any, torch.device | str | None]:
     """Model and tokenizer as objects, and where to move the model: None when it is in place."""
     named = isinstance(model, str | os.PathLike)
+    if not named and not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, or the name or folder of one, got {type(model).__name__}")
     if tokenizer is None and not named:
         raise TypeError("tokenizer must be given when model is an object")
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not hasattr(tokenizer, "decode"):
+        raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
+    device = device if device is None else check_device(device)
     tokenizer = model if tokenizer is None else tokenizer
     if isinstance(tokenizer, str | os.PathLike):
         from transformers import AutoTokenizer

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import (
+    MOST_COMPONENTS,
+    check_choice,
+    check_device,
+    check_finite,
+    check_flag,
+    check_floats,
+    check_integer,
+    check_number,
+    check_tensor,
+    shown,
+)
 from mfa_kernels.fitting.lloyd import Partition, chunks, finite_rows, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
@@ -96,6 +107,7 @@ def kmeans(
         TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
     """
     _check_arguments(n_clusters, iterations, tol, sample)
+    seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
     sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
     rows = None
     if isinstance(x, Iterator):
@@ -105,7 +117,7 @@ def kmeans(
             )
         x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
-    device = torch.device(device) if device is not None else source.device
+    device = check_device(device) if device is not None else source.device
     weights, unit = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
     options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress, "ranks": ranks}
@@ -134,23 +146,26 @@ def kmeans(
 
 
 def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int | None) -> None:
-    for name, value, least in (("n_clusters", n_clusters, 1), ("iterations", iterations, 0), ("sample", sample, 1)):
-        if value is not None and (int(value) != value or value < least):
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    check_integer(n_clusters, "n_clusters", 1, MOST_COMPONENTS)
+    check_integer(iterations, "iterations")
+    if sample is not None:
+        check_integer(sample, "sample", 1)
     if sample is not None and sample < n_clusters:
         raise ValueError(f"sample must be at least n_clusters = {n_clusters}, got {sample}")
-    if not tol >= 0:
-        raise ValueError(f"tol must be >= 0, got {tol!r}")
+    check_number(tol, "tol", 0)
 
 
 def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor | None, float | None]:
     """The weights over a power of two that brings the largest to about 1, as float32 needs it; and that power."""
     if weights is None:
         return None, None
-    weights = torch.as_tensor(weights).to(device=device, dtype=torch.float64)
+    try:
+        weights = check_tensor(torch.as_tensor(weights), "weights").to(device=device, dtype=torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"weights must be a tensor of {rows} numbers, got {shown(weights)}: {error}") from None
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")
-    if not (weights.isfinite() & (weights >= 0)).all():
+    if not (check_finite(weights, "weights") >= 0).all():
         raise ValueError("weights must be finite and non-negative")
     unit = 2.0 ** (math.frexp(float(weights.max()))[1] - 1)
     return weights / unit, unit
@@ -211,8 +226,7 @@ def _start(
             raise ValueError(
                 f"init must have shape (K, D) = ({clusters}, {subset.n_features}), got {tuple(init.shape)}"
             )
-        if not init.isfinite().all():
-            raise ValueError("init must be finite")
+        check_finite(check_floats(init, "init"), "init")
         return init.to(center) - center
     check_choice(init, ("k-means||", "random"), "init")
     mass = torch.ones(len(subset), device=center.device) if weights is None else weights

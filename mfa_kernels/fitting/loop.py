@@ -18,7 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flag,
+    check_integer,
+    check_number,
+    check_path,
+    check_positive,
+)
 from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
@@ -163,9 +172,12 @@ def fit(
     _check_arguments(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
         batch_size=(batch_size, 1), polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1),
+        seed=(seed, 0),
     )  # fmt: skip
-    if not 0 < lr < float("inf"):
-        raise ValueError(f"lr must be positive and finite, got {lr!r}")
+    check_positive(lr, "lr")
+    seed = check_integer(seed, "seed")
+    progress = progress if isinstance(progress, str) else check_flag(progress, "progress")
+    device = device if device is None else check_device(device)
     ranks = Ranks(group)
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     if polish and (streamed or method == "sgd"):
@@ -187,7 +199,7 @@ def fit(
         raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
     if method == "auto":
         method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
-    device = torch.device(device) if device is not None else source.device
+    device = device if device is not None else source.device
     ranks.on(device)
     label = f"{progress}, " if isinstance(progress, str) else ""
     progress = bool(progress) and ranks.first
@@ -314,8 +326,7 @@ def _checkpoint_folders(
     checkpoint: StrPath | None, seconds: float, resume: StrPath | bool
 ) -> tuple[Path | None, Path | None]:
     """Where checkpoints go, and the folder to go on from, where there is one."""
-    if not seconds >= 0:
-        raise ValueError(f"checkpoint_seconds must be >= 0, got {seconds!r}")
+    check_number(seconds, "checkpoint_seconds", 0)
     if not isinstance(resume, bool | str | os.PathLike):
         raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
     if checkpoint is not None and Path(checkpoint).is_file():
@@ -416,15 +427,14 @@ def _check_arguments(
     """Raises where an argument is not what a fit can be given; now, and not when K-means is done."""
     check_choice(noise, ("shared", "per_component"), "noise")
     check_choice(precision, PRECISIONS, "precision")
-    if dtype not in (torch.float32, torch.float64):
+    if check_dtype(dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     for name, (value, least) in counts.items():
-        # What counts is what slices and ranges take: 6.0 would fail there, without its name.
-        if value is not None and (not hasattr(value, "__index__") or value < least):
-            raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
-    if not 0 <= held_out < 1:
+        if value is not None or name not in ("eval_every", "patience"):
+            check_integer(value, name, least)
+    if not 0 <= check_number(held_out, "held_out") < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
-    if log is not None and Path(log).is_dir():
+    if log is not None and check_path(log, "log").is_dir():
         raise IsADirectoryError(f"log must name a file, {log} is a folder")
 
 

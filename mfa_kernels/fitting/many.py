@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mfa_kernels.checks import shown
 from mfa_kernels.fitting.feed import Fitting, drive, told_of
 from mfa_kernels.fitting.loop import fit
 from mfa_kernels.mfa import MFA
@@ -63,6 +64,10 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
             f"batches must be an iterable of batches, got {type(batches).__name__}: call fit for each mixture, which "
             "reads data that is held as often as it needs"
         )
+    if not isinstance(batches, Iterable) or isinstance(batches, bytes):
+        raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}")
+    if not isinstance(fits, Mapping) or not all(isinstance(own, Mapping) for own in fits.values()):
+        raise TypeError(f"fits must be a mapping of names to arguments of `fit`, got {shown(fits)}")
     if not fits:
         raise ValueError("fits must name at least one fit, got none")
     stream = iter(batches)

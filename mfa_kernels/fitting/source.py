@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfa_kernels.checks import check_floats
+
 
 class Source:
     """N activations of width D, read by row number in one float dtype. Made by `as_source`.
@@ -117,9 +119,14 @@ def _check_dtype(dtype: torch.dtype, name: str) -> None:
         raise TypeError(f"{name} must have a floating-point dtype, got {dtype}")
 
 
+def _check_values(data: Tensor, name: str) -> None:
+    _check_shape(check_floats(data, name).shape, name)
+    if data.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
 def _tensor_source(data: Tensor, name: str) -> Source:
-    _check_shape(data.shape, name)
-    _check_dtype(data.dtype, name)
+    _check_values(data, name)
     data = data.flatten(0, -2)
     return Source(
         len(data),
@@ -182,8 +189,7 @@ def as_rows(batch: Any, name: str) -> Tensor:
         found = torch.from_numpy(np.array(found))
     if not isinstance(found, Tensor):
         raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
-    _check_shape(found.shape, name)
-    _check_dtype(found.dtype, name)
+    _check_values(found, name)
     return found.detach().flatten(0, -2)
 
 

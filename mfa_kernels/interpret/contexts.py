@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_component
+from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture, shown
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -129,7 +129,10 @@ def assignments(
     """
     from tqdm import tqdm
 
-    if store.n_features != mfa.n_features:
+    check_store(store)
+    check_flag(progress, "progress")
+    check_integer(batch_size, "batch_size", 1)
+    if store.n_features != check_mixture(mfa).n_features:
         raise ValueError(f"store has {store.n_features} features, but the mixture has {mfa.n_features}")
     n = len(store)
     if n == 0:
@@ -177,6 +180,7 @@ def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: A
 
 def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments | None, progress: bool) -> Assignments:
     """`assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
+    check_store(store)
     if assigned is None:
         return assignments(mfa, store, progress=progress)
     if len(assigned.components) != len(store) or assigned.n_components != mfa.n_components:
@@ -187,9 +191,21 @@ def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments |
     return assigned
 
 
+def check_store(store: Any) -> None:
+    """Raises unless something has the rows of activations and where they come from."""
+    if not all(hasattr(store, attribute) for attribute in ("n_features", "rows", "batches", "context")):
+        raise TypeError(f"store must be an ActivationStore, as `harvest` makes it, got {type(store).__name__}")
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises unless something turns ids into text."""
+    if not hasattr(tokenizer, "decode") or not hasattr(tokenizer, "convert_ids_to_tokens"):
+        raise TypeError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
+
+
 def check_axis(mfa: MFA, axis: int) -> int:
     """`axis` if the mixture has such a latent; raises otherwise."""
-    if not 0 <= axis < mfa.rank:
+    if not 0 <= check_integer(axis, "axis", -(1 << 63)) < mfa.rank:
         raise IndexError(f"axis must be in [0, {mfa.rank}), got {axis}")
     return axis
 
@@ -262,14 +278,19 @@ def top_contexts(
     from tqdm import tqdm
 
     check_choice(by, ("responsibility", "distance", "latent"), "by")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n!r}")
+    check_mixture(mfa)
+    check_tokenizer(tokenizer)
+    check_flag(progress, "progress")
+    for name, count, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
+        check_integer(count, name, least)
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign!r}")
     if by == "latent":
         if axis is None:
             raise ValueError('axis: by="latent" needs the index of a latent, got None')
         check_axis(mfa, axis)
+    if not isinstance(component, int | Sequence) or isinstance(component, str | bytes):
+        raise TypeError(f"component must be an int or a sequence of them, got {shown(component)}")
     wanted = [component] if isinstance(component, int) else component
     components = [check_component(k, mfa.n_components) for k in wanted]
     assigned = ensure_assignments(mfa, store, assigned, progress)
@@ -340,8 +361,7 @@ def axis_contexts(
     """
     check_component(component, mfa.n_components)
     check_axis(mfa, axis)
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n!r}")
+    check_integer(n, "n", 1)
     for quantile in quantiles:
         if not 0 <= quantile <= 1:
             raise ValueError(f"quantiles must be in [0, 1], got {quantile!r}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.interpret.contexts import show_token
 from mfa_kernels.models import decoder_layers
 
@@ -93,7 +93,9 @@ def logit_lens(
         IndexError: component or direction does not exist.
         ValueError: the model has no unembedding of this width, or its final norm is not found.
     """
-    k = check_component(component, mfa.n_components)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    k = check_component(component, check_mixture(mfa).n_components)
     weight = _unembedding(model, mfa.n_features)
     final = _final_norm(model, norm)
     wide = {name: tensor.float() for name, tensor in final.state_dict().items()}
@@ -106,7 +108,7 @@ def logit_lens(
         shares = log_weights.exp().to(weight.device, torch.float32)
         averages = [p @ normed(m) for p, m in zip(shares.split(_CHUNK), means.split(_CHUNK))]
         difference = normed(means[k]) - torch.stack(averages).sum(0)
-    elif 0 <= direction < mfa.rank:
+    elif 0 <= check_integer(direction, "direction", -(1 << 63)) < mfa.rank:
         axis = loadings[k, :, direction]
         difference = normed(means[k] + axis) - normed(means[k] - axis)
     else:
@@ -156,8 +158,7 @@ def logit_shift(
 
 def _extremes(change: Tensor, top: int, tokenizer: Any) -> tuple[list[TokenChange], list[TokenChange]]:
     """The tokens with the largest and the smallest change (V,)."""
-    if top < 1:
-        raise ValueError(f"top must be at least 1, got {top!r}")
+    check_integer(top, "top", 1)
 
     def tokens(values: Tensor, ids: Tensor) -> list[TokenChange]:
         return [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import check_choice, check_flag, check_integer, check_mixture
 from mfa_kernels.functional import compute_dtype
 from mfa_kernels.ops.factors.reference import factors
 
@@ -41,8 +41,9 @@ def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool
     from tqdm import tqdm
 
     check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
-    components = mfa.n_components
-    if not 1 <= n < components:
+    check_flag(progress, "progress")
+    components = check_mixture(mfa).n_components
+    if not 1 <= check_integer(n, "n", -(1 << 63)) < components:
         raise ValueError(f"n must be in [1, {components}), one less than there are regions, got {n!r}")
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')

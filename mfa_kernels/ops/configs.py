@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+
+from mfa_kernels.reading import FLAG, check_fields, integer, read_json, shown
 
 FOLDER = Path(__file__).parent / "tuned"
 """Measured configurations that ship with the package, one JSON per GPU: none yet."""
@@ -87,6 +89,10 @@ class Nearest:
     swizzle: int = 16  # tiles of rows that share the bands in the second-level cache
     descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
 
+
+_KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
+_KEY = re.compile(r"[a-z]+/\d+/\d+")
+_LARGEST = 1 << 16  # of any number in a configuration
 
 Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics, Nearest)
 
@@ -180,29 +186,25 @@ def _tuned(device_name: str) -> dict[str, dict[str, Any]]:
     for folder in (FOLDER, tuned_folder()):  # the user's own measurements come last, and win
         path = folder / file_name(device_name)
         if path.is_file():
-            entries.update(_read(path))
+            entries.update(read(path))
     return entries
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of one file.
+def read(path: Path) -> dict[str, Any]:
+    """The configurations in a file, by kernel and shape.
 
     Raises:
-        ValueError: naming the file and the entry that does not fit.
+        FileNotFoundError, ValueError: naming it, and what is not the configuration of a kernel.
     """
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, dict):
-        raise ValueError(f"{path} must hold an object of configurations, got {type(entries).__name__}")
-    kinds = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
+        raise ValueError(f"{path} must hold an object of configurations, got {shown(entries)}")
     for key, values in entries.items():
-        kind = kinds.get(key.split("/")[0])
-        if kind is None:
-            raise ValueError(f"{path}: {key}: the kind must be one of {', '.join(kinds)}")
-        expected = {field.name: bool if field.type in (bool, "bool") else int for field in fields(kind)}
-        if not isinstance(values, dict) or {k: type(v) for k, v in values.items()} != expected:
-            wanted = ", ".join(f"{name} ({of.__name__})" for name, of in expected.items())
-            raise ValueError(f"{path}: {key}: must have exactly {wanted}, got {values!r}")
+        kind = _KINDS.get(key.split("/")[0])
+        if kind is None or not _KEY.fullmatch(key):
+            raise ValueError(f"{path}: {shown(key)}: expected kind/tokens/components, of the kinds {', '.join(_KINDS)}")
+        kinds = {field.name: FLAG if field.type in (bool, "bool") else integer(1, _LARGEST) for field in fields(kind)}
+        check_fields(values, kinds, f"{path}: {key}")
+        if unknown := values.keys() - kinds.keys():
+            raise ValueError(f"{path}: {key}: must have exactly {', '.join(kinds)}, got {shown(sorted(unknown))}")
     return entries

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import check_choice, check_floats, check_mixture
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.intervene.op import Edit
 from mfa_kernels.ops.intervene.op import intervene as steer_tokens
@@ -57,7 +57,7 @@ def intervene(
     Raises:
         IndexError, TypeError, ValueError: naming the argument that does not fit.
     """
-    check_hidden(x, mfa.n_features, "x")
+    check_hidden(x, check_mixture(mfa).n_features, "x")
     program = Program(mfa, as_rows(interventions, rows, mfa), x.device, gate, norm, differentiable=True)
     if not x.numel():
         return x.clone()
@@ -67,9 +67,7 @@ def intervene(
 
 def check_hidden(x: Any, features: int, name: str) -> None:
     """Raises unless `x` is a float tensor (..., D)."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if x.dim() == 0 or x.shape[-1] != features:
+    if check_floats(x, name).dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name} must have shape (..., {features}) to fit the mixture, got {tuple(x.shape)}")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.checks import check_number
 from mfa_kernels.steering.handle import Handle
-from mfa_kernels.steering.interventions import finite
 
 _HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
 _FIRST = 2.0**-6  # part of `most` at which the search begins, upwards: far out, KL need not grow with alpha
@@ -44,7 +44,7 @@ def alpha_for_kl(
     Raises:
         ValueError: the KL at `most` is too small, or KL jumps over the value, as it can where a gate opens.
     """
-    target, most = finite(kl, "kl"), finite(most, "most")
+    target, most = check_number(kl, "kl"), check_number(most, "most")
     if target <= 0 or most <= 0:
         raise ValueError(f"kl and most must be positive, got {kl} and {most}")
     row = _last_tokens(inputs)

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mfa_kernels.checks import check_number
 from mfa_kernels.mfa import MFA
-from mfa_kernels.steering.interventions import Add, Intervention, Offset, Reconstruct, Remove, Row, Toward, finite
+from mfa_kernels.steering.interventions import Add, Intervention, Offset, Reconstruct, Remove, Row, Toward
 
 
 class Local(NamedTuple):
@@ -174,7 +175,7 @@ def _uses_mixture(entry: Intervention) -> bool:
 
 
 def _at(alpha: float | Callable[[int], float], step: int) -> float:
-    return finite(alpha(step), f"alpha({step})") if callable(alpha) else alpha
+    return check_number(alpha(step), f"alpha({step})") if callable(alpha) else alpha
 
 
 def _level(mfa: MFA, entries: list[Intervention | None], device: torch.device) -> _Level:

@@ -8,10 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_component, check_integer, check_number, shown
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops import Active
-from mfa_kernels.steering.interventions import finite
 
 
 class Gate:
@@ -42,6 +41,10 @@ class Responsibility(Gate):
     component: int
     threshold: float
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "component", check_integer(self.component, "component", -(1 << 63)))
+        object.__setattr__(self, "threshold", check_number(self.threshold, "threshold"))
+
     def passes(self, seen: Active) -> Tensor:
         return seen.responsibility(self.component) > self.threshold
 
@@ -51,6 +54,9 @@ class LogDensity(Gate):
     """Tokens with log p(x) above the threshold, in nats; `~LogDensity(t)` acts out of the mixture's distribution."""
 
     threshold: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "threshold", check_number(self.threshold, "threshold"))
 
     def passes(self, seen: Active) -> Tensor:
         return seen.log_prob > self.threshold
@@ -104,20 +110,18 @@ def _checked(gate: Any, mfa: MFA, name: str) -> Gate | None:
     if isinstance(gate, tuple) and len(gate) == 2:
         gate = Responsibility(*gate)
     if not isinstance(gate, Gate):
-        raise TypeError(f"{name} must be (component, threshold) or a gate such as Responsibility, got {gate!r}")
+        raise TypeError(f"{name} must be (component, threshold) or a gate such as Responsibility, got {shown(gate)}")
     for leaf in gate.leaves():
         if isinstance(leaf, Responsibility):
             check_component(leaf.component, mfa.n_components, f"{name} component")
-            if not 0 <= finite(leaf.threshold, f"{name} threshold") < 1:
+            if not 0 <= leaf.threshold < 1:
                 raise ValueError(
                     f"{name} threshold must be in [0, 1), a responsibility to exceed; got {leaf.threshold}"
                 )
-        elif isinstance(leaf, LogDensity):
-            finite(leaf.threshold, f"{name} threshold")
     return gate
 
 
 def _operand(gate: Any) -> Gate:
     if not isinstance(gate, Gate):
-        raise TypeError(f"a gate combines with a gate such as Responsibility, got {gate!r}")
+        raise TypeError(f"a gate combines with a gate such as Responsibility, got {shown(gate)}")
     return gate

@@ -159,6 +159,8 @@ class Handle:
     ) -> None:
         if not isinstance(mfa, MFA):
             raise TypeError(f"mfa must be an MFA, got {type(mfa).__name__}")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         self._given_model = model
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._mfa = mfa

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -10,7 +9,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_component
+from mfa_kernels.checks import (
+    check_choice,
+    check_component,
+    check_finite,
+    check_integers,
+    check_number,
+    check_tensor,
+    shown,
+)  # fmt: skip
 from mfa_kernels.mfa import MFA
 
 Alpha: TypeAlias = "float | Tensor | Callable[[int], float]"
@@ -93,6 +100,7 @@ class Remove:
 Intervention: TypeAlias = "Toward | Offset | Add | Reconstruct | Remove"
 Row: TypeAlias = "tuple[Intervention, ...]"
 
+_LARGEST = torch.finfo(torch.float32).max
 _KINDS = (Toward, Offset, Add, Reconstruct, Remove)
 
 
@@ -167,7 +175,9 @@ def _checked(intervention: Intervention, mfa: MFA) -> dict[str, Any]:
 def _components(component: int | Tensor | None, count: int) -> list[int | None]:
     if component is None:
         return [None]
-    if isinstance(component, Tensor) and (component.dim() > 1 or component.dtype.is_floating_point):
+    if isinstance(component, Tensor) and component.is_meta:
+        raise ValueError("component must hold values, got a tensor on the meta device")
+    if isinstance(component, Tensor) and (check_integers(component, "component").dim() > 1):
         raise ValueError(
             f"component must be an int or an integer tensor of shape (B,), "
             f"got {component.dtype} of shape {tuple(component.shape)}"
@@ -186,10 +196,10 @@ def _alphas(alpha: Alpha) -> list[float | Callable[[int], float]]:
     if isinstance(alpha, Tensor):
         if alpha.dim() > 1 or not alpha.numel():
             raise ValueError(f"alpha must be a float or a tensor of shape (B,), got shape {tuple(alpha.shape)}")
-        values = alpha.detach().reshape(-1).tolist()
+        values = check_finite(check_tensor(alpha, "alpha"), "alpha").detach().reshape(-1).tolist()
     else:
         values = [alpha]
-    return [finite(value, "alpha") for value in values]
+    return [check_number(value, "alpha", -_LARGEST, _LARGEST) for value in values]
 
 
 def _check_rank(mfa: MFA, name: str) -> None:
@@ -199,23 +209,16 @@ def _check_rank(mfa: MFA, name: str) -> None:
 
 def _vectors(values: Tensor | Sequence[float], width: int, name: str, letter: str) -> Tensor:
     """(1 or B, width)."""
-    vectors = torch.as_tensor(values)
+    try:
+        vectors = check_tensor(torch.as_tensor(values), name)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a tensor or a sequence of numbers, got {shown(values)}: {error}") from None
     if vectors.dim() not in (1, 2) or vectors.shape[-1] != width or not len(vectors):
         raise ValueError(
             f"{name} must have shape ({letter},) = ({width},) or (B, {letter}) = (B, {width}), "
             f"got {tuple(vectors.shape)}"
         )
-    if not vectors.isfinite().all():
-        raise ValueError(f"{name} must be finite")
+    if vectors.is_complex():
+        raise TypeError(f"{name} must be real, got {vectors.dtype}")
+    check_finite(vectors, name)
     return vectors.reshape(-1, width)
-
-
-def finite(value: Any, name: str) -> float:
-    """`value` as a finite float; raises otherwise."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number

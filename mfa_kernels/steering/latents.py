@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.mfa import MFA
 
 _BATCH = 8192
@@ -22,7 +22,8 @@ def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator 
         rows: how many; None for a single vector.
         generator: seeded, on the device that the latents shall be on; None draws from the CPU's global one.
     """
-    shape = (mfa.rank,) if rows is None else (rows, mfa.rank)
+    check_mixture(mfa)
+    shape = (mfa.rank,) if rows is None else (check_integer(rows, "rows"), mfa.rank)
     device = "cpu" if generator is None else generator.device
     dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)

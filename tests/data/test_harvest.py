@@ -346,7 +346,7 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"context": 0}, ValueError, "context must be at least 1, got 0"),
+        ({"context": 0}, ValueError, "context must be an integer >= 1, got 0"),
         ({"context": 1}, ValueError, "context must be at least 2"),
         ({"context": 65, "texts": [words(*range(64))]}, ValueError, "context must be at most 64.* a window has 65"),
         ({"batch_size": 0}, ValueError, "batch_size"),
@@ -566,7 +566,7 @@ def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone, together))
     with pytest.raises(ValueError, match="layer must name at least one layer"):
         stream(model, tokenizer, LONG, [])
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
         stream(model, tokenizer, LONG, 1, batch_size=0)
     with pytest.raises(IndexError, match="layer"):
         stream(model, tokenizer, LONG, 9)

@@ -302,7 +302,7 @@ def test_public_name():
     ("options", "error", "message"),
     [
         ({"n_clusters": 0}, ValueError, "n_clusters must be an integer >= 1, got 0"),
-        ({"n_clusters": 2.5}, ValueError, "n_clusters must be an integer"),
+        ({"n_clusters": 2.5}, TypeError, "n_clusters must be an integer"),
         ({"n_clusters": 801}, ValueError, "n_clusters = 801 needs at least as many finite rows, got 800 of 800"),
         ({"iterations": -1}, ValueError, "iterations"),
         ({"tol": -1.0}, ValueError, "tol"),

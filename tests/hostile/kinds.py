@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, fit, fit_many, tuning
+from mfa_kernels import MFA, fit, fit_many
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter, read_texts
 from mfa_kernels.fitting import checkpoint, fit_sharded, loop
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
+from mfa_kernels.ops import configs
 from mfa_kernels.ranks import ALONE
 from mfa_kernels.sharded import ShardedMFA
 from tests.fitting.planted import draw, planted
@@ -244,7 +245,7 @@ KINDS: dict[str, Kind] = {
     "weights, spread": Kind(make_mixture, named("model.safetensors"), read_spread_mixture),
     "reference": Kind(make_reference, named("mfa.pt"), read_reference),
     "old reference": Kind(make_old_reference, named("mfa.pt"), read_reference, sealed=False),
-    "tuned": Kind(make_tuned, named("a_gpu.json"), lambda folder: tuning.read(folder / "a_gpu.json"), sealed=False),
+    "tuned": Kind(make_tuned, named("a_gpu.json"), lambda folder: configs.read(folder / "a_gpu.json"), sealed=False),
     "texts": Kind(
         make_texts, named("texts.json"), lambda folder: list(read_texts(folder / "texts.json")), sealed=False
     ),

@@ -234,7 +234,7 @@ def test_bad_input_is_named() -> None:
         axis_contexts(mfa, store, WORDS, 0, 2)
     with pytest.raises(IndexError, match=r"component must be in \[0, 4\), got 4"):
         top_contexts(mfa, store, WORDS, [0, 4])
-    with pytest.raises(ValueError, match="n must be at least 1"):
+    with pytest.raises(ValueError, match="n must be an integer >= 1"):
         top_contexts(mfa, store, WORDS, 0, 0)
     with pytest.raises(ValueError, match="sign"):
         top_contexts(mfa, store, WORDS, 0, by="latent", axis=0, sign=2)

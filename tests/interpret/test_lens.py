@@ -116,7 +116,7 @@ def test_bad_input_is_named() -> None:
         logit_lens(model, mfa, 5)
     with pytest.raises(IndexError, match=r"direction must be in \[0, 3\) or None, got 3"):
         logit_lens(model, mfa, 0, direction=3)
-    with pytest.raises(ValueError, match="top must be at least 1"):
+    with pytest.raises(ValueError, match="top must be an integer >= 1"):
         logit_lens(model, mfa, 0, top=0)
     with pytest.raises(ValueError, match="no output embeddings"):
         logit_lens(nn.Linear(2, 2), mfa, 0)

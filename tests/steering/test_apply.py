@@ -203,7 +203,7 @@ def test_bad_input_is_named() -> None:
     mfa = fitting_mixture()
     with pytest.raises(ValueError, match=r"x must have shape \(..., 32\) to fit the mixture, got \(2, 31\)"):
         intervene(torch.zeros(2, 31), mfa, BOTH)
-    with pytest.raises(TypeError, match=r"x must be a floating-point tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):
         intervene(torch.zeros(2, 32, dtype=torch.long), mfa, BOTH)
     with pytest.raises(TypeError, match="got list"):
         intervene([0.0] * 32, mfa, BOTH)

@@ -87,7 +87,6 @@ def test_regions_beyond_the_slots_still_open_a_gate(backend: str) -> None:
     [
         (Responsibility(6, 0.5), IndexError, r"gate component must be in \[0, 6\), got 6"),
         (~(LogDensity(0.0) & Responsibility(0, -0.1)), ValueError, r"gate threshold must be in \[0, 1\)"),
-        (LogDensity(float("nan")), ValueError, "gate threshold must be finite"),
         ([None, (9, 0.5)], IndexError, r"gate\[1\] component"),
         ([], ValueError, "gate is an empty list"),
         ([None] * 3, ValueError, "gates for 3 batch rows do not fit a batch of 2"),
@@ -102,3 +101,13 @@ def test_bad_gates_are_named(gate: Any, error: type[Exception], message: str) ->
 def test_gates_combine_with_gates_alone() -> None:
     with pytest.raises(TypeError, match="combines with a gate"):
         Responsibility(0, 0.5) & (1, 0.5)
+
+
+def test_a_threshold_is_a_number():
+    for make in (LogDensity, lambda threshold: Responsibility(0, threshold)):
+        with pytest.raises(ValueError, match="threshold must be finite, got nan"):
+            make(float("nan"))
+        with pytest.raises(TypeError, match="threshold must be a number, got 'high'"):
+            make("high")
+    with pytest.raises(TypeError, match=r"component must be an integer, got 1\.0"):
+        Responsibility(1.0, 0.5)

@@ -52,7 +52,7 @@ def test_rows() -> None:
         (Toward(6), IndexError, r"component must be in \[0, 6\), got 6"),
         (Toward(-1), IndexError, "got -1"),
         (Toward(torch.tensor([0, 9])), IndexError, "got 9"),
-        (Toward(torch.tensor([0.5])), ValueError, "integer tensor of shape"),
+        (Toward(torch.tensor([0.5])), TypeError, "component must have an integer dtype"),
         (Toward(torch.zeros(2, 2, dtype=torch.long)), ValueError, r"got torch.int64 of shape \(2, 2\)"),
         (Toward(torch.zeros(0, dtype=torch.long)), ValueError, "empty"),
         (Toward(1.5), TypeError, "component must be an int"),
