@@ -20,7 +20,10 @@ _RUNTIMES = (
     "libstdc++.so.6",
 )  # the last, so that exceptions are found when they are thrown
 
-native.FLAGS[:] = [flag for flag in native.FLAGS if flag != "-O3"] + FLAGS
+
+def pytest_configure() -> None:
+    """What makes this module a plugin: the library of this process is the sanitized one."""
+    native.FLAGS[:] = [flag for flag in native.FLAGS if flag != "-O3"] + FLAGS
 
 
 def environment(compiler: str, cache: Path) -> dict[str, str]:
@@ -47,6 +50,10 @@ def is_sanitized() -> bool:
     return library is not None and b"__asan_report_load" in Path(library.__file__).read_bytes()
 
 
+def pytest_sessionstart() -> None:
+    assert is_sanitized()
+
+
 def fault() -> None:
     """Reads beyond the end of a tensor: what every other run must not do."""
     import ctypes
@@ -61,6 +68,7 @@ def fault() -> None:
 if __name__ == "__main__":
     from tests.ops import fuzz
 
+    pytest_configure()
     assert is_sanitized()
     if sys.argv[1] == "fault":
         fault()
