@@ -17,6 +17,8 @@ from mfa_kernels.mfa import MFA
 
 P = ParamSpec("P")
 
+_END = object()  # of a stream; None in one is somebody's mistake
+
 Steps = Generator[None, Any, None]
 """Work that yields when it needs another batch, and is sent it; None says that there are no more."""
 
@@ -27,7 +29,7 @@ Fitting = Generator[None, Any, MFA]
 class Feed:
     """The rows of a stream between the batches that they come in and those that they are wanted in, in order.
 
-    Batches are tensors, arrays or tuples that begin with one, (..., D); they are not copied before they have to be.
+    Batches are tensors, arrays or tuples that begin with one, (..., D). They are copied: a stream may refill one.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,7 @@ class Feed:
             )
         self._batches += 1
         self._rows += len(rows)
-        self._held.append(rows)
+        self._held.append(rows.clone())
 
     def holds(self, rows: int) -> bool:
         """Whether that many rows are here, or all that are left."""
@@ -111,6 +113,7 @@ def drive(
         The mixtures, by name.
     """
     found: dict[str, MFA] = {}
+    read = 0
     going = dict(fits)
 
     def advance(name: str, step: Callable[[Any], None], sent: Any) -> None:
@@ -126,11 +129,14 @@ def drive(
             for name in fits:
                 advance(name, going[name].send, None)
             while going:
-                batch = next(batches, None)
+                batch = next(batches, _END)
                 for name in list(going):
                     with told_of(name):
-                        own = None if batch is None else part(name, batch)
+                        own = None if batch is _END else part(name, batch)
+                        if own is None and batch is not _END:
+                            raise TypeError(f"activations: batch {read} must be a tensor or an array, got None")
                     advance(name, going[name].send, own)
+                read += 1
                 if any(mfa.fit_report.interrupted for mfa in found.values()):
                     raise KeyboardInterrupt
         except KeyboardInterrupt:

@@ -182,8 +182,24 @@ def _store_source(store: Any, name: str) -> Source:
     )
 
 
+def _may_be_rows(value: Any) -> bool:
+    """Whether something could be activations by itself: labels and masks could not."""
+    if isinstance(value, np.ndarray):
+        return value.ndim > 1 and value.dtype.kind == "f"
+    return isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point()
+
+
 def as_rows(batch: Any, name: str) -> Tensor:
-    """A batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D)."""
+    """A batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D).
+
+    A list may be such a tuple too, as loaders make them; but not one of several activations, of which the first alone
+    would be taken.
+    """
+    if isinstance(batch, list) and len(batch) > 1 and all(map(_may_be_rows, batch[:2])):
+        raise ValueError(
+            f"{name} is a list of {len(batch)} activations: give them as one tensor (torch.cat), or as a tuple whose "
+            "first entry is what is meant"
+        )
     found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     if isinstance(found, np.ndarray):
         found = torch.from_numpy(np.array(found))
@@ -204,7 +220,8 @@ def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
                 f"{name}: batch {i} has width {batch.shape[-1]}, but batch 0 has width {held[0].shape[-1]}"
             )
         dtype = batch.dtype if dtype is None else torch.promote_types(dtype, batch.dtype)
-        held.append(batch)
+        # Whoever makes batches one by one may refill one tensor; those of a list are all there at once.
+        held.append(batch if isinstance(batches, list | tuple) else batch.clone())
     if not held:
         raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
     out = torch.empty(sum(len(batch) for batch in held), held[0].shape[-1], dtype=dtype, device=held[0].device)

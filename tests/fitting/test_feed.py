@@ -7,6 +7,7 @@ import torch
 
 from mfa_kernels import fit
 from mfa_kernels.fitting.feed import Feed
+from tests.fitting.test_source import refilled
 
 
 def fed(*batches) -> Feed:
@@ -84,3 +85,20 @@ def test_a_fit_looks_like_a_function():
         fit(torch.zeros(3, 2))
     x = torch.randn(50, 3)
     assert fit(n_components=2, activations=x, rank=1, epochs=0, progress=False).means.shape == (2, 3)
+
+
+def fitted(batches):
+    return fit(batches, 2, 1, method="online", held_out=0.1, patience=None, progress=False)
+
+
+def test_a_stream_may_refill_one_tensor():
+    rows = torch.randn(900, 4, generator=torch.Generator().manual_seed(0)) + torch.arange(900).unsqueeze(1) / 300
+    found, wanted = fitted(refilled(rows.split(100))), fitted(iter(rows.split(100)))
+    for a, b in zip(found.parameters(), wanted.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_none_in_a_stream_does_not_end_it():
+    batches = list(torch.randn(600, 4).split(100))
+    with pytest.raises(TypeError, match="activations: batch 3 must be a tensor or an array, got None"):
+        fitted(iter([*batches[:3], None, *batches[3:]]))

@@ -114,3 +114,22 @@ def test_a_sample_too_large_for_a_device_stays_with_the_data(monkeypatch):
     monkeypatch.setattr(source, "_room", lambda device: 8 * 5 * 4)
     assert source.home(data, 8, device) == device
     assert source.home(data, 9, device) == torch.device("cpu")
+
+
+def refilled(batches):
+    """As loaders that save memory give them: one tensor, overwritten for each batch."""
+    held = torch.empty_like(batches[0])
+    for batch in batches:
+        yield held[: len(batch)].copy_(batch)
+
+
+def test_a_tensor_that_is_refilled_for_each_batch():
+    assert torch.equal(as_source(refilled(DATA.split(3))).rows(torch.arange(8)), DATA)
+
+
+def test_a_list_of_documents_is_refused_and_a_list_of_rows_and_labels_taken():
+    documents = [DATA[:3], DATA[3:]]
+    with pytest.raises(ValueError, match="activations: batch 0 is a list of 2 activations"):
+        as_source(iter([documents]))
+    for batch in ([DATA], [DATA, torch.zeros(8)], [DATA, torch.zeros(8, 2).long()], tuple(documents)):
+        assert len(as_source(iter([batch]))) == len(batch[0])
