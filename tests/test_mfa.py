@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from mfa_kernels import MFA, Code
 from mfa_kernels.ops.screen import neighbors as lists
@@ -595,3 +596,37 @@ def test_a_screen_that_would_not_pay_is_not_used():
     assert not mfa.screen(x)
     per_component = mixture(50, 32, 3, per_component=True)
     assert not MFA.from_parameters(*per_component[:3], per_component.log_weights.exp()).screen(x)
+
+
+FORWARD_MODE = {
+    "log_prob": lambda mfa, x: mfa.log_prob(x),
+    "screened": lambda mfa, x: mfa.screen(x.detach()) or mfa.log_prob(x),
+    "component_log_prob": lambda mfa, x: mfa.component_log_prob(x),
+    "responsibilities": lambda mfa, x: mfa.responsibilities(x),
+    "encode": lambda mfa, x: mfa.encode(x).latents,
+    "reconstruct": lambda mfa, x: mfa.reconstruct(x),
+    "posterior": lambda mfa, x: mfa.posterior(x, 2)[0],
+}
+
+
+@pytest.mark.parametrize("way", FORWARD_MODE)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_forward_mode_is_refused_and_not_zero(way, frozen):
+    mfa = module(9, 12, 3, dtype=torch.float32).requires_grad_(not frozen)
+    x = mfa.sample(5)
+    with pytest.raises(NotImplementedError, match=r"has no forward-mode derivative \(jvp, jacfwd\)"):
+        torch.func.jvp(lambda x: FORWARD_MODE[way](mfa, x), (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        FORWARD_MODE[way](mfa, forward_ad.make_dual(x, x))
+
+
+def test_forward_mode_of_parameters_is_refused_and_of_the_reference_right():
+    mfa = module(9, 12, 3, dtype=torch.float64)
+    x, parameters = mfa.sample(5), {name: p.detach() for name, p in mfa.named_parameters()}
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        torch.func.jvp(lambda p: torch.func.functional_call(mfa, p, (x,)), (parameters,), (parameters,))
+    mfa.precision = "reference"
+    _, found = torch.func.jvp(mfa.log_prob, (x,), (torch.ones_like(x),))
+    mfa.precision = "exact"
+    wanted = torch.autograd.grad(mfa.log_prob(x.requires_grad_()).sum(), x)[0].sum(-1)
+    torch.testing.assert_close(found, wanted)

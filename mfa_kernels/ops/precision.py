@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def no_autocast(like: Tensor) -> torch.autocast:
@@ -40,6 +41,20 @@ def _products(device: str) -> Any:
     backend = torch.backends.cuda if device == "cuda" else getattr(torch.backends, "mkldnn", None)
     owner = getattr(backend, "matmul", None)
     return owner if isinstance(getattr(owner, "fp32_precision", None), str) else None
+
+
+def no_tangents(name: str, *tensors: Tensor | None) -> None:
+    """Raises where a forward-mode derivative is wanted, which PyTorch would take for zero.
+
+    Raises:
+        NotImplementedError: one of the tensors has a tangent (torch.func.jvp, jacfwd, forward_ad).
+    """
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return
+    if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative (jvp, jacfwd): take vjp or jacrev, or precision='reference'"
+        )
 
 
 def once_differentiable(name: str) -> None:

@@ -211,3 +211,10 @@ def test_evidence_of_the_scan(backend: str) -> None:
     residual = x.double().unsqueeze(1) - wide.means
     points = wide.means + torch.einsum("kdr,kfr,kfg,nkg->nkd", wide.loadings, wide.loadings, inverse, residual)
     torch.testing.assert_close(out.view(18, 33).double(), torch.einsum("nk,nkd->nd", r, points), rtol=1e-4, atol=1e-4)
+
+
+def test_forward_mode_is_refused_and_not_zero():
+    c = case("all", dtype=torch.float32)
+    hidden, *rest = c.arguments()
+    with pytest.raises(NotImplementedError, match="intervene has no forward-mode derivative"):
+        torch.func.jvp(lambda x: intervene(x, *rest)[0], (hidden,), (torch.ones_like(hidden),))

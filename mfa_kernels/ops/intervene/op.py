@@ -10,7 +10,7 @@ from torch import Tensor
 from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.intervene import portable
-from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.ops.precision import full_precision, no_tangents
 from mfa_kernels.ops.select.op import Active
 
 
@@ -70,6 +70,7 @@ def intervene(
     """
     differentiable = [hidden, edit.coefficients, edit.shift, edit.latents, *(parameters or ())]
     differentiable += [] if active is None else [active.logits]
+    no_tangents("intervene", *differentiable)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return portable.intervene(
             hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, parameters, factors

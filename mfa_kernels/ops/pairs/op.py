@@ -8,7 +8,7 @@ from torch import Tensor
 from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.pairs import portable
-from mfa_kernels.ops.precision import full_precision, once_differentiable
+from mfa_kernels.ops.precision import full_precision, no_tangents, once_differentiable
 
 
 def latents(
@@ -29,6 +29,7 @@ def latents(
         means, loadings, noise_variance: the parameters behind `factors`.
         factors: of these parameters.
     """
+    no_tangents("latents", x, means, loadings, noise_variance)
     return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *factors.tensors())
 
 
@@ -42,6 +43,7 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
         means: (K, D).
         loadings: (K, D, R).
     """
+    no_tangents("decode", responsibilities, latents, means, loadings)
     return torch.ops.mfa_kernels.decode(components, responsibilities, latents, means, loadings)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.factors.op import FACTORS, Factors
+from mfa_kernels.ops.precision import no_tangents
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
 from mfa_kernels.ops.select.op import Active, activity_threshold, check_log_prob, gradients_of
@@ -34,6 +35,7 @@ def log_prob(
         slots: S, the most active components kept per token.
     """
     parameters = means, loadings, noise_variance, log_weights
+    no_tangents("log_prob", x, *parameters)
     if not isinstance(screen, Screen):
         *active, dropped, evaluated = _Screened.apply(x, *parameters, factors, screen, slots)
         return Screened(Active(*active), dropped, evaluated)

@@ -18,7 +18,7 @@ from mfa_kernels.ops.factors.op import FACTORS, Factors
 from mfa_kernels.ops.memory import explained
 from mfa_kernels.ops.pairs import dense
 from mfa_kernels.ops.pairs.op import accumulate_gradients
-from mfa_kernels.ops.precision import full_precision, once_differentiable
+from mfa_kernels.ops.precision import full_precision, no_tangents, once_differentiable
 from mfa_kernels.ops.select import portable
 
 SLOTS = 16
@@ -96,11 +96,13 @@ def log_prob(
         exact: False allows a backend to leave out the exact recompute of a low-precision scan.
     """
     parameters = means, loadings, noise_variance, log_weights
+    no_tangents("log_prob", x, *parameters)
     return Active(*torch.ops.mfa_kernels.log_prob(x, *parameters, *factors.tensors(), slots, exact, *factors.scan))
 
 
 def component_log_prob(x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors) -> Tensor:
     """log p(x | k) for every component, (N, K): dense, differentiable."""
+    no_tangents("component_log_prob", x, means, loadings, noise_variance)
     return torch.ops.mfa_kernels.component_log_prob(x, means, loadings, noise_variance, *factors.tensors())
 
 
