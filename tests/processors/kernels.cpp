@@ -559,7 +559,8 @@ void screening(const Problem<T>& m, int64_t p) {
   std::iota(members.begin(), members.end(), 0);
   const int32_t starts[] = {0, int32_t(K)};
   const std::vector<T> centers(p, T(0)), zero(1, T(0));
-  const mfa::Near<T> near{1,
+  const mfa::Near<T> near{K,
+                          1,
                           centers.data(),
                           zero.data(),
                           starts,
