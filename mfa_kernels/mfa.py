@@ -481,13 +481,16 @@ class MFA(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
         means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
-        if n * self.n_features * means.element_size() > 1 << 62:
-            raise ValueError(f"n must be a number of draws that fit into memory, got {n}")
         like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
-        uniform = torch.rand(n, **like)
+        try:
+            uniform = torch.rand(n, **like)
+            z, noise = torch.randn(n, self.rank, **like), torch.randn(n, self.n_features, **like)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # so says the allocator of a CPU
+            raise ValueError(f"n must be a number of draws that fit into memory, got {n}") from error
         components = torch.searchsorted(log_weights.exp().cumsum(0), uniform).clamp_max(self.n_components - 1)
-        z = torch.randn(n, self.rank, **like)
-        noise = torch.randn(n, self.n_features, **like) * noise_variance.expand_as(means)[components].sqrt()
+        noise *= noise_variance.expand_as(means)[components].sqrt()
         ones = torch.ones(n, 1, dtype=means.dtype, device=means.device)
         return ops.decode(components.int().unsqueeze(-1), ones, z.unsqueeze(1), means, loadings) + noise
 

@@ -127,7 +127,7 @@ def calls(folder: Path) -> dict[str, Call]:
 STRANGE: list[Callable[[random.Random], Any]] = [
     lambda r: None,
     lambda r: r.choice(["", "a word", "exact ", "2", "../x", "\0", "é" * 300]),
-    lambda r: r.choice([0, -1, 1, 7, 2**31, 2**63, -(2**40), 10**30]),
+    lambda r: r.choice([0, -1, 1, 7, 2**44, 2**63, -(2**40), 10**30]),
     lambda r: r.choice([0.0, -0.5, 1.5, 1e308, float("nan"), float("inf"), -float("inf")]),
     lambda r: r.choice([True, False, 1 + 2j, b"bytes", object(), dict, len, ..., NotImplemented]),
     lambda r: r.choice([[], [1, 2], ["a"], [[]], [None], (), {}, {"a": 1}, {1, 2}, range(3), iter([]), slice(2)]),
