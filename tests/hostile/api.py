@@ -10,6 +10,7 @@ import collections
 import faulthandler
 import inspect
 import json
+import os
 import random
 import re
 import sys
@@ -188,7 +189,10 @@ def main(count: int, seed: int, show: int = 0) -> None:
     torch.manual_seed(seed)
     done, unnamed = collections.Counter[str](), collections.Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
-        given = calls(Path(folder))
+        inside = Path(folder) / "a" / "b"  # what is written to a strange path, "../x" too, stays in the folder
+        inside.mkdir(parents=True)
+        os.chdir(inside)
+        given = calls(inside)
         for call in given.values():
             call.function(**call.arguments)  # it works as it is
         for number in range(count):
@@ -213,6 +217,7 @@ def main(count: int, seed: int, show: int = 0) -> None:
                     what = {k: repr(v)[:50].replace("\n", " ") for k, v in changed.items()}
                     unnamed[f"{name}: {type(error).__name__}: {str(error)[:110]!r} for {what}"] += 1
         faulthandler.cancel_dump_traceback_later()
+        os.chdir(folder)
     for line in sorted(unnamed)[:show]:
         print(line)
     print(json.dumps(done))
