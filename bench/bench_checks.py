@@ -35,8 +35,10 @@ def main() -> None:
         "statistics": (statistics._check_statistics, made["statistics"]),
     }
     for way in WAYS:
-        given = case(way, shape=SHAPE, dtype=torch.float32)._replace(passed=None)
+        given = case(way, batch=1, count=1, shape=SHAPE, dtype=torch.float32)._replace(passed=None)
         checks[f"intervene, {way}"] = (intervene._check, fuzz.flat(given))
+    x = torch.zeros(1, SHAPE[1])
+    print(f"the shape and the dtype of one tensor {microseconds(lambda: (x.shape, x.dtype)):8.2f} us")
     for name, (check, arguments) in checks.items():
         print(f"{name:28}{sum(isinstance(a, torch.Tensor) for a in arguments):3} tensors"
               f"{microseconds(lambda check=check, arguments=arguments: check(*arguments)):8.2f} us")  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST_COMPONENTS = (1 << 31) - 1  # their numbers are int32 in the kernels
+MOST_COMPONENTS = (1 << 31) - 1  # and features: their numbers are int32 in the kernels
 _LARGEST = (1 << 63) - 1
 
 

@@ -136,6 +136,9 @@ class MFA(nn.Module):
             noise_variance: (D,) or (K, D), positive.
             weights: pi, (K,), non-negative; normalised here.
             precision: as in the constructor.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit, or is not finite.
         """
         dtype = check_floats(means, "means").dtype
         for name, tensor in (("loadings", loadings), ("noise_variance", noise_variance), ("weights", weights)):
@@ -476,7 +479,7 @@ class MFA(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws from the mixture, (n, D)."""
+        """n draws from the mixture, (n, D). ValueError where so many do not fit into memory."""
         n = check_integer(n, "n")
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
-import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+from mfa_kernels.checks import shown
 
 _MOST_JSON = 1 << 28  # bytes: a manifest of a million shards
 _LARGEST = (1 << 63) - 1  # that an int64 holds
@@ -228,8 +229,3 @@ def check_fields(content: Any, kinds: Mapping[str, Kind], where: str, needed: bo
     for key, kind in kinds.items():
         if key in content and not kind.holds(content[key]):
             raise ValueError(f"{where}: {key} must be {kind.words}, got {shown(content[key])}")
-
-
-def shown(value: Any) -> str:
-    """A value in an error, however long or deep."""
-    return reprlib.repr(value)

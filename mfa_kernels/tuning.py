@@ -46,10 +46,7 @@ CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
         "stages": (2, 3, 4), "swizzle": (4, 8, 16), "descriptors": (False, True),
     },
 }  # fmt: skip
-KINDS: dict[str, Any] = {
-    "scan": configs.Scan, "pairs": configs.Pairs, "gradient": configs.Gradient, "dense": configs.Dense,
-    "statistics": configs.Statistics, "nearest": configs.Nearest,
-}  # fmt: skip
+KINDS = configs.KINDS
 
 _CACHE_BYTES = 1 << 28  # written between two calls: larger than any second-level cache
 _SECONDS = 0.3  # of calls per candidate

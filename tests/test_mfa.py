@@ -630,3 +630,11 @@ def test_forward_mode_of_parameters_is_refused_and_of_the_reference_right():
     mfa.precision = "exact"
     wanted = torch.autograd.grad(mfa.log_prob(x.requires_grad_()).sum(), x)[0].sum(-1)
     torch.testing.assert_close(found, wanted)
+
+
+def test_forward_mode_is_refused_whatever_pytorch_calls_its_level(monkeypatch):
+    monkeypatch.delattr(forward_ad, "_current_level", raising=False)
+    monkeypatch.setattr(forward_ad, "unpack_dual", lambda tensor: forward_ad.UnpackedDualTensor(tensor, tensor))
+    mfa = module(9, 12, 3, dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
+        mfa.log_prob(torch.zeros(5, 12))

@@ -110,12 +110,12 @@ def harvest(
         "model": _name(model),
         "tokenizer": _name(tokenizer),
         "site": "output",
-        "context": context,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "skip_first": skip_first,
+        "context": int(context),  # NumPy's integers are taken, and are no JSON
+        "batch_size": int(batch_size),
+        "max_tokens": None if max_tokens is None else int(max_tokens),
+        "skip_first": int(skip_first),
         "drop_special": drop_special,
-        "seed": seed,
+        "seed": None if seed is None else int(seed),
     }
     metas = {path: {**meta, "layer": path} for path in modules}
     reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
@@ -210,10 +210,9 @@ def _check_arguments(
 ) -> None:  # fmt: skip
     for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
         check_integer(value, name, least)
-    if max_tokens is not None:
-        check_integer(max_tokens, "max_tokens", 1)
-    if seed is not None:
-        check_integer(seed, "seed")
+    for name, number, least in (("max_tokens", max_tokens, 1), ("seed", seed, 0)):
+        if number is not None:
+            check_integer(number, name, least)
     check_flag(drop_special, "drop_special")
     if isinstance(texts, Mapping | bytes) or not isinstance(texts, str | os.PathLike | Iterable):
         kind = "a mapping: give one of its values" if isinstance(texts, Mapping) else type(texts).__name__

@@ -40,7 +40,7 @@ from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training
 from mfa_kernels.fitting.source import Source, as_source, home
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
-from mfa_kernels.mfa import MFA
+from mfa_kernels.mfa import MFA, NOISES
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.sharded import AnyMFA
 
@@ -425,7 +425,7 @@ def _check_arguments(
     **counts: tuple[int | None, int],  # a value, and its least
 ) -> None:
     """Raises where an argument is not what a fit can be given; now, and not when K-means is done."""
-    check_choice(noise, ("shared", "per_component"), "noise")
+    check_choice(noise, NOISES, "noise")
     check_choice(precision, PRECISIONS, "precision")
     if check_dtype(dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -205,9 +205,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def check_axis(mfa: MFA, axis: int) -> int:
     """`axis` if the mixture has such a latent; raises otherwise."""
-    if not 0 <= check_integer(axis, "axis", -(1 << 63)) < mfa.rank:
-        raise IndexError(f"axis must be in [0, {mfa.rank}), got {axis}")
-    return axis
+    return check_component(axis, mfa.rank, "axis")
 
 
 def _read(

@@ -108,11 +108,9 @@ def logit_lens(
         shares = log_weights.exp().to(weight.device, torch.float32)
         averages = [p @ normed(m) for p, m in zip(shares.split(_CHUNK), means.split(_CHUNK))]
         difference = normed(means[k]) - torch.stack(averages).sum(0)
-    elif 0 <= check_integer(direction, "direction", -(1 << 63)) < mfa.rank:
-        axis = loadings[k, :, direction]
-        difference = normed(means[k] + axis) - normed(means[k] - axis)
     else:
-        raise IndexError(f"direction must be in [0, {mfa.rank}) or None, got {direction}")
+        axis = loadings[k, :, check_component(direction, mfa.rank, "direction")]
+        difference = normed(means[k] + axis) - normed(means[k] - axis)
     # Logits are linear in f(v): their difference keeps the relative precision of U, whatever their size.
     change = (weight @ difference.to(weight.dtype)).float()
     return LogitLens(*_extremes(change, top, tokenizer))

@@ -43,7 +43,7 @@ def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool
     check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
     check_flag(progress, "progress")
     components = check_mixture(mfa).n_components
-    if not 1 <= check_integer(n, "n", -(1 << 63)) < components:
+    if not 1 <= check_integer(n, "n") < components:
         raise ValueError(f"n must be in [1, {components}), one less than there are regions, got {n!r}")
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')

@@ -90,7 +90,7 @@ class Nearest:
     descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
 
 
-_KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
+KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
 _KEY = re.compile(r"[a-z]+/\d+/\d+")
 _LARGEST = 1 << 16  # of any number in a configuration
 
@@ -200,9 +200,9 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold an object of configurations, got {shown(entries)}")
     for key, values in entries.items():
-        kind = _KINDS.get(key.split("/")[0])
+        kind = KINDS.get(key.split("/")[0])
         if kind is None or not _KEY.fullmatch(key):
-            raise ValueError(f"{path}: {shown(key)}: expected kind/tokens/components, of the kinds {', '.join(_KINDS)}")
+            raise ValueError(f"{path}: {shown(key)}: expected kind/tokens/components, of the kinds {', '.join(KINDS)}")
         kinds = {field.name: FLAG if field.type in (bool, "bool") else integer(1, _LARGEST) for field in fields(kind)}
         check_fields(values, kinds, f"{path}: {key}")
         if unknown := values.keys() - kinds.keys():

@@ -49,7 +49,8 @@ def no_tangents(name: str, *tensors: Tensor | None) -> None:
     Raises:
         NotImplementedError: one of the tensors has a tangent (torch.func.jvp, jacfwd, forward_ad).
     """
-    if forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    # PyTorch has no public word for "nowhere". Where this one is gone, every tensor is asked, 0.2 us each.
+    if getattr(forward_ad, "_current_level", 0) < 0 or torch.compiler.is_compiling():
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(

@@ -42,7 +42,7 @@ class Responsibility(Gate):
     threshold: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "component", check_integer(self.component, "component", -(1 << 63)))
+        object.__setattr__(self, "component", check_integer(self.component, "component"))
         object.__setattr__(self, "threshold", check_number(self.threshold, "threshold"))
 
     def passes(self, seen: Active) -> Tensor:

@@ -17,7 +17,7 @@ from mfa_kernels.checks import (
     check_number,
     check_tensor,
     shown,
-)  # fmt: skip
+)
 from mfa_kernels.mfa import MFA
 
 Alpha: TypeAlias = "float | Tensor | Callable[[int], float]"
@@ -177,7 +177,7 @@ def _components(component: int | Tensor | None, count: int) -> list[int | None]:
         return [None]
     if isinstance(component, Tensor) and component.is_meta:
         raise ValueError("component must hold values, got a tensor on the meta device")
-    if isinstance(component, Tensor) and (check_integers(component, "component").dim() > 1):
+    if isinstance(component, Tensor) and check_integers(component, "component").dim() > 1:
         raise ValueError(
             f"component must be an int or an integer tensor of shape (B,), "
             f"got {component.dtype} of shape {tuple(component.shape)}"

@@ -24,6 +24,8 @@ import numpy
 import torch
 from torch import Tensor
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: strange names are looked for here alone
+
 from mfa_kernels import MFA, fit, fit_many, functional, harvest, interpret, kmeans, steer, steering, stream
 from mfa_kernels.evaluation import evaluate
 from mfa_kernels.steering import Add, Gate, LogDensity, Offset, Reconstruct, Remove, Responsibility, Toward

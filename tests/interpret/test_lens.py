@@ -114,7 +114,7 @@ def test_bad_input_is_named() -> None:
     model, mfa = _model("llama"), _mfa()
     with pytest.raises(IndexError, match=r"component must be in \[0, 5\), got 5"):
         logit_lens(model, mfa, 5)
-    with pytest.raises(IndexError, match=r"direction must be in \[0, 3\) or None, got 3"):
+    with pytest.raises(IndexError, match=r"direction must be in \[0, 3\), got 3"):
         logit_lens(model, mfa, 0, direction=3)
     with pytest.raises(ValueError, match="top must be an integer >= 1"):
         logit_lens(model, mfa, 0, top=0)

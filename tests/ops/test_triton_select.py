@@ -298,3 +298,19 @@ def test_the_module_runs_on_it():
     assert mfa.reconstruct(x).isfinite().all()
     fast = MFA.from_parameters(*m[:3], m.log_weights.exp(), precision="fast").to(DEVICE)
     assert not torch.equal(fast.log_prob(x), mfa.log_prob(x))
+
+
+def test_scan_rows_of_another_mixture_are_refused(monkeypatch):
+    """They are handed over beside the factors, and tile by tile."""
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
+    m, other = (mixture(k, 40, 3) for k in (70, 65))
+    m, other = (Mixture(*(t.to(DEVICE) for t in each)) for each in (m, other))
+    x, factors, scan = tokens(m, 3), m.factors(), other.factors().scan
+    assert scan[0].numel(), "or nothing is looked at"
+    own = factors.scan
+    for place, name in enumerate(("rows16", "scales", "offsets", "squares", "bounds", "worst", "reference")):
+        bad = [*own[:place], own[place].flatten()[:-1], *own[place + 1 :]]
+        with pytest.raises((ValueError, TypeError), match=f"log_prob: {name} must be"):
+            torch.ops.mfa_kernels.log_prob(x, *m, *factors.tensors(), 4, True, *bad)
+    with pytest.raises(ValueError, match="log_prob: squares must be"):
+        torch.ops.mfa_kernels.log_prob(x, *m, *factors.tensors(), 4, True, *scan)

@@ -1,0 +1,147 @@
+"""Arguments are taken for what they are, or refused by name; what used to pass by accident does not."""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+
+from mfa_kernels import MFA, checks, functional, harvest
+from mfa_kernels.code import Code
+from tests.mixtures import mixture, tokens
+
+
+class Strange:
+    def __repr__(self) -> str:
+        raise RuntimeError
+
+
+@pytest.mark.parametrize("value", [3, numpy.int64(3), numpy.uint8(3), torch.tensor(3)])
+def test_integers(value):
+    assert checks.check_integer(value, "n", 1, 3) == 3
+    assert type(checks.check_integer(value, "n")) is int
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "3", None, numpy.array([3]), torch.zeros(2), Strange()])
+def test_what_is_no_integer(value):
+    with pytest.raises(TypeError, match="n must be an integer, got "):
+        checks.check_integer(value, "n")
+
+
+def test_integers_out_of_range():
+    with pytest.raises(ValueError, match="n must be an integer >= 1, got 0"):
+        checks.check_integer(0, "n", 1)
+    with pytest.raises(ValueError, match="n must be an integer <= 5, got 6"):
+        checks.check_integer(6, "n", 1, 5)
+    with pytest.raises(IndexError, match=r"k must be in \[0, 4\), got -1"):
+        checks.check_component(-1, 4, "k")
+
+
+@pytest.mark.parametrize("value", [0.5, numpy.float32(0.5), torch.tensor(0.5)])
+def test_numbers(value):
+    assert checks.check_number(value, "t", 0, 1) == 0.5
+
+
+@pytest.mark.parametrize(("value", "error"), [
+    ("0.5", TypeError), (None, TypeError), (1j, TypeError), (torch.ones(2), TypeError), (10**400, ValueError),
+    (float("nan"), ValueError), (float("inf"), ValueError), (2.0, ValueError),
+])  # fmt: skip
+def test_what_is_no_number(value, error):
+    with pytest.raises(error, match="t must be "):
+        checks.check_number(value, "t", 0, 1)
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", b"a", 1, None])
+def test_what_is_no_path(value):
+    with pytest.raises(TypeError, match="folder must be a path"):
+        checks.check_path(value, "folder")
+
+
+def test_a_device_that_is_not_here_is_named():
+    with pytest.raises(ValueError, match="device must be a device that is here, got 'nowhere'"):
+        MFA(3, 4, 1, device="nowhere")
+
+
+@pytest.fixture
+def parameters():
+    m = mixture(5, 8, 2)
+    return {
+        "means": m.means,
+        "loadings": m.loadings,
+        "noise_variance": m.noise_variance,
+        "weights": m.log_weights.exp(),
+    }
+
+
+@pytest.mark.parametrize("name", ["means", "loadings", "noise_variance", "weights"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_parameters_are_finite(parameters, name, value):
+    changed = parameters[name].clone()
+    changed.view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"{name} must be "):
+        MFA.from_parameters(**{**parameters, name: changed})
+
+
+def test_weights_whose_sum_overflows(parameters):
+    with pytest.raises(ValueError, match="weights must be non-negative with a positive, finite sum"):
+        MFA.from_parameters(**{**parameters, "weights": torch.full((5,), 3e38)})
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), torch.zeros(8), torch.full((8,), torch.nan)])
+def test_the_noise_beside_centroids_is_positive(parameters, value):
+    with pytest.raises(ValueError, match="noise_variance must be "):
+        MFA.from_centroids(parameters["means"], 2, noise_variance=value)
+
+
+@pytest.mark.parametrize(("noise", "shape"), [("shared", ()), ("shared", (8,)), ("per_component", (8,)),
+                                              ("per_component", (5, 8)), ("shared", (1,))])  # fmt: skip
+def test_the_noise_beside_centroids_is_what_is_given(parameters, noise, shape):
+    made = MFA.from_centroids(parameters["means"], 2, noise, noise_variance=torch.full(shape, 0.3))
+    torch.testing.assert_close(made.noise_variance, torch.full_like(made.log_noise, 0.3))
+    with pytest.raises(ValueError, match="noise_variance must be a number or of shape"):
+        MFA.from_centroids(parameters["means"], 2, noise, noise_variance=torch.ones(5, 1))
+
+
+def test_a_center_has_one_dimension(parameters):
+    m = mixture(5, 8, 2)
+    with pytest.raises(ValueError, match="center must have shape"):
+        functional.log_prob(tokens(m, 3), *m, center=m.means)
+
+
+def test_an_index_of_any_integer_dtype_is_one_and_no_other_is(parameters):
+    mfa = MFA.from_parameters(**parameters)
+    x, k = mfa.sample(5), torch.tensor([0, 4, 2, 2, 1])
+    wanted = mfa.posterior(x, k)
+    for dtype in (torch.uint8, torch.int16, torch.int32):  # uint8 was taken for a mask
+        for a, b in zip(mfa.posterior(x, k.to(dtype)), wanted):
+            assert torch.equal(a, b)
+    for bad in (1.9, k.float(), k > 1, "1"):
+        with pytest.raises(TypeError, match="component must "):
+            mfa.posterior(x, bad)
+    with pytest.raises(ValueError, match=r"component must broadcast to \(5,\)"):
+        mfa.posterior(x, k[:4])
+
+
+def test_a_code_fits_the_mixture_or_is_refused(parameters):
+    mfa = MFA.from_parameters(**parameters)
+    code = mfa.encode(mfa.sample(6), top_k=3)
+    parts = {name: getattr(code, name) for name in ("components", "responsibilities", "latents", "dropped")}
+    for name, bad, error in (
+        ("responsibilities", code.responsibilities.T, ValueError), ("latents", code.latents[..., :1], ValueError),
+        ("components", code.components.float(), TypeError), ("components", code.components + 2**32, IndexError),
+    ):  # fmt: skip
+        with pytest.raises(error, match=name):
+            mfa.decode(Code(**{**parts, name: bad}))
+    with pytest.raises(TypeError, match="code must be a Code"):
+        mfa.decode(code.components)
+
+
+def test_draws_that_fit_into_no_memory(parameters):
+    with pytest.raises(ValueError, match="n must be a number of draws that fit into memory, got "):
+        MFA.from_parameters(**parameters).sample(1 << 44)
+
+
+def test_a_mapping_is_no_texts():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="texts must be .* got a mapping: give one of its values"):
+        harvest(model, None, {"train": ["a text"]}, 0)
