@@ -11,6 +11,7 @@ import torch
 from mfa_kernels.ops.intervene import op as intervene
 from mfa_kernels.ops.kmeans import op as kmeans
 from mfa_kernels.ops.pairs import op as pairs
+from mfa_kernels.ops.screen import op as screen
 from mfa_kernels.ops.select import op as select
 from mfa_kernels.ops.statistics import op as statistics
 from tests.ops import fuzz
@@ -33,10 +34,11 @@ def main() -> None:
         "decode": (pairs._check_decode, made["decode"]),
         "nearest": (kmeans._check_nearest, made["nearest"]),
         "statistics": (statistics._check_statistics, made["statistics"]),
+        "select_screened": (screen._check_select_screened, made["select_screened"][:12]),
     }
     for way in WAYS:
         given = case(way, batch=1, count=1, shape=SHAPE, dtype=torch.float32)._replace(passed=None)
-        checks[f"intervene, {way}"] = (intervene._check, fuzz.flat(given))
+        checks[f"intervene, {way}"] = (intervene._check, given.operands())
     x = torch.zeros(1, SHAPE[1])
     print(f"the shape and the dtype of one tensor {microseconds(lambda: (x.shape, x.dtype)):8.2f} us")
     for name, (check, arguments) in checks.items():

@@ -83,9 +83,12 @@ def checker(
     scope |= {f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()}
     scope |= {f"{kind}_dtype": dtypes[0] for kind, dtypes in _KINDS.items() if len(dtypes) == 1}
     known, lines, missing = set[str](), list[str](), list[str]()
+    leader = {name: names[0] for names in (together or {}).values() for name in names}
     for what, names in (together or {}).items():
-        all_or_none = " == ".join(f"({name} is None)" for name in names)
-        lines.append(f"if not ({all_or_none}): refuse_missing({operator!r}, {what!r}, {names!r}, locals())")
+        refusal = f"refuse_missing({operator!r}, {what!r}, {names!r}, locals())"
+        lines.append(f"if {names[0]} is None and not ({' is None and '.join(names[1:])} is None): {refusal}")
+        missing.append(f"if {names[0]} is not None and ({' is None or '.join(names[1:])} is None): {refusal}")
+    guard = None
     for name in sorted(arguments, key=lambda name: name in last):
         text = arguments[name]
         if not text:
@@ -104,7 +107,11 @@ def checker(
             own.append(f"if not ({where[name]}): {told}")
         if name in written:
             own.append(f"if not {name}.is_contiguous(): {refusal}")
-        lines += [f"if {name} is not None:", *(f"    {line}" for line in own)] if name in optional else own
+        # Of tensors that come together the first says whether they do, for all that follow one another.
+        before, guard = guard, leader.get(name, name) if name in optional else None
+        if guard and guard != before:
+            lines.append(f"if {guard} is not None:")
+        lines += [f"    {line}" for line in own] if guard else own
     # A tensor that is missing is found out by what it lacks, so that looking for it costs nothing.
     for name in arguments:
         if _forms(arguments[name]) and name not in optional:

@@ -64,7 +64,7 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
         ],
     }
     c = case(shape=(components, features, rank), per_component=per_component, dtype=torch.float32)
-    made["intervene"] = [*flat(c)]
+    made["intervene"] = c.operands()
     screen = None if per_component or not f.is_native else screening.screen(*m, f, 16)
     if screen is not None:
         near = screening.with_neighbors(screen, *m, f)
@@ -79,12 +79,6 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
             screen.exact_slack, 20.0, 4,
         ]  # fmt: skip
     return made
-
-
-def flat(c: Any) -> list[Any]:
-    hidden, edit, chosen, passed, active, parameters, factors = c.arguments()
-    return [hidden, *edit, chosen, passed, *(active or (None,) * 4), *(parameters or (None,) * 3),
-            *((None,) * 5 if factors is None else factors.tensors())]  # fmt: skip
 
 
 CHANGES: list[Callable[[Tensor, random.Random], Any]] = [

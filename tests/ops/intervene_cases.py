@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class Case(NamedTuple):
         """Of `op.intervene`."""
         of = (self.mixture[:3], factors or self.mixture.factors()) if self.mixes else (None, None)
         return self.hidden, self.edit, self.chosen, self.passed, self.active, *of
+
+    def operands(self) -> list[Any]:
+        """Of `torch.ops.mfa_kernels.intervene`."""
+        f, m = self.mixture.factors(), self.mixture
+        of = (m.means, m.loadings, f.rows, f.cholesky, f.scale) if self.mixes else (None,) * 5
+        per_component = self.mixes and f.per_component
+        return [self.hidden, *self.edit, self.chosen, self.passed, *self.active, *of, per_component]
 
     def terms(self) -> Tensor:
         """What the absolute values of what is added come to, (B, T, D); where nothing is done, the token itself."""

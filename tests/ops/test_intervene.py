@@ -145,18 +145,12 @@ def test_gradients(backend: str) -> None:
 def test_opcheck(backend: str) -> None:
     for way in ("fixed", "all"):
         c = case(way, batch=2, count=2, mask=(2, 1), finite=True)
-        m, f = c.mixture, c.mixture.factors()
-        parameters = m[:3] if c.mixes else (None,) * 3
-        factors = f.tensors() if c.mixes else (None,) * 5
-        arguments = (c.hidden, *c.edit, c.chosen, c.passed, *c.active, *parameters, *factors)
-        torch.library.opcheck(torch.ops.mfa_kernels.intervene.default, arguments)
+        torch.library.opcheck(torch.ops.mfa_kernels.intervene.default, tuple(c.operands()))
 
 
 def test_the_bare_operator_refuses_a_gradient(backend: str) -> None:
     c = case("fixed")
-    out, _ = torch.ops.mfa_kernels.intervene(
-        c.hidden.requires_grad_(), *c.edit, None, None, *c.active, *(None,) * 8
-    )  # fmt: skip
+    out, _ = torch.ops.mfa_kernels.intervene(c.hidden.requires_grad_(), *c.operands()[1:])
     with pytest.raises(RuntimeError, match="has no gradient"):
         out.sum().backward()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from mfa_kernels.ops import backends, native, trust
 from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.intervene import portable
+from mfa_kernels.ops.pairs import op as pairs
 from mfa_kernels.ops.precision import full_precision, no_tangents
 from mfa_kernels.ops.select.op import Active
 
@@ -72,12 +73,22 @@ def intervene(
     differentiable += [] if active is None else [active.logits]
     no_tangents("intervene", *differentiable)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+
+        def latents(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
+            assert parameters is not None
+            assert factors is not None
+            return pairs.latents(x, tokens, components, *parameters, factors)
+
+        map_ = None if parameters is None else parameters[:2]
         return portable.intervene(
-            hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, parameters, factors
+            hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, map_, latents
         )  # fmt: skip
-    of_factors = (None,) * 5 if factors is None else factors.tensors()
+    mixture: tuple[Tensor | None, ...] = (None,) * 5
+    if parameters is not None and factors is not None:
+        mixture = (*parameters[:2], factors.rows, factors.cholesky, factors.scale)
+    per_component = factors is not None and factors.per_component
     return torch.ops.mfa_kernels.intervene(
-        hidden, *edit, chosen, passed, *(active or (None,) * 4), *(parameters or (None,) * 3), *of_factors
+        hidden, *edit, chosen, passed, *(active or (None,) * 4), *mixture, per_component
     )
 
 
@@ -85,8 +96,8 @@ torch.library.define(
     "mfa_kernels::intervene",
     "(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor thresholds, bool keeps_norm,"
     " Tensor? latents, bool spreads, Tensor? chosen, Tensor? passed, Tensor? log_prob, Tensor? components,"
-    " Tensor? logits, Tensor? counts, Tensor? means, Tensor? loadings, Tensor? noise_variance, Tensor? rows,"
-    " Tensor? cholesky, Tensor? log_det, Tensor? scale, Tensor? center) -> (Tensor steered, Tensor tally)",
+    " Tensor? logits, Tensor? counts, Tensor? means, Tensor? loadings, Tensor? rows, Tensor? cholesky, Tensor? scale,"
+    " bool per_component) -> (Tensor steered, Tensor tally)",
 )
 
 
@@ -97,17 +108,17 @@ _check = trust.checker(
         "rules": "int32(G, 3)", "thresholds": "real(H)", "keeps_norm": "", "latents": "thresholds(I, J, R)",
         "spreads": "", "chosen": "bool(L, M)", "passed": "bool(B, T)", "log_prob": "thresholds(B * T)",
         "components": "int32(B * T, C)", "logits": "thresholds(B * T, C)", "counts": "int32(B * T)",
-        "means": "thresholds(K, D)", "loadings": "thresholds(K, D, R)",
-        "noise_variance": "thresholds(D) or thresholds(K, D)", **trust.FACTORS,
+        "means": "thresholds(K, D)", "loadings": "thresholds(K, D, R)", "rows": trust.ROWS,
+        "cholesky": "thresholds(K, R, R)", "scale": "thresholds(D)", "per_component": "",
     },
     last=("rows", "latents"),
     optional=(
-        "latents", "chosen", "passed", "log_prob", "components", "logits", "counts", "means", "loadings",
-        "noise_variance", "rows", "cholesky", "log_det", "scale", "center",
+        "latents", "chosen", "passed", "log_prob", "components", "logits", "counts", "means", "loadings", "rows",
+        "cholesky", "scale",
     ),
     together={
         "active pairs": ("log_prob", "components", "logits", "counts"),
-        "mixture": ("means", "loadings", "noise_variance", "rows", "cholesky", "log_det", "scale", "center"),
+        "mixture": ("means", "loadings", "rows", "cholesky", "scale"),
     },
     where={
         "coefficients": "E > 0 and B % E == 0 and (S == 1 or S == T)",
@@ -121,27 +132,30 @@ _check = trust.checker(
 
 def _intervene(
     hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-    log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+    log_prob, components, logits, counts, means, loadings, rows, cholesky, scale, per_component,
 ):  # fmt: skip
     _check(
         hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-        log_prob, components, logits, counts, means, loadings, noise_variance, rows, cholesky, log_det, scale, center,
+        log_prob, components, logits, counts, means, loadings, rows, cholesky, scale, per_component,
     )  # fmt: skip
     if log_prob is None and means is not None:
         raise ValueError("intervene: log_prob must be given where the mixture is, got None")
-    per_component = noise_variance is not None and noise_variance.dim() == 2
     rank = 0 if cholesky is None else cholesky.shape[-1]
     serving = backends.serving(thresholds, rank)
     if means is not None and serving != "native":  # which looks itself
         trust.check_range("intervene", "components", components, -1, len(means))
     if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
         active = None if log_prob is None else Active(log_prob, components, logits, counts)
-        parameters = None if means is None else (means, loadings, noise_variance)
-        factors = None if rows is None else Factors(rows, cholesky, log_det, scale, center, per_component)
+        parameters = None if means is None else (means, loadings)
+
+        def explain(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
+            none = cholesky.new_empty(0)
+            return pairs.explain(x, tokens, components, Factors(rows, cholesky, none, scale, none, per_component))
+
         with full_precision(thresholds):
             steered, tally = portable.intervene(
                 hidden, coefficients, shift, rules, thresholds, keeps_norm, chosen, passed, active, latents, spreads,
-                parameters, factors,
+                parameters, explain,
             )  # fmt: skip
         return steered.contiguous(), tally
 

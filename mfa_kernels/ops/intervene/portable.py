@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors
 from mfa_kernels.ops.pairs import op as pairs
 from mfa_kernels.ops.select.op import Active
 
@@ -29,18 +30,18 @@ def intervene(
     active: Active | None = None,
     latents: Tensor | None = None,
     spreads: bool = False,
-    parameters: tuple[Tensor, Tensor, Tensor] | None = None,
-    factors: Factors | None = None,
+    parameters: tuple[Tensor, Tensor] | None = None,
+    explain: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `mfa_kernels.ops.intervene.op.intervene`."""
+    """As `mfa_kernels.ops.intervene.op.intervene`, with E[z | x, k] as a function of tokens, their numbers and k."""
     batch, tokens, features = hidden.shape
     coefficients, shift = per_row(coefficients, batch), per_row(shift, batch)
     scale, weight, spread = (c.unsqueeze(-1) for c in coefficients.unbind(-1))
     x = hidden.to(shift.dtype)
     out = torch.addcmul(shift, scale, x)
     r = None if active is None else active.responsibilities()
-    if parameters is not None and factors is not None and active is not None and r is not None:
-        means, loadings, _ = parameters
+    if parameters is not None and explain is not None and active is not None and r is not None:
+        means, loadings = parameters
         components, slots = active.components, active.components.shape[1]
 
         def decoded(z: Tensor) -> Tensor:
@@ -52,7 +53,7 @@ def intervene(
         if spreads:
             at = torch.arange(components.numel(), device=hidden.device) // slots
             flat = hidden.reshape(-1, features)
-            own = pairs.latents(flat, at, components.flatten(), *parameters, factors).view_as(z)
+            own = explain(flat, at, components.flatten()).view_as(z)
             z = z + spread.to(z.dtype).unsqueeze(-1) * own
         if latents is not None:
             z = z + per_row(latents, batch).to(z.dtype).unsqueeze(2)

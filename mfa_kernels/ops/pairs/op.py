@@ -111,25 +111,30 @@ _check_decode_backward = trust.checker(
 
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     _check_latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
-    factors = Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
+    return explain(x, tokens, components, Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2))
+
+
+def explain(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
+    """`latents` without gradients, of tensors that an operator has checked."""
+    rows, cholesky, scale = factors.rows, factors.cholesky, factors.scale
     if factors.is_native:
-        out = means.new_zeros(tokens.shape[0], loadings.shape[2])
+        out = cholesky.new_zeros(tokens.shape[0], cholesky.shape[-1])
         held = (components != -1).nonzero().squeeze(-1)
         out[held] = native.library().latents(
-            x.to(means.dtype).contiguous(), tokens[held], components[held], rows, cholesky, scale,
+            x.to(cholesky.dtype).contiguous(), tokens[held], components[held], rows, cholesky, scale,
             factors.per_component,
         )  # fmt: skip
         return out
     trust.check_range("latents", "tokens", tokens, 0, len(x))
-    trust.check_range("latents", "components", components, -1, len(means))
-    with full_precision(means):
+    trust.check_range("latents", "components", components, -1, len(cholesky))
+    with full_precision(cholesky):
         if factors.is_triton:
             from mfa_kernels.ops.pairs import triton_pairs
 
             x = x if x.dtype != torch.float64 else x.float()
             tokens = tokens.clamp(0, max(0, len(x) - 1))  # unseen on a GPU
             return triton_pairs.latents(x.contiguous(), tokens, components, factors)
-        out = portable.latents(x.to(means.dtype), tokens, components.clamp_min(0), factors)
+        out = portable.latents(x.to(cholesky.dtype), tokens, components.clamp_min(0), factors)
         return out.masked_fill((components == -1).unsqueeze(-1), 0)
 
 
