@@ -51,7 +51,7 @@ from mfa_kernels.reading import (
 )
 
 FORMAT = "mfa_kernels.fit"
-VERSION = 2
+VERSION = 3
 FILE = "checkpoint.json"
 DONE = "done"  # the stage of a fit that came to its end
 _STATE = r"state-(\d+)(?:-\d+-of-\d+)?\.safetensors"
@@ -69,7 +69,7 @@ _VALUES = {
     "noise_floor": SHARE, "first_step": COUNT, "first_epoch": COUNT, "seconds": NUMBER,
     "evaluations_since_best": COUNT, "prior": optional(every(NUMBER, 2)), "step": COUNT, "batch": COUNT,
     "screening": optional(OBJECT), "revivals": COUNT, "calm": FLAG, "seen": COUNT, "known": NUMBER, "epoch": COUNT,
-    "typical": optional(NUMBER), "bad_steps": COUNT,
+    "typical": optional(NUMBER), "bad_steps": COUNT, "moved": COUNT, "start": optional(every(NUMBER, 2)),
 }  # fmt: skip
 _RECORD = {
     "step": COUNT, "epoch": COUNT, "seconds": NUMBER, "train_nll": optional(NUMBER), "held_out_nll": optional(NUMBER),
@@ -79,6 +79,7 @@ _REPORT = {
     "held_out_nll": optional(NUMBER), "held_out_rows": COUNT, "skipped_rows": COUNT, "skipped_steps": COUNT,
     "live_components": COUNT, "live_rows": COUNT, "seconds": OBJECT, "stopped_early": FLAG, "interrupted": FLAG,
     "prior_strength": optional(NUMBER), "revived_components": COUNT,
+    "refused_states": COUNT,
 }  # fmt: skip
 
 

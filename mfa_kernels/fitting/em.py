@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mfa_kernels.fitting.feed import Feed, Steps
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize, pooled_covariance
-from mfa_kernels.fitting.revival import Overlap, revive
+from mfa_kernels.fitting.revival import Overlap, find, hand_on, move
 from mfa_kernels.fitting.screening import SAMPLE, Screening
 from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
 from mfa_kernels.mfa import MFA
@@ -133,7 +133,17 @@ class _EM(Run):
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
         self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks)
         self.report.prior_strength = self.prior.strength
+        assert self.start is not None
+        self.start = self.start[0], self._log_prior()  # the parameters are still those of the start
         return self.prior
+
+    def _log_prior(self) -> float:
+        return 0.0 if self.prior is None else float(self.prior.log_density(self.mfa))
+
+    def _expect_alone(self, x: Tensor, out: Statistics, weights: Tensor) -> Active:
+        """Adds the statistics of a few tokens that weigh (n,), by a scan that goes through no bounds."""
+        parameters = self.mfa.parameters_in_compute_dtype()
+        return expectation(x, *parameters, self.mfa.factors(), out, weights)[0]
 
     def _batch_rows(self) -> int:
         return max(_LEAST_BATCH, _BATCH_ELEMENTS // self.mfa.n_features)
@@ -153,7 +163,8 @@ class BatchEM(_EM):
         self.rows = self.rows.sort().values  # as disks like it; the order does not matter
         self.log_posteriors: list[float] = []  # per token, before each M-step
         self.revivals = 0  # passes that moved regions
-        self.plain: list[Tensor] | None = None  # where EM's own step would have come to, after one that went further
+        self.moved = 0  # of these, in the pass before
+        self.plain: list[Tensor] | None = None  # where EM's own step had come to, where the last one did not stay there
         self.calm = False  # whether the last step was EM's own, or went further and did not fall
         self.partial: tuple[Statistics, Overlap] | None = None  # of the batches of a pass that were seen
         self.seen = 0  # their rows, of all ranks
@@ -169,12 +180,14 @@ class BatchEM(_EM):
                 overlap.clear()
             tensors |= statistics_state(s) | overlap.state()
         tensors |= {f"plain.{i}": p for i, p in enumerate(self.plain or ())}
-        return tensors, values | {"revivals": self.revivals, "calm": self.calm, "seen": self.seen}
+        return tensors, values | {
+            "revivals": self.revivals, "moved": self.moved, "calm": self.calm, "seen": self.seen,
+        }  # fmt: skip
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.log_posteriors, self.revivals = tensors["log_posteriors"].tolist(), values["revivals"]
-        self.calm, self.seen = values["calm"], values["seen"]
+        self.calm, self.seen, self.moved = values["calm"], values["seen"], values["moved"]
         device = self.mfa.means.device
         self.plain = [tensors[f"plain.{i}"].to(device, copy=True) for i in range(4) if f"plain.{i}" in tensors] or None
         if self.seen and self.ranks.first:
@@ -216,28 +229,48 @@ class BatchEM(_EM):
                 self._save_if_due()
 
     def _step(self, s: Statistics, overlap: Overlap, prior: Prior, log_posterior: float, last: bool) -> bool:
-        """The M-step; whether it moved regions, or went back to where EM's own step would have come to."""
+        """The M-step; whether it moved regions, or went back to where EM's own step had come to."""
         if self.plain is not None and not log_posterior >= self.log_posteriors[-1]:
             self._put(self.plain)
             self.plain, self.calm = None, False
+            if self.moved:  # what was gained by that does not make up for what was lost: it would not the next time
+                self.revivals = _REVIVALS
+                self.report.revived_components -= self.moved
+                self.moved = 0
             return True
+        self.moved = 0
         self.log_posteriors.append(log_posterior)
         before = self._copy()
         maximize(self.mfa, s, prior)
-        self.plain = self._copy() if self.calm and not last else None
+        own = None if last else self._copy()
+        if own is not None and self.revivals < _REVIVALS and self._revive(s, overlap, prior, before):
+            self.plain, self.calm = own, False
+            return True
+        self.plain = own if self.calm else None
         if self.plain is not None:
             with torch.no_grad():
                 for parameter, old in zip(self.mfa.parameters(), before):
                     parameter.add_(parameter - old, alpha=_OVERRELAXED - 1)
         self.calm = True
-        if self.revivals < _REVIVALS and not last:
-            moved = revive(self.mfa, s.mass, overlap, self.covariance).moved
-            if moved:
-                self.plain, self.calm = None, False
-                self.revivals += 1
-                self.report.revived_components += moved
-            return moved > 0
         return False
+
+    def _revive(self, s: Statistics, overlap: Overlap, prior: Prior, before: list[Tensor]) -> bool:
+        """Moves regions after an M-step from the parameters `before`; whether there are such."""
+        revival = find(self.mfa, s.mass, overlap, self.guard)
+        if not revival.moves:
+            return False
+        if revival.lost:  # the M-step is done again, for their tokens
+            own = self._copy()
+            self._put(before)
+            if not hand_on(self.mfa, revival, s, self._expect_alone):
+                self._put(own)
+                return False
+            maximize(self.mfa, s, prior)
+        move(self.mfa, revival, self.covariance)
+        self.revivals += 1
+        self.moved = len(revival.moves)
+        self.report.revived_components += self.moved
+        return True
 
     def _parameters_changed(self) -> None:
         self.plain, self.calm = None, False
@@ -423,26 +456,38 @@ class OnlineEM(_EM):
         self.tokens += len(x)
         # The prior is worth its tokens among all the rows there are, not among those that the statistics remember:
         # fewer of a long stream, and more where the same few rows come again and again.
-        seen = (self.known + self.step) * self.batch_rows
-        if self.stream is None:
-            seen = min(seen, len(self.rows))
-        self._maximize(s, replace(prior, strength=prior.strength / seen, tokens=prior.tokens / seen))
+        seen = self._rows_behind()
+        prior = replace(prior, strength=prior.strength / seen, tokens=prior.tokens / seen)
+        self._maximize(s, prior)
         due = _REVIVAL_ROWS * self.mfa.n_components
-        if self.mfa.ranks.totals(float(self.counted.sum()))[0] >= due:
+        tokens = self.mfa.ranks.totals(float(self.counted.sum()))[0]
+        if tokens >= due:
             if self._to_come() > due:
                 self.overlap.pool(self.ranks)
-                self._revive()
+                self._revive(prior, tokens)
             self.counted.zero_()
             self.overlap = Overlap(self.mfa.n_components)
 
-    def _revive(self) -> None:
+    def _rows_behind(self) -> float:
+        seen = (self.known + self.step) * self.batch_rows
+        return seen if self.stream is not None else min(seen, len(self.rows))
+
+    def _revive(self, prior: Prior, tokens: float) -> None:
         """Moves regions that own nothing; the statistics become those that their parameters are the answer to."""
-        s, mfa = self.statistics, self.mfa
-        explained = (mfa.loadings.detach().double().mT * s.cross).sum(1)  # of the squares
-        found = revive(mfa, self.counted, self.overlap, self.covariance)
-        if not found.moved:
+        mfa = self.mfa
+        mass = self.statistics.mass  # remembers more steps than were counted
+        owned = torch.maximum(self.counted, mass / self._count(self.statistics) * tokens)
+        found = find(mfa, self.counted, self.overlap, self.guard, owned)
+        if not found.moves:
             return
-        self.report.revived_components += found.moved
+        if found.lost:
+            if not hand_on(mfa, found, self.statistics, self._expect_alone):
+                return
+            self._maximize(self.statistics, prior)
+        s = self.statistics
+        explained = (mfa.loadings.detach().double().mT * s.cross).sum(1)  # of the squares
+        move(mfa, found, self.covariance)
+        self.report.revived_components += len(found.moves)
         touched = torch.tensor(found.touched, device=mfa.means.device)
         touched = touched[(touched >= mfa.start) & (touched < mfa.start + len(mfa.means))]
         mass = found.mass[touched] / found.mass.sum() * self._count(s)

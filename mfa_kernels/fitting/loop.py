@@ -33,6 +33,8 @@ from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
+from mfa_kernels.fitting.guard import OTHERS, Guard
+from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
@@ -252,10 +254,8 @@ def fit(
         source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
 
     if progress:
-        held = len(held_out_rows) + (len(start_rows) if there == device else 0)
-        planned = memory.plan(
-            n_components, source.n_features, rank, noise, method, dtype, held, report.held_out_rows > 0
-        )
+        held = len(held_out_rows) + (len(start_rows) if there == device else 0) + min(GUARD_ROWS, found)
+        planned = memory.plan(n_components, source.n_features, rank, noise, method, dtype, held)
         told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}")
         if told:
             print(told, file=sys.stderr)
@@ -286,21 +286,30 @@ def fit(
             mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
     if saved is None or saved.stage != DONE:
         arguments = mfa, source, rows, held_out_rows
+        # Of a stream, the rows after the start are not there yet; those held out are like them.
+        later = ranks.share(rows[sample : sample + OTHERS])
+        others = held_out_rows if streamed else _finite(source, later, device)
+        guard = Guard(start_rows, device, others, ranks)
         run: Run
         if saved is None or saved.stage == method:
             if method == "sgd":
-                run = Training(*arguments, settings, generator, report)
+                run = Training(*arguments, settings, generator, report, guard)
             elif method == "em":
-                run = BatchEM(*arguments, settings, generator, report, start_rows=start_rows)
+                run = BatchEM(*arguments, settings, generator, report, guard, start_rows=start_rows)
             else:
-                run = OnlineEM(*arguments, settings, generator, report, start_rows=start_rows, stream=stream)
+                run = OnlineEM(*arguments, settings, generator, report, guard, start_rows=start_rows, stream=stream)
             del start_rows
             yield from _run(run, method, checkpoints, saved)
             saved = None
         if polish and not report.interrupted:
-            run = Training(*arguments, replace(settings, epochs=polish), generator, report)
+            run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
             yield from _run(run, "polish", checkpoints, saved)
         _count_live(mfa, held_out_rows, source, live_index, report, ranks)
+        if report.refused_states and ranks.first:
+            _warn(
+                f"fit: {report.refused_states} states that held-out rows liked best were not kept: rows that they were "
+                "trained on are less likely under them than under the start"
+            )
         if checkpoints is not None and ranks.first and not report.interrupted:
             checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
     mfa.zero_grad()

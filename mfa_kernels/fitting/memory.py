@@ -12,7 +12,7 @@ _LARGE = 1 << 30  # bytes of a plan that is worth a line
 
 
 def plan(
-    components: int, features: int, rank: int, noise: str, method: str, dtype: torch.dtype, rows: int, selects: bool
+    components: int, features: int, rank: int, noise: str, method: str, dtype: torch.dtype, rows: int
 ) -> dict[str, int]:
     """Bytes of what a fit holds at once, by name; temporaries of its kernels, and the data itself, not included.
 
@@ -21,15 +21,14 @@ def plan(
         noise: "shared" or "per_component".
         method: "sgd", "em" or "online".
         dtype: of the parameters.
-        rows: of the sample that the start is made of and of those held out, which are held for the length of the fit.
-        selects: whether the best parameters are kept beside the current ones.
+        rows: of the samples that the start is made of and that guard it, and of those held out, which are held for the
+            length of the fit.
     """
     of_noise = features if noise == "shared" else components * features
     parameters = (components * features * (rank + 1) + of_noise + components) * dtype.itemsize
     per_component = features * (rank + 1 + (noise != "shared")) + rank * rank
     found = {"parameters": parameters, "factors": components * per_component * dtype.itemsize}
-    if selects:
-        found["best parameters"] = parameters
+    found["best parameters"] = parameters
     if method == "sgd":
         found |= {"gradients": parameters, "Adam": 2 * parameters}
     else:

@@ -18,7 +18,9 @@ class FitReport:
         history: one record per evaluation: step, epoch (the one in training, from 1; 0 at the start), train_nll (mean
             since the record before; None in the first), held_out_nll (None without held-out rows), both in nats per
             token, live (regions that own a held-out row), active (pairs per held-out row; a diffuse one counts as 17),
-            seconds (of training so far), tokens_per_second (since the record before) and memory (peak bytes so far).
+            gain (nats per token over the start, on a fixed sample of the rows trained on and with EM's prior: a state
+            that has less than 0 is not kept), seconds (of training so far), tokens_per_second (since the record before)
+            and memory (peak bytes so far).
         method: that was run: "sgd", "em" or "online".
         best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.
@@ -32,6 +34,7 @@ class FitReport:
         interrupted: whether Ctrl-C ended the training.
         prior_strength: of EM's prior, tokens per region; None without EM.
         revived_components: times that EM moved a component because it owned nothing of its own.
+        refused_states: that would have been the best on held-out rows, but are worse than the start on rows trained on.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -48,6 +51,7 @@ class FitReport:
     interrupted: bool = False
     prior_strength: float | None = None
     revived_components: int = 0
+    refused_states: int = 0
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -61,6 +65,10 @@ class FitReport:
             lines.append(f"prior: {self.prior_strength:g} tokens a region; {self.revived_components} regions moved")
         if self.skipped_rows or self.skipped_steps:
             lines.append(f"left out: {self.skipped_rows:,} rows, {self.skipped_steps} steps that were not finite")
+        if self.refused_states:
+            lines.append(
+                f"not kept: {self.refused_states} states under which rows trained on were worse than at the start"
+            )
         if self.stopped_early or self.interrupted:
             lines.append("interrupted" if self.interrupted else "stopped for want of improvement")
         return "\n".join(lines)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.guard import Guard
+from mfa_kernels.ops.select.op import Active
+from mfa_kernels.ops.statistics.op import Statistics
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.sharded import AnyMFA
 
 _DEAD = 2.0  # tokens that a region owns, below which it is moved
+_WORTH = 1.0  # nats that each token of a region can be expected to gain where another one takes half of it
 _DUPLICATE = 0.4  # of a region's tokens shared with another (0.5 and more: always both), from which on it is moved
 
 
@@ -78,47 +83,145 @@ class Overlap:
 
 
 class Revival(NamedTuple):
-    """What `revive` did.
+    """Which regions are to be moved.
 
     Attributes:
-        moved: regions, counted.
-        touched: all regions that have other parameters or tokens now.
-        mass: tokens of each region, (K,), as they are expected now.
+        moves: of each, its number and that of the region that it takes half of, one move after the other.
+        lost: those of them that own a few tokens, which perhaps nobody else explains.
+        touched: all regions that have other parameters or tokens afterwards.
+        mass: tokens of each region, (K,), as they are expected then.
     """
 
-    moved: int
+    moves: list[tuple[int, int]]
+    lost: list[int]
     touched: list[int]
     mass: Tensor
 
 
 @torch.no_grad()
-def revive(mfa: AnyMFA, mass: Tensor, overlap: Overlap, covariance: Tensor) -> Revival:
-    """Moves the regions that own next to nothing, or what another one owns too: each takes half of the largest.
+def find(mfa: AnyMFA, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tensor | None = None) -> Revival:
+    """The regions that own next to nothing, or what another one owns too: each is to take half of the largest.
+
+    One whose tokens would lose more without it than the largest region's can be expected to gain stays: a token that
+    is like no other may be all that a region is there for.
 
     Args:
-        mfa: changed in place.
+        mfa: the mixture, after the M-step.
         mass: tokens of each region held here, (K,).
-        overlap: of the same pass, between all regions.
-        covariance: pooled, (D, D): the directions of a mixture of rank 0.
+        overlap: of the same tokens, between all regions.
+        guard: tokens that say what would be missed.
+        owned: tokens that each may own after all, (K,), where `mass` counts few; None: `mass`.
     """
-    mass = mfa.ranks.concatenated(mass).clone()
+    own = mfa.ranks.concatenated(mass)
+    owned = own if owned is None else mfa.ranks.concatenated(owned)
+    mass = own.clone()
     touched: list[int] = []
     for first, second in overlap.duplicates(mass):
         small, large = sorted((first, second), key=lambda k: float(mass[k]))
         mass[large] += mass[small]
         mass[small] = 0
         touched.append(large)
-    moved = 0
-    for k in (mass < _DEAD).nonzero().squeeze(1).tolist():
+    dead = (mass < _DEAD).nonzero().squeeze(1)
+    few = dead[(own[dead] < _DEAD) & (owned[dead] > 0)]
+    cost = _missed(mfa, dead, few, owned, guard)
+    moves: list[tuple[int, int]] = []
+    for k in dead.tolist():
         donor = int(mass.argmax())
         if mass[donor] < 2 * _DEAD:
             break
-        _split(mfa, donor, k, covariance)
+        if not cost[k] <= _WORTH * mass[donor]:
+            continue
         mass[donor] /= 2
         mass[k] = mass[donor]
-        moved += 1
+        moves.append((k, donor))
         touched += [k, donor]
-    return Revival(moved, sorted(set(touched)), mass)
+    lost = {k for k, _ in moves} & set(few.tolist())
+    return Revival(moves, sorted(lost), sorted(set(touched)), mass)
+
+
+def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
+    """What tokens would lose without the dead regions, by the region that owns them, (K,) in nats.
+
+    Those of the guard, as many as all regions own; and of the `few` that own next to nothing, in case their tokens are
+    not among these, as many copies of their mean as they own.
+    """
+    cost = torch.zeros_like(owned)
+    if not len(dead):
+        return cost
+    rows = mfa.ranks.rows(mfa.means.detach(), few)
+    likelihood, (owners, before) = mfa.log_prob(rows).double(), guard.look(mfa)
+    with _without(mfa, dead.tolist()):
+        cost[few] = owned[few] * (likelihood - mfa.log_prob(rows).double())
+        lost = guard.weights * (before - guard.look(mfa)[1])
+    seen = torch.zeros_like(cost).index_put_((owners,), lost, accumulate=True) * owned.sum() / guard.weights.sum()
+    return torch.maximum(cost, seen)
+
+
+@contextmanager
+def _without(mfa: AnyMFA, regions: Iterable[int]) -> Iterator[None]:
+    """The mixture of the other regions, meanwhile."""
+    held = range(mfa.start, mfa.start + len(mfa.means))
+    here = [k - mfa.start for k in regions if k in held]
+    logits = mfa.weight_logits[here]
+    mfa.weight_logits[here] = -torch.inf
+    try:
+        yield
+    finally:
+        mfa.weight_logits[here] = logits
+
+
+@torch.no_grad()
+def hand_on(
+    mfa: AnyMFA, revival: Revival, s: Statistics, expect: Callable[[Tensor, Statistics, Tensor], Active]
+) -> bool:
+    """Gives the few tokens of regions that are to be moved to all the others, a region's as copies of their mean.
+
+    The M-step that follows then leaves these tokens the noise that they need. Without it they would have been explained
+    by a region that is gone: one on a single row takes the noise from the dimensions that only this row has something
+    in, and the row is left millions of nats from every other region.
+
+    Args:
+        mfa: what the statistics were collected under.
+        revival: what is to be moved.
+        s: the statistics, of the components held here; changed in place.
+        expect: adds the statistics of tokens (n, D) with weights (n,) under the mixture as it is.
+
+    Returns:
+        Whether the others have a density for all of these tokens; if not, nothing was changed.
+    """
+    held = range(mfa.start, mfa.start + len(mfa.means))
+    lost = torch.tensor([k - mfa.start for k in revival.lost if k in held], dtype=torch.long, device=s.mass.device)
+    lost = lost[s.mass[lost] > 0]
+    mass, shift = s.mass[lost], s.shift[lost]
+    rows = mfa.means[lost].double() + shift / mass.unsqueeze(1)
+    given = Statistics.zeros(mfa.means, mfa.rank, s.squares.dim() == 2)
+    with _without(mfa, (k for k, _ in revival.moves)):
+        active = expect(mfa.ranks.concatenated(rows), given, mfa.ranks.concatenated(mass))
+    if not active.log_prob.isfinite().all():
+        return False
+    given.log_likelihood.zero_()  # of tokens that are counted already
+    if s.squares.dim() == 1:
+        s.squares.sub_((shift.square() / mass.unsqueeze(1)).sum(0))
+    else:
+        s.squares[lost] = 0
+    for own in (s.mass, s.shift, s.latent, s.second, s.cross):
+        own[lost] = 0
+    for own, more in zip(s.tensors(), given.tensors()):
+        own.add_(more)
+    return True
+
+
+@torch.no_grad()
+def move(mfa: AnyMFA, revival: Revival, covariance: Tensor) -> None:
+    """Moves regions, in place.
+
+    Args:
+        mfa: the mixture.
+        revival: which.
+        covariance: pooled, (D, D): the directions of a mixture of rank 0.
+    """
+    for k, donor in revival.moves:
+        _split(mfa, donor, k, covariance)
 
 
 def _split(mfa: AnyMFA, donor: int, other: int, covariance: Tensor) -> None:

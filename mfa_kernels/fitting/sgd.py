@@ -17,6 +17,7 @@ from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.feed import Steps
+from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
@@ -198,6 +199,7 @@ class Run:
         settings: how, and with which other ranks.
         generator: of the order of the rows.
         report: is filled.
+        guard: rows to train on, under which no state may be less likely than under the start.
     """
 
     def __init__(
@@ -209,14 +211,16 @@ class Run:
         settings: Settings,
         generator: torch.Generator,
         report: FitReport,
+        guard: Guard,
     ) -> None:
-        self.mfa, self.source, self.rows, self.held_out = mfa, source, rows, held_out
+        self.mfa, self.source, self.rows, self.held_out, self.guard = mfa, source, rows, held_out, guard
         self.settings, self.generator, self.report = settings, generator, report
         self.ranks = settings.ranks
         self.selects = self.ranks.totals(len(held_out))[0] > 0  # on held-out rows
         last: dict[str, Any] = {"step": 0, "epoch": 0, "seconds": 0.0, **(report.history[-1] if report.history else {})}
         self.first_step, self.first_epoch, self.seconds = last["step"], last["epoch"], last["seconds"]
-        self.best = None if report.held_out_nll is None else self._copy()
+        self.best = self._copy() if report.history else None
+        self.start: tuple[float, float] | None = None  # the guard's likelihood, and what it is weighed against
         self.evaluations_since_best = 0
         self.losses: list[float] = []  # since the last evaluation, as the two below
         self.tokens = 0  # of this rank
@@ -305,7 +309,9 @@ class Run:
         tensors = mixture_state(self.mfa)
         tensors |= {f"best.{i}": kept for i, kept in enumerate(self.best or ())}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors |= self.guard.state()
         return tensors, {
+            "start": self.start,
             "noise_floor": self.mfa.noise_floor,
             "first_step": self.first_step,
             "first_epoch": self.first_epoch,
@@ -318,6 +324,8 @@ class Run:
         kept = [tensors[f"best.{i}"] for i in range(4) if f"best.{i}" in tensors]
         self.best = [tensor.to(self.mfa.means.device, copy=True) for tensor in kept] or None
         self.losses = tensors["losses"].tolist()
+        self.guard.load(tensors)
+        self.start = None if values["start"] is None else tuple(values["start"])
         self.first_step, self.first_epoch = values["first_step"], values["first_epoch"]
         self.seconds = values["seconds"]
         self.evaluations_since_best = values["evaluations_since_best"]
@@ -329,8 +337,8 @@ class Run:
             parameter.copy_(kept)
 
     def restore_best(self) -> None:
-        """Puts the best parameters back into the mixture."""
-        if self.best is not None:
+        """Puts the best parameters back into the mixture: of those evaluated; without held-out rows, the last ones."""
+        if self.best is not None and (self.selects or self._gain() < 0):
             self._put(self.best)
 
     def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
@@ -362,6 +370,7 @@ class Run:
             "epoch": epoch,
             "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
             **found,
+            "gain": self._gain(),
             "seconds": self.seconds,
             "tokens_per_second": self.ranks.totals(self.tokens)[0] / spent,
             "memory": memory.peak(self.mfa.means.device),
@@ -369,11 +378,15 @@ class Run:
         report = self.report
         report.history.append(record)
         self.evaluations_since_best += 1
-        if held_out is None:
-            report.best_step, self.evaluations_since_best = step, 0  # there is nothing to lose patience with
-        elif report.held_out_nll is None or held_out < report.held_out_nll or math.isnan(report.held_out_nll):
+        before = report.held_out_nll
+        best = held_out is None or before is None or held_out < before or math.isnan(before)
+        if best and record["gain"] < 0:
+            report.refused_states += 1
+        elif best:
             report.best_step, report.held_out_nll, self.evaluations_since_best = step, held_out, 0
             self.best = self._copy()
+        if held_out is None:
+            self.evaluations_since_best = 0  # there is nothing to lose patience with
         bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
         if self.settings.log is not None and self.ranks.first:
             report.write_history(self.settings.log)
@@ -386,6 +399,23 @@ class Run:
             self._parameters_changed()
         self.losses, self.tokens = [], 0
         self.began = time.perf_counter()
+
+    def _gain(self) -> float:
+        """Of the objective over the start's, on the guard's rows, in nats per row; negative where it is unknown."""
+        likelihood, against = self.guard.log_likelihood(self.mfa), self._log_prior()
+        if self.start is None:
+            self.start = likelihood, against
+        gain = likelihood - self.start[0] + (against - self.start[1]) / self._rows_behind()
+        known = not math.isnan(gain) or self.start[0] in (likelihood, -math.inf) or math.isnan(self.start[0])
+        return (0.0 if math.isnan(gain) else gain) if known else -math.inf
+
+    def _log_prior(self) -> float:
+        """What the likelihood of all rows is weighed against, in nats."""
+        return 0.0
+
+    def _rows_behind(self) -> float:
+        """Rows that the prior is weighed against."""
+        return float(max(1, len(self.rows)))
 
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import loop, memory
 from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
 from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM
+from mfa_kernels.fitting.guard import OTHERS, Guard
+from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize
 from mfa_kernels.fitting.report import FitReport
@@ -135,9 +137,8 @@ def fit_sharded(
     sample = rows[: max(loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT * n_components)]
     progress = progress and ranks.first
     if progress:
-        planned = memory.plan(
-            stop - first, source.n_features, rank, noise, method, dtype, len(held_out_rows), report.held_out_rows > 0
-        )
+        kept = len(held_out_rows) + min(GUARD_ROWS, len(sample))
+        planned = memory.plan(stop - first, source.n_features, rank, noise, method, dtype, kept)
         told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}, a rank of {ranks.size},")
         if told:
             print(told, file=sys.stderr)
@@ -196,7 +197,9 @@ class _Sharded(_EM):
     def __init__(self, mfa: ShardedMFA, source: Source, *args: Any, sample: Tensor) -> None:
         self.whole, self.sample = mfa, sample
         start_rows = loop._finite(source, sample[: covariance_rows(mfa)], mfa.means.device)
-        super().__init__(mfa, source, *args, start_rows=start_rows)
+        rows = args[0]
+        others = loop._finite(source, rows[len(sample) : len(sample) + OTHERS], mfa.means.device)
+        super().__init__(mfa, source, *args, Guard(start_rows, mfa.means.device, others), start_rows=start_rows)
 
     def _held(self) -> MFA:
         return self.whole.local
@@ -222,6 +225,10 @@ class _Sharded(_EM):
         every, places = ranks.stacked(weights[:, :2]).transpose(0, 1).flatten(1).topk(2)
         numbers = ranks.stacked(numbers[:, :2]).transpose(0, 1).flatten(1).gather(1, places)
         return active._replace(components=numbers), every
+
+    @torch.no_grad()
+    def _expect_alone(self, x: Tensor, out: Statistics, weights: Tensor) -> Active:
+        return expectation(self.whole, x, out, self.whole.scan(x.to(self.whole.means)), weights)[0]
 
     def _look_at_held_out(self) -> dict[str, Any]:
         found = super()._look_at_held_out()
@@ -272,7 +279,7 @@ def em_step(mfa: ShardedMFA, batches: Iterable[Tensor], prior: Prior | None = No
 
 @torch.no_grad()
 def expectation(
-    mfa: ShardedMFA, x: Tensor, out: Statistics, own: Active, token_weight: float = 1.0
+    mfa: ShardedMFA, x: Tensor, out: Statistics, own: Active, token_weight: float | Tensor = 1.0
 ) -> tuple[Active, Tensor]:
     """Adds the statistics of this rank's components to `out`, and log p(x) of the whole mixture.
 
@@ -281,7 +288,7 @@ def expectation(
         x: (N, D), the same on every rank.
         out: of this rank's components.
         own: what this rank's scan of x has found (`ShardedMFA.scan`).
-        token_weight: of each token.
+        token_weight: of each token, or one for all, (N,).
 
     Returns:
         `own` with log p(x) of the whole mixture, and the responsibilities of its slots (N, S), times the weight.
@@ -292,6 +299,8 @@ def expectation(
     log_prob = every.logsumexp(0)
     finite = log_prob.isfinite()
     share = token_weight * every.softmax(0)[mfa.ranks.rank].masked_fill(~finite, 0)  # of the responsibility, here
-    weights = collect(x, own, *parameters, factors, out, share, least=token_weight * math.exp(-mfa._threshold))
-    out.log_likelihood.add_(token_weight * log_prob.double().masked_fill(~finite, 0).sum())
+    every_weight = torch.as_tensor(token_weight)
+    least = float(every_weight.min()) * math.exp(-mfa._threshold) if every_weight.numel() else 0.0
+    weights = collect(x, own, *parameters, factors, out, share, least=least)
+    out.log_likelihood.add_((token_weight * log_prob.double().masked_fill(~finite, 0)).sum())
     return own._replace(log_prob=log_prob), weights

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mfa_kernels import MFA, fit, kmeans
-from mfa_kernels.fitting import em, fit_sharded
+from mfa_kernels.fitting import em, fit_sharded, guard
 from mfa_kernels.fitting import start as cluster_start
 from mfa_kernels.fitting.em import Prior
 from mfa_kernels.fitting.sharded import em_step
@@ -370,9 +370,11 @@ def largest_tensor(group: Any) -> tuple[int, tuple[int, ...]]:
     """While K D R outgrows everything else; and the shape of the loadings that come out."""
     x = draw(planted(features=LARGE_FEATURES), 600)
     rows, cluster_start._GROUP_ELEMENTS = cluster_start._GROUP_ELEMENTS, 1 << 12
+    chunk, guard._CHUNK = guard._CHUNK, 64
     with Largest() as largest:
         mfa = run_sharded(x, **LARGE, group=group)
     cluster_start._GROUP_ELEMENTS = rows
+    guard._CHUNK = chunk
     return largest.elements, tuple(mfa.loadings.shape)
 
 

@@ -167,7 +167,8 @@ def test_report():
     assert [record["step"] for record in report.history] == [0, 10, 20, 30, 40, 46]
     assert [record["epoch"] for record in report.history] == [0, 1, 1, 2, 2, 2]
     assert set(report.history[0]) == {
-        "step", "epoch", "train_nll", "held_out_nll", "live", "active", "seconds", "tokens_per_second", "memory",
+        "step", "epoch", "train_nll", "held_out_nll", "live", "active", "gain", "seconds",
+        "tokens_per_second", "memory",
     }  # fmt: skip
     assert report.history[0]["train_nll"] is None
     seconds = [record["seconds"] for record in report.history]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_plan_counts_the_tensors(noise, dtype):
     mfa = MFA(12, 32, 3, noise, dtype=dtype)
-    planned = {m: memory.plan(12, 32, 3, noise, m, dtype, 50, True) for m in ("sgd", "em", "online")}
+    planned = {m: memory.plan(12, 32, 3, noise, m, dtype, 50) for m in ("sgd", "em", "online")}
     parameters = sum(p.nbytes for p in mfa.parameters())
     assert planned["sgd"]["parameters"] == planned["sgd"]["best parameters"] == parameters
     assert planned["sgd"]["Adam"] == 2 * parameters
@@ -30,13 +30,12 @@ def test_the_plan_counts_the_tensors(noise, dtype):
     assert planned["em"]["statistics"] == sum(t.nbytes for t in statistics.tensors()[:6])
     assert planned["online"]["statistics"] == 2 * planned["em"]["statistics"]
     assert planned["em"]["rows of the start, and held out"] == 50 * 32 * dtype.itemsize
-    assert "best parameters" not in memory.plan(12, 32, 3, noise, "sgd", dtype, 50, False)
 
 
 def test_only_a_large_plan_is_told():
-    small = memory.plan(12, 32, 3, "shared", "sgd", torch.float32, 50, True)
+    small = memory.plan(12, 32, 3, "shared", "sgd", torch.float32, 50)
     assert memory.line(small, "K=12") is None
-    large = memory.plan(8192, 4096, 10, "shared", "em", torch.float32, 100, True)
+    large = memory.plan(8192, 4096, 10, "shared", "em", torch.float32, 100)
     told = memory.line(large, "K=8192 R=10 D=4096")
     assert told.startswith("fit: K=8192 R=10 D=4096 needs about 10.3 GB: parameters 1.48, factors 1.48,"), told
 

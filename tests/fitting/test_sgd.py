@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mfa_kernels.fitting import as_source, sgd
+from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.report import FitReport
 from tests.fitting.planted import Store, draw, planted
 
@@ -134,7 +135,14 @@ def test_training_gives_up_when_nothing_is_finite():
     x = draw(planted(), 5000)
     report = FitReport()
     training = sgd.Training(
-        mfa, as_source(x), torch.arange(5000), x[:0], settings(), torch.Generator().manual_seed(0), report
+        mfa,
+        as_source(x),
+        torch.arange(5000),
+        x[:0],
+        settings(),
+        torch.Generator().manual_seed(0),
+        report,
+        Guard(x, x.device),
     )
     with pytest.raises(RuntimeError, match="10 steps in a row had a loss or gradient that is not finite"):
         training.run()
@@ -154,7 +162,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     x = draw(planted(), 1200)
     report = FitReport()
     training = sgd.Training(
-        mfa, as_source(x), torch.arange(1000), x[1000:], settings(), torch.Generator().manual_seed(0), report
+        mfa,
+        as_source(x),
+        torch.arange(1000),
+        x[1000:],
+        settings(),
+        torch.Generator().manual_seed(0),
+        report,
+        Guard(x, x.device),
     )
     training.run()
     assert report.skipped_steps == 5

@@ -1,0 +1,89 @@
+"""A fixed sample of the rows to train on: no state is kept under which they are less likely than under the start.
+
+Held-out rows choose among the states of a fit, and do not see what happens to a row of which there is but one. So the
+sample is stratified: the rows that stick out most in some dimension are all in it, each for itself; of the others
+some, each for many, and where possible such as the start has not seen, which it would favour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.sharded import AnyMFA
+
+_OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
+_OUTLYING = 1024  # of these, at most
+OTHERS = 4096
+ROWS = _OUTLYING + OTHERS
+_CHUNK = 4096  # rows looked at, or scanned, at once
+
+
+class Guard:
+    """The sample, of all ranks, which every one of them holds.
+
+    Args:
+        rows: (n, D), finite, in random order: a rank's share of those that the start was made of.
+        others: (m, D), finite, its share of further rows of the same data; None: there are none.
+        device: of the mixture.
+        ranks: that share them.
+
+    Attributes:
+        rows: of the sample, (m, D).
+        weights: how many rows each stands for, (m,) float64.
+    """
+
+    @torch.no_grad()
+    def __init__(self, rows: Tensor, device: torch.device, others: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+        deviation, outlying = _deviations(rows).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
+        outlying = outlying[deviation > _OUT]
+        rest = len(rows) - len(outlying)
+        share = -(-OTHERS // ranks.size)
+        if others is None or not len(others):
+            ordinary = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+            ordinary[outlying] = False
+            others = rows[ordinary.nonzero().squeeze(1)[:share]]
+        others = others[:share].to(device, rows.dtype)
+        weights = torch.ones(len(outlying) + len(others), dtype=torch.float64, device=device)
+        weights[len(outlying) :] = rest / max(1, len(others))
+        self.rows = ranks.concatenated(torch.cat([rows[outlying].to(device), others]))
+        self.weights = ranks.concatenated(weights)
+
+    @torch.no_grad()
+    def look(self, mfa: AnyMFA) -> tuple[Tensor, Tensor]:
+        """The region that owns each row, -1 where none does, and log p: (m,) int64 and float64."""
+        found = [mfa._active(part) for part in self.ranks.share(self.rows).split(_CHUNK)]
+        owners = torch.cat([active.components[:, 0] for active in found]).long()
+        log_prob = torch.cat([active.log_prob for active in found]).double()
+        return self.ranks.concatenated(owners), self.ranks.concatenated(log_prob)
+
+    def log_likelihood(self, mfa: AnyMFA) -> float:
+        """Mean of log p over the rows that the sample stands for, in nats."""
+        return float((self.look(mfa)[1] * self.weights).sum() / self.weights.sum())
+
+    def state(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"guard.rows": self.rows, "guard.weights": self.weights}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over what `state` gave."""
+        rows, weights = tensors["guard.rows"], tensors["guard.weights"]
+        found: Any = rows.dtype, rows.shape[1:], weights.dtype, weights.shape
+        expected = self.rows.dtype, self.rows.shape[1:], torch.float64, rows.shape[:1]
+        if found != expected:
+            raise ValueError(f"guard: rows and weights have dtypes and shapes {found}, expected {expected}")
+        self.rows, self.weights = (own.to(self.rows.device, copy=True) for own in (rows, weights))
+
+
+def _deviations(rows: Tensor) -> Tensor:
+    """Of each row (n, D), the largest in any dimension, in units of that dimension's standard deviation."""
+    if len(rows) < 2:
+        return rows.new_zeros(len(rows))
+    variance, mean = torch.var_mean(rows, 0)
+    scale = variance.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
+    return torch.cat([((part - mean) / scale).abs().amax(1) for part in rows.split(_CHUNK)])

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mfa_kernels import fit
+from mfa_kernels.fitting import guard
+from mfa_kernels.fitting.guard import Guard
+from tests.fitting.planted import draw, nll, planted
+
+TRUE = planted()
+
+
+def test_the_rows_that_stick_out_stand_for_themselves(monkeypatch) -> None:
+    monkeypatch.setattr(guard, "_OUTLYING", 3)
+    monkeypatch.setattr(guard, "OTHERS", 50)
+    x = draw(TRUE, 1000)
+    x[[17, 400, 999], [0, 5, 11]] = torch.tensor([200.0, -90.0, 1e15])
+    sample = Guard(x, x.device)
+    assert len(sample.rows) == 53
+    assert sorted(row.abs().max().item() for row in sample.rows[:3]) == [90, 200, pytest.approx(1e15)]
+    assert sample.weights[:3].tolist() == [1, 1, 1]
+    assert float(sample.weights.sum()) == pytest.approx(1000)
+    unseen = draw(TRUE, 20, seed=4)
+    sample = Guard(x, x.device, unseen)
+    assert torch.equal(sample.rows[3:], unseen)
+    assert sample.weights[3:].tolist() == [997 / 20] * 20
+
+
+def test_all_rows_where_there_are_few() -> None:
+    x = draw(TRUE, 2000)
+    sample = Guard(x, x.device)
+    assert sample.weights.tolist() == [1.0] * 2000
+    assert sample.log_likelihood(TRUE) == pytest.approx(-nll(TRUE, x), rel=1e-6)
+
+
+@pytest.mark.parametrize("held_out", [0.05, 0.0])
+@pytest.mark.parametrize("method", ["em", "online", "sgd"])
+def test_a_state_that_is_worse_than_the_start_is_not_kept(method: str, held_out: float, monkeypatch) -> None:
+    x = draw(TRUE, 3000)
+    options = {
+        "method": method,
+        "epochs": 2,
+        "held_out": held_out,
+        "progress": False,
+        "eval_every": 1,
+        "patience": None,
+    }
+    start = fit(x, 6, 2, **{**options, "epochs": 0})
+    found = iter([-1.0] + [-9.0] * 1000)
+    monkeypatch.setattr(Guard, "log_likelihood", lambda self, mfa: next(found))
+    if held_out:
+        with pytest.warns(UserWarning, match="states that held-out rows liked best were not kept"):
+            kept = fit(x, 6, 2, **options)
+    else:
+        kept = fit(x, 6, 2, **options)
+    assert kept.fit_report.best_step == 0
+    assert kept.fit_report.refused_states > 0
+    assert all(torch.equal(p, q) for p, q in zip(kept.parameters(), start.parameters()))
+    gains = [record["gain"] for record in kept.fit_report.history]
+    assert gains[0] == 0
+    assert max(gains[1:]) < -7
+
+
+def test_gains_are_those_of_the_objective() -> None:
+    """Adam has no prior to weigh the likelihood against."""
+    x = draw(TRUE, 1500)
+    options = {"method": "sgd", "held_out": 0.0, "progress": False}
+    start = fit(x, 6, 2, epochs=0, **options)
+    mfa = fit(x, 6, 2, epochs=3, **options)
+    assert mfa.fit_report.history[-1]["gain"] == pytest.approx(nll(start, x) - nll(mfa, x), abs=1e-4)
+    assert math.isfinite(mfa.fit_report.history[-1]["gain"])
