@@ -137,7 +137,8 @@ def fit(
         schedule: of Adam's rate: "cosine" (down to 0) or "constant", both after a short linear warm-up.
         polish: epochs of Adam after EM; not for an iterator, whose rows are gone.
         held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows. With
-            0 nothing is chosen: the last state is returned.
+            0 nothing is chosen: the last state is returned. No state is, whatever held-out rows say, under which a
+            sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely than under the start.
         eval_every: steps (of EM: M-steps) between evaluations on the held-out rows; None: once an epoch, and every
             20 M-steps of an iterator.
         patience: evaluations without improvement after which to stop; None: never.
@@ -307,8 +308,8 @@ def fit(
         _count_live(mfa, held_out_rows, source, live_index, report, ranks)
         if report.refused_states and ranks.first:
             _warn(
-                f"fit: {report.refused_states} states that held-out rows liked best were not kept: rows that they were "
-                "trained on are less likely under them than under the start"
+                f"fit: {report.refused_states} states were not kept: rows that they were trained on are less likely "
+                "under them than under the start"
             )
         if checkpoints is not None and ranks.first and not report.interrupted:
             checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))

@@ -34,7 +34,7 @@ class FitReport:
         interrupted: whether Ctrl-C ended the training.
         prior_strength: of EM's prior, tokens per region; None without EM.
         revived_components: times that EM moved a component because it owned nothing of its own.
-        refused_states: that would have been the best on held-out rows, but are worse than the start on rows trained on.
+        refused_states: that would have been kept, were they not worse than the start on rows trained on.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
