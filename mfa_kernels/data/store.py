@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -200,6 +201,19 @@ class ActivationStore:
                 token[mine] = shard.tokens[starts[number] + position[mine]]
             parts.append(token)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+
+    @property
+    def texts(self) -> Tensor:
+        """The number of the text that every row is from, (len(self),) int64.
+
+        Documents that follow one another and are from the same place are windows of one text.
+        """
+        self._open_all(range(len(self.shards)))
+        shards = [self._shard(i) for i in range(len(self.shards))]
+        sources = [source for shard in shards for source in shard.sources]
+        begins = [0] + [not source or source != before for before, source in pairwise(sources)]
+        text = torch.tensor(begins, dtype=torch.int64).cumsum(0)
+        return text[torch.cat([torch.empty(0, dtype=torch.int64), *(shard.document.long() for shard in shards)])]
 
     def document(self, row: int) -> int:
         """The number of the document a row comes from, in [0, n_documents)."""

@@ -76,7 +76,8 @@ _RECORD = {
 }  # fmt: skip
 _REPORT = {
     "history": every(OBJECT), "method": choice("sgd", "em", "online"), "best_step": COUNT,
-    "held_out_nll": optional(NUMBER), "held_out_rows": COUNT, "skipped_rows": COUNT, "skipped_steps": COUNT,
+    "held_out_nll": optional(NUMBER), "held_out_rows": COUNT, "held_out_by": optional(choice("text", "row")),
+    "skipped_rows": COUNT, "skipped_steps": COUNT,
     "live_components": COUNT, "live_rows": COUNT, "seconds": OBJECT, "stopped_early": FLAG, "interrupted": FLAG,
     "prior_strength": optional(NUMBER), "revived_components": COUNT,
     "refused_states": COUNT,

@@ -48,6 +48,8 @@ from mfa_kernels.sharded import AnyMFA
 
 METHODS = ("sgd", "em", "online", "auto")
 _HELD_OUT_ROWS = 20_000  # at most
+_LEAST_HELD_TEXTS = 4  # fewer would say more of themselves than of all
+_NEARLY = 0.02  # of the rows to hold out, may be missing where texts are held out whole
 _START_ROWS_PER_COMPONENT = 128
 _LEAST_START_ROWS = 100_000
 _KMEANS_ITERATIONS = 10
@@ -136,7 +138,8 @@ def fit(
             dimension, so that the rate depends neither on the scale of the activations nor on outlier dimensions.
         schedule: of Adam's rate: "cosine" (down to 0) or "constant", both after a short linear warm-up.
         polish: epochs of Adam after EM; not for an iterator, whose rows are gone.
-        held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows. With
+        held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows,
+            and of whole texts where these are known, as a store does (`FitReport.held_out_by` says which it was). With
             0 nothing is chosen: the last state is returned. No state is, whatever held-out rows say, under which a
             sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely than under the start.
         eval_every: steps (of EM: M-steps) between evaluations on the held-out rows; None: once an epoch, and every
@@ -212,7 +215,7 @@ def fit(
     generator = torch.Generator().manual_seed(seed)
     report = FitReport(method=method)
 
-    rows, held_index = _split(len(source), held_out, generator)
+    rows, held_index = _split(source, held_out, generator, report)
     start_index, live_index = rows[:sample], rows[: _LIVE_ROWS_PER_COMPONENT * n_components]
     if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
         start_index, live_index = ranks.share(start_index), ranks.share(live_index)
@@ -419,11 +422,39 @@ def _timed(report: FitReport, stage: str) -> Iterator[None]:
     report.seconds[stage] = time.perf_counter() - began
 
 
-def _split(rows: int, held_out: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on and to hold out, in random order."""
+def _split(source: Source, held_out: float, generator: torch.Generator, report: FitReport) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to hold out, in random order; whole texts are held out where they are known.
+
+    Rows of one text are alike: held out among those trained on, they promise more than other texts will keep.
+    """
+    rows = len(source)
     order = torch.randperm(rows, generator=generator)
-    held = min(_HELD_OUT_ROWS, max(1, round(held_out * rows))) if held_out else 0
-    return order[held:], order[:held]
+    if not held_out:
+        return order, order[:0]
+    wanted = min(_HELD_OUT_ROWS, max(1, round(held_out * rows)))
+    report.held_out_by = "row"
+    if source.texts is not None:
+        texts = source.texts().unique(return_inverse=True)[1]
+        held = _held_texts(texts.bincount(), wanted, generator)[texts]
+        if held.any():
+            report.held_out_by = "text"
+            return order[~held[order]], order[held[order]]
+    return order[wanted:], order[:wanted]
+
+
+def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Which texts, of so many rows each, are held out: in random order, as far as they fit; none, if only few would."""
+    held = torch.zeros(len(sizes), dtype=torch.bool)
+    left, count = wanted, 0
+    for text in torch.randperm(len(sizes), generator=generator).tolist():
+        size = int(sizes[text])
+        if size <= left:
+            held[text], left, count = True, left - size, count + 1
+            if left < _NEARLY * wanted:
+                break
+    if count < _LEAST_HELD_TEXTS or left > wanted / 2:
+        held.zero_()
+    return held
 
 
 def _check_arguments(

@@ -35,6 +35,8 @@ class FitReport:
         prior_strength: of EM's prior, tokens per region; None without EM.
         revived_components: times that EM moved a component because it owned nothing of its own.
         refused_states: that would have been kept, were they not worse than the start on rows trained on.
+        held_out_by: "text", where whole texts were, none of whose rows were trained on; "row", where it is not known
+            which text a row is from, or there are too few of them; None without held-out rows.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -52,11 +54,13 @@ class FitReport:
     prior_strength: float | None = None
     revived_components: int = 0
     refused_states: int = 0
+    held_out_by: str | None = None
 
     def __str__(self) -> str:
         """A few lines for people."""
         last: dict[str, Any] = self.history[-1] if self.history else {}
-        chosen = "" if self.held_out_nll is None else f", held-out {self.held_out_nll:.3f} nats per token"
+        by = "" if self.held_out_by is None else f" (held out by {self.held_out_by})"
+        chosen = "" if self.held_out_nll is None else f", held-out {self.held_out_nll:.3f} nats per token{by}"
         lines = [f"{self.method}: the state of step {self.best_step} of {last.get('step', 0)}{chosen}"]
         lines.append(f"{self.live_components} regions own one of {self.live_rows:,} rows")
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())

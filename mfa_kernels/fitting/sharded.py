@@ -127,7 +127,7 @@ def fit_sharded(
 
     report = FitReport(method=method)
     generator = torch.Generator().manual_seed(seed)
-    rows, held_index = loop._split(len(source), held_out, generator)
+    rows, held_index = loop._split(source, held_out, generator, report)
     if len(rows) < n_components:
         raise ValueError(f"n_components = {n_components} needs at least as many rows to train on, got {len(rows)}")
     held_out_rows = loop._finite(source, held_index, device, report).to(dtype)

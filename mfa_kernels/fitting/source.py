@@ -21,6 +21,7 @@ class Source:
         dtype: of the rows as they are read: float32, or float64 where the data is float64.
         device: where the rows are when they have been read.
         in_memory: whether reading is cheap, or worth doing ahead.
+        texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
     """
 
     def __init__(
@@ -33,11 +34,12 @@ class Source:
         *,
         device: torch.device | str = "cpu",
         in_memory: bool = True,
+        texts: Callable[[], Tensor] | None = None,
     ) -> None:
         self._length, self.n_features, self.in_memory = length, n_features, in_memory
         self.device = torch.device(device)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._read, self._read_range = read, read_range
+        self._read, self._read_range, self.texts = read, read_range, texts
 
     def __len__(self) -> int:
         return self._length
@@ -81,7 +83,8 @@ def as_source(activations: Any, name: str = "activations") -> Source:
         activations: one of
             a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
             a numpy array (..., D), such as a memory map, which is then read row by row;
-            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`;
+            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
+            has `texts`, the number of the text that each row is from, (N,), rows are held out text by text;
             an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
             concatenated in memory, in their own dtype.
         name: of the argument, for messages.
@@ -179,7 +182,16 @@ def _store_source(store: Any, name: str) -> Source:
         lambda start, stop: read(torch.arange(start, stop)),
         device=first.device,
         in_memory=False,
+        texts=(lambda: _texts(store, name)) if hasattr(store, "texts") else None,
     )
+
+
+def _texts(store: Any, name: str) -> Tensor:
+    texts = store.texts
+    if not isinstance(texts, Tensor) or texts.shape != (len(store),) or texts.is_floating_point():
+        found = f"{texts.dtype} of shape {tuple(texts.shape)}" if isinstance(texts, Tensor) else type(texts).__name__
+        raise ValueError(f"{name}.texts must be integers of shape ({len(store)},), a text for each row, got {found}")
+    return texts.long().cpu()
 
 
 def _may_be_rows(value: Any) -> bool:

@@ -38,6 +38,17 @@ def write(folder: Path, docs: list[tuple[Tensor, Tensor, Tensor]], **options: ob
 LENGTHS = [4, 0, 1, 45, 9, 1, 8, 10]
 
 
+@pytest.mark.parametrize("rows_per_shard", [1, 7, 1000])
+def test_windows_of_a_text_are_known(tmp_path: Path, rows_per_shard: int) -> None:
+    docs = documents([6, 6, 3, 0, 9, 6, 6])
+    with ActivationStoreWriter(tmp_path, D, rows_per_shard=rows_per_shard) as writer:
+        for document, source in zip(docs, ["a", "a", "b", "b", "b", "", ""]):
+            writer.add_document(*document, source=source)
+    store = ActivationStore(tmp_path)
+    rows = [len(document[1]) for document in docs]
+    assert store.texts.tolist() == [0] * sum(rows[:2]) + [1] * sum(rows[2:5]) + [2] * rows[5] + [3] * rows[6]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows_per_shard", [1, 7, 1000])
 def test_roundtrip(tmp_path: Path, dtype: torch.dtype, rows_per_shard: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 import mfa_kernels
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import fit, fit_sharded, kmeans, loop
+from mfa_kernels.fitting import FitReport, as_source, fit, fit_sharded, kmeans, loop
 from tests.fitting.planted import Store, draw, nll, planted
 from tests.fitting.test_start import overlap
 
@@ -108,7 +108,8 @@ def test_an_activation_store(tmp_path):
     with ActivationStoreWriter(tmp_path, 12, rows_per_shard=2500) as writer:
         for part in ROWS.split(1000):
             writer.add_document(range(1000), range(1000), part)
-    assert same(run(ActivationStore(tmp_path), epochs=1), run(epochs=1))
+    whole = {"epochs": 1, "held_out": 0.0}  # as the texts are known, others would be held out
+    assert same(run(ActivationStore(tmp_path), **whole), run(**whole))
 
 
 def test_half_precision_data():
@@ -198,6 +199,52 @@ def test_held_out_rows_are_not_trained_on():
     assert torch.equal(torch.cat(batches).sort().values, start.sort().values)
     assert torch.equal(live, start[: 64 * 6])
     assert torch.equal(torch.cat([held, start]).sort().values, torch.arange(6000))
+
+
+class Texts(Store):
+    """Rows of texts, each of which has a direction of its own."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.texts = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+        g = torch.Generator().manual_seed(0)
+        own = torch.randn(len(sizes), 12, generator=g) * 3
+        super().__init__(draw(TRUE, len(self.texts)) + own[self.texts])
+
+
+@pytest.mark.parametrize("method", ["em", "online", "sgd"])
+def test_whole_texts_are_held_out(method: str):
+    """Rows of the texts that were trained on promise what no other text keeps."""
+    store = Texts([40] * 100)
+    mfa = run(store, method=method, epochs=2, held_out=0.1)
+    assert (mfa.fit_report.held_out_by, mfa.fit_report.held_out_rows) == ("text", 400)
+    assert "(held out by text)" in str(mfa.fit_report)
+    by_row = run(store.data, method=method, epochs=2, held_out=0.1)
+    assert (by_row.fit_report.held_out_by, by_row.fit_report.held_out_rows) == ("row", 400)
+    same = run(store, method=method, epochs=2, held_out=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(mfa.parameters(), same.parameters()))
+
+
+def test_the_rows_held_out_are_of_texts_that_no_other_row_is_from():
+    store, report = Texts([3, 50, 1, 200, 30, 7, 90] * 20), FitReport()
+    rows, held = loop._split(as_source(store), 0.1, torch.Generator().manual_seed(3), report)
+    assert report.held_out_by == "text"
+    assert not set(store.texts[rows].tolist()) & set(store.texts[held].tolist())
+    assert sorted([*rows.tolist(), *held.tolist()]) == list(range(len(store)))
+    assert 0.09 * len(store) < len(held) <= 0.1 * len(store)
+
+
+@pytest.mark.parametrize("sizes", [[3000], [2000, 2000], [700, 600, 500, 650]], ids=str)
+def test_too_few_texts_are_held_out_row_by_row(sizes: list[int]):
+    report = FitReport()
+    rows, held = loop._split(as_source(Texts(sizes)), 0.1, torch.Generator().manual_seed(3), report)
+    assert (report.held_out_by, len(held), len(rows) + len(held)) == ("row", round(0.1 * sum(sizes)), sum(sizes))
+
+
+def test_texts_that_are_none_are_refused():
+    store = Texts([40] * 10)
+    store.texts = store.texts[:-1]
+    with pytest.raises(ValueError, match=r"activations.texts must be integers of shape \(400,\), a text for each row"):
+        run(store)
 
 
 def test_without_held_out_rows_the_last_state_is_returned():

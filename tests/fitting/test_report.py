@@ -16,9 +16,11 @@ def test_history_as_json_lines(tmp_path):
 def test_a_few_lines_for_people():
     history = [{"step": step} for step in (0, 4, 8)]
     seconds = {"kmeans": 1.25, "em": 2.5}
-    report = FitReport(history, "em", 4, 12.3456, 100, 3, 0, 7, 1200, seconds, True, prior_strength=3.0)
+    report = FitReport(
+        history, "em", 4, 12.3456, 100, 3, 0, 7, 1200, seconds, True, prior_strength=3.0, held_out_by="row"
+    )
     assert str(report).splitlines() == [
-        "em: the state of step 4 of 8, held-out 12.346 nats per token",
+        "em: the state of step 4 of 8, held-out 12.346 nats per token (held out by row)",
         "7 regions own one of 1,200 rows",
         "3.8 s: kmeans 1.2, em 2.5",
         "prior: 3 tokens a region; 0 regions moved",
