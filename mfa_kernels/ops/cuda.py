@@ -9,6 +9,7 @@ import contextlib
 import functools
 import os
 import shutil
+import subprocess
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,9 +101,16 @@ def _build(name: str, targets: list[str]) -> Any:
             name,
             [folder / "bindings.cpp", folder / "kernels.cu"],
             "the CUDA C++ kernels, once (about a minute)",
+            further=_version(compiler),
             extra_cflags=CFLAGS,
             extra_cuda_cflags=[*CUDA_FLAGS, *(f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets)],
         )
+
+
+def _version(compiler: str) -> str:
+    """Where a compiler is, and what it says of itself, in a line."""
+    out = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
+    return f"{os.path.realpath(compiler)} {' '.join(out.split())}"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno
 PATIENCE = 1800.0
 """Seconds for which another process may build."""
 
+_REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
 _SILENT = 5.0  # seconds of waiting that need no word
 _OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
@@ -198,7 +200,7 @@ def library() -> Any:
 
 def first_line(error: Exception) -> str:
     """The kind of an error and the first line of what it says, for a warning."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:600]
 
 
 def cached(name: str) -> ModuleType | None:
@@ -232,13 +234,16 @@ def _digest_file(library: Path) -> Path:
     return library.with_suffix(".sha256")
 
 
-def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleType:
+def build(name: str, sources: list[Path], what: str, further: str = "", **options: Any) -> ModuleType:
     """Compiles the sources into the cache and loads the library.
+
+    A build that fails is remembered for a day: other processes would spend their minute on the same end.
 
     Args:
         name: from `name_for`.
         sources: C++ files, and CUDA ones.
         what: is being built, in words, for the line on stderr.
+        further: what the end of a build depends on besides its name and the C++ compiler, in a line.
         options: of torch.utils.cpp_extension.load.
     """
     built_by = compiler()
@@ -254,9 +259,40 @@ def build(name: str, sources: list[Path], what: str, **options: Any) -> ModuleTy
     with _alone(library.parent, what):
         found = cached(name)  # another process may have built it meanwhile
         if found is None:
-            found = _compiled(name, sources, what, program, built_by, **options)
+            tools = f"{built_by} {compiler_version(built_by)} {further}".strip()
+            _raise_remembered(library, tools)
+            try:
+                found = _compiled(name, sources, what, program, built_by, **options)
+            except (RuntimeError, ImportError) as error:
+                atomic_write_text(_failure_file(library), f"{tools}\n{_reason(error)}\n")
+                raise
             atomic_write_text(_digest_file(library), checksum.of_file(library))
+            _failure_file(library).unlink(missing_ok=True)
         return found
+
+
+def _failure_file(library: Path) -> Path:
+    return library.with_suffix(".failed")
+
+
+def _raise_remembered(library: Path, tools: str) -> None:
+    """Raises what a build by the same tools ended with a short while ago."""
+    path = _failure_file(library)
+    try:
+        age = time.time() - path.stat().st_mtime
+        before, reason, *_ = path.read_text().splitlines()
+    except (OSError, ValueError):
+        return
+    if before == tools and 0 <= age < _REMEMBERED:
+        raise RuntimeError(f"{reason}; it failed {age / 3600:.1f} h ago and is not tried again before a day is over: "
+                           f"remove {path} to do so now")  # fmt: skip
+
+
+def _reason(error: Exception) -> str:
+    """The kind of an error and the line of it that says most: a compiler's own, where there is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if re.search(r"\berror\b:", line)), lines[0] if lines else "")
+    return f"{type(error).__name__}: {said[:300]}"
 
 
 @contextlib.contextmanager

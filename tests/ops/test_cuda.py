@@ -550,6 +550,9 @@ def test_what_is_built_and_for_what(monkeypatch, tmp_path):
     pretend_device(monkeypatch, (9, 0), (8, 0), (9, 0))
     monkeypatch.setenv("MFA_KERNELS_CACHE", str(tmp_path))
     compiler = tmp_path / "toolkit" / "bin" / "nvcc"
+    compiler.parent.mkdir(parents=True)
+    compiler.write_text("#!/bin/sh\necho 13.0\n")
+    compiler.chmod(0o755)
     monkeypatch.setattr(cuda, "nvcc", lambda: str(compiler))
     from torch.utils import cpp_extension
 

@@ -111,6 +111,51 @@ def test_a_library_that_is_not_as_it_was_built_is_built_anew(cache: Path, built:
     assert builds(cache) == 2
 
 
+def test_a_build_that_failed_is_not_tried_by_every_process(cache: Path, built: Any, monkeypatch: Any) -> None:
+    compiled, tries = native._compiled, []
+
+    def failing(*arguments: Any, **options: Any) -> ModuleType:
+        tries.append(1)
+        raise RuntimeError(
+            "Error building extension '_queue': [1/2]\n  kernels.cu(3): error: no such thing\nninja: stopped"
+        )
+
+    monkeypatch.setattr(native, "_compiled", failing)
+    with pytest.raises(RuntimeError, match="Error building extension"):
+        built()
+    path = cache / "_queue" / "_queue.failed"
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"RuntimeError: kernels.cu\(3\): error: no such thing; it failed 0.0 h ago"
+        ) as e:
+            built()
+        assert f"remove {path} to do so now" in str(e.value)
+    assert len(tries) == 1
+    # Other tools, a day, or somebody who removes what is remembered: each is reason to try again.
+    with pytest.raises(RuntimeError, match="Error building extension"):
+        native.build("_queue", [], "a test", further="another toolkit")
+    os.utime(path, (time.time() - 90000,) * 2)
+    with pytest.raises(RuntimeError, match="Error building extension"):
+        native.build("_queue", [], "a test", further="another toolkit")
+    assert len(tries) == 3
+    path.unlink()
+    monkeypatch.setattr(native, "_compiled", compiled)
+    assert built().SimpleQueue is not None
+    assert not path.exists()
+
+
+def test_a_build_that_was_interrupted_is_no_failure(cache: Path, built: Any, monkeypatch: Any) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> ModuleType:
+        raise KeyboardInterrupt
+
+    compiled = native._compiled
+    monkeypatch.setattr(native, "_compiled", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        built()
+    monkeypatch.setattr(native, "_compiled", compiled)
+    assert built().SimpleQueue is not None
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nobody_waits_for_a_build_that_was_killed(cache: Path, how: signal.Signals) -> None:
     cache.mkdir(mode=0o700)
