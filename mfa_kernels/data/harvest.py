@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_device, check_dtype, check_flag, check_integer, check_path
-from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences
+from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences, refuse_existing
 from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
+from mfa_kernels.locks import alone
 from mfa_kernels.models import hidden_states, resolve_layer
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
@@ -85,6 +86,7 @@ def harvest(
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
         FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or the settings
             that differ.
+        TimeoutError: naming the folder that another harvest is writing to.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
     _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed)
@@ -106,6 +108,7 @@ def harvest(
         folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
     else:
         folders = {path: Path(out) / path if several else Path(out) for path in modules}
+        _check_folders(folders.values(), overwrite or resume)
     meta = {
         "model": _name(model),
         "tokenizer": _name(tokenizer),
@@ -217,6 +220,14 @@ def _check_arguments(
     if isinstance(texts, Mapping | bytes) or not isinstance(texts, str | os.PathLike | Iterable):
         kind = "a mapping: give one of its values" if isinstance(texts, Mapping) else type(texts).__name__
         raise TypeError(f"texts must be a path, or an iterable of strings, of mappings or of paths, got {kind}")
+
+
+def _check_folders(folders: Iterable[Path], replace: bool) -> None:
+    """Raises now what the writers would raise later, when the texts are read and the model has worked."""
+    for folder in folders:
+        if folder.exists():
+            with alone(folder):
+                refuse_existing(folder, replace)
 
 
 class _Reached(NamedTuple):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mfa_kernels import harvest
+from mfa_kernels import harvest, locks
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.harvest import stream
+from mfa_kernels.locks import LOCK
 from mfa_kernels.models import hidden_states, with_hidden_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
@@ -533,7 +534,7 @@ def test_what_a_killed_process_left_is_removed(llama: tuple, cut: Path) -> None:
     for name in [*names, ".mine"]:
         (cut / name).write_text("")
     quiet(*llama, LONG, 1, cut, resume=True, **CUT)
-    assert [path.name for path in cut.iterdir() if path.name.startswith(".")] == [".mine"]
+    assert {path.name for path in cut.iterdir() if path.name.startswith(".")} == {".mine", LOCK}
 
 
 def test_resume_needs_a_folder_and_spares_it(llama: tuple, tmp_path: Path) -> None:
@@ -622,3 +623,25 @@ def test_fit_several_layers_while_harvesting(monkeypatch: pytest.MonkeyPatch) ->
         layer = own.pop("layer")
         alone = mfa_kernels.fit(stream(model, tokenizer, texts, layer, **options), **own, **common)
         assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), mixtures[name].state_dict().values()))
+
+
+def test_a_folder_that_is_written_to_is_refused_before_the_texts_are_read(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    taken: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for text in TEXTS:
+            taken.append(text)
+            yield text
+
+    with locks.alone(tmp_path / "model.layers.2"):
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(TimeoutError, match=r"model\.layers\.2: another process.* is writing to this folder"):
+                quiet(*llama, texts(), [0, 2], tmp_path, **options)
+    assert not taken
+    quiet(*llama, TEXTS, [0, 2], tmp_path)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        quiet(*llama, texts(), [0, 2], tmp_path)
+    assert not taken
