@@ -92,13 +92,16 @@ INTERRUPTED = 130  # the status of a life that KeyboardInterrupt ends
 
 def begin(job: Job, folder: Path, resume: bool) -> int:
     """Begins a life of a job; the number of its process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python's own work after a fork is not what is tested
     child = os.fork()
     if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         return child
     status = 1
     try:
         try:
             signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests in the background ignores it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             torch.set_num_threads(1)
             job(folder, resume)
             status = 0
