@@ -37,8 +37,8 @@ def hold(folder: StrPath) -> BaseFileLock:
         lock.acquire(timeout=PATIENCE)
     except Timeout:
         raise TimeoutError(
-            f"{folder}: another process, or another writer in this one, is writing to this folder; give another "
-            "folder, or wait for its end"
+            f"{folder}: another process, or a writer in this one that is not closed, is writing to this folder: give "
+            "another folder, or wait for its end"
         ) from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:

@@ -113,7 +113,6 @@ def harvest(
         folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
     else:
         folders = {path: Path(out) / path if several else Path(out) for path in modules}
-        _check_folders(folders.values(), overwrite or resume)
     meta = {
         "model": _name(model),
         "tokenizer": _name(tokenizer),
@@ -129,6 +128,7 @@ def harvest(
         meta["buffer_size"] = int(buffer_size)
     metas = {path: {**meta, "layer": path} for path in modules}
     reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
+    _check_folders((folders[path] for path in reached), overwrite or resume)
     if reached:
         windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
 

@@ -93,7 +93,7 @@ def check_texts(texts: Any) -> None:
 def _check_words(texts: list[Any]) -> None:
     """Raises where texts are likely to be names of columns, of splits or of a file."""
     if all(isinstance(text, str) and _WORD.fullmatch(text) for text in texts):
-        if len(texts) > 1 and not _COLUMNS.intersection(texts):
+        if len(texts) > 1 and not _COLUMNS.intersection(texts) and not all(map(os.path.exists, texts)):
             return
         raise ValueError(
             f"texts must hold texts, got nothing but {shown(texts)}: give a column by its values, as "

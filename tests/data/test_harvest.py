@@ -654,6 +654,13 @@ def test_a_folder_that_is_written_to_is_refused_before_the_texts_are_read(
     assert not taken
 
 
+def test_a_complete_store_is_given_back_without_a_lock(llama: tuple, tmp_path: Path) -> None:
+    quiet(*llama, TEXTS, 0, tmp_path)
+    (tmp_path / LOCK).unlink()  # as in a folder that may only be read
+    assert quiet(*llama, TEXTS, 0, tmp_path, resume=True).complete
+    assert not (tmp_path / LOCK).exists()
+
+
 def test_text_from_a_chat_template_has_one_bos(lm: tuple) -> None:
     model, tokenizer, bos = lm
     texts = [templated(tokenizer, words(*range(20)))]

@@ -126,14 +126,20 @@ def test_what_is_likely_to_be_meant_otherwise_is_refused(texts: object, error: t
     assert "\n" not in str(raised.value)
 
 
-def test_the_path_of_a_file_is_no_text(tmp_path: Path) -> None:
+def test_the_path_of_a_file_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("a text")
     path = str(tmp_path / "a.txt")
     for texts in ([path], ["a text", path]):
         with pytest.raises(ValueError, match=r"texts\[.\] must be a text, got the path of a file: give pathlib.Path"):
             check_texts(texts)
     with pytest.raises(ValueError, match=r"texts\[0\] must be a text, got the path of a file"):
-        list(named_texts(map(str, tmp_path.iterdir()), None, 1))
+        list(named_texts(map(str, tmp_path.glob("*.txt")), None, 1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "books"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="nothing but .*corpus"):
+        check_texts(["corpus", "books"])
+    check_texts(["corpus", "books", "London"])
     for texts in ([Path(path)], [(path, "a text")], path, tmp_path, ["a text about " + path, "/no/such/file"]):
         check_texts(texts)
     assert list(named_texts([Path(path)], 0, 1)) == [(path, "a text")]
