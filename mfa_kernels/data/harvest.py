@@ -447,7 +447,8 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
         raise TypeError(f"model must be a torch.nn.Module, or the name or folder of one, got {type(model).__name__}")
     if tokenizer is None and not named:
         raise TypeError("tokenizer must be given when model is an object")
-    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not hasattr(tokenizer, "decode"):
+    usable = callable(tokenizer) and hasattr(tokenizer, "decode")  # bytes can be decoded, too
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not usable:
         raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
     device = device if device is None else check_device(device)
     tokenizer = model if tokenizer is None else tokenizer

@@ -347,6 +347,9 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
             store = quiet(name, also, TEXTS, 1, device="cpu")
             assert torch.equal(store.tensor(), expected.tensor())
     assert store.meta["model"] == str(tmp_path / "lm")
+    for wrong in (b"bytes", 3, [tokenizer]):
+        with pytest.raises(TypeError, match="tokenizer must be one of transformers"):
+            quiet(model, wrong, TEXTS, 1)
     with pytest.raises(TypeError, match="tokenizer must be given"):
         quiet(model, None, TEXTS, 1)
 
