@@ -242,7 +242,9 @@ def _device(name: str | None) -> torch.device:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from mfa_kernels import demo
+    from mfa_kernels.locks import hold
 
+    lock = hold(arguments.out)  # two at once would mix what they write
     demo.run(
         demo.Options(
             out=arguments.out,
@@ -259,6 +261,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             device=_device(arguments.device),
         )
     )
+    lock.release()
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

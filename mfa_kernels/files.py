@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -61,16 +60,20 @@ def _locked_folder(path: Path) -> Iterator[Path]:
             folder.mkdir()
             if fcntl is None:
                 break
-            lock = os.open(folder, os.O_RDONLY)
+            try:
+                lock = os.open(folder, os.O_RDONLY)
+            except FileNotFoundError:  # swept away between its making and its lock
+                continue
             with suppress(OSError):  # some network file systems have no locks
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if not folder.exists():  # swept away between its making and its lock
-                os.close(lock)
-                lock = None
+            if not folder.exists():  # or while it waited for it
+                closed, lock = lock, None
+                os.close(closed)
         yield folder
     finally:
         if folder is not path:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                _remove(folder)
         if lock is not None:
             os.close(lock)
 
@@ -102,8 +105,21 @@ def _remove_if_abandoned(path: Path) -> None:
                 path.unlink()
             return
         with _lock_of_the_dead(path) as dead:
-            if dead or (dead is None and all(map(_is_old, (path, *path.iterdir())))):
-                shutil.rmtree(path)
+            if dead or (dead is None and all(map(_is_old, (path, *path.rglob("*"))))):
+                _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a temporary folder and all that is in it.
+
+    Not `shutil.rmtree`, which closes a descriptor twice when Ctrl-C comes in between, and raises OSError then.
+    """
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            _remove(path)
+        else:
+            path.unlink()
+    folder.rmdir()
 
 
 @contextmanager

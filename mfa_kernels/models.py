@@ -154,6 +154,46 @@ def load_language_model(name: str | None = None, dtype: torch.dtype | None = Non
     return model.eval(), transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
+def bos_prefix(tokenizer: Any) -> list[int]:
+    """The BOS token that a tokenizer puts in front of every text, as a list; an empty one where it puts none."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    # A tokenizer may have a BOS token that it does not put in front of texts, as GPT-2's.
+    return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
+
+
+def text_tokens(tokenizer: Any, text: str, prefix: list[int]) -> list[int]:
+    """The token ids of a text that `prefix` (from `bos_prefix`) goes in front of.
+
+    Text from a chat template (`tokenizer.apply_chat_template(..., tokenize=False)`) begins with the BOS token's own
+    text, which would give it two: that one is left out here.
+    """
+    tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return tokens[len(prefix) :] if tokens[: len(prefix)] == prefix else tokens
+
+
+def tokenize(tokenizer: Any, texts: str | list[str], **padding: Any) -> Any:
+    """`tokenizer(texts, return_tensors="pt", **padding)`, with one BOS where that would give a text two.
+
+    Args:
+        tokenizer: of a Hugging Face model.
+        texts: with or without the BOS token's text in front, as chat templates write it.
+        padding: options of the tokenizer's `pad`; of one text, none is needed.
+
+    Returns:
+        What the tokenizer does: input_ids, attention_mask, ..., (texts, positions) int64.
+    """
+    prefix, batch = bos_prefix(tokenizer), [texts] if isinstance(texts, str) else texts
+    # How many tokens of its own a text has too many: without a prefix, none are left out.
+    extra = [
+        len(text_tokens(tokenizer, text, [])) - len(text_tokens(tokenizer, text, prefix)) if prefix else 0
+        for text in batch
+    ]
+    if not any(extra):
+        return tokenizer(texts, return_tensors="pt", **padding)
+    fields = {name: [row[n:] for row, n in zip(rows, extra)] for name, rows in tokenizer(batch).items()}
+    return tokenizer.pad(fields, return_tensors="pt", **{"padding": False, **padding})
+
+
 def continuation(
     model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0, **options: Any
 ) -> str:
@@ -161,7 +201,7 @@ def continuation(
 
     Further options are those of `model.generate`.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenize(tokenizer, prompt).to(model.device)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator

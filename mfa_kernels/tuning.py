@@ -21,6 +21,7 @@ from torch import Tensor
 from mfa_kernels import ops
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import atomic_write_json
+from mfa_kernels.locks import alone
 from mfa_kernels.ops import backends, configs
 from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.statistics.op import Statistics, accumulate
@@ -90,7 +91,7 @@ def tune(
         raise ValueError(f"tuning measures the Triton kernels, and they do not serve {device} here")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     path = configs.tuned_folder() / configs.file_name(name)
-    entries = configs.read(path) if path.exists() else {}
+    _entries(path)  # raises now where they cannot be read
     for shape in shapes:
         problem = _problem(shape, device)
         for kind in kinds:
@@ -98,12 +99,18 @@ def tune(
             report(f"{kind}, (N, K, D, R) = {tuple(shape)}")
             best = search(start, problem[kind], device, report)
             key = configs._key(KINDS[kind], *shape[:2])
-            entries.pop(key, None)
-            if best != start:
-                entries[key] = dataclasses.asdict(best)
-            atomic_write_json(path, entries)  # after every kernel: what is measured is not lost
+            with alone(path.parent):  # after every kernel: what is measured is not lost, here and by another process
+                entries = _entries(path)
+                entries.pop(key, None)
+                if best != start:
+                    entries[key] = dataclasses.asdict(best)
+                atomic_write_json(path, entries)
     configs._tuned.cache_clear()
     return path
+
+
+def _entries(path: Path) -> dict[str, Any]:
+    return configs.read(path) if path.exists() else {}
 
 
 def search(

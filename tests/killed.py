@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,22 +87,42 @@ JOBS: dict[str, Job] = {
 }
 
 
-def live(job: Job, folder: Path, resume: bool, seconds: float | None) -> bool:
-    """One life of a job, killed after so many seconds; whether it came to its end before."""
+INTERRUPTED = 130  # the status of a life that KeyboardInterrupt ends
+
+
+def begin(job: Job, folder: Path, resume: bool) -> int:
+    """Begins a life of a job; the number of its process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Python's own work after a fork is not what is tested
     child = os.fork()
-    if not child:
-        status = 1
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        return child
+    status = 1
+    try:
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests in the background ignores it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             torch.set_num_threads(1)
             job(folder, resume)
             status = 0
-        finally:
-            os._exit(status)
+        except KeyboardInterrupt:
+            status = INTERRUPTED
+        except BaseException:
+            traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def live(job: Job, folder: Path, resume: bool, seconds: float | None, number: signal.Signals = signal.SIGKILL) -> bool:
+    """One life of a job, which gets a signal after so many seconds; whether it came to its end before."""
+    child = begin(job, folder, resume)
     if seconds is not None:
         time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
+        os.kill(child, number)
     _, status = os.waitpid(child, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL and seconds is not None:
+    by_signal = os.WIFSIGNALED(status) and os.WTERMSIG(status) == number
+    interrupted = number == signal.SIGINT and os.WIFEXITED(status) and os.WEXITSTATUS(status) == INTERRUPTED
+    if seconds is not None and (by_signal or interrupted):
         return False
     assert status == 0, f"a life failed with status {status}"
     return True

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfa_kernels
-from mfa_kernels import MFA, checksum, fit
+from mfa_kernels import MFA, checksum, fit, locks
 from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore
 
@@ -228,6 +228,15 @@ def test_errors_are_one_line(folder, capsys, arguments, message):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mfa-kernels ")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_two_demos_in_one_folder_do_not_mix(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    with locks.alone(tmp_path):
+        assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert f"mfa-kernels demo: {tmp_path}: another process" in capsys.readouterr().err
+    assert main(["demo", "--out", str(tmp_path), "-R", "0"]) == 1
+    locks.hold(tmp_path).release()  # one that failed holds nothing
 
 
 def test_demo(tmp_path, capsys):

@@ -110,6 +110,43 @@ def test_what_killed_writers_left_is_removed_by_the_next(tmp_path: Path) -> None
     assert {path.name for path in tmp_path.iterdir()} == {"file.txt", other.name, *others}
 
 
+def test_a_folder_that_is_swept_away_before_its_lock_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_, swept = os.open, []
+
+    def late(path: Path, *args: int) -> int:
+        if not swept:
+            swept.append(path)
+            path.rmdir()
+        return open_(path, *args)
+
+    monkeypatch.setattr(os, "open", late)
+    files.atomic_write_text(tmp_path / "file", "new")
+    assert swept
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_interrupt_while_it_cleans_up_is_an_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    close = os.close
+
+    def interrupted(descriptor: int) -> None:
+        monkeypatch.setattr(os, "close", close)
+        close(descriptor)
+        raise KeyboardInterrupt
+
+    def write() -> None:
+        with files.atomic_path(tmp_path / "file") as temporary:
+            temporary.write_text("new")
+            monkeypatch.setattr(os, "close", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert (tmp_path / "file").read_text() == "new"
+    files.atomic_write_text(tmp_path / "file", "newer")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_old_temporaries_of_earlier_versions_are_removed(tmp_path: Path) -> None:
     once, twice = (tmp_path / f".file.{'ab' * 16}.tmp", tmp_path / f"..file.{'ab' * 16}.tmp.{'cd' * 16}.tmp")
     for path in (once, twice):

@@ -8,13 +8,17 @@ from torch import nn
 
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.models import (
+    bos_prefix,
+    continuation,
     decoder_layers,
     hidden_states,
     load_language_model,
     resolve_layer,
     text_config,
+    tokenize,
     with_hidden_states,
 )
+from tests.data.test_harvest import BOS, make_tokenizer, templated
 from tests.steering.tiny import ARCHITECTURES, causal_lm
 
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}
@@ -77,3 +81,40 @@ def test_hidden_states_in_tensor_tuple_and_list() -> None:
 def test_weights_are_loaded_as_stored_or_as_asked(asked: torch.dtype | None, found: torch.dtype) -> None:
     model, _ = load_language_model(str(tiny_lm.path()), asked)
     assert {parameter.dtype for parameter in model.parameters()} == {found}
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_text_gets_one_bos_with_a_template_or_without(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos)
+    assert bos_prefix(tokenizer) == [BOS] * bos
+    chat = templated(tokenizer, "w1 w2")
+    assert chat == "<s>w1 w2</s>"
+    assert tokenizer(chat)["input_ids"][: 1 + bos] == [BOS] * (1 + bos), "what is mended here"
+    assert tokenize(tokenizer, chat)["input_ids"].tolist() == [[BOS, 4, 5, 1]]
+    assert tokenize(tokenizer, chat)["attention_mask"].tolist() == [[1] * 4]
+    assert tokenize(tokenizer, "w1 <s> w2")["input_ids"].tolist() == [[BOS] * bos + [4, BOS, 5]]
+    for text in ("w1 w2", "w1"):
+        assert torch.equal(tokenize(tokenizer, text)["input_ids"], tokenizer(text, return_tensors="pt")["input_ids"])
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_padded_batch_of_texts_with_and_without_a_template(bos: bool) -> None:
+    tokenizer = make_tokenizer(bos)
+    tokenizer.pad_token = "<unk>"
+    inputs = tokenize(tokenizer, ["<s>w1 w2 w3", "w4", "<s>w5"], padding=True, padding_side="left")
+    rows = [ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"])]
+    assert rows == [[BOS, 4, 5, 6], [BOS] * bos + [7], [BOS, 8]]
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1, 1], "padded on the left"
+    plain = ["w1 w2 w3", "w4"]
+    expected = tokenizer(plain, return_tensors="pt", padding=True, padding_side="left")
+    found = tokenize(tokenizer, plain, padding=True, padding_side="left")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_prompt_from_a_chat_template_is_continued_as_its_text() -> None:
+    model, tokenizer = tiny_lm.load()
+    seen: list[list[int]] = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.append(args[0][0].tolist()))
+    text = "def read(path):"
+    assert continuation(model, tokenizer, "<|bos|>" + text, 1) == continuation(model, tokenizer, text, 1)
+    assert seen[0] == seen[1] == tokenizer(text)["input_ids"]

@@ -119,6 +119,22 @@ def test_rehearsal_with_the_real_kernels(folder, small, monkeypatch):
     assert written
 
 
+def test_what_another_process_measures_meanwhile_is_kept(folder, monkeypatch):
+    monkeypatch.setattr(tuning.backends, "serving", lambda *_: "triton")
+    monkeypatch.setattr(tuning, "_problem", lambda *_: dict.fromkeys(tuning.KINDS))
+    path = folder / configs.file_name("cpu")
+
+    def search(start, workload, device, report):
+        folder.mkdir(exist_ok=True)
+        entries = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps({**entries, f"pairs/8/{8 << len(entries)}": dataclasses.asdict(START)}))
+        return dataclasses.replace(start, stages=start.stages + 1)
+
+    monkeypatch.setattr(tuning, "search", search)
+    tuning.tune(["scan", "dense"], [(9, 12, 70, 1)], "cpu")
+    assert sorted(key.split("/")[0] for key in json.loads(path.read_text())) == ["dense", "pairs", "pairs", "scan"]
+
+
 def test_a_clock_that_moves(small):
     assert tuning._median(lambda: torch.zeros(10, device=DEVICE), DEVICE) > 0
 

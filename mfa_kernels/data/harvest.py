@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_device, check_dtype, check_flag, check_integer, check_path
-from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences
-from mfa_kernels.data.text import read_texts
+from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences, refuse_existing
+from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.files import StrPath
-from mfa_kernels.models import hidden_states, resolve_layer
+from mfa_kernels.locks import alone
+from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
@@ -41,6 +42,7 @@ def harvest(
     drop_special: bool = True,
     device: torch.device | str | None = None,
     seed: int | None = 0,
+    buffer_size: int = 1000,
     progress: bool = True,
     rows_per_shard: int = 65536,
     overwrite: bool = False,
@@ -49,7 +51,8 @@ def harvest(
     """Runs texts through a causal language model and keeps the hidden states that leave a layer.
 
     Texts are cut into windows of `context` tokens, each beginning with the tokenizer's BOS token where that is its
-    convention; each window is one document of the store. The forward pass ends at the last layer wanted.
+    convention (one, where a chat template has written it already); each window is one document of the store. The
+    forward pass ends at the last layer wanted.
 
     Args:
         model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
@@ -68,8 +71,11 @@ def harvest(
         skip_first: positions without rows at the beginning of each window, where attention sinks live.
         drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
         device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here.
-        seed: of the order of texts, so that `max_tokens` takes from all over (all texts are read first); None: the
+        seed: of the order of texts, so that `max_tokens` takes from all over: of a sequence or a path, all texts are
+            read first; of any other iterable, which may be endless, the order is that of a shuffle buffer. None: the
             order given, texts read as they are needed.
+        buffer_size: texts in that buffer, as in `datasets`: the next text is a random one of it, whose place the next
+            of the iterable takes. At most so many are read beyond those that are needed.
         progress: show a progress bar.
         rows_per_shard: rows in each file of the store; a shard is held in memory while it fills.
         overwrite: replace stores that are in `out` already.
@@ -85,9 +91,10 @@ def harvest(
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
         FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or the settings
             that differ.
+        TimeoutError: naming the folder that another harvest is writing to.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
-    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed)
+    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size)
     for name, flag in {"progress": progress, "overwrite": overwrite,
                        "resume": resume}.items():  # fmt: skip
         check_flag(flag, name)
@@ -117,10 +124,13 @@ def harvest(
         "drop_special": drop_special,
         "seed": None if seed is None else int(seed),
     }
+    if seed is not None and not is_finite(texts):  # else the order does not depend on it
+        meta["buffer_size"] = int(buffer_size)
     metas = {path: {**meta, "layer": path} for path in modules}
     reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
+    _check_folders((folders[path] for path in reached), overwrite or resume)
     if reached:
-        windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
+        windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
 
         def writer(path: str, n_features: int) -> ActivationStoreWriter:
             return ActivationStoreWriter(
@@ -151,6 +161,7 @@ def stream(
     skip_first: int = 1,
     drop_special: bool = True,
     seed: int | None = 0,
+    buffer_size: int = 1000,
 ) -> Iterator[Any]:  # Any: a tensor, or a dict of them when there are several layers
     """The activations that `harvest` would keep, batch by batch as the model makes them: nothing touches the disk.
 
@@ -160,7 +171,7 @@ def stream(
 
     Args:
         model: as of `harvest`; it runs where it is (when it is loaded here: on a GPU if there is one).
-        tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed: as of `harvest`.
+        tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size: as of `harvest`.
         layer: an index, or a module path; or several of these. The forward pass ends at the last of them.
 
     Yields:
@@ -171,14 +182,14 @@ def stream(
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
     """
-    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed)
+    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size)
     layers = _several(layer)
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
 
     def batches() -> Iterator[Any]:
-        windows = _windows(_named_texts(texts, seed), tokenizer, context, skip_first, drop_special)
+        windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
         left = max_tokens
         while (left is None or left > 0) and (batch := list(islice(windows, batch_size))):
             with _reader(model, modules, None) as read:
@@ -207,16 +218,26 @@ def _check_arguments(
     skip_first: int,
     drop_special: bool,
     seed: int | None,
+    buffer_size: int,
 ) -> None:  # fmt: skip
-    for name, value, least in (("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0)):
+    for name, value, least in (
+        ("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0),
+        ("buffer_size", buffer_size, 1),
+    ):  # fmt: skip
         check_integer(value, name, least)
     for name, number, least in (("max_tokens", max_tokens, 1), ("seed", seed, 0)):
         if number is not None:
             check_integer(number, name, least)
     check_flag(drop_special, "drop_special")
-    if isinstance(texts, Mapping | bytes) or not isinstance(texts, str | os.PathLike | Iterable):
-        kind = "a mapping: give one of its values" if isinstance(texts, Mapping) else type(texts).__name__
-        raise TypeError(f"texts must be a path, or an iterable of strings, of mappings or of paths, got {kind}")
+    check_texts(texts)
+
+
+def _check_folders(folders: Iterable[Path], replace: bool) -> None:
+    """Raises now what the writers would raise later, when the texts are read and the model has worked."""
+    for folder in folders:
+        if folder.exists():
+            with alone(folder):
+                refuse_existing(folder, replace)
 
 
 class _Reached(NamedTuple):
@@ -405,48 +426,18 @@ def _windows(
     texts: Iterable[tuple[str, str]], tokenizer: Any, context: int, skip_first: int, drop_special: bool
 ) -> Iterator[_Window]:
     """Texts as windows of at most `context` tokens that have at least one row to keep."""
-    bos = tokenizer.bos_token_id
-    # A tokenizer may have a BOS token that it does not put in front of texts, as GPT-2's.
-    prefix = [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
+    prefix = bos_prefix(tokenizer)
     step = context - len(prefix)
     if step < 1:
         raise ValueError(f"context must be at least 2, BOS and one token, got {context}")
     special = set(tokenizer.all_special_ids) if drop_special else set()
     for source, text in texts:
-        tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        tokens = text_tokens(tokenizer, text, prefix)
         for start in range(0, len(tokens), step):
             window = prefix + tokens[start : start + step]
             positions = [p for p, token in enumerate(window) if p >= skip_first and token not in special]
             if positions:
                 yield _Window(source, window, positions)
-
-
-def _named_texts(texts: Any, seed: int | None) -> Iterator[tuple[str, str]]:
-    if seed is None:
-        yield from _in_order(texts)
-        return
-    read = list(_in_order(texts))
-    for i in torch.randperm(len(read), generator=torch.Generator().manual_seed(seed)).tolist():
-        yield read[i]
-
-
-def _in_order(texts: Any) -> Iterator[tuple[str, str]]:
-    if isinstance(texts, str | os.PathLike):
-        yield from read_texts(texts)
-        return
-    for i, text in enumerate(texts):
-        if isinstance(text, str):
-            yield f"text {i}", text
-        elif isinstance(text, os.PathLike):
-            yield from read_texts(text)
-        elif isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
-            yield text
-        elif isinstance(text, Mapping) and isinstance(text.get("text"), str):
-            yield f"text {i}", text["text"]
-        else:
-            raise TypeError(
-                f'texts[{i}] must be a string, a (name, string) pair, a mapping with "text" or a path, got {text!r:.80}'
-            )
 
 
 def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tuple[Any, Any, torch.device | str | None]:
@@ -456,7 +447,8 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
         raise TypeError(f"model must be a torch.nn.Module, or the name or folder of one, got {type(model).__name__}")
     if tokenizer is None and not named:
         raise TypeError("tokenizer must be given when model is an object")
-    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not hasattr(tokenizer, "decode"):
+    usable = callable(tokenizer) and hasattr(tokenizer, "decode")  # bytes can be decoded, too
+    if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not usable:
         raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
     device = device if device is None else check_device(device)
     tokenizer = model if tokenizer is None else tokenizer

@@ -12,6 +12,9 @@ A document is what the model read at once: rows of one document may run over int
 shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens,
 and that a writer can go on with; until it is complete, its manifest says under `progress` where.
 
+There is one writer at a time: it holds a lock on the folder (an empty file `.lock`), which ends with its process.
+Readers need no lock.
+
 What is read is what was written, or an error: a manifest is compared with its checksum when a store is opened (those of
 earlier versions have none), a shard with the manifest when it is first read.
 """
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from mfa_kernels import checksum
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
+from mfa_kernels.locks import hold
 from mfa_kernels.reading import (
     COUNT,
     FLAG,
@@ -59,7 +63,8 @@ _FIELDS = {
     "n_features": integer(1), "dtype": choice(*_DTYPES), "complete": FLAG, "meta": OBJECT, "shards": every(OBJECT),
 }  # fmt: skip
 _SHARD_FIELDS = {"file": TEXT, "rows": COUNT, "documents": COUNT, "bytes": COUNT, "sha256": SHA256}
-_NAMES = r"activations-\d+\.safetensors|manifest\.json"
+_SHARD = r"activations-\d{5,}\.safetensors"
+_NAMES = rf"{_SHARD}|manifest\.json"
 # What a process of an earlier version that was killed while it wrote has left; the second is the name that safetensors
 # writes under.
 _TEMPORARY = re.compile(r"\.(activations-\d+\.safetensors|manifest\.json)\.\w+\.tmp|\.tmp\w+")
@@ -398,6 +403,9 @@ class ActivationStoreWriter:
     As a context manager it closes the store at the end of the block; when the block raises, the rows that do not fill
     a shard yet are lost and the store stays `complete: False`.
 
+    It holds the folder against other writers until it is closed, its block ends, or the object does. What writers that
+    were killed have left in the folder is removed.
+
     Args:
         folder: made if it is missing.
         n_features: D.
@@ -417,6 +425,8 @@ class ActivationStoreWriter:
         FileExistsError: when the folder holds a store, and neither `overwrite` nor `resume`.
         FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or what of it
             differs from the arguments.
+        TimeoutError: naming the folder that another writer holds.
+        RuntimeError: of a method, naming the folder where somebody who holds no lock has written meanwhile.
     """
 
     def __init__(
@@ -440,20 +450,38 @@ class ActivationStoreWriter:
         self.rows_per_shard = rows_per_shard
         self._shards: list[dict[str, Any]] = []
         self.progress: dict[str, Any] = {}
-        if resume and (self.folder / MANIFEST).exists():
-            self._take_over()
-        else:
-            self._remove_old(overwrite)
-        self._rows_on_disk = sum(shard["rows"] for shard in self._shards)
-        self._documents_on_disk = sum(shard["documents"] for shard in self._shards)
-        self._rows = self._documents = 0  # added
         self._activations = torch.empty(rows_per_shard, n_features, dtype=dtype)
         self._rows_of = torch.empty(2, rows_per_shard, dtype=torch.int32)  # document and position of each row
         self._tokens: list[Tensor] = []
         self._sources: list[str] = []
         self._filled = 0
+        self._rows = self._documents = 0  # added
         self._closed = False
+        self._lock = hold(self.folder)
+        try:
+            self._begin(overwrite, resume)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._rows_on_disk = sum(shard["rows"] for shard in self._shards)
+        self._documents_on_disk = sum(shard["documents"] for shard in self._shards)
+
+    def _begin(self, overwrite: bool, resume: bool) -> None:
+        """Takes the folder over: from then on, what is in it of a store is of this one."""
+        if resume and (self.folder / MANIFEST).exists():
+            self._take_over()
+        else:
+            refuse_existing(self.folder, overwrite)
+        self._manifest = self._seen()
+        # First the manifest: what it does not name is no part of the store any more, whenever this is cut off.
+        known = self._manifest is not None
         self._write_manifest(complete=False)
+        names = {shard["file"] for shard in self._shards}
+        for path in self.folder.iterdir() if known else ():  # without a manifest, shards may be somebody else's
+            left = re.fullmatch(_SHARD, path.name) and path.name not in names
+            if (left or _TEMPORARY.fullmatch(path.name)) and not path.is_dir():
+                path.unlink()
+        sweep(self.folder, _NAMES)
 
     def rewind(self, documents: int, rows: int) -> None:
         """Says which document is added next, and how many rows there are before it; both at most what is on disk."""
@@ -511,6 +539,7 @@ class ActivationStoreWriter:
             self._flush()
         self._write_manifest(complete=True)
         self._closed = True
+        self._lock.release()
 
     def __enter__(self) -> ActivationStoreWriter:
         return self
@@ -518,9 +547,12 @@ class ActivationStoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
-            self.close()
-        self._closed = True
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._closed = True
+            self._lock.release()
 
     def _take_over(self) -> None:
         """Goes on with the store in the folder."""
@@ -539,23 +571,24 @@ class ActivationStoreWriter:
         if problems:
             raise ValueError(f"resume: {self.folder} cannot go on: {'; '.join(problems)}")
         self._shards, self.progress = store.shards, store.progress
-        for path in self.folder.iterdir():
-            if _TEMPORARY.fullmatch(path.name) and not path.is_dir():
-                path.unlink()
-        sweep(self.folder, _NAMES)
 
-    def _remove_old(self, overwrite: bool) -> None:
-        manifest = self.folder / MANIFEST
-        if not manifest.exists():
-            return
-        if not overwrite:
-            raise FileExistsError(f"{self.folder} already holds {MANIFEST}: give another folder, or overwrite=True")
-        _read_manifest(self.folder)  # raises when it is somebody else's
-        manifest.unlink()  # first: shards without a manifest are no store, a manifest without shards is a broken one
-        for path in self.folder.iterdir():
-            if re.fullmatch(r"activations-\d{5,}\.safetensors", path.name):
-                path.unlink()
-        sweep(self.folder, _NAMES)
+    def _seen(self) -> bytes | None:
+        """The manifest on disk; None where there is none."""
+        try:
+            return (self.folder / MANIFEST).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def _check_alone(self) -> None:
+        """Raises where the manifest is not as this writer left it, so that no two stores are mixed.
+
+        A lock may have been removed with its folder, or hold on one machine only, as on some network file systems.
+        """
+        if self._seen() != self._manifest:
+            raise RuntimeError(
+                f"{self.folder}: another process has changed or removed {MANIFEST}, though this folder is locked; "
+                "nothing more is written to it"
+            )
 
     def _flush(self) -> None:
         name = f"activations-{len(self._shards):05d}.safetensors"
@@ -567,6 +600,7 @@ class ActivationStoreWriter:
             "tokens": torch.cat(self._tokens) if self._tokens else torch.empty(0, dtype=torch.int32),
             "lengths": torch.tensor([len(tokens) for tokens in self._tokens], dtype=torch.int32),
         }
+        self._check_alone()
         atomic_save_safetensors(tensors, path, {"sources": json.dumps(self._sources)})
         size, digest = path.stat().st_size, checksum.of_file(path)
         self._shards.append(
@@ -589,7 +623,17 @@ class ActivationStoreWriter:
         }
         if not complete:
             manifest["progress"] = self.progress
+        self._check_alone()
         atomic_write_json(self.folder / MANIFEST, checksum.sealed(manifest))
+        self._manifest = self._seen()
+
+
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError where a folder holds a store, unless `overwrite`; ValueError for another's manifest."""
+    if (folder / MANIFEST).exists():
+        if not overwrite:
+            raise FileExistsError(f"{folder} already holds {MANIFEST}: give another folder, or overwrite=True")
+        _read_manifest(folder)  # raises when it is somebody else's
 
 
 def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]) -> list[str]:

@@ -1,17 +1,163 @@
-"""Named texts from files and folders."""
+"""Named texts: from files and folders, from what a caller gives for texts, in order or shuffled."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mfa_kernels.checks import check_path, shown
 from mfa_kernels.files import StrPath
 
 # A folder's .json files are mostly settings: name the one that holds texts.
 IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl")
+
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+# Of columns and splits, as data sets on the Hugging Face hub have them.
+_COLUMNS = {
+    "text", "texts", "content", "contents", "document", "documents", "body", "article", "sentence", "title", "code",
+    "prompt", "prompts", "completion", "response", "instruction", "input", "output", "question", "answer", "messages",
+    "conversation", "conversations", "input_ids", "label", "train", "validation", "test",
+}  # fmt: skip
+_FEW = 64  # texts: more words than these are no names of columns
+
+
+def named_texts(texts: Any, seed: int | None, buffer_size: int) -> Iterator[tuple[str, str]]:
+    """The (name, text) pairs of what `harvest` takes for texts.
+
+    Args:
+        texts: what `check_texts` lets pass.
+        seed: of their order; None: as given.
+        buffer_size: where there may be no end of them (`is_finite`), of how many the next is a random one.
+    """
+    if seed is None:
+        yield from _in_order(texts)
+        return
+    generator = torch.Generator().manual_seed(seed)
+    buffer: list[tuple[str, str]] = []
+    size = None if is_finite(texts) else buffer_size
+    for text in _in_order(texts):
+        if len(buffer) == size:
+            place = int(torch.randint(size, (1,), generator=generator))
+            text, buffer[place] = buffer[place], text
+            yield text
+        else:
+            buffer.append(text)
+    for place in torch.randperm(len(buffer), generator=generator).tolist():
+        yield buffer[place]
+
+
+def is_finite(texts: Any) -> bool:
+    """Whether texts are a path or a sequence, which can be read to its end before the first is used."""
+    if isinstance(texts, str | os.PathLike | Sequence):
+        return True
+    # As arrays, columns of tables and data sets; PyTorch gives an IterableDataset a __getitem__ that it does not have.
+    sequence = hasattr(texts, "__len__") and hasattr(texts, "__getitem__")
+    return sequence and not isinstance(texts, torch.utils.data.IterableDataset)
+
+
+def check_texts(texts: Any) -> None:
+    """Raises where what is given for texts is none, or is likely to be meant otherwise; nothing of a stream is read.
+
+    Raises:
+        TypeError: naming what was given, or the entry of a list, and what to give instead.
+        ValueError: a list with a name in the place of what has that name: of a column, or a file.
+        FileNotFoundError: there is nothing at a path.
+    """
+    if isinstance(texts, str | os.PathLike):
+        _check_exists(check_path(texts, "texts"))
+        return
+    kind = None
+    if isinstance(texts, Mapping):
+        kind = 'a mapping: give one of its values, or a list of mappings with a "text" each'
+    elif isinstance(texts, bytes | bytearray | memoryview):
+        kind = f"{type(texts).__name__}: decode it, and give a list of strings"
+    elif hasattr(texts, "columns"):
+        kind = f"a table ({type(texts).__name__}): give one of its columns"
+    elif not isinstance(texts, Iterable) or getattr(texts, "shape", None) == ():
+        kind = type(texts).__name__
+    if kind is not None:
+        raise TypeError(f"texts must be a path, or an iterable of strings, of mappings or of paths, got {kind}")
+    if isinstance(texts, list | tuple):
+        for i, text in enumerate(texts):
+            _check_text(i, text)
+    if (is_finite(texts) or isinstance(texts, Set | ValuesView)) and 0 < len(texts) <= _FEW:
+        _check_words(list(texts))
+
+
+def _check_words(texts: list[Any]) -> None:
+    """Raises where texts are likely to be names of columns, of splits or of a file."""
+    if all(isinstance(text, str) and _WORD.fullmatch(text) for text in texts):
+        if len(texts) > 1 and not _COLUMNS.intersection(texts) and not all(map(os.path.exists, texts)):
+            return
+        raise ValueError(
+            f"texts must hold texts, got nothing but {shown(texts)}: give a column by its values, as "
+            f'dataset["{texts[0]}"], a file as pathlib.Path({texts[0]!r}), and a word that is meant as it stands '
+            f"with a name, as [({f'word {texts[0]}'!r}, {texts[0]!r})]"
+        )
+
+
+def _in_order(texts: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(texts, str | os.PathLike):
+        yield from read_texts(texts)
+        return
+    for i, text in enumerate(texts):
+        _check_text(i, text)
+        if isinstance(text, str):
+            yield f"text {i}", text
+        elif isinstance(text, os.PathLike):
+            yield from read_texts(text)
+        elif isinstance(text, Mapping):
+            yield f"text {i}", text["text"]
+        else:
+            yield text
+
+
+def _check_text(i: int, text: Any) -> None:
+    """Raises where entry i of texts is none."""
+    if isinstance(text, str):
+        if _is_file(text):
+            raise ValueError(
+                f"texts[{i}] must be a text, got the path of a file: give pathlib.Path({text!r}), or "
+                f"({text!r}, text) for a text of that name"
+            )
+        return
+    if isinstance(text, os.PathLike):
+        return
+    if isinstance(text, tuple) and len(text) == 2 and all(isinstance(part, str) for part in text):
+        return
+    if isinstance(text, Mapping) and isinstance(text.get("text"), str):
+        return
+    raise TypeError(
+        f'texts[{i}] must be a string, a (name, string) pair, a mapping with "text" or a path, got {_instead(text)}'
+    )
+
+
+def _instead(text: Any) -> str:
+    """An entry that is no text, and what to give where that is known."""
+    if isinstance(text, bytes | bytearray | memoryview):
+        return f"{type(text).__name__}: decode it"
+    turns = text if isinstance(text, list) else text.get("messages") if isinstance(text, Mapping) else None
+    if isinstance(turns, list) and turns and isinstance(turns[0], Mapping):
+        return "a conversation: give tokenizer.apply_chat_template(messages, tokenize=False)"
+    if isinstance(text, Mapping) and "text" in text:
+        several = isinstance(text["text"], list | tuple)
+        return f'a mapping whose "text" is {shown(text["text"])}{": give its rows one by one" if several else ""}'
+    if isinstance(text, Mapping):
+        return f'a mapping with {shown(list(text))}: give one column, as dataset["{next(iter(text), "text")}"]'
+    return shown(text)
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text looks like a path, and there is something at it."""
+    if len(text) > 1024 or "\n" in text or "\0" in text:
+        return False
+    return ("/" in text or os.sep in text or text.endswith((*IN_FOLDERS, ".json"))) and os.path.exists(text)
 
 
 def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
@@ -40,9 +186,13 @@ def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
                 yield str(file), _decode(file.read_bytes(), str(file))
 
 
-def _files(path: Path) -> list[Path]:
+def _check_exists(path: Path) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{str(path)[:200]!r}: no such file or folder (a text itself is given in a list)")
+
+
+def _files(path: Path) -> list[Path]:
+    _check_exists(path)
     if path.is_file():
         return [path]
     files = sorted(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.interpret.contexts import show_token
-from mfa_kernels.models import decoder_layers
+from mfa_kernels.models import decoder_layers, tokenize
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -139,7 +139,7 @@ def logit_shift(
     """
     if model.training:
         raise ValueError("model is in training mode, where dropout would count as a shift: call model.eval()")
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(next(model.parameters()).device)
+    ids = tokenize(tokenizer, prompt)["input_ids"].to(next(model.parameters()).device)
     if not ids.numel():
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
 

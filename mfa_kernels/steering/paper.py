@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
-from mfa_kernels.models import resolve_layer
+from mfa_kernels.models import resolve_layer, tokenize
 from mfa_kernels.steering.handle import Handle, steer
 
 SITES = ("resid_post", "mlp_out", "mlp_act")
@@ -94,7 +94,7 @@ class MFASteerer:
             raise ValueError("tokenizer: give one to prompt with text")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
-        return dict(self.tokenizer(texts, return_tensors="pt", **padding).to(self.model.device))
+        return dict(tokenize(self.tokenizer, texts, **padding).to(self.model.device))
 
 
 def _is_text(prompts: Any) -> bool:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from itertools import accumulate
+from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mfa_kernels import harvest
+from mfa_kernels import harvest, locks
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.harvest import stream
+from mfa_kernels.locks import LOCK
 from mfa_kernels.models import hidden_states, with_hidden_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
@@ -34,6 +36,12 @@ def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def templated(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    """A conversation of one turn, as a template writes it: with the BOS token's text."""
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
 
 
 def make_model(kind: str, seed: int = 0) -> Any:
@@ -339,6 +347,9 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
             store = quiet(name, also, TEXTS, 1, device="cpu")
             assert torch.equal(store.tensor(), expected.tensor())
     assert store.meta["model"] == str(tmp_path / "lm")
+    for wrong in (b"bytes", 3, [tokenizer]):
+        with pytest.raises(TypeError, match="tokenizer must be one of transformers"):
+            quiet(model, wrong, TEXTS, 1)
     with pytest.raises(TypeError, match="tokenizer must be given"):
         quiet(model, None, TEXTS, 1)
 
@@ -533,7 +544,7 @@ def test_what_a_killed_process_left_is_removed(llama: tuple, cut: Path) -> None:
     for name in [*names, ".mine"]:
         (cut / name).write_text("")
     quiet(*llama, LONG, 1, cut, resume=True, **CUT)
-    assert [path.name for path in cut.iterdir() if path.name.startswith(".")] == [".mine"]
+    assert {path.name for path in cut.iterdir() if path.name.startswith(".")} == {".mine", LOCK}
 
 
 def test_resume_needs_a_folder_and_spares_it(llama: tuple, tmp_path: Path) -> None:
@@ -622,3 +633,161 @@ def test_fit_several_layers_while_harvesting(monkeypatch: pytest.MonkeyPatch) ->
         layer = own.pop("layer")
         alone = mfa_kernels.fit(stream(model, tokenizer, texts, layer, **options), **own, **common)
         assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), mixtures[name].state_dict().values()))
+
+
+def test_a_folder_that_is_written_to_is_refused_before_the_texts_are_read(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    taken: list[str] = []
+
+    def texts() -> Iterator[str]:
+        for text in TEXTS:
+            taken.append(text)
+            yield text
+
+    with locks.alone(tmp_path / "model.layers.2"):
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(TimeoutError, match=r"model\.layers\.2: another process.* is writing to this folder"):
+                quiet(*llama, texts(), [0, 2], tmp_path, **options)
+    assert not taken
+    quiet(*llama, TEXTS, [0, 2], tmp_path)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        quiet(*llama, texts(), [0, 2], tmp_path)
+    assert not taken
+
+
+def test_a_complete_store_is_given_back_without_a_lock(llama: tuple, tmp_path: Path) -> None:
+    quiet(*llama, TEXTS, 0, tmp_path)
+    (tmp_path / LOCK).unlink()  # as in a folder that may only be read
+    assert quiet(*llama, TEXTS, 0, tmp_path, resume=True).complete
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_text_from_a_chat_template_has_one_bos(lm: tuple) -> None:
+    model, tokenizer, bos = lm
+    texts = [templated(tokenizer, words(*range(20)))]
+    options = {"context": 8, "skip_first": 0, "drop_special": False, "seed": None}
+    store = quiet(model, tokenizer, texts, 0, **options)
+    documents = [store.document_tokens(d).tolist() for d in range(store.n_documents)]
+    assert documents[0][:2] == [BOS, 3]
+    body = [token for document in documents for token in document[document[0] == BOS :]]
+    assert body == [*range(3, 23), EOS]
+    assert [document[0] == BOS for document in documents] == [True] + [bos] * (len(documents) - 1)
+    if bos:
+        plain = quiet(model, tokenizer, [words(*range(20)) + "</s>"], 0, **options)
+        assert torch.equal(store.tokens, plain.tokens)
+        assert torch.equal(store.tensor(), plain.tensor())
+
+
+def numbered(taken: list[int]) -> Iterator[str]:
+    """An endless stream that counts what is taken of it."""
+    for i in count():
+        taken.append(i)
+        yield words(i, *range(9))  # with BOS and less of the first position, ten rows
+
+
+class Streamed:
+    """As `datasets.IterableDataset`: rows that are iterated, again and again."""
+
+    def __init__(self, taken: list[int]) -> None:
+        self.taken = taken
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for i, text in enumerate(numbered(self.taken)):
+            yield {"text": text, "id": i}
+
+
+@pytest.mark.parametrize("kind", ["generator", "IterableDataset", "torch"])
+def test_an_endless_iterable_ends_with_max_tokens(llama: tuple, tmp_path: Path, kind: str) -> None:
+    class OfTorch(torch.utils.data.IterableDataset):
+        def __init__(self, taken: list[int]) -> None:
+            self.taken = taken
+
+        def __iter__(self) -> Iterator[str]:
+            return numbered(self.taken)
+
+        def __len__(self) -> int:
+            return 1 << 40
+
+    make = {"generator": numbered, "IterableDataset": Streamed, "torch": OfTorch}[kind]
+    options = {"max_tokens": 400, "batch_size": 4, "buffer_size": 50}
+    taken: list[int] = []
+    store = quiet(*llama, make(taken), 0, tmp_path / "a", **options)
+    assert len(store) == 400
+    assert store.meta["buffer_size"] == 50
+    assert len(taken) == 50 + 40, "the buffer, and what is needed"
+    numbers = [int(store.source(d).split()[1]) for d in range(store.n_documents)]
+    assert len(set(numbers)) == 40
+    assert numbers != sorted(numbers)
+    assert max(numbers) > 60
+    quiet(*llama, make([]), 0, tmp_path / "b", **options)
+    assert files(tmp_path / "b") == files(tmp_path / "a")
+    other = quiet(*llama, make([]), 0, seed=1, **options)
+    assert not torch.equal(other.tokens, store.tokens)
+    rows = torch.cat(list(stream(*llama, make([]), 0, **options)))
+    assert torch.equal(rows, store.tensor())
+
+
+def test_by_default_a_thousand_texts_are_buffered(llama: tuple) -> None:
+    taken: list[int] = []
+    quiet(*llama, numbered(taken), 0, max_tokens=100)
+    assert len(taken) == 1000 + 16  # a batch
+
+
+def test_a_buffer_larger_than_the_stream_gives_every_text_once(llama: tuple) -> None:
+    store = quiet(*llama, islice(numbered([]), 30), 0, batch_size=4)
+    sources = [store.source(d) for d in range(store.n_documents)]
+    assert sorted(sources) == sorted(f"text {i}" for i in range(30))
+    assert sources != sorted(sources, key=lambda name: int(name.split()[1]))
+    small = quiet(*llama, islice(numbered([]), 30), 0, batch_size=4, buffer_size=7)
+    assert sorted(small.source(d) for d in range(30)) == sorted(sources)
+    assert [small.source(d) for d in range(30)] != sources
+
+
+def test_the_order_of_sequences_is_that_of_earlier_versions(llama: tuple, tmp_path: Path) -> None:
+    class Rows:  # as datasets.Dataset
+        def __len__(self) -> int:
+            return len(TEXTS)
+
+        def __getitem__(self, i: int) -> dict[str, str]:
+            return {"text": TEXTS[i]}
+
+        def __iter__(self) -> Iterator[dict[str, str]]:
+            return map(self.__getitem__, range(len(self)))
+
+    expected = [f"text {i}" for i in torch.randperm(6, generator=torch.Generator().manual_seed(3)).tolist()]
+    for texts in (TEXTS, tuple(TEXTS), Rows(), np.array(TEXTS)):
+        store = quiet(*llama, texts, 0, seed=3, buffer_size=2)
+        assert [store.source(d) for d in range(store.n_documents)] == expected
+        assert "buffer_size" not in store.meta
+
+
+def test_a_stream_that_was_cut_off_goes_on_to_the_same_files(
+    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**CUT, "max_tokens": 333, "buffer_size": 20}
+    quiet(*llama, numbered([]), 1, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        cut_off_after(4, patch)
+        with pytest.raises(CutOff):
+            quiet(*llama, numbered([]), 1, tmp_path / "cut", **options)
+    with pytest.raises(ValueError, match="buffer_size = 21, there 20"):
+        quiet(*llama, numbered([]), 1, tmp_path / "cut", resume=True, **{**options, "buffer_size": 21})
+    quiet(*llama, Streamed([]), 1, tmp_path / "cut", resume=True, **options)
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_what_is_no_texts_is_refused_before_the_model_works(llama: tuple, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    passes: list[int] = []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for texts in (["texts"], [*TEXTS, b"bytes"], b"bytes", {"text": TEXTS}):
+        for call in (quiet, stream):
+            with pytest.raises((TypeError, ValueError), match=r"^texts"):
+                call(model, tokenizer, texts, 0)
+    with pytest.raises(TypeError, match=r"texts\[2\] must be a string"):
+        quiet(model, tokenizer, iter([TEXTS[0], TEXTS[1], {"body": TEXTS[2]}]), 0, tmp_path, batch_size=1)
+    assert not passes
+    with pytest.raises(ValueError, match="buffer_size must be an integer >= 1, got 0"):
+        quiet(model, tokenizer, TEXTS, 0, buffer_size=0)

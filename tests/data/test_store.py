@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from mfa_kernels import locks
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+from mfa_kernels.locks import LOCK
 
 D = 5
 
@@ -32,6 +36,11 @@ def write(folder: Path, docs: list[tuple[Tensor, Tensor, Tensor]], **options: ob
         for i, document in enumerate(docs):
             writer.add_document(*document, source=f"doc {i}")
     return ActivationStore(folder)
+
+
+def listing(folder: Path) -> list[str]:
+    """What is in a folder, but for the file that writers lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 
 # Documents without rows, one that fills four shards alone, an end that falls on the end of a shard (49 rows = 7 x 7).
@@ -200,7 +209,7 @@ def test_a_shard_that_cannot_be_written_is_not_listed(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         writer.add_document(torch.arange(4), torch.arange(4), torch.ones(4, D))
     assert len(ActivationStore(tmp_path)) == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["activations-00000.safetensors", "manifest.json"]
+    assert listing(tmp_path) == ["activations-00000.safetensors", "manifest.json"]
 
 
 def test_overwrite_replaces_a_store_and_nothing_else(tmp_path: Path) -> None:
@@ -208,7 +217,7 @@ def test_overwrite_replaces_a_store_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     store = write(tmp_path, documents([7]), overwrite=True)
     assert len(store) == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["activations-00000.safetensors", "manifest.json", "notes.txt"]
+    assert listing(tmp_path) == ["activations-00000.safetensors", "manifest.json", "notes.txt"]
 
 
 def test_overwrite_leaves_a_foreign_manifest_alone(tmp_path: Path) -> None:
@@ -320,6 +329,7 @@ def test_a_writer_goes_on_after_any_document(tmp_path: Path, rows_per_shard: int
         for i, document in enumerate(docs[:cut]):
             writer.progress = {"document": i, "rows": writer._rows}
             writer.add_document(*document, source=f"doc {i}")
+        del writer
         writer = ActivationStoreWriter(folder, D, rows_per_shard=rows_per_shard, resume=True)
         if known and writer.progress:
             first, rows = writer.progress["document"], writer.progress["rows"]
@@ -338,6 +348,7 @@ def test_what_a_writer_cannot_go_on_with(tmp_path: Path) -> None:
     for document in docs[:5]:
         writer.add_document(*document)
     on_disk = len(ActivationStore(folder))
+    del writer
     for options, message in (
         ({"n_features": 6}, "n_features = 6, there 5"),
         ({"dtype": torch.float16}, "dtype = 'torch.float16', there 'torch.float32'"),
@@ -357,3 +368,90 @@ def test_what_a_writer_cannot_go_on_with(tmp_path: Path) -> None:
     again.close()
     with pytest.raises(ValueError, match="is complete"):
         ActivationStoreWriter(folder, D, rows_per_shard=7, meta={"a": (1, 2)}, resume=True)
+
+
+def test_a_folder_has_one_writer_and_any_readers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    docs = documents(LENGTHS)
+    with ActivationStoreWriter(tmp_path, D, rows_per_shard=7) as writer:
+        writer.add_document(*docs[3])
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(TimeoutError, match=f"{tmp_path}: another process.* is writing to this folder"):
+                ActivationStoreWriter(tmp_path, D, rows_per_shard=7, **options)
+        assert torch.equal(ActivationStore(tmp_path).tensor(), docs[3][2][:28])
+        assert ActivationStore(tmp_path).verify(progress=False) == []
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        ActivationStoreWriter(tmp_path, D)
+    with pytest.raises(ValueError, match="is complete"):
+        ActivationStoreWriter(tmp_path, D, rows_per_shard=7, resume=True)
+    writer = ActivationStoreWriter(tmp_path, D, overwrite=True)  # those that were refused hold nothing
+    writer.close()
+    assert len(write(tmp_path, docs, overwrite=True)) == sum(len(d[2]) for d in docs)
+
+
+def test_of_writers_in_several_threads_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    opened, outcomes = threading.Barrier(4), []
+
+    def work(number: int) -> None:
+        try:
+            writer: ActivationStoreWriter | None = ActivationStoreWriter(tmp_path, D, rows_per_shard=3, overwrite=True)
+        except TimeoutError:
+            writer = None
+        opened.wait()  # all have tried before one ends
+        if writer is not None:
+            for _ in range(10):
+                writer.add_document(range(4), range(4), torch.full((4, D), float(number)), source=str(number))
+            writer.close()
+            outcomes.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (number,) = outcomes
+    store = ActivationStore(tmp_path)
+    assert store.complete
+    assert torch.equal(store.tensor(), torch.full((40, D), float(number)))
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_writer_whose_folder_was_taken_away_stops(tmp_path: Path, replaced: bool) -> None:
+    """`rm -r` takes the lock along: the next writer makes one of its own."""
+    folder = tmp_path / "s"
+    writer = ActivationStoreWriter(folder, D, rows_per_shard=4)
+    writer.add_document(range(6), range(6), torch.zeros(6, D))
+    shutil.rmtree(folder)
+    if replaced:
+        write(folder, documents(LENGTHS))
+    message = rf"{folder}: another process has changed or removed manifest\.json"
+    with pytest.raises(RuntimeError, match=message):
+        writer.add_document(range(6), range(6), torch.zeros(6, D))
+    with pytest.raises(RuntimeError, match=message):
+        writer.close()
+    if replaced:
+        assert torch.equal(ActivationStore(folder).tensor(), torch.cat([d[2] for d in documents(LENGTHS)]))
+    else:
+        assert not folder.exists()
+
+
+def test_an_overwrite_that_is_cut_off_leaves_a_store_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, documents(LENGTHS), rows_per_shard=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, missing_ok=False: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            ActivationStoreWriter(tmp_path, D, rows_per_shard=7, overwrite=True)
+    assert len(listing(tmp_path)) > 10, "shards of the old store are left"
+    assert (len(ActivationStore(tmp_path)), ActivationStore(tmp_path).complete) == (0, False)
+    store = write(tmp_path, documents([7]), resume=True)
+    assert torch.equal(store.tensor(), documents([7])[0][2])
+    assert listing(tmp_path) == ["activations-00000.safetensors", "manifest.json"]
+
+
+def test_without_a_manifest_shards_are_somebody_elses(tmp_path: Path) -> None:
+    (tmp_path / "activations-00007.safetensors").write_text("mine")
+    write(tmp_path, documents([7]), overwrite=True)
+    assert (tmp_path / "activations-00007.safetensors").read_text() == "mine"

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mfa_kernels.data import read_texts
+from mfa_kernels.data.text import check_texts, is_finite, named_texts
 
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
@@ -75,3 +79,115 @@ def test_missing_paths_and_empty_folders_are_named(tmp_path: Path) -> None:
         list(read_texts("a text, not a path, that is longer than names of files may be " * 100))
     with pytest.raises(ValueError, match=r"holds no \.txt"):
         list(read_texts(tmp_path))
+
+
+TABLE = type("DataFrame", (), {"columns": ["text"], "__iter__": lambda self: iter(self.columns)})()
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        (["texts"], ValueError, r"nothing but .'texts'.: give a column by its values, as dataset.\"texts\"."),
+        (("corpus",), ValueError, "nothing but"),
+        (["id", "url", "text"], ValueError, "nothing but"),
+        (["train", "test"], ValueError, "nothing but"),
+        (np.array(["text", "label"]), ValueError, "nothing but"),
+        ({"prompt": 1, "answer": 2}.keys(), ValueError, "nothing but"),
+        ({"train": ["a text"]}, TypeError, "got a mapping: give one of its values"),
+        (TABLE, TypeError, r"got a table \(DataFrame\): give one of its columns"),
+        (b"a text", TypeError, "got bytes: decode it, and give a list of strings"),
+        (bytearray(b"a text"), TypeError, "got bytearray"),
+        (np.array("a text"), TypeError, "got ndarray"),
+        (3, TypeError, "got int"),
+        ("", TypeError, "texts must be a path, a string or a pathlib.Path, got ''"),
+        ("a text, and no path", FileNotFoundError, "a text itself is given in a list"),
+        (Path("nowhere"), FileNotFoundError, "nowhere"),
+        (["a text", b"bytes"], TypeError, r"texts\[1\] must be a string, .* got bytes: decode it"),
+        (["a text", None], TypeError, r"texts\[1\] must be .* got None"),
+        ([[3, 4, 5]], TypeError, r"texts\[0\] must be .* got \[3, 4, 5\]"),
+        (
+            [[{"role": "user", "content": "hello"}]],
+            TypeError,
+            r"a conversation: give tokenizer.apply_chat_template\(messages, tokenize=False\)",
+        ),
+        ([{"messages": [{"role": "user", "content": "hello"}]}], TypeError, "a conversation: give"),
+        ([{"text": ["a batch", "of rows"]}], TypeError, 'whose "text" is .*: give its rows one by one'),
+        ([{"text": None}], TypeError, 'a mapping whose "text" is None'),
+        (
+            [{"content": "a text", "id": 3}],
+            TypeError,
+            r"a mapping with \['content', 'id'\]: give one column, as dataset.\"content\".",
+        ),
+    ],
+)
+def test_what_is_likely_to_be_meant_otherwise_is_refused(texts: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message) as raised:
+        check_texts(texts)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_path_of_a_file_is_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    path = str(tmp_path / "a.txt")
+    for texts in ([path], ["a text", path]):
+        with pytest.raises(ValueError, match=r"texts\[.\] must be a text, got the path of a file: give pathlib.Path"):
+            check_texts(texts)
+    with pytest.raises(ValueError, match=r"texts\[0\] must be a text, got the path of a file"):
+        list(named_texts(map(str, tmp_path.glob("*.txt")), None, 1))
+    monkeypatch.chdir(tmp_path)
+    for name in ("corpus", "books"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ValueError, match="nothing but .*corpus"):
+        check_texts(["corpus", "books"])
+    check_texts(["corpus", "books", "London"])
+    for texts in ([Path(path)], [(path, "a text")], path, tmp_path, ["a text about " + path, "/no/such/file"]):
+        check_texts(texts)
+    assert list(named_texts([Path(path)], 0, 1)) == [(path, "a text")]
+
+
+def test_words_that_are_texts_are_taken() -> None:
+    vocabulary = [f"word{i}" for i in range(100)] + ["text", "label"]
+    for texts in (
+        ["Paris", "London"], [("word", "text")], ["texts in a list"], ["你好"], vocabulary, {"Paris", "London"},
+        [{"text": "text"}], [], [""],
+    ):  # fmt: skip
+        check_texts(texts)
+    assert list(named_texts([("word", "text")], 0, 1)) == [("word", "text")]
+
+
+def test_a_stream_is_not_touched_by_the_checks() -> None:
+    taken = []
+    stream = (taken.append(i) or f"text number {i}" for i in range(5))
+    check_texts(stream)
+    assert not taken
+    assert not is_finite(stream)
+    assert len(list(named_texts(stream, 0, 2))) == 5
+
+
+def test_which_texts_are_read_whole() -> None:
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[str]:
+            return iter(["a"])
+
+        def __len__(self) -> int:
+            return 1
+
+    for texts in (["a"], ("a",), "a", Path("a"), np.array(["a"])):
+        assert is_finite(texts)
+    for texts in (iter(["a"]), {"a"}, {"a": 1}.values(), Rows()):
+        assert not is_finite(texts)
+
+
+def test_the_buffer_gives_every_text_once_and_mixes() -> None:
+    texts = [f"text number {i}" for i in range(200)]
+    orders = {}
+    for size in (1, 2, 50, 199, 200, 1000):
+        orders[size] = [text for _, text in named_texts(iter(texts), 5, size)]
+        assert sorted(orders[size]) == sorted(texts)
+        assert orders[size] == [text for _, text in named_texts(iter(texts), 5, size)]
+        # Nothing comes before it has been read.
+        assert all(texts.index(text) <= place + size for place, text in enumerate(orders[size]))
+    assert orders[1] == texts
+    assert orders[200] == orders[1000] == [text for _, text in named_texts(texts, 5, 1)]
+    displaced = sum(abs(texts.index(text) - place) for place, text in enumerate(orders[50])) / 200
+    assert displaced > 20

@@ -1,12 +1,15 @@
 """The package's own language model: its files, what it has learned, and the text it learned from."""
 
 import math
+import os
 
 import pytest
 import torch
 
+from mfa_kernels import locks
 from mfa_kernels.data import tiny_lm
-from mfa_kernels.data.tiny_lm import corpus
+from mfa_kernels.data.tiny_lm import corpus, train
+from mfa_kernels.models import weights_in
 
 CODE = '''class Stack:
     """A last-in, first-out list: \u00e9t\u00e9, \u03bb, \U0001f40d."""
@@ -130,3 +133,31 @@ def test_help_topics_are_read_as_prose(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda _: str(tmp_path))
     topics = [("pydoc_data/topics.py:a", "One."), ("pydoc_data/topics.py:b", "Two.")]
     assert corpus.stdlib_texts("all") == [("module.py", "x = y\n"), *topics]
+
+
+def test_what_training_writes_is_loaded_again(loaded, tmp_path):
+    from tokenizers import Tokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = loaded
+    for _ in range(2):  # the second time over what is there
+        train.save(tmp_path, model, Tokenizer.from_file(str(tiny_lm.path() / "tokenizer.json")), {"steps": 3})
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {*names, "training.json"}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask()}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, **weights_in(torch.float32)).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+    assert AutoTokenizer.from_pretrained(tmp_path)(CODE)["input_ids"] == tokenizer(CODE)["input_ids"]
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.1)
+    monkeypatch.setattr(train, "stdlib_texts", lambda split: pytest.fail("the folder comes first"))
+    with locks.alone(tmp_path), pytest.raises(TimeoutError, match=f"{tmp_path}: another process"):
+        train.main(["--out", str(tmp_path)])

@@ -86,7 +86,7 @@ def calls(folder: Path) -> dict[str, Call]:
     }  # fmt: skip
     reader = make_model("llama").eval(), make_tokenizer(bos=True)
     read = {"texts": TEXTS[:3], "layer": 1, "max_tokens": 40, "context": 8, "batch_size": 2, "skip_first": 1,
-            "drop_special": True, "seed": 0}  # fmt: skip
+            "drop_special": True, "seed": 0, "buffer_size": 5}  # fmt: skip
     harvested = harvest(*reader, **{**read, "max_tokens": None}, **quiet)  # type: ignore[arg-type]
     of_store = MFA(3, harvested.n_features, 2)
     objects = {"model": reader[0], "tokenizer": reader[1]}

@@ -164,6 +164,15 @@ def test_the_shift_is_that_of_log_probabilities(language_model: tuple[Any, Any])
     assert all(t.token for t in shift.rises)
 
 
+def test_the_shift_after_a_prompt_from_a_chat_template(language_model: tuple[Any, Any]) -> None:
+    model, tokenizer = language_model
+    shifts = [
+        logit_shift(model, tokenizer, prompt, lambda: _pushed(model, 5.0), top=3)
+        for prompt in ("def __init__(self", tokenizer.bos_token + "def __init__(self")
+    ]
+    assert shifts[0] == shifts[1]
+
+
 def test_no_steering_is_no_shift(language_model: tuple[Any, Any]) -> None:
     model, tokenizer = language_model
     shift = logit_shift(model, tokenizer, "import", nullcontext, top=3)

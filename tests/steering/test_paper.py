@@ -62,6 +62,17 @@ def test_text_in_text_out() -> None:
     assert together != [steerer.generate(text, 0.0, 1, **options)[0] for text in texts]
 
 
+def test_text_from_a_chat_template_is_not_given_another_bos() -> None:
+    model, tokenizer = tiny_lm.load()
+    steerer = MFASteerer(model, fitting_mixture(features=model.config.hidden_size), 2, tokenizer)
+    texts = ["def read(path):", "The value"]
+    for given in (texts, texts[0]):
+        plain = steerer._inputs(given)
+        chat = steerer._inputs("<|bos|>" + given if isinstance(given, str) else [given[0], "<|bos|>" + given[1]])
+        assert list(chat) == list(plain)
+        assert all(torch.equal(chat[name], plain[name]) for name in plain)
+
+
 def test_sites() -> None:
     gpt2 = causal_lm("gpt2")
     wide = fitting_mixture(features=4 * WIDTH)

@@ -5,7 +5,7 @@
 A byte-level BPE tokenizer first, then a Llama of 3.9 million parameters by AdamW. The learning rate follows
 the share of the time budget that is spent, so that it always ends at (almost) zero whatever the machine's
 speed; the result therefore depends on that speed. Every file is written under a temporary name and renamed,
-and the folder holds a loadable model from the first checkpoint on.
+and the folder holds a loadable model from the first checkpoint on. One process at a time trains into a folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -27,6 +26,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
+
+from mfa_kernels.files import atomic_path, atomic_save_safetensors, atomic_write_json
+from mfa_kernels.locks import alone
 
 from .corpus import stdlib_texts
 
@@ -130,20 +132,9 @@ def learning_rate(peak: float, step: int, spent: float) -> float:
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(spent, 1.0)))
 
 
-def write(folder: Path, name: str, save: Callable[[Path], object]) -> None:
-    """Write a file through a temporary name beside it, so that a reader never sees half of it."""
-    temporary = folder / f".{os.getpid()}.{name}"
-    save(temporary)
-    temporary.chmod(0o644)  # safetensors writes files that only their owner may read
-    temporary.replace(folder / name)
-
-
-def write_json(folder: Path, name: str, value: dict) -> None:
-    write(folder, name, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
-
-
 def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    write(folder, "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    with atomic_path(folder / "tokenizer.json") as path:
+        tokenizer.save(str(path))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
@@ -153,23 +144,22 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
-    write_json(folder, "tokenizer_config.json", config)
+    atomic_write_json(folder / "tokenizer_config.json", config)
 
 
-def save_model(folder: Path, model: transformers.LlamaForCausalLM, facts: dict) -> None:
-    """Write the weights as bf16 and the configs that transformers needs, old spellings and new."""
-    from safetensors.torch import save_file
-
+def save(folder: Path, model: transformers.LlamaForCausalLM, tokenizer: Tokenizer, facts: dict) -> None:
+    """Write the tokenizer, the weights as bf16 and the configs that transformers needs, old spellings and new."""
+    save_tokenizer(folder, tokenizer)  # not before: it would stand beside the weights of an earlier run
     tied = {"lm_head.weight"}  # the same tensor as the embedding: stored once
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k not in tied}
-    write(folder, "model.safetensors", lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    atomic_save_safetensors(weights, folder / "model.safetensors", {"format": "pt"})
     config = model.config.to_dict() | {"architectures": ["LlamaForCausalLM"], "dtype": "bfloat16"}
     config |= {"torch_dtype": "bfloat16", "rope_theta": 10000.0}  # transformers 4 reads these two
     config.pop("_name_or_path", None)
-    write_json(folder, "config.json", config)
+    atomic_write_json(folder / "config.json", config)
     generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "do_sample": False}
-    write_json(folder, "generation_config.json", generation)
-    write_json(folder, "training.json", facts)
+    atomic_write_json(folder / "generation_config.json", generation)
+    atomic_write_json(folder / "training.json", facts)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -182,7 +172,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-autocast", action="store_true", help="for CPUs without bf16 products")
     parser.add_argument("--no-compile", action="store_true", help="for machines without a C++ compiler")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
+    with alone(args.out):
+        train(args)
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train into a folder that is locked."""
     torch.manual_seed(SEED)
 
     train_texts = [text for _, text in stdlib_texts("train")]
@@ -190,7 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     if not train_texts or not held_texts:
         raise SystemExit("this Python has no standard library sources to read")
     tokenizer = train_tokenizer(train_texts)
-    save_tokenizer(args.out, tokenizer)
     stream, held_out = token_stream(tokenizer, train_texts), token_stream(tokenizer, held_texts)
     held_bytes = sum(len(text.encode()) for text in held_texts)
     print(f"{len(train_texts)} texts, {len(stream):,} tokens to train on, {len(held_out):,} held out")
@@ -233,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         while (spent := (time.monotonic() - start) / 60) < args.minutes:
             if spent >= next_checkpoint:
                 now = facts(step, tokens)
-                save_model(args.out, model, now | {"finished": False})
+                save(args.out, model, tokenizer, now | {"finished": False})
                 bar.write(f"{now['minutes']} min: held-out loss {now['held_out_nats_per_token']:.3f}")
                 next_checkpoint *= 2
             for group in optimizer.param_groups:
@@ -256,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
             parameter.copy_(parameter.to(torch.bfloat16))
     final = facts(step, tokens) | {"finished": True}
     final["held_out_nats_per_token_at_512"] = round(held_out_loss(model, held_out, LONG_CONTEXT), 4)
-    save_model(args.out, model, final)
+    save(args.out, model, tokenizer, final)
     print(json.dumps(final, indent=2))
 
 
