@@ -12,6 +12,7 @@ from torch import Tensor
 from mfa_kernels.checks import check_activations, check_finite, check_flag, check_floats, check_mixture
 from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
 
 _BATCH = 8192
 
@@ -47,6 +48,7 @@ class Evaluation:
         return asdict(self)
 
 
+@door
 @torch.no_grad()
 def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, progress: bool = True) -> Evaluation:
     """Evaluates a mixture on activations it was not fitted to.

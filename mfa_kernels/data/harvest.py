@@ -21,11 +21,13 @@ from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWri
 from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
 from mfa_kernels.models import hidden_states, resolve_layer
+from mfa_kernels.modes import door, made
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
 
 
+@door
 def harvest(
     model: Any,
     tokenizer: Any,
@@ -129,7 +131,7 @@ def harvest(
 
         nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
         if nonfinite:
-            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=2)
+            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=3)
 
     stores = {path: ActivationStore(folder) for path, folder in folders.items()}
     for path, temporary in temporaries.items():
@@ -187,7 +189,7 @@ def stream(
             yield first if isinstance(layer, int | str) else {wanted: rows[path] for wanted, path in paths.items()}
             left = None if left is None else left - len(first)
 
-    return batches()
+    return made(batches())
 
 
 def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:

@@ -27,6 +27,7 @@ from mfa_kernels.fitting.lloyd import Partition, chunks, finite_rows, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.source import Source, as_source, home, picked
+from mfa_kernels.modes import door
 from mfa_kernels.ranks import ALONE, Ranks
 
 _SAMPLE_PER_CLUSTER = 128
@@ -59,6 +60,7 @@ class KMeansResult:
     rows: Tensor | None = None
 
 
+@door
 @torch.no_grad()
 def kmeans(
     x: Any,

@@ -384,7 +384,7 @@ def _from_first(start: Callable[[], MFA], ranks: Ranks, *shape: Any) -> MFA:
     floor = ranks.agree(make)
     mfa = made[0] if made else _blank(*shape)
     mfa.noise_floor = floor
-    ranks.broadcast_(*mfa.state_dict().values())
+    ranks.broadcast_(*mfa.tensors().values())
     return mfa
 
 

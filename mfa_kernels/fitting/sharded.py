@@ -24,12 +24,14 @@ from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, collect
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.sharded import ShardedMFA, part_of
 
 
+@door
 def fit_sharded(
     activations: Any,
     n_components: int,
