@@ -401,7 +401,8 @@ class MFA(nn.Module):
     @overload
     def log_prob(self, x: Tensor, return_error_bound: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, return_error_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone.
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, or so far out that the dtype holds
+        no density, and for that one alone.
 
         Args:
             x: (..., D).

@@ -22,6 +22,7 @@ from mfa_kernels.data.text import read_texts
 from mfa_kernels.files import StrPath
 from mfa_kernels.models import hidden_states, resolve_layer
 from mfa_kernels.modes import door, made
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
@@ -51,7 +52,8 @@ def harvest(
     """Runs texts through a causal language model and keeps the hidden states that leave a layer.
 
     Texts are cut into windows of `context` tokens, each beginning with the tokenizer's BOS token where that is its
-    convention; each window is one document of the store. The forward pass ends at the last layer wanted.
+    convention; each window is one document of the store. The forward pass ends at the last layer wanted. It is made
+    in the model's own dtype: autocast is off meanwhile.
 
     Args:
         model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
@@ -81,7 +83,8 @@ def harvest(
 
     Returns:
         The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
-        finite in every layer are left out, counted in `store.meta["nonfinite_rows"]`, and warned of.
+        finite in every layer (`mfa_kernels.ops.finite`) are left out, counted in `store.meta["nonfinite_rows"]`, and
+        warned of.
 
     Raises:
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
@@ -305,7 +308,7 @@ def _run(
             position = _Reached(batches, documents, kept, nonfinite, digest.hexdigest())._asdict()
             for writer in writers.values():
                 writer.progress = position
-            finite = torch.stack([states.isfinite().all(1) for states in rows.values()]).all(0)
+            finite = torch.stack([finite_rows(states) for states in rows.values()]).all(0)
             nonfinite += int((~finite).sum())
             keep = torch.zeros_like(finite)
             keep[finite.nonzero().squeeze(1)[: None if max_tokens is None else max_tokens - kept]] = True

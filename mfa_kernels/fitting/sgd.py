@@ -17,11 +17,11 @@ from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.feed import Steps
-from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import of_the_caller
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import AnyMFA, ShardedMFA
@@ -337,7 +337,7 @@ class Run:
     def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
         x = x.to(self.mfa.means.device)
-        finite = finite_rows(x)
+        finite = finite_rows(x, self.mfa.means.dtype)
         if finite.all():
             return x
         if count_skipped:

@@ -92,7 +92,7 @@ def start_from_clusters(
     generator = torch.Generator().manual_seed(seed)
 
     center = centroids.mean(0)
-    part = partition(source, centroids - center, center, None, ranks=ranks)
+    part = partition(source, centroids - center, center, None, ranks=ranks, dtype=mfa.means.dtype)
     mass = part.mass
     total = float(mass.sum())
     if not total:

@@ -94,7 +94,7 @@ def outcome(mfa: MFA) -> dict[str, Any]:
     del report["seconds"]
     for record in report["history"]:
         del record["seconds"], record["tokens_per_second"], record["memory"]
-    return {"state": mfa.tensors(), "noise_floor": mfa.noise_floor, "report": report}
+    return {"state": getattr(mfa, "local", mfa).tensors(), "noise_floor": mfa.noise_floor, "report": report}
 
 
 def message(work: Any) -> str:
