@@ -24,6 +24,7 @@ from mfa_kernels import __version__, checksum
 from mfa_kernels.checks import check_choice, check_path
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
 from mfa_kernels.functional import PRECISIONS
+from mfa_kernels.modes import door, of_the_caller
 from mfa_kernels.reading import (
     COUNT,
     OBJECT,
@@ -63,6 +64,7 @@ _KINDS = {
 # Our folder
 
 
+@door
 def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | None = None) -> None:
     """Writes config.json and model.safetensors; a reload is bitwise equal.
 
@@ -78,7 +80,7 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra))
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
-        tensors = {name: tensor.detach().cpu() for name, tensor in mfa.state_dict().items()}
+        tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
         metadata = _metadata(config)
         metadata[checksum.KEY] = checksum.of_tensors(tensors, metadata)
         atomic_save_safetensors(tensors, weights_file, metadata)
@@ -122,6 +124,7 @@ def _metadata(config: dict[str, Any]) -> dict[str, str]:
     return {"format": "pt", "config": json.dumps(config)}
 
 
+@door
 def load_pretrained(
     cls: type[MFA],
     folder_or_hub_id: StrPath,
@@ -172,7 +175,7 @@ def load_pretrained(
     config = _of_the_weights(config, metadata, weights_path)
     # On the meta device nothing is allocated before the shapes are known to fit, and no random numbers are drawn.
     mfa = _blank(cls, config, config["n_components"], precision, config_path)
-    expected = mfa.state_dict()
+    expected = mfa.tensors()
     if set(saved) != set(expected):
         raise ValueError(f"{weights_path} holds the tensors {sorted(saved)}, expected {sorted(expected)}")
     for name, tensor in saved.items():
@@ -205,7 +208,9 @@ def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision
 
 def _allocate(mfa: MFA, device: torch.device | str | None, dtype: torch.dtype | None) -> MFA:
     """Memory for a mixture on the meta device; the values are yet to be written."""
-    device = torch.get_default_device() if device is None else device
+    if device is None:
+        with of_the_caller():
+            device = torch.get_default_device()
     return mfa.to(dtype=dtype or mfa.means.dtype).to_empty(device=device)
 
 

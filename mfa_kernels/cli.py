@@ -432,6 +432,9 @@ def _encode(arguments: argparse.Namespace) -> None:
             bar.update(len(batch))
     atomic_save_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, arguments.out)
     print(f"codes of {len(store):,} tokens in {arguments.out}: components, responsibilities, latents, dropped")
+    without = sum(int((components[:, 0] < 0).sum()) for components in parts["components"])
+    if without:
+        print(f"{without:,} of them have no density under the mixture, and no component: responsibilities are NaN")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -12,17 +12,19 @@ from torch import Tensor
 from mfa_kernels.checks import check_activations, check_finite, check_flag, check_floats, check_mixture
 from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
+from mfa_kernels.ops.finite import finite_rows
 
 _BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Averages over the rows that are finite.
+    """Averages over the rows that are finite, which are those that `fit` takes (`mfa_kernels.ops.finite`).
 
     Attributes:
         rows: rows evaluated.
-        skipped: rows that were not finite.
+        skipped: rows left out: not finite in the mixture's dtype, or so far out that it holds no density of theirs.
         nll: mean negative log-likelihood, nats per token.
         mse: mean squared error of `MFA.reconstruct`, per value.
         fvu: fraction of variance unexplained, mse / variance around the mean.
@@ -47,6 +49,7 @@ class Evaluation:
         return asdict(self)
 
 
+@door
 @torch.no_grad()
 def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, progress: bool = True) -> Evaluation:
     """Evaluates a mixture on activations it was not fitted to.
@@ -58,7 +61,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
         progress: show a bar when it takes more than two seconds.
 
     Raises:
-        ValueError: the width does not fit, or no row is finite.
+        ValueError: the width does not fit, or no row is left.
     """
     from tqdm import tqdm
 
@@ -82,19 +85,21 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     mfa.factors()  # stage 0 is paid once, not per token
     with tqdm(total=len(source), desc="evaluate", unit="token", unit_scale=True, delay=2, disable=not progress) as bar:
         for start in range(0, len(source), _BATCH):
-            x = source.rows(torch.arange(start, min(start + _BATCH, len(source)))).to(device)
-            bar.update(len(x))
-            finite = x.isfinite().all(-1)
-            skipped += int((~finite).sum())
-            x = x[finite]
-            if not len(x):
-                continue
-            rows += len(x)
+            every = source.rows(torch.arange(start, min(start + _BATCH, len(source)))).to(device)
+            bar.update(len(every))
+            x = every[finite_rows(every, mfa.means.dtype)]
             started = time.perf_counter()
             log_prob = mfa.log_prob(x)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             seconds += time.perf_counter() - started
+            has_density = ~log_prob.isnan()
+            if not has_density.all():
+                x, log_prob = x[has_density], log_prob[has_density]
+            rows += len(x)
+            skipped += len(every) - len(x)
+            if not len(x):
+                continue
             sums["nll"] -= log_prob.double().sum().item()
             code = mfa.encode(x, top_k=None)
             sums["active"] += (code.components >= 0).sum().item()
@@ -109,7 +114,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
             total += (x.double() - center).sum(0).cpu()
             square += (x.double() - center).square().sum().item()
     if not rows:
-        raise ValueError("activations: no row is finite")
+        raise ValueError(f"activations: no row is finite and has a density under the mixture, of {skipped}")
     values = rows * mfa.n_features
     variance = max(square - total.square().sum().item() / rows, 0.0)
     kmeans = None if centroids is None else sums["kmeans"]

@@ -27,6 +27,7 @@ from mfa_kernels.checks import (
     shown,
 )
 from mfa_kernels.code import Code, encoded
+from mfa_kernels.modes import door
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
 from mfa_kernels.ops.select.op import SLOTS, activity_threshold
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 _TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
 _SCREEN_TOKENS = 256  # draws that stand for the tokens to come
+
+_EXTRA_STATE = "_extra_state"  # its name in a state dict, which PyTorch gives it
 
 NOISES = ("shared", "per_component")
 
@@ -62,6 +65,9 @@ class MFA(nn.Module):
         log_noise: log(Psi - noise_floor), parameter (D,) or (K, D).
         weight_logits: parameter (K,); log pi is its log-softmax.
         center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
+        noise_floor: see above. The density depends on it, so `state_dict` has it too, as what PyTorch calls extra
+            state: a mixture of the same shape, dtype and precision loads a dict to the same bits. A dict without a
+            floor, of earlier versions or from a file of weights, leaves the mixture its own.
         evaluated: after a call that was screened (see `screen`), components per token whose logit was computed, int32;
             -1 where the token took the dense scan. None otherwise.
     """
@@ -125,6 +131,14 @@ class MFA(nn.Module):
         )
 
     @classmethod
+    def _blank(cls, *args: Any, **kwargs: Any) -> MFA:
+        """A mixture whose parameters are yet to be written, and have not been drawn from the global generator."""
+        mfa = torch.nn.utils.skip_init(cls, *args, **kwargs)
+        mfa.center.zero_()
+        return mfa
+
+    @classmethod
+    @door
     def from_parameters(
         cls, means: Tensor, loadings: Tensor, noise_variance: Tensor, weights: Tensor, *, precision: str = "exact"
     ) -> MFA:
@@ -157,7 +171,7 @@ class MFA(nn.Module):
             raise ValueError("weights must be non-negative with a positive, finite sum")
         noise = "shared" if noise_variance.dim() == 1 else "per_component"
         components, features, rank = loadings.shape
-        mfa = cls(components, features, rank, noise, precision=precision, device=means.device, dtype=dtype)
+        mfa = cls._blank(components, features, rank, noise, precision=precision, device=means.device, dtype=dtype)
         with torch.no_grad():
             mfa.means.copy_(means)
             mfa.loadings.copy_(loadings)
@@ -166,6 +180,7 @@ class MFA(nn.Module):
         return mfa
 
     @classmethod
+    @door
     def from_centroids(
         cls,
         centroids: Tensor,
@@ -183,9 +198,8 @@ class MFA(nn.Module):
         check_finite(centroids, "centroids")
         variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
         components, features = centroids.shape
-        mfa = cls(
-            components, features, rank, noise, precision=precision, device=centroids.device, dtype=centroids.dtype
-        )
+        like: dict[str, Any] = {"device": centroids.device, "dtype": centroids.dtype}
+        mfa = cls._blank(components, features, rank, noise, precision=precision, **like)
         mfa.reset_parameters(generator)
         with torch.no_grad():
             mfa.means.copy_(centroids)
@@ -217,6 +231,7 @@ class MFA(nn.Module):
         """Forgets the factors. Needed only after a change that PyTorch does not count, as through `parameter.data`."""
         self._cache = None
 
+    @door
     @torch.no_grad()
     def screen(self, x: Tensor | None = None, *, neighbors: bool | None = None) -> bool:
         """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
@@ -316,6 +331,9 @@ class MFA(nn.Module):
         return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
 
     def _factorize(self) -> tuple[_Parameters, ops.Factors]:
+        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # they may be used, and saved for a gradient, outside of it
+                return self._factorize()
         with torch.no_grad():
             parameters = self.parameters_in_compute_dtype()
             return parameters, ops.factorize(*parameters[:3], self.center)
@@ -323,6 +341,32 @@ class MFA(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = {"_cache": None, "_screen": None, "evaluated": None}  # neither copied nor pickled
         return {**super().__getstate__(), **derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        with torch.inference_mode(False), torch.no_grad():  # what was copied or unpickled in inference mode is of it
+            for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
+                if tensor.is_inference():
+                    own = tensor.clone()
+                    setattr(self, name, nn.Parameter(own, tensor.requires_grad) if name in self._parameters else own)
+
+    @door
+    def get_extra_state(self) -> Tensor:
+        """The noise floor, a float64 number on the CPU: what `state_dict` has besides parameters and centre."""
+        return torch.tensor(self.noise_floor, dtype=torch.float64)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Takes a noise floor over, of a state dict; ValueError or TypeError where it is none."""
+        self.noise_floor = check_number(state, "noise_floor", 0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # One of earlier versions has no floor, and is complete all the same.
+        state_dict.setdefault(prefix + _EXTRA_STATE, self.get_extra_state())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and centre by name, without gradients: what is in a file of weights, beside its config."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name != _EXTRA_STATE}
 
     def _active(self, x: Tensor, slots: int = SLOTS) -> ops.Active:
         """Stage 1 on (N, D); differentiable when gradients are on."""
@@ -357,7 +401,8 @@ class MFA(nn.Module):
     @overload
     def log_prob(self, x: Tensor, return_error_bound: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, return_error_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone.
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, or so far out that the dtype holds
+        no density, and for that one alone.
 
         Args:
             x: (..., D).
@@ -497,6 +542,7 @@ class MFA(nn.Module):
         ones = torch.ones(n, 1, dtype=means.dtype, device=means.device)
         return ops.decode(components.int().unsqueeze(-1), ones, z.unsqueeze(1), means, loadings) + noise
 
+    @door
     @torch.no_grad()
     def rotate(self, method: str = "varimax", iterations: int = 50) -> MFA:
         """Rotates every component's loadings in place, W_k <- W_k Q_k with Q_k orthogonal: the density does not change.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mfa_kernels.checkpoint import _allocate, _extra
 from mfa_kernels.files import StrPath, atomic_path
+from mfa_kernels.modes import door
 from mfa_kernels.reading import SHARE, check_file, naming, optional, shown
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ _CHUNK_ELEMENTS = 1 << 23  # 64 MiB of float64
 _OBLIQUE = 1e-2  # farther from orthogonal than the rounding of bfloat16 explains
 
 
+@door
 @torch.no_grad()
 def load_reference(
     cls: type[MFA],
@@ -211,7 +213,7 @@ def _choose_eps_floor(path: StrPath, meta: Mapping[str, Any], eps_floor: float |
     warnings.warn(
         f"{path} does not say its eps_floor: {_BARE_EPS_FLOOR} is taken, as by the paper's loader. The paper's trainer "
         f"uses {_TRAINING_EPS_FLOOR}: pass eps_floor={_TRAINING_EPS_FLOOR} for the noise the model was trained with.",
-        stacklevel=5,  # the caller of MFA.from_reference_checkpoint
+        stacklevel=6,  # the caller of MFA.from_reference_checkpoint
     )
     return _BARE_EPS_FLOOR
 
@@ -228,7 +230,7 @@ def _read_rotation(path: StrPath, state: Mapping[str, Tensor], meta: Mapping[str
         warnings.warn(
             f"{path} has an oblique rotation ({meta.get('rotation_kind')!r}, {deviation:.1e} from orthogonal). The "
             "loadings are kept un-rotated: the density is the file's, the latents are not in its rotated coordinates.",
-            stacklevel=5,
+            stacklevel=6,
         )
         return None
     return rotation
@@ -260,6 +262,7 @@ def _inverse_softplus(value: Tensor) -> Tensor:
     return value + (-torch.expm1(-value)).log()
 
 
+@door
 @torch.no_grad()
 def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool = True) -> None:
     """Writes a .pt file that the paper's own code loads, to a temporary name and then renamed.

@@ -12,9 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from mfa_kernels.modes import door
+
 _CHUNK_BYTES = 64 << 20  # of temporaries
 
 
+@door
 @torch.no_grad()
 def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progress: bool = True) -> Tensor:
     """Columns that load on few features: maximises, per component, the variance of the squared loadings.
@@ -74,6 +77,7 @@ def _varimax_rotations(rows: Tensor, iterations: int, tol: float) -> Tensor:
     return best
 
 
+@door
 @torch.no_grad()
 def principal(loadings: Tensor, *, progress: bool = True) -> Tensor:
     """Orthogonal columns, in the order of the variance they explain (the eigenvalues of W^T W, falling).

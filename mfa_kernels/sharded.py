@@ -22,6 +22,7 @@ from mfa_kernels.checks import check_activations
 from mfa_kernels.code import Code, encoded
 from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.reading import opened
@@ -113,13 +114,14 @@ class ShardedMFA(nn.Module):
             self.ranks.broadcast_(local.center, *([local.log_noise] if self.noise == "shared" else []))
 
     @classmethod
+    @door
     def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:
         """Each rank's part of a mixture that every rank holds; parameters are copied."""
         start, stop = part_of(mfa.n_components, Ranks(group))
         local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
         local.extra = dict(mfa.extra)
         local.load_state_dict(
-            {name: t[start:stop] if is_split(name, mfa.noise) else t for name, t in mfa.state_dict().items()}
+            {name: t[start:stop] if is_split(name, mfa.noise) else t for name, t in mfa.tensors().items()}
         )
         return cls(local, group)
 
@@ -275,7 +277,7 @@ class ShardedMFA(nn.Module):
                 atomic_write_json(config_path, config)
                 weights = files.enter_context(open(weights_path, "wb"))
                 weights.write(self._header({**metadata, checksum.KEY: "0" * 64}, of))
-            for name, tensor in local.state_dict().items():
+            for name, tensor in local.tensors().items():
                 sharers = range(ranks.size if is_split(name, self.noise) else 1)
                 written = checksum.Pieces()
                 for piece in (piece for rank in sharers for piece in self._pieces(tensor, rank)):
@@ -297,14 +299,14 @@ class ShardedMFA(nn.Module):
                 tensor.dtype,
                 [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]],
             )
-            for name, tensor in self.local.state_dict().items()
+            for name, tensor in self.local.tensors().items()
         }
 
     def _header(self, metadata: Mapping[str, str], of: Mapping[str, checksum.Fact]) -> bytes:
         """Of the safetensors file."""
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
-        for name, tensor in self.local.state_dict().items():
+        for name, tensor in self.local.tensors().items():
             start, end = end, end + torch.Size(of[name].shape).numel() * tensor.element_size()
             dtype = _SAFETENSORS_DTYPES[tensor.dtype]
             header[name] = {"dtype": dtype, "shape": of[name].shape, "data_offsets": [start, end]}
@@ -330,6 +332,7 @@ class ShardedMFA(nn.Module):
                 yield piece
 
     @classmethod
+    @door
     def from_pretrained(
         cls,
         folder_or_hub_id: StrPath,
@@ -360,7 +363,7 @@ class ShardedMFA(nn.Module):
             config = checkpoint._of_the_weights(config, file.metadata() or {}, weights_path)
             start, stop = part_of(config["n_components"], ranks)
             local = checkpoint._blank(MFA, config, stop - start, precision, config_path)
-            expected = local.state_dict()
+            expected = local.tensors()
             if set(file.keys()) != set(expected):
                 raise ValueError(f"{weights_path} holds the tensors {sorted(file.keys())}, expected {sorted(expected)}")
             for name, like in expected.items():

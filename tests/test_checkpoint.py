@@ -29,9 +29,9 @@ def test_roundtrip_is_bitwise(tmp_path, dtype, noise, rank):
         mfa.weight_logits[0] = -torch.inf
     mfa.save_pretrained(tmp_path / "deep" / "folder")
     loaded = MFA.from_pretrained(tmp_path / "deep" / "folder")
-    for name, tensor in mfa.state_dict().items():
-        assert loaded.state_dict()[name].dtype == dtype
-        assert torch.equal(loaded.state_dict()[name], tensor), name
+    for name, tensor in mfa.tensors().items():
+        assert loaded.tensors()[name].dtype == dtype
+        assert torch.equal(loaded.tensors()[name], tensor), name
     assert (loaded.noise, loaded.precision, loaded.noise_floor) == (noise, "reference", 1e-5)
     assert loaded.extra == {}
     assert [(n, p.requires_grad) for n, p in loaded.named_parameters()] == [

@@ -3,8 +3,10 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -415,6 +417,85 @@ def test_compiles_without_graph_breaks(dynamic):
         torch.testing.assert_close(respond(x), mfa.responsibilities(x))
 
 
+def floored(noise: str, dtype: torch.dtype, floor: float = 0.3, seed: int = 0) -> MFA:
+    """A mixture whose noise is the floor alone in dead features, and whose centre is none of zeros."""
+    mfa = MFA(5, 12, 3, noise, noise_floor=floor, dtype=dtype)
+    mfa.reset_parameters(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        mfa.log_noise[..., :2] = -torch.inf
+        mfa.weight_logits.normal_(generator=torch.Generator().manual_seed(seed))
+        mfa.center.copy_(mfa.means[0] / 3)
+    return mfa
+
+
+def through_state_dict(mfa: MFA, folder: Path) -> MFA:
+    other = floored(mfa.noise, mfa.means.dtype, floor=0.0, seed=1)
+    other.log_prob(torch.zeros(1, 12, dtype=mfa.means.dtype))  # its factors are kept, and are no longer right
+    assert other.load_state_dict(mfa.state_dict()) == ([], [])
+    return other
+
+
+def through_a_file(mfa: MFA, folder: Path) -> MFA:
+    torch.save(mfa.state_dict(), folder / "state.pt")
+    other = floored(mfa.noise, mfa.means.dtype, floor=0.0, seed=1)
+    other.load_state_dict(torch.load(folder / "state.pt", weights_only=True), assign=True)
+    return other
+
+
+def through_safetensors(mfa: MFA, folder: Path) -> MFA:
+    safetensors.torch.save_model(mfa, str(folder / "state.safetensors"))
+    other = floored(mfa.noise, mfa.means.dtype, floor=0.0, seed=1)
+    safetensors.torch.load_model(other, folder / "state.safetensors")
+    return other
+
+
+def inside_a_model(mfa: MFA, folder: Path) -> MFA:
+    other = floored(mfa.noise, mfa.means.dtype, floor=0.0, seed=1)
+    nn.ModuleList([other]).load_state_dict(nn.ModuleList([mfa]).state_dict())
+    return other
+
+
+def through_pretrained(mfa: MFA, folder: Path) -> MFA:
+    mfa.save_pretrained(folder)
+    return MFA.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("noise", ["shared", "per_component"])
+@pytest.mark.parametrize(
+    "through",
+    [
+        through_state_dict, through_a_file, through_safetensors, inside_a_model, through_pretrained,
+        lambda mfa, folder: copy.deepcopy(mfa),
+        lambda mfa, folder: pickle.loads(pickle.dumps(mfa)),
+    ],
+)  # fmt: skip
+def test_what_comes_back_is_the_same_mixture(through, noise, dtype, tmp_path):
+    mfa = floored(noise, dtype)
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x[:, :2] = 0
+    found = through(mfa, tmp_path)
+    assert found.noise_floor == 0.3
+    assert torch.equal(found.log_prob(x), mfa.log_prob(x))
+    assert torch.equal(found.reconstruct(x), mfa.reconstruct(x))
+
+
+def test_a_state_without_a_floor_leaves_the_mixtures_own():
+    mfa, other = floored("shared", torch.float32), floored("shared", torch.float32, seed=1)
+    assert other.load_state_dict(mfa.tensors()) == ([], [])
+    x = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+    assert other.noise_floor == 0.3
+    assert torch.equal(other.log_prob(x), mfa.log_prob(x))
+
+
+@pytest.mark.parametrize("floor", [-1.0, math.nan, math.inf])
+def test_a_floor_that_is_none_is_refused(floor):
+    mfa = floored("shared", torch.float32)
+    state = {**mfa.state_dict(), "_extra_state": torch.tensor(floor)}
+    with pytest.raises(ValueError, match="noise_floor"):
+        mfa.load_state_dict(state)
+
+
 def test_a_layer_like_any_other():
     mfa = module(9, 12, 3, dtype=torch.float32)
     x = mfa.sample(5)
@@ -422,7 +503,8 @@ def test_a_layer_like_any_other():
     copies = [copy.deepcopy(mfa), pickle.loads(pickle.dumps(mfa))]
     for other in copies:
         assert torch.equal(other.log_prob(x), mfa.log_prob(x))
-    assert list(mfa.state_dict()) == ["means", "loadings", "log_noise", "weight_logits", "center"]
+    assert list(mfa.tensors()) == ["means", "loadings", "log_noise", "weight_logits", "center"]
+    assert list(mfa.state_dict()) == [*mfa.tensors(), "_extra_state"]
     model = nn.Sequential(nn.Linear(3, 12), mfa)
     model(torch.randn(4, 3)).backward()
     assert model[0].weight.grad.abs().sum() > 0

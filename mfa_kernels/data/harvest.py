@@ -22,11 +22,14 @@ from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.files import StrPath
 from mfa_kernels.locks import alone
 from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
+from mfa_kernels.modes import door, made
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
 
 
+@door
 def harvest(
     model: Any,
     tokenizer: Any,
@@ -52,7 +55,7 @@ def harvest(
 
     Texts are cut into windows of `context` tokens, each beginning with the tokenizer's BOS token where that is its
     convention (one, where a chat template has written it already); each window is one document of the store. The
-    forward pass ends at the last layer wanted.
+    forward pass ends at the last layer wanted. It is made in the model's own dtype: autocast is off meanwhile.
 
     Args:
         model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
@@ -85,7 +88,8 @@ def harvest(
 
     Returns:
         The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
-        finite in every layer are left out, counted in `store.meta["nonfinite_rows"]`, and warned of.
+        finite in every layer (`mfa_kernels.ops.finite`) are left out, counted in `store.meta["nonfinite_rows"]`, and
+        warned of.
 
     Raises:
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
@@ -139,7 +143,7 @@ def harvest(
 
         nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
         if nonfinite:
-            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=2)
+            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=3)
 
     stores = {path: ActivationStore(folder) for path, folder in folders.items()}
     for path, temporary in temporaries.items():
@@ -198,7 +202,7 @@ def stream(
             yield first if isinstance(layer, int | str) else {wanted: rows[path] for wanted, path in paths.items()}
             left = None if left is None else left - len(first)
 
-    return batches()
+    return made(batches())
 
 
 def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
@@ -324,7 +328,7 @@ def _run(
             position = _Reached(batches, documents, kept, nonfinite, digest.hexdigest())._asdict()
             for writer in writers.values():
                 writer.progress = position
-            finite = torch.stack([states.isfinite().all(1) for states in rows.values()]).all(0)
+            finite = torch.stack([finite_rows(states) for states in rows.values()]).all(0)
             nonfinite += int((~finite).sum())
             keep = torch.zeros_like(finite)
             keep[finite.nonzero().squeeze(1)[: None if max_tokens is None else max_tokens - kept]] = True

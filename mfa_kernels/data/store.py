@@ -36,6 +36,7 @@ from torch import Tensor
 from mfa_kernels import checksum
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
 from mfa_kernels.locks import hold
+from mfa_kernels.modes import door, made
 from mfa_kernels.reading import (
     COUNT,
     FLAG,
@@ -105,6 +106,7 @@ class ActivationStore:
             a shard, once it is read.
     """
 
+    @door
     def __init__(self, folder: StrPath):
         self.folder = Path(folder)
         manifest = _read_manifest(self.folder)
@@ -136,6 +138,7 @@ class ActivationStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # another process maps the files itself
 
+    @door
     def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The activations of some rows, (n, D), on the CPU, in the order of `index`.
 
@@ -164,6 +167,7 @@ class ActivationStore:
             start = stop
         return out
 
+    @door
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All the activations, (len(self), D), in memory."""
         self._open_all(range(len(self.shards)))
@@ -390,6 +394,9 @@ class Batches:
         return -(-len(self.store) // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        return made(self._in_order())
+
+    def _in_order(self) -> Iterator[Tensor]:
         n = len(self.store)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed)) if self.shuffle else None
         for start in range(0, n, self.batch_size):
@@ -429,6 +436,7 @@ class ActivationStoreWriter:
         RuntimeError: of a method, naming the folder where somebody who holds no lock has written meanwhile.
     """
 
+    @door
     def __init__(
         self,
         folder: StrPath,
@@ -492,6 +500,7 @@ class ActivationStoreWriter:
             )
         self._documents, self._rows = documents, rows
 
+    @door
     def add_document(self, token_ids: Any, positions: Any, activations: Tensor, source: str = "") -> None:
         """Adds one document and the rows that are kept of it.
 
@@ -531,6 +540,7 @@ class ActivationStoreWriter:
         self._documents += 1
         self._rows += len(places)
 
+    @door
     def close(self) -> None:
         """Writes what is left, and a manifest that says the store is complete."""
         if self._closed:

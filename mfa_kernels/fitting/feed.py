@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfa_kernels.fitting.source import Source, as_rows, as_source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import ordinary
 
 P = ParamSpec("P")
 
@@ -117,7 +118,7 @@ def drive(
     going = dict(fits)
 
     def advance(name: str, step: Callable[[Any], None], sent: Any) -> None:
-        with told_of(name):
+        with told_of(name), ordinary():
             try:
                 step(sent)
             except StopIteration as stop:

@@ -23,10 +23,12 @@ from mfa_kernels.checks import (
     check_tensor,
     shown,
 )
-from mfa_kernels.fitting.lloyd import Partition, chunks, finite_rows, lloyd
+from mfa_kernels.fitting.lloyd import Partition, chunks, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.source import Source, as_source, home, picked
+from mfa_kernels.modes import door
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ranks import ALONE, Ranks
 
 _SAMPLE_PER_CLUSTER = 128
@@ -42,7 +44,7 @@ class KMeansResult:
 
     Attributes:
         centroids: (K, D), float32 or float64 as the data.
-        assignment: the cluster of each row, (N,) int64 on the CPU; -1 for a row that is not finite.
+        assignment: the cluster of each row, (N,) int64 on the CPU; -1 for one that is not finite (`finite_rows`).
         inertia: sum of the (weighted) squared distances of the rows to their centroids.
         counts: rows of each cluster, (K,) int64; the sums of their weights, float64, where weights were given.
         iterations: updates of the centroids that were done.
@@ -59,6 +61,7 @@ class KMeansResult:
     rows: Tensor | None = None
 
 
+@door
 @torch.no_grad()
 def kmeans(
     x: Any,

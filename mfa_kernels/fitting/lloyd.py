@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfa_kernels.fitting.exchange import exchange
 from mfa_kernels.fitting.source import Source
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
 from mfa_kernels.ranks import ALONE, Ranks
@@ -33,7 +34,7 @@ class Partition(NamedTuple):
     """Who owns what, and the sums over each cluster.
 
     Attributes:
-        owner: nearest centroid, (N,) int64; K for a row that is not finite (or whose distance is not).
+        owner: nearest centroid, (N,) int64; K for a row that is not finite (`finite_rows`), or whose distance is not.
         distance: squared distance to it, (N,).
         sums: weighted sums of the rows less the centre, (K, D) float64.
         mass: sums of the weights, (K,) float64.
@@ -54,11 +55,6 @@ def chunks(source: Source, clusters: int, device: torch.device, ranks: Ranks = A
     return [(start, min(start + rows, last)) for start in range(first, last, rows)]
 
 
-def finite_rows(x: Tensor) -> Tensor:
-    """Which rows of x (n, D) are finite, their squared norms too: others have no density, (n,) bool."""
-    return torch.linalg.vector_norm(x, dim=1).isfinite()
-
-
 @torch.no_grad()
 def partition(
     source: Source,
@@ -68,6 +64,7 @@ def partition(
     bar: Any = None,
     basis: Tensor | None = None,
     ranks: Ranks = ALONE,
+    dtype: torch.dtype | None = None,
 ) -> Partition:
     """One pass over the data.
 
@@ -79,6 +76,7 @@ def partition(
         bar: a progress bar of rows.
         basis: of `nearest`: it makes the pass faster and changes nothing else.
         ranks: each of which takes its part of the rows; all have all of them, the same centroids, and the result.
+        dtype: in which a row must be finite to be owned (`finite_rows`).
     """
     clusters, features = centroids.shape
     like: dict[str, Any] = {"device": centroids.device}
@@ -89,6 +87,7 @@ def partition(
     for start, stop in chunks(source, clusters, centroids.device, ranks):
         x = source.chunk(start, stop).to(centroids.device)
         mine, gap = nearest(x, centroids, center, basis)
+        mine.masked_fill_(~finite_rows(x, dtype), clusters)
         gap.masked_fill_(mine == clusters, 0)
         cluster_sums(x, center, mine, gap, None if weights is None else weights[start:stop], sums, mass, inertia)
         owner[start:stop], distance[start:stop] = mine, gap

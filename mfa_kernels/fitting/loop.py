@@ -36,13 +36,13 @@ from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
-from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
 from mfa_kernels.fitting.source import Source, as_source, home
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA, NOISES
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.sharded import AnyMFA
 
@@ -104,8 +104,8 @@ def fit(
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
 
     Rows are shuffled by number and never moved. The same seed gives the same bits on one device and number of threads
-    (docs/fitting.md, "The same bits"). Rows that are not finite, or whose squared norm is not, are left out and
-    counted. Ctrl-C ends the training with a warning, and returns the best so far.
+    (docs/fitting.md, "The same bits"). Rows that are not finite in `dtype`, or whose squared norm is not, are left out
+    and counted. Ctrl-C ends the training with a warning, and returns the best so far.
 
     With a `checkpoint`, a fit that is killed at any moment goes on, with `resume`, to the bits that it would have
     come to (timings apart; on the same kind of device and number of threads). The first one is written when the
@@ -220,13 +220,13 @@ def fit(
     if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
         start_index, live_index = ranks.share(start_index), ranks.share(live_index)
         held_index = held_index[ranks.rank :: ranks.size]
-    held_out_rows = _finite(source, held_index, device, report).to(dtype)
+    held_out_rows = _finite(source, held_index, device, dtype, report).to(dtype)
     all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
     if all_held and not report.held_out_rows:
         raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
     # What is left out of the sample is counted when training meets it. Several ranks send it on their devices.
     there = device if ranks.size > 1 else home(source, len(start_index), device)
-    start_rows = _finite(source, start_index, there, None if epochs and not streamed else report)
+    start_rows = _finite(source, start_index, there, dtype, None if epochs and not streamed else report)
     found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
     if found < n_components:
         raise ValueError(
@@ -292,7 +292,7 @@ def fit(
         arguments = mfa, source, rows, held_out_rows
         # Of a stream, the rows after the start are not there yet; those held out are like them.
         later = ranks.share(rows[sample : sample + OTHERS])
-        others = held_out_rows if streamed else _finite(source, later, device)
+        others = held_out_rows if streamed else _finite(source, later, device, dtype)
         guard = Guard(start_rows, device, others, ranks)
         run: Run
         if saved is None or saved.stage == method:
@@ -397,7 +397,7 @@ def _from_first(start: Callable[[], MFA], ranks: Ranks, *shape: Any) -> MFA:
     floor = ranks.agree(make)
     mfa = made[0] if made else _blank(*shape)
     mfa.noise_floor = floor
-    ranks.broadcast_(*mfa.state_dict().values())
+    ranks.broadcast_(*mfa.tensors().values())
     return mfa
 
 
@@ -490,12 +490,14 @@ def _data(source: Source, streamed: bool = False) -> str:
     return fingerprint(source.rows(torch.arange(0, len(source), every)[:_FINGERPRINT_ROWS]))
 
 
-def _finite(source: Source, index: Tensor, device: torch.device, report: FitReport | None = None) -> Tensor:
+def _finite(
+    source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
+) -> Tensor:
     """The finite ones of some rows, on `device`; the others are counted where there is a report."""
     if not len(index):
         return torch.empty(0, source.n_features, dtype=source.dtype, device=device)
     x = source.rows(index).to(device)
-    finite = finite_rows(x)
+    finite = finite_rows(x, dtype)
     if finite.all():
         return x
     if report is not None:
@@ -508,7 +510,7 @@ def _count_live(mfa: AnyMFA, held_out: Tensor, source: Source, index: Tensor, re
     """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
     rows = 0
-    others = (_finite(source, part, mfa.means.device) for part in index.split(_CHUNK_ROWS))
+    others = (_finite(source, part, mfa.means.device, mfa.means.dtype) for part in index.split(_CHUNK_ROWS))
     for x in chain(held_out.split(_CHUNK_ROWS), others):
         owners = mfa.assign(x)
         owned[owners[owners >= 0]] = 1  # a row too far out for the dtype has none

@@ -25,7 +25,7 @@ class FitReport:
         best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.
         held_out_rows: finite rows held out.
-        skipped_rows: distinct rows left out because they are not finite, as far as they were read.
+        skipped_rows: distinct rows left out because they are not finite (`mfa_kernels.ops.finite`), as far as read.
         skipped_steps: steps left out because the loss or its gradient was not finite.
         live_components: components that are the most responsible for at least one of `live_rows` rows.
         live_rows: the held-out rows and a sample of the others.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.fitting.source import as_rows, as_source
+from mfa_kernels.modes import door, read
 
 
 def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
@@ -32,6 +33,7 @@ def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
     return numbered(batches, rows, seed)[0]
 
 
+@door
 @torch.no_grad()
 def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches") -> tuple[Tensor, Tensor]:
     """`reservoir` of what is called `name`, and the numbers of its rows in the stream, (n,) int64 on the CPU."""
@@ -42,7 +44,7 @@ def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches"
     drawn = torch.empty(0, dtype=torch.float64)
     numbers = torch.empty(0, dtype=torch.long)
     seen = 0
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(read(batches)):
         x = as_rows(batch, f"{name}[{i}]")
         if not len(x):
             continue

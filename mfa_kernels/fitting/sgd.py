@@ -18,10 +18,11 @@ from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.feed import Steps
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.lloyd import finite_rows
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import of_the_caller
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import AnyMFA, ShardedMFA
@@ -182,7 +183,7 @@ def mean_nll(mfa: AnyMFA, x: Tensor, ranks: Ranks = ALONE) -> float:
 def mixture_state(mfa: AnyMFA) -> dict[str, Tensor]:
     """Parameters of the components that are held here and the centre, by the names they have in a checkpoint."""
     held = mfa.local if isinstance(mfa, ShardedMFA) else mfa
-    return {f"mfa.{name}": tensor for name, tensor in held.state_dict().items()}
+    return {f"mfa.{name}": tensor for name, tensor in held.tensors().items()}
 
 
 class Run:
@@ -344,7 +345,7 @@ class Run:
     def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
         x = x.to(self.mfa.means.device)
-        finite = finite_rows(x)
+        finite = finite_rows(x, self.mfa.means.dtype)
         if finite.all():
             return x
         if count_skipped:
@@ -392,7 +393,8 @@ class Run:
             report.write_history(self.settings.log)
         versions = [p._version for p in self.mfa.parameters()]
         for callback in self.settings.callbacks:
-            callback(self.mfa, record)
+            with of_the_caller():
+                callback(self.mfa, record)
         changed = self.ranks.totals(versions != [p._version for p in self.mfa.parameters()])[0]
         if self.mfa.ranks.totals(changed)[0]:
             self.ranks.broadcast_(*self.mfa.parameters())

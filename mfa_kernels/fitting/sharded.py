@@ -26,12 +26,15 @@ from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, collect
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.sharded import ShardedMFA, part_of
 
 
+@door
 def fit_sharded(
     activations: Any,
     n_components: int,
@@ -130,11 +133,14 @@ def fit_sharded(
     rows, held_index = loop._split(source, held_out, generator, report)
     if len(rows) < n_components:
         raise ValueError(f"n_components = {n_components} needs at least as many rows to train on, got {len(rows)}")
-    held_out_rows = loop._finite(source, held_index, device, report).to(dtype)
+    held_out_rows = loop._finite(source, held_index, device, dtype, report).to(dtype)
     report.held_out_rows = len(held_out_rows)
     if len(held_index) and not report.held_out_rows:
         raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
     sample = rows[: max(loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT * n_components)]
+    if source.dtype != dtype:  # K-means, in that of the source, would take rows that have no density in this one
+        parts = [finite_rows(source.rows(part), dtype).cpu() for part in sample.split(loop._CHUNK_ROWS)]
+        sample = sample[torch.cat(parts)]
     progress = progress and ranks.first
     if progress:
         kept = len(held_out_rows) + min(GUARD_ROWS, len(sample))
@@ -196,10 +202,11 @@ class _Sharded(_EM):
 
     def __init__(self, mfa: ShardedMFA, source: Source, *args: Any, sample: Tensor) -> None:
         self.whole, self.sample = mfa, sample
-        start_rows = loop._finite(source, sample[: covariance_rows(mfa)], mfa.means.device)
-        rows = args[0]
-        others = loop._finite(source, rows[len(sample) : len(sample) + OTHERS], mfa.means.device)
-        super().__init__(mfa, source, *args, Guard(start_rows, mfa.means.device, others), start_rows=start_rows)
+        device, dtype, rows = mfa.means.device, mfa.means.dtype, args[0]
+        start_rows = loop._finite(source, sample[: covariance_rows(mfa)], device, dtype)
+        after = max(loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT * mfa.n_components)
+        others = loop._finite(source, rows[after : after + OTHERS], device, dtype)
+        super().__init__(mfa, source, *args, Guard(start_rows, device, others), start_rows=start_rows)
 
     def _held(self) -> MFA:
         return self.whole.local
@@ -244,7 +251,7 @@ class _ShardedOnlineEM(_Sharded, OnlineEM):
     def _start_batches(self, start_rows: Tensor) -> Iterator[Tensor]:
         """All of the sample, which is not held."""
         for index in self.sample.split(self._batch_rows()):
-            yield loop._finite(self.source, index, self.whole.means.device)
+            yield loop._finite(self.source, index, self.whole.means.device, self.whole.means.dtype)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mfa_kernels import modes
 from mfa_kernels.checks import check_floats
 
 
@@ -225,7 +226,7 @@ def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
     """All the batches in one tensor; each is let go when it has been copied, so that the data is held once."""
     held: deque[Tensor] = deque()
     dtype: torch.dtype | None = None
-    for i, item in enumerate(batches):
+    for i, item in enumerate(modes.read(batches)):
         batch = as_rows(item, f"{name}: batch {i}")
         if held and batch.shape[-1] != held[0].shape[-1]:
             raise ValueError(

@@ -14,6 +14,7 @@ from mfa_kernels.fitting.kmeans import KMeansResult
 from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
 from mfa_kernels.ops.kmeans.portable import segment_sums
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import part_of
@@ -29,6 +30,7 @@ _POWER_ITERATIONS = 3
 _PADDING = 0.1  # norm, in units of the noise, of the random columns where a cluster shows no direction
 
 
+@door
 @torch.no_grad()
 def start_from_clusters(
     activations: Any,
@@ -90,7 +92,7 @@ def start_from_clusters(
     generator = torch.Generator().manual_seed(seed)
 
     center = centroids.mean(0)
-    part = partition(source, centroids - center, center, None, ranks=ranks)
+    part = partition(source, centroids - center, center, None, ranks=ranks, dtype=mfa.means.dtype)
     mass = part.mass
     total = float(mass.sum())
     if not total:

@@ -19,26 +19,41 @@ def no_autocast(like: Tensor) -> torch.autocast:
 @contextlib.contextmanager
 def full_precision(like: Tensor) -> Iterator[None]:
     """Inside an operator: no autocast, and float32 products in float32, whatever the user allows elsewhere (TF32)."""
-    owner = _products(like.device.type)
-    before = owner.fp32_precision if owner is not None else None
-    if owner is not None and before != "ieee":
-        owner.fp32_precision = "ieee"
-    legacy = owner is None and like.is_cuda and torch.backends.cuda.matmul.allow_tf32
-    if legacy:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    kind = like.device.type
+    before = of_products(kind)
+    reduced = before not in FULL
+    if reduced:
+        set_of_products(kind)
     try:
         with no_autocast(like):
             yield
     finally:
-        if owner is not None and before != "ieee":
-            owner.fp32_precision = before
-        if legacy:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        if reduced:
+            set_of_products(kind, before)
 
 
-def _products(device: str) -> Any:
-    """What holds the precision of float32 products on a device; None before torch 2.9."""
-    backend = torch.backends.cuda if device == "cuda" else getattr(torch.backends, "mkldnn", None)
+FULL = ("none", "ieee", "highest")
+"""Precisions of float32 products that are float32, by the words of either of PyTorch's ways to ask."""
+
+
+def of_products(kind: str) -> str:
+    """The precision of float32 products on a kind of device, "cpu" or "cuda"."""
+    owner = _products(kind)
+    return torch.get_float32_matmul_precision() if owner is None else owner.fp32_precision
+
+
+def set_of_products(kind: str, precision: str | None = None) -> None:
+    """Sets it to what `of_products` gave; None: to float32."""
+    owner = _products(kind)
+    if owner is None:
+        torch.set_float32_matmul_precision(precision or "highest")
+    else:
+        owner.fp32_precision = precision or "ieee"
+
+
+def _products(kind: str) -> Any:
+    """What holds the precision of float32 products on a kind of device; None before torch 2.9."""
+    backend = torch.backends.cuda if kind == "cuda" else getattr(torch.backends, "mkldnn", None)
     owner = getattr(backend, "matmul", None)
     return owner if isinstance(getattr(owner, "fp32_precision", None), str) else None
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice, check_floats, check_mixture
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import ordinary
 from mfa_kernels.ops.intervene.op import Edit
 from mfa_kernels.ops.intervene.op import intervene as steer_tokens
 from mfa_kernels.ops.intervene.portable import (
@@ -21,6 +22,7 @@ from mfa_kernels.ops.intervene.portable import (
     RESPONSIBILITY,
     per_row,
 )
+from mfa_kernels.ops.precision import full_precision, no_autocast
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.steering.composition import Affine, Composition, Local, moved
 from mfa_kernels.steering.evidence import Reader
@@ -58,11 +60,12 @@ def intervene(
         IndexError, TypeError, ValueError: naming the argument that does not fit.
     """
     check_hidden(x, check_mixture(mfa).n_features, "x")
-    program = Program(mfa, as_rows(interventions, rows, mfa), x.device, gate, norm, differentiable=True)
-    if not x.numel():
-        return x.clone()
-    batch = x.shape[0] if x.dim() > 1 else 1
-    return program(x.reshape(batch, -1, mfa.n_features), True, (step,)).hidden.reshape(x.shape)
+    with ordinary(gradients=False):
+        program = Program(mfa, as_rows(interventions, rows, mfa), x.device, gate, norm, differentiable=True)
+        if not x.numel():
+            return x.clone()
+        batch = x.shape[0] if x.dim() > 1 else 1
+        return program(x.reshape(batch, -1, mfa.n_features), True, (step,)).hidden.reshape(x.shape)
 
 
 def check_hidden(x: Any, features: int, name: str) -> None:
@@ -279,7 +282,9 @@ def _simple(gate: Gate) -> tuple[int, float] | None:
 
 
 def _local_shift(term: Local, x: Tensor, seen: Active | None) -> Tensor:
-    out = (x - term.mean) @ term.gain.mT @ term.loadings
+    # Compiled code cannot set the precision of float32 products.
+    with no_autocast(x) if torch.compiler.is_compiling() else full_precision(x):
+        out = (x - term.mean) @ term.gain.mT @ term.loadings
     if term.apart is not None:
         out = out + term.apart
     coefficient = term.coefficient

@@ -51,7 +51,7 @@ def alpha_for_kl(
 
     def log_probs() -> Tensor:
         logits = model(**inputs).logits
-        return logits[torch.arange(len(logits)), row.to(logits.device)].double().log_softmax(-1)
+        return logits[torch.arange(len(logits), device=logits.device), row.to(logits.device)].double().log_softmax(-1)
 
     with handle.paused():
         unsteered = log_probs()
@@ -81,6 +81,6 @@ def _last_tokens(inputs: Mapping[str, Any]) -> Tensor:
     """Column of each row's last real token, (B,)."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     if mask is None:
-        return torch.full((ids.shape[0],), ids.shape[1] - 1)
+        return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask != 0, columns, -1).amax(1)

@@ -162,7 +162,7 @@ class Composition:
 
 def moved(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers on a device, which waits for nothing: on a GPU they come from pinned memory."""
-    numbers = torch.tensor(values, dtype=dtype)
+    numbers = torch.tensor(values, dtype=dtype, device="cpu")
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
 
 

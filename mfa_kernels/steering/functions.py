@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import ordinary
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import as_rows
@@ -34,7 +35,7 @@ class Function:
         self, mfa: MFA, interventions: Any = None, *, rows: Any = None, gate: Gates = None, norm: Any = None
     ) -> None:
         self._features = mfa.n_features
-        with torch.no_grad():
+        with ordinary(), torch.no_grad():
             self._program = Program(mfa, as_rows(interventions, rows, mfa), mfa.means.device, gate, norm)
 
     def __call__(self, x: Tensor, hook: Any = None, step: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
+from mfa_kernels.modes import ordinary
 from mfa_kernels.steering import compiled
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
@@ -269,8 +270,8 @@ class Handle:
     def _build(self, given: dict[str, Any], where: dict[str, Any]) -> _Plan:
         check_positions(where["positions"])
         example = _example(self._module, self._mfa.means)
-        rows = as_rows(*_as_lists(given), self._mfa)
-        with torch.inference_mode(False), torch.no_grad():  # it may be used outside inference mode
+        with ordinary(), torch.no_grad():  # it may be used in any mode
+            rows = as_rows(*_as_lists(given), self._mfa)
             program = Program(self._mfa, rows, example.device, where["gate"], where["norm"])
             if not program.composition.is_scheduled:
                 program.prepare(example.dtype, example.device, (0,))
@@ -341,7 +342,7 @@ class _Counts(nn.Module):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        with torch.inference_mode(False):
+        with ordinary():
             self.register_buffer("on_device", torch.zeros(4, dtype=torch.float64, device=device), persistent=False)
         self._on_host = [0.0] * 4
 

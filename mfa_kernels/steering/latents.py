@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door
 
 _BATCH = 8192
 
@@ -29,6 +30,7 @@ def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator 
     return torch.randn(shape, generator=generator, device=device, dtype=dtype)
 
 
+@door
 @torch.no_grad()
 def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequence[float] | Tensor) -> Tensor:
     """Quantiles of a region's latents as observed, axis by axis.

@@ -69,7 +69,9 @@ def parse(line: str, component: int | None) -> dict[str, Any]:
     nothing = values == ["none"]
     try:
         if name == "latents" and values:
-            return {"latents": None if nothing else torch.tensor([float(value) for value in values])}
+            return {
+                "latents": None if nothing else torch.tensor([float(value) for value in values], dtype=torch.float32)
+            }
         (value,) = values
         if name == "region":
             return {"component": None if nothing else int(value)}

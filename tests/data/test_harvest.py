@@ -241,7 +241,8 @@ def test_a_bf16_model(llama: tuple) -> None:
     assert torch.equal(store.tensor(), hidden_states_of(model, [store.document_tokens(0)], 1)[0][1:].float())
 
 
-def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple) -> None:
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])  # the last one's square is not finite
+def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple, value: float) -> None:
     model, tokenizer = llama
     clean = quiet(model, tokenizer, TEXTS, [0, 1], seed=None)
     assert clean[0].meta["nonfinite_rows"] == 0
@@ -250,7 +251,7 @@ def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple) -> N
 
     def poison(module: nn.Module, args: Any, output: Any) -> Any:
         states = hidden_states(output).clone()
-        states[seen["tokens"] == token, 0] = float("inf")
+        states[seen["tokens"] == token, 0] = value
         return with_hidden_states(output, states)
 
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0]))

@@ -64,7 +64,7 @@ def test_regions_of_two_ranks_that_are_one(found, size):
 def test_a_saved_mixture_is_a_start(found, size):
     saved = MFA.from_pretrained(found / f"{size}, saved")
     for rank, mine in enumerate(ranks(found, size)):
-        assert_same_bits(dict(saved.state_dict()), mine["shared"]["state"])
+        assert_same_bits(dict(saved.tensors()), mine["shared"]["state"])
         assert mine["seen"] == [7] * 4, "a callback on every rank, after each of three passes and the start"
         assert mine["log"] == (rank == 0)
         best = mine["shared"]["report"]["held_out_nll"]

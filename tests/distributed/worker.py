@@ -94,7 +94,7 @@ def outcome(mfa: MFA) -> dict[str, Any]:
     del report["seconds"]
     for record in report["history"]:
         del record["seconds"], record["tokens_per_second"], record["memory"]
-    return {"state": mfa.state_dict(), "noise_floor": mfa.noise_floor, "report": report}
+    return {"state": getattr(mfa, "local", mfa).tensors(), "noise_floor": mfa.noise_floor, "report": report}
 
 
 def message(work: Any) -> str:
@@ -290,7 +290,7 @@ def sharded(name: str, folder: Path, group: Any) -> dict[str, Any]:
     out["ml"] = em_step(mfa, [x], None) if name == "rank 0" else None
     mfa.save_pretrained(folder)
     again = ShardedMFA.from_pretrained(folder, group=group)
-    out["again"] = {name: torch.equal(t, again.local.state_dict()[name]) for name, t in mfa.local.state_dict().items()}
+    out["again"] = {name: torch.equal(t, again.local.tensors()[name]) for name, t in mfa.local.tensors().items()}
     out["start"] = mfa.start
     out["too many"] = message(lambda: ShardedMFA.from_mfa(module(mixture(1, 5, 1)), group))
     return out
@@ -330,8 +330,8 @@ def run_sharded(x: Any = ROWS, **options: Any) -> ShardedMFA:
 def sharded_outcome(mfa: ShardedMFA) -> dict[str, Any]:
     """That of the whole mixture, on every rank."""
     out = outcome(mfa)  # type: ignore[arg-type]
-    split = {name: len(t) == mfa.local.n_components for name, t in mfa.local.state_dict().items()}
-    out["state"] = {n: mfa.ranks.concatenated(t) if split[n] else t for n, t in mfa.local.state_dict().items()}
+    split = {name: len(t) == mfa.local.n_components for name, t in mfa.local.tensors().items()}
+    out["state"] = {n: mfa.ranks.concatenated(t) if split[n] else t for n, t in mfa.local.tensors().items()}
     return out
 
 

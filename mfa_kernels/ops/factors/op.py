@@ -198,7 +198,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs, rows, cholesky)
 
 
-def _backward(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
+def _backward(ctx, *gradients: Tensor):
+    with full_precision(gradients[0]):
+        return _gradients(ctx, *gradients)
+
+
+def _gradients(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
     means, loadings, noise, rows, cholesky = ctx.saved_tensors
     features, rank = loadings.shape[1:]
     scale = noise.rsqrt().expand_as(means)  # lam_k

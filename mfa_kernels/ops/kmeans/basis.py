@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops import backends
+from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.kmeans.op import screened
 
 _TRIAL_ROWS = 512  # that decide how many of them pay
@@ -23,7 +24,7 @@ def leading_directions(x: Tensor, center: Tensor) -> Tensor | None:
     if width < WIDTHS[0]:
         return None
     x = x - center
-    x = x[x.isfinite().all(1)]
+    x = x[finite_rows(x)]
     if len(x) < 2 * width:
         return None
     # Subspace iteration: two rounds find the directions well enough, and D x D is never formed.

@@ -72,12 +72,14 @@ def accumulate_gradients(
             x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale,
             factors.per_component, *gradients,
         )  # fmt: skip
-    elif factors.is_triton:
-        from mfa_kernels.ops.pairs import triton_backward
+        return
+    with full_precision(x):
+        if factors.is_triton:
+            from mfa_kernels.ops.pairs import triton_backward
 
-        triton_backward.backward(x, tokens, components, weights, factors, gradients, add)
-    else:
-        portable.backward(x, tokens, components, weights, factors, *gradients)
+            triton_backward.backward(x, tokens, components, weights, factors, gradients, add)
+        else:
+            portable.backward(x, tokens, components, weights, factors, *gradients)
 
 
 _PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
