@@ -22,6 +22,7 @@ from mfa_kernels.interpret.contexts import (
     show_token,
 )
 from mfa_kernels.interpret.regions import RegionSummary
+from mfa_kernels.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -106,7 +107,8 @@ def regions_map(
     area = [min(900.0, max(8.0, _MAP_INK * s.rows / total)) for s in drawn]
     radii = torch.tensor(area).div(math.pi).sqrt()
     means = mfa.means.detach().cpu().double()[[s.component for s in drawn]]
-    places = _separate(_layout(means), radii).numpy()
+    with full_precision(means):
+        places = _separate(_layout(means), radii).numpy()
     kinds = [token_kind(s.tokens[0].token) if s.tokens else KINDS[-1] for s in drawn]
     for kind, color in zip(KINDS, (*_COLORS[: len(KINDS) - 1], _GREY)):
         of_kind = [i for i, found in enumerate(kinds) if found == kind]

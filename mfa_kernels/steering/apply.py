@@ -21,6 +21,7 @@ from mfa_kernels.ops.intervene.portable import (
     RESPONSIBILITY,
     per_row,
 )
+from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.steering.composition import Affine, Composition, Local, moved
 from mfa_kernels.steering.evidence import Reader
@@ -279,7 +280,8 @@ def _simple(gate: Gate) -> tuple[int, float] | None:
 
 
 def _local_shift(term: Local, x: Tensor, seen: Active | None) -> Tensor:
-    out = (x - term.mean) @ term.gain.mT @ term.loadings
+    with no_autocast(x):
+        out = (x - term.mean) @ term.gain.mT @ term.loadings
     if term.apart is not None:
         out = out + term.apart
     coefficient = term.coefficient
