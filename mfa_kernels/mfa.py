@@ -210,12 +210,14 @@ class MFA(nn.Module):
     @property
     def noise_variance(self) -> Tensor:
         """Psi, (D,) or (K, D)."""
-        return self.log_noise.exp() + self.noise_floor
+        with no_autocast(self.log_noise):  # which on a GPU would give float32 where the mixture is in half precision
+            return self.log_noise.exp() + self.noise_floor
 
     @property
     def log_weights(self) -> Tensor:
         """log pi, (K,)."""
-        return self.weight_logits.log_softmax(-1)
+        with no_autocast(self.weight_logits):
+            return self.weight_logits.log_softmax(-1)
 
     def parameters_in_compute_dtype(self) -> _Parameters:
         """means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""

@@ -114,6 +114,17 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def check_evaluating(model: nn.Module) -> None:
+    """Raises unless every module of a model is in evaluation mode.
+
+    The rule of the package: what runs a model and hands back what it says (`logit_lens`, `logit_shift`,
+    `alpha_for_kl`, `MFASteerer`, text that is written) refuses one in training mode, where dropout would pass for an
+    effect; under `steer` itself it is the user who runs the model, to train it as well.
+    """
+    if any(module.training for module in model.modules()):
+        raise ValueError("model is in training mode, where dropout would count as an effect: call model.eval()")
+
+
 def hidden_states(output: Any) -> Tensor:
     """The hidden states (batch, positions, D) in a layer's output: a tensor, or the first entry of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.modes import door
+from mfa_kernels.ops.precision import full_precision
 
 _CHUNK_BYTES = 64 << 20  # of temporaries
 
@@ -46,7 +47,8 @@ def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progre
         return rotated
     for part in _parts(loadings, "varimax", progress):
         rows = _rows(loadings[part])
-        rotated[part] = _signed(_varimax_rotations(rows, iterations, tol) @ rows).mT.to(loadings.dtype)
+        with full_precision(rows):
+            rotated[part] = _signed(_varimax_rotations(rows, iterations, tol) @ rows).mT.to(loadings.dtype)
     return rotated
 
 
@@ -97,7 +99,8 @@ def principal(loadings: Tensor, *, progress: bool = True) -> Tensor:
         rows = _rows(loadings[part])
         wide = rows.double()
         _, vectors = torch.linalg.eigh(wide @ wide.mT)  # rising
-        rotated[part] = _signed(vectors.flip(-1).mT.to(rows.dtype) @ rows).mT.to(loadings.dtype)
+        with full_precision(rows):
+            rotated[part] = _signed(vectors.flip(-1).mT.to(rows.dtype) @ rows).mT.to(loadings.dtype)
     return rotated
 
 

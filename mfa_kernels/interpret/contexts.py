@@ -6,6 +6,7 @@ one-hot. One pass over the activations (`assignments`) finds them, and everythin
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,12 +16,15 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture, shown
+from mfa_kernels.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
     from mfa_kernels.mfa import MFA
 
 BATCH_SIZE = 8192
+_SCREENED_ROWS = 16384  # from which on a screen, which costs as much as about a thousand rows, pays for itself
+_SAMPLE_ROWS = 256  # that decide how many coordinates the screen looks at
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
 
@@ -117,6 +121,9 @@ def assignments(
 ) -> Assignments:
     """One pass over the activations: the most responsible component of every row.
 
+    Where the C++ kernels serve the mixture, many rows are screened, as after `mfa.screen()`: the cost of a row then
+    hardly depends on K. The mixture is left as it is, screened or not.
+
     Args:
         mfa: the mixture, on any device.
         store: N rows of its width.
@@ -140,6 +147,8 @@ def assignments(
     components = torch.empty(n, dtype=torch.int32)
     responsibilities, distances = torch.empty(2, n)
     kept = torch.empty(n, mfa.rank) if latents else None
+    mfa = _screened(mfa, store)
+    means, _, noise, _ = mfa.parameters_in_compute_dtype()
     start = 0
     with tqdm(total=n, desc="assign", unit="row", unit_scale=True, disable=not progress) as bar:
         for batch in store.batches(batch_size):
@@ -149,7 +158,8 @@ def assignments(
             here = slice(start, start + len(x))
             components[here] = k
             responsibilities[here] = code.responsibilities[:, 0]
-            distances[here] = _distance(mfa, x, k.clamp_min(0), z).masked_fill_(k < 0, torch.nan)
+            distance = _distance(x, k.clamp_min(0), z, means, noise, mfa.factors().cholesky)
+            distances[here] = distance.masked_fill_(k < 0, torch.nan)
             if kept is not None:
                 kept[here] = z.masked_fill(k.unsqueeze(-1) < 0, torch.nan)
             start += len(x)
@@ -157,12 +167,23 @@ def assignments(
     return Assignments(components, responsibilities, distances, kept, mfa.n_components)
 
 
-def _distance(mfa: MFA, x: Tensor, k: Tensor, z: Tensor) -> Tensor:
+def _screened(mfa: MFA, store: ActivationStore) -> MFA:
+    """The mixture as it shall read a whole store: with a screen of its own where there is none yet and it pays."""
+    n = len(store)
+    if n < _SCREENED_ROWS or not mfa.factors().is_native or mfa.screened()[0]:
+        return mfa
+    own = copy.copy(mfa)  # the same parameters
+    sample = store.rows(torch.linspace(0, n - 1, _SAMPLE_ROWS).round().long())
+    own.screen(sample[sample.isfinite().all(-1)].to(mfa.means.device), neighbors=False)
+    return own
+
+
+def _distance(x: Tensor, k: Tensor, z: Tensor, means: Tensor, noise: Tensor, cholesky: Tensor) -> Tensor:
     """sqrt((x - mu_k)^T C_k^-1 (x - mu_k)), (B,): |lam (x - mu_k)|^2 - |L_k^T z|^2, by the Woodbury identity."""
-    means, _, noise, _ = mfa.parameters_in_compute_dtype()
     noise = noise if noise.dim() == 1 else noise[k]
     outside = ((x.to(means.dtype) - means[k]).square() / noise).sum(-1)
-    inside = (mfa.factors().cholesky[k].mT @ z.unsqueeze(-1)).squeeze(-1).square().sum(-1)
+    with full_precision(x):
+        inside = (cholesky[k].mT @ z.unsqueeze(-1)).squeeze(-1).square().sum(-1)
     return (outside - inside).clamp_min(0).sqrt()
 
 
@@ -193,7 +214,7 @@ def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments |
 
 def check_store(store: Any) -> None:
     """Raises unless something has the rows of activations and where they come from."""
-    if not all(hasattr(store, attribute) for attribute in ("n_features", "rows", "batches", "context")):
+    if not all(hasattr(store, name) for name in ("n_features", "rows", "batches", "context", "document_tokens")):
         raise TypeError(f"store must be an ActivationStore, as `harvest` makes it, got {type(store).__name__}")
 
 
@@ -364,10 +385,25 @@ def axis_contexts(
         if not 0 <= quantile <= 1:
             raise ValueError(f"quantiles must be in [0, 1], got {quantile!r}")
     assigned = ensure_assignments(mfa, store, assigned, progress)
-    rows = assigned.rows(component)
+    rows, z = assigned.rows(component), region_latents(mfa, store, component, assigned)[:, axis]
+    return along_axis(store, tokenizer, component, rows, z, n, quantiles, before, after)
+
+
+def along_axis(
+    store: ActivationStore,
+    tokenizer: Any,
+    component: int,
+    rows: Tensor,
+    z: Tensor,
+    n: int,
+    quantiles: Sequence[float],
+    before: int = 10,
+    after: int = 10,
+) -> list[AxisContexts]:
+    """As `axis_contexts`, of the rows of a region (n,) and one of their latents (n,)."""
     if not len(rows):
         return []
-    z, order = region_latents(mfa, store, component, assigned)[:, axis].sort(stable=True)
+    z, order = z.sort(stable=True)
     rows = rows[order]
     read = partial(_read, store, tokenizer, component, before, after)
     groups = []

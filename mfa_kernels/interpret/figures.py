@@ -22,6 +22,7 @@ from mfa_kernels.interpret.contexts import (
     show_token,
 )
 from mfa_kernels.interpret.regions import RegionSummary
+from mfa_kernels.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -49,6 +50,19 @@ def token_kind(token: str) -> str:
     if text.replace("'", "").isalpha():
         return "other word or piece" if token.startswith(text) else "word after a space"
     return "mixed or special" if any(c.isalnum() for c in text) else "punctuation"
+
+
+def on_map(counts: Tensor, labelled: Collection[int]) -> list[int]:
+    """The regions that a map has room for: of those with rows the labelled ones, then the largest.
+
+    Args:
+        counts: rows of each region, (K,).
+        labelled: components.
+    """
+    rank = counts.clone()
+    rank[list(set(labelled))] += counts.max()
+    order = rank.argsort(descending=True, stable=True)
+    return order[counts[order] > 0][:_MAP_REGIONS].tolist()
 
 
 def regions_map(
@@ -93,7 +107,8 @@ def regions_map(
     area = [min(900.0, max(8.0, _MAP_INK * s.rows / total)) for s in drawn]
     radii = torch.tensor(area).div(math.pi).sqrt()
     means = mfa.means.detach().cpu().double()[[s.component for s in drawn]]
-    places = _separate(_layout(means), radii).numpy()
+    with full_precision(means):
+        places = _separate(_layout(means), radii).numpy()
     kinds = [token_kind(s.tokens[0].token) if s.tokens else KINDS[-1] for s in drawn]
     for kind, color in zip(KINDS, (*_COLORS[: len(KINDS) - 1], _GREY)):
         of_kind = [i for i, found in enumerate(kinds) if found == kind]
@@ -147,9 +162,26 @@ def region_scatter(
     if first == second:
         raise ValueError(f"axes must be two different latents, got {axes}")
     assigned = ensure_assignments(mfa, store, assigned, progress)
-    rows, z = assigned.rows(k), region_latents(mfa, store, k, assigned)[:, [first, second]]
+    rows = assigned.rows(k)
     if not len(rows):
         raise ValueError(f"component {k} is the most responsible for no row")
+    z = region_latents(mfa, store, k, assigned)[:, [first, second]]
+    title = title or f"Inside region {k}: {len(rows):,} tokens"
+    return draw_region(store, tokenizer, rows, z, (first, second), path, labels, title)
+
+
+def draw_region(
+    store: ActivationStore,
+    tokenizer: Any,
+    rows: Tensor,
+    z: Tensor,
+    axes: tuple[int, int],
+    path: StrPath,
+    labels: int = 12,
+    title: str = "",
+) -> Path:
+    """As `region_scatter`, of the rows of a region (n,) and two of their latents (n, 2)."""
+    first, second = axes
     count = len(rows)
     if count > _POINTS:
         kept = torch.linspace(0, count - 1, _POINTS).round().long()
@@ -157,7 +189,7 @@ def region_scatter(
     tokens = torch.tensor([store.token(row) for row in rows.tolist()])
 
     figure, plot = _figure(8, 6)
-    plot.set_title(title or f"Inside region {k}: {count:,} tokens", parse_math=False)
+    plot.set_title(title, parse_math=False)
     plot.set_xlabel(f"latent z_{first} (prior standard deviations)")
     plot.set_ylabel(f"latent z_{second} (prior standard deviations)")
     plot.axhline(0, color="#DDDDDD", linewidth=0.8, zorder=0)

@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_component, check_integer, check_mixture
+from mfa_kernels.functional import compute_dtype
 from mfa_kernels.interpret.contexts import show_token
-from mfa_kernels.models import decoder_layers, tokenize
+from mfa_kernels.interpret.head import measured
+from mfa_kernels.models import check_evaluating, tokenize
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
-
-# Names of the last normalisation, beside the decoder layers: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX/OPT, Phi, MPT.
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
-_CHUNK = 4096  # centroids normalised at once
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,22 @@ def logit_lens(
 ) -> LogitLens:
     """Reads a region in the vocabulary: its centroid, or one of its axes, through final norm and unembedding.
 
-    With U the unembedding and f the final norm, logits(v) = U f(v), and the change that is ranked is
+    With logits(v) the model's own way from its last hidden states to logits, through final norm f and unembedding U,
+
+        logits(v) = s U f(v) + b,    or    c tanh((s U f(v) + b) / c)    where it caps them,
+
+    the change that is ranked is
 
         of the centroid:   logits(mu_k) - sum_i pi_i logits(mu_i), what sets it apart from the average region;
         of the axis w_j:   logits(mu_k + w_j) - logits(mu_k - w_j), from z_j = -1 to z_j = +1, all other z = 0.
 
-    Later layers are left out, as in any logit lens: it says most about layers near the last. A bias of U cancels;
-    soft-capping of the logits, which keeps their order, is not applied.
+    Scale, bias and cap are measured: the model is run once, on five tokens. Where logits are capped, the average over
+    regions takes K V D multiply-adds, for tanh is not linear.
+
+    Later layers are left out, as in any logit lens: it says most about layers near the last.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal language model, in evaluation mode.
         mfa: a mixture over its residual stream.
         component: k.
         direction: j, the column of W_k; None for the centroid.
@@ -91,29 +96,36 @@ def logit_lens(
 
     Raises:
         IndexError: component or direction does not exist.
-        ValueError: the model has no unembedding of this width, or its final norm is not found.
+        ValueError: the model has no unembedding of this width, its final norm is not found, its logits are made in
+            another way than this, or it is in training mode.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    k = check_component(component, check_mixture(mfa).n_components)
-    weight = _unembedding(model, mfa.n_features)
-    final = _final_norm(model, norm)
-    wide = {name: tensor.float() for name, tensor in final.state_dict().items()}
+    check_component(component, check_mixture(mfa).n_components)
+    if direction is not None:
+        check_component(direction, mfa.rank, "direction")
+    return Lens(model, mfa, norm).read(component, direction, top, tokenizer)
 
-    def normed(points: Tensor) -> Tensor:
-        return torch.func.functional_call(final, wide, (points.to(weight.device, torch.float32),))
 
-    means, loadings, _, log_weights = mfa.parameters_in_compute_dtype()
-    if direction is None:
-        shares = log_weights.exp().to(weight.device, torch.float32)
-        averages = [p @ normed(m) for p, m in zip(shares.split(_CHUNK), means.split(_CHUNK))]
-        difference = normed(means[k]) - torch.stack(averages).sum(0)
-    else:
-        axis = loadings[k, :, check_component(direction, mfa.rank, "direction")]
-        difference = normed(means[k] + axis) - normed(means[k] - axis)
-    # Logits are linear in f(v): their difference keeps the relative precision of U, whatever their size.
-    change = (weight @ difference.to(weight.dtype)).float()
-    return LogitLens(*_extremes(change, top, tokenizer))
+class Lens:
+    """`logit_lens` of a model and a mixture, for several regions: what they share is found once."""
+
+    def __init__(self, model: nn.Module, mfa: MFA, norm: str | None = None) -> None:
+        self.mfa, self.head = mfa, measured(model, mfa.n_features, norm)
+
+    @cached_property
+    def _average(self) -> Tensor:
+        return self.head.average(self.mfa.means, self.mfa.log_weights.exp().float())
+
+    @torch.no_grad()
+    def read(self, component: int, direction: int | None, top: int, tokenizer: Any) -> LogitLens:
+        mean, head = self.mfa.means[component], self.head
+        if direction is None:
+            change = head.above(head.normed(mean), self._average)
+        else:
+            mean, axis = compute_dtype(mean, self.mfa.loadings[component, :, direction])
+            change = head.difference(head.normed(mean + axis), head.normed(mean - axis))
+        return LogitLens(*_extremes(change, top, tokenizer))
 
 
 @torch.no_grad()
@@ -137,8 +149,7 @@ def logit_shift(
     Raises:
         ValueError: the model is in training mode, or the prompt holds no token.
     """
-    if model.training:
-        raise ValueError("model is in training mode, where dropout would count as a shift: call model.eval()")
+    check_evaluating(model)
     ids = tokenize(tokenizer, prompt)["input_ids"].to(next(model.parameters()).device)
     if not ids.numel():
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
@@ -166,38 +177,3 @@ def _extremes(change: Tensor, top: int, tokenizer: Any) -> tuple[list[TokenChang
 
     top = min(top, len(change))
     return tokens(*change.topk(top)), tokens(*change.topk(top, largest=False))
-
-
-def _unembedding(model: nn.Module, features: int) -> Tensor:
-    """U, (V, D)."""
-    find: Any = getattr(model, "get_output_embeddings", None)
-    head = find() if find else None
-    weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(
-            f"model: {type(model).__name__} has no output embeddings with a floating-point weight (V, D); "
-            "a causal language model is expected"
-        )
-    if weight.shape[1] != features:
-        raise ValueError(
-            f"model: the unembedding takes {weight.shape[1]} features, but the mixture has {features}: "
-            "only mixtures over the residual stream can be read this way"
-        )
-    return weight
-
-
-def _final_norm(model: nn.Module, path: str | None) -> nn.Module:
-    if path is not None:
-        try:
-            return model.get_submodule(path)
-        except AttributeError:
-            raise ValueError(f"norm: {type(model).__name__} has no module {path!r}") from None
-    stack = decoder_layers(model)[0]
-    beside = dict(model.get_submodule(stack.rpartition(".")[0]).named_children())
-    for name in _FINAL_NORMS:
-        if name in beside:
-            return beside[name]
-    raise ValueError(
-        f"norm: no final norm ({', '.join(_FINAL_NORMS)}) found beside {stack!r} in {type(model).__name__}; "
-        "give its module path, as in model.named_modules()"
-    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_flag, check_integer, check_mixture
+from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture
 from mfa_kernels.functional import compute_dtype
 from mfa_kernels.ops.factors.reference import factors
+from mfa_kernels.ops.precision import full_precision
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -18,11 +20,18 @@ _BLOCK_NUMBERS = 1 << 24  # in the largest temporary, 128 MiB in float64
 
 
 @torch.no_grad()
-def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool = True) -> tuple[Tensor, Tensor]:
-    """The n nearest regions of every region.
+def neighbors(
+    mfa: MFA,
+    n: int = 10,
+    metric: str = "centroid",
+    *,
+    components: Sequence[int] | None = None,
+    progress: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The n nearest regions of every region, or of some.
 
-    Computed in blocks of rows of the K x K distances, and in float64 but for the products of the "subspace" metric,
-    which are in the mixture's dtype: in float32 its distances are good to 1e-3.
+    Computed in blocks of rows of the distances to all K regions, and in float64 but for the products of the "subspace"
+    metric, which are in the mixture's dtype: in float32 its distances are good to 1e-3.
 
     Args:
         mfa: the mixture, on any device.
@@ -32,19 +41,21 @@ def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool
             centroid of j is away: not symmetric;
             "subspace", |P_j - P_k|_F / sqrt(2) with P the projector on the span of W: 0 for equal spans, sqrt(R) for
             orthogonal ones. It does not depend on where the regions are, nor on a rotation of their loadings.
+        components: the B regions whose neighbours are wanted; all K when None.
         progress: show a progress bar.
 
     Returns:
-        indices (K, n) int64 and distances (K, n) float64, nearest first, on the mixture's device. A region is not its
-        own neighbour.
+        indices (B, n) int64 and distances (B, n) float64, nearest first, in the order of `components`, on the mixture's
+        device. A region is not its own neighbour.
     """
     from tqdm import tqdm
 
     check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
     check_flag(progress, "progress")
-    components = check_mixture(mfa).n_components
-    if not 1 <= check_integer(n, "n") < components:
-        raise ValueError(f"n must be in [1, {components}), one less than there are regions, got {n!r}")
+    count = check_mixture(mfa).n_components
+    if not 1 <= check_integer(n, "n") < count:
+        raise ValueError(f"n must be in [1, {count}), one less than there are regions, got {n!r}")
+    chosen = list(range(count) if components is None else [check_component(k, count) for k in components])
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')
     metrics: dict[str, type[_Metric]] = {
@@ -53,18 +64,22 @@ def neighbors(mfa: MFA, n: int = 10, metric: str = "centroid", *, progress: bool
         "subspace": _Subspaces,
     }
     rows = metrics[metric](mfa)
-    size = max(1, min(components, _BLOCK_NUMBERS // rows.numbers_per_row))
-    indices, distances = [], []
-    with tqdm(total=components, desc="neighbours", unit="region", disable=not progress) as bar:
-        for start in range(0, components, size):
-            block = torch.arange(start, min(components, start + size), device=mfa.means.device)
+    size = max(1, min(count, _BLOCK_NUMBERS // rows.numbers_per_row))
+    asked = torch.tensor(chosen, dtype=torch.long, device=mfa.means.device)
+    indices = asked.new_empty(len(asked), n)
+    distances = torch.empty(len(asked), n, dtype=torch.float64, device=mfa.means.device)
+    with (
+        full_precision(mfa.means),
+        tqdm(total=len(asked), desc="neighbours", unit="region", disable=not progress) as bar,
+    ):
+        for start in range(0, len(asked), size):
+            block = asked[start : start + size]
             squared = rows.squared(block)
             squared.scatter_(1, block.unsqueeze(1), torch.inf)
             best, index = squared.topk(n, largest=False)
-            indices.append(index)
-            distances.append(best.clamp_min(0).sqrt())
+            indices[start : start + size], distances[start : start + size] = index, best.clamp_min(0).sqrt()
             bar.update(len(block))
-    return torch.cat(indices), torch.cat(distances)
+    return indices, distances
 
 
 class _Metric(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -174,8 +175,6 @@ def interesting_regions(
     Returns:
         Components, most interesting first.
     """
-    from tqdm import tqdm
-
     assigned = ensure_assignments(mfa, store, assigned, progress)
     counts = assigned.counts
     if min_rows is None:
@@ -185,17 +184,16 @@ def interesting_regions(
         return []
     tokens = store.tokens.long()
     nothing = int(tokens.max()) + 1  # what precedes the first token of a document
-    following, preceding = [], []
-    for k in tqdm(candidates.tolist(), desc="compare", unit="region", disable=not progress):
+    looked_at = []
+    for k in candidates.tolist():
         rows = assigned.rows(k)
-        rows = rows[torch.linspace(0, len(rows) - 1, min(samples, len(rows))).round().long()]
-        following.append(tokens[rows])
-        around = [store.context(row, 1, 0) for row in rows.tolist()]
-        preceding.append(torch.tensor([ids[0] if at else nothing for ids, at in around]))
-    group = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(p) for p in preceding]))
+        looked_at.append(rows[torch.linspace(0, len(rows) - 1, min(samples, len(rows))).round().long()])
+    rows = torch.cat(looked_at)
+    preceding = _tokens_before(store, rows, nothing, progress)
+    group = torch.repeat_interleave(torch.arange(len(candidates)), torch.tensor([len(r) for r in looked_at]))
     score = torch.zeros(len(candidates))
     overlaps = []
-    for kind in (torch.cat(following), torch.cat(preceding)):
+    for kind in (tokens[rows], preceding):
         groups, ids, held = _token_table(group, kind)
         # The tokens of the store stand for those before them; one more of each, for those that only come before.
         frequencies = torch.bincount(tokens, minlength=int(kind.max()) + 1).float() + 1
@@ -212,6 +210,25 @@ def interesting_regions(
         shared = torch.stack([overlap(best) for overlap in overlaps]).mean(0)
         distinct = torch.minimum(distinct, 1 - shared)
     return candidates[chosen].tolist()
+
+
+def _tokens_before(store: ActivationStore, rows: Tensor, nothing: int, progress: bool) -> Tensor:
+    """The token before that of each row, (n,) int64; `nothing` where it is the first of its document."""
+    from tqdm import tqdm
+
+    ascending, order = rows.sort()
+    listed = ascending.tolist()
+    found: list[int] = []
+    with tqdm(total=len(listed), desc="compare", unit="row", unit_scale=True, disable=not progress) as bar:
+        while len(found) < len(listed):
+            start = len(found)
+            document = store.document(listed[start])
+            stop = bisect_right(listed, document, start, key=store.document)  # its rows follow one another
+            tokens = store.document_tokens(document).tolist()
+            places = map(store.position, listed[start:stop])
+            found += [tokens[place - 1] if place else nothing for place in places]
+            bar.update(stop - start)
+    return torch.empty_like(rows).scatter_(0, order, torch.tensor(found))
 
 
 class _Overlap:

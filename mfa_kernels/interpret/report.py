@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mfa_kernels.checks import check_component
 from mfa_kernels.files import StrPath, atomic_write_text
-from mfa_kernels.interpret.contexts import Assignments, Context, axis_contexts, ensure_assignments
-from mfa_kernels.interpret.figures import region_scatter, regions_map
-from mfa_kernels.interpret.lens import LogitLens, TokenChange, logit_lens
+from mfa_kernels.interpret.contexts import Assignments, Context, along_axis, ensure_assignments, region_latents
+from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
+from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
 
@@ -74,33 +75,43 @@ def write_report(
     if components is None:
         components = interesting_regions(mfa, store, n_regions, **options)
     shown = [check_component(k, mfa.n_components) for k in components]
-    everywhere = region_summaries(mfa, store, tokenizer, None, 1, 0, **options)
-    summaries = region_summaries(mfa, store, tokenizer, shown, 8, n_contexts, **options)
-    names = {s.component: s.tokens[0].token if s.tokens else "" for s in everywhere}
     around: dict[int, list[int]] = {}
     if mfa.n_components > 1:
-        nearest = neighbors(mfa, min(_NEIGHBORS, mfa.n_components - 1), progress=progress)[0]
-        around = {k: nearest[k].tolist() for k in shown}
+        count = min(_NEIGHBORS, mfa.n_components - 1)
+        around = dict(zip(shown, neighbors(mfa, count, components=shown, progress=progress)[0].tolist()))
+    # Beside those that are shown: their neighbours, by name, and what the map has room for.
+    drawn = on_map(assigned.counts, shown) if figures else []
+    named = dict.fromkeys([*drawn, *(j for nearest in around.values() for j in nearest)])
+    others = {s.component: s for s in region_summaries(mfa, store, tokenizer, list(named), 1, 0, **options)}
+    summaries = region_summaries(mfa, store, tokenizer, shown, 8, n_contexts, **options)
+    names = {k: s.tokens[0].token if s.tokens else "" for k, s in others.items()}
+    lens = None if model is None else Lens(model, mfa)
 
     parts = [_tag("h1", title), _facts(mfa, store, assigned), _how_to_read(model is not None)]
     with tempfile.TemporaryDirectory() as folder:
         image = Path(folder) / "image.png"
-        if figures and sum(s.rows > 0 for s in everywhere) >= 3:
-            regions_map(mfa, everywhere, image, labelled=shown)
+        if len(drawn) >= 3:
+            regions_map(mfa, [others[k] for k in drawn], image, labelled=shown)
             parts.append(_image(image, "Map of the regions: near centroids are near, labelled by their tokens"))
         parts.append(_overview(summaries) if shown else _tag("p", "No region owns enough tokens to be shown."))
         for summary in tqdm(summaries, desc="report", unit="region", disable=not progress):
             k = summary.component
             body = [_tokens(summary), _contexts(summary.contexts)]
-            if model is not None:
-                lens = logit_lens(model, mfa, k, top=_LENS_TOKENS, tokenizer=tokenizer)
-                body.append(_lens("Next token, by the centroid", lens))
-            if figures and mfa.rank > 1 and summary.rows:
-                longest = _longest_axes(mfa, k, 2)
-                region_scatter(mfa, store, k, image, axes=(longest[0], longest[1]), tokenizer=tokenizer, **options)
+            if lens is not None:
+                read = lens.read(k, None, _LENS_TOKENS, tokenizer)
+                body.append(_lens("Next token, by the centroid", read))
+            axes = _longest_axes(mfa, k, n_axes) if summary.rows else []
+            is_pictured = figures and mfa.rank > 1 and summary.rows > 0
+            z = region_latents(mfa, store, k, assigned) if axes or is_pictured else torch.empty(0, 0)
+            if is_pictured:
+                first, second = _longest_axes(mfa, k, 2)
+                draw_region(
+                    store, tokenizer, assigned.rows(k), z[:, [first, second]], (first, second), image,
+                    title=f"Inside region {k}: {summary.rows:,} tokens",
+                )  # fmt: skip
                 body.append(_image(image, f"Tokens of region {k} in its two longest latent axes"))
-            for axis in _longest_axes(mfa, k, n_axes) if summary.rows else ():
-                body.append(_axis(mfa, store, tokenizer, model, k, axis, options))
+            for axis in axes:
+                body.append(_axis(store, tokenizer, lens, k, axis, assigned.rows(k), z[:, axis]))
             body.append(_near(around.get(k, []), names, shown))
             heading = f"Region {k}: {_share(summary)}"
             parts.append(_tag("section", _tag("h2", heading), *body, id=f"region-{k}"))
@@ -222,20 +233,13 @@ def _longest_axes(mfa: MFA, component: int, n: int) -> list[int]:
 
 
 def _axis(
-    mfa: MFA,
-    store: ActivationStore,
-    tokenizer: Any,
-    model: nn.Module | None,
-    k: int,
-    axis: int,
-    options: dict[str, Any],
+    store: ActivationStore, tokenizer: Any, lens: Lens | None, k: int, axis: int, rows: Tensor, z: Tensor
 ) -> _Html:
-    low, middle, high = axis_contexts(mfa, store, tokenizer, k, axis, _AXIS_CONTEXTS, (0.0, 0.5, 1.0), **options)
+    low, middle, high = along_axis(store, tokenizer, k, rows, z, _AXIS_CONTEXTS, (0.0, 0.5, 1.0))
     parts = [_tag("h3", f"Latent z_{axis}, from {low.value:+.2f} to {high.value:+.2f}")]
     parts.append(_contexts([*low.contexts, *middle.contexts, *high.contexts], score=True))
-    if model is not None:
-        lens = logit_lens(model, mfa, k, direction=axis, top=_LENS_TOKENS, tokenizer=tokenizer)
-        parts.append(_lens(f"Next token, by z_{axis}", lens))
+    if lens is not None:
+        parts.append(_lens(f"Next token, by z_{axis}", lens.read(k, axis, _LENS_TOKENS, tokenizer)))
     return _tag("div", *parts)
 
 

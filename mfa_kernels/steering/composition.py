@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_number
 from mfa_kernels.mfa import MFA
+from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.steering.interventions import Add, Intervention, Offset, Reconstruct, Remove, Row, Toward
 
 
@@ -114,7 +115,9 @@ class Composition:
     def __init__(self, mfa: MFA, rows: list[Row], device: torch.device) -> None:
         depth = max(len(row) for row in rows)
         self.rows, self.device = len(rows), device
-        self._levels = [_level(mfa, [row[i] if i < len(row) else None for row in rows], device) for i in range(depth)]
+        with no_autocast(mfa.means):
+            levels = [[row[i] if i < len(row) else None for row in rows] for i in range(depth)]
+            self._levels = [_level(mfa, level, device) for level in levels]
         entries = [entry for row in rows for entry in row]
         self.uses_mixture = any(_uses_mixture(entry) for entry in entries)
         self.uses_latents = any(any(level.on_latents) for level in self._levels)

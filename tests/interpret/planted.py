@@ -38,6 +38,7 @@ class MemoryStore:
         assert len(self.places) == len(activations)
         self.n_features = activations.shape[1]
         self.asked: list[int] = []  # rows, one entry per call of rows()
+        self.decoded: list[int] = []  # documents, one entry per call of document_tokens()
 
     def __len__(self) -> int:
         return len(self.activations)
@@ -64,6 +65,13 @@ class MemoryStore:
 
     def document(self, row: int) -> int:
         return self.places[row][0]
+
+    def position(self, row: int) -> int:
+        return self.places[row][1]
+
+    def document_tokens(self, document: int) -> Tensor:
+        self.decoded.append(document)
+        return torch.tensor(self.documents[document], dtype=torch.int32)
 
 
 def planted(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
+from mfa_kernels.interpret import contexts as context_module
 from mfa_kernels.interpret.contexts import (
     assignments,
     axis_contexts,
@@ -101,6 +102,40 @@ def test_assignments_are_those_of_the_dense_formula(per_component: bool, batch_s
             a.latents[rows].double(), _latents(mfa, store.activations[rows], c), rtol=1e-3, atol=1e-4
         )
     assert a.counts.tolist() == torch.bincount(k, minlength=4).tolist()
+
+
+@pytest.mark.parametrize("spread", [6.0, 0.3])
+def test_many_rows_are_screened_and_nothing_changes(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means, loadings = spread * torch.randn(96, 64, generator=generator), torch.randn(96, 64, 3, generator=generator)
+    mfa = MFA.from_parameters(means, loadings / 3, torch.full((64,), 0.5), torch.ones(96))
+    x = mfa.sample(3000, generator)
+    x[0, 0] = torch.nan
+    store = MemoryStore(x, [[0] * 3000])
+    dense = assignments(mfa, store, latents=True, progress=False)
+    reading: list[MFA] = []
+    screen = MFA.screen
+    monkeypatch.setattr(MFA, "screen", lambda self, *a, **k: reading.append(self) or screen(self, *a, **k))
+    monkeypatch.setattr(context_module, "_SCREENED_ROWS", 3000)
+    found = assignments(mfa, store, latents=True, progress=False)
+    if mfa.factors().is_native:
+        assert mfa.screened() == (False, None)  # the mixture is as it was
+        assert mfa.evaluated is None
+        (own,) = reading
+        if spread > 1:  # else too little is ruled out, and the dense scan goes on
+            assert own.evaluated is not None
+            assert own.evaluated.float().mean() < 3
+    for name in ("components", "responsibilities", "distances", "latents"):
+        torch.testing.assert_close(getattr(found, name), getattr(dense, name), rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(found.components, dense.components)
+
+
+def test_a_screen_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    mfa, store, _ = planted(features=32)
+    monkeypatch.setattr(context_module, "_SCREENED_ROWS", 1)
+    before = mfa.screen(store.activations[10:50]), mfa.screened()[1]
+    assignments(mfa, store, progress=False)
+    assert (before[0], mfa.screened()[1]) == before
 
 
 def test_an_outlying_scale_keeps_the_digits_of_distances() -> None:

@@ -101,11 +101,13 @@ def test_ids_stand_for_tokens_without_a_tokenizer() -> None:
     assert len(lens.top) == len(lens.bottom) == 2
 
 
-def test_a_final_norm_can_be_named() -> None:
+def test_a_final_norm_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model, mfa = _model("gpt2"), _mfa()
-    assert logit_lens(model, mfa, 0) == logit_lens(model, mfa, 0, norm="transformer.ln_f")
-    other = logit_lens(model, mfa, 0, norm="transformer.h.0.ln_1")
-    assert other != logit_lens(model, mfa, 0)
+    found = logit_lens(model, mfa, 0)
+    monkeypatch.setattr("mfa_kernels.interpret.head._FINAL_NORMS", ("another",))
+    with pytest.raises(ValueError, match="no final norm"):
+        logit_lens(model, mfa, 0)
+    assert logit_lens(model, mfa, 0, norm="transformer.ln_f") == found
     with pytest.raises(ValueError, match="norm: GPT2LMHeadModel has no module 'ln'"):
         logit_lens(model, mfa, 0, norm="ln")
 

@@ -53,6 +53,23 @@ def test_neighbors_are_those_of_all_pairs(
 
 
 @pytest.mark.parametrize("metric", METRICS)
+def test_neighbors_of_some_regions_are_theirs_among_all(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mfa = _mfa()
+    every, module = neighbors(mfa, 5, metric, progress=False), import_module("mfa_kernels.interpret.neighbors")
+    name = {"centroid": "_Centroids", "mahalanobis": "_Mahalanobis", "subspace": "_Subspaces"}[metric]
+    kind, asked = getattr(module, name), []
+    squared = kind.squared
+    monkeypatch.setattr(kind, "squared", lambda self, block: asked.extend(block.tolist()) or squared(self, block))
+    some = neighbors(mfa, 5, metric, components=[20, 3, 3], progress=False)
+    assert asked == [20, 3, 3]  # and no other row of the K x K distances
+    for found, expected in zip(some, every):
+        torch.testing.assert_close(found, expected[[20, 3, 3]], rtol=1e-6, atol=1e-6)
+    assert neighbors(mfa, 5, metric, components=[], progress=False)[0].shape == (0, 5)
+    with pytest.raises(IndexError, match=r"component must be in \[0, 23\), got 23"):
+        neighbors(mfa, 5, metric, components=[23])
+
+
+@pytest.mark.parametrize("metric", METRICS)
 def test_a_large_offset_costs_no_digits(metric: str) -> None:
     mfa = _mfa(dtype=torch.float64)
     before = neighbors(mfa, 4, metric, progress=False)

@@ -86,6 +86,12 @@ def test_what_comes_before_makes_a_region_interesting() -> None:
     assert interesting_regions(mfa, store, 1, progress=False) == [1]
 
 
+def test_a_document_is_read_once() -> None:
+    mfa, store, _ = planted()
+    assert len(interesting_regions(mfa, store, progress=False)) == 4
+    assert sorted(store.decoded) == list(range(20))
+
+
 def test_the_gain_of_a_random_group_is_not_positive() -> None:
     """The plain estimate of the divergence finds nats where there are none; held-out prediction does not."""
     generator = torch.Generator().manual_seed(0)

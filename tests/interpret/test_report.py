@@ -14,6 +14,9 @@ from mfa_kernels import MFA
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
 from mfa_kernels.interpret import assignments, region_summaries, write_report
+from mfa_kernels.interpret import figures as figure_module
+from mfa_kernels.interpret.head import Head
+from mfa_kernels.interpret.neighbors import _Centroids
 from mfa_kernels.interpret.report import _Html, _tag
 from mfa_kernels.models import hidden_states
 from tests.interpret.planted import MemoryStore, Words, planted
@@ -150,6 +153,55 @@ def test_a_report_without_regions_says_so(tmp_path: Path) -> None:
     mfa, store, _ = planted(40)  # fewer rows than a region needs
     page = _report(tmp_path / "report.html", mfa, store)
     assert "No region owns enough tokens to be shown." in page.inside("p")
+
+
+class _CountingWords(Words):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shown = 0
+
+    def decode(self, ids: Any, **options: object) -> str:
+        self.shown += 1
+        return super().decode(ids, **options)
+
+
+@pytest.mark.parametrize("figures", [False, True])
+def test_a_page_costs_what_it_shows(figures: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve times as many regions, of as many rows each: the same rows are read, the same neighbours looked for."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(figure_module, "_MAP_REGIONS", 20)
+    compared: list[int] = []
+    squared = _Centroids.squared
+    monkeypatch.setattr(_Centroids, "squared", lambda self, b: compared.append(len(b)) or squared(self, b))
+    work = []
+    for regions in (30, 360):
+        mfa, store, _ = planted(40 * regions, regions)
+        a, words = assignments(mfa, store, progress=False), _CountingWords()
+        shown = a.counts.argsort(descending=True)[:2].tolist()
+        store.asked.clear()
+        compared.clear()
+        _report(tmp_path / "report.html", mfa, store, words, components=shown, assigned=a, figures=figures)
+        assert sum(store.asked) == int(a.counts[shown].sum())  # their rows, once, for a picture and two axes
+        assert compared == [2]
+        work.append(words.shown)
+    few, many = work
+    assert many < 1.5 * few
+
+
+def test_the_lens_of_a_page_is_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny_lm.load()
+    mfa = MFA(9, 256, 2)
+    store = MemoryStore(mfa.sample(60, torch.Generator().manual_seed(0)), [[5, 6, 7] * 20])
+    normed: list[int] = []
+    monkeypatch.setattr(
+        Head, "normed", lambda self, x, own=Head.normed: normed.append(x.numel() // 256) or own(self, x)
+    )
+    runs: list[int] = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    _report(tmp_path / "report.html", mfa, store, tokenizer, model=model, components=range(4))
+    with_rows = int((assignments(mfa, store, progress=False).counts[:4] > 0).sum())
+    assert len(runs) == 1
+    assert sum(normed) == 9 + 4 + with_rows * 2 * 2  # all centroids once; those shown; two ends of two axes each
 
 
 def test_text_becomes_html_in_one_place_only() -> None:
