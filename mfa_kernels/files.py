@@ -50,6 +50,25 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
     sweep(path.parent, re.escape(path.name))
 
 
+def check_writable(path: StrPath, name: str) -> None:
+    """Raises where a file could not be written to `path`, before the work whose result it is to hold.
+
+    Args:
+        path: of a file, which is left as it is; its folder is made if it is missing.
+        name: of the argument, for messages.
+
+    Raises:
+        OSError: of the kind that writing met, naming the argument and the path.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked_folder(path) as folder:
+            (folder / path.name).write_bytes(b"\0")
+    except OSError as error:
+        raise type(error)(error.errno, f"{name}: {path} cannot be written ({error.strerror or error})") from error
+
+
 @contextmanager
 def _locked_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path`, which other processes can tell from one whose writer has died."""
@@ -172,6 +191,7 @@ def atomic_save_safetensors(
         path: the file, replaced if it exists.
         metadata: strings for the file's header.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     separate: dict[str, Tensor] = {}
@@ -184,4 +204,7 @@ def atomic_save_safetensors(
         storages.add(storage)
         separate[name] = value
     with atomic_path(path) as temporary:
-        save_file(separate, temporary, metadata=None if metadata is None else dict(metadata))
+        try:
+            save_file(separate, temporary, metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # of a disk that is full, among others
+            raise OSError(f"{path}: {error}") from error

@@ -148,6 +148,10 @@ class Checkpoints:
             if _OURS.fullmatch(path.name) and path.name not in names and not path.is_dir():
                 path.unlink()
         sweep(self.folder, _STATE)
+        self.note_time()
+
+    def note_time(self) -> None:
+        """Says that one was written just now, or could not be."""
         self.written = time.monotonic()
 
     def load(self, folder: StrPath) -> State:

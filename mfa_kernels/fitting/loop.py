@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels import locks
 from mfa_kernels.checks import (
     check_choice,
     check_device,
@@ -28,7 +27,7 @@ from mfa_kernels.checks import (
     check_path,
     check_positive,
 )
-from mfa_kernels.files import StrPath
+from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
@@ -36,6 +35,7 @@ from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
+from mfa_kernels.fitting.notices import going_on, warn
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
 from mfa_kernels.fitting.source import Source, as_source, home
@@ -188,137 +188,144 @@ def fit(
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
-    sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
-    stream = Feed() if streamed else None
-    if stream is not None:
-        head = math.ceil(sample / ranks.size / (1 - held_out))
-        while not stream.holds(head):
-            stream.put((yield))
-        source = stream.source()
-        if stream.ended and ranks.size == 1:  # all of it is here: data like any other
-            stream, streamed = None, False
-        else:
-            sample = len(source)  # what the last batch brought besides is not read again
-    else:
-        source = as_source(activations)
-    if rank > source.n_features:
-        raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
-    if method == "auto":
-        method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
-    device = device if device is not None else source.device
-    ranks.on(device)
-    label = f"{progress}, " if isinstance(progress, str) else ""
-    progress = bool(progress) and ranks.first
-    settings = Settings(
-        epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks, label
-    )
-    generator = torch.Generator().manual_seed(seed)
-    report = FitReport(method=method)
-
-    rows, held_index = _split(source, held_out, generator, report)
-    start_index, live_index = rows[:sample], rows[: _LIVE_ROWS_PER_COMPONENT * n_components]
-    if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
-        start_index, live_index = ranks.share(start_index), ranks.share(live_index)
-        held_index = held_index[ranks.rank :: ranks.size]
-    held_out_rows = _finite(source, held_index, device, dtype, report).to(dtype)
-    all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
-    if all_held and not report.held_out_rows:
-        raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
-    # What is left out of the sample is counted when training meets it. Several ranks send it on their devices.
-    there = device if ranks.size > 1 else home(source, len(start_index), device)
-    start_rows = _finite(source, start_index, there, dtype, None if epochs and not streamed else report)
-    found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
-    if found < n_components:
-        raise ValueError(
-            f"n_components = {n_components} needs at least as many finite rows to train on, got {found} "
-            f"of {len(source)} (held out: {all_held})"
-        )
-
-    if clusters is not None:
-        clusters = centroids_of(clusters, source.n_features, n_components)
-    checkpoints: Checkpoints | None = None
-    saved: State | None = None
-    if folder is not None or ranks.size > 1:
-        data = _data(source, streamed)
-        facts = {
-            "rows": None if streamed else len(source), "n_features": source.n_features,
-            "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
-            "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
-            "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
-            "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
-            "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
-            "ranks": ranks.size if streamed else None,
-        }  # fmt: skip
-        _check_same(facts, ranks)
-        if folder is not None:
-            checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
-            saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
-
-    if streamed and len(live_index):  # nothing else of the head is looked at again
-        source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
-
-    if progress:
-        held = len(held_out_rows) + (len(start_rows) if there == device else 0) + min(GUARD_ROWS, found)
-        planned = memory.plan(n_components, source.n_features, rank, noise, method, dtype, held)
-        told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}")
-        if told:
-            print(told, file=sys.stderr)
-
-    if saved is None:
-        whole = ranks.gathered(start_rows)
-
-        def start() -> MFA:
-            with _timed(report, "kmeans"):
-                result: KMeansResult | Tensor | None = clusters
-                if result is None:
-                    result = kmeans(
-                        whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress
-                    )
-                centroids = centroids_of(result, source.n_features, n_components)
-            with _timed(report, "start"):
-                return start_from_clusters(
-                    whole, centroids, rank, noise,
-                    init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
-                )  # fmt: skip
-
-        mfa = _from_first(start, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
-        del whole, start
-    else:
-        report = saved.report
-        assert checkpoints is not None
-        with checkpoints.reading():
-            mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
-    if saved is None or saved.stage != DONE:
-        arguments = mfa, source, rows, held_out_rows
-        # Of a stream, the rows after the start are not there yet; those held out are like them.
-        later = ranks.share(rows[sample : sample + OTHERS])
-        others = held_out_rows if streamed else _finite(source, later, device, dtype)
-        guard = Guard(start_rows, device, others, ranks)
-        run: Run
-        if saved is None or saved.stage == method:
-            if method == "sgd":
-                run = Training(*arguments, settings, generator, report, guard)
-            elif method == "em":
-                run = BatchEM(*arguments, settings, generator, report, guard, start_rows=start_rows)
+    with _held(folder, log, ranks):
+        sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
+        stream = Feed() if streamed else None
+        if stream is not None:
+            head = math.ceil(sample / ranks.size / (1 - held_out))
+            while not stream.holds(head):
+                stream.put((yield))
+            source = stream.source()
+            if stream.ended and ranks.size == 1:  # all of it is here: data like any other
+                stream, streamed = None, False
             else:
-                run = OnlineEM(*arguments, settings, generator, report, guard, start_rows=start_rows, stream=stream)
-            del start_rows
-            yield from _run(run, method, checkpoints, saved)
-            saved = None
-        if polish and not report.interrupted:
-            run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
-            yield from _run(run, "polish", checkpoints, saved)
-        _count_live(mfa, held_out_rows, source, live_index, report, ranks)
-        if report.refused_states and ranks.first:
-            _warn(
-                f"fit: {report.refused_states} states were not kept: rows that they were trained on are less likely "
-                "under them than under the start"
+                sample = len(source)  # what the last batch brought besides is not read again
+        else:
+            source = as_source(activations)
+        if rank > source.n_features:
+            raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+        if method == "auto":
+            method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
+        device = device if device is not None else source.device
+        ranks.on(device)
+        label = f"{progress}, " if isinstance(progress, str) else ""
+        progress = bool(progress) and ranks.first
+        settings = Settings(
+            epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks, label
+        )
+        generator = torch.Generator().manual_seed(seed)
+        report = FitReport(method=method)
+
+        rows, held_index = _split(source, held_out, generator, report)
+        start_index, live_index = rows[:sample], rows[: _LIVE_ROWS_PER_COMPONENT * n_components]
+        if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
+            start_index, live_index = ranks.share(start_index), ranks.share(live_index)
+            held_index = held_index[ranks.rank :: ranks.size]
+        held_out_rows = _finite(source, held_index, device, dtype, report).to(dtype)
+        all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
+        if all_held and not report.held_out_rows:
+            raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
+        # What is left out of the sample is counted when training meets it. Several ranks send it on their devices.
+        there = device if ranks.size > 1 else home(source, len(start_index), device)
+        start_rows = _finite(source, start_index, there, dtype, None if epochs and not streamed else report)
+        found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
+        if found < n_components:
+            raise ValueError(
+                f"n_components = {n_components} needs at least as many finite rows to train on, got {found} "
+                f"of {len(source)} (held out: {all_held})"
             )
-        if checkpoints is not None and ranks.first and not report.interrupted:
-            checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
-    mfa.zero_grad()
-    mfa.fit_report = report
-    return mfa
+
+        if clusters is not None:
+            clusters = centroids_of(clusters, source.n_features, n_components)
+        checkpoints: Checkpoints | None = None
+        saved: State | None = None
+        if folder is not None or ranks.size > 1:
+            data = _data(source, streamed)
+            facts = {
+                "rows": None if streamed else len(source), "n_features": source.n_features,
+                "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
+                "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
+                "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
+                "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
+                "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype),
+                "precision": precision, "ranks": ranks.size if streamed else None,
+            }  # fmt: skip
+            _check_same(facts, ranks)
+            if folder is not None:
+                checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
+                saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
+
+        if streamed and len(live_index):  # nothing else of the head is looked at again
+            source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
+
+        if progress:
+            held = len(held_out_rows) + (len(start_rows) if there == device else 0) + min(GUARD_ROWS, found)
+            planned = memory.plan(n_components, source.n_features, rank, noise, method, dtype, held)
+            told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}")
+            if told:
+                print(told, file=sys.stderr)
+
+        if saved is None:
+            whole = ranks.gathered(start_rows)
+
+            def start() -> MFA:
+                with _timed(report, "kmeans"):
+                    result: KMeansResult | Tensor | None = clusters
+                    if result is None:
+                        result = kmeans(
+                            whole,
+                            n_components,
+                            iterations=_KMEANS_ITERATIONS,
+                            seed=seed,
+                            device=device,
+                            progress=progress,
+                        )
+                    centroids = centroids_of(result, source.n_features, n_components)
+                with _timed(report, "start"):
+                    return start_from_clusters(
+                        whole, centroids, rank, noise,
+                        init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
+                    )  # fmt: skip
+
+            mfa = _from_first(start, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
+            del whole, start
+        else:
+            report = saved.report
+            assert checkpoints is not None
+            with checkpoints.reading():
+                mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
+        if saved is None or saved.stage != DONE:
+            arguments = mfa, source, rows, held_out_rows
+            # Of a stream, the rows after the start are not there yet; those held out are like them.
+            later = ranks.share(rows[sample : sample + OTHERS])
+            others = held_out_rows if streamed else _finite(source, later, device, dtype)
+            guard = Guard(start_rows, device, others, ranks)
+            run: Run
+            if saved is None or saved.stage == method:
+                if method == "sgd":
+                    run = Training(*arguments, settings, generator, report, guard)
+                elif method == "em":
+                    run = BatchEM(*arguments, settings, generator, report, guard, start_rows=start_rows)
+                else:
+                    run = OnlineEM(*arguments, settings, generator, report, guard, start_rows=start_rows, stream=stream)
+                del start_rows
+                yield from _run(run, method, checkpoints, saved)
+                saved = None
+            if polish and not report.interrupted:
+                run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
+                yield from _run(run, "polish", checkpoints, saved)
+            _count_live(mfa, held_out_rows, source, live_index, report, ranks)
+            if report.refused_states and ranks.first:
+                warn(
+                    f"fit: {report.refused_states} states were not kept: rows that they were trained on are less "
+                    "likely under them than under the start"
+                )
+            if checkpoints is not None and ranks.first and not report.interrupted:
+                with going_on("the checkpoint of its end", "the one before stays, and the mixture is returned"):
+                    checkpoints.save(State(DONE, mixture_state(mfa), {"noise_floor": mfa.noise_floor}, report))
+        mfa.zero_grad()
+        mfa.fit_report = report
+        return mfa
 
 
 def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> Steps:
@@ -329,10 +336,30 @@ def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | N
         if max(run.ranks.size, run.mfa.ranks.size) > 1:  # the others are elsewhere
             raise
         run.report.interrupted = True
-        _warn("fit: interrupted; the mixture is the best so far")
+        warn("fit: interrupted; the mixture is the best so far")
     run.report_skipped()
     run.note_time()
     run.restore_best()
+
+
+@contextmanager
+def _held(folder: Path | None, log: StrPath | None, ranks: Ranks) -> Iterator[None]:
+    """Tries, on rank 0, where the fit is to write, before work begins; keeps other writers out of its checkpoints.
+
+    Raises, on every rank:
+        OSError: naming the path that cannot be written to; TimeoutError where another fit writes to the folder.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if log is not None:
+                check_writable(log, "log")
+            if folder is not None:
+                check_writable(folder / FILE, "checkpoint")
+                stack.enter_context(locks.alone(folder))
+
+        ranks.agree(enter)
+        yield
 
 
 def _checkpoint_folders(
@@ -520,15 +547,7 @@ def _count_live(mfa: AnyMFA, held_out: Tensor, source: Source, index: Tensor, re
     report.live_components = int((owned > 0).sum())
     dead = mfa.n_components - report.live_components
     if dead > _DEAD_SHARE * mfa.n_components and ranks.first and mfa.ranks.first:
-        _warn(
+        warn(
             f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
             f"{report.live_rows} rows; fewer components, more rows or another start may serve better"
         )
-
-
-def _warn(message: str) -> None:
-    """Of the line that called the fit: the first one outside of this package and of torch, whose decorators it has."""
-    frame, level = inspect.currentframe(), 1
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mfa_kernels", "torch"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)

@@ -18,6 +18,7 @@ from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.feed import Steps
 from mfa_kernels.fitting.guard import Guard
+from mfa_kernels.fitting.notices import going_on
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
@@ -287,7 +288,9 @@ class Run:
         self.report_skipped()
         state = self._state()  # which may take all ranks
         if self.ranks.first:
-            checkpoints.save(State(self.stage, *state, self.report))
+            with going_on(f"a checkpoint in {checkpoints.folder}"):
+                checkpoints.save(State(self.stage, *state, self.report))
+            checkpoints.note_time()
 
     def report_skipped(self) -> None:
         """Tells the report the rows that all ranks have left out."""
@@ -338,8 +341,8 @@ class Run:
             parameter.copy_(kept)
 
     def restore_best(self) -> None:
-        """Puts the best parameters back into the mixture: of those evaluated; without held-out rows, the last ones."""
-        if self.best is not None and (self.selects or self._gain() < 0):
+        """Puts the best parameters back into the mixture; without held-out rows, the last ones of a finished step."""
+        if self.best is not None and (self.selects or self.report.interrupted or self._gain() < 0):
             self._put(self.best)
 
     def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
@@ -390,7 +393,8 @@ class Run:
             self.evaluations_since_best = 0  # there is nothing to lose patience with
         bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
         if self.settings.log is not None and self.ranks.first:
-            report.write_history(self.settings.log)
+            with going_on(f"the log {self.settings.log}"):
+                report.write_history(self.settings.log)
         versions = [p._version for p in self.mfa.parameters()]
         for callback in self.settings.callbacks:
             with of_the_caller():

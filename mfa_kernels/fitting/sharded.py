@@ -20,6 +20,7 @@ from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize
+from mfa_kernels.fitting.notices import going_on
 from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sgd import Settings, mixture_state
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
@@ -102,86 +103,88 @@ def fit_sharded(
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
     folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
-    source = as_source(activations)
-    if rank > source.n_features:
-        raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
-    if method == "auto":
-        method = loop._chosen(len(source) * (1 - held_out), n_components, batch_size)
-    if clusters is not None:
-        clusters = centroids_of(clusters, source.n_features, n_components)
-    if start is not None:
-        _check_start(start, n_components, source.n_features, rank, noise, ranks)
-        device = start.means.device
-    device = torch.device(device) if device is not None else source.device
-    ranks.on(device)
-    facts = {
-        "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
-        "n_components": n_components, "rank": rank, "method": method, "noise": noise,
-        "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
-        "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
-        "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
-    }  # fmt: skip
-    loop._check_same({**facts, "callbacks": len(callbacks)}, ranks)
-    checkpoints: ShardedCheckpoints | None = None
-    saved: State | None = None
-    if folder is not None:
-        checkpoints = ShardedCheckpoints(folder, checkpoint_seconds, facts, n_components, noise, ranks)
-        saved = None if resumed is None else checkpoints.load(resumed)
+    with loop._held(folder, log, ranks):
+        source = as_source(activations)
+        if rank > source.n_features:
+            raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+        if method == "auto":
+            method = loop._chosen(len(source) * (1 - held_out), n_components, batch_size)
+        if clusters is not None:
+            clusters = centroids_of(clusters, source.n_features, n_components)
+        if start is not None:
+            _check_start(start, n_components, source.n_features, rank, noise, ranks)
+            device = start.means.device
+        device = torch.device(device) if device is not None else source.device
+        ranks.on(device)
+        facts = {
+            "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
+            "n_components": n_components, "rank": rank, "method": method, "noise": noise,
+            "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
+            "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
+            "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
+        }  # fmt: skip
+        loop._check_same({**facts, "callbacks": len(callbacks)}, ranks)
+        checkpoints: ShardedCheckpoints | None = None
+        saved: State | None = None
+        if folder is not None:
+            checkpoints = ShardedCheckpoints(folder, checkpoint_seconds, facts, n_components, noise, ranks)
+            saved = None if resumed is None else checkpoints.load(resumed)
 
-    report = FitReport(method=method)
-    generator = torch.Generator().manual_seed(seed)
-    rows, held_index = loop._split(source, held_out, generator, report)
-    if len(rows) < n_components:
-        raise ValueError(f"n_components = {n_components} needs at least as many rows to train on, got {len(rows)}")
-    held_out_rows = loop._finite(source, held_index, device, dtype, report).to(dtype)
-    report.held_out_rows = len(held_out_rows)
-    if len(held_index) and not report.held_out_rows:
-        raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
-    sample = rows[: max(loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT * n_components)]
-    if source.dtype != dtype:  # K-means, in that of the source, would take rows that have no density in this one
-        parts = [finite_rows(source.rows(part), dtype).cpu() for part in sample.split(loop._CHUNK_ROWS)]
-        sample = sample[torch.cat(parts)]
-    progress = progress and ranks.first
-    if progress:
-        kept = len(held_out_rows) + min(GUARD_ROWS, len(sample))
-        planned = memory.plan(stop - first, source.n_features, rank, noise, method, dtype, kept)
-        told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}, a rank of {ranks.size},")
-        if told:
-            print(told, file=sys.stderr)
+        report = FitReport(method=method)
+        generator = torch.Generator().manual_seed(seed)
+        rows, held_index = loop._split(source, held_out, generator, report)
+        if len(rows) < n_components:
+            raise ValueError(f"n_components = {n_components} needs at least as many rows to train on, got {len(rows)}")
+        held_out_rows = loop._finite(source, held_index, device, dtype, report).to(dtype)
+        report.held_out_rows = len(held_out_rows)
+        if len(held_index) and not report.held_out_rows:
+            raise ValueError(f"held_out: none of the {len(held_index)} held-out rows is finite")
+        sample = rows[: max(loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT * n_components)]
+        if source.dtype != dtype:  # K-means, in that of the source, would take rows that have no density in this one
+            parts = [finite_rows(source.rows(part), dtype).cpu() for part in sample.split(loop._CHUNK_ROWS)]
+            sample = sample[torch.cat(parts)]
+        progress = progress and ranks.first
+        if progress:
+            kept = len(held_out_rows) + min(GUARD_ROWS, len(sample))
+            planned = memory.plan(stop - first, source.n_features, rank, noise, method, dtype, kept)
+            told = memory.line(planned, f"K={n_components} R={rank} D={source.n_features}, a rank of {ranks.size},")
+            if told:
+                print(told, file=sys.stderr)
 
-    if saved is not None:
-        assert checkpoints is not None
-        with checkpoints.reading():
-            held = loop._restored(saved, noise, precision, device, (stop - first, source.n_features, rank))
-        start, report = ShardedMFA(held, group), saved.report
-    elif start is None:
-        with loop._timed(report, "kmeans"):
-            found: KMeansResult | Tensor = kmeans(
-                picked(source, sample), n_components,
-                iterations=loop._KMEANS_ITERATIONS, seed=seed, device=device, progress=progress, ranks=ranks,
-            ) if clusters is None else clusters  # fmt: skip
-        with loop._timed(report, "start"):
-            local = start_from_clusters(
-                picked(source, sample), centroids_of(found, source.n_features, n_components), rank, noise,
-                precision=precision, dtype=dtype, device=device, seed=seed, progress=progress, ranks=ranks,
+        if saved is not None:
+            assert checkpoints is not None
+            with checkpoints.reading():
+                held = loop._restored(saved, noise, precision, device, (stop - first, source.n_features, rank))
+            start, report = ShardedMFA(held, group), saved.report
+        elif start is None:
+            with loop._timed(report, "kmeans"):
+                found: KMeansResult | Tensor = kmeans(
+                    picked(source, sample), n_components,
+                    iterations=loop._KMEANS_ITERATIONS, seed=seed, device=device, progress=progress, ranks=ranks,
+                ) if clusters is None else clusters  # fmt: skip
+            with loop._timed(report, "start"):
+                local = start_from_clusters(
+                    picked(source, sample), centroids_of(found, source.n_features, n_components), rank, noise,
+                    precision=precision, dtype=dtype, device=device, seed=seed, progress=progress, ranks=ranks,
+                )  # fmt: skip
+            del found
+            start = ShardedMFA(local, group)
+        if saved is None or saved.stage != DONE:
+            settings = Settings(
+                epochs, batch_size, 1.0, "constant", eval_every, patience, tuple(callbacks),
+                log if ranks.first else None, progress,
             )  # fmt: skip
-        del found
-        start = ShardedMFA(local, group)
-    if saved is None or saved.stage != DONE:
-        settings = Settings(
-            epochs, batch_size, 1.0, "constant", eval_every, patience, tuple(callbacks),
-            log if ranks.first else None, progress,
-        )  # fmt: skip
-        run = (_ShardedBatchEM if method == "em" else _ShardedOnlineEM)(
-            start, source, rows, held_out_rows, settings, generator, report, sample=sample
-        )
-        deque(loop._run(run, method, checkpoints, saved), maxlen=0)  # steps of a fit that is not fed
-        live_index = rows[: loop._LIVE_ROWS_PER_COMPONENT * n_components]
-        loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
-        if checkpoints is not None:
-            checkpoints.save(State(DONE, mixture_state(start), {"noise_floor": start.noise_floor}, report))
-    start.fit_report = report
-    return start
+            run = (_ShardedBatchEM if method == "em" else _ShardedOnlineEM)(
+                start, source, rows, held_out_rows, settings, generator, report, sample=sample
+            )
+            deque(loop._run(run, method, checkpoints, saved), maxlen=0)  # steps of a fit that is not fed
+            live_index = rows[: loop._LIVE_ROWS_PER_COMPONENT * n_components]
+            loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
+            if checkpoints is not None:
+                with going_on("the checkpoint of its end", "the one before stays, and the mixture is returned"):
+                    checkpoints.save(State(DONE, mixture_state(start), {"noise_floor": start.noise_floor}, report))
+        start.fit_report = report
+        return start
 
 
 def _check_start(start: ShardedMFA, components: int, features: int, rank: int, noise: str, ranks: Ranks) -> None:

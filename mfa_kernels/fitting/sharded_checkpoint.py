@@ -68,16 +68,35 @@ class ShardedCheckpoints(Checkpoints):
         return self.ranks.totals(self.ranks.first and super().due())[0] > 0
 
     def save(self, state: State) -> None:
-        """Writes a checkpoint, and removes the one before; values are those of rank 0, but for those of screening."""
+        """Writes a checkpoint, and removes the one before; values are those of rank 0, but for those of screening.
+
+        Raises, on every rank:
+            OSError: one of them could not write.
+        """
         number = self.ranks.agree(self._number)
         name = f"state-{number:05d}-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
-        own = {
-            **self._write(state, name),
-            "components": self.span,
-            "screening": state.values.get("screening"),
-        }
+        failure: OSError | None = None
+        own: dict[str, Any] = {}
+        try:
+            own = {**self._write(state, name), "components": self.span, "screening": state.values.get("screening")}
+        except OSError as error:  # of one rank, perhaps: all of them have to know
+            failure = error
+        told = [text for text in self.ranks.objects(failure and str(failure)) if text]
         every = self.ranks.objects(own)  # when all files are there
-        self.ranks.agree(lambda: self._publish(state, {"ranks": every}, {one["tensors"] for one in every}))
+        if told:
+            raise failure or OSError(told[0])
+        names = {one["tensors"] for one in every}
+
+        def publish() -> str | None:
+            try:
+                self._publish(state, {"ranks": every}, names)
+            except OSError as error:
+                return str(error)
+            return None
+
+        unpublished = self.ranks.agree(publish)
+        if unpublished is not None:
+            raise OSError(unpublished)
 
     def load(self, folder: StrPath) -> State:
         """What this rank goes on from; raises what that of one process does."""

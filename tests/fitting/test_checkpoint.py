@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from mfa_kernels import MFA
-from mfa_kernels.fitting import em, fit, loop, sgd
+from mfa_kernels import MFA, files, locks
+from mfa_kernels.fitting import checkpoint, em, fit, loop, sgd
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
 from mfa_kernels.sharded import AnyMFA
 from tests.fitting.planted import Store, draw, planted
@@ -115,7 +117,7 @@ def test_cut_off_at_every_checkpoint(options, wrap, eventful, monkeypatch, tmp_p
     assert result(mfa) == expected
     # Each life came one checkpoint further; the first one, K-means included, was lost.
     assert cuts > 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, f"state-{cuts - 1:05d}.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", FILE, f"state-{cuts - 1:05d}.safetensors"]
 
 
 @pytest.mark.parametrize("method", ["sgd", "em", "online"])
@@ -188,7 +190,7 @@ def test_what_was_left_by_a_process_that_died_is_removed(tmp_path):
     for name in [*ours, "notes.txt"]:
         (tmp_path / name).write_text("")
     run(checkpoint=tmp_path, epochs=0)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, "notes.txt", "state-00005.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", FILE, "notes.txt", "state-00005.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -272,3 +274,119 @@ def test_fingerprint():
     prints = {fingerprint(t) for t in (x, x.view(3, 2), x.double(), x.bfloat16(), x.t(), x[:0])}
     assert len(prints) == 6
     assert fingerprint(x.t()) == fingerprint(x.t().contiguous())
+
+
+# Disks that are full, folders that others write to, paths that nobody can write to
+
+
+@pytest.fixture
+def no_k_means(monkeypatch):
+    monkeypatch.setattr(loop, "kmeans", lambda *args, **kwargs: pytest.fail("work had begun"))
+
+
+@pytest.mark.parametrize(("argument", "why"), [("log", "File exists"), ("checkpoint", "Not a directory")])
+def test_paths_are_tried_before_work_begins(argument, why, tmp_path, no_k_means):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(OSError, match=rf"{argument}: .*file/there.* cannot be written \(") as error:
+        run(**{argument: tmp_path / "file" / "there"})
+    assert why in str(error.value)
+
+
+def test_a_log_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("before\n")
+    monkeypatch.setattr(loop, "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff()))
+    with pytest.raises(CutOff):
+        run(log=tmp_path / "log.jsonl")
+    assert (tmp_path / "log.jsonl").read_text() == "before\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+@pytest.mark.parametrize("method", ["em", "online", "sgd"])
+def test_a_disk_that_is_full_for_a_while_costs_no_fit(method, tmp_path, monkeypatch):
+    """Writes fail three times; the fit is the same, and its checkpoint that of its end."""
+    expected = run(method=method)
+    write, failed = checkpoint.atomic_save_safetensors, []
+
+    def full(tensors, path, *rest):
+        if 1 < len(failed) < 5 or not failed:
+            failed.append(path)
+            raise OSError(28, "No space left on device", str(path))
+        failed.append("written")
+        write(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoint, "atomic_save_safetensors", full)
+    with pytest.warns(
+        UserWarning, match=r"a checkpoint in .* could not be written \(OSError: .*No space left on device"
+    ):
+        mfa = run(method=method, checkpoint=tmp_path)
+    assert result(mfa) == result(expected)
+    monkeypatch.setattr(checkpoint, "atomic_save_safetensors", write)
+    assert result(run(method=method, checkpoint=tmp_path, resume=True)) == result(expected)
+
+
+def test_a_log_that_cannot_be_written_costs_no_fit(tmp_path):
+    def remove(mfa, record):
+        shutil.rmtree(tmp_path / "logs", ignore_errors=True)
+        (tmp_path / "logs").write_text("a file where the folder was")
+
+    with pytest.warns(UserWarning, match=r"the log .*log.jsonl could not be written \((NotADirectory|FileExists)Error"):
+        mfa = run(log=tmp_path / "logs" / "log.jsonl", callbacks=[remove])
+    assert result(mfa) == result(run())
+
+
+def test_a_checkpoint_of_the_end_that_cannot_be_written_is_told(tmp_path, monkeypatch):
+    save = checkpoint.Checkpoints.save
+
+    def fail_at_the_end(self, state):
+        if state.stage == checkpoint.DONE:
+            raise OSError(5, "Input/output error", str(self.folder))
+        save(self, state)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", fail_at_the_end)
+    with pytest.warns(UserWarning, match="the checkpoint of its end could not be written .* the mixture is returned"):
+        mfa = run(checkpoint=tmp_path)
+    monkeypatch.undo()
+    assert result(run(checkpoint=tmp_path, resume=True)) == result(mfa)
+
+
+def test_a_disk_that_is_full_is_an_oserror_that_names_the_file(tmp_path):
+    """safetensors has an error of its own for it."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limit[1]))
+    try:
+        with pytest.raises(OSError, match="big.safetensors"):
+            files.atomic_save_safetensors({"x": torch.zeros(1 << 16)}, tmp_path / "big.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not any(tmp_path.iterdir())
+
+
+def test_one_fit_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "PATIENCE", 0.05)
+    seen = []
+
+    def another(mfa, record):
+        if not seen:
+            with pytest.raises(TimeoutError, match=rf"{tmp_path}: another process, or a writer in this one"):
+                run(checkpoint=tmp_path, resume=True)
+            seen.append(record)
+
+    mfa = run(checkpoint=tmp_path, callbacks=[another])
+    assert seen
+    assert result(run(checkpoint=tmp_path, resume=True)) == result(mfa), "and is held no longer"
+    with pytest.raises(CutOff):
+        run(checkpoint=tmp_path / "other", callbacks=[lambda *_: (_ for _ in ()).throw(CutOff())])
+    run(checkpoint=tmp_path / "other", resume=True)
+
+
+def test_ctrl_c_without_held_out_rows_gives_a_state_of_a_finished_step(tmp_path):
+    def interrupt(mfa, record):
+        if record["step"]:
+            with torch.no_grad():
+                mfa.means.mul_(0)
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="fit: interrupted; the mixture is the best so far"):
+        mfa = run(held_out=0.0, eval_every=3, callbacks=[interrupt])
+    assert mfa.fit_report.interrupted
+    assert mfa.means.abs().sum() > 0

@@ -41,7 +41,11 @@ def test_cut_off_at_every_checkpoint(options, monkeypatch, tmp_path):
     mfa, cuts = in_lives(lambda: run(checkpoint=tmp_path, resume=True, **options), monkeypatch, kind=ShardedCheckpoints)
     assert result(mfa) == expected
     assert cuts > 4
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE, f"state-{cuts - 1:05d}-0-of-1.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
+        FILE,
+        f"state-{cuts - 1:05d}-0-of-1.safetensors",
+    ]
 
 
 class OneOfTwo(Ranks):
