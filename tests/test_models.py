@@ -8,6 +8,7 @@ from torch import nn
 
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.models import (
+    continuation,
     decoder_layers,
     hidden_states,
     load_language_model,
@@ -77,3 +78,16 @@ def test_hidden_states_in_tensor_tuple_and_list() -> None:
 def test_weights_are_loaded_as_stored_or_as_asked(asked: torch.dtype | None, found: torch.dtype) -> None:
     model, _ = load_language_model(str(tiny_lm.path()), asked)
     assert {parameter.dtype for parameter in model.parameters()} == {found}
+
+
+def test_a_model_in_training_writes_nothing() -> None:
+    model, tokenizer = tiny_lm.load()
+    with pytest.raises(ValueError, match=r"model is in training mode.*call model.eval\(\)"):
+        continuation(model.train(), tokenizer, "def f", 2)
+    assert continuation(model.eval(), tokenizer, "def f", 2)
+
+
+def test_the_bundled_model_goes_by_its_name() -> None:
+    model, tokenizer = load_language_model("tiny_lm")
+    assert model.config.hidden_size == 256
+    assert len(tokenizer) == 4096
