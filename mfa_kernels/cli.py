@@ -17,6 +17,7 @@ from mfa_kernels.functional import PRECISIONS
 if TYPE_CHECKING:
     import torch
 
+    from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.sharded import ShardedMFA
 
@@ -28,10 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
         print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, _Incomplete) else 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+class _Incomplete(ValueError):
+    """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
 
 
 def _layer(text: str) -> int | str:
@@ -176,7 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     steer = command("steer", _steer, "generate text from a steered model")
     _mixture(steer)
     steer.add_argument("prompt")
-    _language_model(steer, layer_default="the one the mixture was fitted to")
+    _language_model(steer, "the one the mixture was fitted to", "the one the mixture was fitted to")
     steer.add_argument("-k", "--component", type=int, help="region; without it, the responsibility-weighted mixture")
     steer.add_argument("--alpha", type=float, default=0.3, help="how far toward the region")
     steer.add_argument("--latents", type=float, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
@@ -211,8 +216,12 @@ def _size(parser: argparse.ArgumentParser, components: int) -> None:
     parser.add_argument("-R", "--rank", type=int, default=10, help="local directions per region")
 
 
-def _language_model(parser: argparse.ArgumentParser, layer_default: str | None = None) -> None:
-    parser.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
+def _language_model(
+    parser: argparse.ArgumentParser,
+    layer_default: str | None = None,
+    model_default: str = "the small model of the package",
+) -> None:
+    parser.add_argument("--model", help=f"a Hugging Face id or folder; without it, {model_default}")
     note = f"; without it, {layer_default}" if layer_default else ""
     parser.add_argument(
         "--layer", type=_layer, required=layer_default is None, help=f"index or module path of a layer{note}"
@@ -422,6 +431,7 @@ def _encode(arguments: argparse.Namespace) -> None:
 
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
+    _note_differences(arguments, mfa, store)
     parts: dict[str, list[Any]] = {"components": [], "responsibilities": [], "latents": [], "dropped": []}
     bar = tqdm(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
     with torch.no_grad(), bar:
@@ -443,7 +453,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from mfa_kernels.evaluation import evaluate
 
     mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
-    score = evaluate(mfa, ActivationStore(arguments.store))
+    store = ActivationStore(arguments.store)
+    _note_differences(arguments, mfa, store)
+    score = evaluate(mfa, store)
     for name, value in score.as_dict().items():
         if value is not None:
             print(f"{name:<18}  {value:,.6g}")
@@ -453,19 +465,19 @@ def _steer(arguments: argparse.Namespace) -> None:
     import torch
 
     from mfa_kernels import MFA, steer
-    from mfa_kernels.models import continuation, load_language_model
+    from mfa_kernels.models import continuation
     from mfa_kernels.steering import live
 
     device = _device(arguments.device)
     mfa = MFA.from_pretrained(arguments.mfa, device=device)
     layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
     if layer is None:
-        raise ValueError("--layer: the mixture does not say which layer it was fitted to; name one")
+        raise _Incomplete("--layer: the mixture does not say which layer it was fitted to; name one")
     if arguments.gate is not None and arguments.component is None:
         raise ValueError("--gate needs --component, whose responsibility it looks at")
     gate = None if arguments.gate is None else (arguments.component, arguments.gate)
     latents = None if arguments.latents is None else torch.tensor(arguments.latents)
-    model, tokenizer = load_language_model(arguments.model)
+    model, tokenizer = _load_the_model_of(mfa, arguments)
     model.to(device)
     with steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents,
@@ -476,6 +488,60 @@ def _steer(arguments: argparse.Namespace) -> None:
             live.stream(model, tokenizer, handle, arguments.component, *options)
         else:
             print(arguments.prompt + continuation(model, tokenizer, *options))
+
+
+def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer: --model, or what the mixture was fitted to. Which it is, and why, goes to standard error."""
+    from mfa_kernels.models import load_language_model, remembered_model
+
+    said = mfa.extra.get("model")
+    try:
+        own, problem = remembered_model(said), ""
+    except ValueError as error:
+        own, problem = None, str(error)
+    if arguments.model is not None:
+        note = "as --model says" if own in (None, arguments.model) else f"as --model says; the mixture is of {own}"
+        print(f"model {arguments.model}, {note}", file=sys.stderr)
+        return load_language_model(arguments.model)
+    if own is None:
+        raise _Incomplete(f"--model: {arguments.mfa} leaves open which model to steer ({problem}); name it")
+    print(f"model {own}, which the mixture was fitted to", file=sys.stderr)
+    tokenizer = mfa.extra.get("tokenizer", said)
+    try:
+        tokenizer = remembered_model(tokenizer)
+    except ValueError:
+        print(f"tokenizer of the model; the mixture is of {tokenizer}", file=sys.stderr)
+        tokenizer = own
+    try:
+        return load_language_model(own, tokenizer=tokenizer)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise _Incomplete(
+            f"--model: {own}, which the mixture was fitted to, cannot be loaded ({reason}); name another"
+        ) from error
+
+
+def _note_differences(arguments: argparse.Namespace, mfa: MFA, store: ActivationStore) -> None:
+    """Says on standard error where a store is of another model or layer than the mixture was fitted to."""
+    for what in ("model", "layer"):
+        own, given = (_known(what, place.get(what)) for place in (mfa.extra, store.meta))
+        if None not in (own, given) and own != given:
+            print(
+                f"mfa-kernels {arguments.command}: the mixture is of {what} {own}, {arguments.store} of {given}",
+                file=sys.stderr,
+            )
+
+
+def _known(what: str, said: Any) -> Any:
+    """A model or layer that a mixture or store names, in one spelling."""
+    from mfa_kernels.models import remembered_model
+
+    if what != "model":
+        return said
+    try:
+        return remembered_model(said)
+    except ValueError:
+        return said
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
 
 # Paths of the stack of decoder layers, by architecture family: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX, OPT, MPT.
 _STACKS = (
@@ -146,23 +149,55 @@ def weights_in(dtype: torch.dtype | str) -> dict[str, Any]:
     return {"dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype": dtype}
 
 
-def load_language_model(name: str | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def remembered_model(said: Any) -> str:
+    """What `load_language_model` takes for the model that a mixture or a store says it is of.
+
+    Raises:
+        ValueError: it says none, or one that is neither a folder here nor the name of a hub repository.
+    """
+    if not isinstance(said, str) or not said:
+        raise ValueError("it does not say which model it is of")
+    if said == BUNDLED or Path(said).parts[-3:] == ("mfa_kernels", "data", BUNDLED):  # of any installation
+        return BUNDLED
+    if Path(said).is_dir():
+        return said
+    import transformers
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if isinstance(getattr(transformers, said, None), type):
+        raise ValueError(f"it says no more of its model than the class, {said}")
+    try:
+        validate_repo_id(said)
+    except HFValidationError:
+        raise ValueError(f"its model is {said}, which is no folder here") from None
+    return said
+
+
+def load_language_model(
+    name: str | None = None, dtype: torch.dtype | None = None, tokenizer: str | None = None
+) -> tuple[Any, Any]:
     """A Hugging Face causal language model and its tokenizer, in eval mode.
 
     Args:
-        name: a hub id or a folder; None is the small model that ships with the package. No code of a hub repository
-            is ever run.
+        name: a hub id or a folder; None or "tiny_lm" is the small model that ships with the package. No code of a hub
+            repository is ever run.
         dtype: of the weights; None: as stored (float32 for the small model).
+        tokenizer: hub id or folder of another tokenizer than the model's own.
     """
-    if name is None:
-        from mfa_kernels.data import tiny_lm
-
-        return tiny_lm.load(dtype or torch.float32)
     import transformers
 
-    options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, **options)
-    return model.eval(), transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    from mfa_kernels.data import tiny_lm
+
+    name, tokenizer = name or BUNDLED, tokenizer or name or BUNDLED
+    if name == BUNDLED:
+        model, own = tiny_lm.load(dtype or torch.float32)
+    else:
+        options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
+        model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
+    if tokenizer == name and own is not None:
+        return model, own
+    place = tiny_lm.path() if tokenizer == BUNDLED else tokenizer
+    return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
@@ -211,7 +246,11 @@ def continuation(
     """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed.
 
     Further options are those of `model.generate`.
+
+    Raises:
+        ValueError: the model is in training mode.
     """
+    check_evaluating(model)
     inputs = tokenize(tokenizer, prompt).to(model.device)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}
     devices = [model.device] if model.device.type == "cuda" else []

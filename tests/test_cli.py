@@ -179,6 +179,124 @@ def test_steer_changes_the_text(folder, capsys):
     assert main([*arguments, "--latents", "1", "2", "-3", "--gate", "0.5", "--positions", "generated"]) == 0
 
 
+def _steer(folder, capsys, *arguments, extra=None, mixture=None):
+    """Exit status, and lines of standard error, of steering with a mixture that says something else of itself."""
+    mfa = MFA.from_pretrained(folder / "mfa") if mixture is None else mixture
+    mfa.extra = {**mfa.extra, **(extra or {})}
+    mfa.extra = {key: value for key, value in mfa.extra.items() if value is not None}
+    mfa.save_pretrained(folder / "told")
+    capsys.readouterr()
+    status = main(["steer", str(folder / "told"), "def f", "-k", "1", "--max-new-tokens", "2", *arguments])
+    captured = capsys.readouterr()
+    assert captured.out == "" if status else captured.out.startswith("def f")
+    return status, [line for line in captured.err.splitlines() if line.startswith(("mfa-kernels ", "model ", "token"))]
+
+
+@pytest.fixture(scope="module")
+def narrow(folder):
+    """A model of 64 features, two layers, and the bundled tokenizer; its folder."""
+    import transformers
+
+    from mfa_kernels.data import tiny_lm
+
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder / "narrow")
+    transformers.AutoTokenizer.from_pretrained(tiny_lm.path()).save_pretrained(folder / "narrow")
+    return str(folder / "narrow")
+
+
+@pytest.mark.parametrize("name", ["tiny_lm", "/old/site-packages/mfa_kernels/data/tiny_lm"])
+def test_steer_takes_the_bundled_model_where_the_mixture_says_so(folder, capsys, monkeypatch, name):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", None)  # nobody looks it up
+    status, said = _steer(folder, capsys, extra={"model": name, "tokenizer": name})
+    assert status == 0
+    assert said == ["model tiny_lm, which the mixture was fitted to"]
+
+
+def test_steer_takes_the_model_of_the_mixture(folder, capsys, narrow):
+    mfa = MFA(4, 64, 2)
+    extra = {"model": narrow, "layer": "model.layers.0", "tokenizer": "tiny_lm"}
+    status, said = _steer(folder, capsys, mixture=mfa, extra=extra)
+    assert status == 0
+    assert said == [f"model {narrow}, which the mixture was fitted to"]
+    assert _steer(folder, capsys, "--model", narrow, mixture=mfa, extra={"model": None})[0] == 0
+    status, said = _steer(folder, capsys, "--model", narrow, extra={"model": "tiny_lm"})
+    assert status == 1
+    assert said == [
+        f"model {narrow}, as --model says; the mixture is of tiny_lm",
+        "mfa-kernels steer: mfa has n_features = 256, but model.layers.1 of LlamaForCausalLM is 64 wide",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "problem"),
+    [
+        (None, "it does not say which model it is of"),
+        (7, "it does not say which model it is of"),
+        ("LlamaForCausalLM", "it says no more of its model than the class, LlamaForCausalLM"),
+        ("/somewhere/else/llama", "its model is /somewhere/else/llama, which is no folder here"),
+        ("../llama/", "its model is ../llama/, which is no folder here"),
+    ],
+)
+def test_steer_asks_for_a_model_that_nothing_names(folder, capsys, model, problem):
+    status, said = _steer(folder, capsys, extra={"model": model})
+    assert status == 2
+    (line,) = said
+    assert line.startswith("mfa-kernels steer: --model: ")
+    assert problem in line
+
+
+def test_steer_runs_no_code_of_a_repository(folder, capsys, monkeypatch):
+    import transformers
+
+    seen = []
+
+    def load(name, **options):
+        seen.append((name, options["trust_remote_code"]))
+        raise OSError("no such repository\nand much more")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    status, said = _steer(folder, capsys, extra={"model": "maker/model"})
+    assert status == 2
+    assert seen == [("maker/model", False)]
+    assert said[1] == (
+        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (no such "
+        "repository); name another"
+    )
+
+
+def test_another_tokenizer_than_the_models_is_the_mixtures(folder, capsys, narrow, monkeypatch):
+    import transformers
+
+    read, own = [], transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda name, **o: read.append(str(name)) or own(name, **o)
+    )
+    assert _steer(folder, capsys, extra={"model": "tiny_lm", "tokenizer": narrow})[0] == 0
+    assert read[-1] == narrow
+    status, said = _steer(folder, capsys, extra={"model": "tiny_lm", "tokenizer": "PreTrainedTokenizerFast"})
+    assert status == 0
+    assert "tokenizer of the model; the mixture is of PreTrainedTokenizerFast" in said[1]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "encode"])
+def test_a_store_of_something_else_is_told(folder, capsys, command):
+    mfa = MFA.from_pretrained(folder / "mfa")
+    out = ["--out", str(folder / "codes.safetensors")] if command == "encode" else []
+    for extra, differences in (
+        ({"model": "tiny_lm"}, []),
+        ({"model": "maker/model", "layer": "model.layers.2"}, ["model maker/model", "layer model.layers.2"]),
+    ):
+        mfa.extra = {**mfa.extra, **extra}
+        mfa.save_pretrained(folder / "other")
+        assert main([command, str(folder / "other"), str(folder / "store"), *out]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mfa-kernels ")]
+        assert len(said) == len(differences)
+        assert all(f"the mixture is of {told}, {folder / 'store'} of" in line for told, line in zip(differences, said))
+
+
 def test_convert_both_ways(folder):
     assert main(["convert", str(folder / "mfa"), str(folder / "reference.pt")]) == 0
     assert main(["convert", str(folder / "reference.pt"), str(folder / "again")]) == 0

@@ -118,3 +118,16 @@ def test_a_prompt_from_a_chat_template_is_continued_as_its_text() -> None:
     text = "def read(path):"
     assert continuation(model, tokenizer, "<|bos|>" + text, 1) == continuation(model, tokenizer, text, 1)
     assert seen[0] == seen[1] == tokenizer(text)["input_ids"]
+
+
+def test_a_model_in_training_writes_nothing() -> None:
+    model, tokenizer = tiny_lm.load()
+    with pytest.raises(ValueError, match=r"model is in training mode.*call model.eval\(\)"):
+        continuation(model.train(), tokenizer, "def f", 2)
+    assert continuation(model.eval(), tokenizer, "def f", 2)
+
+
+def test_the_bundled_model_goes_by_its_name() -> None:
+    model, tokenizer = load_language_model("tiny_lm")
+    assert model.config.hidden_size == 256
+    assert len(tokenizer) == 4096

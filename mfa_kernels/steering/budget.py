@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_number
+from mfa_kernels.models import check_evaluating
 from mfa_kernels.steering.handle import Handle
 
 _HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
@@ -32,7 +33,7 @@ def alpha_for_kl(
     the model with this handle paused, so that others stay as they are. At equal KL, ways to steer can be compared.
 
     Args:
-        model: the model that the handle steers.
+        model: the model that the handle steers, in evaluation mode.
         inputs: keyword arguments of its forward: input_ids (B, T), attention_mask (B, T) where there is padding.
         handle: made by `steer`; it is left as it was.
         kl: nats, positive.
@@ -42,11 +43,13 @@ def alpha_for_kl(
         tolerance: relative, of the KL found.
 
     Raises:
-        ValueError: the KL at `most` is too small, or KL jumps over the value, as it can where a gate opens.
+        ValueError: the model is in training mode, the KL at `most` is too small, or KL jumps over the value, as it can
+            where a gate opens.
     """
     target, most = check_number(kl, "kl"), check_number(most, "most")
     if target <= 0 or most <= 0:
         raise ValueError(f"kl and most must be positive, got {kl} and {most}")
+    check_evaluating(model)
     row = _last_tokens(inputs)
 
     def log_probs() -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
-from mfa_kernels.models import resolve_layer, tokenize
+from mfa_kernels.models import check_evaluating, resolve_layer, tokenize
 from mfa_kernels.steering.handle import Handle, steer
 
 SITES = ("resid_post", "mlp_out", "mlp_act")
@@ -23,7 +23,7 @@ class MFASteerer:
     differs: padding is left alone, and z is (R,), or (B, R) with one per batch row, also under a KV cache.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal language model, in evaluation mode whenever it is run.
         mfa: a mixture of what the site puts out.
         layer: index of the decoder layer.
         tokenizer: for prompts that are text.
@@ -71,6 +71,7 @@ class MFASteerer:
         return self._generate(prompts, k, alpha, z, {"do_sample": True, "num_return_sequences": m, **options})
 
     def _steer(self, k: int | None, alpha: float, z: Any) -> Handle:
+        check_evaluating(self.model)
         return steer(self.model, self.mfa, self.layer, k, alpha, z)
 
     @torch.no_grad()

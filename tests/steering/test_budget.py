@@ -83,3 +83,14 @@ def test_a_kl_that_jumps_is_an_error() -> None:
         pytest.raises(ValueError, match="kl jumps over 0.05"),
     ):
         alpha_for_kl(model, inputs, handle, 0.05, spec=lambda alpha: Toward(3, 1.0 if alpha > 0.3 else 0.0))
+
+
+def test_a_model_in_training_is_refused() -> None:
+    """Of all modules one is enough: its dropout would be taken for an effect of steering."""
+    model = causal_lm()
+    with steer(model, fitting_mixture(), LAYER, 3, 0.1) as handle:
+        model.get_submodule("model.layers.2").train()
+        with pytest.raises(ValueError, match=r"model is in training mode.*call model.eval\(\)"):
+            alpha_for_kl(model, prompts(2), handle, 0.05)
+        model.eval()
+        assert alpha_for_kl(model, prompts(2), handle, 0.05) > 0

@@ -118,7 +118,7 @@ def test_command_line(tmp_path: Path) -> None:
     """`mfa-kernels steer --live`: text on standard output, notes on standard error, commands from a pipe."""
     model, _ = tiny_lm.load()
     mfa = fitting_mixture(features=model.config.hidden_size)
-    mfa.extra = {"layer": 2}
+    mfa.extra = {"model": "tiny_lm", "layer": 2}
     mfa.save_pretrained(tmp_path)
     command = [sys.executable, "-m", "mfa_kernels.cli", "steer", str(tmp_path), "def f(self):", "-k", "1", "--live"]
     process = subprocess.Popen(

@@ -91,3 +91,13 @@ def test_sites() -> None:
         MFASteerer(gpt2, wide, LAYER, site="resid_pre")
     with pytest.raises(ValueError, match="tokenizer: give one to prompt with text"):
         MFASteerer(gpt2, fitting_mixture(), LAYER).generate("text", 0.5)
+
+
+def test_a_model_in_training_is_refused() -> None:
+    model = causal_lm()
+    steerer = MFASteerer(model.train(), fitting_mixture(), LAYER)
+    for run in (steerer.intervene, steerer.generate):
+        with pytest.raises(ValueError, match="model is in training mode"):
+            run(prompts(), 0.5, 2)
+    model.eval()
+    steerer.intervene(prompts(), 0.5, 2)
