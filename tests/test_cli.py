@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import mfa_kernels
 from mfa_kernels import MFA, checksum, fit, locks
 from mfa_kernels.cli import _parser, main
-from mfa_kernels.data import ActivationStore
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +161,19 @@ def test_encode(folder):
     expected = mfa.encode(ActivationStore(folder / "store").tensor(), top_k=2)
     assert torch.equal(codes["components"], expected.components)
     torch.testing.assert_close(codes["latents"], expected.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys):
+    mfa = MFA.from_pretrained(folder / "mfa")
+    x = mfa.means.detach()[[0, 1, 2]].clone()
+    x[1] = 1e30
+    with ActivationStoreWriter(tmp_path / "store", mfa.n_features) as writer:
+        writer.add_document([1, 2, 3], [0, 1, 2], x)
+    arguments = ["encode", str(folder / "mfa"), "--out", str(tmp_path / "codes.safetensors")]
+    assert main([*arguments, str(tmp_path / "store")]) == 0
+    assert "\n1 of them have no density" in capsys.readouterr().out
+    assert main([*arguments, str(folder / "store")]) == 0
+    assert "no density" not in capsys.readouterr().out
 
 
 def test_evaluate(folder, capsys):

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA, fit, fit_many, harvest, kmeans, steer, stream
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.evaluation import evaluate
 from mfa_kernels.fitting import fit_sharded, reservoir, start_from_clusters
 from mfa_kernels.modes import ORDINARY, Modes
@@ -226,6 +228,22 @@ def harvested() -> Any:
     return store.rows(torch.arange(len(store), device="cpu")), streamed
 
 
+def stored() -> Any:
+    with TemporaryDirectory() as folder:
+        with ActivationStoreWriter(folder, FEATURES, rows_per_shard=3) as writer:
+            writer.add_document([1, 2, 3], [0, 2], rows()[:2])
+            writer.add_document([4, 5], [0, 1], rows()[2:4])
+        store = ActivationStore(folder)
+        return {
+            "rows": store.rows([3, 0]),
+            "all": store.tensor(),
+            "tokens": store.tokens,
+            "context": store.context(1),
+            "batches": list(store.batches(3, shuffle=True)),
+            "problems": store.verify(progress=False),
+        }
+
+
 WORK: dict[str, Callable[[], Any]] = {
     "fit_em": lambda: fitted(method="em"),
     "fit_em_per_component": lambda: fitted(method="em", noise="per_component"),
@@ -259,10 +277,10 @@ WORK: dict[str, Callable[[], Any]] = {
     "intervene": steered_states,
     "generate": generated,
     "harvest": harvested,
+    "store": stored,
 }
 THE_CALLERS = ("tokens", "reference", "screened", "intervene", "generate")
 """What gives tensors of inference mode there, as PyTorch does."""
-MANY_MODES = ("fit_em", "fit_sgd", "fit_polish", "fit_stream", "kmeans", "evaluate", "tokens", "gradients")
 
 
 def entries(value: Any, name: str = "") -> dict[str, Any]:

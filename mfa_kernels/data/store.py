@@ -192,6 +192,7 @@ class ActivationStore:
         return Batches(self, batch_size, shuffle, seed, dtype)
 
     @property
+    @door
     def tokens(self) -> Tensor:
         """The token id of every row, (len(self),) int32."""
         self._open_all(range(len(self.shards)))
@@ -283,6 +284,7 @@ class ActivationStore:
                 bar.update(shard["bytes"])
         return problems
 
+    @door
     def _tokens_of(self, row: int) -> tuple[Tensor, int]:
         """Those of a row's document, and which of them is the row's."""
         tokens, position = self.document_tokens(self.document(row)), self.position(row)

@@ -247,7 +247,7 @@ def _result(part: Partition, centroids: Tensor, unit: float | None, updates: int
     empty = int((part.mass == 0).sum())
     if empty:
         warnings.warn(
-            f"kmeans: {empty} of {clusters} clusters own no row: fewer distinct rows than clusters", stacklevel=3
+            f"kmeans: {empty} of {clusters} clusters own no row: fewer distinct rows than clusters", stacklevel=5
         )
     assignment = part.owner.cpu()
     lost = assignment == clusters

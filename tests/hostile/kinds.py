@@ -190,7 +190,7 @@ def make_mixture(folder: Path, seed: int) -> None:
 def read_mixture(folder: Path, load: Any = MFA.from_pretrained) -> Any:
     mfa = load(folder)
     facts = mfa.noise, mfa.precision, mfa.noise_floor, mfa.extra
-    return facts, bits(mfa.state_dict())
+    return facts, bits(mfa.tensors())
 
 
 def read_spread_mixture(folder: Path) -> Any:

@@ -68,10 +68,11 @@ def test_a_row_is_not_owned_for_being_near_a_centroid():
     x[:, 0] += torch.linspace(0, 1e17, 60)
     x[::2] = torch.full((4,), 1e18)  # of these alone the norms are finite
     init = torch.stack([x[0], torch.full((4,), 8e18)])
-    with pytest.warns(UserWarning, match="own no row"):
+    with pytest.warns(UserWarning, match="own no row") as seen:
         found = kmeans(x, 2, init=init, iterations=0, progress=False)
     assert torch.equal(found.assignment >= 0, finite_rows(x))
     assert found.skipped == 30
+    assert seen[0].filename == __file__  # it points at the caller
 
 
 def test_directions_are_those_of_finite_rows():
