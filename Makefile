@@ -35,7 +35,7 @@ $(MATRIX)/newest/installed: FORCE
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/mfa-kernels demo --out demo
+	$(BIN)/mfa-kernels demo --out demo --overwrite
 
 test: $(VENV)/installed lint
 	$(BIN)/python $(PYTEST)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mfa_kernels import __version__, tuning
+from mfa_kernels.files import check_writable
 from mfa_kernels.functional import PRECISIONS
 
 if TYPE_CHECKING:
@@ -19,24 +20,45 @@ if TYPE_CHECKING:
 
     from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
+    from mfa_kernels.fitting import FitReport
     from mfa_kernels.sharded import ShardedMFA
+
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
     arguments = _parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
         print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, _Incomplete) else 1
     except KeyboardInterrupt:
-        return 130
-    return 0
+        # Of a fit, what Ctrl-C came too early for: K-means, or the saving of the mixture.
+        goes_on = arguments.command == "harvest" or getattr(arguments, "checkpoint", None) is not None
+        hint = "; --resume goes on with what was written" if goes_on else ""
+        print(f"mfa-kernels {arguments.command}: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
 
 
 class _Incomplete(ValueError):
     """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
+
+
+def _check_out(path: Path, there: bool, overwrite: bool) -> None:
+    """Before the work: that nothing is replaced which nobody gave up, and that the place can be written to.
+
+    Args:
+        path: of a file, or of the first file in a folder.
+        there: whether that holds something.
+        overwrite: whether it may be replaced.
+    """
+    if there and not overwrite:
+        raise FileExistsError(f"{path} is there already: --overwrite replaces it, or name another place")
+    check_writable(path, "--out")
 
 
 def _layer(text: str) -> int | str:
@@ -80,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = command("demo", _demo, "harvest, fit, look and steer, on the model that ships with the package or on yours")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
+    _overwrite(demo, "a demonstration that is there")
     _language_model(demo, layer_default="the middle one")
     demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
     demo.add_argument("--tokens", type=int, default=200_000, help="activations to fit on; a tenth more is held out")
@@ -105,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument("--context", type=int, default=256, help="tokens per window")
     harvest.add_argument("--batch-size", type=int, default=16, help="windows per forward pass")
     harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    harvest.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    _overwrite(harvest, "a store that is there")
     harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
     _where(harvest)
 
@@ -124,6 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder of the mixture; of several, one folder each in it, such as layer2-K512-R10 or, of a store, "
         "K512-R10; so with --checkpoint and --log",
     )  # fmt: skip
+    _overwrite(fit, "a mixture that is there")
     fit.add_argument("-K", "--components", nargs="+", action=_Integers, required=True, help="regions")
     fit.add_argument("-R", "--rank", nargs="+", action=_Integers, default=[10], help="local directions per region")
     harvested = fit.add_argument_group("without a store")
@@ -170,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     _mixture(encode)
     encode.add_argument("store", type=Path)
     encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    _overwrite(encode, "a file that is there")
     encode.add_argument("--top-k", type=int, default=8, help="components per token")
     _where(encode)
 
@@ -199,6 +224,7 @@ def _parser() -> argparse.ArgumentParser:
     convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
     convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
     convert.add_argument("output", type=Path, help="the other one")
+    _overwrite(convert, "what is there")
     convert.add_argument("--eps-floor", type=float, help="noise floor of a checkpoint that does not say it")
     convert.add_argument("--format", type=int, choices=(1, 2), default=1, help="of the checkpoint written")
     return parser
@@ -228,6 +254,10 @@ def _language_model(
     )
 
 
+def _overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
 def _mixture(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("mfa", help="folder or hub id of the mixture")
 
@@ -251,26 +281,27 @@ def _device(name: str | None) -> torch.device:
 
 def _demo(arguments: argparse.Namespace) -> None:
     from mfa_kernels import demo
-    from mfa_kernels.locks import hold
+    from mfa_kernels.locks import alone
 
-    lock = hold(arguments.out)  # two at once would mix what they write
-    demo.run(
-        demo.Options(
-            out=arguments.out,
-            model=arguments.model,
-            layer=arguments.layer,
-            text=tuple(arguments.text),
-            tokens=arguments.tokens,
-            components=arguments.components,
-            rank=arguments.rank,
-            epochs=arguments.epochs,
-            alpha=arguments.alpha,
-            component=arguments.component,
-            prompts=tuple(arguments.prompt or demo.PROMPTS),
-            device=_device(arguments.device),
-        )
+    made = [arguments.out / name for name in ("activations/manifest.json", "mfa/config.json")]
+    for path in made:
+        _check_out(path, path.exists(), arguments.overwrite)
+    options = demo.Options(
+        out=arguments.out,
+        model=arguments.model,
+        layer=arguments.layer,
+        text=tuple(arguments.text),
+        tokens=arguments.tokens,
+        components=arguments.components,
+        rank=arguments.rank,
+        epochs=arguments.epochs,
+        alpha=arguments.alpha,
+        component=arguments.component,
+        prompts=tuple(arguments.prompt or demo.PROMPTS),
+        device=_device(arguments.device),
     )
-    lock.release()
+    with alone(arguments.out):  # two at once would mix what they write
+        demo.run(options)
 
 
 def _doctor(arguments: argparse.Namespace) -> None:
@@ -298,7 +329,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
 
 
-def _fit(arguments: argparse.Namespace) -> None:
+def _fit(arguments: argparse.Namespace) -> int:
     harvested = arguments.text is not None
     if harvested == (arguments.store is not None):
         raise ValueError("a store or --text: one of them, and not both, says what to fit to")
@@ -313,19 +344,37 @@ def _fit(arguments: argparse.Namespace) -> None:
         raise ValueError("--shard-components goes with a store, not with --text")
     if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
+    fits = _fits(arguments, arguments.layer if harvested else [None])
+    folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
+    for folder in folders.values():
+        _check_out(folder / "config.json", (folder / "config.json").exists(), arguments.overwrite)
     device = _device(arguments.device)
     with _processes(device) as first:
-        mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, device)
+        mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, fits, device)
         for name, mfa in mixtures.items():
-            folder = arguments.out / name if len(mixtures) > 1 else arguments.out
             if first or arguments.shard_components:  # then each process has a part
-                mfa.save_pretrained(folder)
+                mfa.save_pretrained(folders[name])
             if first:
-                nll = mfa.fit_report.held_out_nll
-                print(f"held-out negative log-likelihood {nll:.3f} nats per token; saved in {folder}")
+                print(f"{_told(mfa.fit_report)}; saved in {folders[name]}")
+    if any(mfa.fit_report.interrupted for mfa in mixtures.values()):
+        missing = "".join(f", {folders[name]} missing" for name in fits if name not in mixtures)
+        print(f"mfa-kernels fit: interrupted: what is saved is the best so far{missing}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
-def _fit_to_store(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _told(report: FitReport) -> str:
+    """What a fit came to, in a few words."""
+    if report.held_out_nll is None:
+        return "the last state, as nothing was held out"
+    return (
+        f"held-out negative log-likelihood {report.held_out_nll:.3f} nats per token (held out by {report.held_out_by})"
+    )
+
+
+def _fit_to_store(
+    arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
+) -> dict[str, Any]:
     from mfa_kernels import fit
     from mfa_kernels.data import ActivationStore
 
@@ -334,13 +383,15 @@ def _fit_to_store(arguments: argparse.Namespace, device: torch.device) -> dict[s
         print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
     extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
     mixtures: dict[str, Any] = {}
-    for name, own in _fits(arguments, [None]).items():
+    for name, own in fits.items():
         if arguments.shard_components:
             mixtures[name] = _fit_sharded(arguments, store, device, own)
             mixtures[name].local.extra = extra
         else:
             mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))
             mixtures[name].extra = extra
+        if mixtures[name].fit_report.interrupted:
+            break
     return mixtures
 
 
@@ -356,7 +407,9 @@ def _fit_sharded(
     return fit_sharded(store, device=device, **own, **options)
 
 
-def _fit_while_harvesting(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _fit_while_harvesting(
+    arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
+) -> dict[str, Any]:
     from mfa_kernels import fit_many, stream
     from mfa_kernels.models import load_language_model, resolve_layer
 
@@ -366,7 +419,6 @@ def _fit_while_harvesting(arguments: argparse.Namespace, device: torch.device) -
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,
         context=arguments.context, batch_size=arguments.windows, seed=arguments.seed,
     )  # fmt: skip
-    fits = _fits(arguments, arguments.layer)
     mixtures = fit_many(batches, fits, **_fit_options(arguments))
     for name, mfa in mixtures.items():
         layer, _ = resolve_layer(model, fits[name]["layer"])
@@ -429,6 +481,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.files import atomic_save_safetensors
 
+    _check_out(arguments.out, arguments.out.exists(), arguments.overwrite)
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
@@ -549,6 +602,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     if not arguments.input.exists():
         raise FileNotFoundError(f"input: {arguments.input} does not exist")
+    output = arguments.output if arguments.input.is_dir() else arguments.output / "config.json"
+    _check_out(output, output.exists(), arguments.overwrite)
     if arguments.input.is_dir():
         MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format)
     else:

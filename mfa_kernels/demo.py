@@ -65,6 +65,10 @@ class Rows:
     def rows(self, index: Tensor) -> Tensor:
         return self.store.rows(index + self.start)
 
+    @property
+    def texts(self) -> Tensor:
+        return self.store.texts[self.start : self.stop]
+
 
 def run(options: Options) -> list[Path]:
     """Runs the demonstration, printing as it goes; returns the files that it wrote."""
@@ -101,6 +105,8 @@ def run(options: Options) -> list[Path]:
     )  # fmt: skip
     mfa.extra = {"model": options.model or "tiny_lm", "layer": layer_path}
     mfa.save_pretrained(options.out / "mfa")
+    if mfa.fit_report.interrupted:
+        raise KeyboardInterrupt
     score = evaluate(mfa, test, clusters.centroids)
     print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
     print(score_table(score, mfa, clusters, kmeans_seconds, fit_seconds))

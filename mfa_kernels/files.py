@@ -54,7 +54,7 @@ def check_writable(path: StrPath, name: str) -> None:
     """Raises where a file could not be written to `path`, before the work whose result it is to hold.
 
     Args:
-        path: of a file, which is left as it is; its folder is made if it is missing.
+        path: of a file, which is left as it is, as is its folder: whether they are missing or not.
         name: of the argument, for messages.
 
     Raises:
@@ -62,9 +62,13 @@ def check_writable(path: StrPath, name: str) -> None:
     """
     path = Path(path)
     try:
+        missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_folder(path) as folder:
-            (folder / path.name).write_bytes(b"\0")
+        with _locked_folder(path) as temporary:
+            (temporary / path.name).write_bytes(b"\0")
+        with suppress(OSError):  # somebody else may have begun to use them
+            for folder in missing:
+                folder.rmdir()
     except OSError as error:
         raise type(error)(error.errno, f"{name}: {path} cannot be written ({error.strerror or error})") from error
 

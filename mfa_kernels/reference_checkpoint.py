@@ -316,5 +316,6 @@ def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool =
             meta["extra"] = extra
     else:
         meta |= {"cls": "MFA", "rank": rank}
-    with atomic_path(path) as temporary:
-        torch.save({"state_dict": state, "meta": meta}, temporary)
+    # By its name torch would refuse a file without an extension.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"state_dict": state, "meta": meta}, file)

@@ -15,6 +15,7 @@ import mfa_kernels
 from mfa_kernels import MFA, checksum, fit, locks
 from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+from mfa_kernels.fitting.sgd import Run
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
         "--checkpoint": tmp_path / "checkpoint", "--checkpoint-seconds": 8.0,
     }  # fmt: skip
     words = [str(word) for option in given.items() for word in option]
-    command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--out", str(tmp_path / "mfa")]
+    command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--out", str(tmp_path / "mfa"), "--overwrite"]
     assert main([*command, "--resume", *words]) == 0
     expected = {name[2:].replace("-", "_"): value for name, value in given.items()}
     expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True}
@@ -90,7 +91,7 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
 def test_device(folder, capsys):
     commands = [
         ["evaluate", "{}/mfa", "{}/store"],
-        ["encode", "{}/mfa", "{}/store", "--out", "{}/on_a_device"],
+        ["encode", "{}/mfa", "{}/store", "--out", "{}/on_a_device", "--overwrite"],
         ["steer", "{}/mfa", "x", "-k", "1", "--max-new-tokens", "1"],
         ["harvest", "--text", "{}/text", "--layer", "1", "--max-tokens", "9", "--out", "{}/few", "--overwrite"],
     ]
@@ -109,6 +110,7 @@ def test_fit_shards_the_components(folder, tmp_path, capsys):
     command = ["fit", str(folder / "store"), "-K", "8", "-R", "2", "--epochs", "1", "--method", "em", "--out"]
     assert main([*command, str(tmp_path / "expected")]) == 0
     sharded = [*command, str(tmp_path / "mfa"), "--shard-components", "--checkpoint", str(tmp_path / "checkpoint")]
+    sharded.append("--overwrite")
     assert main(sharded) == 0
     found, expected = (MFA.from_pretrained(tmp_path / name) for name in ("mfa", "expected"))
     for name, tensor in expected.state_dict().items():
@@ -147,7 +149,7 @@ def test_fit_says_that_a_store_is_not_complete(folder, tmp_path, capsys):
     shutil.copytree(folder / "store", tmp_path / "store")
     manifest = tmp_path / "store" / "manifest.json"
     manifest.write_text(json.dumps(checksum.sealed({**json.loads(manifest.read_text()), "complete": False})))
-    options = ["-K", "4", "-R", "2", "--epochs", "0", "--out", str(tmp_path / "mfa")]
+    options = ["-K", "4", "-R", "2", "--epochs", "0", "--out", str(tmp_path / "mfa"), "--overwrite"]
     for store, said in ((folder / "store", False), (tmp_path / "store", True)):
         assert main(["fit", str(store), *options]) == 0
         assert ("incomplete): harvest --resume would bring the rest" in capsys.readouterr().err) == said
@@ -172,7 +174,7 @@ def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys)
     arguments = ["encode", str(folder / "mfa"), "--out", str(tmp_path / "codes.safetensors")]
     assert main([*arguments, str(tmp_path / "store")]) == 0
     assert "\n1 of them have no density" in capsys.readouterr().out
-    assert main([*arguments, str(folder / "store")]) == 0
+    assert main([*arguments, str(folder / "store"), "--overwrite"]) == 0
     assert "no density" not in capsys.readouterr().out
 
 
@@ -297,7 +299,7 @@ def test_another_tokenizer_than_the_models_is_the_mixtures(folder, capsys, narro
 @pytest.mark.parametrize("command", ["evaluate", "encode"])
 def test_a_store_of_something_else_is_told(folder, capsys, command):
     mfa = MFA.from_pretrained(folder / "mfa")
-    out = ["--out", str(folder / "codes.safetensors")] if command == "encode" else []
+    out = ["--out", str(folder / "codes.safetensors"), "--overwrite"] if command == "encode" else []
     for extra, differences in (
         ({"model": "tiny_lm"}, []),
         ({"model": "maker/model", "layer": "model.layers.2"}, ["model maker/model", "layer model.layers.2"]),
@@ -406,7 +408,7 @@ def test_fit_while_harvesting(folder, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "all").iterdir()} == names
     assert {path.stem for path in (tmp_path / "logs").iterdir()} == names
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == names
-    assert len([line for line in capsys.readouterr().out.splitlines() if "nats per token; saved in" in line]) == 2
+    assert len([line for line in capsys.readouterr().out.splitlines() if "held out by row); saved in" in line]) == 2
 
     assert main([*arguments, "--layer", "1", "-K", "4", "--out", str(tmp_path / "one")]) == 0
     alone, one_of_them = (MFA.from_pretrained(tmp_path / name) for name in ("one", "all/layer1-K4-R2"))
@@ -424,3 +426,89 @@ def test_fit_several_sizes_to_a_store(folder, tmp_path, sharded):
     assert {path.name for path in (tmp_path / "all").iterdir()} == {"K4-R2", "K8-R2"}
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "all/K8-R2"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# What is there already, and what is interrupted
+
+
+def test_nothing_is_replaced_by_accident(folder, tmp_path, capsys, monkeypatch):
+    """One rule for whatever writes; and it is asked before the work begins."""
+    store, mfa = str(folder / "store"), str(folder / "mfa")
+    commands = {
+        "fit": (["fit", store, "-K", "4", "-R", "1", "--epochs", "1", "--out"], "config.json"),
+        "encode": (["encode", mfa, store, "--out"], ""),
+        "convert": (["convert", mfa], ""),
+        "harvest": (
+            ["harvest", "--text", str(folder / "text"), "--layer", "1", "--max-tokens", "50", "--out"], "manifest.json",
+        ),
+    }  # fmt: skip
+    for name, (command, file) in commands.items():
+        out = tmp_path / name / "out"
+        assert main([*command, str(out)]) == 0, name
+        before = (out / file).read_bytes()
+        assert main([*command, str(out)]) == 1, name
+        error = capsys.readouterr().err
+        assert str(out) in error
+        assert "already" in error
+        assert (out / file).read_bytes() == before
+        assert main([*command, str(out), "--overwrite"]) == 0, name
+    monkeypatch.setattr("mfa_kernels.MFA.from_pretrained", lambda *_, **__: pytest.fail("work had begun"))
+    assert main(["encode", mfa, store, "--out", str(tmp_path / "encode" / "out")]) == 1
+
+
+@pytest.mark.parametrize("command", ["fit", "encode", "convert", "demo", "harvest"])
+def test_a_place_that_cannot_be_written_to_is_found_before_the_work(command, folder, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "out")
+    store, mfa = str(folder / "store"), str(folder / "mfa")
+    arguments = {
+        "fit": [store, "-K", "4", "--out", out],
+        "encode": [mfa, store, "--out", out],
+        "convert": [mfa, out],
+        "demo": ["--out", out],
+        "harvest": ["--text", str(folder / "text"), "--layer", "1", "--out", out],
+    }
+    monkeypatch.setattr("mfa_kernels.fitting.loop.kmeans", lambda *_, **__: pytest.fail("work had begun"))
+    monkeypatch.setattr("mfa_kernels.data.harvest.hidden_states", lambda *_, **__: pytest.fail("work had begun"))
+    assert main([command, *arguments[command]]) == 1
+    assert f"{out}" in (error := capsys.readouterr().err)
+    assert "cannot be written" in error
+    assert "Traceback" not in error
+
+
+def test_an_interrupted_fit_says_so_and_keeps_the_best(folder, tmp_path, capsys, monkeypatch):
+    evaluate, calls = Run._evaluate, []
+
+    def interrupted(self, *arguments):
+        evaluate(self, *arguments)
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    command = ["fit", str(folder / "store"), "-K", "4", "8", "-R", "1", "--epochs", "5", "--out", str(tmp_path)]
+    monkeypatch.setattr(Run, "_evaluate", interrupted)
+    with pytest.warns(UserWarning, match="fit: interrupted"):
+        assert main(command) == 130
+    out, error = capsys.readouterr()
+    assert f"interrupted: what is saved is the best so far, {tmp_path / 'K8-R1'} missing" in error
+    assert f"saved in {tmp_path / 'K4-R1'}" in out
+    assert MFA.from_pretrained(tmp_path / "K4-R1").n_components == 4
+    assert not (tmp_path / "K8-R1").exists()
+
+
+@pytest.mark.parametrize(("checkpoint", "hint"), [(False, ""), (True, "; --resume goes on with what was written")])
+def test_ctrl_c_before_there_is_anything_to_keep(folder, tmp_path, capsys, monkeypatch, checkpoint, hint):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mfa_kernels.fitting.loop.kmeans", interrupted)
+    more = ["--checkpoint", str(tmp_path / "checkpoint")] if checkpoint else []
+    assert main(["fit", str(folder / "store"), "-K", "4", "--out", str(tmp_path / "out"), *more]) == 130
+    assert capsys.readouterr().err.endswith(f"mfa-kernels fit: interrupted{hint}\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_fit_without_held_out_rows_is_told_of(folder, tmp_path, capsys):
+    command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--epochs", "1", "--held-out", "0"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"the last state, as nothing was held out; saved in {tmp_path}\n"

@@ -185,3 +185,16 @@ def test_a_killed_save_of_a_mixture_leaves_nothing_for_long(tmp_path: Path) -> N
     assert list(tmp_path.iterdir())
     random_mfa().save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["file", "deep/deeper/file"])
+def test_trying_a_path_leaves_nothing(tmp_path: Path, place: str) -> None:
+    files.check_writable(tmp_path / place, "out")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").write_text("mine")
+    files.check_writable(tmp_path / "file", "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(OSError, match=r"out: .*/file/below/it cannot be written \("):
+        files.check_writable(tmp_path / "file" / "below" / "it", "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

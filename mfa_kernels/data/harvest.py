@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mfa_kernels.checks import check_device, check_dtype, check_flag, check_integer, check_path
 from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences, refuse_existing
 from mfa_kernels.data.text import check_texts, is_finite, named_texts
-from mfa_kernels.files import StrPath
+from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.locks import alone
 from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
 from mfa_kernels.modes import door, made
@@ -239,6 +239,7 @@ def _check_arguments(
 def _check_folders(folders: Iterable[Path], replace: bool) -> None:
     """Raises now what the writers would raise later, when the texts are read and the model has worked."""
     for folder in folders:
+        check_writable(folder / MANIFEST, "out")
         if folder.exists():
             with alone(folder):
                 refuse_existing(folder, replace)

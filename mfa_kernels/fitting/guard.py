@@ -40,9 +40,8 @@ class Guard:
     @torch.no_grad()
     def __init__(self, rows: Tensor, device: torch.device, others: Tensor | None = None, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
-        deviation, outlying = _deviations(rows).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
+        deviation, outlying = _deviations(rows, ranks).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
         outlying = outlying[deviation > _OUT]
-        rest = len(rows) - len(outlying)
         share = -(-OTHERS // ranks.size)
         if others is None or not len(others):
             ordinary = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
@@ -50,7 +49,8 @@ class Guard:
             others = rows[ordinary.nonzero().squeeze(1)[:share]]
         others = others[:share].to(device, rows.dtype)
         weights = torch.ones(len(outlying) + len(others), dtype=torch.float64, device=device)
-        weights[len(outlying) :] = rest / max(1, len(others))
+        stand_for, are = ranks.totals(len(rows) - len(outlying), len(others))
+        weights[len(outlying) :] = stand_for / max(1, are)
         self.rows = ranks.concatenated(torch.cat([rows[outlying].to(device), others]))
         self.weights = ranks.concatenated(weights)
 
@@ -80,10 +80,18 @@ class Guard:
         self.rows, self.weights = (own.to(self.rows.device, copy=True) for own in (rows, weights))
 
 
-def _deviations(rows: Tensor) -> Tensor:
-    """Of each row (n, D), the largest in any dimension, in units of that dimension's standard deviation."""
-    if len(rows) < 2:
-        return rows.new_zeros(len(rows))
-    variance, mean = torch.var_mean(rows, 0)
-    scale = variance.sqrt().clamp_min(torch.finfo(rows.dtype).tiny)
-    return torch.cat([((part - mean) / scale).abs().amax(1) for part in rows.split(_CHUNK)])
+def _deviations(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Of each row (n, D), the largest in any dimension, in standard deviations of that dimension (of all ranks)."""
+    count = max(1.0, ranks.totals(len(rows))[0])
+    mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
+    variance = torch.zeros_like(mean)
+    parts = rows.split(_CHUNK)
+    for part in parts:
+        mean += part.double().sum(0)
+    ranks.sum_(mean)
+    mean /= count
+    for part in parts:
+        variance += (part.double() - mean).square().sum(0)
+    ranks.sum_(variance)
+    scale = (variance / count).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.cat([((part.double() - mean) / scale).abs().amax(1) for part in parts])

@@ -265,21 +265,21 @@ def fit(
             if told:
                 print(told, file=sys.stderr)
 
+        # Rows to train on that the start does not see. Of a stream, those after it are not there yet.
+        if streamed:
+            later = _one_in_twenty(start_rows) & (found > 2 * n_components)
+            unseen, seen = start_rows[later], start_rows[~later]
+        else:
+            unseen = _finite(source, ranks.share(rows[sample : sample + OTHERS]), device, dtype)
+            seen = start_rows
         if saved is None:
-            whole = ranks.gathered(start_rows)
+            whole = ranks.gathered(seen)
 
             def start() -> MFA:
                 with _timed(report, "kmeans"):
-                    result: KMeansResult | Tensor | None = clusters
-                    if result is None:
-                        result = kmeans(
-                            whole,
-                            n_components,
-                            iterations=_KMEANS_ITERATIONS,
-                            seed=seed,
-                            device=device,
-                            progress=progress,
-                        )
+                    result: KMeansResult | Tensor = clusters if clusters is not None else kmeans(
+                        whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress
+                    )  # fmt: skip
                     centroids = centroids_of(result, source.n_features, n_components)
                 with _timed(report, "start"):
                     return start_from_clusters(
@@ -294,12 +294,11 @@ def fit(
             assert checkpoints is not None
             with checkpoints.reading():
                 mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
+        del seen  # of a stream, a copy
         if saved is None or saved.stage != DONE:
             arguments = mfa, source, rows, held_out_rows
-            # Of a stream, the rows after the start are not there yet; those held out are like them.
-            later = ranks.share(rows[sample : sample + OTHERS])
-            others = held_out_rows if streamed else _finite(source, later, device, dtype)
-            guard = Guard(start_rows, device, others, ranks)
+            guard = Guard(start_rows, device, unseen, ranks)
+            del unseen
             run: Run
             if saved is None or saved.stage == method:
                 if method == "sgd":
@@ -482,6 +481,12 @@ def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tenso
     if count < _LEAST_HELD_TEXTS or left > wanted / 2:
         held.zero_()
     return held
+
+
+def _one_in_twenty(rows: Tensor) -> Tensor:
+    """Which of some rows (n, D), float32 or float64, by their bits: the same ones whichever rank has them."""
+    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
+    return bits.sum(1, dtype=torch.int64) % 20 == 0
 
 
 def _check_arguments(

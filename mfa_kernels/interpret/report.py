@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_component
-from mfa_kernels.files import StrPath, atomic_write_text
+from mfa_kernels.files import StrPath, atomic_write_text, check_writable
 from mfa_kernels.interpret.contexts import Assignments, Context, along_axis, ensure_assignments, region_latents
 from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
@@ -70,6 +70,7 @@ def write_report(
     """
     from tqdm import tqdm
 
+    check_writable(path, "path")
     assigned = ensure_assignments(mfa, store, assigned, progress)
     options: dict[str, Any] = {"assigned": assigned, "progress": progress}
     if components is None:
