@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 
 from mfa_kernels import MFA, fit, fit_many, harvest
+from mfa_kernels.files import atomic_write_text
 from mfa_kernels.fitting import fit_sharded, loop
 from mfa_kernels.ops import native
 from tests.data.test_harvest import make_model, make_tokenizer, words
@@ -33,6 +34,31 @@ TRUE = planted(8, 16, 2)
 TEXTS = [words(*range(i, i + 9 + i % 17)) for i in range(100)]
 
 
+def save(mfa: Any, out: Path) -> None:
+    """Of a fit that came to its end: Ctrl-C leaves what it has to its caller."""
+    if mfa.fit_report.interrupted:
+        raise KeyboardInterrupt
+    mfa.save_pretrained(out)
+
+
+EXTENSION = """
+#include <Python.h>
+static PyObject* answer(PyObject*, PyObject*) { return PyLong_FromLong(42); }
+static PyMethodDef methods[] = {{"answer", answer, METH_NOARGS, ""}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "small", "", -1, methods};
+PyMODINIT_FUNC PyInit_small() { return PyModule_Create(&module); }
+"""
+
+
+def building(folder: Path, resume: bool) -> None:
+    """A library that is compiled on first use, by ninja and a compiler."""
+    os.environ["MFA_KERNELS_CACHE"] = str(folder / "cache")
+    source = folder / "small.cpp"
+    atomic_write_text(source, EXTENSION)
+    module = native.cached("small") or native.build("small", [source], "a test")
+    atomic_write_text(folder / "out" / "answer", str(module.answer()))
+
+
 def fitting(method: str) -> Job:
     options = {"em": {"polish": 1}, "sgd": {}, "online": {"noise": "per_component"}}[method]
 
@@ -42,7 +68,7 @@ def fitting(method: str) -> Job:
             rows, 8, 2, method=method, epochs=2, batch_size=300, seed=3, progress=False,
             checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume, **options,
         )  # fmt: skip
-        mfa.save_pretrained(folder / "out")
+        save(mfa, folder / "out")
 
     return job
 
@@ -52,7 +78,7 @@ def fitting_parts(folder: Path, resume: bool) -> None:
         Store(draw(TRUE, 3000)), 8, 2, method="online", epochs=2, batch_size=300, seed=3, progress=False,
         checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume,
     )  # fmt: skip
-    mfa.save_pretrained(folder / "out")
+    save(mfa, folder / "out")
 
 
 def fitting_several(folder: Path, resume: bool) -> None:
@@ -62,7 +88,7 @@ def fitting_several(folder: Path, resume: bool) -> None:
         checkpoint=folder / "checkpoint", checkpoint_seconds=0, resume=resume,
     )  # fmt: skip
     for name, mfa in mixtures.items():
-        mfa.save_pretrained(folder / "out" / name)
+        save(mfa, folder / "out" / name)
 
 
 def harvesting(folder: Path, resume: bool) -> None:
@@ -84,6 +110,7 @@ JOBS: dict[str, Job] = {
     "fit_many": fitting_several,
     "harvest": harvesting,
     "save": saving,
+    "build": building,
 }
 
 
@@ -111,6 +138,9 @@ def begin(job: Job, folder: Path, resume: bool) -> int:
             traceback.print_exc()
     finally:
         os._exit(status)
+
+
+SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 
 def live(job: Job, folder: Path, resume: bool, seconds: float | None, number: signal.Signals = signal.SIGKILL) -> bool:
@@ -163,7 +193,7 @@ def check(name: str, job: Job, folder: Path, kills: int) -> None:
     left, runs = kills, 0
     while left:
         run = folder / f"{runs}"
-        while left and not live(job, run, True, random.uniform(0, 0.7 * seconds)):
+        while left and not live(job, run, True, random.uniform(0, 0.7 * seconds), SIGNALS[left % 3]):
             left -= 1
             if job is saving:
                 readable(run)

@@ -180,7 +180,7 @@ def fit_sharded(
             deque(loop._run(run, method, checkpoints, saved), maxlen=0)  # steps of a fit that is not fed
             live_index = rows[: loop._LIVE_ROWS_PER_COMPONENT * n_components]
             loop._count_live(start, held_out_rows, source, live_index, report, settings.ranks)
-            if checkpoints is not None:
+            if checkpoints is not None and not report.interrupted:
                 with going_on("the checkpoint of its end", "the one before stays, and the mixture is returned"):
                     checkpoints.save(State(DONE, mixture_state(start), {"noise_floor": start.noise_floor}, report))
         start.fit_report = report

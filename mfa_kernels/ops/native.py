@@ -35,6 +35,7 @@ PATIENCE = 1800.0
 
 _REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
 _SILENT = 5.0  # seconds of waiting that need no word
+_BUILD = "build-"  # what the names of the folders of builds begin with
 _OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
 
@@ -318,20 +319,25 @@ def _alone(folder: Path, what: str) -> Iterator[None]:
 
 
 def _compiled(name: str, sources: list[Path], what: str, program: str, built_by: str, **options: Any) -> ModuleType:
-    """Compiles and loads, in a folder that is locked."""
+    """Compiles and loads, in a folder that is locked.
+
+    Each build has a folder of its own: of one that was killed, compilers may still be running and write to theirs.
+    """
     from torch.utils import cpp_extension
 
-    folder = _file(name).parent
-    # Torch's lock is a file that outlives whoever was killed; nobody holds it while this process holds ours.
-    (folder / "lock").unlink(missing_ok=True)
-    _file(name).unlink(missing_ok=True)  # ninja would keep one that is not as it was built
+    for left in _file(name).parent.glob(f"{_BUILD}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=_BUILD, dir=_file(name).parent))
     print(f"mfa_kernels: building {what}...", file=sys.stderr, flush=True)
     path, chosen = os.environ.get("PATH", ""), os.environ.get("CXX")
     os.environ["PATH"] = f"{Path(program).parent}{os.pathsep}{path}"
     os.environ["CXX"] = built_by  # the one that the name tells of
     try:
-        return cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
+        module = cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
+        os.replace(folder / f"{name}.so", _file(name))
+        return module
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         os.environ["PATH"] = path
         del os.environ["CXX"]
         if chosen is not None:

@@ -148,3 +148,20 @@ def test_damage_is_reported_by_name(spoil, error, message, tmp_path):
     spoil(tmp_path / json.loads((tmp_path / FILE).read_text())["ranks"][0]["tensors"])
     with pytest.raises(error, match=message):
         run(resume=tmp_path, epochs=0)
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_after_ctrl_c_a_fit_goes_on(method, tmp_path):
+    """What it has is given back, and is no end."""
+
+    def interrupt(mfa, record):
+        if record["step"]:
+            raise KeyboardInterrupt
+
+    with pytest.warns(UserWarning, match="fit: interrupted"):
+        mfa = run(method=method, eval_every=1, checkpoint=tmp_path, callbacks=[interrupt])
+    assert mfa.fit_report.interrupted
+    assert json.loads((tmp_path / FILE).read_text())["stage"] == method
+    assert result(run(method=method, eval_every=1, checkpoint=tmp_path, resume=True)) == result(
+        run(method=method, eval_every=1)
+    )
