@@ -1,4 +1,4 @@
-"""Nothing is lost by SIGKILL, SIGTERM and SIGINT: jobs go on to the same bits, a saved mixture is always a whole one."""
+"""Nothing is lost by SIGKILL, SIGTERM and SIGINT: jobs go on to the same bits, a saved mixture is always whole."""
 
 from __future__ import annotations
 
