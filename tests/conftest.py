@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
+import sys
 import warnings
 from collections.abc import Generator, Iterator
 from typing import Any
@@ -21,6 +23,8 @@ from tests.threads import threads
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.speed_up()
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 NOT_APPLICABLE = "not applicable: "  # how the reason of a skip begins that nothing installed would prevent
 
@@ -49,9 +53,18 @@ LONGEST = [
 """What takes longest, in order: under pytest-xdist it begins first, so that no process is left alone with it."""
 
 
+def _keep_memory() -> None:
+    """Tells glibc to keep what is freed: it would give the pages of many small tensors back, to fault them in again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((_TRIM_THRESHOLD, 1 << 30), (_MMAP_THRESHOLD, 1 << 28)):
+            mallopt(parameter, value)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Under pytest-xdist, each process has its share of the cores, and what it starts too."""
     config.option.loadscopereorder = False  # by the number of tests: ours is by their length
+    _keep_memory()
     processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if processes > 1:
         share = max(1, (os.cpu_count() or 1) // processes)

@@ -14,7 +14,8 @@ import pytest
 from mfa_kernels import locks
 
 HOLD = (
-    "import sys, time\nfrom mfa_kernels.locks import hold\n"
+    "import signal, sys, time\nfrom mfa_kernels.locks import hold\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # who runs tests in the background ignores it
     "lock = hold(sys.argv[1])\nprint('held', flush=True)\ntime.sleep(60)\n"
 )
 

@@ -56,15 +56,24 @@ class Guard:
 
     @torch.no_grad()
     def look(self, mfa: AnyMFA) -> tuple[Tensor, Tensor]:
-        """The region that owns each row, -1 where none does, and log p: (m,) int64 and float64."""
+        """Of a rank's share of the rows, the region that owns each, -1 where none does, and log p: int64, float64."""
         found = [mfa._active(part) for part in self.ranks.share(self.rows).split(_CHUNK)]
         owners = torch.cat([active.components[:, 0] for active in found]).long()
-        log_prob = torch.cat([active.log_prob for active in found]).double()
-        return self.ranks.concatenated(owners), self.ranks.concatenated(log_prob)
+        return owners, torch.cat([active.log_prob for active in found]).double()
 
     def log_likelihood(self, mfa: AnyMFA) -> float:
         """Mean of log p over the rows that the sample stands for, in nats."""
-        return float((self.look(mfa)[1] * self.weights).sum() / self.weights.sum())
+        total = float((self.look(mfa)[1] * self.ranks.share(self.weights)).sum())
+        return self.ranks.totals(total)[0] / float(self.weights.sum())
+
+    def lost(self, mfa: AnyMFA, owners: Tensor, before: Tensor) -> Tensor:
+        """What the rows have lost since `look` gave owners and log p before, by the region that owned them: nats, (K,)."""
+        known = owners >= 0
+        change = self.ranks.share(self.weights) * (before - self.look(mfa)[1])
+        out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)
+        out.index_put_((owners[known],), change[known], accumulate=True)
+        self.ranks.sum_(out)
+        return out
 
     def state(self) -> dict[str, Tensor]:
         """For a checkpoint."""

@@ -114,22 +114,19 @@ def find(mfa: AnyMFA, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tenso
     """
     own = mfa.ranks.concatenated(mass)
     owned = own if owned is None else mfa.ranks.concatenated(owned)
-    mass = own.clone()
-    touched: list[int] = []
-    for first, second in overlap.duplicates(mass):
-        small, large = sorted((first, second), key=lambda k: float(mass[k]))
-        mass[large] += mass[small]
-        mass[small] = 0
-        touched.append(large)
+    duplicates = overlap.duplicates(own)
+    mass, _ = _merged(own, duplicates)
     dead = (mass < _DEAD).nonzero().squeeze(1)
     few = dead[(own[dead] < _DEAD) & (owned[dead] > 0)]
     cost = _missed(mfa, dead, few, owned, guard)
+    stay = {k for k in dead.tolist() if not cost[k] <= _WORTH * mass.max()}
+    mass, touched = _merged(own, [pair for pair in duplicates if not stay & set(pair)])
     moves: list[tuple[int, int]] = []
     for k in dead.tolist():
         donor = int(mass.argmax())
         if mass[donor] < 2 * _DEAD:
             break
-        if not cost[k] <= _WORTH * mass[donor]:
+        if k in stay or not cost[k] <= _WORTH * mass[donor]:
             continue
         mass[donor] /= 2
         mass[k] = mass[donor]
@@ -137,6 +134,17 @@ def find(mfa: AnyMFA, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tenso
         touched += [k, donor]
     lost = {k for k, _ in moves} & set(few.tolist())
     return Revival(moves, sorted(lost), sorted(set(touched)), mass)
+
+
+def _merged(mass: Tensor, duplicates: list[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    """Tokens of each region, (K,), where the larger one of each pair takes over all; and these larger ones."""
+    mass, larger = mass.clone(), []
+    for first, second in duplicates:
+        small, large = sorted((first, second), key=lambda k: float(mass[k]))
+        mass[large] += mass[small]
+        mass[small] = 0
+        larger.append(large)
+    return mass, larger
 
 
 def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
@@ -149,11 +157,10 @@ def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard)
     if not len(dead):
         return cost
     rows = mfa.ranks.rows(mfa.means.detach(), few)
-    likelihood, (owners, before) = mfa.log_prob(rows).double(), guard.look(mfa)
+    likelihood, before = mfa.log_prob(rows).double(), guard.look(mfa)
     with _without(mfa, dead.tolist()):
         cost[few] = owned[few] * (likelihood - mfa.log_prob(rows).double())
-        lost = guard.weights * (before - guard.look(mfa)[1])
-    seen = torch.zeros_like(cost).index_put_((owners,), lost, accumulate=True) * owned.sum() / guard.weights.sum()
+        seen = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum()
     return torch.maximum(cost, seen)
 
 

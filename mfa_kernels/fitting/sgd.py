@@ -407,13 +407,14 @@ class Run:
         self.began = time.perf_counter()
 
     def _gain(self) -> float:
-        """Of the objective over the start's, on the guard's rows, in nats per row; negative where it is unknown."""
+        """Of the objective over the start's, on the guard's rows, in nats per row."""
         likelihood, against = self.guard.log_likelihood(self.mfa), self._log_prior()
         if self.start is None:
             self.start = likelihood, against
         gain = likelihood - self.start[0] + (against - self.start[1]) / self._rows_behind()
-        known = not math.isnan(gain) or self.start[0] in (likelihood, -math.inf) or math.isnan(self.start[0])
-        return (0.0 if math.isnan(gain) else gain) if known else -math.inf
+        if math.isnan(gain):  # of two infinities, or of rows without a density
+            gain = 0.0 if likelihood == self.start[0] or math.isnan(self.start[0]) else -math.inf
+        return gain
 
     def _log_prior(self) -> float:
         """What the likelihood of all rows is weighed against, in nats."""
