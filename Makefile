@@ -11,10 +11,11 @@ TESTS  := tests/steering tests/interpret tests/data tests/test_models.py tests/t
 .PHONY: demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
 
 # Exactly what the lock $(2) says into the environment $(1), pip and the build backend too: nothing else is downloaded.
+# Python compiles what is imported when it is: most of it never is.
 define install
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install -q -c $(2) pip
-	$(1)/bin/python -m pip install -q --build-constraint $(2) -r $(2)
+	$(1)/bin/python -m pip install -q --no-compile --build-constraint $(2) -r $(2)
 	$(1)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
 	$(1)/bin/python -m pip check
 	touch $(1)/installed

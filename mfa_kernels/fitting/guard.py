@@ -67,7 +67,7 @@ class Guard:
         return self.ranks.totals(total)[0] / float(self.weights.sum())
 
     def lost(self, mfa: AnyMFA, owners: Tensor, before: Tensor) -> Tensor:
-        """What the rows have lost since `look` gave owners and log p before, by the region that owned them: nats, (K,)."""
+        """What the rows lost since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
         known = owners >= 0
         change = self.ranks.share(self.weights) * (before - self.look(mfa)[1])
         out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)

@@ -494,7 +494,7 @@ def ptxas(architecture: int, folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (int(registers), sum(map(int, local))) for name, *local, registers in entries}
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.more)])
 def test_nvcc_compiles_without_spills(architecture, tmp_path):
     kernels = ptxas(architecture, tmp_path)
     assert len(kernels) == 8 + 2 + 1  # factors by rank, scan by tokens, finish
