@@ -2,7 +2,7 @@
 
 W_k W_k^T, and with it every likelihood and responsibility, is the same for every orthogonal Q_k, so that the columns of
 W_k mean nothing by themselves until one Q_k is chosen. Both choices here end with the entry of largest magnitude of
-each column positive, so that the same W_k W_k^T does not come back with other signs.
+each column positive, as do what clusters and `fit` give: the same W_k W_k^T does not come back with other signs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progre
         progress: show a bar when it takes more than two seconds.
 
     Returns:
-        (K, D, R), a new tensor; rank 0 and 1 have nothing to rotate and come back as they are.
+        (K, D, R), a new tensor; rank 0 and 1 have nothing to rotate, but their sign.
     """
     _check(loadings)
     if iterations < 1:
@@ -44,6 +44,7 @@ def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progre
         raise ValueError(f"tol must be >= 0, got {tol!r}")
     rotated = loadings.clone()
     if loadings.shape[2] < 2:
+        sign_(rotated)
         return rotated
     for part in _parts(loadings, "varimax", progress):
         rows = _rows(loadings[part])
@@ -89,11 +90,12 @@ def principal(loadings: Tensor, *, progress: bool = True) -> Tensor:
         progress: show a bar when it takes more than two seconds.
 
     Returns:
-        (K, D, R), a new tensor; rank 0 and 1 come back as they are.
+        (K, D, R), a new tensor; rank 0 and 1 have nothing to rotate, but their sign.
     """
     _check(loadings)
     rotated = loadings.clone()
     if loadings.shape[2] < 2:
+        sign_(rotated)
         return rotated
     for part in _parts(loadings, "principal", progress):
         rows = _rows(loadings[part])
@@ -116,6 +118,13 @@ def _rows(chunk: Tensor) -> Tensor:
     if not chunk.isfinite().all():
         raise ValueError("loadings must be finite: a rotation of NaN or infinite loadings is undefined")
     return chunk.to(torch.promote_types(chunk.dtype, torch.float32)).mT.contiguous()
+
+
+@torch.no_grad()
+def sign_(loadings: Tensor) -> None:
+    """Makes the entry of largest magnitude of each column of W (K, D, R) positive, in place: no density changes."""
+    for part in loadings.split(max(1, _CHUNK_BYTES // (16 * max(1, loadings[0].numel())))) if len(loadings) else ():
+        part.copy_(_signed(part.mT).mT)
 
 
 def _signed(rows: Tensor) -> Tensor:

@@ -44,6 +44,7 @@ from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA, NOISES
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ranks import Ranks
+from mfa_kernels.rotation import sign_
 from mfa_kernels.sharded import AnyMFA
 
 METHODS = ("sgd", "em", "online", "auto")
@@ -339,6 +340,7 @@ def _run(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | N
     run.report_skipped()
     run.note_time()
     run.restore_best()
+    sign_(run.mfa.loadings)
 
 
 @contextmanager

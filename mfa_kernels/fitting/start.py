@@ -17,6 +17,7 @@ from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.kmeans.portable import segment_sums
 from mfa_kernels.ranks import ALONE, Ranks
+from mfa_kernels.rotation import sign_
 from mfa_kernels.sharded import part_of
 
 INITS = ("pca", "random")
@@ -119,6 +120,7 @@ def start_from_clusters(
     mfa.noise_floor = floor
     mfa.means.copy_(means[first:stop] + center)
     mfa.loadings.copy_(loadings)
+    sign_(mfa.loadings)
     mfa.log_noise.copy_((psi - floor).log())
     mfa.weight_logits.copy_(((mass[first:stop] + 1) / (total + len(mass))).log())
     mfa.center.copy_(data_mean + center)
