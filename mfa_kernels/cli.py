@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mfa_kernels import __version__, tuning
 from mfa_kernels.files import check_writable
 from mfa_kernels.functional import PRECISIONS
+from mfa_kernels.progress import progress_bar, quiet
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments) or 0
+        with quiet(arguments.quiet):
+            return arguments.run(arguments) or 0
     except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
         print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, _Incomplete) else 1
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, formatter_class=_Defaults)
         sub.set_defaults(run=run)
+        sub.add_argument("-q", "--quiet", action="store_true", help="no progress bars; there are none in a log either")
         return sub
 
     demo = command("demo", _demo, "harvest, fit, look and steer, on the model that ships with the package or on yours")
@@ -475,7 +478,6 @@ def _processes(device: torch.device) -> Iterator[bool]:
 
 def _encode(arguments: argparse.Namespace) -> None:
     import torch
-    from tqdm import tqdm
 
     from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
@@ -486,7 +488,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
     parts: dict[str, list[Any]] = {"components": [], "responsibilities": [], "latents": [], "dropped": []}
-    bar = tqdm(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
+    bar = progress_bar(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
     with torch.no_grad(), bar:
         for batch in store.batches(8192):
             code = mfa.encode(batch.to(device), top_k=arguments.top_k)

@@ -15,6 +15,7 @@ from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.progress import progress_bar
 
 _BATCH = 8192
 
@@ -64,8 +65,6 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     Raises:
         ValueError: the width does not fit, or no row is left.
     """
-    from tqdm import tqdm
-
     check_mixture(mfa)
     check_flag(progress, "progress")
     source = as_source(activations)
@@ -84,7 +83,9 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     seconds = 0.0
     center = None
     mfa.factors()  # stage 0 is paid once, not per token
-    with tqdm(total=len(source), desc="evaluate", unit="token", unit_scale=True, delay=2, disable=not progress) as bar:
+    with progress_bar(
+        total=len(source), desc="evaluate", unit="token", unit_scale=True, delay=2, progress=progress
+    ) as bar:
         for start in range(0, len(source), _BATCH):
             every = source.rows(torch.arange(start, min(start + _BATCH, len(source)))).to(device)
             bar.update(len(every))

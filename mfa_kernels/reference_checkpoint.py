@@ -19,6 +19,7 @@ from torch import Tensor
 from mfa_kernels.checkpoint import _allocate, _extra
 from mfa_kernels.files import StrPath, atomic_path
 from mfa_kernels.modes import door
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import SHARE, check_file, naming, optional, shown
 
 if TYPE_CHECKING:
@@ -238,10 +239,8 @@ def _read_rotation(path: StrPath, state: Mapping[str, Tensor], meta: Mapping[str
 
 def _parts(mfa: MFA, description: str, progress: bool) -> Iterator[slice]:
     """Slices of components whose loadings take 64 MiB in float64."""
-    from tqdm import tqdm
-
     step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * max(mfa.rank, 1)))
-    with tqdm(total=mfa.n_components, desc=description, unit="component", delay=2, disable=not progress) as bar:
+    with progress_bar(total=mfa.n_components, desc=description, unit="component", delay=2, progress=progress) as bar:
         for start in range(0, mfa.n_components, step):
             yield slice(start, start + step)
             bar.update(min(step, mfa.n_components - start))

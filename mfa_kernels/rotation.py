@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfa_kernels.modes import door
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.progress import progress_bar
 
 _CHUNK_BYTES = 64 << 20  # of temporaries
 
@@ -135,11 +136,9 @@ def _signed(rows: Tensor) -> Tensor:
 
 def _parts(loadings: Tensor, description: str, progress: bool) -> Iterator[slice]:
     """Slices of components small enough for half a dozen temporaries of their size, up to 8 bytes an entry."""
-    from tqdm import tqdm
-
     components, features, rank = loadings.shape
     step = max(1, _CHUNK_BYTES // (6 * 8 * features * rank))
-    with tqdm(total=components, desc=description, unit="component", delay=2, disable=not progress) as bar:
+    with progress_bar(total=components, desc=description, unit="component", delay=2, progress=progress) as bar:
         for start in range(0, components, step):
             yield slice(start, start + step)
             bar.update(min(step, components - start))

@@ -24,6 +24,7 @@ from mfa_kernels.locks import alone
 from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
 Layer = int | str
@@ -301,8 +302,6 @@ def _run(
     progress: bool,
 ) -> int:
     """Writes one store per module in `reached`; the number of rows left out because they are not finite."""
-    from tqdm import tqdm
-
     first = min(reached.values(), key=lambda position: position.batches)
     batches, documents, kept, nonfinite, _ = first
     digest = hashlib.sha256()
@@ -314,7 +313,9 @@ def _run(
     with ExitStack() as stack:
         read = stack.enter_context(_reader(model, modules, device))
         bar = stack.enter_context(
-            tqdm(total=max_tokens, initial=kept, desc="harvest", unit="token", unit_scale=True, disable=not progress)
+            progress_bar(
+                total=max_tokens, initial=kept, desc="harvest", unit="token", unit_scale=True, progress=progress
+            )
         )
         while max_tokens is None or kept < max_tokens:
             batch = list(islice(windows, batch_size))

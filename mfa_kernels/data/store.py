@@ -37,6 +37,7 @@ from mfa_kernels import checksum
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
 from mfa_kernels.locks import hold
 from mfa_kernels.modes import door, made
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import (
     COUNT,
     FLAG,
@@ -268,11 +269,9 @@ class ActivationStore:
         Returns:
             One line per shard that is missing or corrupt, beginning with its name; an empty list when all are sound.
         """
-        from tqdm import tqdm
-
         problems = []
         total = sum(shard["bytes"] for shard in self.shards)
-        with tqdm(total=total, desc="verify", unit="B", unit_scale=True, disable=not progress) as bar:
+        with progress_bar(total=total, desc="verify", unit="B", unit_scale=True, progress=progress) as bar:
             for shard in self.shards:
                 name, path = shard["file"], self.folder / shard["file"]
                 if not path.is_file():

@@ -23,6 +23,7 @@ from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, expectation
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import AnyMFA
 
@@ -195,17 +196,15 @@ class BatchEM(_EM):
 
     def run(self) -> None:
         """Ends when a pass gains too little to matter, when patience runs out, or after `epochs` passes."""
-        from tqdm import tqdm
-
         passes = self.settings.epochs
         every = self.settings.eval_every or 1
-        bar = tqdm(
+        bar = progress_bar(
             total=passes * len(self.rows),
             initial=self.step * len(self.rows) + self.seen,
             desc=f"{self.settings.label}EM",
             unit="token",
             unit_scale=True,
-            disable=not self.settings.progress,
+            progress=self.settings.progress,
         )
         with bar:
             if not self.report.history:
@@ -364,20 +363,18 @@ class OnlineEM(_EM):
 
     def run(self) -> Steps:
         """Ends when the rows do, or when patience runs out."""
-        from tqdm import tqdm
-
         settings = self.settings
         passes = settings.epochs if self.stream is None else min(1, settings.epochs)
         per_pass = -(-len(self.rows) // self.batch_rows)
         total = None if self.stream is not None else passes * len(self.rows)
         every = settings.eval_every or (per_pass if self.stream is None else _STREAM_EVALUATION)
-        bar = tqdm(
+        bar = progress_bar(
             total=total,
             initial=(self.epoch - 1) * len(self.rows) + min(len(self.rows), self.batch * self.batch_rows),
             desc=f"{settings.label}online EM",
             unit="token",
             unit_scale=True,
-            disable=not settings.progress,
+            progress=settings.progress,
         )
         with bar:
             if not self.report.history:

@@ -17,6 +17,7 @@ from mfa_kernels.fitting.source import Source
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.ranks import ALONE, Ranks
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
@@ -196,14 +197,12 @@ def lloyd(
     Returns:
         Centroids less the centre (K, D), the partition they make, and the updates that were done.
     """
-    from tqdm import tqdm
-
     few = source.rows(_spaced(len(source), _BASIS_ROWS, centroids.device)).to(centroids)
     basis = leading_directions(few, center)
     previous = math.inf
     updates = 0
-    with tqdm(
-        total=(iterations + 1) * len(source), desc=name, unit="row", unit_scale=True, disable=not progress
+    with progress_bar(
+        total=(iterations + 1) * len(source), desc=name, unit="row", unit_scale=True, progress=progress
     ) as bar:
         while True:
             ranks.broadcast_(centroids)  # the same already on machines of one kind

@@ -25,6 +25,7 @@ from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import of_the_caller
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ops.select.op import Active
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import AnyMFA, ShardedMFA
 
@@ -478,14 +479,12 @@ class Training(Run):
 
     def run(self) -> None:
         """Raises RuntimeError after ten steps in a row without a finite loss and gradient."""
-        from tqdm import tqdm
-
         settings = self.settings
         per_epoch = -(-len(self.rows) // settings.batch_size)
         steps, step = per_epoch * settings.epochs, per_epoch * self.epoch + self.batch
         every = settings.eval_every or per_epoch
         desc = f"{settings.label}fit"
-        with tqdm(total=steps, initial=step, desc=desc, unit="step", disable=not settings.progress) as bar:
+        with progress_bar(total=steps, initial=step, desc=desc, unit="step", progress=settings.progress) as bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
             for epoch in range(self.epoch, settings.epochs):

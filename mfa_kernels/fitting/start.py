@@ -16,6 +16,7 @@ from mfa_kernels.fitting.source import Source, as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.kmeans.portable import segment_sums
+from mfa_kernels.progress import progress_bar
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.rotation import sign_
 from mfa_kernels.sharded import part_of
@@ -219,8 +220,6 @@ def _cluster_pca(
     ranks: Ranks,
 ) -> Tensor:
     """Loadings (K, D, R) of the rank's own clusters, by randomised PCA of the rows of each, whitened by `variance`."""
-    from tqdm import tqdm
-
     like: dict[str, Any] = {"dtype": means.dtype, "device": means.device}
     order = part.owner.argsort(stable=True)
     totals = part.owner.bincount(minlength=len(means) + 1)
@@ -235,7 +234,7 @@ def _cluster_pca(
     eigenvalues = torch.zeros(clusters, rank, **like)
     trace = torch.zeros(clusters, **like)
     scale = variance.rsqrt()
-    with tqdm(total=clusters, desc="cluster PCA", unit="cluster", disable=not progress) as bar:
+    with progress_bar(total=clusters, desc="cluster PCA", unit="cluster", progress=progress) as bar:
         for group in _groups(counts, features):
             rows = torch.arange(int(counts[group[0]]), device=order.device)
             held = rows < counts[group].unsqueeze(1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture, shown
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -134,8 +135,6 @@ def assignments(
     Raises:
         ValueError: the store has another width than the mixture, or no rows.
     """
-    from tqdm import tqdm
-
     check_store(store)
     check_flag(progress, "progress")
     check_integer(batch_size, "batch_size", 1)
@@ -150,7 +149,7 @@ def assignments(
     mfa = _screened(mfa, store)
     means, _, noise, _ = mfa.parameters_in_compute_dtype()
     start = 0
-    with tqdm(total=n, desc="assign", unit="row", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=n, desc="assign", unit="row", unit_scale=True, progress=progress) as bar:
         for batch in store.batches(batch_size):
             x = batch.to(mfa.means.device)
             code = mfa.encode(x, top_k=1)
@@ -294,8 +293,6 @@ def top_contexts(
     Returns:
         Contexts, best first, with r, the distance or z_axis as score; for several regions, a dict of such lists.
     """
-    from tqdm import tqdm
-
     check_choice(by, ("responsibility", "distance", "latent"), "by")
     check_mixture(mfa)
     check_tokenizer(tokenizer)
@@ -314,7 +311,7 @@ def top_contexts(
     components = [check_component(k, mfa.n_components) for k in wanted]
     assigned = ensure_assignments(mfa, store, assigned, progress)
     result = {}
-    for k in tqdm(components, desc="contexts", unit="region", disable=not progress or len(components) == 1):
+    for k in progress_bar(components, desc="contexts", unit="region", progress=progress and len(components) > 1):
         rows = assigned.rows(k)
         if by == "latent":
             score = region_latents(mfa, store, k, assigned)[:, axis]

@@ -12,6 +12,7 @@ from mfa_kernels.checks import check_choice, check_component, check_flag, check_
 from mfa_kernels.functional import compute_dtype
 from mfa_kernels.ops.factors.reference import factors
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -48,8 +49,6 @@ def neighbors(
         indices (B, n) int64 and distances (B, n) float64, nearest first, in the order of `components`, on the mixture's
         device. A region is not its own neighbour.
     """
-    from tqdm import tqdm
-
     check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
     check_flag(progress, "progress")
     count = check_mixture(mfa).n_components
@@ -70,7 +69,7 @@ def neighbors(
     distances = torch.empty(len(asked), n, dtype=torch.float64, device=mfa.means.device)
     with (
         full_precision(mfa.means),
-        tqdm(total=len(asked), desc="neighbours", unit="region", disable=not progress) as bar,
+        progress_bar(total=len(asked), desc="neighbours", unit="region", progress=progress) as bar,
     ):
         for start in range(0, len(asked), size):
             block = asked[start : start + size]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_component
 from mfa_kernels.interpret.contexts import Assignments, Context, ensure_assignments, show_token, top_contexts
+from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -97,8 +98,6 @@ def region_summaries(
     Returns:
         In the order of `components`.
     """
-    from tqdm import tqdm
-
     chosen = range(mfa.n_components) if components is None else components
     chosen = [check_component(k, mfa.n_components) for k in chosen]
     assigned = ensure_assignments(mfa, store, assigned, progress)
@@ -127,7 +126,7 @@ def region_summaries(
         contexts = top_contexts(mfa, store, tokenizer, chosen, n_contexts, "responsibility", **options)
     return [
         RegionSummary(k, int(counts[k]), int(counts[k]) / max(1, len(tokens)), tokens_of(k), contexts.get(k, []))
-        for k in tqdm(chosen, desc="summarise", unit="region", disable=not progress)
+        for k in progress_bar(chosen, desc="summarise", unit="region", progress=progress)
     ]
 
 
@@ -214,12 +213,10 @@ def interesting_regions(
 
 def _tokens_before(store: ActivationStore, rows: Tensor, nothing: int, progress: bool) -> Tensor:
     """The token before that of each row, (n,) int64; `nothing` where it is the first of its document."""
-    from tqdm import tqdm
-
     ascending, order = rows.sort()
     listed = ascending.tolist()
     found: list[int] = []
-    with tqdm(total=len(listed), desc="compare", unit="row", unit_scale=True, disable=not progress) as bar:
+    with progress_bar(total=len(listed), desc="compare", unit="row", unit_scale=True, progress=progress) as bar:
         while len(found) < len(listed):
             start = len(found)
             document = store.document(listed[start])

@@ -19,6 +19,7 @@ from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
+from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -68,8 +69,6 @@ def write_report(
     Returns:
         The path.
     """
-    from tqdm import tqdm
-
     check_writable(path, "path")
     assigned = ensure_assignments(mfa, store, assigned, progress)
     options: dict[str, Any] = {"assigned": assigned, "progress": progress}
@@ -95,7 +94,7 @@ def write_report(
             regions_map(mfa, [others[k] for k in drawn], image, labelled=shown)
             parts.append(_image(image, "Map of the regions: near centroids are near, labelled by their tokens"))
         parts.append(_overview(summaries) if shown else _tag("p", "No region owns enough tokens to be shown."))
-        for summary in tqdm(summaries, desc="report", unit="region", disable=not progress):
+        for summary in progress_bar(summaries, desc="report", unit="region", progress=progress):
             k = summary.component
             body = [_tokens(summary), _contexts(summary.contexts)]
             if lens is not None:

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from tqdm import tqdm
 
 from mfa_kernels.files import atomic_path, atomic_save_safetensors, atomic_write_json
 from mfa_kernels.locks import alone
+from mfa_kernels.progress import progress_bar
 
 from .corpus import stdlib_texts
 
@@ -223,7 +223,7 @@ def train(args: argparse.Namespace) -> None:
     start = time.monotonic()
     next_checkpoint, step, tokens, smooth = args.checkpoint_minutes, 0, 0, float("nan")
     layout = "{l_bar}{bar}| {n:.0f}/{total} s{postfix}"
-    with tqdm(total=round(args.minutes * 60), bar_format=layout, mininterval=1.0) as bar:
+    with progress_bar(total=round(args.minutes * 60), bar_format=layout, mininterval=1.0) as bar:
         while (spent := (time.monotonic() - start) / 60) < args.minutes:
             if spent >= next_checkpoint:
                 now = facts(step, tokens)
