@@ -7,7 +7,10 @@ import platform
 
 import torch
 
-from mfa_kernels.ops import cuda, native
+from mfa_kernels.functional import compute_dtype
+from mfa_kernels.ops import backends, cuda, native
+
+_RANK = 10  # of a mixture as `fit` makes it
 
 
 def version(package: str) -> str:
@@ -19,19 +22,20 @@ def version(package: str) -> str:
 
 
 def serving(device: str, dtype: torch.dtype) -> str:
-    """What runs the kernels for a mixture on this device, with parameters of this dtype."""
-    compute = "float64" if dtype == torch.float64 else "float32"
-    note = "" if str(dtype).endswith(compute) else f", computing in {compute}"
-    if device == "cuda":
-        if compute == "float64":
-            return "plain PyTorch in float64"
-        if version("triton") == "not installed":
-            return f"plain PyTorch{note} (triton is not installed)"
+    """What runs the kernels for a mixture on this device, with parameters of this dtype and a common rank, and why."""
+    (parameters,) = compute_dtype(torch.empty(0, dtype=dtype, device=device))
+    compute = str(parameters.dtype).removeprefix("torch.")
+    note = "" if parameters.dtype == dtype else f", computing in {compute}"
+    try:
+        name, reason = backends.decided(parameters, _RANK)
+    except ValueError as error:
+        return f"nothing: {error}"
+    if name == "native":
+        return f"C++ kernels, {8 * native.library().vector_bytes}-bit vectors, {torch.get_num_threads()} threads{note}"
+    if name == "triton":
         few = "CUDA C++ for stage 0 and up to 16 tokens" if cuda.library() is not None else "no CUDA C++ (nvcc)"
         return f"Triton kernels, {few}{note}"
-    if native.library() is None:
-        return f"plain PyTorch{note} (the C++ kernels are not available)"
-    return f"C++ kernels, {8 * native.library().vector_bytes}-bit vectors, {torch.get_num_threads()} threads{note}"
+    return f"plain PyTorch{note}" + ("" if reason is None else f" ({reason})")
 
 
 def report() -> list[tuple[str, str]]:
@@ -54,5 +58,5 @@ def report() -> list[tuple[str, str]]:
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     for device in devices:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            lines.append((f"{device}, {str(dtype).removeprefix('torch.')}", serving(device.split(":")[0], dtype)))
+            lines.append((f"{device}, {str(dtype).removeprefix('torch.')}", serving(device.split()[0], dtype)))
     return lines

@@ -30,16 +30,20 @@ def serving(parameters: Tensor, rank: int) -> str:
     Raises:
         ValueError: MFA_KERNELS_BACKEND is not a backend, or not one that can serve them.
     """
+    name, reason = decided(parameters, rank)
+    if reason is not None and parameters.device.type == "cuda":
+        _say_once(reason)
+    return name
+
+
+def decided(parameters: Tensor, rank: int) -> tuple[str, str | None]:
+    """The backend, as of `serving`, and why it is not a faster one; None where it is the fastest, or asked for."""
     device, asked = parameters.device.type, os.environ.get("MFA_KERNELS_BACKEND", "")
     if asked == "":
         if device == "cpu":
-            return "portable" if native.library() is None else "native"
+            return ("native", None) if native.library() is not None else ("portable", _no_native())
         reason = _triton_refuses(parameters, rank)
-        if reason is None:
-            return "triton"
-        if device == "cuda":
-            _say_once(reason)
-        return "portable"
+        return ("triton", None) if reason is None else ("portable", reason)
     if asked not in NAMES:
         raise ValueError(f"MFA_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {asked!r}")
     reason = None
@@ -47,12 +51,18 @@ def serving(parameters: Tensor, rank: int) -> str:
         if device != "cpu":
             reason = f"the C++ kernels serve CPU tensors, and these are on {device}"
         elif native.library() is None:
-            reason = "the C++ kernels could not be built (`mfa-kernels doctor` says what is missing)"
+            reason = _no_native()
     elif asked == "triton":
         reason = _triton_refuses(parameters, rank)
     if reason is not None:
         raise ValueError(f"MFA_KERNELS_BACKEND={asked}, but {reason}")
-    return asked
+    return asked, None
+
+
+def _no_native() -> str:
+    if not native.is_on():
+        return "MFA_KERNELS_NATIVE=0 turns the C++ kernels off"
+    return "the C++ kernels could not be built (`mfa-kernels doctor` says what is missing)"
 
 
 def _triton_refuses(parameters: Tensor, rank: int) -> str | None:
