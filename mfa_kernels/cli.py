@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mfa_kernels import __version__, tuning
 from mfa_kernels.files import check_writable
 from mfa_kernels.functional import PRECISIONS
-from mfa_kernels.progress import progress_bar, quiet
+from mfa_kernels.progress import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -477,29 +477,18 @@ def _processes(device: torch.device) -> Iterator[bool]:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    import torch
-
     from mfa_kernels import MFA
+    from mfa_kernels.codes import write_codes
     from mfa_kernels.data import ActivationStore
-    from mfa_kernels.files import atomic_save_safetensors
 
     _check_out(arguments.out, arguments.out.exists(), arguments.overwrite)
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
-    parts: dict[str, list[Any]] = {"components": [], "responsibilities": [], "latents": [], "dropped": []}
-    bar = progress_bar(total=len(store), desc="encode", unit="token", unit_scale=True, delay=2)
-    with torch.no_grad(), bar:
-        for batch in store.batches(8192):
-            code = mfa.encode(batch.to(device), top_k=arguments.top_k)
-            for name, tensors in parts.items():
-                tensors.append(getattr(code, name).cpu())
-            bar.update(len(batch))
-    atomic_save_safetensors({name: torch.cat(tensors) for name, tensors in parts.items()}, arguments.out)
-    print(f"codes of {len(store):,} tokens in {arguments.out}: components, responsibilities, latents, dropped")
-    without = sum(int((components[:, 0] < 0).sum()) for components in parts["components"])
-    if without:
-        print(f"{without:,} of them have no density under the mixture, and no component: responsibilities are NaN")
+    done = write_codes(mfa, store.batches(8192), arguments.out, arguments.top_k)
+    print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
+    if done.without:
+        print(f"{done.without:,} of them have no density under the mixture, and no component")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -38,7 +38,7 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder, whose lock stays whatever a library does to the file: safetensors writes under a name of its own.
-    with _locked_folder(path) as folder:
+    with temporary_folder(path) as folder:
         temporary = folder / f".{path.name}"
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files that only their owner can read
@@ -64,7 +64,7 @@ def check_writable(path: StrPath, name: str) -> None:
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked_folder(path) as temporary:
+        with temporary_folder(path) as temporary:
             (temporary / path.name).write_bytes(b"\0")
         with suppress(OSError):  # somebody else may have begun to use them
             for folder in missing:
@@ -74,8 +74,8 @@ def check_writable(path: StrPath, name: str) -> None:
 
 
 @contextmanager
-def _locked_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, which other processes can tell from one whose writer has died."""
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, gone with the block; others can tell it from one whose writer has died, and sweep."""
     folder, lock = path, None
     try:
         while lock is None:

@@ -155,14 +155,16 @@ def test_fit_says_that_a_store_is_not_complete(folder, tmp_path, capsys):
         assert ("incomplete): harvest --resume would bring the rest" in capsys.readouterr().err) == said
 
 
-def test_encode(folder):
+def test_encode(folder, capsys):
     out = folder / "codes.safetensors"
     assert main(["encode", str(folder / "mfa"), str(folder / "store"), "--out", str(out), "--top-k", "2"]) == 0
     codes = load_file(out)
-    mfa = MFA.from_pretrained(folder / "mfa")
-    expected = mfa.encode(ActivationStore(folder / "store").tensor(), top_k=2)
-    assert torch.equal(codes["components"], expected.components)
-    torch.testing.assert_close(codes["latents"], expected.latents, rtol=1e-4, atol=1e-4)
+    expected = MFA.from_pretrained(folder / "mfa").encode(ActivationStore(folder / "store").tensor(), top_k=2)
+    held = expected.components >= 0
+    assert torch.equal(codes["offsets"], torch.nn.functional.pad(held.sum(1).cumsum(0), (1, 0)))
+    assert torch.equal(codes["components"], expected.components[held].int())
+    torch.testing.assert_close(codes["latents"], expected.latents[held], rtol=1e-4, atol=1e-4)
+    assert f"{len(codes['components']):,} active pairs of a token and a component" in capsys.readouterr().out
 
 
 def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys):

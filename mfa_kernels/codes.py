@@ -1,0 +1,107 @@
+"""The codes of many activations in one file: what is active, and nothing of it held in memory.
+
+A file in the safetensors format, of N tokens and P active pairs of a token and a component:
+
+    offsets           (N + 1,) int64; the pairs of token n are [offsets[n], offsets[n + 1])
+    components        (P,) int32, the most responsible of a token first
+    responsibilities  (P,)
+    latents           (P, R), E[z | x, k]
+    dropped           (N,); the pairs that a token was left without add up to no more
+
+A token without a density under the mixture has no pairs, and NaN as `dropped`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sized
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_mixture
+from mfa_kernels.files import StrPath, atomic_save_safetensors, check_writable, temporary_folder
+from mfa_kernels.mfa import MFA
+from mfa_kernels.modes import door, read
+from mfa_kernels.progress import progress_bar
+
+
+class Written(NamedTuple):
+    """How many tokens, their active pairs, and tokens that have none because they have no density."""
+
+    tokens: int
+    pairs: int
+    without: int
+
+
+@door
+@torch.no_grad()
+def write_codes(
+    mfa: MFA, batches: Iterable[Tensor], path: StrPath, top_k: int | None = 8, *, progress: bool = True
+) -> Written:
+    """Encodes batches of activations as they come, and writes what is active.
+
+    On the way, the parts are in files beside `path`, which take as much room again.
+
+    Args:
+        mfa: the mixture.
+        batches: of activations (n, D), such as `store.batches(8192)`; read once, moved to the mixture's device.
+        path: of the file, replaced if it exists.
+        top_k: most components per token; None keeps every active one.
+        progress: show a bar when it takes more than two seconds.
+
+    Returns:
+        What was written, in numbers.
+
+    Raises:
+        OSError: naming the file that cannot be written.
+    """
+    check_mixture(mfa)
+    check_writable(path, "path")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dtype = mfa.parameters_in_compute_dtype()[0].dtype
+    kinds = {"components": torch.int32, "responsibilities": dtype, "latents": dtype, "dropped": dtype}
+    counts = [torch.zeros(1, dtype=torch.int64)]
+    total = len(batches) if isinstance(batches, Sized) else None
+    with ExitStack() as stack:
+        folder = stack.enter_context(temporary_folder(path))
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in kinds}
+        bar = stack.enter_context(
+            progress_bar(total=total, desc="encode", unit="batch", delay=2, progress=progress)
+        )  # fmt: skip
+        for batch in read(batches):
+            code = mfa.encode(batch.to(mfa.means.device).reshape(-1, mfa.n_features), top_k)
+            held = code.components >= 0
+            counts.append(held.sum(1).cpu())
+            for name in ("components", "responsibilities", "latents"):
+                _append(files[name], getattr(code, name)[held], kinds[name])
+            _append(files["dropped"], code.dropped, kinds["dropped"])
+            bar.update()
+        tensors = {"offsets": torch.cat(counts).cumsum(0)}
+        for name, file in files.items():
+            file.flush()
+            tensors[name] = _mapped(folder / name, kinds[name])
+        tensors["latents"] = tensors["latents"].view(-1, mfa.rank) if mfa.rank else torch.empty(
+            len(tensors["components"]), 0, dtype=dtype
+        )  # fmt: skip
+        atomic_save_safetensors(tensors, path)
+        without = int((tensors["offsets"].diff() == 0).sum())
+        done = Written(len(tensors["dropped"]), len(tensors["components"]), without)
+        tensors.clear()  # before their files go
+    return done
+
+
+def _append(file: IO[bytes], values: Tensor, dtype: torch.dtype) -> None:
+    values.to("cpu", dtype).contiguous().numpy().tofile(file)
+
+
+def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
+    """The values in a file, (n,): read when they are looked at."""
+    empty = torch.empty(0, dtype=dtype)
+    if not path.stat().st_size:
+        return empty
+    return torch.from_numpy(np.memmap(path, empty.numpy().dtype, "r+"))
