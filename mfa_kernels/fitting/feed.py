@@ -71,6 +71,13 @@ class Feed:
         self._rows -= len(first)
         return first if first.dtype == torch.float64 else first.float()
 
+    def peek(self, rows: int) -> Tensor:
+        """What `take` gives, which stays here."""
+        first = self.take(rows)
+        self._held.appendleft(first)
+        self._rows += len(first)
+        return first
+
     def source(self) -> Source:
         """All the rows that are here; they are no longer here afterwards, and each batch is let go when it is copied.
 

@@ -43,11 +43,12 @@ class Guard:
         deviation, outlying = _deviations(rows, ranks).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
         outlying = outlying[deviation > _OUT]
         share = -(-OTHERS // ranks.size)
-        if others is None or not len(others):
+        others = rows[:0].to(device) if others is None else others[:share].to(device, rows.dtype)
+        if len(others) < share:  # a few would stand for too many
             ordinary = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             ordinary[outlying] = False
-            others = rows[ordinary.nonzero().squeeze(1)[:share]]
-        others = others[:share].to(device, rows.dtype)
+            more = ordinary.nonzero().squeeze(1)[: share - len(others)]
+            others = torch.cat([others, rows[more].to(device)])
         weights = torch.ones(len(outlying) + len(others), dtype=torch.float64, device=device)
         stand_for, are = ranks.totals(len(rows) - len(outlying), len(others))
         weights[len(outlying) :] = stand_for / max(1, are)
@@ -61,15 +62,22 @@ class Guard:
         owners = torch.cat([active.components[:, 0] for active in found]).long()
         return owners, torch.cat([active.log_prob for active in found]).double()
 
+    def settle(self, mfa: AnyMFA) -> None:
+        """Leaves out rows that have no density under the start: nothing can be worse for them, and nothing compared."""
+        has_density = self.ranks.concatenated(self.look(mfa)[1].isfinite())
+        self.weights = torch.where(has_density, self.weights, 0)
+
     def log_likelihood(self, mfa: AnyMFA) -> float:
         """Mean of log p over the rows that the sample stands for, in nats."""
-        total = float((self.look(mfa)[1] * self.ranks.share(self.weights)).sum())
-        return self.ranks.totals(total)[0] / float(self.weights.sum())
+        weights = self.ranks.share(self.weights)
+        total = float(torch.where(weights > 0, self.look(mfa)[1] * weights, 0).sum())
+        return self.ranks.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
     def lost(self, mfa: AnyMFA, owners: Tensor, before: Tensor) -> Tensor:
         """What the rows lost since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
         known = owners >= 0
-        change = self.ranks.share(self.weights) * (before - self.look(mfa)[1])
+        weights = self.ranks.share(self.weights)
+        change = torch.where(weights > 0, weights * (before - self.look(mfa)[1]), 0)
         out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)
         out.index_put_((owners[known],), change[known], accumulate=True)
         self.ranks.sum_(out)

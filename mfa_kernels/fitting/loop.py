@@ -142,7 +142,8 @@ def fit(
         held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows,
             and of whole texts where these are known, as a store does (`FitReport.held_out_by` says which it was). With
             0 nothing is chosen: the last state is returned. No state is, whatever held-out rows say, under which a
-            sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely than under the start.
+            sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely than under the start; with EM,
+            what is compared is likelihood and prior, which a step climbs together.
         eval_every: steps (of EM: M-steps) between evaluations on the held-out rows; None: once an epoch, and every
             20 M-steps of an iterator.
         patience: evaluations without improvement after which to stop; None: never.
@@ -201,6 +202,8 @@ def fit(
                 stream, streamed = None, False
             else:
                 sample = len(source)  # what the last batch brought besides is not read again
+                while not stream.holds(OTHERS // ranks.size):
+                    stream.put((yield))
         else:
             source = as_source(activations)
         if rank > source.n_features:
@@ -266,15 +269,8 @@ def fit(
             if told:
                 print(told, file=sys.stderr)
 
-        # Rows to train on that the start does not see. Of a stream, those after it are not there yet.
-        if streamed:
-            later = _one_in_twenty(start_rows) & (found > 2 * n_components)
-            unseen, seen = start_rows[later], start_rows[~later]
-        else:
-            unseen = _finite(source, ranks.share(rows[sample : sample + OTHERS]), device, dtype)
-            seen = start_rows
         if saved is None:
-            whole = ranks.gathered(seen)
+            whole = ranks.gathered(start_rows)
 
             def start() -> MFA:
                 with _timed(report, "kmeans"):
@@ -295,12 +291,18 @@ def fit(
             assert checkpoints is not None
             with checkpoints.reading():
                 mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
-        del seen  # of a stream, a copy
         if saved is None or saved.stage != DONE:
             arguments = mfa, source, rows, held_out_rows
-            guard = Guard(start_rows, device, unseen, ranks)
-            del unseen
+            # Rows that the start has not seen, and that are trained on next.
+            if stream is not None:
+                later = as_source(stream.peek(OTHERS // ranks.size)) if stream.holds(1) else source
+                ahead = torch.arange(len(later) if later is not source else 0)
+            else:
+                later, ahead = source, ranks.share(rows[sample : sample + OTHERS])
+            guard = Guard(start_rows, device, _finite(later, ahead, device, dtype), ranks)
+            del later
             run: Run
+            begun: tuple[float, float] | None = None
             if saved is None or saved.stage == method:
                 if method == "sgd":
                     run = Training(*arguments, settings, generator, report, guard)
@@ -310,15 +312,16 @@ def fit(
                     run = OnlineEM(*arguments, settings, generator, report, guard, start_rows=start_rows, stream=stream)
                 del start_rows
                 yield from _run(run, method, checkpoints, saved)
-                saved = None
+                saved, begun = None, run.start
             if polish and not report.interrupted:
                 run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
+                run.begin_below(begun)
                 yield from _run(run, "polish", checkpoints, saved)
             _count_live(mfa, held_out_rows, source, live_index, report, ranks)
             if report.refused_states and ranks.first:
                 warn(
-                    f"fit: {report.refused_states} states were not kept: rows that they were trained on are less "
-                    "likely under them than under the start"
+                    f"fit: {report.refused_states} states were not kept: rows that they were trained on, weighed "
+                    "against the prior, are less likely under them than under the start"
                 )
             if checkpoints is not None and ranks.first and not report.interrupted:
                 with going_on("the checkpoint of its end", "the one before stays, and the mixture is returned"):
@@ -483,12 +486,6 @@ def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tenso
     if count < _LEAST_HELD_TEXTS or left > wanted / 2:
         held.zero_()
     return held
-
-
-def _one_in_twenty(rows: Tensor) -> Tensor:
-    """Which of some rows (n, D), float32 or float64, by their bits: the same ones whichever rank has them."""
-    bits = rows.contiguous().view(torch.int64 if rows.dtype == torch.float64 else torch.int32)
-    return bits.sum(1, dtype=torch.int64) % 20 == 0
 
 
 def _check_arguments(

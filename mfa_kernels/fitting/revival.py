@@ -160,7 +160,7 @@ def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard)
     likelihood, before = mfa.log_prob(rows).double(), guard.look(mfa)
     with _without(mfa, dead.tolist()):
         cost[few] = owned[few] * (likelihood - mfa.log_prob(rows).double())
-        seen = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum()
+        seen = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum().clamp_min(1)
     return torch.maximum(cost, seen)
 
 

@@ -409,13 +409,18 @@ class Run:
 
     def _gain(self) -> float:
         """Of the objective over the start's, on the guard's rows, in nats per row."""
+        if self.start is None:
+            self.guard.settle(self.mfa)
         likelihood, against = self.guard.log_likelihood(self.mfa), self._log_prior()
         if self.start is None:
             self.start = likelihood, against
         gain = likelihood - self.start[0] + (against - self.start[1]) / self._rows_behind()
-        if math.isnan(gain):  # of two infinities, or of rows without a density
-            gain = 0.0 if likelihood == self.start[0] or math.isnan(self.start[0]) else -math.inf
-        return gain
+        return -math.inf if math.isnan(gain) else gain
+
+    def begin_below(self, start: tuple[float, float] | None) -> None:
+        """Compares states with the start of the run before this one, or with its end where that is less likely."""
+        if start is not None:
+            self.start = min(start[0], self.guard.log_likelihood(self.mfa)), 0.0
 
     def _log_prior(self) -> float:
         """What the likelihood of all rows is weighed against, in nats."""

@@ -144,21 +144,29 @@ def _tensor_source(data: Tensor, name: str) -> Source:
 
 def _array_source(data: np.ndarray, name: str) -> Source:
     _check_shape(data.shape, name)
-    if data.dtype.kind != "f":
-        raise TypeError(f"{name} must have a floating-point dtype, got {data.dtype}")
-    if data.dtype.itemsize > 8 or not data.dtype.isnative:
-        raise TypeError(f"{name} must be float16, float32 or float64 in this machine's byte order, got {data.dtype!r}")
+    dtype = _check_array(data, name)
     data = data.reshape(-1, data.shape[-1])
-    if not isinstance(data, np.memmap) and data.flags.writeable:
+    if not isinstance(data, np.memmap) and data.flags.writeable and data.dtype.isnative and min(data.strides) >= 0:
         return _tensor_source(torch.from_numpy(data), name)
     return Source(
         len(data),
         data.shape[1],
-        torch.from_numpy(np.empty(0, data.dtype)).dtype,
-        lambda index: torch.from_numpy(data[index.cpu().numpy()]),
-        lambda start, stop: torch.from_numpy(np.array(data[start:stop])),
+        torch.from_numpy(np.empty(0, dtype)).dtype,
+        lambda index: torch.from_numpy(np.array(data[index.cpu().numpy()], dtype)),
+        lambda start, stop: torch.from_numpy(np.array(data[start:stop], dtype)),
         in_memory=not isinstance(data, np.memmap),
     )
+
+
+def _check_array(data: np.ndarray, name: str) -> np.dtype:
+    """The dtype that an array's numbers have in this machine's byte order; raises for what is not activations."""
+    if isinstance(data, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, got a masked one: fill it, or leave its rows out")
+    if data.dtype.kind != "f":
+        raise TypeError(f"{name} must have a floating-point dtype, got {data.dtype}")
+    if data.dtype.itemsize > 8:
+        raise TypeError(f"{name} must be float16, float32 or float64, got {data.dtype!r}")
+    return data.dtype.newbyteorder("=")
 
 
 def _store_source(store: Any, name: str) -> Source:
@@ -173,7 +181,13 @@ def _store_source(store: Any, name: str) -> Source:
 
     if not length:
         return Source(0, features, torch.float32, read, lambda start, stop: read(torch.arange(start, stop)))
-    first = read(torch.zeros(1, dtype=torch.long))
+    first, *again = [read(torch.zeros(1, dtype=torch.long)) for _ in range(3)]
+    if any(other.data_ptr() == first.data_ptr() for other in again):
+        shared = read  # a buffer that is filled anew, perhaps: what is kept would change
+
+        def read(index: Tensor) -> Tensor:
+            return shared(index).clone()
+
     _check_dtype(first.dtype, f"{name}.rows")
     return Source(
         length,
@@ -208,14 +222,14 @@ def as_rows(batch: Any, name: str) -> Tensor:
     A list may be such a tuple too, as loaders make them; but not one of several activations, of which the first alone
     would be taken.
     """
-    if isinstance(batch, list) and len(batch) > 1 and all(map(_may_be_rows, batch[:2])):
+    if isinstance(batch, list) and sum(map(_may_be_rows, batch)) > 1:
         raise ValueError(
             f"{name} is a list of {len(batch)} activations: give them as one tensor (torch.cat), or as a tuple whose "
             "first entry is what is meant"
         )
     found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     if isinstance(found, np.ndarray):
-        found = torch.from_numpy(np.array(found))
+        found = torch.from_numpy(np.array(found, _check_array(found, name)))
     if not isinstance(found, Tensor):
         raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
     _check_values(found, name)

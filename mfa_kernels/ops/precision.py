@@ -69,7 +69,7 @@ def no_tangents(name: str, *tensors: Tensor | None) -> None:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise NotImplementedError(
-            f"{name} has no forward-mode derivative (jvp, jacfwd): take vjp or jacrev, or precision='reference'"
+            f"{name} has no forward-mode derivative (jvp, jacfwd): take backward(), or precision='reference'"
         )
 
 

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 
 from mfa_kernels import fit
-from mfa_kernels.fitting import guard
+from mfa_kernels.fitting import guard, loop
 from mfa_kernels.fitting.guard import Guard
 from tests.fitting.planted import draw, nll, planted
 
@@ -23,10 +24,10 @@ def test_the_rows_that_stick_out_stand_for_themselves(monkeypatch) -> None:
     assert sorted(row.abs().max().item() for row in sample.rows[:3]) == [90, 200, pytest.approx(1e15)]
     assert sample.weights[:3].tolist() == [1, 1, 1]
     assert float(sample.weights.sum()) == pytest.approx(1000)
-    unseen = draw(TRUE, 20, seed=4)
+    unseen = draw(TRUE, 60, seed=4)
     sample = Guard(x, x.device, unseen)
-    assert torch.equal(sample.rows[3:], unseen)
-    assert sample.weights[3:].tolist() == [997 / 20] * 20
+    assert torch.equal(sample.rows[3:], unseen[:50])
+    assert sample.weights[3:].tolist() == [997 / 50] * 50
 
 
 def test_all_rows_where_there_are_few() -> None:
@@ -51,7 +52,7 @@ def test_a_state_that_is_worse_than_the_start_is_not_kept(method: str, held_out:
     start = fit(x, 6, 2, **{**options, "epochs": 0})
     found = iter([-1.0] + [-9.0] * 1000)
     monkeypatch.setattr(Guard, "log_likelihood", lambda self, mfa: next(found))
-    with pytest.warns(UserWarning, match="states were not kept: rows that they were trained on are less likely"):
+    with pytest.warns(UserWarning, match="states were not kept: rows that they were trained on"):
         kept = fit(x, 6, 2, **options)
     assert kept.fit_report.best_step == 0
     assert kept.fit_report.refused_states > 0
@@ -69,3 +70,51 @@ def test_gains_are_those_of_the_objective() -> None:
     mfa = fit(x, 6, 2, epochs=3, **options)
     assert mfa.fit_report.history[-1]["gain"] == pytest.approx(nll(start, x) - nll(mfa, x), abs=1e-4)
     assert math.isfinite(mfa.fit_report.history[-1]["gain"])
+
+
+def test_a_few_unseen_rows_do_not_stand_for_all(monkeypatch) -> None:
+    monkeypatch.setattr(guard, "OTHERS", 200)
+    x, unseen = draw(TRUE, 1000), draw(TRUE, 3, seed=7)
+    sample = Guard(x, x.device, unseen)
+    assert torch.equal(sample.rows[:3], unseen)
+    assert len(sample.rows) == 200
+    assert sample.weights.unique().tolist() == [5.0]
+
+
+def test_a_row_without_a_density_does_not_switch_it_off() -> None:
+    x, mfa = draw(TRUE, 500), copy.deepcopy(TRUE)
+    x[3] = 5e18
+    with torch.no_grad():
+        mfa.log_noise -= 12
+    sample = Guard(x, x.device)
+    assert not math.isfinite(sample.log_likelihood(mfa))
+    sample.settle(mfa)
+    assert sample.log_likelihood(mfa) == pytest.approx(-nll(mfa, x[torch.arange(500) != 3]), rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["em", "online"])
+def test_polish_is_compared_with_the_start_of_the_fit(method: str) -> None:
+    """Steps that are much too long leave what EM had."""
+    x = draw(TRUE, 1000)
+    options = {"method": method, "epochs": 2, "held_out": 0.0, "batch_size": 64, "progress": False}
+    before = fit(x, 6, 2, **options)
+    with pytest.warns(UserWarning, match="states were not kept"):
+        after = fit(x, 6, 2, polish=1, lr=3.0, **options)
+    assert nll(after, x) == pytest.approx(nll(before, x), rel=1e-6)
+    assert min(record["gain"] for record in after.fit_report.history) < 0
+
+
+def test_copies_of_a_row_are_seen_by_the_start_of_a_stream(monkeypatch) -> None:
+    """A token that begins every text, whatever its bits."""
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 2000)
+    monkeypatch.setattr(loop, "_START_ROWS_PER_COMPONENT", 10)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        x = torch.randn(6000, 6, generator=g) * 0.5
+        x[: len(x) // 2, 0] += 4
+        x[::50] = (torch.tensor([100.0, 0.5, 0.25, -0.5, 30.0, 1.0]) + torch.randn(6, generator=g)).bfloat16().float()
+        x = x[torch.randperm(len(x), generator=g)]
+        mfa = fit(iter(x.split(500)), 4, 2, progress=False)
+        assert nll(mfa, x) < 6
+    x = 8 * torch.eye(6)[torch.randint(6, (6000,), generator=g)] + torch.randn(1, generator=g)
+    assert fit(iter((x + 1e-3 * torch.randn(6000, 6, generator=g)).split(500)), 4, 2, progress=False)

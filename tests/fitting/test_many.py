@@ -37,6 +37,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 200, "eval_every": 4, "progress": False
 def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "_LEAST_START_ROWS", 900)
     monkeypatch.setattr(loop, "_START_ROWS_PER_COMPONENT", 100)
+    monkeypatch.setattr(loop, "OTHERS", 100)  # that are looked at before they are trained on
 
 
 def batches() -> Iterator[dict[Any, Tensor]]:
@@ -240,7 +241,8 @@ def test_arguments_are_checked_before_anything_is_read():
     assert len(list(reading)) == 31
 
 
-def test_progress_bears_the_names(capsys):
+def test_progress_bears_the_names(capsys, monkeypatch):
+    monkeypatch.setattr("mfa_kernels.progress.is_watched", lambda: True)
     fit_many(batches(), {name: FITS[name] for name in ("early", "late")}, batch_size=200)
     shown = capsys.readouterr().err
     assert "early, online EM" in shown

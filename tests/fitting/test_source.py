@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mfa_kernels.fitting import as_source, source
 from tests.fitting.planted import Store
@@ -82,7 +83,6 @@ def test_batches_keep_their_dtype_in_memory():
     [
         (DATA.long(), TypeError, r"activations must have a floating-point dtype, got torch.int64"),
         (DATA.long().numpy(), TypeError, r"activations must have a floating-point dtype, got int64"),
-        (DATA.numpy().astype(">f4"), TypeError, r"byte order"),
         (Store(DATA.long()), TypeError, r"activations.rows must have a floating-point dtype"),
         ([DATA.long()], TypeError, r"batch 0 must have a floating-point dtype"),
         (DATA[0], ValueError, r"shape \(N, D\) or \(\.\.\., D\), got \(3,\)"),
@@ -133,3 +133,48 @@ def test_a_list_of_documents_is_refused_and_a_list_of_rows_and_labels_taken():
         as_source(iter([documents]))
     for batch in ([DATA], [DATA, torch.zeros(8)], [DATA, torch.zeros(8, 2).long()], tuple(documents)):
         assert len(as_source(iter([batch]))) == len(batch[0])
+
+
+class Refilled(Store):
+    """A store whose rows come in one buffer."""
+
+    def __init__(self, data: Tensor) -> None:
+        super().__init__(data)
+        self.buffer = torch.empty_like(data)
+
+    def rows(self, index: Tensor) -> Tensor:
+        out = self.buffer[: len(index)]
+        torch.index_select(self.data, 0, index, out=out)
+        return out
+
+
+def test_rows_that_come_in_one_buffer_are_copied():
+    x = torch.randn(50, 4)
+    source = as_source(Refilled(x))
+    first, second = source.rows(torch.arange(10)), source.rows(torch.arange(10, 20))
+    assert torch.equal(first, x[:10])
+    assert torch.equal(second, x[10:20])
+
+
+@pytest.mark.parametrize("gap", [None, "text", 3])
+def test_a_list_of_activations_with_a_gap_is_refused(gap):
+    with pytest.raises(ValueError, match=r"batch 0 is a list of 3 activations"):
+        as_source(iter([[torch.zeros(2, 3), gap, torch.zeros(4, 3)]]))
+
+
+def test_arrays_of_any_strides_and_byte_order():
+    x = np.random.default_rng(0).normal(size=(20, 6)).astype(np.float32)
+    for given, expected in (
+        (x[::-1, ::-1], x[::-1, ::-1]), (x.astype(">f4"), x), (x.T[::2], x.T[::2]), (x.astype(">f8")[::-3], x[::-3]),
+    ):  # fmt: skip
+        source = as_source(given)
+        assert source.rows(torch.tensor([1, 0])).float().tolist() == expected[[1, 0]].tolist()
+        assert source.chunk(1, 3).float().tolist() == expected[1:3].tolist()
+        assert as_source(iter([given])).rows(torch.tensor([0])).float().tolist() == expected[:1].tolist()
+
+
+def test_a_mask_is_refused():
+    masked = np.ma.masked_invalid(np.array([[1.0, np.nan], [2.0, 3.0]]))
+    for given in (masked, [masked], iter([(masked, 1)])):
+        with pytest.raises(TypeError, match=r"activations(: batch 0)? must be an array without a mask"):
+            as_source(given)
