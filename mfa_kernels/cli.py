@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
@@ -33,8 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
     arguments = _parser().parse_args(argv)
     try:
-        with quiet(arguments.quiet):
-            return arguments.run(arguments) or 0
+        with quiet(arguments.quiet), _interruptions() as came:
+            status = arguments.run(arguments) or 0
+        if came and not status:
+            raise KeyboardInterrupt
+        return status
     except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
         print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, _Incomplete) else 1
@@ -46,8 +51,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
+@contextmanager
+def _interruptions() -> Iterator[list[int]]:
+    """Notes each Ctrl-C, as the exception alone may be taken for an error by somebody's code, which then goes on."""
+    came: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Ignored, as in the background, or somebody else's: it is left to them. Threads have no handlers.
+    own = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if own:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield came
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, before)
+
+
 class _Incomplete(ValueError):
     """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
+
+
+def _check_mixture_folder(folder: Path, overwrite: bool) -> None:
+    """`_check_out` of a folder for a mixture."""
+    for name in ("config.json", "model.safetensors"):
+        _check_out(folder / name, (folder / name).exists(), overwrite)
 
 
 def _check_out(path: Path, there: bool, overwrite: bool) -> None:
@@ -59,7 +91,9 @@ def _check_out(path: Path, there: bool, overwrite: bool) -> None:
         overwrite: whether it may be replaced.
     """
     if there and not overwrite:
-        raise FileExistsError(f"{path} is there already: --overwrite replaces it, or name another place")
+        raise FileExistsError(
+            f"{path} is there already: --overwrite replaces it (after --resume too), or name another place"
+        )
     check_writable(path, "--out")
 
 
@@ -286,9 +320,9 @@ def _demo(arguments: argparse.Namespace) -> None:
     from mfa_kernels import demo
     from mfa_kernels.locks import alone
 
-    made = [arguments.out / name for name in ("activations/manifest.json", "mfa/config.json")]
-    for path in made:
-        _check_out(path, path.exists(), arguments.overwrite)
+    _check_mixture_folder(arguments.out / "mfa", arguments.overwrite)
+    for name in ("activations/manifest.json", *demo.FILES):
+        _check_out(arguments.out / name, (arguments.out / name).exists(), arguments.overwrite)
     options = demo.Options(
         out=arguments.out,
         model=arguments.model,
@@ -349,19 +383,30 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
     fits = _fits(arguments, arguments.layer if harvested else [None])
     folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
-    for folder in folders.values():
-        _check_out(folder / "config.json", (folder / "config.json").exists(), arguments.overwrite)
+    for name, folder in folders.items():
+        _check_mixture_folder(folder, arguments.overwrite)
+        log = fits[name].get("log")
+        if log is not None and log.is_file() and not (arguments.overwrite or arguments.resume):
+            raise FileExistsError(f"--log: {log} is there already: --overwrite replaces it, or name another place")
     device = _device(arguments.device)
+    missing = list(fits)
+    interrupted = False
     with _processes(device) as first:
-        mixtures = (_fit_while_harvesting if harvested else _fit_to_store)(arguments, fits, device)
-        for name, mfa in mixtures.items():
-            if first or arguments.shard_components:  # then each process has a part
-                mfa.save_pretrained(folders[name])
-            if first:
-                print(f"{_told(mfa.fit_report)}; saved in {folders[name]}")
-    if any(mfa.fit_report.interrupted for mfa in mixtures.values()):
-        missing = "".join(f", {folders[name]} missing" for name in fits if name not in mixtures)
-        print(f"mfa-kernels fit: interrupted: what is saved is the best so far{missing}", file=sys.stderr)
+        try:
+            for name, mfa in (_fit_while_harvesting if harvested else _fit_to_store)(arguments, fits, device):
+                if first or arguments.shard_components:  # then each process has a part
+                    mfa.save_pretrained(folders[name])
+                if first:
+                    print(f"{_told(mfa.fit_report)}; saved in {folders[name]}", flush=True)
+                missing.remove(name)
+                interrupted = interrupted or mfa.fit_report.interrupted
+        except KeyboardInterrupt:
+            if len(missing) == len(fits):
+                raise
+            interrupted = True
+    if interrupted:
+        lost = "".join(f", {folders[name]} missing" for name in missing)
+        print(f"mfa-kernels fit: interrupted: what is saved is the best so far{lost}", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -377,7 +422,7 @@ def _told(report: FitReport) -> str:
 
 def _fit_to_store(
     arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, Any]]:
     from mfa_kernels import fit
     from mfa_kernels.data import ActivationStore
 
@@ -385,17 +430,20 @@ def _fit_to_store(
     if not store.complete:
         print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
     extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
-    mixtures: dict[str, Any] = {}
+    most = max(own["n_components"] for own in fits.values())
+    if most > len(store):  # now, not when the others are done
+        raise ValueError(f"--components must be at most the {len(store):,} rows of {arguments.store}, got {most}")
     for name, own in fits.items():
+        mfa: Any
         if arguments.shard_components:
-            mixtures[name] = _fit_sharded(arguments, store, device, own)
-            mixtures[name].local.extra = extra
+            mfa = _fit_sharded(arguments, store, device, own)
+            mfa.local.extra = extra
         else:
-            mixtures[name] = fit(store, device=device, **own, **_fit_options(arguments))
-            mixtures[name].extra = extra
-        if mixtures[name].fit_report.interrupted:
+            mfa = fit(store, device=device, **own, **_fit_options(arguments))
+            mfa.extra = extra
+        yield name, mfa
+        if mfa.fit_report.interrupted:
             break
-    return mixtures
 
 
 def _fit_sharded(
@@ -412,7 +460,7 @@ def _fit_sharded(
 
 def _fit_while_harvesting(
     arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
-) -> dict[str, Any]:
+) -> Iterator[tuple[str, Any]]:
     from mfa_kernels import fit_many, stream
     from mfa_kernels.models import load_language_model, resolve_layer
 
@@ -426,7 +474,7 @@ def _fit_while_harvesting(
     for name, mfa in mixtures.items():
         layer, _ = resolve_layer(model, fits[name]["layer"])
         mfa.extra = {"model": model.name_or_path, "tokenizer": tokenizer.name_or_path, "layer": layer}
-    return mixtures
+    yield from mixtures.items()
 
 
 def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> dict[str, dict[str, Any]]:
@@ -482,6 +530,9 @@ def _encode(arguments: argparse.Namespace) -> None:
     from mfa_kernels.data import ActivationStore
 
     _check_out(arguments.out, arguments.out.exists(), arguments.overwrite)
+    inputs = [path.resolve() for path in (arguments.store, Path(arguments.mfa))]
+    if any(parent in inputs for parent in arguments.out.resolve().parents):
+        raise ValueError(f"--out must not be in a folder that is read, got {arguments.out}")
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
@@ -593,8 +644,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     if not arguments.input.exists():
         raise FileNotFoundError(f"input: {arguments.input} does not exist")
-    output = arguments.output if arguments.input.is_dir() else arguments.output / "config.json"
-    _check_out(output, output.exists(), arguments.overwrite)
+    if arguments.input.is_dir():
+        _check_out(arguments.output, arguments.output.exists(), arguments.overwrite)
+    else:
+        _check_mixture_folder(arguments.output, arguments.overwrite)
     if arguments.input.is_dir():
         MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format)
     else:

@@ -53,6 +53,10 @@ class Options:
     device: torch.device | str = "cpu"  # of the language model and of the mixture
 
 
+FILES = ("fit.jsonl", "evaluation.json", "regions.html", "regions.png", "region.png")
+"""What a demonstration writes beside its store and its mixture."""
+
+
 class Rows:
     """Rows [start, stop) of a store, as `fit` and `evaluate` take them."""
 

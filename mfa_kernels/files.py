@@ -5,6 +5,7 @@ What a process leaves that is killed while it writes is removed by the next one 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,6 +26,7 @@ except ImportError:  # not on this system: age alone tells what was abandoned
 StrPath = str | os.PathLike[str]
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 _ABANDONED = 3600.0  # seconds without a change, where no lock can tell
 
 
@@ -38,7 +40,7 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # A folder, whose lock stays whatever a library does to the file: safetensors writes under a name of its own.
-    with temporary_folder(path) as folder:
+    with _named(path), temporary_folder(path) as folder:
         temporary = folder / f".{path.name}"
         temporary.touch(exist_ok=False)
         mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files that only their owner can read
@@ -48,6 +50,18 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     sweep(path.parent, re.escape(path.name))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of writing name the file that is meant: the system names a temporary one, or none where a disk is full."""
+    try:
+        yield
+    except OSError as error:
+        own = f".{path.name}." in str(error.filename or "")
+        if own or (error.filename is None and error.errno in _NO_ROOM):
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def check_writable(path: StrPath, name: str) -> None:
@@ -61,6 +75,8 @@ def check_writable(path: StrPath, name: str) -> None:
         OSError: of the kind that writing met, naming the argument and the path.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, f"{name}: {path} cannot be written (it is a folder)")
     try:
         missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfa_kernels
-from mfa_kernels import MFA, checksum, fit, locks
+from mfa_kernels import MFA, checksum, fit, kmeans, locks
 from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.fitting.sgd import Run
@@ -514,3 +518,62 @@ def test_a_fit_without_held_out_rows_is_told_of(folder, tmp_path, capsys):
     command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--epochs", "1", "--held-out", "0"]
     assert main([*command, "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"the last state, as nothing was held out; saved in {tmp_path}\n"
+
+
+def test_of_several_fits_each_is_saved_when_it_is_there(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(x, n_components, **options):
+        if n_components == 8:
+            raise KeyboardInterrupt
+        return kmeans(x, n_components, **options)
+
+    monkeypatch.setattr("mfa_kernels.fitting.loop.kmeans", interrupted)
+    command = ["fit", str(folder / "store"), "-R", "1", "--epochs", "1", "--out", str(tmp_path), "-K", "4"]
+    assert main([*command, "8"]) == 130
+    assert f"the best so far, {tmp_path / 'K8-R1'} missing" in capsys.readouterr().err
+    assert MFA.from_pretrained(tmp_path / "K4-R1").n_components == 4
+    assert main([*command, "9999", "--overwrite"]) == 1
+    assert "--components must be at most the 3,000 rows" in capsys.readouterr().err
+
+
+def test_ctrl_c_that_is_taken_for_something_else(monkeypatch, capsys):
+    """By code that catches what it should not, and goes on."""
+
+    def report():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        return [("what", "state")]
+
+    monkeypatch.setattr("mfa_kernels.doctor.report", report)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["doctor"]) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "mfa-kernels doctor: interrupted\n"
+
+
+@pytest.mark.parametrize("kept", ["regions.html", "evaluation.json", "fit.jsonl", "mfa/model.safetensors"])
+def test_a_demonstration_replaces_nothing_of_anybody(tmp_path, capsys, kept):
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("mine")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    assert f"{tmp_path / kept} is there already" in capsys.readouterr().err
+    assert (tmp_path / kept).read_text() == "mine"
+
+
+def test_what_is_read_is_not_written_to(folder, capsys):
+    shard = folder / "store" / "activations-00000.safetensors"
+    before = shard.read_bytes()
+    assert main(["encode", str(folder / "mfa"), str(folder / "store"), "--out", str(shard), "--overwrite"]) == 1
+    assert "--out must not be in a folder that is read" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+
+
+def test_a_log_is_not_replaced_by_accident(folder, tmp_path, capsys):
+    (tmp_path / "log.jsonl").write_text("mine")
+    command = ["fit", str(folder / "store"), "-K", "4", "--out", str(tmp_path / "out"), "--log"]
+    assert main([*command, str(tmp_path / "log.jsonl")]) == 1
+    assert "--log: " in capsys.readouterr().err
+    assert (tmp_path / "log.jsonl").read_text() == "mine"

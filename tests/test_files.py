@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import stat
 import subprocess
@@ -198,3 +199,27 @@ def test_trying_a_path_leaves_nothing(tmp_path: Path, place: str) -> None:
     with pytest.raises(OSError, match=r"out: .*/file/below/it cannot be written \("):
         files.check_writable(tmp_path / "file" / "below" / "it", "out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_is_told_with_the_file_that_is_meant(tmp_path: Path) -> None:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limit[1]))
+    try:
+        with pytest.raises(OSError, match=f"'{tmp_path / 'file'}'$") as error:
+            files.atomic_write_bytes(tmp_path / "file", bytes(1 << 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert error.value.filename == str(tmp_path / "file")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_in_the_place_of_a_file_is_found_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"out: .*file cannot be written \(it is a folder\)"):
+        files.check_writable(tmp_path / "file", "out")
+
+
+def test_an_error_of_the_caller_keeps_its_own_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error, files.atomic_path(tmp_path / "file"):
+        open(tmp_path / "other")  # noqa: SIM115
+    assert error.value.filename == str(tmp_path / "other")

@@ -27,6 +27,8 @@ from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 
+_MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
+
 Layer = int | str
 
 
@@ -437,12 +439,17 @@ def _windows(
     if step < 1:
         raise ValueError(f"context must be at least 2, BOS and one token, got {context}")
     special = set(tokenizer.all_special_ids) if drop_special else set()
+    barren = 0
     for source, text in texts:
+        barren += 1
+        if barren > _MOST_BARREN:
+            raise ValueError(f"texts: {_MOST_BARREN:,} in a row hold no token to keep, up to {source}")
         tokens = text_tokens(tokenizer, text, prefix)
         for start in range(0, len(tokens), step):
             window = prefix + tokens[start : start + step]
             positions = [p for p, token in enumerate(window) if p >= skip_first and token not in special]
             if positions:
+                barren = 0
                 yield _Window(source, window, positions)
 
 

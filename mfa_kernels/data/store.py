@@ -109,7 +109,7 @@ class ActivationStore:
 
     @door
     def __init__(self, folder: StrPath):
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the process goes meanwhile
         manifest = _read_manifest(self.folder)
         self.n_features: int = manifest["n_features"]
         self.dtype: torch.dtype = _DTYPES[manifest["dtype"]]
@@ -454,7 +454,7 @@ class ActivationStoreWriter:
             )
         if dtype not in _DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # wherever the process goes meanwhile
         self.n_features, self.dtype, self.meta = n_features, dtype, dict(meta or {})
         self.rows_per_shard = rows_per_shard
         self._shards: list[dict[str, Any]] = []

@@ -105,10 +105,11 @@ class Checkpoints:
     format = FORMAT
 
     def __init__(self, folder: StrPath, seconds: float, settings: Mapping[str, Any]) -> None:
-        self.folder, self.seconds = Path(folder), seconds
+        self.folder, self.seconds = Path(folder).absolute(), seconds  # wherever the process goes meanwhile
         self.settings = json.loads(json.dumps(dict(settings), default=lambda number: number.item()))
         self.written = time.monotonic()
         self.source: Path | None = None  # of what was loaded
+        self.published: str | None = None  # what this one has written
 
     def due(self) -> bool:
         """Whether it is time for one."""
@@ -143,7 +144,11 @@ class Checkpoints:
             "values": state.values,
         }
         # Not `atomic_write_json`: a likelihood on the way may be NaN, and has to come back as it was.
-        atomic_write_text(self.folder / FILE, json.dumps(checksum.sealed(content), indent=2) + "\n")
+        path, text = self.folder / FILE, json.dumps(checksum.sealed(content), indent=2) + "\n"
+        if self.published is not None and path.exists() and path.read_text(encoding="utf-8") != self.published:
+            raise FileExistsError(f"{path} is of another fit now, though the folder was locked: it stays as it is")
+        atomic_write_text(path, text)
+        self.published = text
         for path in self.folder.iterdir():
             if _OURS.fullmatch(path.name) and path.name not in names and not path.is_dir():
                 path.unlink()

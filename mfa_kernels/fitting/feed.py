@@ -18,6 +18,7 @@ from mfa_kernels.modes import ordinary
 
 P = ParamSpec("P")
 
+_MOST_EMPTY = 10_000  # batches in a row that hold no row, after which a stream is taken to bring none
 _END = object()  # of a stream; None in one is somebody's mistake
 
 Steps = Generator[None, Any, None]
@@ -37,6 +38,7 @@ class Feed:
         self._held: deque[Tensor] = deque()
         self._rows = self._batches = 0
         self._none = torch.empty(0, 0)  # rows like those of the first batch
+        self._empty = 0  # batches without a row since the last one with some
         self.ended = False  # whether the stream has, as far as is known
 
     def put(self, batch: Any) -> None:
@@ -53,6 +55,11 @@ class Feed:
                 f"{self._none.shape[1]}"
             )
         self._batches += 1
+        self._empty = 0 if len(rows) else self._empty + 1
+        if self._empty >= _MOST_EMPTY:
+            raise ValueError(
+                f"activations: {self._empty:,} batches in a row hold no row, up to batch {self._batches - 1}"
+            )
         self._rows += len(rows)
         self._held.append(rows.clone())
 

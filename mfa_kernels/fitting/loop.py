@@ -188,6 +188,7 @@ def fit(
     device = device if device is None else check_device(device)
     ranks = Ranks(group)
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
+    log = None if log is None else Path(log).absolute()  # wherever the process goes meanwhile
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
     with _held(folder, log, ranks):

@@ -6,6 +6,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,6 +104,7 @@ def fit_sharded(
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
     folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
+    log = None if log is None else Path(log).absolute()
     with loop._held(folder, log, ranks):
         source = as_source(activations)
         if rank > source.n_features:

@@ -34,6 +34,8 @@ PATIENCE = 1800.0
 """Seconds for which another process may build."""
 
 _REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
+# Of a compiler that had no memory, no room or no time: what is no word on the sources is not remembered.
+_PASSING = re.compile(r"(?i)signal|killed|out of memory|cannot allocate|no space left|size limit|disk quota|read-only")
 _SILENT = 5.0  # seconds of waiting that need no word
 _BUILD = "build-"  # what the names of the folders of builds begin with
 _OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
@@ -265,7 +267,8 @@ def build(name: str, sources: list[Path], what: str, further: str = "", **option
             try:
                 found = _compiled(name, sources, what, program, built_by, **options)
             except (RuntimeError, ImportError) as error:
-                atomic_write_text(_failure_file(library), f"{tools}\n{_reason(error)}\n")
+                if not _PASSING.search(str(error)):
+                    atomic_write_text(_failure_file(library), f"{tools}\n{_reason(error)}\n")
                 raise
             atomic_write_text(_digest_file(library), checksum.of_file(library))
             _failure_file(library).unlink(missing_ok=True)
@@ -292,7 +295,7 @@ def _raise_remembered(library: Path, tools: str) -> None:
 def _reason(error: Exception) -> str:
     """The kind of an error and the line of it that says most: a compiler's own, where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    said = next((line for line in lines if re.search(r"\berror\b:", line)), lines[0] if lines else "")
+    said = next((line for line in lines if re.search(r"\berror\b:", line)), lines[-1] if lines else "")
     return f"{type(error).__name__}: {said[:300]}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -792,3 +792,9 @@ def test_what_is_no_texts_is_refused_before_the_model_works(llama: tuple, tmp_pa
     assert not passes
     with pytest.raises(ValueError, match="buffer_size must be an integer >= 1, got 0"):
         quiet(model, tokenizer, TEXTS, 0, buffer_size=0)
+
+
+def test_endless_texts_without_a_token_end(monkeypatch) -> None:
+    monkeypatch.setattr("mfa_kernels.data.harvest._MOST_BARREN", 30)
+    with pytest.raises(ValueError, match="texts: 30 in a row hold no token to keep"):
+        harvest(make_model("llama"), make_tokenizer(bos=True), repeat(("empty", "")), 0, max_tokens=5)

@@ -455,3 +455,17 @@ def test_without_a_manifest_shards_are_somebody_elses(tmp_path: Path) -> None:
     (tmp_path / "activations-00007.safetensors").write_text("mine")
     write(tmp_path, documents([7]), overwrite=True)
     assert (tmp_path / "activations-00007.safetensors").read_text() == "mine"
+
+
+def test_a_relative_folder_is_that_of_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    (document,) = documents([9])
+    with ActivationStoreWriter("store", D, rows_per_shard=2) as writer:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        writer.add_document(*document)
+    monkeypatch.chdir(tmp_path)
+    store = ActivationStore("store")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert torch.equal(store.tensor(), document[2])
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -390,3 +391,26 @@ def test_ctrl_c_without_held_out_rows_gives_a_state_of_a_finished_step(tmp_path)
         mfa = run(held_out=0.0, eval_every=3, callbacks=[interrupt])
     assert mfa.fit_report.interrupted
     assert mfa.means.abs().sum() > 0
+
+
+def test_relative_paths_are_those_of_the_beginning(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    mfa = run(checkpoint="run", log="log.jsonl", callbacks=[lambda *_: os.chdir(tmp_path / "elsewhere")])
+    assert not any((tmp_path / "elsewhere").iterdir())
+    assert (tmp_path / "log.jsonl").is_file()
+    assert result(run(checkpoint=tmp_path / "run", resume=True)) == result(mfa)
+
+
+def test_a_fit_whose_folder_was_taken_leaves_it_alone(tmp_path):
+    """It was removed, lock and all, and another fit made it anew."""
+    folder, seen = tmp_path / "run", []
+
+    def take(mfa, record):
+        if record["step"] and not seen:
+            shutil.rmtree(folder)
+            seen.append(result(run(n_components=4, checkpoint=folder)))
+
+    with pytest.warns(UserWarning, match="is of another fit now, though the folder was locked"):
+        run(checkpoint=folder, callbacks=[take])
+    assert result(run(n_components=4, checkpoint=folder, resume=True)) == seen[0]

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 
 import pytest
 import torch
 
 from mfa_kernels import fit
+from mfa_kernels.fitting import feed
 from mfa_kernels.fitting.feed import Feed
 from tests.fitting.test_source import refilled
 
@@ -102,3 +104,9 @@ def test_none_in_a_stream_does_not_end_it():
     batches = list(torch.randn(600, 4).split(100))
     with pytest.raises(TypeError, match="activations: batch 3 must be a tensor or an array, got None"):
         fitted(iter([*batches[:3], None, *batches[3:]]))
+
+
+def test_an_endless_stream_of_nothing_ends(monkeypatch):
+    monkeypatch.setattr(feed, "_MOST_EMPTY", 50)
+    with pytest.raises(ValueError, match="activations: 50 batches in a row hold no row, up to batch 50"):
+        fit(itertools.chain([torch.zeros(3, 4)], itertools.repeat(torch.zeros(0, 4))), 2, 1, progress=False)

@@ -144,6 +144,19 @@ def test_a_build_that_failed_is_not_tried_by_every_process(cache: Path, built: A
     assert not path.exists()
 
 
+@pytest.mark.parametrize("said", ["c++: error: Killed signal terminated program cc1plus", "No space left on device"])
+def test_what_is_no_word_on_the_sources_is_not_remembered(cache: Path, built: Any, monkeypatch: Any, said: str) -> None:
+    def failing(*arguments: Any, **options: Any) -> ModuleType:
+        raise RuntimeError(f"Error building extension '_queue': [1/2]\n{said}\nninja: build stopped")
+
+    compiled = native._compiled
+    monkeypatch.setattr(native, "_compiled", failing)
+    with pytest.raises(RuntimeError, match="Error building extension"):
+        built()
+    monkeypatch.setattr(native, "_compiled", compiled)
+    assert built().SimpleQueue is not None
+
+
 def test_a_build_that_was_interrupted_is_no_failure(cache: Path, built: Any, monkeypatch: Any) -> None:
     def interrupted(*arguments: Any, **options: Any) -> ModuleType:
         raise KeyboardInterrupt
