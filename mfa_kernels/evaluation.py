@@ -14,7 +14,6 @@ from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.finite import finite_rows
-from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.progress import progress_bar
 
 _BATCH = 8192
@@ -110,8 +109,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
             sums["error"] += (mfa.decode(code) - x).double().square().sum().item()
             if centroids is not None:
                 centroids = centroids.to(x)
-                with full_precision(x):
-                    nearest = torch.cdist(x, centroids, compute_mode="use_mm_for_euclid_dist").argmin(-1)
+                nearest = torch.cdist(x, centroids, compute_mode="use_mm_for_euclid_dist").argmin(-1)
                 sums["kmeans"] += (x - centroids[nearest]).double().square().sum().item()
             center = x[0].double() if center is None else center  # keeps the digits of the variance
             total += (x.double() - center).sum(0).cpu()

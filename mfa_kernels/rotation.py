@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.modes import door
-from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.progress import progress_bar
 
 _CHUNK_BYTES = 64 << 20  # of temporaries
@@ -49,8 +48,7 @@ def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progre
         return rotated
     for part in _parts(loadings, "varimax", progress):
         rows = _rows(loadings[part])
-        with full_precision(rows):
-            rotated[part] = _signed(_varimax_rotations(rows, iterations, tol) @ rows).mT.to(loadings.dtype)
+        rotated[part] = _signed(_varimax_rotations(rows, iterations, tol) @ rows).mT.to(loadings.dtype)
     return rotated
 
 
@@ -102,8 +100,7 @@ def principal(loadings: Tensor, *, progress: bool = True) -> Tensor:
         rows = _rows(loadings[part])
         wide = rows.double()
         _, vectors = torch.linalg.eigh(wide @ wide.mT)  # rising
-        with full_precision(rows):
-            rotated[part] = _signed(vectors.flip(-1).mT.to(rows.dtype) @ rows).mT.to(loadings.dtype)
+        rotated[part] = _signed(vectors.flip(-1).mT.to(rows.dtype) @ rows).mT.to(loadings.dtype)
     return rotated
 
 
