@@ -30,6 +30,7 @@ class Evaluation:
         mse: mean squared error of `MFA.reconstruct`, per value.
         fvu: fraction of variance unexplained, mse / variance around the mean.
         kmeans_mse, kmeans_fvu: the same for the nearest of the given centroids; None without centroids.
+        kmeans_live: of these, that are the nearest of at least one row; None without centroids.
         live: components that are the most responsible one of at least one row.
         active: mean number of active components per row (all others weigh less than the rounding of the dtype).
         tokens_per_second: rows per second through `MFA.log_prob`.
@@ -42,6 +43,7 @@ class Evaluation:
     fvu: float
     kmeans_mse: float | None
     kmeans_fvu: float | None
+    kmeans_live: int | None
     live: int
     active: float
     tokens_per_second: float
@@ -78,6 +80,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     sums = {name: 0.0 for name in ("nll", "error", "kmeans", "active")}
     total, square = torch.zeros(mfa.n_features).double(), 0.0
     owners = torch.zeros(mfa.n_components, dtype=torch.bool, device=device)
+    nearest_of: set[int] = set()
     rows = skipped = 0
     seconds = 0.0
     center = None
@@ -110,6 +113,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
             if centroids is not None:
                 centroids = centroids.to(x)
                 nearest = torch.cdist(x, centroids, compute_mode="use_mm_for_euclid_dist").argmin(-1)
+                nearest_of.update(nearest.tolist())
                 sums["kmeans"] += (x - centroids[nearest]).double().square().sum().item()
             center = x[0].double() if center is None else center  # keeps the digits of the variance
             total += (x.double() - center).sum(0).cpu()
@@ -127,6 +131,7 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
         fvu=sums["error"] / variance if variance else 0.0,
         kmeans_mse=None if kmeans is None else kmeans / values,
         kmeans_fvu=None if kmeans is None else kmeans / variance if variance else 0.0,
+        kmeans_live=None if centroids is None else len(nearest_of),
         live=int(owners.sum()),
         active=sums["active"] / rows,
         tokens_per_second=rows / seconds,

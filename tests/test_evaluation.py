@@ -23,6 +23,7 @@ def test_against_the_definitions():
     assert score.fvu == pytest.approx((error.sum() / spread).item(), rel=1e-8)
     nearest = torch.cdist(x, centroids).min(-1).values.square()
     assert score.kmeans_mse == pytest.approx(nearest.sum().item() / x.numel(), rel=1e-6)
+    assert score.kmeans_live == len(torch.cdist(x, centroids).argmin(-1).unique())
     assert score.kmeans_fvu == pytest.approx((nearest.sum() / spread).item(), rel=1e-6)
     assert score.live == mfa.assign(x).unique().numel()
     assert 1 <= score.active <= 6
@@ -38,6 +39,7 @@ def test_bad_rows_are_skipped_and_counted():
     assert score.skipped == 3
     assert score.nll == pytest.approx(clean.nll)
     assert score.kmeans_mse is None
+    assert score.kmeans_live is None
 
 
 def test_bad_arguments():

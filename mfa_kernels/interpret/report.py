@@ -154,7 +154,7 @@ def _facts(mfa: MFA, store: ActivationStore, assigned: Assignments) -> _Html:
     # A page that is passed on need not tell where its author keeps models.
     facts = [(name, Path(value).name if str(value).startswith("/") else value) for name, value in facts]
     facts += [
-        ("regions", f"{mfa.n_components:,}, of which {int((assigned.counts == 0).sum()):,} own no token"),
+        ("regions", f"{mfa.n_components:,}, of which {int((assigned.counts == 0).sum()):,} own none of these tokens"),
         ("features", f"{mfa.n_features:,}"),
         ("latents per region", mfa.rank),
         ("tokens", f"{len(assigned.components):,}, of which {assigned.skipped:,} not finite and left out"),

@@ -102,7 +102,7 @@ def test_a_page_tells_what_the_parts_found(tmp_path: Path) -> None:
     a = assignments(mfa, store, progress=False)
     page = _report(tmp_path / "report.html", mfa, store, components=[2, 0], assigned=a, n_contexts=4)
     cells = " ".join(page.inside("td"))
-    assert "4, of which 0 own no token" in cells
+    assert "4, of which 0 own none of these tokens" in cells
     assert "400, of which 2 not finite and left out" in cells
     headings = page.inside("h2")
     for heading, s in zip(headings, region_summaries(mfa, store, WORDS, [2, 0], assigned=a, progress=False)):
@@ -146,7 +146,7 @@ def test_a_region_without_rows_is_shown_as_such(tmp_path: Path) -> None:
         mfa.means[1] = 1e4
     page = _report(tmp_path / "report.html", mfa, store, components=[1])
     assert page.inside("h2") == ["Region 1: 0 tokens, 0.00%"]
-    assert "4, of which 1 own no token" in " ".join(page.inside("td"))
+    assert "4, of which 1 own none of these tokens" in " ".join(page.inside("td"))
 
 
 def test_a_report_without_regions_says_so(tmp_path: Path) -> None:
