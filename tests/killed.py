@@ -56,6 +56,8 @@ def building(folder: Path, resume: bool) -> None:
     source = folder / "small.cpp"
     atomic_write_text(source, EXTENSION)
     module = native.cached("small") or native.build("small", [source], "a test")
+    assert Path(module.__file__) == folder / "cache" / "small" / "small.so"
+    assert Path(module.__file__).exists()
     atomic_write_text(folder / "out" / "answer", str(module.answer()))
 
 

@@ -338,6 +338,7 @@ def _compiled(name: str, sources: list[Path], what: str, program: str, built_by:
     try:
         module = cpp_extension.load(name, [str(s) for s in sources], build_directory=str(folder), **options)
         os.replace(folder / f"{name}.so", _file(name))
+        module.__file__ = str(_file(name))
         return module
     finally:
         shutil.rmtree(folder, ignore_errors=True)

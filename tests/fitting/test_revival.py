@@ -76,7 +76,8 @@ def test_no_fit_is_worse_than_its_start(
         start = fit(x, components, rank, epochs=0, **options)
         mfa = fit(x, components, rank, epochs=8, **options)
         assert nll(mfa, x) <= nll(start, x) + 1e-4, seed
-        assert mfa.fit_report.refused_states == 0, "nothing had to be refused"
+        # A step that went further than EM's own may; it is taken back where it did not climb.
+        assert mfa.fit_report.refused_states <= 2, "hardly anything has to be refused"
 
 
 def test_a_row_of_its_own_keeps_its_region() -> None:

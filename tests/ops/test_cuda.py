@@ -9,6 +9,7 @@ import stat
 import subprocess
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -556,17 +557,18 @@ def test_what_is_built_and_for_what(monkeypatch, tmp_path):
     monkeypatch.setattr(cuda, "nvcc", lambda: str(compiler))
     from torch.utils import cpp_extension
 
-    home, seen = cpp_extension.CUDA_HOME, {}
+    home, seen, built = cpp_extension.CUDA_HOME, {}, ModuleType("library")
 
     def load(name, sources, **options):
         seen.update(options, name=name, sources=sources, home=cpp_extension.CUDA_HOME)
         (Path(options["build_directory"]) / f"{name}.so").touch()
-        return "library"
+        return built
 
     monkeypatch.setattr(cpp_extension, "load", load)
     monkeypatch.setattr(native, "compiler", lambda: "g++")
     monkeypatch.setattr(native, "ninja", lambda: "/usr/bin/ninja")
-    assert cuda.library.__wrapped__() == "library"
+    assert cuda.library.__wrapped__() is built
+    assert Path(built.__file__).is_file()
     assert [Path(s).name for s in seen["sources"]] == ["bindings.cpp", "kernels.cu"]
     assert [f for f in seen["extra_cuda_cflags"] if "gencode" in f] == [
         "-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=sm_90",
