@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -150,18 +150,17 @@ def read(batches: Iterable[Item]) -> Iterator[Item]:
     """The items of an iterable of the caller's, each made in the caller's modes."""
     with of_the_caller():
         iterator = iter(batches)
-    while True:
-        with of_the_caller():
-            item: Any = next(iterator, _END)
-        if item is _END:
-            return
-        yield item
+    return _each(iterator, of_the_caller)
 
 
 def made(items: Iterator[Item]) -> Iterator[Item]:
     """The items of an iterator of our own, each made in ordinary modes; who asks for them is in others in between."""
+    return _each(items, ordinary)
+
+
+def _each(items: Iterator[Item], modes: Callable[[], AbstractContextManager[None]]) -> Iterator[Item]:
     while True:
-        with ordinary():
+        with modes():
             item: Any = next(items, _END)
         if item is _END:
             return

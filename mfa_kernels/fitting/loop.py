@@ -294,14 +294,14 @@ def fit(
                 mfa = _restored(saved, noise, precision, device, (n_components, source.n_features, rank))
         if saved is None or saved.stage != DONE:
             arguments = mfa, source, rows, held_out_rows
-            # Rows that the start has not seen, and that are trained on next.
-            if stream is not None:
-                later = as_source(stream.peek(OTHERS // ranks.size)) if stream.holds(1) else source
-                ahead = torch.arange(len(later) if later is not source else 0)
+            # Rows that the start has not seen, and that are trained on next: none, where it has seen all.
+            if stream is None:
+                unseen = _finite(source, ranks.share(rows[sample : sample + OTHERS]), device, dtype)
             else:
-                later, ahead = source, ranks.share(rows[sample : sample + OTHERS])
-            guard = Guard(start_rows, device, _finite(later, ahead, device, dtype), ranks)
-            del later
+                unseen = stream.peek(OTHERS // ranks.size)
+                unseen = unseen[finite_rows(unseen, dtype)]
+            guard = Guard(start_rows, device, unseen, ranks)
+            del unseen
             run: Run
             begun: tuple[float, float] | None = None
             if saved is None or saved.stage == method:

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
 
 from mfa_kernels import fit
-from mfa_kernels.fitting import feed
+from mfa_kernels.fitting import feed, loop
 from mfa_kernels.fitting.feed import Feed
 from tests.fitting.test_source import refilled
 
@@ -110,3 +111,14 @@ def test_an_endless_stream_of_nothing_ends(monkeypatch):
     monkeypatch.setattr(feed, "_MOST_EMPTY", 50)
     with pytest.raises(ValueError, match="activations: 50 batches in a row hold no row, up to batch 50"):
         fit(itertools.chain([torch.zeros(3, 4)], itertools.repeat(torch.zeros(0, 4))), 2, 1, progress=False)
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.05])
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_stream_that_ends_with_its_head(held_out, more, monkeypatch):
+    """Nothing is left to compare the start on, or a single row."""
+    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 400)
+    monkeypatch.setattr(loop, "_START_ROWS_PER_COMPONENT", 1)
+    x = torch.randn(math.ceil(400 / (1 - held_out)) + more, 5, generator=torch.Generator().manual_seed(0))
+    mfa = fit(iter(x.split(200)), 3, 1, held_out=held_out, progress=False)
+    assert mfa.log_prob(x).isfinite().all()
