@@ -18,7 +18,7 @@ PATIENCE = 2.0  # seconds; whoever ends has let go by then, whoever writes does 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
-def hold(folder: StrPath) -> BaseFileLock:
+def hold(folder: StrPath, patience: float | None = None) -> BaseFileLock:
     """Locks a folder for one writer, until `release()` or the end of the object.
 
     It keeps out other processes, and other writers of this one. The kernel takes the lock back from a process that
@@ -26,15 +26,16 @@ def hold(folder: StrPath) -> BaseFileLock:
 
     Args:
         folder: made if it is missing.
+        patience: seconds to wait for somebody else; None: `PATIENCE`.
 
     Raises:
-        TimeoutError: naming the folder that somebody else has held for `PATIENCE` seconds.
+        TimeoutError: naming the folder that somebody else holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK, thread_local=False)  # a writer may be closed by another thread than opened it
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock.acquire(timeout=PATIENCE if patience is None else patience)
     except Timeout:
         raise TimeoutError(
             f"{folder}: another process, or a writer in this one that is not closed, is writing to this folder: give "

@@ -22,9 +22,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from mfa_kernels import checksum
+from mfa_kernels import checksum, locks
 from mfa_kernels.files import atomic_write_text
 
 # The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
@@ -306,14 +305,13 @@ def _alone(folder: Path, what: str) -> Iterator[None]:
     Raises:
         TimeoutError: another process has held it for `PATIENCE` seconds.
     """
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=_SILENT)
-    except Timeout:
+        lock = locks.hold(folder, _SILENT)
+    except TimeoutError:
         print(f"mfa_kernels: another process is building {what}, waiting for it ({folder})...", file=sys.stderr)
         try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout:
+            lock = locks.hold(folder, PATIENCE)
+        except TimeoutError:
             raise TimeoutError(f"another process has been building in {folder} for {PATIENCE:.0f} s: end it") from None
     try:
         yield
