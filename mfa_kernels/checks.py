@@ -6,38 +6,44 @@ import math
 import operator
 import os
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+
+from mfa_kernels.arrays import as_tensor, is_several
 
 MOST_COMPONENTS = (1 << 31) - 1  # and features: their numbers are int32 in the kernels
 _LARGEST = (1 << 63) - 1
 
 
 def check_tensor(value: Any, name: str) -> Tensor:
-    """`value` as a dense tensor; raises otherwise."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    """`value`, a tensor or what `arrays.as_tensor` takes, as a dense tensor; raises otherwise."""
+    value = as_tensor(value, name)
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}")
     return value
 
 
 def check_floats(value: Any, name: str) -> Tensor:
-    """`value` as a dense tensor of a floating-point dtype; raises otherwise."""
-    if not check_tensor(value, name).is_floating_point():
-        raise TypeError(f"{name} must have a floating-point dtype, got {value.dtype}")
-    return value
+    """`value` as a dense tensor of a floating-point dtype; raises otherwise. A list may hold integers too."""
+    tensor = check_tensor(value, name)
+    if tensor.dtype == torch.int64 and isinstance(value, list | tuple):
+        tensor = tensor.to(torch.get_default_dtype())
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must have a floating-point dtype, got {tensor.dtype}")
+    return tensor
 
 
 def check_integers(value: Any, name: str) -> Tensor:
     """`value` as a dense tensor of an integer dtype, bool none of them; raises otherwise."""
-    dtype = check_tensor(value, name).dtype
-    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
-        raise TypeError(f"{name} must have an integer dtype, got {dtype}")
-    return value
+    tensor = check_tensor(value, name)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
+    return tensor
 
 
 def check_finite(value: Tensor, name: str) -> Tensor:
@@ -49,23 +55,32 @@ def check_finite(value: Tensor, name: str) -> Tensor:
     return value
 
 
-def check_activations(x: Tensor, features: int, device: torch.device, name: str = "x") -> Tensor:
-    """`x` as a tensor of shape (..., D), float, on the device of the parameters; raises otherwise."""
-    check_floats(x, name)
-    if x.dim() == 0 or x.shape[-1] != features:
-        raise ValueError(f"{name} must have shape (..., {features}), got {tuple(x.shape)}")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, but the mixture is on {device}: move one of them")
-    return x
+def check_activations(x: Any, features: int, device: torch.device, name: str = "x") -> Tensor:
+    """`x` as a tensor of shape (..., D), float, on the device of the parameters; raises otherwise.
+
+    A tensor has to be there; what is no tensor is moved.
+    """
+    tensor = check_floats(x, name)
+    if tensor.dim() == 0 or tensor.shape[-1] != features:
+        raise ValueError(f"{name} must have shape (..., {features}), got {tuple(tensor.shape)}")
+    if not isinstance(x, Tensor):
+        return tensor.to(device)
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, but the mixture is on {device}: move one of them")
+    return tensor
 
 
 def check_parameters(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, log_weights: Tensor, weights: str = "log_weights"
-) -> None:
-    """Raises unless the four parameters of a mixture fit together; `weights` is what the last is called."""
-    named = {"means": means, "loadings": loadings, "noise_variance": noise_variance, weights: log_weights}
+    means: Any, loadings: Any, noise_variance: Any, log_weights: Any, weights: str = "log_weights"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four parameters of a mixture as tensors that fit together; raises otherwise.
+
+    `weights` is what the last is called.
+    """
+    given = {"means": means, "loadings": loadings, "noise_variance": noise_variance, weights: log_weights}
+    named = {name: check_floats(value, name) for name, value in given.items()}
+    means, loadings, noise_variance, log_weights = named.values()
     for name, tensor in named.items():
-        check_floats(tensor, name)
         if tensor.device != means.device:
             raise ValueError(f"{name} is on {tensor.device}, but means is on {means.device}")
         if tensor.dtype != means.dtype:
@@ -86,6 +101,7 @@ def check_parameters(
         )
     if log_weights.shape != (components,):
         raise ValueError(f"{weights} must have shape (K,) = ({components},), got {tuple(log_weights.shape)}")
+    return means, loadings, noise_variance, log_weights
 
 
 def check_mixture(value: Any, name: str = "mfa") -> Any:
@@ -98,20 +114,30 @@ def check_mixture(value: Any, name: str = "mfa") -> Any:
 def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -> int:
     """`value` as an int in [least, most]; whatever Python takes for an index is one, but for True and False."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = None if is_flag(value) else operator.index(value)
     except Exception:  # of whatever kind: tensors on the meta device have a kind of their own
         number = None
     if number is None:
-        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}{_whole(value)}")
     if not least <= number <= most:
         raise ValueError(f"{name} must be an integer {f'>= {least}' if number < least else f'<= {most}'}, got {number}")
     return number
 
 
-def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    """`value` as a finite float in [least, most]; raises otherwise."""
+def _whole(value: Any) -> str:
+    """What to give in place of a float that is a whole number: it may be the outcome of a division by accident."""
+    if is_flag(value) or isinstance(value, str | bytes):
+        return ""
     try:
-        number = None if isinstance(value, str | bytes) else float(value)
+        return f": give {int(value)}" if int(value) == value else ""
+    except Exception:  # of whatever kind: it is no number
+        return ""
+
+
+def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
+    """`value` as a finite float in [least, most], whatever `float` makes of a number; raises otherwise."""
+    try:
+        number = None if isinstance(value, str | bytes) or is_flag(value) else float(value)
     except OverflowError:
         number = math.inf
     except Exception:  # of whatever kind, as in `check_integer`
@@ -134,10 +160,15 @@ def check_positive(value: Any, name: str) -> float:
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """`value` if it is True or False; raises otherwise."""
-    if not isinstance(value, bool):
+    """`value` as a bool if it is True or False, Python's or NumPy's; raises otherwise."""
+    if not is_flag(value):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
-    return value
+    return bool(value)
+
+
+def is_flag(value: Any) -> bool:
+    """Whether a value is True or False, Python's or NumPy's (whose `bool_` is no bool)."""
+    return isinstance(value, bool | numpy.bool_)
 
 
 def check_component(component: Any, components: int, name: str = "component") -> int:
@@ -146,6 +177,20 @@ def check_component(component: Any, components: int, name: str = "component") ->
     if not 0 <= number < components:
         raise IndexError(f"{name} must be in [0, {components}), got {number}")
     return number
+
+
+def check_components(value: Any, components: int, name: str = "components") -> list[int]:
+    """Several components, of a list, a range, a tensor or an array, as ints in [0, K); raises otherwise."""
+    if not is_several(value) and isinstance(value, Iterable) and not isinstance(value, str | bytes):
+        value = list(value)
+    numbers = check_tensor(value, name)
+    if numbers.dim() != 1:
+        raise ValueError(f"{name} must be of shape (n,), got {tuple(numbers.shape)}")
+    if numbers.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+    if not len(numbers):  # of an empty list, which has no dtype
+        return []
+    return [check_component(number, components, name) for number in check_integers(numbers, name).tolist()]
 
 
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_integer, check_mixture
+from mfa_kernels.checks import check_floats, check_integer, check_integers, check_mixture, shown
 from mfa_kernels.ops.select.op import SLOTS, Active
 
 if TYPE_CHECKING:
@@ -60,10 +60,32 @@ class Code:
         return dense[..., :-1, :].flatten(-2)
 
 
+def checked_code(code: Any, rank: int, device: torch.device) -> Code:
+    """A code of components (..., C), responsibilities of that shape and latents (..., C, R); raises otherwise."""
+    if not isinstance(code, Code):
+        raise TypeError(f"code must be a Code, as `encode` returns it, got {shown(code)}")
+    components = check_integers(code.components, "code.components")
+    if not components.dim():
+        raise ValueError("code.components must have shape (..., C), got ()")
+    shape = tuple(components.shape)
+    responsibilities = check_floats(code.responsibilities, "code.responsibilities")
+    latents = check_floats(code.latents, "code.latents")
+    for name, tensor, wanted in (("responsibilities", responsibilities, shape), ("latents", latents, (*shape, rank))):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"code.{name} must have shape {wanted} beside components of shape {shape}, got {tuple(tensor.shape)}"
+            )
+    checked = Code(components, responsibilities, latents, code.dropped)
+    for name, tensor in vars(checked).items():
+        if name != "dropped" and tensor.device != device:
+            raise ValueError(f"code.{name} is on {tensor.device}, but the mixture is on {device}: move one of them")
+    return checked
+
+
 def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
     """What `encode` returns, of an `MFA` or of a mixture that is spread over ranks (`mfa_kernels.sharded`)."""
     top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
-    flat, components = mixture._flat(x), mixture.n_components
+    (flat, lead), components = mixture._flat(x), mixture.n_components
     slots = min(components, max(top_k or SLOTS, SLOTS))
     active = mixture._active(flat, slots)
     if top_k is None:
@@ -73,7 +95,7 @@ def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
         held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
     else:
         held = min(top_k, components)
-    return _code_of(active, mixture._latents(flat, active.components[:, :held]), x.shape[:-1])
+    return _code_of(active, mixture._latents(flat, active.components[:, :held]), lead)
 
 
 def _code_of(active: Active, latents: Tensor, lead: torch.Size) -> Code:

@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_mixture
+from mfa_kernels.checks import check_flag, check_integer, check_mixture, check_path
 from mfa_kernels.files import StrPath, atomic_save_safetensors, check_writable, temporary_folder
+from mfa_kernels.fitting.source import as_rows
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door, read
 from mfa_kernels.progress import progress_bar
@@ -48,7 +49,8 @@ def write_codes(
 
     Args:
         mfa: the mixture.
-        batches: of activations (n, D), such as `store.batches(8192)`; read once, moved to the mixture's device.
+        batches: of activations (n, D), such as `store.batches(8192)`, each of what `fit` takes as one; read once, moved
+            to the mixture's device.
         path: of the file, replaced if it exists.
         top_k: most components per token; None keeps every active one.
         progress: show a bar when it takes more than two seconds.
@@ -60,8 +62,9 @@ def write_codes(
         OSError: naming the file that cannot be written.
     """
     check_mixture(mfa)
+    top_k, progress = None if top_k is None else check_integer(top_k, "top_k", 1), check_flag(progress, "progress")
+    path = check_path(path, "path")
     check_writable(path, "path")
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = mfa.parameters_in_compute_dtype()[0].dtype
     kinds = {"components": torch.int32, "responsibilities": dtype, "latents": dtype, "dropped": dtype}
@@ -73,8 +76,8 @@ def write_codes(
         bar = stack.enter_context(
             progress_bar(total=total, desc="encode", unit="batch", delay=2, progress=progress)
         )  # fmt: skip
-        for batch in read(batches):
-            code = mfa.encode(batch.to(mfa.means.device).reshape(-1, mfa.n_features), top_k)
+        for i, batch in enumerate(read(batches)):
+            code = mfa.encode(as_rows(batch, f"batches[{i}]").to(mfa.means.device), top_k)
             held = code.components >= 0
             counts.append(held.sum(1).cpu())
             for name in ("components", "responsibilities", "latents"):

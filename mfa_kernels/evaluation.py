@@ -70,8 +70,8 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     check_flag(progress, "progress")
     source = as_source(activations)
     if centroids is not None:
-        check_activations(check_floats(centroids, "centroids"), mfa.n_features, centroids.device, "centroids")
-        check_finite(centroids, "centroids")
+        centroids = check_floats(centroids, "centroids")
+        check_finite(check_activations(centroids, mfa.n_features, centroids.device, "centroids"), "centroids")
         if centroids.dim() != 2 or not len(centroids):
             raise ValueError(f"centroids must have shape (K, D), got {tuple(centroids.shape)}")
     if source.n_features != mfa.n_features:

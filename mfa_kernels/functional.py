@@ -49,8 +49,8 @@ def log_prob(
     Raises:
         TypeError, ValueError: naming the argument that does not fit.
     """
-    check_parameters(means, loadings, noise_variance, log_weights)
-    check_activations(x, means.shape[1], means.device)
+    means, loadings, noise_variance, log_weights = check_parameters(means, loadings, noise_variance, log_weights)
+    x = check_activations(x, means.shape[1], means.device)
     check_choice(precision, PRECISIONS, "precision")
     means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
     flat = x.reshape(-1, x.shape[-1])
@@ -65,7 +65,7 @@ def log_prob(
 
 
 def _checked_center(center: Any, means: Tensor) -> Tensor:
-    check_activations(center, means.shape[1], means.device, "center")
+    center = check_activations(center, means.shape[1], means.device, "center")
     if center.dim() != 1:
         raise ValueError(f"center must have shape (D,) = ({means.shape[1]},), got {tuple(center.shape)}")
     return center

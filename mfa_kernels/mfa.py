@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import functional, ops
+from mfa_kernels.arrays import is_several
 from mfa_kernels.checks import (
     MOST_COMPONENTS,
     check_activations,
@@ -26,7 +27,7 @@ from mfa_kernels.checks import (
     check_positive,
     shown,
 )
-from mfa_kernels.code import Code, encoded
+from mfa_kernels.code import Code, checked_code, encoded
 from mfa_kernels.modes import door
 from mfa_kernels.ops.precision import no_autocast
 from mfa_kernels.ops.select import reference
@@ -154,14 +155,14 @@ class MFA(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument that does not fit, or is not finite.
         """
-        dtype = check_floats(means, "means").dtype
-        for name, tensor in (("loadings", loadings), ("noise_variance", noise_variance), ("weights", weights)):
-            dtype = torch.promote_types(dtype, check_floats(tensor, name).dtype)
-            if tensor.is_meta and not means.is_meta:
+        given = {"means": means, "loadings": loadings, "noise_variance": noise_variance, "weights": weights}
+        tensors = {name: check_floats(value, name).detach() for name, value in given.items()}
+        device, dtype = tensors["means"].device, tensors["means"].dtype
+        for name, tensor in tensors.items():
+            dtype = torch.promote_types(dtype, tensor.dtype)
+            if tensor.is_meta and device.type != "meta":
                 raise ValueError(f"{name} must hold values, got a tensor on the meta device")
-        means, loadings, noise_variance, weights = (
-            t.detach().to(device=means.device, dtype=dtype) for t in (means, loadings, noise_variance, weights)
-        )
+        means, loadings, noise_variance, weights = (t.to(device=device, dtype=dtype) for t in tensors.values())
         check_parameters(means, loadings, noise_variance, weights, "weights")
         for name, tensor in (("means", means), ("loadings", loadings), ("noise_variance", noise_variance)):
             check_finite(tensor, name)
@@ -192,7 +193,7 @@ class MFA(nn.Module):
         precision: str = "exact",
     ) -> MFA:
         """Regions at K-means centroids (K, D), loadings random, weights equal: the paper's start."""
-        check_floats(centroids, "centroids")
+        centroids = check_floats(centroids, "centroids")
         if centroids.dim() != 2 or 0 in centroids.shape:
             raise ValueError(f"centroids must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
         check_finite(centroids, "centroids")
@@ -263,7 +264,7 @@ class MFA(nn.Module):
         from mfa_kernels.ops.screen import op as screening
 
         if neighbors is not None:
-            check_flag(neighbors, "neighbors")
+            neighbors = check_flag(neighbors, "neighbors")
         self._screen = self.evaluated = None
         (means, loadings, noise, log_weights), factors = self._prepared()
         if neighbors and not factors.is_native:
@@ -276,7 +277,7 @@ class MFA(nn.Module):
         if screening.serves(factors):
             if x is None:
                 x = self.sample(_SCREEN_TOKENS, torch.Generator(means.device).manual_seed(0))
-            flat = self._flat(x).to(means.dtype).contiguous()
+            flat = self._flat(x)[0].to(means.dtype).contiguous()
             if flat.shape[0]:
                 least = lists.FEATURES if neighbors else 16
                 chosen = screening.choose(flat, means, loadings, noise, log_weights, factors, least)
@@ -391,8 +392,10 @@ class MFA(nn.Module):
                 return screened.active, screened.dropped
         return ops.log_prob(x, *parameters, factors, slots, exact=self.precision != "fast"), None
 
-    def _flat(self, x: Tensor) -> Tensor:
-        return check_activations(x, self.n_features, self.means.device).reshape(-1, self.n_features)
+    def _flat(self, x: Any) -> tuple[Tensor, torch.Size]:
+        """Tokens (N, D) of x (..., D), and the shape before D."""
+        checked = check_activations(x, self.n_features, self.means.device)
+        return checked.reshape(-1, self.n_features), checked.shape[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
@@ -412,7 +415,7 @@ class MFA(nn.Module):
                 is from that of the parameters as they are, for rounding and for components that were left out
                 (`mfa_kernels/ops/select/README.md`). For precision "exact".
         """
-        flat, lead = self._flat(x), x.shape[:-1]
+        flat, lead = self._flat(x)
         if return_error_bound:
             if self.precision != "exact":
                 raise ValueError(f'return_error_bound needs precision "exact", the mixture has {self.precision!r}')
@@ -423,31 +426,33 @@ class MFA(nn.Module):
             bound = error_bound(flat, means, noise_variance, log_weights, factors, active, dropped)
             return active.log_prob.reshape(lead), bound.reshape(lead)
         if self.precision == "reference":
-            return functional.log_prob(x, *self.parameters_in_compute_dtype(), precision="reference")
+            parameters = self.parameters_in_compute_dtype()
+            return functional.log_prob(flat, *parameters, precision="reference").reshape(lead)
         return self._active(flat).log_prob.reshape(lead)
 
     def component_log_prob(self, x: Tensor) -> Tensor:
         """log p(x | k) for every component: (..., D) -> (..., K). Dense; the weights are not included."""
-        flat = self._flat(x)
+        flat, lead = self._flat(x)
         parameters = self.parameters_in_compute_dtype()[:3]
         if self.precision == "reference":
             with no_autocast(flat):
                 out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
         else:
             out = ops.component_log_prob(flat, *parameters, self.factors())
-        return out.reshape(*x.shape[:-1], self.n_components)
+        return out.reshape(*lead, self.n_components)
 
     def responsibilities(self, x: Tensor, temperature: float = 1.0) -> Tensor:
         """p(k | x), dense: (..., D) -> (..., K). softmax((log pi + log p(x|k)) / temperature), eq. 8."""
         if not torch.compiler.is_compiling():
-            check_positive(temperature, "temperature")
+            temperature = check_positive(temperature, "temperature")
         log_weights = self.parameters_in_compute_dtype()[3]
         return ((self.component_log_prob(x) + log_weights) / temperature).softmax(-1)
 
     def assign(self, x: Tensor) -> Tensor:
         """The most responsible component: (..., D) -> (...) int64; -1 for a token that is not finite."""
+        flat, lead = self._flat(x)
         with torch.no_grad():
-            return self._active(self._flat(x)).components[:, 0].long().reshape(x.shape[:-1])
+            return self._active(flat).components[:, 0].long().reshape(lead)
 
     def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
         """The components that matter for each token, and the latents inside them.
@@ -472,7 +477,7 @@ class MFA(nn.Module):
 
     def decode(self, code: Code) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""
-        _check_code(code, self.rank, self.means.device)
+        code = checked_code(code, self.rank, self.means.device)
         means, loadings = functional.compute_dtype(self.means, self.loadings)
         components = code.components.flatten(0, -2) if code.components.dim() > 1 else code.components.unsqueeze(0)
         out = ops.decode(
@@ -486,9 +491,9 @@ class MFA(nn.Module):
 
     def reconstruct(self, x: Tensor) -> Tensor:
         """E[the noise-free x | x] = sum_k r_k (mu_k + W_k E[z | x, k]): (..., D) -> (..., D)."""
-        flat = self._flat(x)
+        flat, lead = self._flat(x)
         parts = [self.decode(self.encode(chunk, top_k=None)) for chunk in flat.split(_TOKENS_PER_CHUNK)]
-        return torch.cat(parts).reshape(x.shape) if parts else flat.reshape(x.shape)
+        return (torch.cat(parts) if parts else flat).reshape(*lead, self.n_features)
 
     def posterior(self, x: Tensor, component: int | Tensor) -> tuple[Tensor, Tensor]:
         """p(z | x, k) = N(mean, covariance).
@@ -500,10 +505,10 @@ class MFA(nn.Module):
         Returns:
             mean (..., R) and covariance M_k^-1, (R, R) for an int, else (..., R, R).
         """
-        flat, lead = self._flat(x), x.shape[:-1]
+        flat, lead = self._flat(x)
         cholesky = self.factors().cholesky
-        if isinstance(component, Tensor):
-            check_integers(component, "component")
+        if isinstance(component, Tensor) or is_several(component):
+            component = check_integers(component, "component")
             try:
                 index = component.to(flat.device).expand(lead).reshape(-1).long()
             except (RuntimeError, NotImplementedError) as error:  # values that are not there, on the meta device
@@ -555,7 +560,7 @@ class MFA(nn.Module):
         from mfa_kernels import rotation
 
         check_choice(method, ("varimax", "principal"), "method")
-        check_integer(iterations, "iterations", 1)
+        iterations = check_integer(iterations, "iterations", 1)
         rotated = (
             rotation.varimax(self.loadings, iterations) if method == "varimax" else rotation.principal(self.loadings)
         )
@@ -600,9 +605,9 @@ class MFA(nn.Module):
 
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:
     """A noise variance that is given beside centroids, positive, as a tensor that broadcasts to what `noise` has."""
-    if not isinstance(noise_variance, Tensor):
-        noise_variance = torch.tensor(check_positive(noise_variance, "noise_variance"), dtype=torch.float64)
-    check_finite(check_floats(noise_variance, "noise_variance"), "noise_variance")
+    if not is_several(noise_variance):
+        noise_variance = [check_positive(noise_variance, "noise_variance")]
+    noise_variance = check_finite(check_floats(noise_variance, "noise_variance"), "noise_variance")
     variance = noise_variance.to(centroids.device, centroids.dtype)
     shape = centroids.shape[1:] if noise == "shared" else centroids.shape
     trailing = len(shape) >= variance.dim() and shape[len(shape) - variance.dim() :] == variance.shape
@@ -614,23 +619,3 @@ def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:
     if not (variance > 0).all():
         raise ValueError(f"noise_variance must be positive, got a minimum of {variance.min().item()}")
     return variance if trailing else variance.reshape(())
-
-
-def _check_code(code: Any, rank: int, device: torch.device) -> None:
-    """Raises unless a code has components (..., C), responsibilities of that shape and latents (..., C, R)."""
-    if not isinstance(code, Code):
-        raise TypeError(f"code must be a Code, as `encode` returns it, got {shown(code)}")
-    components = check_integers(code.components, "code.components")
-    if not components.dim():
-        raise ValueError("code.components must have shape (..., C), got ()")
-    shape = tuple(components.shape)
-    for name, tensor, wanted in (
-        ("responsibilities", code.responsibilities, shape), ("latents", code.latents, (*shape, rank)),
-    ):  # fmt: skip
-        if tuple(check_floats(tensor, f"code.{name}").shape) != wanted:
-            raise ValueError(
-                f"code.{name} must have shape {wanted} beside components of shape {shape}, got {tuple(tensor.shape)}"
-            )
-    for name, tensor in vars(code).items():
-        if name != "dropped" and tensor.device != device:
-            raise ValueError(f"code.{name} is on {tensor.device}, but the mixture is on {device}: move one of them")

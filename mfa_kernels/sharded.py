@@ -18,8 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mfa_kernels import checkpoint, checksum, ops
-from mfa_kernels.checks import check_activations
-from mfa_kernels.code import Code, encoded
+from mfa_kernels.code import Code, checked_code, encoded
 from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
@@ -198,8 +197,9 @@ class ShardedMFA(nn.Module):
         components = numbers.transpose(0, 1).flatten(1).gather(1, order).masked_fill(logits == -torch.inf, -1)
         return Active(log_prob, components, logits, torch.where(cut, slots + 1, count).clamp_max(slots + 1).int())
 
-    def _flat(self, x: Tensor) -> Tensor:
-        return check_activations(x, self.n_features, self.local.means.device).reshape(-1, self.n_features)
+    def _flat(self, x: Any) -> tuple[Tensor, torch.Size]:
+        """Tokens (N, D) of x (..., D), and the shape before D."""
+        return self.local._flat(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
@@ -207,16 +207,18 @@ class ShardedMFA(nn.Module):
 
     def log_prob(self, x: Tensor) -> Tensor:
         """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
-        return _Stack.apply(self.scan(self._flat(x)).log_prob, self.ranks).logsumexp(0).reshape(x.shape[:-1])
+        flat, lead = self._flat(x)
+        return _Stack.apply(self.scan(flat).log_prob, self.ranks).logsumexp(0).reshape(lead)
 
     @torch.no_grad()
     def assign(self, x: Tensor) -> Tensor:
         """The most responsible component of all: (..., D) -> (...) int64; -1 for a token that is not finite."""
-        own = self.scan(self._flat(x))
+        flat, lead = self._flat(x)
+        own = self.scan(flat)
         best = self.ranks.stacked(own.logits[:, 0].nan_to_num(-torch.inf, -torch.inf, -torch.inf)).argmax(0)
         number = torch.where(own.components[:, 0] >= 0, own.components[:, 0] + self.start, -1)
         number = self.ranks.stacked(number).gather(0, best.unsqueeze(0)).squeeze(0)
-        return number.long().reshape(x.shape[:-1])
+        return number.long().reshape(lead)
 
     def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
         """The components of all ranks that matter for each token, and the latents inside them: as `MFA.encode`."""
@@ -238,6 +240,7 @@ class ShardedMFA(nn.Module):
 
     def decode(self, code: Code) -> Tensor:
         """sum_k r_k (mu_k + W_k z_k): (..., D)."""
+        code = checked_code(code, self.rank, self.local.means.device)
         means, loadings = self.local.parameters_in_compute_dtype()[:2]
         lead, shape = code.components.shape[:-1], (code.components[..., 0].numel(), code.components.shape[-1])
         own = ops.decode(

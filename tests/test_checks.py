@@ -6,8 +6,9 @@ import numpy
 import pytest
 import torch
 
-from mfa_kernels import MFA, checks, functional, harvest
+from mfa_kernels import MFA, checks, fit, functional, harvest, kmeans
 from mfa_kernels.code import Code
+from mfa_kernels.fitting import fit_sharded
 from tests.mixtures import mixture, tokens
 
 
@@ -22,10 +23,76 @@ def test_integers(value):
     assert type(checks.check_integer(value, "n")) is int
 
 
-@pytest.mark.parametrize("value", [True, 3.0, "3", None, numpy.array([3]), torch.zeros(2), Strange()])
+@pytest.mark.parametrize("value", [True, numpy.True_, "3", None, numpy.array([3]), torch.zeros(2), 3.5, Strange()])
 def test_what_is_no_integer(value):
-    with pytest.raises(TypeError, match="n must be an integer, got "):
+    with pytest.raises(TypeError, match="n must be an integer, got ") as error:
         checks.check_integer(value, "n")
+    assert "give" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [3.0, numpy.float32(3), torch.tensor(3.0)])
+def test_a_float_that_is_a_whole_number_is_refused_with_what_to_give(value):
+    with pytest.raises(TypeError, match=r"^n must be an integer, got .+: give 3$"):
+        checks.check_integer(value, "n")
+
+
+@pytest.mark.parametrize("value", [True, numpy.True_])
+def test_flags(value):
+    assert checks.check_flag(value, "f") is True
+    with pytest.raises(TypeError, match="t must be a number, got "):
+        checks.check_number(value, "t")
+
+
+@pytest.mark.parametrize("value", [1, 0.0, "yes", None, numpy.int64(1), torch.tensor(True)])
+def test_what_is_no_flag(value):
+    with pytest.raises(TypeError, match="f must be True or False, got "):
+        checks.check_flag(value, "f")
+
+
+@pytest.mark.parametrize("value", [
+    [3, 1], (3, 1), range(3, 0, -2), numpy.array([3, 1], dtype="u1"), torch.tensor([3, 1]), iter([3, 1]),
+    [numpy.int64(3), torch.tensor(1)], {3: "a", 1: "b"},
+])  # fmt: skip
+def test_components(value):
+    found = checks.check_components(value, 4)
+    assert found == [3, 1]
+    assert all(type(number) is int for number in found)
+
+
+@pytest.mark.parametrize(("value", "error"), [
+    (3, TypeError), ("31", TypeError), ([3.0, 1.0], TypeError), ([True, False], TypeError), (None, TypeError),
+    ([[3, 1]], ValueError), (torch.zeros(2, dtype=torch.long, device="meta"), ValueError), ([4], IndexError),
+    ([-1], IndexError),
+])  # fmt: skip
+def test_what_are_no_components(value, error):
+    with pytest.raises(error, match="components must "):
+        checks.check_components(value, 4)
+
+
+def test_numpys_scalars_are_numbers_everywhere(tmp_path):
+    """They reach files as JSON, which knows Python's own only."""
+    x = tokens(mixture(3, 6, 2), 90)
+    one, two, seed = numpy.int64(1), numpy.int32(2), numpy.uint8(7)
+    options = {"method": "em", "epochs": one, "batch_size": numpy.int16(30), "held_out": numpy.float32(0.25),
+               "eval_every": one, "patience": two, "seed": seed, "lr": numpy.float64(0.01), "progress": numpy.False_,
+               "checkpoint_seconds": numpy.float32(0)}  # fmt: skip
+    mfa = fit(x, two, one, checkpoint=tmp_path / "fit", log=tmp_path / "log.jsonl", **options)
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in options.items()}
+    again = fit(x, 2, 1, resume=tmp_path / "fit", **plain)
+    assert torch.equal(again.means, mfa.means)
+    mfa.save_pretrained(tmp_path / "mfa")
+    assert torch.equal(MFA.from_pretrained(tmp_path / "mfa").means, mfa.means)
+    clusters = kmeans(x, two, iterations=two, seed=seed, sample=numpy.int64(50), tol=numpy.float32(0), progress=False)
+    assert torch.equal(
+        clusters.centroids, kmeans(x, 2, iterations=2, seed=7, sample=50, tol=0, progress=False).centroids
+    )
+    spread = fit_sharded(x, two, one, epochs=one, seed=seed, checkpoint=tmp_path / "sharded", progress=False)
+    assert torch.equal(spread.local.means, fit_sharded(x, 2, 1, epochs=1, seed=7, progress=False).local.means)
+    m = MFA(two, numpy.int64(6), one, noise_floor=numpy.float32(0.5))
+    m.save_pretrained(tmp_path / "floor")
+    assert MFA.from_pretrained(tmp_path / "floor").noise_floor == 0.5
+    assert m.sample(two).shape == (2, 6)
+    assert m.posterior(x, one)[1].shape == (1, 1)
 
 
 def test_integers_out_of_range():

@@ -197,8 +197,8 @@ def test_bad_arguments():
         mfa(torch.zeros(3, 5))
     with pytest.raises(TypeError, match="floating-point dtype, got torch.int64"):
         mfa.log_prob(torch.zeros(3, 6, dtype=torch.int64))
-    with pytest.raises(TypeError, match="torch.Tensor, got list"):
-        mfa.log_prob([[0.0] * 6])
+    with pytest.raises(TypeError, match="x must be a tensor or an array, got str"):
+        mfa.log_prob("x")
     with pytest.raises(ValueError, match="x is on meta, but the mixture is on cpu"):
         mfa.encode(torch.zeros(3, 6, device="meta"))
     with pytest.raises(ValueError, match="top_k"):

@@ -101,11 +101,12 @@ def harvest(
         TimeoutError: naming the folder that another harvest is writing to.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
-    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size)
-    for name, flag in {"progress": progress, "overwrite": overwrite,
-                       "resume": resume}.items():  # fmt: skip
-        check_flag(flag, name)
-    check_integer(rows_per_shard, "rows_per_shard", 1)
+    max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size = _checked(
+        texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size
+    )
+    progress, overwrite = check_flag(progress, "progress"), check_flag(overwrite, "overwrite")
+    resume = check_flag(resume, "resume")
+    rows_per_shard = check_integer(rows_per_shard, "rows_per_shard", 1)
     check_dtype(dtype)
     if out is not None:
         check_path(out, "out")
@@ -124,15 +125,15 @@ def harvest(
         "model": _name(model),
         "tokenizer": _name(tokenizer),
         "site": "output",
-        "context": int(context),  # NumPy's integers are taken, and are no JSON
-        "batch_size": int(batch_size),
-        "max_tokens": None if max_tokens is None else int(max_tokens),
-        "skip_first": int(skip_first),
+        "context": context,
+        "batch_size": batch_size,
+        "max_tokens": max_tokens,
+        "skip_first": skip_first,
         "drop_special": drop_special,
-        "seed": None if seed is None else int(seed),
+        "seed": seed,
     }
     if seed is not None and not is_finite(texts):  # else the order does not depend on it
-        meta["buffer_size"] = int(buffer_size)
+        meta["buffer_size"] = buffer_size
     metas = {path: {**meta, "layer": path} for path in modules}
     reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
     _check_folders((folders[path] for path in reached), overwrite or resume)
@@ -189,7 +190,9 @@ def stream(
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
     """
-    _check_arguments(texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size)
+    max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size = _checked(
+        texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size
+    )
     layers = _several(layer)
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
@@ -217,26 +220,27 @@ def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
     return layers
 
 
-def _check_arguments(
+def _checked(
     texts: Any,
-    max_tokens: int | None,
-    context: int,
-    batch_size: int,
-    skip_first: int,
-    drop_special: bool,
-    seed: int | None,
-    buffer_size: int,
-) -> None:  # fmt: skip
-    for name, value, least in (
-        ("context", context, 1), ("batch_size", batch_size, 1), ("skip_first", skip_first, 0),
-        ("buffer_size", buffer_size, 1),
-    ):  # fmt: skip
-        check_integer(value, name, least)
-    for name, number, least in (("max_tokens", max_tokens, 1), ("seed", seed, 0)):
-        if number is not None:
-            check_integer(number, name, least)
-    check_flag(drop_special, "drop_special")
+    max_tokens: Any,
+    context: Any,
+    batch_size: Any,
+    skip_first: Any,
+    drop_special: Any,
+    seed: Any,
+    buffer_size: Any,
+) -> tuple[int | None, int, int, int, bool, int | None, int]:  # fmt: skip
+    """All but the texts, in their order, as Python's own numbers; raises where one of them is not what it has to be."""
     check_texts(texts)
+    return (
+        None if max_tokens is None else check_integer(max_tokens, "max_tokens", 1),
+        check_integer(context, "context", 1),
+        check_integer(batch_size, "batch_size", 1),
+        check_integer(skip_first, "skip_first"),
+        check_flag(drop_special, "drop_special"),
+        None if seed is None else check_integer(seed, "seed"),
+        check_integer(buffer_size, "buffer_size", 1),
+    )
 
 
 def _check_folders(folders: Iterable[Path], replace: bool) -> None:

@@ -34,6 +34,15 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import checksum
+from mfa_kernels.checks import (
+    check_component,
+    check_dtype,
+    check_flag,
+    check_floats,
+    check_integer,
+    check_integers,
+    check_tensor,
+)
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
 from mfa_kernels.locks import hold
 from mfa_kernels.modes import door, made
@@ -188,9 +197,8 @@ class ActivationStore:
             seed: of that order; iterating again gives the same batches, so give each epoch a seed of its own.
             dtype: of the batches.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size!r}")
-        return Batches(self, batch_size, shuffle, seed, dtype)
+        batch_size, seed = check_integer(batch_size, "batch_size", 1), check_integer(seed, "seed")
+        return Batches(self, batch_size, check_flag(shuffle, "shuffle"), seed, check_dtype(dtype))
 
     @property
     @door
@@ -257,8 +265,7 @@ class ActivationStore:
         Returns:
             At most before + 1 + after token ids, and the index of the row's own token among them.
         """
-        if before < 0 or after < 0:
-            raise ValueError(f"before and after must not be negative, got {before} and {after}")
+        before, after = check_integer(before, "before"), check_integer(after, "after")
         tokens, position = self._tokens_of(row)
         start = max(0, position - before)
         return tokens[start : position + after + 1].tolist(), position - start
@@ -305,15 +312,13 @@ class ActivationStore:
 
     def _locate(self, row: int) -> tuple[int, int]:
         """A row's shard, and its number there."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row must be in [0, {len(self)}), got {row}")
+        row = check_component(row, len(self), "row")
         i = int(np.searchsorted(self._row_ends, row, side="right"))
         return i, row - self._first_row(i)
 
     def _locate_document(self, document: int) -> tuple[int, int]:
         """The shard where a document begins, and its number there."""
-        if not 0 <= document < self.n_documents:
-            raise IndexError(f"document must be in [0, {self.n_documents}), got {document}")
+        document = check_component(document, self.n_documents, "document")
         i = int(np.searchsorted(self._document_ends, document, side="right"))
         return i, document - self._first_document(i)
 
@@ -448,10 +453,9 @@ class ActivationStoreWriter:
         overwrite: bool = False,
         resume: bool = False,
     ):
-        if n_features < 1 or rows_per_shard < 1:
-            raise ValueError(
-                f"n_features and rows_per_shard must be at least 1, got {n_features!r} and {rows_per_shard!r}"
-            )
+        n_features = check_integer(n_features, "n_features", 1)
+        rows_per_shard = check_integer(rows_per_shard, "rows_per_shard", 1)
+        overwrite, resume = check_flag(overwrite, "overwrite"), check_flag(resume, "resume")
         if dtype not in _DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
         self.folder = Path(folder).absolute()  # wherever the process goes meanwhile
@@ -515,7 +519,8 @@ class ActivationStoreWriter:
             raise ValueError(f"{self.folder}: this store is closed")
         tokens = _integers(token_ids, "token_ids")
         places = _integers(positions, "positions")
-        if activations.shape != (len(places), self.n_features) or not activations.is_floating_point():
+        activations = check_floats(activations, "activations")
+        if activations.shape != (len(places), self.n_features):
             raise ValueError(
                 f"activations must be floats of shape ({len(places)}, {self.n_features}), one row per position, "
                 f"got {activations.dtype} of shape {tuple(activations.shape)}"
@@ -681,7 +686,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _integers(values: Any, name: str) -> Tensor:
     """`values` as int64 (n,) on the CPU; raises otherwise."""
-    tensor = torch.as_tensor(values).detach().cpu()
-    if tensor.dim() != 1 or (tensor.numel() and (tensor.is_floating_point() or tensor.dtype == torch.bool)):
+    tensor = check_tensor(values, name).detach().cpu()
+    if tensor.dim() != 1:
         raise ValueError(f"{name} must be integers of shape (n,), got {tensor.dtype} of shape {tuple(tensor.shape)}")
-    return tensor.long()
+    return check_integers(tensor, name).long() if tensor.numel() else tensor.long()

@@ -21,7 +21,6 @@ from mfa_kernels.checks import (
     check_integer,
     check_number,
     check_tensor,
-    shown,
 )
 from mfa_kernels.fitting.lloyd import Partition, chunks, lloyd
 from mfa_kernels.fitting.reservoir import numbered
@@ -109,7 +108,12 @@ def kmeans(
     Raises:
         TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
     """
-    _check_arguments(n_clusters, iterations, tol, sample)
+    n_clusters = check_integer(n_clusters, "n_clusters", 1, MOST_COMPONENTS)
+    iterations = check_integer(iterations, "iterations")
+    sample = None if sample is None else check_integer(sample, "sample", 1)
+    if sample is not None and sample < n_clusters:
+        raise ValueError(f"sample must be at least n_clusters = {n_clusters}, got {sample}")
+    tol = check_number(tol, "tol", 0)
     seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
     sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
     rows = None
@@ -120,6 +124,7 @@ def kmeans(
             )
         x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
+    init = init if isinstance(init, str) else check_floats(init, "init")
     device = check_device(device) if device is not None else source.device
     weights, unit = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
@@ -148,24 +153,14 @@ def kmeans(
     return _result(part, centroids + center, unit, updates, rows)
 
 
-def _check_arguments(n_clusters: int, iterations: int, tol: float, sample: int | None) -> None:
-    check_integer(n_clusters, "n_clusters", 1, MOST_COMPONENTS)
-    check_integer(iterations, "iterations")
-    if sample is not None:
-        check_integer(sample, "sample", 1)
-    if sample is not None and sample < n_clusters:
-        raise ValueError(f"sample must be at least n_clusters = {n_clusters}, got {sample}")
-    check_number(tol, "tol", 0)
-
-
 def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor | None, float | None]:
     """The weights over a power of two that brings the largest to about 1, as float32 needs it; and that power."""
     if weights is None:
         return None, None
-    try:
-        weights = check_tensor(torch.as_tensor(weights), "weights").to(device=device, dtype=torch.float64)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"weights must be a tensor of {rows} numbers, got {shown(weights)}: {error}") from None
+    weights = check_tensor(weights, "weights")
+    if weights.is_complex():
+        raise TypeError(f"weights must be real, got {weights.dtype}")
+    weights = weights.to(device=device, dtype=torch.float64)
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")
     if not (check_finite(weights, "weights") >= 0).all():
@@ -229,8 +224,7 @@ def _start(
             raise ValueError(
                 f"init must have shape (K, D) = ({clusters}, {subset.n_features}), got {tuple(init.shape)}"
             )
-        check_finite(check_floats(init, "init"), "init")
-        return init.to(center) - center
+        return check_finite(init, "init").to(center) - center
     check_choice(init, ("k-means||", "random"), "init")
     mass = torch.ones(len(subset), device=center.device) if weights is None else weights
     if init == "random":

@@ -177,13 +177,12 @@ def fit(
     check_choice(init, INITS, "init")
     check_choice(schedule, SCHEDULES, "schedule")
     streamed = isinstance(activations, Iterator) and method in ("online", "auto")
-    _check_arguments(
+    held_out, n_components, rank, epochs, batch_size, polish, eval_every, patience, seed = _checked(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
         batch_size=(batch_size, 1), polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1),
         seed=(seed, 0),
     )  # fmt: skip
-    check_positive(lr, "lr")
-    seed = check_integer(seed, "seed")
+    lr = check_positive(lr, "lr")
     progress = progress if isinstance(progress, str) else check_flag(progress, "progress")
     device = device if device is None else check_device(device)
     ranks = Ranks(group)
@@ -489,26 +488,31 @@ def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tenso
     return held
 
 
-def _check_arguments(
-    noise: str,
-    precision: str,
-    dtype: torch.dtype,
-    held_out: float,
-    log: StrPath | None,
-    **counts: tuple[int | None, int],  # a value, and its least
-) -> None:
-    """Raises where an argument is not what a fit can be given; now, and not when K-means is done."""
+def _checked(
+    noise: Any,
+    precision: Any,
+    dtype: Any,
+    held_out: Any,
+    log: Any,
+    **counts: tuple[Any, int],  # a value, and its least
+) -> list[Any]:
+    """`held_out` and the counts, in their order, as Python's own numbers.
+
+    Raises where an argument is not what a fit can be given; now, and not when K-means is done.
+    """
     check_choice(noise, NOISES, "noise")
     check_choice(precision, PRECISIONS, "precision")
     if check_dtype(dtype) not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    for name, (value, least) in counts.items():
-        if value is not None or name not in ("eval_every", "patience"):
-            check_integer(value, name, least)
-    if not 0 <= check_number(held_out, "held_out") < 1:
+    checked: list[Any] = [check_number(held_out, "held_out")]
+    if not 0 <= checked[0] < 1:
         raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    for name, (value, least) in counts.items():
+        is_left_out = value is None and name in ("eval_every", "patience")
+        checked.append(None if is_left_out else check_integer(value, name, least))
     if log is not None and check_path(log, "log").is_dir():
         raise IsADirectoryError(f"log must name a file, {log} is a folder")
+    return checked
 
 
 def _chosen(rows: float, components: int, batch_size: int) -> str:

@@ -97,9 +97,9 @@ def fit_sharded(
         FileExistsError, FileNotFoundError: as `fit`.
     """
     check_choice(method, ("em", "online", "auto"), "method")
-    loop._check_arguments(
+    held_out, n_components, rank, epochs, batch_size, eval_every, patience, seed = loop._checked(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
-        batch_size=(batch_size, 1), eval_every=(eval_every, 1), patience=(patience, 1),
+        batch_size=(batch_size, 1), eval_every=(eval_every, 1), patience=(patience, 1), seed=(seed, 0),
     )  # fmt: skip
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import modes
+from mfa_kernels.arrays import as_array, as_tensor, is_array, native, shares_memory
 from mfa_kernels.checks import check_floats
 
 
@@ -83,7 +84,7 @@ def as_source(activations: Any, name: str = "activations") -> Source:
     Args:
         activations: one of
             a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
-            a numpy array (..., D), such as a memory map, which is then read row by row;
+            an array (..., D), or what NumPy makes one of, such as a data frame; a memory map is read row by row;
             an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
             has `texts`, the number of the text that each row is from, (N,), rows are held out text by text;
             an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
@@ -97,10 +98,10 @@ def as_source(activations: Any, name: str = "activations") -> Source:
         source = activations
     elif isinstance(activations, Tensor):
         source = _tensor_source(activations.detach(), name)
-    elif isinstance(activations, np.ndarray):
-        source = _array_source(activations, name)
     elif hasattr(activations, "rows") and hasattr(activations, "n_features"):
         source = _store_source(activations, name)
+    elif is_array(activations):
+        source = _array_source(activations, name)
     elif isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
         source = _tensor_source(_concatenate(activations, name), name)
     else:
@@ -142,31 +143,25 @@ def _tensor_source(data: Tensor, name: str) -> Source:
     )
 
 
-def _array_source(data: np.ndarray, name: str) -> Source:
+def _array_source(activations: Any, name: str) -> Source:
+    if not isinstance(activations, np.ndarray):
+        return _tensor_source(as_tensor(activations, name), name)
+    data = as_array(activations, name)
+    dtype = torch.from_numpy(native(data[:0])).dtype
     _check_shape(data.shape, name)
-    dtype = _check_array(data, name)
-    data = data.reshape(-1, data.shape[-1])
-    if not isinstance(data, np.memmap) and data.flags.writeable and data.dtype.isnative and min(data.strides) >= 0:
+    _check_dtype(dtype, name)
+    is_mapped = isinstance(activations, np.memmap)
+    if not is_mapped and shares_memory(data):
         return _tensor_source(torch.from_numpy(data), name)
+    data = data.reshape(-1, data.shape[-1])
     return Source(
         len(data),
         data.shape[1],
-        torch.from_numpy(np.empty(0, dtype)).dtype,
-        lambda index: torch.from_numpy(np.array(data[index.cpu().numpy()], dtype)),
-        lambda start, stop: torch.from_numpy(np.array(data[start:stop], dtype)),
-        in_memory=not isinstance(data, np.memmap),
+        dtype,
+        lambda index: torch.from_numpy(native(data[index.cpu().numpy()])),
+        lambda start, stop: torch.from_numpy(native(data[start:stop])),
+        in_memory=not is_mapped,
     )
-
-
-def _check_array(data: np.ndarray, name: str) -> np.dtype:
-    """The dtype that an array's numbers have in this machine's byte order; raises for what is not activations."""
-    if isinstance(data, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be an array without a mask, got a masked one: fill it, or leave its rows out")
-    if data.dtype.kind != "f":
-        raise TypeError(f"{name} must have a floating-point dtype, got {data.dtype}")
-    if data.dtype.itemsize > 8:
-        raise TypeError(f"{name} must be float16, float32 or float64, got {data.dtype!r}")
-    return data.dtype.newbyteorder("=")
 
 
 def _store_source(store: Any, name: str) -> Source:
@@ -211,9 +206,10 @@ def _texts(store: Any, name: str) -> Tensor:
 
 def _may_be_rows(value: Any) -> bool:
     """Whether something could be activations by itself: labels and masks could not."""
-    if isinstance(value, np.ndarray):
-        return value.ndim > 1 and value.dtype.kind == "f"
-    return isinstance(value, Tensor) and value.dim() > 1 and value.is_floating_point()
+    if not is_array(value):
+        return False
+    tensor = as_tensor(value, "activations")
+    return tensor.dim() > 1 and tensor.is_floating_point()
 
 
 def as_rows(batch: Any, name: str) -> Tensor:
@@ -228,12 +224,11 @@ def as_rows(batch: Any, name: str) -> Tensor:
             "first entry is what is meant"
         )
     found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
-    if isinstance(found, np.ndarray):
-        found = torch.from_numpy(np.array(found, _check_array(found, name)))
-    if not isinstance(found, Tensor):
+    if not is_array(found):
         raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
-    _check_values(found, name)
-    return found.detach().flatten(0, -2)
+    rows = as_tensor(found, name)
+    _check_values(rows, name)
+    return rows.detach().flatten(0, -2)
 
 
 def _concatenate(batches: Iterable[Any], name: str) -> Tensor:

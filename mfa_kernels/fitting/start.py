@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.arrays import is_several
+from mfa_kernels.checks import check_choice, check_floats
 from mfa_kernels.fitting.kmeans import KMeansResult
 from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
@@ -131,8 +132,11 @@ def start_from_clusters(
 def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components: int | None = None) -> Tensor:
     """The centroids (K, D) of clusters; raises where they do not fit."""
     centroids = clusters.centroids if isinstance(clusters, KMeansResult) else clusters
-    if not isinstance(centroids, Tensor):
+    if not is_several(centroids):
         raise TypeError(f"clusters must be a KMeansResult or a tensor (K, D), got {type(clusters).__name__}")
+    centroids = check_floats(centroids, "clusters")
+    if not centroids.dim():
+        raise ValueError("clusters must have centroids (K, D), got ()")
     expected = (len(centroids) if n_components is None else n_components, n_features)
     if tuple(centroids.shape) != expected:
         raise ValueError(f"clusters must have centroids (K, D) = {expected}, got {tuple(centroids.shape)}")

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture, shown
+from mfa_kernels.arrays import is_several
+from mfa_kernels.checks import (
+    check_choice,
+    check_component,
+    check_components,
+    check_flag,
+    check_integer,
+    check_mixture,
+    check_number,
+    check_tensor,
+)
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.progress import progress_bar
 
@@ -136,8 +146,8 @@ def assignments(
         ValueError: the store has another width than the mixture, or no rows.
     """
     check_store(store)
-    check_flag(progress, "progress")
-    check_integer(batch_size, "batch_size", 1)
+    progress = check_flag(progress, "progress")
+    batch_size = check_integer(batch_size, "batch_size", 1)
     if store.n_features != check_mixture(mfa).n_features:
         raise ValueError(f"store has {store.n_features} features, but the mixture has {mfa.n_features}")
     n = len(store)
@@ -296,19 +306,20 @@ def top_contexts(
     check_choice(by, ("responsibility", "distance", "latent"), "by")
     check_mixture(mfa)
     check_tokenizer(tokenizer)
-    check_flag(progress, "progress")
-    for name, count, least in (("n", n, 1), ("before", before, 0), ("after", after, 0)):
-        check_integer(count, name, least)
+    progress, n = check_flag(progress, "progress"), check_integer(n, "n", 1)
+    before, after = check_integer(before, "before"), check_integer(after, "after")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign!r}")
     if by == "latent":
         if axis is None:
             raise ValueError('axis: by="latent" needs the index of a latent, got None')
-        check_axis(mfa, axis)
-    if not isinstance(component, int | Sequence) or isinstance(component, str | bytes):
-        raise TypeError(f"component must be an int or a sequence of them, got {shown(component)}")
-    wanted = [component] if isinstance(component, int) else component
-    components = [check_component(k, mfa.n_components) for k in wanted]
+        axis = check_axis(mfa, axis)
+    is_one = not is_several(component) and not isinstance(component, range)
+    components = (
+        [check_component(component, mfa.n_components)]
+        if is_one
+        else check_components(component, mfa.n_components, "component")
+    )
     assigned = ensure_assignments(mfa, store, assigned, progress)
     result = {}
     for k in progress_bar(components, desc="contexts", unit="region", progress=progress and len(components) > 1):
@@ -375,12 +386,9 @@ def axis_contexts(
     Returns:
         One entry per quantile, in the order given; no entries for a region without rows.
     """
-    check_component(component, mfa.n_components)
-    check_axis(mfa, axis)
-    check_integer(n, "n", 1)
-    for quantile in quantiles:
-        if not 0 <= quantile <= 1:
-            raise ValueError(f"quantiles must be in [0, 1], got {quantile!r}")
+    component, axis = check_component(component, check_mixture(mfa).n_components), check_axis(mfa, axis)
+    n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
+    quantiles = [check_number(q, "quantiles", 0, 1) for q in check_tensor(quantiles, "quantiles").flatten().tolist()]
     assigned = ensure_assignments(mfa, store, assigned, progress)
     rows, z = assigned.rows(component), region_latents(mfa, store, component, assigned)[:, axis]
     return along_axis(store, tokenizer, component, rows, z, n, quantiles, before, after)

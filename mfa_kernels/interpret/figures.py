@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.arrays import is_several
+from mfa_kernels.checks import check_component, check_integer, shown
 from mfa_kernels.files import StrPath, atomic_write_bytes
 from mfa_kernels.interpret.contexts import (
     Assignments,
@@ -158,7 +159,10 @@ def region_scatter(
         The path.
     """
     k = check_component(component, mfa.n_components)
+    if not is_several(axes) or len(axes) != 2:
+        raise ValueError(f"axes must be two latents, got {shown(axes)}")
     first, second = (check_axis(mfa, axis) for axis in axes)
+    labels = check_integer(labels, "labels")
     if first == second:
         raise ValueError(f"axes must be two different latents, got {axes}")
     assigned = ensure_assignments(mfa, store, assigned, progress)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_component, check_flag, check_integer, check_mixture
+from mfa_kernels.checks import check_choice, check_components, check_flag, check_integer, check_mixture
 from mfa_kernels.functional import compute_dtype
 from mfa_kernels.ops.factors.reference import factors
 from mfa_kernels.ops.precision import full_precision
@@ -50,11 +50,11 @@ def neighbors(
         device. A region is not its own neighbour.
     """
     check_choice(metric, ("centroid", "mahalanobis", "subspace"), "metric")
-    check_flag(progress, "progress")
+    progress, n = check_flag(progress, "progress"), check_integer(n, "n")
     count = check_mixture(mfa).n_components
-    if not 1 <= check_integer(n, "n") < count:
+    if not 1 <= n < count:
         raise ValueError(f"n must be in [1, {count}), one less than there are regions, got {n!r}")
-    chosen = list(range(count) if components is None else [check_component(k, count) for k in components])
+    chosen = list(range(count)) if components is None else check_components(components, count)
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')
     metrics: dict[str, type[_Metric]] = {

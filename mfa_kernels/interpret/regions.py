@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_components, check_integer, check_mixture
 from mfa_kernels.interpret.contexts import Assignments, Context, ensure_assignments, show_token, top_contexts
 from mfa_kernels.progress import progress_bar
 
@@ -98,8 +98,10 @@ def region_summaries(
     Returns:
         In the order of `components`.
     """
-    chosen = range(mfa.n_components) if components is None else components
-    chosen = [check_component(k, mfa.n_components) for k in chosen]
+    count = check_mixture(mfa).n_components
+    chosen = list(range(count)) if components is None else check_components(components, count)
+    n_tokens, n_contexts = check_integer(n_tokens, "n_tokens"), check_integer(n_contexts, "n_contexts")
+    before, after = check_integer(before, "before"), check_integer(after, "after")
     assigned = ensure_assignments(mfa, store, assigned, progress)
     counts = assigned.counts
     finite = assigned.components >= 0
@@ -174,9 +176,12 @@ def interesting_regions(
     Returns:
         Components, most interesting first.
     """
+    n, samples = check_integer(n, "n", 1), check_integer(samples, "samples", 1)
     assigned = ensure_assignments(mfa, store, assigned, progress)
     counts = assigned.counts
-    if min_rows is None:
+    if min_rows is not None:
+        min_rows = check_integer(min_rows, "min_rows")
+    else:
         min_rows = max(20, int(counts.sum()) // (4 * mfa.n_components))
     candidates = (counts >= min_rows).nonzero().squeeze(1)
     if not len(candidates):

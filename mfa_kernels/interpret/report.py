@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_components, check_integer, check_path
 from mfa_kernels.files import StrPath, atomic_write_text, check_writable
 from mfa_kernels.interpret.contexts import Assignments, Context, along_axis, ensure_assignments, region_latents
 from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
@@ -69,12 +69,14 @@ def write_report(
     Returns:
         The path.
     """
-    check_writable(path, "path")
+    check_writable(check_path(path, "path"), "path")
+    n_regions, n_contexts = check_integer(n_regions, "n_regions", 1), check_integer(n_contexts, "n_contexts")
+    n_axes = check_integer(n_axes, "n_axes")
     assigned = ensure_assignments(mfa, store, assigned, progress)
     options: dict[str, Any] = {"assigned": assigned, "progress": progress}
     if components is None:
         components = interesting_regions(mfa, store, n_regions, **options)
-    shown = [check_component(k, mfa.n_components) for k in components]
+    shown = check_components(components, mfa.n_components)
     around: dict[int, list[int]] = {}
     if mfa.n_components > 1:
         count = min(_NEIGHBORS, mfa.n_components - 1)

@@ -59,7 +59,9 @@ def intervene(
     Raises:
         IndexError, TypeError, ValueError: naming the argument that does not fit.
     """
-    check_hidden(x, check_mixture(mfa).n_features, "x")
+    x = check_hidden(x, check_mixture(mfa).n_features, "x")
+    if x.is_meta:
+        raise ValueError("x must hold values, got a tensor on the meta device")
     with ordinary(gradients=False):
         program = Program(mfa, as_rows(interventions, rows, mfa), x.device, gate, norm, differentiable=True)
         if not x.numel():
@@ -68,10 +70,12 @@ def intervene(
         return program(x.reshape(batch, -1, mfa.n_features), True, (step,)).hidden.reshape(x.shape)
 
 
-def check_hidden(x: Any, features: int, name: str) -> None:
-    """Raises unless `x` is a float tensor (..., D)."""
-    if check_floats(x, name).dim() == 0 or x.shape[-1] != features:
+def check_hidden(x: Any, features: int, name: str) -> Tensor:
+    """`x` as a float tensor (..., D); raises otherwise."""
+    x = check_floats(x, name)
+    if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name} must have shape (..., {features}) to fit the mixture, got {tuple(x.shape)}")
+    return x
 
 
 class Outcome(NamedTuple):

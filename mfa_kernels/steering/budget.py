@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_number
+from mfa_kernels.checks import check_positive, shown
 from mfa_kernels.models import check_evaluating
 from mfa_kernels.steering.handle import Handle
 
@@ -46,9 +46,12 @@ def alpha_for_kl(
         ValueError: the model is in training mode, the KL at `most` is too small, or KL jumps over the value, as it can
             where a gate opens.
     """
-    target, most = check_number(kl, "kl"), check_number(most, "most")
-    if target <= 0 or most <= 0:
-        raise ValueError(f"kl and most must be positive, got {kl} and {most}")
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle must be what `steer` returned, got {type(handle).__name__}")
+    if not isinstance(inputs, Mapping) or "input_ids" not in inputs:
+        raise TypeError(f"inputs must be a mapping with input_ids, as a tokenizer returns it, got {shown(inputs)}")
+    target, most = check_positive(kl, "kl"), check_positive(most, "most")
+    tolerance = check_positive(tolerance, "tolerance")
     check_evaluating(model)
     row = _last_tokens(inputs)
 

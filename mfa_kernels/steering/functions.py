@@ -46,7 +46,7 @@ class Function:
             hook: what TransformerLens passes on; not used.
             step: generation step at which an alpha that is a function is taken.
         """
-        check_hidden(x, self._features, "x")
+        x = check_hidden(x, self._features, "x")
         if not x.numel():
             return x.clone()
         batch = x.shape[0] if x.dim() > 1 else 1

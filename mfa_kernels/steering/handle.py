@@ -268,7 +268,7 @@ class Handle:
             compiled.forget(self._given_model)
 
     def _build(self, given: dict[str, Any], where: dict[str, Any]) -> _Plan:
-        check_positions(where["positions"])
+        where = {**where, "positions": check_positions(where["positions"])}
         example = _example(self._module, self._mfa.means)
         with ordinary(), torch.no_grad():  # it may be used in any mode
             rows = as_rows(*_as_lists(given), self._mfa)

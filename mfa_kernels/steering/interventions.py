@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mfa_kernels.arrays import is_several
 from mfa_kernels.checks import (
     check_choice,
     check_component,
+    check_components,
     check_finite,
-    check_integers,
     check_number,
     check_tensor,
-    shown,
 )
 from mfa_kernels.mfa import MFA
 
@@ -175,30 +175,26 @@ def _checked(intervention: Intervention, mfa: MFA) -> dict[str, Any]:
 def _components(component: int | Tensor | None, count: int) -> list[int | None]:
     if component is None:
         return [None]
-    if isinstance(component, Tensor) and component.is_meta:
-        raise ValueError("component must hold values, got a tensor on the meta device")
-    if isinstance(component, Tensor) and check_integers(component, "component").dim() > 1:
+    if not is_several(component):
+        return [check_component(component, count)]
+    several = check_tensor(component, "component")
+    if several.dim() > 1 or not several.numel():
         raise ValueError(
             f"component must be an int or an integer tensor of shape (B,), "
-            f"got {component.dtype} of shape {tuple(component.shape)}"
+            f"got {several.dtype} of shape {tuple(several.shape)}"
         )
-    values = component.reshape(-1).tolist() if isinstance(component, Tensor) else [component]
-    if not values:
-        raise ValueError("component is an empty tensor")
-    if any(isinstance(k, bool) or not hasattr(k, "__index__") for k in values):
-        raise TypeError(f"component must be an int, an integer tensor (B,) or None, got {component!r}")
-    return [check_component(k, count) for k in values]
+    return list(check_components(several.reshape(-1), count, "component"))
 
 
 def _alphas(alpha: Alpha) -> list[float | Callable[[int], float]]:
     if callable(alpha):
         return [alpha]
-    if isinstance(alpha, Tensor):
-        if alpha.dim() > 1 or not alpha.numel():
-            raise ValueError(f"alpha must be a float or a tensor of shape (B,), got shape {tuple(alpha.shape)}")
-        values = check_finite(check_tensor(alpha, "alpha"), "alpha").detach().reshape(-1).tolist()
-    else:
-        values = [alpha]
+    values = [alpha]
+    if is_several(alpha):
+        several = check_tensor(alpha, "alpha")
+        if several.dim() > 1 or not several.numel():
+            raise ValueError(f"alpha must be a float or a tensor of shape (B,), got shape {tuple(several.shape)}")
+        values = check_finite(several, "alpha").detach().reshape(-1).tolist()
     return [check_number(value, "alpha", -_LARGEST, _LARGEST) for value in values]
 
 
@@ -209,10 +205,7 @@ def _check_rank(mfa: MFA, name: str) -> None:
 
 def _vectors(values: Tensor | Sequence[float], width: int, name: str, letter: str) -> Tensor:
     """(1 or B, width)."""
-    try:
-        vectors = check_tensor(torch.as_tensor(values), name)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be a tensor or a sequence of numbers, got {shown(values)}: {error}") from None
+    vectors = check_tensor(values, name)
     if vectors.dim() not in (1, 2) or vectors.shape[-1] != width or not len(vectors):
         raise ValueError(
             f"{name} must have shape ({letter},) = ({width},) or (B, {letter}) = (B, {width}), "

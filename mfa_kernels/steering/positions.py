@@ -7,7 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.arrays import is_several
+from mfa_kernels.checks import check_choice, check_integer, check_tensor
 from mfa_kernels.steering.tracking import Pass
 
 Positions: TypeAlias = "str | slice | Tensor"
@@ -20,14 +21,11 @@ def check_positions(positions: Any) -> Positions:
     if isinstance(positions, str):
         return check_choice(positions, _NAMES, "positions")
     if isinstance(positions, slice):
-        bounds = (positions.start, positions.stop, positions.step)
-        if any(b is not None and (not isinstance(b, int) or b < 0) for b in bounds) or positions.step == 0:
-            raise ValueError(
-                f"positions: a slice counts from the first token, with non-negative bounds and a positive step; "
-                f"got {positions}"
-            )
-        return positions
-    if isinstance(positions, Tensor):
+        bounds = {name: getattr(positions, name) for name in ("start", "stop", "step")}
+        least = {"start": 0, "stop": 0, "step": 1}  # they count from the first token
+        return slice(*(b if b is None else check_integer(b, f"positions.{n}", least[n]) for n, b in bounds.items()))
+    if is_several(positions):
+        positions = check_tensor(positions, "positions")
         if positions.dtype != torch.bool or positions.dim() not in (1, 2) or not positions.numel():
             raise ValueError(
                 "positions: a mask must be a bool tensor of shape (T,) or (B, T), "

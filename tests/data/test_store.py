@@ -114,7 +114,7 @@ def test_context_ends_where_the_document_does(tmp_path: Path) -> None:
     assert store.context(1, before=3, after=2) == ([102, 103, 104, 105, 106, 107], 3)
     assert store.context(2, before=3, after=2) == ([116, 117, 118, 119], 3)
     assert store.context(1, before=0, after=0) == ([105], 0)
-    with pytest.raises(ValueError, match="before and after"):
+    with pytest.raises(ValueError, match="before must be an integer >= 0, got -1"):
         store.context(1, before=-1)
 
 
@@ -158,9 +158,11 @@ def test_rows_outside_or_not_integers(tmp_path: Path) -> None:
             store.rows(torch.tensor([0, wrong]))
         with pytest.raises(IndexError, match=f"row must be .*got {wrong}"):
             store.token(wrong)
-    for wrong in (torch.tensor([0.0]), torch.tensor(0), torch.zeros(len(store), dtype=torch.bool)):
-        with pytest.raises(ValueError, match="index must be integers"):
+    for wrong in (torch.tensor([0.0]), torch.zeros(len(store), dtype=torch.bool)):
+        with pytest.raises(TypeError, match="index must have an integer dtype"):
             store.rows(wrong)
+    with pytest.raises(ValueError, match="index must be integers of shape"):
+        store.rows(torch.tensor(0))
     with pytest.raises(IndexError, match="document must be"):
         store.document_tokens(store.n_documents)
     with pytest.raises(ValueError, match="batch_size"):
@@ -232,12 +234,12 @@ def test_bad_documents_are_refused_and_change_nothing(tmp_path: Path) -> None:
         for positions, activations, message in (
             ([0, 1], torch.zeros(1, D), r"activations must be floats of shape \(2, 5\)"),
             ([0], torch.zeros(1, D + 1), r"activations must be floats of shape \(1, 5\)"),
-            ([0], torch.zeros(1, D, dtype=torch.long), "activations must be floats"),
+            ([0], torch.zeros(1, D, dtype=torch.long), "activations must have a floating-point dtype"),
             ([3], torch.zeros(1, D), r"positions must be in \[0, 3\)"),
             ([-1], torch.zeros(1, D), r"positions must be in \[0, 3\)"),
-            ([0.5], torch.zeros(1, D), "positions must be integers"),
+            ([0.5], torch.zeros(1, D), "positions must have an integer dtype"),
         ):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises((TypeError, ValueError), match=message):
                 writer.add_document([1, 2, 3], positions, activations)
         with pytest.raises(ValueError, match="token_ids must be integers"):
             writer.add_document([[1, 2]], [0], torch.zeros(1, D))
@@ -249,7 +251,7 @@ def test_bad_documents_are_refused_and_change_nothing(tmp_path: Path) -> None:
 def test_bad_writers(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype must be one of"):
         ActivationStoreWriter(tmp_path, D, torch.float64)
-    with pytest.raises(ValueError, match="n_features and rows_per_shard"):
+    with pytest.raises(ValueError, match="n_features must be an integer >= 1, got 0"):
         ActivationStoreWriter(tmp_path, 0)
     assert list(tmp_path.iterdir()) == []
 

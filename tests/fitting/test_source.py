@@ -82,7 +82,7 @@ def test_batches_keep_their_dtype_in_memory():
     ("data", "error", "message"),
     [
         (DATA.long(), TypeError, r"activations must have a floating-point dtype, got torch.int64"),
-        (DATA.long().numpy(), TypeError, r"activations must have a floating-point dtype, got int64"),
+        (DATA.long().numpy(), TypeError, r"activations must have a floating-point dtype, got torch.int64"),
         (Store(DATA.long()), TypeError, r"activations.rows must have a floating-point dtype"),
         ([DATA.long()], TypeError, r"batch 0 must have a floating-point dtype"),
         (DATA[0], ValueError, r"shape \(N, D\) or \(\.\.\., D\), got \(3,\)"),

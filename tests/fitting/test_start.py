@@ -218,7 +218,7 @@ def test_options_reach_the_mixture():
         ({"noise": "isotropic"}, ValueError, "noise must be one of"),
         ({"clusters": torch.zeros(6, 11)}, ValueError, r"clusters must have centroids .* = \(6, 12\), got \(6, 11\)"),
         ({"clusters": torch.full((6, 12), float("nan"))}, ValueError, "clusters must have finite centroids"),
-        ({"clusters": [[0.0] * 12]}, TypeError, "clusters must be a KMeansResult or a tensor .* got list"),
+        ({"clusters": "k-means"}, TypeError, "clusters must be a KMeansResult or a tensor .* got str"),
         ({"x": torch.full((5, 12), float("nan"))}, ValueError, "no finite row among 5"),
         ({"x": torch.ones(5, 12)}, ValueError, "activations do not vary: all the 5 finite rows are equal"),
     ],

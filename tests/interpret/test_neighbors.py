@@ -65,7 +65,7 @@ def test_neighbors_of_some_regions_are_theirs_among_all(metric: str, monkeypatch
     for found, expected in zip(some, every):
         torch.testing.assert_close(found, expected[[20, 3, 3]], rtol=1e-6, atol=1e-6)
     assert neighbors(mfa, 5, metric, components=[], progress=False)[0].shape == (0, 5)
-    with pytest.raises(IndexError, match=r"component must be in \[0, 23\), got 23"):
+    with pytest.raises(IndexError, match=r"components must be in \[0, 23\), got 23"):
         neighbors(mfa, 5, metric, components=[23])
 
 

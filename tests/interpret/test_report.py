@@ -211,7 +211,7 @@ def test_text_becomes_html_in_one_place_only() -> None:
 
 def test_an_unknown_region_is_named(tmp_path: Path) -> None:
     mfa, store, _ = planted()
-    with pytest.raises(IndexError, match=r"component must be in \[0, 4\), got 9"):
+    with pytest.raises(IndexError, match=r"components must be in \[0, 4\), got 9"):
         write_report(tmp_path / "report.html", mfa, store, WORDS, components=[9], progress=False)
     assert not list(tmp_path.iterdir())
 

@@ -205,8 +205,8 @@ def test_bad_input_is_named() -> None:
         intervene(torch.zeros(2, 31), mfa, BOTH)
     with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):
         intervene(torch.zeros(2, 32, dtype=torch.long), mfa, BOTH)
-    with pytest.raises(TypeError, match="got list"):
-        intervene([0.0] * 32, mfa, BOTH)
+    with pytest.raises(TypeError, match="x must be a tensor or an array, got str"):
+        intervene("x", mfa, BOTH)
     x = tokens(2)
     with pytest.raises(IndexError, match=r"gate component must be in \[0, 6\), got 6"):
         intervene(x, mfa, BOTH, gate=(6, 0.5))

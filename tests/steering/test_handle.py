@@ -673,7 +673,7 @@ class TestBadInput:
         model = causal_lm()
         with (
             steer(model, fitting_mixture(), "model", 0, 0.5),
-            pytest.raises(TypeError, match="the output of model must be a torch.Tensor, got BaseModel"),
+            pytest.raises(TypeError, match="the output of model must be a tensor or an array, got BaseModel"),
         ):
             model(**prompts())
 

@@ -93,9 +93,9 @@ def test_never_waits_for_the_device(positions: Any) -> None:
     ("positions", "error", "message"),
     [
         ("first", ValueError, "positions must be one of 'all', 'prompt', 'generated', 'last', got 'first'"),
-        (slice(-3, None), ValueError, "non-negative bounds"),
-        (slice(0, 5, 0), ValueError, "positive step"),
-        (slice(0.5, 2), ValueError, "non-negative bounds"),
+        (slice(-3, None), ValueError, "positions.start must be an integer >= 0, got -3"),
+        (slice(0, 5, 0), ValueError, "positions.step must be an integer >= 1, got 0"),
+        (slice(0.5, 2), TypeError, "positions.start must be an integer, got 0.5"),
         (torch.ones(3), ValueError, r"a bool tensor of shape \(T,\) or \(B, T\), got torch.float32"),
         (torch.ones(1, 1, 3).bool(), ValueError, r"of shape \(1, 1, 3\)"),
         (torch.ones(0).bool(), ValueError, r"of shape \(0,\)"),
