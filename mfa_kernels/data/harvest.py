@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,20 @@ from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWri
 from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.locks import alone
-from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
+from mfa_kernels.models import (
+    bos_prefix,
+    decoder_of_two,
+    hidden_states,
+    input_device,
+    layer_index,
+    resolve_layer,
+    text_tokens,
+)
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
+from mfa_kernels.rehearsal import check_output
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
 
@@ -112,9 +121,10 @@ def harvest(
     if resume and (overwrite or out is None):
         raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
     layers = _several(layer)
-    several = not isinstance(layer, int | str)
+    several = not _is_one(layer)
     model, tokenizer, device = _load(model, tokenizer, device)
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    _check_layers(model, modules)
     temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
     if out is None:
         folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
@@ -194,6 +204,7 @@ def stream(
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    _check_layers(model, modules)
 
     def batches() -> Iterator[Any]:
         windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
@@ -202,19 +213,22 @@ def stream(
             with _reader(model, modules, None) as read:
                 rows = {path: states[:left] for path, states in read(batch).items()}
             first = rows[paths[layers[0]]]
-            yield first if isinstance(layer, int | str) else {wanted: rows[path] for wanted, path in paths.items()}
+            yield first if _is_one(layer) else {wanted: rows[path] for wanted, path in paths.items()}
             left = None if left is None else left - len(first)
 
     return made(batches())
 
 
+def _is_one(layer: Any) -> bool:
+    """Whether it is one layer, and no sequence of them."""
+    return isinstance(layer, str) or not (isinstance(layer, Sequence) or getattr(layer, "ndim", 0) > 0)
+
+
 def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
-    if not isinstance(layer, int | str | Sequence):
-        raise TypeError(f"layer must be an index, a module path or a sequence of them, got {shown(layer)}")
-    layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
+    layers = [layer] if _is_one(layer) else list(cast(Sequence[Layer], layer))
     if not layers:
         raise ValueError("layer must name at least one layer, got none")
-    return layers
+    return [wanted if isinstance(wanted, str) else layer_index(wanted) for wanted in layers]
 
 
 def _check_arguments(
@@ -378,6 +392,8 @@ def _reader(
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
                 found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise ValueError(f"layer {path!r} must give hidden states of shape {(*shape, 'D')}, it gives {found}")
+            if hidden.is_meta:
+                raise ValueError(f"layer {path!r} gives tensors on the meta device: the model's weights are not loaded")
             # Taken here, not after the pass: what comes next may write over its input.
             rows[path] = hidden[index[0].to(hidden.device), index[1].to(hidden.device)]
             if len(rows) == len(modules):
@@ -402,15 +418,15 @@ def _reader(
             torch.repeat_interleave(torch.tensor([len(window.positions) for window in batch])),
             torch.tensor([position for window in batch for position in window.positions]),
         )
-        shape = tokens.shape
+        shape, place = tokens.shape, input_device(model)
         try:
-            model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            model(input_ids=tokens.to(place), attention_mask=mask.to(place), use_cache=False)
         except _Stop:
             return dict(rows)
         missing = ", ".join(modules.keys() - rows.keys())
         raise ValueError(f"layer: {missing} took no part in the forward pass of {type(model).__name__}")
 
-    home = model.device
+    home = _one_device(model) if device is not None else None
     training = [(module, module.training) for module in model.modules()]
     handles = []
     try:
@@ -428,6 +444,29 @@ def _reader(
             module.training = flag
         if device is not None:
             model.to(home)
+
+
+def _one_device(model: Any) -> torch.device:
+    """The device that a model is on and may be moved from; raises where it is on several, or offloaded."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise ValueError(
+            f"device: {type(model).__name__} is on {', '.join(sorted(map(str, devices)))}, spread or offloaded, and is "
+            "not moved: leave device out, and it runs where it is"
+        )
+    return next(iter(devices))
+
+
+def _check_layers(model: Any, paths: Iterable[str]) -> None:
+    """Raises for layers whose output is known not to be that of the texts' tokens."""
+    decoder = decoder_of_two(model)
+    for path in paths:
+        check_output(model, path)
+        if decoder is not None and f"{path}.".startswith(f"{decoder}."):
+            raise ValueError(
+                f"layer: {path!r} is in the decoder of {type(model).__name__}, which reads texts with its encoder: "
+                "name a layer of the encoder by its path, as in model.named_modules()"
+            )
 
 
 def _windows(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
 from mfa_kernels.modes import ordinary
+from mfa_kernels.rehearsal import check_output
 from mfa_kernels.steering import compiled
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
@@ -167,6 +168,7 @@ class Handle:
         self._mfa = mfa
         self.layer, self._module = resolve_layer(self._model, layer)
         _check_width(self._model, self.layer, mfa.n_features)
+        check_output(self._model, self.layer, mfa.n_features)
         self._plan = self._build(given, {"positions": positions, "gate": gate, "norm": norm})
         self._counts = _Counts(_example(self._module, mfa.means).device)
         self._is_paused = False
