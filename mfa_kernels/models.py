@@ -304,6 +304,7 @@ def check_encoder(tokenizer: Any) -> None:
 
 def encoded(model: Any, tokenizer: Any, texts: str | list[str], **padding: Any) -> dict[str, Tensor]:
     """What a model is called with to read texts: of what `tokenize` returns, what it takes, on its device."""
+    check_loaded(model)
     fields, names = tokenize(tokenizer, texts, **padding), _taken(model)
     return {name: value.to(input_device(model)) for name, value in fields.items() if names is None or name in names}
 
@@ -338,6 +339,21 @@ def input_device(model: Any) -> torch.device:
         weights = []
     first = next(iter(weights or model.parameters()), None)
     return torch.device("cpu") if first is None or first.is_meta else first.device
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises where weights are on the meta device and nothing brings them from elsewhere for a pass.
+
+    What does, as accelerate's hooks, wraps the forward of a module, or runs before it.
+    """
+    parts = [model]
+    while parts:
+        module = parts.pop()
+        if "forward" in vars(module) or module._forward_pre_hooks:
+            continue
+        if any(weight is not None and weight.is_meta for weight in module._parameters.values()):
+            raise ValueError(f"model: {type(model).__name__} is on the meta device, its weights are not loaded")
+        parts += module.children()
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

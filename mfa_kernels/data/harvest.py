@@ -23,6 +23,7 @@ from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.locks import alone
 from mfa_kernels.models import (
     bos_prefix,
+    check_loaded,
     decoder_of_two,
     hidden_states,
     input_device,
@@ -124,6 +125,7 @@ def harvest(
     several = not _is_one(layer)
     model, tokenizer, device = _load(model, tokenizer, device)
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    check_loaded(model)
     _check_layers(model, modules)
     temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
     if out is None:
@@ -204,6 +206,7 @@ def stream(
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    check_loaded(model)
     _check_layers(model, modules)
 
     def batches() -> Iterator[Any]:
@@ -392,8 +395,6 @@ def _reader(
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
                 found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise ValueError(f"layer {path!r} must give hidden states of shape {(*shape, 'D')}, it gives {found}")
-            if hidden.is_meta:
-                raise ValueError(f"layer {path!r} gives tensors on the meta device: the model's weights are not loaded")
             # Taken here, not after the pass: what comes next may write over its input.
             rows[path] = hidden[index[0].to(hidden.device), index[1].to(hidden.device)]
             if len(rows) == len(modules):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_number
-from mfa_kernels.models import check_evaluating, is_encoder_decoder, without_notes
+from mfa_kernels.models import check_evaluating, check_loaded, is_encoder_decoder, without_notes
 from mfa_kernels.steering.handle import Handle
 
 _HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
@@ -51,6 +51,7 @@ def alpha_for_kl(
     if target <= 0 or most <= 0:
         raise ValueError(f"kl and most must be positive, got {kl} and {most}")
     check_evaluating(model)
+    check_loaded(model)
     inputs = without_notes(model, inputs)
     row = _last_tokens(model, inputs)
 
