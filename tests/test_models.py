@@ -155,3 +155,18 @@ def test_the_bundled_model_goes_by_its_name() -> None:
     model, tokenizer = load_language_model("tiny_lm")
     assert model.config.hidden_size == 256
     assert len(tokenizer) == 4096
+
+
+def test_what_an_encoder_decoder_writes_is_not_cut() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 43, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, eos_token_id=None, **sizes)).eval()
+    tokenizer, text, options = make_tokenizer(bos=True), "w1 w2 w3 w4 w5 w6", {"suppress_tokens": [0, 1, 2]}
+    written = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4, do_sample=False, **options)
+    assert written.shape == (1, 5)
+    expected = tokenizer.decode(written[0, 1:])
+    assert len(expected.split()) == 4
+    assert continuation(model, tokenizer, text, 4, **options) == expected
