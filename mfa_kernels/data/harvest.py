@@ -35,7 +35,7 @@ from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
-from mfa_kernels.rehearsal import check_output
+from mfa_kernels.twin import check_output
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
 
@@ -71,13 +71,13 @@ def harvest(
     forward pass ends at the last layer wanted. It is made in the model's own dtype: autocast is off meanwhile.
 
     Args:
-        model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
-            given back as they were.
+        model: a Hugging Face causal language model, or the folder or hub id of one; of an encoder-decoder, layers of
+            the encoder alone, by path. Training flags and device are given back as they were.
         tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
         texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as `read_texts`
             takes them; a lone string is a path.
         layer: an index (negative counts from the end) or a module path whose output is (batch, positions, D); or
-            several of these, for as many stores from one pass over the model.
+            several of these, for as many stores from one pass over the model. Digits, as "2", are an index.
         out: the folder of the store; with several layers, that of their folders, named by module path. None: a
             temporary folder, removed with the store object.
         max_tokens: rows to keep; None: all.
@@ -86,7 +86,8 @@ def harvest(
         dtype: of the activations on disk: float32, float16 or bfloat16.
         skip_first: positions without rows at the beginning of each window, where attention sinks live.
         drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
-        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here.
+        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here. A
+            model that is spread over devices, or offloaded, runs where it is.
         seed: of the order of texts, so that `max_tokens` takes from all over: of a sequence or a path, all texts are
             read first; of any other iterable, which may be endless, the order is that of a shuffle buffer. None: the
             order given, texts read as they are needed.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
-from mfa_kernels.rehearsal import check_output
 from mfa_kernels.steering.handle import Handle, steer
+from mfa_kernels.twin import check_output
 
 SITES = ("resid_post", "mlp_out", "mlp_act")
 

@@ -10,10 +10,10 @@ import torch
 import transformers
 from torch import nn
 
-from mfa_kernels import harvest, rehearsal, steer
+from mfa_kernels import harvest, steer, twin
 from mfa_kernels.data.harvest import stream
-from mfa_kernels.rehearsal import check_output
 from mfa_kernels.steering import MFASteerer
+from mfa_kernels.twin import check_output
 from tests.data.test_harvest import make_tokenizer
 from tests.offload import offloaded
 from tests.steering.tiny import WIDTH, causal_lm, count_hooks, fitting_mixture, prompts
@@ -112,9 +112,9 @@ def test_what_is_found_is_what_the_model_does(name: str) -> None:
     model, ids = made(*TO_BE_STEERED[name]), prompts()["input_ids"]
     drawn = torch.get_rng_state()
     with steer(model, fitting_mixture(), 1, 0, 0.5) as handle, torch.no_grad():
-        ((path, _),) = rehearsal._found[model]
+        ((path, _),) = twin._found[model]
         assert path == handle.layer
-        assert rehearsal._found[model][path, type(model.get_submodule(path))][0] == (2, 3, WIDTH)
+        assert twin._found[model][path, type(model.get_submodule(path))][0] == (2, 3, WIDTH)
         assert torch.equal(torch.get_rng_state(), drawn)
         model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
         assert handle.stats()[:2] == (14, 14)

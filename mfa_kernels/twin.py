@@ -46,7 +46,7 @@ def check_output(model: nn.Module, path: str, features: int | None = None) -> No
     is_container = kind.forward is nn.Module.forward and "forward" not in vars(module)  # nothing calls it
     shapes = [] if is_container else known.get((path, kind), _UNTRIED)
     if shapes is _UNTRIED:
-        shapes = known[path, kind] = _rehearsed(model, path)
+        shapes = known[path, kind] = _by_twin(model, path)
     if shapes is None:
         return
     name = f"layer: {path!r} of {type(model).__name__}"
@@ -71,7 +71,7 @@ def check_output(model: nn.Module, path: str, features: int | None = None) -> No
         raise ValueError(f"mfa has n_features = {features}, but {path!r} of {type(model).__name__} is {first[2]} wide")
 
 
-def _rehearsed(model: nn.Module, path: str) -> list[Any] | None:
+def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
     """The shapes (or types, of what is no tensor) that a layer puts out for some tokens: those of a tuple's entries.
 
     An empty list where the layer is not called; None where that cannot be found out.
