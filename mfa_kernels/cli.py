@@ -99,10 +99,10 @@ def _check_out(path: Path, there: bool, overwrite: bool) -> None:
 
 def _layer(text: str) -> int | str:
     """An index, or a module path."""
-    try:
-        return int(text)
-    except ValueError:
-        return text
+    from mfa_kernels.models import index_in
+
+    index = index_in(text)
+    return text if index is None else index
 
 
 class _Store(argparse.Action):

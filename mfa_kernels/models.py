@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import operator
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mfa_kernels.checks import shown
 
 BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
 
@@ -42,7 +48,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             continue
         if isinstance(stack, nn.ModuleList):
             return path, stack
-    decoder = _decoder_of_two(model)
+    decoder = decoder_of_two(model)
     depth = getattr(text_config(model), "num_hidden_layers", None)
     found = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if decoder is not None:
@@ -57,10 +63,10 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return found[0]
 
 
-def _decoder_of_two(model: nn.Module) -> str | None:
+def decoder_of_two(model: nn.Module) -> str | None:
     """Path of the decoder of an encoder-decoder; None for other models."""
     find: Any = getattr(model, "get_decoder", None)
-    if find is None or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if find is None or not is_encoder_decoder(model):
         return None
     decoder = find()
     return next((path for path, module in model.named_modules() if module is decoder and path), None)
@@ -90,25 +96,51 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 
     Args:
         model: a causal language model.
-        layer: an index (negative counts from the end), or a module path such as "model.layers.8".
+        layer: an index (negative counts from the end), or a module path such as "model.layers.8". Digits, as "8", are
+            the index where the model has no module of that path.
 
     Raises:
         IndexError, TypeError, ValueError: naming what exists.
     """
+    index: int | None
     if isinstance(layer, str):
         try:
             return layer, model.get_submodule(layer)
         except AttributeError:
-            raise ValueError(f"layer: {type(model).__name__} has no module {layer!r}") from None
-    try:
-        index = operator.index(layer)
-    except TypeError:
-        raise TypeError(f"layer must be an index or a module path, got {layer!r}") from None
+            index = index_in(layer)
+        if index is None:
+            raise ValueError(
+                f"layer: {type(model).__name__} has no module {layer!r}; give an index, or a module path as in "
+                "model.named_modules()"
+            ) from None
+    else:
+        index = layer_index(layer)
     path, stack = decoder_layers(model)
     if not -len(stack) <= index < len(stack):
         raise IndexError(f"layer must be in [{-len(stack)}, {len(stack)}), got {index}")
     index %= len(stack)
     return f"{path}.{index}", stack[index]
+
+
+def index_in(text: str) -> int | None:
+    """The index that a text such as "8" or "-1" is; None where it is none, as a module path."""
+    return int(text) if re.fullmatch("-?[0-9]+", text) else None
+
+
+def layer_index(layer: Any) -> int:
+    """`layer`, which is no text, as an int; raises a TypeError where it is no integer, as True and 2.0."""
+    is_flag = isinstance(layer, bool) or getattr(layer, "dtype", None) == torch.bool
+    try:
+        if not is_flag:
+            return operator.index(layer)
+    except Exception:  # of whatever kind, as in `check_integer`
+        pass
+    try:
+        number = math.nan if is_flag or isinstance(layer, str | bytes) else float(layer)
+    except Exception:
+        number = math.nan
+    hint = f"; give {number:.0f}" if number.is_integer() else ""
+    raise TypeError(f"layer must be an index or a module path, got {shown(layer)}{hint}")
 
 
 def text_config(model: nn.Module) -> Any:
@@ -136,7 +168,8 @@ def hidden_states(output: Any) -> Tensor:
 def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     """`output` with its hidden states replaced."""
     if isinstance(output, tuple):
-        return (hidden, *output[1:])
+        entries = (hidden, *output[1:])
+        return type(output)(*entries) if hasattr(output, "_fields") else entries  # a named tuple stays one
     if isinstance(output, list):
         return [hidden, *output[1:]]
     return hidden
@@ -223,21 +256,117 @@ def tokenize(tokenizer: Any, texts: str | list[str], **padding: Any) -> Any:
     Args:
         tokenizer: of a Hugging Face model.
         texts: with or without the BOS token's text in front, as chat templates write it.
-        padding: options of the tokenizer's `pad`; of one text, none is needed.
+        padding: options of the tokenizer's `pad`; of one text, none is needed. A tokenizer without a token to pad with
+            pads with another, which the mask leaves out.
 
     Returns:
         What the tokenizer does: input_ids, attention_mask, ..., (texts, positions) int64.
+
+    Raises:
+        TypeError: the tokenizer is none.
     """
+    check_encoder(tokenizer)
     prefix, batch = bos_prefix(tokenizer), [texts] if isinstance(texts, str) else texts
     # How many tokens of its own a text has too many: without a prefix, none are left out.
     extra = [
         len(text_tokens(tokenizer, text, [])) - len(text_tokens(tokenizer, text, prefix)) if prefix else 0
         for text in batch
     ]
-    if not any(extra):
+    can_pad = not padding.get("padding") or getattr(tokenizer, "pad_token_id", None) is not None
+    if can_pad and not any(extra):
         return tokenizer(texts, return_tensors="pt", **padding)
     fields = {name: [row[n:] for row, n in zip(rows, extra)] for name, rows in tokenizer(batch).items()}
-    return tokenizer.pad(fields, return_tensors="pt", **{"padding": False, **padding})
+    if can_pad:
+        return tokenizer.pad(fields, return_tensors="pt", **{"padding": False, **padding})
+    return _padded(fields, str(padding.get("padding_side") or getattr(tokenizer, "padding_side", "right")))
+
+
+def _padded(fields: dict[str, list[list[int]]], side: str) -> Any:
+    """Rows of each field with zeros up to the longest, on one side; there is a mask among the fields."""
+    from transformers import BatchEncoding
+
+    ids = fields["input_ids"]
+    fields = {**fields, "attention_mask": fields.get("attention_mask") or [[1] * len(row) for row in ids]}
+    longest = max(map(len, ids))
+    for name, rows in fields.items():
+        zeros = [[0] * (longest - len(row)) for row in rows]
+        fields[name] = [z + row if side == "left" else row + z for row, z in zip(rows, zeros)]
+    return BatchEncoding(fields, tensor_type="pt")
+
+
+def check_encoder(tokenizer: Any) -> None:
+    """Raises unless something turns text into ids and back."""
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        found = shown(tokenizer) if isinstance(tokenizer, str | None) else type(tokenizer).__name__
+        hint = "; AutoTokenizer.from_pretrained loads one by its name" if isinstance(tokenizer, str) else ""
+        raise TypeError(f"tokenizer must be one of transformers, got {found}{hint}")
+
+
+def encoded(model: Any, tokenizer: Any, texts: str | list[str], **padding: Any) -> dict[str, Tensor]:
+    """What a model is called with to read texts: of what `tokenize` returns, what it takes, on its device."""
+    check_loaded(model)
+    fields, names = tokenize(tokenizer, texts, **padding), _taken(model)
+    return {name: value.to(input_device(model)) for name, value in fields.items() if names is None or name in names}
+
+
+# What tokenizers return about each token or text, beside ids and mask; few models read any of it.
+_NOTES = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
+
+
+def without_notes(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's arguments without those that a tokenizer returned and its forward does not take."""
+    names = _taken(model)
+    return {n: value for n, value in inputs.items() if n not in _NOTES or names is None or n in names}
+
+
+def _taken(model: Any) -> set[str] | None:
+    """Names of the arguments of a model's forward; None for a wrapper that hands on whatever it is given."""
+    # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
+    inner = getattr(model, "_orig_mod", model)
+    names = set(inspect.signature(type(inner).forward).parameters)
+    return names if "input_ids" in names else None
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: where its embedding is.
+
+    Offloaded weights are on the meta device between passes. What loads them moves the inputs too, from the CPU.
+    """
+    find: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        weights = list(find().parameters()) if find else []
+    except (AttributeError, NotImplementedError):
+        weights = []
+    first = next(iter(weights or model.parameters()), None)
+    return torch.device("cpu") if first is None or first.is_meta else first.device
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raises where weights are on the meta device and nothing brings them from elsewhere for a pass.
+
+    What does, as accelerate's hooks, wraps the forward of a module, or runs before it.
+    """
+    parts = [model]
+    while parts:
+        module = parts.pop()
+        if "forward" in vars(module) or module._forward_pre_hooks:
+            continue
+        if any(weight is not None and weight.is_meta for weight in module._parameters.values()):
+            raise ValueError(f"model: {type(model).__name__} is on the meta device, its weights are not loaded")
+        parts += module.children()
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def first_token(model: Any) -> int:
+    """The token that the decoder of an encoder-decoder begins with."""
+    for place in (getattr(model, "generation_config", None), model.config):
+        token = getattr(place, "decoder_start_token_id", None)
+        if token is not None:
+            return int(token)
+    raise ValueError(f"model: {type(model).__name__} does not say which token its decoder begins with")
 
 
 def continuation(
@@ -248,16 +377,21 @@ def continuation(
     Further options are those of `model.generate`.
 
     Raises:
+        TypeError: the tokenizer is none, or the model writes nothing.
         ValueError: the model is in training mode.
     """
+    if not callable(getattr(model, "generate", None)):
+        raise TypeError(f"model must be one of transformers that can generate, got {type(model).__name__}")
     check_evaluating(model)
-    inputs = tokenize(tokenizer, prompt).to(model.device)
+    inputs = encoded(model, tokenizer, prompt)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}
-    devices = [model.device] if model.device.type == "cuda" else []
+    device = inputs["input_ids"].device
+    devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices):  # generate() draws from the global generator
         torch.manual_seed(seed)
         ids = model.generate(
             **inputs, **sampling, do_sample=temperature > 0, max_new_tokens=new_tokens,
             pad_token_id=tokenizer.eos_token_id, **options,
         )  # fmt: skip
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    before = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]  # what an encoder read is not repeated
+    return tokenizer.decode(ids[0, before:], skip_special_tokens=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from mfa_kernels.cli import _layer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.models import (
     bos_prefix,
@@ -59,10 +61,32 @@ def test_bad_layers_are_named() -> None:
         resolve_layer(model, -4)
     with pytest.raises(ValueError, match=r"LlamaForCausalLM has no module 'model.blocks.1'"):
         resolve_layer(model, "model.blocks.1")
-    with pytest.raises(TypeError, match=r"an index or a module path, got 1\.5"):
-        resolve_layer(model, 1.5)
+    for layer, message in (
+        (1.5, r"got 1\.5$"), (2.0, r"got 2\.0; give 2$"), (np.float64(2), r"; give 2$"), (None, "got None$"),
+        (torch.tensor(2.0), r"a tensor of shape \(\) and torch.float32; give 2$"), (True, "got True$"),
+        (np.bool_(True), "True"), (torch.tensor(True), "torch.bool$"), (torch.tensor([1, 2]), "a tensor of shape"),
+        ([1], r"got \[1\]$"), (b"1", "got b'1'$"), (float("nan"), "got nan$"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match="^layer must be an index or a module path, .*" + message):
+            resolve_layer(model, layer)
+    for text in ("2.0", "two", " 2", "1_0", "layers.2"):
+        with pytest.raises(ValueError, match=rf"has no module {text!r}; give an index, or a module path"):
+            resolve_layer(model, text)
+    for text in ("3", "-4"):
+        with pytest.raises(IndexError, match=rf"layer must be in \[-3, 3\), got {text}"):
+            resolve_layer(model, text)
     with pytest.raises(ValueError, match="no stack of decoder layers found in Linear"):
         resolve_layer(nn.Linear(2, 2), 0)
+
+
+def test_an_index_may_be_of_any_kind_and_may_be_text() -> None:
+    model = causal_lm()
+    for index in (2, "2", -1, "-1", np.int64(2), np.uint8(2), torch.tensor(2), torch.tensor(-1, dtype=torch.int32)):
+        assert resolve_layer(model, index) == ("model.layers.2", model.model.layers[2])
+    model.add_module("2", nn.Linear(2, 2))
+    assert resolve_layer(model, "2") == ("2", model.get_submodule("2"))
+    assert resolve_layer(model, 2)[0] == "model.layers.2"
+    assert [_layer(text) for text in ("2", "-1", "model.layers.2", "2.0")] == [2, -1, "model.layers.2", "2.0"]
 
 
 def test_text_config() -> None:
@@ -131,3 +155,18 @@ def test_the_bundled_model_goes_by_its_name() -> None:
     model, tokenizer = load_language_model("tiny_lm")
     assert model.config.hidden_size == 256
     assert len(tokenizer) == 4096
+
+
+def test_what_an_encoder_decoder_writes_is_not_cut() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"vocab_size": 43, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(T5Config(decoder_start_token_id=0, eos_token_id=None, **sizes)).eval()
+    tokenizer, text, options = make_tokenizer(bos=True), "w1 w2 w3 w4 w5 w6", {"suppress_tokens": [0, 1, 2]}
+    written = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=4, do_sample=False, **options)
+    assert written.shape == (1, 5)
+    expected = tokenizer.decode(written[0, 1:])
+    assert len(expected.split()) == 4
+    assert continuation(model, tokenizer, text, 4, **options) == expected

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,21 @@ from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWri
 from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.locks import alone
-from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
+from mfa_kernels.models import (
+    bos_prefix,
+    check_loaded,
+    decoder_of_two,
+    hidden_states,
+    input_device,
+    layer_index,
+    resolve_layer,
+    text_tokens,
+)
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
+from mfa_kernels.twin import check_output
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
 
@@ -61,13 +71,13 @@ def harvest(
     forward pass ends at the last layer wanted. It is made in the model's own dtype: autocast is off meanwhile.
 
     Args:
-        model: a Hugging Face causal language model, or the folder or hub id of one. Training flags and device are
-            given back as they were.
+        model: a Hugging Face causal language model, or the folder or hub id of one; of an encoder-decoder, layers of
+            the encoder alone, by path. Training flags and device are given back as they were.
         tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
         texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as `read_texts`
             takes them; a lone string is a path.
         layer: an index (negative counts from the end) or a module path whose output is (batch, positions, D); or
-            several of these, for as many stores from one pass over the model.
+            several of these, for as many stores from one pass over the model. Digits, as "2", are an index.
         out: the folder of the store; with several layers, that of their folders, named by module path. None: a
             temporary folder, removed with the store object.
         max_tokens: rows to keep; None: all.
@@ -76,7 +86,8 @@ def harvest(
         dtype: of the activations on disk: float32, float16 or bfloat16.
         skip_first: positions without rows at the beginning of each window, where attention sinks live.
         drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
-        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here.
+        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here. A
+            model that is spread over devices, or offloaded, runs where it is.
         seed: of the order of texts, so that `max_tokens` takes from all over: of a sequence or a path, all texts are
             read first; of any other iterable, which may be endless, the order is that of a shuffle buffer. None: the
             order given, texts read as they are needed.
@@ -113,9 +124,11 @@ def harvest(
     if resume and (overwrite or out is None):
         raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
     layers = _several(layer)
-    several = not isinstance(layer, int | str)
+    several = not _is_one(layer)
     model, tokenizer, device = _load(model, tokenizer, device)
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    check_loaded(model)
+    _check_layers(model, modules)
     temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
     if out is None:
         folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
@@ -197,6 +210,8 @@ def stream(
     model, tokenizer, _ = _load(model, tokenizer, None)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    check_loaded(model)
+    _check_layers(model, modules)
 
     def batches() -> Iterator[Any]:
         windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
@@ -205,19 +220,22 @@ def stream(
             with _reader(model, modules, None) as read:
                 rows = {path: states[:left] for path, states in read(batch).items()}
             first = rows[paths[layers[0]]]
-            yield first if isinstance(layer, int | str) else {wanted: rows[path] for wanted, path in paths.items()}
+            yield first if _is_one(layer) else {wanted: rows[path] for wanted, path in paths.items()}
             left = None if left is None else left - len(first)
 
     return made(batches())
 
 
+def _is_one(layer: Any) -> bool:
+    """Whether it is one layer, and no sequence of them."""
+    return isinstance(layer, str) or not (isinstance(layer, Sequence) or getattr(layer, "ndim", 0) > 0)
+
+
 def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
-    if not isinstance(layer, int | str | Sequence):
-        raise TypeError(f"layer must be an index, a module path or a sequence of them, got {shown(layer)}")
-    layers: list[Layer] = [layer] if isinstance(layer, int | str) else list(layer)
+    layers = [layer] if _is_one(layer) else list(cast(Sequence[Layer], layer))
     if not layers:
         raise ValueError("layer must name at least one layer, got none")
-    return layers
+    return [wanted if isinstance(wanted, str) else layer_index(wanted) for wanted in layers]
 
 
 def _checked(
@@ -406,15 +424,15 @@ def _reader(
             torch.repeat_interleave(torch.tensor([len(window.positions) for window in batch])),
             torch.tensor([position for window in batch for position in window.positions]),
         )
-        shape = tokens.shape
+        shape, place = tokens.shape, input_device(model)
         try:
-            model(input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), use_cache=False)
+            model(input_ids=tokens.to(place), attention_mask=mask.to(place), use_cache=False)
         except _Stop:
             return dict(rows)
         missing = ", ".join(modules.keys() - rows.keys())
         raise ValueError(f"layer: {missing} took no part in the forward pass of {type(model).__name__}")
 
-    home = model.device
+    home = _one_device(model) if device is not None else None
     training = [(module, module.training) for module in model.modules()]
     handles = []
     try:
@@ -432,6 +450,29 @@ def _reader(
             module.training = flag
         if device is not None:
             model.to(home)
+
+
+def _one_device(model: Any) -> torch.device:
+    """The device that a model is on and may be moved from; raises where it is on several, or offloaded."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    if len(devices) > 1 or any(device.type == "meta" for device in devices):
+        raise ValueError(
+            f"device: {type(model).__name__} is on {', '.join(sorted(map(str, devices)))}, spread or offloaded, and is "
+            "not moved: leave device out, and it runs where it is"
+        )
+    return next(iter(devices))
+
+
+def _check_layers(model: Any, paths: Iterable[str]) -> None:
+    """Raises for layers whose output is known not to be that of the texts' tokens."""
+    decoder = decoder_of_two(model)
+    for path in paths:
+        check_output(model, path)
+        if decoder is not None and f"{path}.".startswith(f"{decoder}."):
+            raise ValueError(
+                f"layer: {path!r} is in the decoder of {type(model).__name__}, which reads texts with its encoder: "
+                "name a layer of the encoder by its path, as in model.named_modules()"
+            )
 
 
 def _windows(

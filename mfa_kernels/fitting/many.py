@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,6 @@ def _part(batch: Any, layer: Any) -> Any:
         if layer is not None:
             raise ValueError(f"layer must be left out, batches are of one layer alone, got {layer!r}")
         return batch
-    if layer not in batch:
+    if isinstance(layer, bool) or not isinstance(layer, Hashable) or layer not in batch:
         raise ValueError(f"layer must be one of {', '.join(map(repr, batch))}, got {layer!r}")
     return batch[layer]

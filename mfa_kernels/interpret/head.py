@@ -7,6 +7,7 @@ of its final norm replaced by chosen points, and its logits are compared with th
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.models import check_evaluating, decoder_layers, hidden_states
+from mfa_kernels.models import check_evaluating, decoder_layers, hidden_states, input_device, is_encoder_decoder
 from mfa_kernels.ops.precision import full_precision
 
 # Names of the last normalisation, beside the decoder layers: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX/OPT, Phi, MPT.
@@ -106,6 +107,7 @@ def measured(model: nn.Module, features: int, norm: str | None = None) -> Head:
     """
     weight, (path, final) = _unembedding(model, features), _final_norm(model, norm)
     check_evaluating(model)
+    _check_there(model, {"its unembedding": [weight], repr(path): final.parameters()})
     with full_precision(weight):
         return _measured(model, weight, path, final)
 
@@ -131,6 +133,16 @@ def _measured(model: nn.Module, weight: Tensor, path: str, final: nn.Module) -> 
     start = logits[0].double().masked_fill(ruled_out, 0.0)
     bias = start if cap is None else cap * (start / cap).clamp(-1 + 1e-12, 1 - 1e-12).atanh()
     return Head(final, weight, scale, cap, bias.float(), ruled_out)
+
+
+def _check_there(model: nn.Module, weights: Mapping[str, Iterable[Tensor]]) -> None:
+    """Raises where weights that are read here are on the meta device, as those that are offloaded between passes."""
+    for name, tensors in weights.items():
+        if any(tensor.is_meta for tensor in tensors):
+            raise ValueError(
+                f"model: {name} of {type(model).__name__} is on the meta device (offloaded, or never loaded), and the "
+                "lens reads its weights: load the model with a device_map that keeps it on a device"
+            )
 
 
 def _bent(raw: Tensor, cap: float | None) -> Tensor:
@@ -163,8 +175,8 @@ def _run(model: Any, path: str, final: nn.Module, points: Tensor) -> tuple[Tenso
     def note(module: nn.Module, inputs: Any, output: Any) -> None:
         seen["last"] = hidden_states(output)
 
-    ids = torch.ones(1, len(points), dtype=torch.long, device=next(model.parameters()).device)
-    both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    ids = torch.ones(1, len(points), dtype=torch.long, device=input_device(model))
+    both = is_encoder_decoder(model)
     hooks = [final.register_forward_hook(replace)]
     with suppress(ValueError):  # where a norm was named, since the layers are not found
         hooks.append(decoder_layers(model)[1][-1].register_forward_hook(note))

@@ -15,7 +15,7 @@ from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.functional import compute_dtype
 from mfa_kernels.interpret.contexts import show_token
 from mfa_kernels.interpret.head import measured
-from mfa_kernels.models import check_evaluating, tokenize
+from mfa_kernels.models import check_evaluating, encoded, first_token, is_encoder_decoder
 
 if TYPE_CHECKING:
     from mfa_kernels.mfa import MFA
@@ -136,10 +136,10 @@ def logit_shift(
     steering: Callable[[], AbstractContextManager[Any]],
     top: int = 10,
 ) -> LogitShift:
-    """The next token after a prompt, with steering and without.
+    """The next token after a prompt, with steering and without; of an encoder-decoder, the first that it writes.
 
     Args:
-        model: a Hugging Face causal language model, in evaluation mode.
+        model: a Hugging Face causal language model or encoder-decoder, in evaluation mode.
         tokenizer: its tokenizer.
         prompt: the text that comes before.
         steering: makes the context manager under which the model is steered, such as
@@ -150,12 +150,14 @@ def logit_shift(
         ValueError: the model is in training mode, or the prompt holds no token.
     """
     check_evaluating(model)
-    ids = tokenize(tokenizer, prompt)["input_ids"].to(next(model.parameters()).device)
-    if not ids.numel():
+    inputs = {"input_ids": encoded(model, tokenizer, prompt)["input_ids"]}
+    if not inputs["input_ids"].numel():
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
+    if is_encoder_decoder(model):
+        inputs["decoder_input_ids"] = torch.full_like(inputs["input_ids"][:, :1], first_token(model))
 
     def next_token() -> Tensor:
-        return model(input_ids=ids).logits[0, -1].double().log_softmax(-1)
+        return model(**inputs).logits[0, -1].double().log_softmax(-1)
 
     plain = next_token()
     with steering():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import check_positive, shown
-from mfa_kernels.models import check_evaluating
+from mfa_kernels.models import check_evaluating, check_loaded, is_encoder_decoder, without_notes
 from mfa_kernels.steering.handle import Handle
 
 _HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
@@ -34,7 +34,8 @@ def alpha_for_kl(
 
     Args:
         model: the model that the handle steers, in evaluation mode.
-        inputs: keyword arguments of its forward: input_ids (B, T), attention_mask (B, T) where there is padding.
+        inputs: keyword arguments of its forward: input_ids (B, T), attention_mask (B, T) where there is padding; of an
+            encoder-decoder, also decoder_input_ids (B, T), whose last token is the one that counts.
         handle: made by `steer`; it is left as it was.
         kl: nats, positive.
         spec: interventions as a function of alpha, for a handle that was made from `interventions` or `rows`, as
@@ -53,7 +54,9 @@ def alpha_for_kl(
     target, most = check_positive(kl, "kl"), check_positive(most, "most")
     tolerance = check_positive(tolerance, "tolerance")
     check_evaluating(model)
-    row = _last_tokens(inputs)
+    check_loaded(model)
+    inputs = without_notes(model, inputs)
+    row = _last_tokens(model, inputs)
 
     def log_probs() -> Tensor:
         logits = model(**inputs).logits
@@ -83,9 +86,12 @@ def alpha_for_kl(
     raise ValueError(f"kl jumps over {target}: it is {reached:.4g} nats at alpha = {alpha}")
 
 
-def _last_tokens(inputs: Mapping[str, Any]) -> Tensor:
-    """Column of each row's last real token, (B,)."""
-    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+def _last_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Column of each row's last real token, (B,); of an encoder-decoder, of what its decoder reads."""
+    of = "decoder_" if is_encoder_decoder(model) else ""
+    ids, mask = inputs.get(f"{of}input_ids", inputs.get(f"{of}inputs_embeds")), inputs.get(f"{of}attention_mask")
+    if ids is None:
+        raise ValueError(f"inputs must hold {of}input_ids, (B, T), got {', '.join(inputs) or 'nothing'}")
     if mask is None:
         return torch.full((ids.shape[0],), ids.shape[1] - 1, device=ids.device)
     columns = torch.arange(mask.shape[1], device=mask.device)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from mfa_kernels.models import is_encoder_decoder
 from mfa_kernels.steering.arguments import recognised
 
 _ATTRIBUTE = "_mfa_kernels_generate"
@@ -87,10 +88,6 @@ class Generate:
                 del calls[key]
             else:
                 calls[key] = outer
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 _local = threading.local()

@@ -21,6 +21,7 @@ from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Toward, as_rows
 from mfa_kernels.steering.positions import Positions, check_positions, choose
 from mfa_kernels.steering.tracking import Pass, Tracker
+from mfa_kernels.twin import check_output
 
 _KEEP: Any = object()  # an argument of `update` that was not given
 
@@ -67,7 +68,8 @@ def steer(
         model: a Hugging Face causal language model or encoder-decoder, or one that `torch.compile` returned.
         mfa: a mixture of that layer's output. Its parameters are read now: after changing them, call `update`.
         layer: an index (negative counts from the end; of an encoder-decoder, its decoder's), or the path of a module
-            whose output is (B, T, D).
+            whose output is (B, T, D). One whose output is another is refused now, as of XLNet, whose layers put time
+            first, where a twin of the model on the meta device can tell; else when the model runs.
         component: k, or an integer tensor (B,) with one per batch row. None means the responsibility-weighted mixture
             sum_k r_k(x) (mu_k + W_k z), with the responsibilities of the unsteered x.
         alpha: a float, a tensor (B,), or a function of the generation step: 0 for the prompt, 1 for the first generated
@@ -167,6 +169,7 @@ class Handle:
         self._mfa = mfa
         self.layer, self._module = resolve_layer(self._model, layer)
         _check_width(self._model, self.layer, mfa.n_features)
+        check_output(self._model, self.layer, mfa.n_features)
         self._plan = self._build(given, {"positions": positions, "gate": gate, "norm": norm})
         self._counts = _Counts(_example(self._module, mfa.means).device)
         self._is_paused = False

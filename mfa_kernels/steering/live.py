@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.models import continuation
+from mfa_kernels.models import check_encoder, continuation
 from mfa_kernels.steering.handle import Handle
 
 HELP = (
@@ -41,6 +41,7 @@ def stream(
         temperature: 0 is greedy.
         seed: of the samples.
     """
+    check_encoder(tokenizer)  # before anything listens
     from transformers import StoppingCriteriaList, TextStreamer
 
     def note(text: str) -> None:

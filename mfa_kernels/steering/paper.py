@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.mfa import MFA
-from mfa_kernels.models import check_evaluating, resolve_layer, tokenize
+from mfa_kernels.models import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
 from mfa_kernels.steering.handle import Handle, steer
+from mfa_kernels.twin import check_output
 
 SITES = ("resid_post", "mlp_out", "mlp_act")
 
@@ -32,9 +33,12 @@ class MFASteerer:
     """
 
     def __init__(self, model: nn.Module, mfa: MFA, layer: int, tokenizer: Any = None, site: str = "resid_post") -> None:
+        if tokenizer is not None:
+            check_encoder(tokenizer)
         self.model: Any = model
         self.mfa, self.tokenizer = mfa, tokenizer
         self.layer = _site(model, layer, check_choice(site, SITES, "site"))
+        check_output(model, self.layer, mfa.n_features)
 
     def intervene(self, prompts: Any, alpha: float, k: int | None = None) -> Tensor:
         """Logits (B, T, V) of the prompts, interpolated toward region k."""
@@ -90,12 +94,12 @@ class MFASteerer:
         if isinstance(prompts, Tensor):
             return {"input_ids": prompts}
         if not _is_text(prompts):
-            return dict(prompts)
+            return without_notes(self.model, prompts)
         if self.tokenizer is None:
             raise ValueError("tokenizer: give one to prompt with text")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         padding = {"padding": True, "padding_side": "left"} if len(texts) > 1 else {}
-        return dict(tokenize(self.tokenizer, texts, **padding).to(self.model.device))
+        return encoded(self.model, self.tokenizer, texts, **padding)
 
 
 def _is_text(prompts: Any) -> bool:

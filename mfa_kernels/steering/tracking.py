@@ -508,5 +508,7 @@ def _read_mask(mask: Any, start: int, tokens: int, padding: Tensor | None) -> tu
     if known and start and padding is None:
         # The last token sees every real one before it; where passes were seen before, a sliding window hides nothing.
         padding = (~visible[:, -1, :start]).sum(1, keepdim=True)
+    if visible.shape[1] == 1:  # the same for every token that looks
+        return visible[:, 0, first : first + tokens], padding
     # A real token sees itself.
     return torch.diagonal(visible, offset=first, dim1=-2, dim2=-1), padding

@@ -367,8 +367,16 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
         ({"layer": 4}, IndexError, r"layer must be in \[-4, 4\), got 4"),
         ({"layer": []}, ValueError, "layer must name at least one"),
         ({"layer": "model.layers.9"}, ValueError, "no module 'model.layers.9'"),
-        ({"layer": "model.layers"}, ValueError, "model.layers took no part"),
-        ({"layer": "model.rotary_emb"}, ValueError, "layer 'model.rotary_emb' must give hidden states of shape"),
+        ({"layer": "model.layers"}, ValueError, "'model.layers' of LlamaForCausalLM is not called as a module"),
+        (
+            {"layer": "model.rotary_emb"},
+            ValueError,
+            r"'model.rotary_emb' of LlamaForCausalLM puts out shape \(1, 3, 8\)",
+        ),
+        ({"layer": "1.0"}, ValueError, "no module '1.0'; give an index, or a module path"),
+        ({"layer": 1.0}, TypeError, r"layer must be an index or a module path, got 1.0; give 1"),
+        ({"layer": True}, TypeError, "layer must be an index or a module path, got True"),
+        ({"layer": [0, 2.0]}, TypeError, "got 2.0; give 2"),
         ({"texts": []}, ValueError, "texts hold no token to keep"),
         ({"texts": ["", "   ", "</s>"]}, ValueError, "texts hold no token to keep"),
         ({"dtype": torch.float64}, ValueError, "dtype must be one of"),
@@ -381,6 +389,20 @@ def test_bad_arguments(llama: tuple, tmp_path: Path, options: dict, error: type,
         quiet(model, tokenizer, **arguments)
     assert not (tmp_path / "s" / "manifest.json").exists()
     assert hooks(model) == [0] * len(hooks(model))
+
+
+def test_layers_are_named_in_any_way(llama: tuple) -> None:
+    model, tokenizer = llama
+    expected = quiet(model, tokenizer, TEXTS, 2)
+    for layer in ("2", np.int64(2), torch.tensor(2), -2):
+        store = quiet(model, tokenizer, TEXTS, layer)
+        assert store.meta["layer"] == "model.layers.2"
+        assert torch.equal(store.tensor(), expected.tensor())
+        assert torch.equal(torch.cat(list(stream(model, tokenizer, TEXTS, layer))), expected.tensor())
+    for layers in ([1, "2"], np.array([1, 2]), torch.tensor([1, 2]), (np.int64(1), torch.tensor(2))):
+        stores = quiet(model, tokenizer, TEXTS, layers)
+        assert list(stores) == ([1, "2"] if isinstance(layers, list) else [1, 2])
+        assert torch.equal(list(stores.values())[1].tensor(), expected.tensor())
 
 
 def test_a_tokenizer_that_does_not_fit(llama: tuple) -> None:

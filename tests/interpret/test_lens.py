@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels import MFA
+from mfa_kernels import MFA, steer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.interpret import logit_lens, logit_shift
+from tests.data.test_harvest import BOS, make_tokenizer
 from tests.mixtures import mixture
 
 transformers = pytest.importorskip("transformers")
@@ -190,3 +191,23 @@ def test_dropout_does_not_pass_for_steering(language_model: tuple[Any, Any]) -> 
             logit_shift(model, tokenizer, "import", nullcontext)
     finally:
         model.eval()
+
+
+def test_the_shift_of_what_an_encoder_decoder_writes_first() -> None:
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, d_model=WIDTH, d_kv=8, d_ff=8, num_layers=2, num_heads=2, decoder_start_token_id=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, mfa = transformers.T5ForConditionalGeneration(config).eval(), _mfa()
+    ids, start = torch.tensor([[BOS, 4, 5]]), torch.tensor([[3]])
+    with torch.no_grad():
+        plain = model(input_ids=ids, decoder_input_ids=start).logits[0, 0].double().log_softmax(-1)
+        with steer(model, mfa, 0, 1, 0.5):
+            steered = model(input_ids=ids, decoder_input_ids=start).logits[0, 0].double().log_softmax(-1)
+    shift = logit_shift(model, make_tokenizer(bos=True), "w1 w2", lambda: steer(model, mfa, 0, 1, 0.5), top=3)
+    assert shift.divergence == pytest.approx(float((steered.exp() * (steered - plain)).sum()), rel=1e-6)
+    assert [t.token_id for t in shift.rises] == (steered - plain).topk(3).indices.tolist()
+    config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration does not say which token its decoder begins with"):
+        logit_shift(model, make_tokenizer(bos=True), "w1 w2", nullcontext)

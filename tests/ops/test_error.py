@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.select.error import error_bound
+from mfa_kernels.ops.select.error import _per_squared_residual, error_bound
 from tests.mixtures import Mixture, mixture, tokens
 
 CASES = ("one_hot", "diffuse", "collinear", "huge_loadings", "small_noise", "far_away", "outlier_dimension")
@@ -76,3 +76,18 @@ def test_a_token_that_is_not_finite(backend):
 def test_nothing():
     m, x = problem("one_hot", False)
     assert bound_of(m, x[:0])[1].shape == (0,)
+
+
+def test_it_is_read_as_the_readme_says(backend):
+    """The part per squared residual is nearly all of it, and errors are some hundred times less."""
+    m = mixture(16, 256, 10, spread=3, dtype=torch.float64)
+    x, narrow = tokens(m, 200).float(), m.to(torch.float32)
+    log_prob, bound = bound_of(narrow, x)
+    factors = narrow.factors(narrow.means.mean(0))
+    best = narrow.active(x, 16, narrow.means.mean(0)).components[:, 0].long()
+    residual = (x.double() - narrow.means[best].double()) * narrow.noise_variance.double().rsqrt()
+    per_residual = _per_squared_residual(factors, 256, torch.finfo(torch.float32).eps / 2)
+    share = per_residual * residual.square().sum(1) / bound
+    assert 0.95 < share.median() < 1
+    error = (log_prob.double() - narrow.log_prob_fp64(x)).abs()
+    assert (bound.median() / error.median()) > 100

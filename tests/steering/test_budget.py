@@ -94,3 +94,31 @@ def test_a_model_in_training_is_refused() -> None:
             alpha_for_kl(model, prompts(2), handle, 0.05)
         model.eval()
         assert alpha_for_kl(model, prompts(2), handle, 0.05) > 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_of_an_encoder_decoder_it_is_the_token_that_the_decoder_comes_to(masked: bool) -> None:
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("ffn_dim", 48))}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BartConfig(
+            vocab_size=64, d_model=WIDTH, encoder_attention_heads=4, decoder_attention_heads=4, init_std=0.2, **sizes
+        )
+        model = BartForConditionalGeneration(config).eval()
+    inputs, decoder = prompts(2, 7, padded=True), torch.tensor([[2, 3, 4, 5], [2, 6, 7, 8]])
+    given = {**inputs, "decoder_input_ids": decoder}
+    if masked:  # on the right: the token that counts is the last but one
+        given["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 0]] * 2)
+
+    def last() -> Tensor:
+        with torch.no_grad():
+            return model(**given).logits[:, 2 if masked else 3].double().log_softmax(-1)
+
+    unsteered = last()
+    with steer(model, fitting_mixture(), 1, 3, 0.1) as handle:
+        handle.update(alpha=alpha_for_kl(model, given, handle, 0.05))
+        assert divergence(last(), unsteered) == pytest.approx(0.05, rel=2e-3)
+        with pytest.raises(ValueError, match="inputs must hold decoder_input_ids, .*got input_ids, attention_mask"):
+            alpha_for_kl(model, inputs, handle, 0.05)

@@ -656,7 +656,12 @@ class TestBadInput:
         model = causal_lm()
         with pytest.raises(ValueError, match=r"n_features = 16, but model.layers.1 of LlamaForCausalLM is 32 wide"):
             steer(model, fitting_mixture(features=16), LAYER, 0, 0.5)
-        # Elsewhere the width is known when the module runs.
+        with pytest.raises(
+            ValueError, match=r"n_features = 16, but 'model.layers.1.mlp' of LlamaForCausalLM is 32 wide"
+        ):
+            steer(model, fitting_mixture(features=16), "model.layers.1.mlp", 0, 0.5)
+        # Of a module that is not what the configuration says, the width is known when it runs.
+        model.model.layers[1].mlp = nn.Linear(32, 32)
         with (
             steer(model, fitting_mixture(features=16), "model.layers.1.mlp", 0, 0.5),
             pytest.raises(
@@ -671,9 +676,13 @@ class TestBadInput:
 
     def test_a_module_that_does_not_return_tokens(self) -> None:
         model = causal_lm()
+        with pytest.raises(ValueError, match="'model' of LlamaForCausalLM puts out no tensor but BaseModel"):
+            steer(model, fitting_mixture(), "model", 0, 0.5)
+        model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)
+        model.model.layers[1].mlp[0].register_forward_hook(lambda module, args, output: {"hidden": output})
         with (
-            steer(model, fitting_mixture(), "model", 0, 0.5),
-            pytest.raises(TypeError, match="the output of model must be a tensor or an array, got BaseModel"),
+            steer(model, fitting_mixture(), "model.layers.1.mlp", 0, 0.5),
+            pytest.raises(TypeError, match="the output of model.layers.1.mlp must be a tensor or an array, got dict"),
         ):
             model(**prompts())
 

@@ -20,11 +20,13 @@ from tests.steering.tiny import (
     PAD,
     STATIC,
     UNWRITTEN,
+    WIDTH,
     causal_lm,
     count_hooks,
     fitting_mixture,
     generate,
     generated,
+    layer_output,
     prompts,
     static_cache,
 )
@@ -482,3 +484,21 @@ def test_padding_in_masks_of_four_dimensions(kind: str) -> None:
     tracker = acquired()
     tracker._observe(nn.Identity(), (), {"input_ids": PADDED["input_ids"], "attention_mask": mask})
     assert torch.equal(tracker.padding(torch.zeros(*real.shape, 32)), real)
+
+
+@pytest.mark.parametrize("mask", [[[1, 1, 1, 1, 0, 0], [1] * 6], [[0, 0, 1, 1, 1, 1], [1] * 6]])
+def test_a_mask_that_is_the_same_for_every_token_that_looks(mask: list[list[int]]) -> None:
+    """(B, 1, 1, columns), as encoders of the kind of BERT make it: nothing of padding is steered, on either side."""
+    from transformers import LayoutLMConfig, LayoutLMForMaskedLM
+
+    config = LayoutLMConfig(
+        vocab_size=64, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model, inputs = LayoutLMForMaskedLM(config).eval(), {**prompts(2, 6), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad(), steer(model, fitting_mixture(), 1, 0, 1.0) as handle:
+        with handle.paused():
+            unsteered = layer_output(model, inputs)
+        changed = (layer_output(model, inputs) != unsteered).any(-1)
+        assert handle.stats()[:2] == (10, 10)
+    assert torch.equal(changed, inputs["attention_mask"].bool())
