@@ -21,7 +21,7 @@ from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWri
 from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.locks import alone
-from mfa_kernels.models import bos_prefix, hidden_states, resolve_layer, text_tokens
+from mfa_kernels.models import bos_prefix, hidden_states, origin, resolve_layer, text_tokens, weights_fingerprint
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.progress import progress_bar
@@ -121,8 +121,8 @@ def harvest(
     else:
         folders = {path: Path(out) / path if several else Path(out) for path in modules}
     meta = {
-        "model": _name(model),
-        "tokenizer": _name(tokenizer),
+        **origin(model, tokenizer),
+        "weights_fingerprint": weights_fingerprint(model),
         "site": "output",
         "context": int(context),  # NumPy's integers are taken, and are no JSON
         "batch_size": int(batch_size),
@@ -476,8 +476,3 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device = None
     return model, tokenizer, device
-
-
-def _name(source: Any) -> str:
-    """The hub id or folder of a model or tokenizer, or its class."""
-    return getattr(source, "name_or_path", "") or type(source).__name__

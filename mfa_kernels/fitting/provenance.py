@@ -19,7 +19,7 @@ from mfa_kernels.sharing import shareable
 
 _OF_DATA = {"rows": "rows", "n_features": "n_features", "data": "fingerprint"}  # among the facts, and their names here
 _NAMES = ("model", "tokenizer")
-_KEPT = ("layer", "model_fingerprint")
+_KEPT = ("layer", "model_fingerprint", "weights_fingerprint")
 
 
 def now() -> str:

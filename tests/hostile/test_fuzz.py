@@ -129,6 +129,7 @@ def test_the_report_of_a_fit(place, copied):
             save_file(tensors, folder / "model.safetensors", {"format": "pt", "config": text})
         how, result = outcome(lambda: KINDS["config"].use(folder), folder)
         assert how == "refused", (name, how, result)
+        assert KINDS[place].file(folder).name in result
         assert len(result) < 2000, name
 
 
