@@ -191,7 +191,10 @@ def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys)
 
 def test_evaluate(folder, capsys):
     assert main(["evaluate", str(folder / "mfa"), str(folder / "store")]) == 0
-    assert "nll" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nll" in out
+    began = MFA.from_pretrained(folder / "mfa").fit_report.run["began"]
+    assert out.splitlines()[-1] == f"fitted              {began}, em (asked for: auto), seed 0, K 16, R 3, epochs 2"
 
 
 def test_steer_changes_the_text(folder, capsys):
@@ -448,6 +451,11 @@ def test_demo(tmp_path, capsys):
     for name in ("mfa/model.safetensors", "evaluation.json", "fit.jsonl", "regions.png", "region.png", "regions.html"):
         assert (tmp_path / name).is_file(), name
         assert name.split("/")[0] in out
+        told = (tmp_path / name).read_bytes()
+        assert str(tmp_path).encode() not in told, name
+        assert str(Path(mfa_kernels.__file__).parent).encode() not in told, name
+    mfa = MFA.from_pretrained(tmp_path / "mfa")
+    assert mfa.extra["model"] == mfa.fit_report.run["data"]["model"] == "tiny_lm"
 
 
 def test_fit_and_harvest_go_on(folder, tmp_path, capsys):
