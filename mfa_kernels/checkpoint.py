@@ -5,6 +5,9 @@ copy of the config, and config.json counts only beside the weights that it was s
 is the save. It also has a checksum of the weights and of the copy, which is compared when they are read; weights of
 earlier versions and of other programs have none, and are read as they are.
 
+What a mixture knows of its fit (`mfa.fit_report`) is under the key "fit" of the config: written, sealed and copied with
+the rest, it cannot be that of another save. It says no path of this machine (`mfa_kernels.sharing`).
+
 No loader here runs code from a file. `mfa_kernels.MFA` has these functions as methods.
 """
 
@@ -23,6 +26,7 @@ import torch
 from mfa_kernels import __version__, checksum
 from mfa_kernels.checks import check_choice, check_path
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.modes import door, of_the_caller
 from mfa_kernels.reading import (
@@ -34,11 +38,13 @@ from mfa_kernels.reading import (
     check_file,
     choice,
     naming,
+    optional,
     parse_json,
     read_json,
     read_safetensors,
     shown,
 )
+from mfa_kernels.sharing import local_paths
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -69,15 +75,17 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
     """Writes config.json and model.safetensors; a reload is bitwise equal.
 
     Whenever it is read, or if the save is cut off, the folder holds the old mixture or the new one, whole: both files
-    are complete on disk before either gets its name.
+    are complete on disk before either gets its name. A `fit_report` is written along, and comes back equal; of a curve
+    of more than a thousand records, so many (`FitReport.as_dict`).
 
     Args:
         mfa: the mixture, on any device.
         folder: made if it is missing; files of the same names are replaced.
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
-            ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with.
+            ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with. It is the user's
+            own and written as it is: a path in it is in the files, for whoever gets them to read.
     """
-    folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra))
+    folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra, mfa.fit_report))
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
@@ -97,7 +105,22 @@ def _extra(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(extra)
 
 
-def _config(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def _fit_report(report: Any) -> dict[str, Any]:
+    """What of a config says how the mixture was fitted, where that is known."""
+    if report is None:
+        return {}
+    if not isinstance(report, FitReport):
+        raise TypeError(f"fit_report must be a FitReport or None, got {shown(report)}")
+    return {"fit": report.as_dict()}
+
+
+def fit_report_of(config: Mapping[str, Any], path: Path) -> FitReport | None:
+    """What a config that was read from `path` says of the fit; None where it says nothing, as of earlier versions."""
+    fit = config.get("fit")
+    return None if fit is None else FitReport.from_dict(fit, f"{path}: fit")
+
+
+def _config(mfa: MFA, extra: Mapping[str, Any] | None, report: Any) -> dict[str, Any]:
     return {
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
@@ -110,6 +133,7 @@ def _config(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
         "noise_floor": mfa.noise_floor,
         "dtype": str(mfa.means.dtype).removeprefix("torch."),
         "extra": _extra(mfa, extra),
+        **_fit_report(report),
     }
 
 
@@ -151,7 +175,8 @@ def load_pretrained(
         revision, token, cache_dir, local_files_only: as in `huggingface_hub.hf_hub_download`.
 
     Returns:
-        The mixture; its attribute `extra` is the dict it was saved with.
+        The mixture; its attribute `extra` is the dict it was saved with, and `fit_report` the report of the fit that it
+        came from, None where it was saved without one.
 
     Raises:
         FileNotFoundError: there is no such folder, repository or file.
@@ -187,7 +212,7 @@ def load_pretrained(
             )
     mfa = _allocate(mfa, device, dtype)
     mfa.load_state_dict(saved)
-    mfa.extra = config.get("extra", {})
+    mfa.extra, mfa.fit_report = config.get("extra", {}), fit_report_of(config, config_path)
     return mfa
 
 
@@ -276,7 +301,8 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
             "update mfa_kernels"
         )
     check_fields(config, _KINDS, str(path))
-    check_fields(config, {"extra": OBJECT}, str(path), needed=False)
+    check_fields(config, {"extra": OBJECT, "fit": optional(OBJECT)}, str(path), needed=False)
+    fit_report_of(config, path)  # is one, or raises
     return config
 
 
@@ -292,21 +318,31 @@ def push_to_hub(
 ) -> CommitInfo:
     """Uploads what `save_pretrained` writes to a Hugging Face hub repository, made if it is missing.
 
-    A short model card comes along where the repository has no README.md yet.
+    A short model card comes along where the repository has no README.md yet: what the mixture is, `extra`, and how it
+    was fitted, where its `fit_report` says so.
+
+    What is uploaded is there for others at once, and stays in the history of the repository. So an `extra` that holds
+    the path of something on this machine is refused, not warned of; nothing is written then.
 
     Args:
         mfa: the mixture.
         repo_id: "name", of the account of the token, or "owner/name".
         private: visibility of a new repository; default: that of the account.
         revision: branch to commit to, made if it is missing; default: main.
-        extra: see `save_pretrained`.
+        extra: see `save_pretrained`; without paths of this machine.
         token, commit_message: as in `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
         The commit.
+
+    Raises:
+        ValueError: `extra` holds a path of this machine; it is named.
     """
     from huggingface_hub import HfApi
 
+    where, path = next(local_paths(_extra(mfa, extra), "extra"), (None, None))
+    if where is not None:
+        raise ValueError(f"{where} is the path {path!r} of this machine, which is not uploaded: give another extra")
     api = HfApi(token=token, library_name=MODEL_TYPE, library_version=__version__)
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(mfa, folder, extra=extra)  # first: it may object to extra
@@ -324,7 +360,7 @@ def push_to_hub(
 
 
 def _model_card(mfa: MFA, repo_id: str, extra: Mapping[str, Any]) -> str:
-    notes = "".join(f"- {key}: {value}\n" for key, value in extra.items())
+    notes = "".join(f"- {key}: {value}\n" for key, value in {**extra, **_fit_in_words(mfa.fit_report)}.items())
     return f"""---
 library_name: {MODEL_TYPE}
 tags:
@@ -344,3 +380,11 @@ from mfa_kernels import MFA
 mfa = MFA.from_pretrained("{repo_id}")
 ```
 """
+
+
+def _fit_in_words(report: FitReport | None) -> dict[str, str]:
+    """What a model card says of a fit."""
+    if report is None:
+        return {}
+    held_out = report.held_out()
+    return {**report.described(), **({} if held_out is None else {"held-out negative log-likelihood": held_out})}

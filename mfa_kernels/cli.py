@@ -429,7 +429,8 @@ def _fit_to_store(
     store = ActivationStore(arguments.store)
     if not store.complete:
         print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
-    extra: dict[str, Any] = {key: store.meta[key] for key in ("model", "tokenizer", "layer") if key in store.meta}
+    kept = ("model", "tokenizer", "model_fingerprint", "layer")
+    extra: dict[str, Any] = {key: _shareable(key, store.meta[key]) for key in kept if key in store.meta}
     most = max(own["n_components"] for own in fits.values())
     if most > len(store):  # now, not when the others are done
         raise ValueError(f"--components must be at most the {len(store):,} rows of {arguments.store}, got {most}")
@@ -462,7 +463,7 @@ def _fit_while_harvesting(
     arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
 ) -> Iterator[tuple[str, Any]]:
     from mfa_kernels import fit_many, stream
-    from mfa_kernels.models import load_language_model, resolve_layer
+    from mfa_kernels.models import load_language_model, origin, resolve_layer
 
     model, tokenizer = load_language_model(arguments.model)
     model.to(device)
@@ -473,7 +474,7 @@ def _fit_while_harvesting(
     mixtures = fit_many(batches, fits, **_fit_options(arguments))
     for name, mfa in mixtures.items():
         layer, _ = resolve_layer(model, fits[name]["layer"])
-        mfa.extra = {"model": model.name_or_path, "tokenizer": tokenizer.name_or_path, "layer": layer}
+        mfa.extra = {**origin(model, tokenizer), "layer": layer}
     yield from mixtures.items()
 
 
@@ -554,6 +555,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for name, value in score.as_dict().items():
         if value is not None:
             print(f"{name:<18}  {value:,.6g}")
+    if mfa.fit_report is not None and (fitted := mfa.fit_report.described().get("fitted")):
+        print(f"{'fitted':<18}  {fitted}")
 
 
 def _steer(arguments: argparse.Namespace) -> None:
@@ -587,56 +590,72 @@ def _steer(arguments: argparse.Namespace) -> None:
 
 def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer: --model, or what the mixture was fitted to. Which it is, and why, goes to standard error."""
-    from mfa_kernels.models import load_language_model, remembered_model
+    from mfa_kernels.models import fingerprint, load_language_model, remembered_model
+    from mfa_kernels.sharing import local_name, shareable
 
     said = mfa.extra.get("model")
-    try:
-        own, problem = remembered_model(said), ""
-    except ValueError as error:
-        own, problem = None, str(error)
+    own, problem, local = None, "", local_name(said)
+    if local is None:
+        try:
+            own = remembered_model(said)
+        except ValueError as error:
+            problem = str(error)
+    tokenizer = None
     if arguments.model is not None:
-        note = "as --model says" if own in (None, arguments.model) else f"as --model says; the mixture is of {own}"
-        print(f"model {arguments.model}, {note}", file=sys.stderr)
-        return load_language_model(arguments.model)
-    if own is None:
+        name, note = arguments.model, "as --model says"
+        if local is not None and shareable(name) != said:
+            note += f"; the mixture is of the local model {local!r}"
+        elif own not in (None, name):
+            note += f"; the mixture is of {own}"
+    elif local is not None:
+        raise _Incomplete(f"--model: the mixture is of the local model {local!r}; name its folder with --model")
+    elif own is None:
         raise _Incomplete(f"--model: {arguments.mfa} leaves open which model to steer ({problem}); name it")
-    print(f"model {own}, which the mixture was fitted to", file=sys.stderr)
-    tokenizer = mfa.extra.get("tokenizer", said)
+    else:
+        name, note = own, "which the mixture was fitted to"
+        tokenizer = mfa.extra.get("tokenizer", said)
+    print(f"model {name}, {note}", file=sys.stderr)
+    if tokenizer is not None:
+        try:
+            tokenizer = remembered_model(tokenizer)
+        except ValueError:
+            print(f"tokenizer of the model; the mixture is of {tokenizer}", file=sys.stderr)
+            tokenizer = own
     try:
-        tokenizer = remembered_model(tokenizer)
-    except ValueError:
-        print(f"tokenizer of the model; the mixture is of {tokenizer}", file=sys.stderr)
-        tokenizer = own
-    try:
-        return load_language_model(own, tokenizer=tokenizer)
+        model, tokenizer = load_language_model(name, tokenizer=tokenizer)
     except (OSError, ValueError) as error:
+        if arguments.model is not None:
+            raise
         reason = str(error).strip().splitlines()[0]
         raise _Incomplete(
             f"--model: {own}, which the mixture was fitted to, cannot be loaded ({reason}); name another"
         ) from error
+    expected, found = mfa.extra.get("model_fingerprint"), fingerprint(model)
+    if isinstance(expected, str) and expected != found:
+        print(
+            f"mfa-kernels steer: {name} is of another architecture or size than the model that the mixture was fitted "
+            f"to (fingerprint {found}, there {expected:.16})",
+            file=sys.stderr,
+        )
+    return model, tokenizer
 
 
 def _note_differences(arguments: argparse.Namespace, mfa: MFA, store: ActivationStore) -> None:
     """Says on standard error where a store is of another model or layer than the mixture was fitted to."""
-    for what in ("model", "layer"):
-        own, given = (_known(what, place.get(what)) for place in (mfa.extra, store.meta))
+    for what, name in (("model", "model"), ("model_fingerprint", "a model with the fingerprint"), ("layer", "layer")):
+        own, given = (_shareable(what, place.get(what)) for place in (mfa.extra, store.meta))
         if None not in (own, given) and own != given:
             print(
-                f"mfa-kernels {arguments.command}: the mixture is of {what} {own}, {arguments.store} of {given}",
+                f"mfa-kernels {arguments.command}: the mixture is of {name} {own}, {arguments.store} of {given}",
                 file=sys.stderr,
             )
 
 
-def _known(what: str, said: Any) -> Any:
-    """A model or layer that a mixture or store names, in one spelling."""
-    from mfa_kernels.models import remembered_model
+def _shareable(what: str, said: Any) -> Any:
+    """What a mixture or a store says of itself, models and tokenizers by the name that they may be told of."""
+    from mfa_kernels.sharing import shareable
 
-    if what != "model":
-        return said
-    try:
-        return remembered_model(said)
-    except ValueError:
-        return said
+    return shareable(said) if what in ("model", "tokenizer") and isinstance(said, str) and said else said
 
 
 def _convert(arguments: argparse.Namespace) -> None:

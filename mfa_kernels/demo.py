@@ -22,7 +22,7 @@ from mfa_kernels.fitting import fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
 from mfa_kernels.interpret.lens import logit_shift
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
-from mfa_kernels.models import continuation, load_language_model, resolve_layer
+from mfa_kernels.models import continuation, load_language_model, origin, resolve_layer
 from mfa_kernels.ops import native
 from mfa_kernels.steering import steer
 
@@ -63,6 +63,7 @@ class Rows:
 
     def __init__(self, store: ActivationStore, start: int, stop: int) -> None:
         self.store, self.start, self.stop, self.n_features = store, start, stop, store.n_features
+        self.meta = store.meta
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -109,7 +110,7 @@ def run(options: Options) -> list[Path]:
             log=options.out / "fit.jsonl", device=options.device,
         )
     )  # fmt: skip
-    mfa.extra = {"model": options.model or "tiny_lm", "layer": layer_path}
+    mfa.extra = {**origin(model, tokenizer), "layer": layer_path}
     mfa.save_pretrained(options.out / "mfa")
     if mfa.fit_report.interrupted:
         raise KeyboardInterrupt

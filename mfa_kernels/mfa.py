@@ -73,7 +73,7 @@ class MFA(nn.Module):
             -1 where the token took the dense scan. None otherwise.
     """
 
-    fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here
+    fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here, which is saved and loaded with the mixture
     ranks: Ranks = ALONE  # over which the components are spread: see `mfa_kernels.sharded`
     start = 0  # number of the first component held here
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import math
 import operator
 import re
@@ -14,8 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels.checks import shown
+from mfa_kernels.sharing import BUNDLED, local_name, shareable
 
-BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
+# What `fingerprint` takes of a configuration: what versions of transformers agree on, as they do not on the rest.
+_IDENTIFYING = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 # Paths of the stack of decoder layers, by architecture family: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX, OPT, MPT.
 _STACKS = (
@@ -149,6 +156,46 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def fingerprint(model: nn.Module) -> str | None:
+    """Of a model's configuration, wherever its files are; None for a module without one.
+
+    It tells architectures and sizes apart, and is the same for a model and its fine-tunes, in any dtype.
+    """
+    config = text_config(model)
+    if config is None:
+        return None
+    facts = [(name, getattr(config, name, None)) for name in _IDENTIFYING]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()[:16]
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Of the first values of every parameter, in its own dtype: which of the models of one name and size it is."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
+        if parameter.numel() and not parameter.is_meta:  # as of one that is offloaded
+            first = parameter.detach()[(0,) * max(parameter.dim() - 1, 0)].reshape(-1)[:16]
+            digest.update(first.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def origin(model: Any, tokenizer: Any) -> dict[str, str]:
+    """What is written of a model and its tokenizer beside activations of theirs: names, and a fingerprint.
+
+    Returns:
+        "model" and "tokenizer", named by the rule of `mfa_kernels.sharing`, or by their classes where they come from no
+        files; "model_fingerprint", of a model that has a configuration.
+    """
+    names = {"model": _name(model), "tokenizer": _name(tokenizer)}
+    found = fingerprint(model)
+    return names if found is None else {**names, "model_fingerprint": found}
+
+
+def _name(source: Any) -> str:
+    said = getattr(source, "name_or_path", "")
+    return shareable(str(said)) if said else type(source).__name__
+
+
 def check_evaluating(model: nn.Module) -> None:
     """Raises unless every module of a model is in evaluation mode.
 
@@ -190,20 +237,19 @@ def remembered_model(said: Any) -> str:
     """
     if not isinstance(said, str) or not said:
         raise ValueError("it does not say which model it is of")
-    if said == BUNDLED or Path(said).parts[-3:] == ("mfa_kernels", "data", BUNDLED):  # of any installation
-        return BUNDLED
-    if Path(said).is_dir():
+    name = local_name(said)
+    if name is not None:
+        raise ValueError(f"it is of the local model {name!r}, whose folder it does not say")
+    told = shareable(said)
+    if told != BUNDLED and Path(said).is_dir():
         return said
+    if local_name(told) is not None:
+        raise ValueError(f"its model is {said}, which is no folder here")
     import transformers
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    if isinstance(getattr(transformers, said, None), type):
-        raise ValueError(f"it says no more of its model than the class, {said}")
-    try:
-        validate_repo_id(said)
-    except HFValidationError:
-        raise ValueError(f"its model is {said}, which is no folder here") from None
-    return said
+    if isinstance(getattr(transformers, told, None), type):
+        raise ValueError(f"it says no more of its model than the class, {told}")
+    return told
 
 
 def load_language_model(

@@ -200,6 +200,14 @@ def every(kind: Kind, length: int | None = None) -> Kind:
     )
 
 
+def mapping(kind: Kind) -> Kind:
+    """An object of such values."""
+    return Kind(
+        f"an object of values that are each {kind.words}",
+        lambda value: isinstance(value, dict) and all(map(kind.holds, value.values())),
+    )
+
+
 COUNT = integer()
 TEXT = Kind("a string", lambda value: isinstance(value, str))
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))

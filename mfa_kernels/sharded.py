@@ -122,7 +122,9 @@ class ShardedMFA(nn.Module):
         local.load_state_dict(
             {name: t[start:stop] if is_split(name, mfa.noise) else t for name, t in mfa.tensors().items()}
         )
-        return cls(local, group)
+        sharded = cls(local, group)
+        sharded.fit_report = mfa.fit_report
+        return sharded
 
     @property
     def means(self) -> Tensor:
@@ -265,10 +267,13 @@ class ShardedMFA(nn.Module):
 
         Args:
             folder: where rank 0 sees it.
-            extra: as in `MFA.save_pretrained`; that of rank 0 counts.
+            extra: as in `MFA.save_pretrained`; that of rank 0 counts, as does its `fit_report`.
         """
         ranks, local = self.ranks, self.local
-        config = {**ranks.agree(lambda: checkpoint._config(local, extra)), "n_components": self.n_components}
+        config = {
+            **ranks.agree(lambda: checkpoint._config(local, extra, self.fit_report)),
+            "n_components": self.n_components,
+        }
         config = checkpoint._sealed(config)
         metadata, of = checkpoint._metadata(config), self._facts()
         digests: dict[str, list[bytes]] = {}
@@ -379,7 +384,9 @@ class ShardedMFA(nn.Module):
         local = checkpoint._allocate(local, device, dtype)
         local.load_state_dict(tensors)
         local.extra = config.get("extra", {})
-        return cls(local, group)
+        mfa = cls(local, group)
+        mfa.fit_report = checkpoint.fit_report_of(config, config_path)
+        return mfa
 
 
 def _verify(file: Any, path: Path, ranks: Ranks) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mfa_kernels import MFA, __version__, checkpoint
+from mfa_kernels import MFA, __version__, checkpoint, fit
 from tests.mixtures import random_mfa
 
 # Our folder
@@ -70,6 +70,51 @@ def test_load_overrides(tmp_path):
         pass
 
     assert type(Derived.from_pretrained(tmp_path / "inner")) is Derived
+
+
+def test_the_report_of_the_fit_travels(tmp_path):
+    mfa = fit(torch.randn(500, 6), 3, 1, epochs=2, seed=4, progress=False)
+    report = mfa.fit_report
+    assert len(report.history) == 3
+    mfa.save_pretrained(tmp_path / "first")
+    loaded = MFA.from_pretrained(tmp_path / "first")
+    assert loaded.fit_report == report
+    assert type(loaded.fit_report) is type(report)
+    assert "seed 4" in str(loaded.fit_report)
+    loaded.save_pretrained(tmp_path / "second")
+    assert MFA.from_pretrained(tmp_path / "second").fit_report == report
+    mfa.fit_report = "none of ours"
+    with pytest.raises(TypeError, match="fit_report must be a FitReport or None, got 'none of ours'"):
+        mfa.save_pretrained(tmp_path / "first")
+    random_mfa().save_pretrained(tmp_path / "none")
+    assert "fit" not in json.loads((tmp_path / "none" / "config.json").read_text())
+    assert MFA.from_pretrained(tmp_path / "none").fit_report is None
+    _edit(tmp_path / "none", fit=None)
+    assert MFA.from_pretrained(tmp_path / "none").fit_report is None
+
+
+def test_the_report_is_that_of_the_weights(tmp_path):
+    """Though a crash came between the two files of another save."""
+    for seed in (1, 2):
+        fit(torch.randn(300, 6), 3, 1, epochs=1, seed=seed, progress=False).save_pretrained(tmp_path / str(seed))
+    shutil.copy(tmp_path / "2" / "config.json", tmp_path / "1")
+    assert MFA.from_pretrained(tmp_path / "1").fit_report.run["settings"]["seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fit", "message"),
+    [
+        (3, "fit must be an object, or null, got 3"),
+        ({"history": 3}, "fit: history must be a list of an object, got 3"),
+        ({"method": {"a": 1}}, "fit: method must be a string"),
+        ({"run": []}, r"fit: run must be an object, got \[\]"),
+    ],
+)
+def test_a_report_edited_by_hand_is_refused_by_name(tmp_path, fit, message):
+    random_mfa().save_pretrained(tmp_path)
+    _edit(tmp_path, fit=fit)
+    with pytest.raises(ValueError, match=rf"config\.json: {message}"):
+        MFA.from_pretrained(tmp_path)
 
 
 def test_extra_travels(tmp_path):
@@ -345,6 +390,41 @@ def test_push_and_pull(hub):
     for _, kwargs in hub.calls:
         assert (kwargs["revision"], kwargs["token"], kwargs["cache_dir"]) == ("v1", "secret", "somewhere")
         assert kwargs["local_files_only"] is True
+
+
+def test_the_card_says_how_it_was_fitted(hub):
+    mfa = fit(torch.randn(500, 6), 3, 1, epochs=1, seed=4, progress=False)
+    mfa.push_to_hub("regions")
+    card = (hub.root / "me" / "regions" / "README.md").read_text()
+    assert "3 regions of 6-dimensional activations, 1 local directions each" in card
+    nll = mfa.fit_report.held_out_nll
+    assert f"- held-out negative log-likelihood: {nll:.3f} nats per token (25 rows, held out by row)\n" in card
+    assert f"- fitted: {mfa.fit_report.run['began']}, em (asked for: auto), seed 4, K 3, R 1, epochs 1\n" in card
+    assert "- data: 500 rows of width 6, fingerprint " in card
+    assert f"- with: mfa_kernels {__version__}, python " in card
+    assert MFA.from_pretrained("me/regions").fit_report == mfa.fit_report
+
+
+@pytest.mark.parametrize("form", ["{}", "file://{}", "~/{}"])
+def test_no_path_of_this_machine_is_uploaded(hub, tmp_path, monkeypatch, form):
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    (tmp_path / "secret").mkdir()
+    path = form.format(f"{tmp_path.name}/secret" if "~" in form else tmp_path / "secret")
+    for extra, where in (
+        ({"model": path}, r"extra\['model'\]"),
+        ({"of": [{"model": path}]}, r"extra\['of'\]\[0\]\['model'\]"),
+        ({path: 1}, "extra"),
+    ):
+        with pytest.raises(ValueError, match=rf"^{where} is the path '{path}' of this machine"):
+            random_mfa().push_to_hub("me/regions", extra=extra)
+        mfa = random_mfa()
+        mfa.extra = extra
+        with pytest.raises(ValueError, match="of this machine, which is not uploaded"):
+            mfa.push_to_hub("me/regions")
+    assert not hub.calls
+    random_mfa().push_to_hub("me/regions", extra={"separator": "/", "model": "/nowhere/at/all", "of": "a/model"})
+    mfa.save_pretrained(tmp_path / "here")
+    assert MFA.from_pretrained(tmp_path / "here").extra == extra, "the user's own"
 
 
 def test_push_to_a_branch_keeps_a_model_card(hub):

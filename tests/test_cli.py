@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import mfa_kernels
-from mfa_kernels import MFA, checksum, fit, kmeans, locks
+from mfa_kernels import MFA, checksum, fit, kmeans, locks, models, sharing
 from mfa_kernels.cli import _parser, main
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.fitting.sgd import Run
@@ -43,7 +43,12 @@ def test_harvest_and_fit(folder):
     assert len(store) == 3000
     assert (mfa.n_components, mfa.n_features, mfa.rank) == (16, 256, 3)
     assert mfa.extra["layer"] == "model.layers.1"
+    assert mfa.extra["model"] == mfa.extra["tokenizer"] == "tiny_lm"
     records = [json.loads(line) for line in (folder / "fit.jsonl").read_text().splitlines()]
+    assert mfa.fit_report.history == records
+    data = mfa.fit_report.run["data"]
+    assert (data["rows"], data["model"], data["layer"]) == (3000, "tiny_lm", "model.layers.1")
+    assert data["model_fingerprint"] == mfa.extra["model_fingerprint"]
     assert records[-1]["held_out_nll"] < records[0]["held_out_nll"]
 
 
@@ -186,7 +191,10 @@ def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys)
 
 def test_evaluate(folder, capsys):
     assert main(["evaluate", str(folder / "mfa"), str(folder / "store")]) == 0
-    assert "nll" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "nll" in out
+    began = MFA.from_pretrained(folder / "mfa").fit_report.run["began"]
+    assert out.splitlines()[-1] == f"fitted              {began}, em (asked for: auto), seed 0, K 16, R 3, epochs 2"
 
 
 def test_steer_changes_the_text(folder, capsys):
@@ -245,9 +253,65 @@ def test_steer_takes_the_model_of_the_mixture(folder, capsys, narrow):
     assert _steer(folder, capsys, "--model", narrow, mixture=mfa, extra={"model": None})[0] == 0
     status, said = _steer(folder, capsys, "--model", narrow, extra={"model": "tiny_lm"})
     assert status == 1
+    assert "is of another architecture or size than the model that the mixture was fitted to (fingerprint " in said[1]
+    del said[1]
     assert said == [
         f"model {narrow}, as --model says; the mixture is of tiny_lm",
         "mfa-kernels steer: mfa has n_features = 256, but model.layers.1 of LlamaForCausalLM is 64 wide",
+    ]
+
+
+@pytest.mark.parametrize("way", ["store", "text"])
+def test_a_local_model_is_named_without_its_folder(folder, capsys, narrow, way, tmp_path):
+    """From the harvest to steering; a mixture of earlier versions, which has its path, finds it there."""
+    out, store = tmp_path / "mfa", tmp_path / "store"
+    read = ["--model", narrow, "--text", str(folder / "text"), "--layer", "0", "--max-tokens", "900"]
+    size = ["-K", "4", "-R", "2", "--epochs", "1", "--log", str(tmp_path / "log.jsonl"), "--out", str(out)]
+    if way == "store":
+        assert main(["harvest", *read, "--out", str(store)]) == 0
+        assert main(["fit", str(store), *size]) == 0
+        assert main(["encode", str(out), str(store), "--out", str(tmp_path / "codes.safetensors")]) == 0
+    else:
+        assert main(["fit", *read, *size]) == 0
+    mfa = MFA.from_pretrained(out)
+    assert (mfa.extra["model"], mfa.extra["tokenizer"]) == ("local:narrow", "local:narrow")
+    written = [out / "config.json", out / "model.safetensors", tmp_path / "log.jsonl"]
+    written += [tmp_path / "codes.safetensors"] if way == "store" else []
+    for path in written:
+        assert str(folder).encode() not in path.read_bytes(), path
+    assert not list(sharing.local_paths(vars(mfa.fit_report) | mfa.extra, "")), "nor of anything else that is here"
+    steering = ["steer", str(out), "def f", "-k", "1", "--max-new-tokens", "2"]
+    capsys.readouterr()
+    assert main(steering) == 2
+    assert capsys.readouterr().err == (
+        "mfa-kernels steer: --model: the mixture is of the local model 'narrow'; name its folder with --model\n"
+    )
+    assert main([*steering, "--model", narrow]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("mfa-kernels ", "model "))]
+    assert said == [f"model {narrow}, as --model says"]
+    mfa.extra = {**mfa.extra, "model": narrow, "tokenizer": narrow}
+    mfa.save_pretrained(tmp_path / "before")
+    assert main(["steer", str(tmp_path / "before"), *steering[2:]]) == 0
+
+
+def test_steer_tells_another_model_of_the_same_width(folder, capsys, narrow, tmp_path):
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(narrow)
+    config.num_hidden_layers = 1
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "shallow")
+    transformers.AutoTokenizer.from_pretrained(narrow).save_pretrained(tmp_path / "shallow")
+    model, _ = models.load_language_model(narrow)
+    extra = {"model": "local:narrow", "layer": "model.layers.0", "model_fingerprint": models.fingerprint(model)}
+    found = models.fingerprint(models.load_language_model(str(tmp_path / "shallow"))[0])
+    assert found != extra["model_fingerprint"]
+    shallow = str(tmp_path / "shallow")
+    status, said = _steer(folder, capsys, "--model", shallow, mixture=MFA(4, 64, 2), extra=extra)
+    assert status == 0
+    assert said == [
+        f"model {shallow}, as --model says; the mixture is of the local model 'narrow'",
+        f"mfa-kernels steer: {shallow} is of another architecture or size than the model that the mixture was fitted "
+        f"to (fingerprint {found}, there {extra['model_fingerprint']})",
     ]
 
 
@@ -387,6 +451,11 @@ def test_demo(tmp_path, capsys):
     for name in ("mfa/model.safetensors", "evaluation.json", "fit.jsonl", "regions.png", "region.png", "regions.html"):
         assert (tmp_path / name).is_file(), name
         assert name.split("/")[0] in out
+        told = (tmp_path / name).read_bytes()
+        assert str(tmp_path).encode() not in told, name
+        assert str(Path(mfa_kernels.__file__).parent).encode() not in told, name
+    mfa = MFA.from_pretrained(tmp_path / "mfa")
+    assert mfa.extra["model"] == mfa.fit_report.run["data"]["model"] == "tiny_lm"
 
 
 def test_fit_and_harvest_go_on(folder, tmp_path, capsys):

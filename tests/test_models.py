@@ -13,11 +13,15 @@ from mfa_kernels.models import (
     bos_prefix,
     continuation,
     decoder_layers,
+    fingerprint,
     hidden_states,
     load_language_model,
+    origin,
+    remembered_model,
     resolve_layer,
     text_config,
     tokenize,
+    weights_fingerprint,
     with_hidden_states,
 )
 from tests.data.test_harvest import BOS, make_tokenizer, templated
@@ -170,3 +174,52 @@ def test_what_an_encoder_decoder_writes_is_not_cut() -> None:
     expected = tokenizer.decode(written[0, 1:])
     assert len(expected.split()) == 4
     assert continuation(model, tokenizer, text, 4, **options) == expected
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fingerprints(architecture: str, tmp_path) -> None:
+    """The same wherever a model is, and whatever its dtype; others of another size, or of other weights."""
+    model = causal_lm(architecture)
+    model.save_pretrained(tmp_path / "here")
+    again = type(model).from_pretrained(tmp_path / "here")
+    assert (fingerprint(again), weights_fingerprint(again)) == (fingerprint(model), weights_fingerprint(model))
+    assert fingerprint(again.bfloat16()) == fingerprint(model)
+    assert weights_fingerprint(again) != weights_fingerprint(model)
+    others = [fingerprint(causal_lm(other)) for other in ARCHITECTURES if other != architecture]
+    assert fingerprint(model) not in others
+    model.config.num_hidden_layers += 1
+    assert fingerprint(model) != fingerprint(again)
+    assert fingerprint(nn.Linear(2, 3)) is None
+
+
+def test_weights_of_every_kind_have_a_fingerprint() -> None:
+    module = nn.Module()
+    module.scalar, module.none = nn.Parameter(torch.tensor(1.0)), nn.Parameter(torch.empty(0, 3))
+    module.away = nn.Parameter(torch.empty(3, 3, device="meta"))
+    module.transposed = nn.Parameter(torch.randn(3, 40).bfloat16().t())
+    before = weights_fingerprint(module)
+    assert weights_fingerprint(module) == before
+    with torch.no_grad():
+        module.scalar += 1
+    assert weights_fingerprint(module) != before
+
+
+def test_where_a_model_came_from() -> None:
+    model, tokenizer = load_language_model()
+    assert origin(model, tokenizer) == {
+        "model": "tiny_lm", "tokenizer": "tiny_lm", "model_fingerprint": fingerprint(model),
+    }  # fmt: skip
+    model.name_or_path = tokenizer.name_or_path = "/home/anna/models/secret-project"
+    assert origin(model, tokenizer)["model"] == origin(model, tokenizer)["tokenizer"] == "local:secret-project"
+    assert origin(nn.Linear(2, 3), "x") == {"model": "Linear", "tokenizer": "str"}
+
+
+def test_a_remembered_model(tmp_path) -> None:
+    assert remembered_model("maker/model") == "maker/model"
+    assert remembered_model("/of/anna/hub/models--maker--model/snapshots/0123") == "maker/model", "no folder here"
+    assert remembered_model(str(tmp_path)) == str(tmp_path)
+    assert remembered_model("/elsewhere/mfa_kernels/data/tiny_lm") == remembered_model("tiny_lm") == "tiny_lm"
+    with pytest.raises(ValueError, match="it is of the local model 'secret', whose folder it does not say"):
+        remembered_model("local:secret")
+    with pytest.raises(ValueError, match="its model is /nowhere/secret, which is no folder here"):
+        remembered_model("/nowhere/secret")

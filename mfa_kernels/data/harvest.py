@@ -28,8 +28,10 @@ from mfa_kernels.models import (
     hidden_states,
     input_device,
     layer_index,
+    origin,
     resolve_layer,
     text_tokens,
+    weights_fingerprint,
 )
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
@@ -135,8 +137,8 @@ def harvest(
     else:
         folders = {path: Path(out) / path if several else Path(out) for path in modules}
     meta = {
-        "model": _name(model),
-        "tokenizer": _name(tokenizer),
+        **origin(model, tokenizer),
+        "weights_fingerprint": weights_fingerprint(model),
         "site": "output",
         "context": context,
         "batch_size": batch_size,
@@ -521,8 +523,3 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device = None
     return model, tokenizer, device
-
-
-def _name(source: Any) -> str:
-    """The hub id or folder of a model or tokenizer, or its class."""
-    return getattr(source, "name_or_path", "") or type(source).__name__

@@ -65,6 +65,7 @@ from mfa_kernels.reading import (
     read_json,
     shown,
 )
+from mfa_kernels.sharing import shareable
 
 FORMAT = "mfa_kernels.activations"
 VERSION = 1
@@ -656,6 +657,11 @@ def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]
     """What of a store is not as wanted, one line each."""
     wanted = {"dtype": str(dtype), **json.loads(json.dumps(meta))}  # a tuple, say, comes back as a list
     found = {"dtype": str(store.dtype), **store.meta}
+    # Stores of earlier versions have paths of models where there are names now, and no fingerprints.
+    found |= {k: shareable(found[k]) for k in ("model", "tokenizer") if isinstance(found.get(k), str)}
+    for name in ("model_fingerprint", "weights_fingerprint"):
+        if name not in found:
+            wanted.pop(name, None)
     return [f"{k} = {v!r}, there {found.get(k)!r}" for k, v in wanted.items() if found.get(k) != v]
 
 

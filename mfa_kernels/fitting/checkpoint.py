@@ -20,7 +20,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mfa_kernels import checksum
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text, sweep
-from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.fit_report import FitReport, check_report
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.reading import (
     COUNT,
@@ -71,17 +71,6 @@ _VALUES = {
     "screening": optional(OBJECT), "revivals": COUNT, "calm": FLAG, "seen": COUNT, "known": NUMBER, "epoch": COUNT,
     "typical": optional(NUMBER), "bad_steps": COUNT, "moved": COUNT, "start": optional(every(NUMBER, 2)),
 }  # fmt: skip
-_RECORD = {
-    "step": COUNT, "epoch": COUNT, "seconds": NUMBER, "train_nll": optional(NUMBER), "held_out_nll": optional(NUMBER),
-}  # fmt: skip
-_REPORT = {
-    "history": every(OBJECT), "method": choice("sgd", "em", "online"), "best_step": COUNT,
-    "held_out_nll": optional(NUMBER), "held_out_rows": COUNT, "held_out_by": optional(choice("text", "row")),
-    "skipped_rows": COUNT, "skipped_steps": COUNT,
-    "live_components": COUNT, "live_rows": COUNT, "seconds": OBJECT, "stopped_early": FLAG, "interrupted": FLAG,
-    "prior_strength": optional(NUMBER), "revived_components": COUNT,
-    "refused_states": COUNT,
-}  # fmt: skip
 
 
 class State(NamedTuple):
@@ -106,7 +95,7 @@ class Checkpoints:
 
     def __init__(self, folder: StrPath, seconds: float, settings: Mapping[str, Any]) -> None:
         self.folder, self.seconds = Path(folder).absolute(), seconds  # wherever the process goes meanwhile
-        self.settings = json.loads(json.dumps(dict(settings), default=lambda number: number.item()))
+        self.settings = plain(settings)
         self.written = time.monotonic()
         self.source: Path | None = None  # of what was loaded
         self.published: str | None = None  # what this one has written
@@ -200,12 +189,10 @@ class Checkpoints:
         check_fields(content, _FIELDS, f"resume: {path}")
         check_fields(content["values"], _VALUES, f"resume: {path}: values", needed=False)
         check_fields(content["values"].get("screening") or {}, _SCREENING, f"resume: {path}: screening", needed=False)
-        unknown = content["report"].keys() - _REPORT.keys()
+        unknown = content["report"].keys() - {one.name for one in fields(FitReport)}
         if unknown:
             raise ValueError(f"resume: {path}: the report of a fit has no {shown(sorted(unknown))}")
-        check_fields(content["report"], _REPORT, f"resume: {path}: report", needed=False)
-        for record in content["report"].get("history", []):
-            check_fields(record, _RECORD, f"resume: {path}: history", needed=False)
+        check_report(content["report"], f"resume: {path}: report")
         before = content["settings"]
         different = [
             f"{name} = {self.settings.get(name)!r}, there {before.get(name)!r}"
@@ -215,6 +202,11 @@ class Checkpoints:
         if different:
             raise ValueError(f"resume: {path} is of a fit with other settings: here {'; '.join(different)}")
         return content
+
+
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back: numbers of NumPy among them become Python's, tuples lists."""
+    return dict(json.loads(json.dumps(dict(settings), default=lambda number: number.item())))
 
 
 def check_size(path: Path, size: int) -> None:

@@ -36,7 +36,7 @@ class Feed:
 
     def __init__(self) -> None:
         self._held: deque[Tensor] = deque()
-        self._rows = self._batches = 0
+        self._rows = self._batches = self._all = 0
         self._none = torch.empty(0, 0)  # rows like those of the first batch
         self._empty = 0  # batches without a row since the last one with some
         self.ended = False  # whether the stream has, as far as is known
@@ -61,7 +61,13 @@ class Feed:
                 f"activations: {self._empty:,} batches in a row hold no row, up to batch {self._batches - 1}"
             )
         self._rows += len(rows)
+        self._all += len(rows)
         self._held.append(rows.clone())
+
+    @property
+    def taken(self) -> int:
+        """Rows that came and are no longer here."""
+        return self._all - self._rows
 
     def holds(self, rows: int) -> bool:
         """Whether that many rows are here, or all that are left."""

@@ -28,6 +28,7 @@ from mfa_kernels.checks import (
     check_positive,
 )
 from mfa_kernels.files import StrPath, check_writable
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
@@ -36,7 +37,7 @@ from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.notices import going_on, warn
-from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.fitting.provenance import now, run_of
 from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
 from mfa_kernels.fitting.source import Source, as_source, home
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
@@ -173,7 +174,7 @@ def fit(
         FileNotFoundError: `resume` names a folder without a checkpoint.
         RuntimeError: when step after step has a loss or a gradient that is not finite.
     """
-    check_choice(method, METHODS, "method")
+    began, asked = now(), check_choice(method, METHODS, "method")
     check_choice(init, INITS, "init")
     check_choice(schedule, SCHEDULES, "schedule")
     streamed = isinstance(activations, Iterator) and method in ("online", "auto")
@@ -243,21 +244,21 @@ def fit(
             clusters = centroids_of(clusters, source.n_features, n_components)
         checkpoints: Checkpoints | None = None
         saved: State | None = None
-        if folder is not None or ranks.size > 1:
-            data = _data(source, streamed)
-            facts = {
-                "rows": None if streamed else len(source), "n_features": source.n_features,
-                "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
-                "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
-                "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
-                "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
-                "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype),
-                "precision": precision, "ranks": ranks.size if streamed else None,
-            }  # fmt: skip
-            _check_same(facts, ranks)
-            if folder is not None:
-                checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
-                saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
+        data = _data(source, streamed)
+        facts = {
+            "rows": None if streamed else len(source), "n_features": source.n_features,
+            "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
+            "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
+            "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
+            "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
+            "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype),
+            "precision": precision, "ranks": ranks.size if streamed else None,
+        }  # fmt: skip
+        _check_same(facts, ranks)
+        report.run = run_of(facts, source, device, ranks, began=began, asked=asked, streamed=streamed)
+        if folder is not None:
+            checkpoints = Checkpoints(folder, checkpoint_seconds, facts)
+            saved = None if resumed is None else load_on_all(checkpoints, resumed, ranks)
 
         if streamed and len(live_index):  # nothing else of the head is looked at again
             source, live_index = as_source(source.rows(live_index)), torch.arange(len(live_index))
@@ -317,6 +318,8 @@ def fit(
                 run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
                 run.begin_below(begun)
                 yield from _run(run, "polish", checkpoints, saved)
+            if stream is not None and report.run:  # known only now
+                report.run.setdefault("data", {})["rows"] = int(ranks.totals(stream.taken)[0])
             _count_live(mfa, held_out_rows, source, live_index, report, ranks)
             if report.refused_states and ranks.first:
                 warn(

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.files import StrPath
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.feed import Steps
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.notices import going_on
-from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.source import Source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import of_the_caller

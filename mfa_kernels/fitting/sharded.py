@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_choice
 from mfa_kernels.files import StrPath
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import loop, memory
 from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
 from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM
@@ -22,7 +23,7 @@ from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
 from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize
 from mfa_kernels.fitting.notices import going_on
-from mfa_kernels.fitting.report import FitReport
+from mfa_kernels.fitting.provenance import now, run_of
 from mfa_kernels.fitting.sgd import Settings, mixture_state
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
@@ -96,7 +97,7 @@ def fit_sharded(
         TypeError, ValueError: naming the argument; different data or settings on the ranks among it.
         FileExistsError, FileNotFoundError: as `fit`.
     """
-    check_choice(method, ("em", "online", "auto"), "method")
+    began, asked = now(), check_choice(method, ("em", "online", "auto"), "method")
     held_out, n_components, rank, epochs, batch_size, eval_every, patience, seed = loop._checked(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
         batch_size=(batch_size, 1), eval_every=(eval_every, 1), patience=(patience, 1), seed=(seed, 0),
@@ -132,7 +133,9 @@ def fit_sharded(
             checkpoints = ShardedCheckpoints(folder, checkpoint_seconds, facts, n_components, noise, ranks)
             saved = None if resumed is None else checkpoints.load(resumed)
 
-        report = FitReport(method=method)
+        report = FitReport(
+            method=method, run=run_of(facts, source, device, ranks, began=began, asked=asked, spread=True)
+        )
         generator = torch.Generator().manual_seed(seed)
         rows, held_index = loop._split(source, held_out, generator, report)
         if len(rows) < n_components:

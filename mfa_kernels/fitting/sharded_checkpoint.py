@@ -18,8 +18,8 @@ from torch import Tensor
 
 from mfa_kernels import checksum
 from mfa_kernels.files import StrPath
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting.checkpoint import FILE, FILE_FIELDS, Checkpoints, State, check_size, read
-from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.reading import COUNT, OBJECT, check_fields, every, member, opened, optional
 from mfa_kernels.sharded import is_split, part_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Source:
         device: where the rows are when they have been read.
         in_memory: whether reading is cheap, or worth doing ahead.
         texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
+        meta: what the data says of itself, as `ActivationStore.meta` does: model, layer, ...; empty where it does not.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Source:
         device: torch.device | str = "cpu",
         in_memory: bool = True,
         texts: Callable[[], Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
     ) -> None:
         self._length, self.n_features, self.in_memory = length, n_features, in_memory
         self.device = torch.device(device)
         self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
         self._read, self._read_range, self.texts = read, read_range, texts
+        self.meta: Mapping[str, Any] = meta if isinstance(meta, Mapping) else {}
 
     def __len__(self) -> int:
         return self._length
@@ -86,7 +89,8 @@ def as_source(activations: Any, name: str = "activations") -> Source:
             a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
             an array (..., D), or what NumPy makes one of, such as a data frame; a memory map is read row by row;
             an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
-            has `texts`, the number of the text that each row is from, (N,), rows are held out text by text;
+            has `texts`, the number of the text that each row is from, (N,), rows are held out text by text; of `meta`,
+            a dict, the report of a fit keeps the model, the tokenizer and the layer;
             an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
             concatenated in memory, in their own dtype.
         name: of the argument, for messages.
@@ -193,6 +197,7 @@ def _store_source(store: Any, name: str) -> Source:
         device=first.device,
         in_memory=False,
         texts=(lambda: _texts(store, name)) if hasattr(store, "texts") else None,
+        meta=getattr(store, "meta", None),
     )
 
 

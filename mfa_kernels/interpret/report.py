@@ -20,6 +20,7 @@ from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
 from mfa_kernels.progress import progress_bar
+from mfa_kernels.sharing import shareable
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -153,8 +154,7 @@ def _share(summary: RegionSummary) -> str:
 def _facts(mfa: MFA, store: ActivationStore, assigned: Assignments) -> _Html:
     meta = getattr(store, "meta", {})
     facts = [(name, meta[name]) for name in ("model", "layer") if meta.get(name) is not None]
-    # A page that is passed on need not tell where its author keeps models.
-    facts = [(name, Path(value).name if str(value).startswith("/") else value) for name, value in facts]
+    facts = [(name, shareable(str(value)) if name == "model" else value) for name, value in facts]
     facts += [
         ("regions", f"{mfa.n_components:,}, of which {int((assigned.counts == 0).sum()):,} own none of these tokens"),
         ("features", f"{mfa.n_features:,}"),

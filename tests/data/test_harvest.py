@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import json
 from collections.abc import Callable, Iterator
 from itertools import accumulate, count, islice, repeat
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mfa_kernels import harvest, locks
+from mfa_kernels import harvest, locks, models
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.harvest import stream
 from mfa_kernels.locks import LOCK
@@ -347,7 +349,9 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
         for also in (None, name):
             store = quiet(name, also, TEXTS, 1, device="cpu")
             assert torch.equal(store.tensor(), expected.tensor())
-    assert store.meta["model"] == str(tmp_path / "lm")
+    assert (store.meta["model"], store.meta["tokenizer"]) == ("local:lm", "local:lm")
+    assert store.meta["model_fingerprint"] == expected.meta["model_fingerprint"] == models.fingerprint(model)
+    assert str(tmp_path) not in (store.folder / "manifest.json").read_text()
     for wrong in (b"bytes", 3, [tokenizer]):
         with pytest.raises(TypeError, match="tokenizer must be one of transformers"):
             quiet(model, wrong, TEXTS, 1)
@@ -568,6 +572,41 @@ def test_what_a_killed_process_left_is_removed(llama: tuple, cut: Path) -> None:
         (cut / name).write_text("")
     quiet(*llama, LONG, 1, cut, resume=True, **CUT)
     assert {path.name for path in cut.iterdir() if path.name.startswith(".")} == {".mine", LOCK}
+
+
+def edited(folder: Path, **changes: Any) -> None:
+    """The manifest of a store as earlier versions wrote it; None takes a key away."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest.pop("checksum", None)
+    manifest["meta"] = {key: value for key, value in {**manifest["meta"], **changes}.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_a_store_of_an_earlier_version_with_paths_goes_on(llama: tuple, tmp_path: Path) -> None:
+    model, tokenizer = llama
+    model.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    lm = str(tmp_path / "lm")
+    quiet(lm, None, LONG, 1, tmp_path / "store", **CUT)
+    before = {"model": lm, "tokenizer": lm, "model_fingerprint": None, "weights_fingerprint": None}
+    edited(tmp_path / "store", **before)
+    assert quiet(lm, None, LONG, 1, tmp_path / "store", resume=True, **CUT).complete
+    edited(tmp_path / "store", model=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="other settings: here model = 'local:lm', there 'local:other'"):
+        quiet(lm, None, LONG, 1, tmp_path / "store", resume=True, **CUT)
+
+
+def test_resume_needs_the_same_weights(llama: tuple, tmp_path: Path) -> None:
+    """Of two models of one name and size."""
+    model, tokenizer = llama
+    other = copy.deepcopy(model)
+    assert models.weights_fingerprint(other) == models.weights_fingerprint(model)
+    with torch.no_grad():
+        other.model.norm.weight[3] += 0.5
+    quiet(model, tokenizer, LONG, 1, tmp_path, **CUT)
+    assert quiet(model, tokenizer, LONG, 1, tmp_path, resume=True, **CUT).complete
+    with pytest.raises(ValueError, match="resume: .* was written with other settings: here weights_fingerprint = "):
+        quiet(other, tokenizer, LONG, 1, tmp_path, resume=True, **CUT)
 
 
 def test_resume_needs_a_folder_and_spares_it(llama: tuple, tmp_path: Path) -> None:

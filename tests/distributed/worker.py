@@ -91,7 +91,7 @@ def save_checkpoints_of_one_process(folder: Path) -> None:
 
 def outcome(mfa: MFA) -> dict[str, Any]:
     report = asdict(mfa.fit_report)
-    del report["seconds"]
+    del report["seconds"], report["run"]
     for record in report["history"]:
         del record["seconds"], record["tokens_per_second"], record["memory"]
     return {"state": getattr(mfa, "local", mfa).tensors(), "noise_floor": mfa.noise_floor, "report": report}

@@ -64,6 +64,7 @@ def result(mfa: AnyMFA) -> tuple[list[bytes], dict[str, Any]]:
     """All bits of a mixture, and of its report all but the times."""
     report = asdict(mfa.fit_report)
     report["seconds"] = sorted(report["seconds"])
+    del report["run"]["began"]
     for record in report["history"]:
         del record["seconds"], record["tokens_per_second"], record["memory"]
     return [t.numpy().tobytes() for t in mfa.state_dict().values()] + [repr(mfa.noise_floor).encode()], report

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import as_source, em, fit, maximization
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.ops.statistics.op import Statistics, expectation
 from tests.fitting.planted import Store, draw, nll, planted
 from tests.fitting.test_sgd import settings

@@ -194,8 +194,10 @@ def test_held_out_rows_are_not_trained_on():
     rows = store.rows
     store.rows = lambda index: (read.append(index), rows(index))[1]
     run(store, epochs=1, held_out=0.25, clusters=TRUE.means.detach())
-    held, start, *batches, live = read[3:]  # the first three find the dtype, and whether it is one buffer
+    # The first three find the dtype, and whether it is one buffer; some from all over are for the fingerprint.
+    held, start, some, *batches, live = read[3:]
     assert len(held) == 1500
+    assert len(some) == 256
     assert torch.equal(torch.cat(batches).sort().values, start.sort().values)
     assert torch.equal(live, start[: 64 * 6])
     assert torch.equal(torch.cat([held, start]).sort().values, torch.arange(6000))

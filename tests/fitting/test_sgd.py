@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import as_source, sgd
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.report import FitReport
 from tests.fitting.planted import Store, draw, planted
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import em, fit, fit_sharded, sharded
 from mfa_kernels.fitting.checkpoint import FILE, State
-from mfa_kernels.fitting.report import FitReport
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.ranks import ALONE, Ranks
 from mfa_kernels.sharded import ShardedMFA

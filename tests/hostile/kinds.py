@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mfa_kernels import MFA, fit, fit_many
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter, read_texts
+from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import checkpoint, fit_sharded, loop
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.ops import configs
@@ -167,7 +168,7 @@ def going_on(method: str) -> Callable[[Path], Any]:
         for record in report["history"]:
             for name in ("seconds", "tokens_per_second", "memory"):
                 record.pop(name, None)
-        return bits(mfa.state_dict()), {**report, "seconds": None}
+        return bits(mfa.state_dict()), {**report, "seconds": None, "run": {**report["run"], "began": None}}
 
     return read
 
@@ -180,6 +181,15 @@ def some_mixture(seed: int) -> MFA:
     with torch.no_grad():
         mfa.means += torch.randn(3, 6, generator=torch.Generator().manual_seed(seed))
     mfa.extra = {"layer": 8}
+    mfa.fit_report = FitReport(
+        [{"step": 0, "epoch": 0, "train_nll": None, "seconds": 0.5}, {"step": 3, "train_nll": float("inf")}], "em", 3,
+        1.5, 20, seconds={"em": 0.5}, prior_strength=3.0, held_out_by="row",
+        run={
+            "began": "2026-02-03T04:05:06Z", "settings": {"seed": seed, "method_asked": "auto"},
+            "data": {"rows": 30, "n_features": 6, "fingerprint": "abc", "model": "a/model", "streamed": False},
+            "versions": {"torch": "2.9"}, "machine": {"device": "cpu", "name": "A", "processes": 1, "threads": 2},
+        },
+    )  # fmt: skip
     return mfa
 
 
@@ -189,12 +199,25 @@ def make_mixture(folder: Path, seed: int) -> None:
 
 def read_mixture(folder: Path, load: Any = MFA.from_pretrained) -> Any:
     mfa = load(folder)
-    facts = mfa.noise, mfa.precision, mfa.noise_floor, mfa.extra
+    report = mfa.fit_report  # what it says of the fit, and how it is printed
+    facts = (
+        mfa.noise,
+        mfa.precision,
+        mfa.noise_floor,
+        mfa.extra,
+        repr(report),
+        report and f"{report}{report.held_out()}",
+    )
     return facts, bits(mfa.tensors())
 
 
 def read_spread_mixture(folder: Path) -> Any:
-    return read_mixture(folder, lambda folder: ShardedMFA.from_pretrained(folder).local)
+    def load(folder: Path) -> MFA:
+        mfa = ShardedMFA.from_pretrained(folder)
+        mfa.local.fit_report = mfa.fit_report
+        return mfa.local
+
+    return read_mixture(folder, load)
 
 
 def make_reference(folder: Path, seed: int) -> None:

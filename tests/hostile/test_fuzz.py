@@ -107,6 +107,40 @@ def test_json(name, most, copied):
     assert counts["refused"] > 0.2 * counts.total(), counts
 
 
+@pytest.mark.parametrize("place", ["config", "weights"])
+def test_the_report_of_a_fit(place, copied):
+    """What no value that `json` writes can be; and a curve that is endless."""
+    folder = copied(place)
+    config = json.loads((folder / "config.json").read_text())
+    tensors = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
+    whole = json.dumps(config["fit"])
+    values = {
+        "deep": "[" * 10**5 + "]" * 10**5, "deep objects": '{"a":' * 10**5 + "1" + "}" * 10**5,
+        "a deep run": whole.replace('"a/model"', "[" * 10**5 + "]" * 10**5), "NaN": '{"held_out_nll": NaN}',
+        "overflow": '{"held_out_nll": 1e999}', "twice": '{"method": "em", "method": "sgd"}', "cut off": "{",
+        "long": '{"history": [' + ", ".join(["3"] * 10**6) + "]}", "digits": '{"best_step": ' + "1" * 10**4 + "}",
+    }  # fmt: skip
+    for name, value in values.items():
+        text = json.dumps({**config, "fit": "HERE"}).replace('"HERE"', value)
+        if place == "config":
+            (folder / "config.json").write_text(text)
+        else:
+            (folder / "config.json").write_text(json.dumps({**config, "saved_as": "another save"}))
+            save_file(tensors, folder / "model.safetensors", {"format": "pt", "config": text})
+        how, result = outcome(lambda: KINDS["config"].use(folder), folder)
+        assert how == "refused", (name, how, result)
+        assert KINDS[place].file(folder).name in result
+        assert len(result) < 2000, name
+
+
+def test_a_config_of_gigabytes(copied):
+    folder = copied("config")
+    with open(folder / "config.json", "r+b") as file:
+        file.truncate(1 << 32)
+    how, result = outcome(lambda: KINDS["config"].use(folder), folder)
+    assert how == "refused", result
+
+
 def test_the_config_in_the_weights(copied):
     folder = copied("weights")
     path = folder / "model.safetensors"

@@ -86,7 +86,7 @@ def test_a_page_stands_alone(tmp_path: Path) -> None:
 def test_everything_is_escaped(tmp_path: Path) -> None:
     mfa, store, _ = planted()
     store.documents = [[i % len(HOSTILE.vocabulary) for i in d] for d in store.documents]
-    store.meta = {"model": "<b>model</b>", "layer": 3}  # type: ignore[attr-defined]
+    store.meta = {"model": "<b>model", "layer": 3}  # type: ignore[attr-defined]
     page = _report(tmp_path / "report.html", mfa, store, HOSTILE, title="<i>title</i>")
     assert {tag for tag, _ in page.tags} <= set(TAGS.split())
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
@@ -114,7 +114,10 @@ def test_a_page_tells_what_the_parts_found(tmp_path: Path) -> None:
     assert page.inside("h3")[0].startswith(f"Latent z_{int(longest)}, from -")
 
 
-@pytest.mark.parametrize(("model", "shown"), [("/home/me/models/tiny", "tiny"), ("maker/model-2b", "maker/model-2b")])
+@pytest.mark.parametrize(
+    ("model", "shown"),
+    [("/home/me/models/tiny", "local:tiny"), (r"C:\me\tiny", "local:tiny"), ("maker/model-2b", "maker/model-2b")],
+)
 def test_a_page_does_not_tell_folders(tmp_path: Path, model: str, shown: str) -> None:
     mfa, store, _ = planted()
     store.meta = {"model": model, "layer": 3}  # type: ignore[attr-defined]
