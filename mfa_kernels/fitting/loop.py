@@ -32,6 +32,7 @@ from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
+from mfa_kernels.fitting.given import fingerprint_of, shape_given, start_from_mixture
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
@@ -64,13 +65,14 @@ _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 @alone  # a generator, so that several can be fed from one stream: `mfa_kernels.fitting.many`
 def fit(
     activations: Any,
-    n_components: int,
-    rank: int = 10,
+    n_components: int | None = None,
+    rank: int | None = None,
     *,
     method: str = "auto",
-    noise: str = "shared",
+    noise: str | None = None,
     init: str = "pca",
     clusters: KMeansResult | Tensor | None = None,
+    start: MFA | None = None,
     epochs: int = 10,
     batch_size: int = 1024,
     lr: float = 1e-2,
@@ -126,12 +128,18 @@ def fit(
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
             concatenated in memory, unless it is an iterator that is fitted online; see `mfa_kernels.fitting.as_source`.
-        n_components: K, at most the number of rows to train on.
-        rank: R, at most D; 0 is a mixture of diagonal Gaussians.
+        n_components: K, at most the number of rows to train on; None: that of `start`.
+        rank: R, at most D; 0 is a mixture of diagonal Gaussians. None: that of `start`, else 10.
         method: "auto", "em", "online" or "sgd".
-        noise: "shared" or "per_component".
+        noise: "shared" or "per_component". None: that of `start`, else "shared".
         init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.
         clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.
+        start: a mixture to begin with, instead of K-means and a start from the clusters: one that was fitted before,
+            for more epochs or to other rows, or one with parameters of your own. It is copied, in `dtype` and
+            `precision` and with its `extra`, and stays as it is. The state kept is never worse on the held-out rows
+            than the start, which is step 0. These are the rows that were held out before where data, `held_out` and
+            `seed` are the same; with another seed, some were trained on. Adam, EM's choice of a prior and the report
+            begin anew. A region of weight 0 may come back to life.
         epochs: passes over the rows, at most; 0 returns the start.
         batch_size: rows per step, at most; an epoch is cut into batches of equal size. Online, rows per M-step, but
             at least 16 K. Passes of "em" do not depend on it.
@@ -176,6 +184,9 @@ def fit(
     check_choice(method, METHODS, "method")
     check_choice(init, INITS, "init")
     check_choice(schedule, SCHEDULES, "schedule")
+    n_components, rank, noise = shape_given(
+        start, n_components, rank, noise, {"init": init != "pca", "clusters": clusters is not None}
+    )
     streamed = isinstance(activations, Iterator) and method in ("online", "auto")
     _check_arguments(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
@@ -209,6 +220,10 @@ def fit(
             source = as_source(activations)
         if rank > source.n_features:
             raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+        if start is not None and start.n_features != source.n_features:
+            raise ValueError(
+                f"start must have the width of the activations, {source.n_features}, got {start.n_features} features"
+            )
         if method == "auto":
             method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
         device = device if device is not None else source.device
@@ -250,7 +265,8 @@ def fit(
                 "rows": None if streamed else len(source), "n_features": source.n_features,
                 "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
                 "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
-                "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
+                "clusters": None if clusters is None else fingerprint(clusters), "start": fingerprint_of(start),
+                "epochs": epochs,
                 "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
                 "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype),
                 "precision": precision, "ranks": ranks.size if streamed else None,
@@ -273,7 +289,10 @@ def fit(
         if saved is None:
             whole = ranks.gathered(start_rows)
 
-            def start() -> MFA:
+            def begin() -> MFA:
+                if start is not None:
+                    with _timed(report, "start"):
+                        return start_from_mixture(start, precision, dtype, device)
                 with _timed(report, "kmeans"):
                     result: KMeansResult | Tensor = clusters if clusters is not None else kmeans(
                         whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress
@@ -285,8 +304,8 @@ def fit(
                         init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
                     )  # fmt: skip
 
-            mfa = _from_first(start, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
-            del whole, start
+            mfa = _from_first(begin, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
+            del whole, begin
         else:
             report = saved.report
             assert checkpoints is not None

@@ -17,6 +17,7 @@ from mfa_kernels.files import StrPath
 from mfa_kernels.fitting import loop, memory
 from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
 from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM
+from mfa_kernels.fitting.given import fingerprint_of, shape_given, start_from_mixture
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
@@ -45,7 +46,7 @@ def fit_sharded(
     method: str = "auto",
     noise: str = "shared",
     clusters: KMeansResult | Tensor | None = None,
-    start: ShardedMFA | None = None,
+    start: MFA | ShardedMFA | None = None,
     epochs: int = 10,
     batch_size: int = 1024,
     held_out: float = 0.05,
@@ -79,7 +80,8 @@ def fit_sharded(
         n_components: K, at least the number of ranks.
         method: "em", "online" or "auto", as in `fit`.
         rank, noise, clusters, epochs, batch_size, held_out, eval_every, patience, seed, dtype, precision: as in `fit`.
-        start: a mixture to begin with, instead of K-means and the PCA of clusters; it is changed.
+        start: a mixture to begin with, instead of K-means and the PCA of clusters. An `MFA`, which every rank holds, is
+            cut into the ranks' parts as `fit` would begin with it; a `ShardedMFA` is itself what is trained.
         device: of this rank's components and of the work; None: where the activations are.
         callbacks: called on every rank, which must have the same, as callback(mfa, record) after every evaluation.
         log: path of a file of JSON lines, one per evaluation; rank 0 writes.
@@ -113,6 +115,11 @@ def fit_sharded(
             method = loop._chosen(len(source) * (1 - held_out), n_components, batch_size)
         if clusters is not None:
             clusters = centroids_of(clusters, source.n_features, n_components)
+        given = fingerprint_of(start) if isinstance(start, MFA) else start is not None
+        if isinstance(start, MFA):
+            shape_given(start, n_components, rank, noise, {"clusters": clusters is not None})
+            there = source.device if device is None else torch.device(device)
+            start = ShardedMFA.from_mfa(start_from_mixture(start, precision, dtype, there), group)
         if start is not None:
             _check_start(start, n_components, source.n_features, rank, noise, ranks)
             device = start.means.device
@@ -121,7 +128,7 @@ def fit_sharded(
         facts = {
             "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
             "n_components": n_components, "rank": rank, "method": method, "noise": noise,
-            "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
+            "clusters": None if clusters is None else fingerprint(clusters), "start": given,
             "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
             "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
         }  # fmt: skip
