@@ -82,7 +82,7 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
     expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True, "start": None}
     assert seen == {**expected, "dtype": torch.float64, "device": torch.device("cpu")}
     assert set(inspect.signature(fit).parameters) - set(seen) == {
-        "activations", "clusters", "callbacks", "progress", "group",
+        "activations", "clusters", "row_weights", "callbacks", "progress", "group",
     }  # fmt: skip
     assert main([*command, "--patience", "0"]) == 0
     assert seen["patience"] is None

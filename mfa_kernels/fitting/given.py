@@ -31,6 +31,8 @@ def shape_given(
         TypeError, ValueError: naming what is no mixture, holds no values, or differs from the start.
     """
     if start is None:
+        if n_components is None:
+            raise TypeError("n_components must be an integer, or be left to a start, got neither of the two")
         return n_components, 10 if rank is None else rank, "shared" if noise is None else noise
     _check(start)
     for name, given in others.items():

@@ -28,6 +28,7 @@ from mfa_kernels.fitting.sgd import Settings, mixture_state
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
+from mfa_kernels.fitting.weighing import Weighed
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.finite import finite_rows
@@ -234,12 +235,10 @@ class _Sharded(_EM):
         return self.whole.merged(self._scan_own(x))
 
     @torch.no_grad()
-    def _expect(self, x: Tensor, out: Statistics, token_weight: float | None = None) -> tuple[Any, Tensor]:
+    def _expect(self, batch: Weighed, out: Statistics, unit: float | None = None) -> tuple[Any, Tensor]:
         """The two most responsible components of all: where regions overlap."""
-        ranks = self.whole.ranks
-        active, weights = expectation(
-            self.whole, x, out, self._scan_own(x), 1.0 if token_weight is None else token_weight
-        )
+        x, ranks = batch.rows, self.whole.ranks
+        active, weights = expectation(self.whole, x, out, self._scan_own(x), 1.0 if unit is None else unit)
         numbers = torch.where(active.components >= 0, active.components + self.whole.start, -1)
         every, places = ranks.stacked(weights[:, :2]).transpose(0, 1).flatten(1).topk(2)
         numbers = ranks.stacked(numbers[:, :2]).transpose(0, 1).flatten(1).gather(1, places)
@@ -260,10 +259,10 @@ class _ShardedBatchEM(_Sharded, BatchEM):
 
 
 class _ShardedOnlineEM(_Sharded, OnlineEM):
-    def _start_batches(self, start_rows: Tensor) -> Iterator[Tensor]:
+    def _start_batches(self, start_rows: Tensor) -> Iterator[Weighed]:
         """All of the sample, which is not held."""
         for index in self.sample.split(self._batch_rows()):
-            yield loop._finite(self.source, index, self.whole.means.device, self.whole.means.dtype)
+            yield Weighed(loop._finite(self.source, index, self.whole.means.device, self.whole.means.dtype))
 
 
 @torch.no_grad()

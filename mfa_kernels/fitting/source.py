@@ -23,7 +23,10 @@ class Source:
         device: where the rows are when they have been read.
         in_memory: whether reading is cheap, or worth doing ahead.
         texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
+        weights: of the rows, (N,) float64 on the CPU, positive; None: all 1 (`mfa_kernels.fitting.weighing`).
     """
+
+    weights: Tensor | None = None
 
     def __init__(
         self,
@@ -56,7 +59,8 @@ class Source:
 
 def picked(source: Source, index: Tensor) -> Source:
     """The rows at `index` (n,), by their places in it; they are read when they are asked for."""
-    return Source(
+    texts = source.texts
+    found = Source(
         len(index),
         source.n_features,
         source.dtype,
@@ -64,7 +68,10 @@ def picked(source: Source, index: Tensor) -> Source:
         lambda start, stop: source.rows(index[start:stop]),
         device=source.device,
         in_memory=source.in_memory,
+        texts=None if texts is None else lambda: texts()[index.cpu()],
     )
+    found.weights = None if source.weights is None else source.weights[index.cpu()]
+    return found
 
 
 def home(source: Source, rows: int, device: torch.device) -> torch.device:

@@ -233,7 +233,7 @@ def bad(name: str, value: float) -> MFA:
         ({"start": bad("weight_logits", math.nan)}, ValueError, "start.weight_logits must have a softmax"),
         ({"start": planted().double().requires_grad_(False).apply(lambda m: m.means.mul_(1e300))}, ValueError,
          "start.means in torch.float32 must be finite"),
-        ({"start": None}, TypeError, "n_components must be an integer, got None"),
+        ({"start": None}, TypeError, "n_components must be an integer, or be left to a start, got neither"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(options, error, message):

@@ -1,0 +1,60 @@
+"""Rows that weigh: a row of weight 2 counts as two, in whatever takes sums over rows."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.checks import check_finite, check_tensor, shown
+from mfa_kernels.fitting.source import Source, picked
+
+
+class Weighed(NamedTuple):
+    """Rows (n, D) and what each weighs, (n,) float64 on their device; None: all 1."""
+
+    rows: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def mass(self) -> float:
+        """What they weigh together."""
+        return float(len(self.rows)) if self.weights is None else float(self.weights.sum())
+
+
+def check_weights(weights: Any, rows: int, name: str) -> Tensor:
+    """Weights of so many rows, (N,) float64, where they are; raises for what is not finite and non-negative."""
+    try:
+        found = check_tensor(torch.as_tensor(weights), name).detach().to(torch.float64)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a tensor of {rows} numbers, got {shown(weights)}: {error}") from None
+    if found.shape != (rows,):
+        raise ValueError(f"{name} must have shape (N,) = ({rows},), got {tuple(found.shape)}")
+    if not (check_finite(found, name) >= 0).all():
+        raise ValueError(f"{name} must be finite and non-negative")
+    return found
+
+
+def weighted(source: Source, row_weights: Any) -> Source:
+    """The rows that weigh anything, with their weights; the source itself where there are none.
+
+    Raises:
+        TypeError, ValueError: naming `row_weights`; all of them 0, or a sum that overflows, among it.
+    """
+    if row_weights is None:
+        return source
+    weights = check_weights(row_weights, len(source), "row_weights").cpu()
+    if not 0 < float(weights.sum()) < math.inf:
+        raise ValueError(f"row_weights must have a positive, finite sum, got {float(weights.sum())}")
+    index = (weights > 0).nonzero().squeeze(1)
+    found = copy.copy(source) if len(index) == len(source) else picked(source, index)
+    found.weights = weights[index]
+    return found
+
+
+def mean_weight(source: Source, rows: Tensor) -> float:
+    """Of the rows with these numbers."""
+    return 1.0 if source.weights is None or not len(rows) else float(source.weights[rows].mean())
