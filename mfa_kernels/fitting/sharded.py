@@ -73,6 +73,8 @@ def fit_sharded(
     their sums, while K-means and the start run; those share their passes over the rows of the sample, which are read
     again in each and not held. In EM every rank reads all rows; per token, a few numbers from each rank travel.
 
+    All rows weigh the same: `row_weights` are for `fit`.
+
     With a `checkpoint`, each rank writes what it holds. A fit that is killed goes on, with `resume`, to the bits that
     it would have come to; with another number of ranks, to the same but for the order of sums.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from mfa_kernels.checks import check_finite, check_tensor, shown
 from mfa_kernels.fitting.source import Source, picked
+
+_MOST = 2.0**53  # rows that float64 counts one by one
 
 
 class Weighed(NamedTuple):
@@ -28,9 +29,12 @@ class Weighed(NamedTuple):
 def check_weights(weights: Any, rows: int, name: str) -> Tensor:
     """Weights of so many rows, (N,) float64, where they are; raises for what is not finite and non-negative."""
     try:
-        found = check_tensor(torch.as_tensor(weights), name).detach().to(torch.float64)
+        found = check_tensor(torch.as_tensor(weights), name).detach()
     except (RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name} must be a tensor of {rows} numbers, got {shown(weights)}: {error}") from None
+    if found.is_complex():
+        raise TypeError(f"{name} must be real numbers, got {shown(weights)}")
+    found = found.to(torch.float64)
     if found.shape != (rows,):
         raise ValueError(f"{name} must have shape (N,) = ({rows},), got {tuple(found.shape)}")
     if not (check_finite(found, name) >= 0).all():
@@ -47,8 +51,8 @@ def weighted(source: Source, row_weights: Any) -> Source:
     if row_weights is None:
         return source
     weights = check_weights(row_weights, len(source), "row_weights").cpu()
-    if not 0 < float(weights.sum()) < math.inf:
-        raise ValueError(f"row_weights must have a positive, finite sum, got {float(weights.sum())}")
+    if not 0 < float(weights.sum()) <= _MOST:
+        raise ValueError(f"row_weights must have a sum in (0, {_MOST:g}], as they count rows, got {weights.sum():g}")
     index = (weights > 0).nonzero().squeeze(1)
     found = copy.copy(source) if len(index) == len(source) else picked(source, index)
     found.weights = weights[index]
