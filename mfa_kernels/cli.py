@@ -185,8 +185,11 @@ def _parser() -> argparse.ArgumentParser:
         "K512-R10; so with --checkpoint and --log",
     )  # fmt: skip
     _overwrite(fit, "a mixture that is there")
-    fit.add_argument("-K", "--components", nargs="+", action=_Integers, required=True, help="regions")
-    fit.add_argument("-R", "--rank", nargs="+", action=_Integers, default=[10], help="local directions per region")
+    fit.add_argument("-K", "--components", nargs="+", action=_Integers, help="regions; with --start, its own")
+    fit.add_argument(
+        "-R", "--rank", nargs="+", action=_Integers, help="local directions per region: 10, or those of --start"
+    )
+    fit.add_argument("--start", help="a mixture to go on from, a folder or hub id, instead of K-means")
     harvested = fit.add_argument_group("without a store")
     harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
     harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")
@@ -194,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     harvested.add_argument("--max-tokens", type=int, help="activations to fit to")
     harvested.add_argument("--context", type=int, default=256, help="tokens per window")
     harvested.add_argument("--windows", type=int, default=16, help="of them per forward pass")
-    fit.add_argument("--noise", choices=("shared", "per_component"), default="shared")
+    fit.add_argument("--noise", choices=("shared", "per_component"), help="shared, or that of --start")
     fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
     fit.add_argument(
         "--method",
@@ -381,6 +384,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ValueError("--shard-components goes with a store, not with --text")
     if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
+    _begin(arguments)
     fits = _fits(arguments, arguments.layer if harvested else [None])
     folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
     for name, folder in folders.items():
@@ -411,6 +415,22 @@ def _fit(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _begin(arguments: argparse.Namespace) -> None:
+    """Puts the mixture to go on from where its name was, and its numbers where there were none."""
+    if arguments.start is not None:
+        from mfa_kernels import MFA
+
+        arguments.start = start = MFA.from_pretrained(arguments.start)
+        arguments.components, arguments.rank = (
+            arguments.components or [start.n_components],
+            arguments.rank or [start.rank],
+        )
+        arguments.noise = arguments.noise or start.noise
+    if arguments.components is None:
+        raise _Incomplete("-K: say how many regions, or --start, whose regions to go on from")
+    arguments.rank = arguments.rank or [10]
+
+
 def _told(report: FitReport) -> str:
     """What a fit came to, in a few words."""
     if report.held_out_nll is None:
@@ -438,10 +458,10 @@ def _fit_to_store(
         mfa: Any
         if arguments.shard_components:
             mfa = _fit_sharded(arguments, store, device, own)
-            mfa.local.extra = extra
+            mfa.local.extra.update(extra)
         else:
             mfa = fit(store, device=device, **own, **_fit_options(arguments))
-            mfa.extra = extra
+            mfa.extra.update(extra)
         yield name, mfa
         if mfa.fit_report.interrupted:
             break
@@ -456,6 +476,7 @@ def _fit_sharded(
     if (options.pop("init"), options.pop("polish")) != ("pca", 0):
         raise ValueError("--shard-components starts from --init pca, and goes without --polish")
     del options["schedule"], options["lr"]
+    options["noise"] = options["noise"] or "shared"
     return fit_sharded(store, device=device, **own, **options)
 
 
@@ -474,7 +495,7 @@ def _fit_while_harvesting(
     mixtures = fit_many(batches, fits, **_fit_options(arguments))
     for name, mfa in mixtures.items():
         layer, _ = resolve_layer(model, fits[name]["layer"])
-        mfa.extra = {**origin(model, tokenizer), "layer": layer}
+        mfa.extra |= {**origin(model, tokenizer), "layer": layer}
     yield from mixtures.items()
 
 
@@ -502,8 +523,8 @@ def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     names = (
-        "method", "noise", "init", "epochs", "polish", "batch_size", "lr", "schedule", "held_out", "eval_every",
-        "precision", "seed", "checkpoint_seconds", "resume",
+        "method", "noise", "init", "start", "epochs", "polish", "batch_size", "lr", "schedule", "held_out",
+        "eval_every", "precision", "seed", "checkpoint_seconds", "resume",
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names}
     return {**options, "patience": arguments.patience or None, "dtype": getattr(torch, arguments.dtype)}

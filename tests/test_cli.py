@@ -84,10 +84,10 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
     command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--out", str(tmp_path / "mfa"), "--overwrite"]
     assert main([*command, "--resume", *words]) == 0
     expected = {name[2:].replace("-", "_"): value for name, value in given.items()}
-    expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True}
+    expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True, "start": None}
     assert seen == {**expected, "dtype": torch.float64, "device": torch.device("cpu")}
     assert set(inspect.signature(fit).parameters) - set(seen) == {
-        "activations", "clusters", "callbacks", "progress", "group",
+        "activations", "clusters", "row_weights", "callbacks", "progress", "group",
     }  # fmt: skip
     assert main([*command, "--patience", "0"]) == 0
     assert seen["patience"] is None
@@ -114,6 +114,20 @@ def test_device(folder, capsys):
             assert f"mfa-kernels {command[0]}: --device cuda: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [[], ["--shard-components", "--method", "em"]], ids=["whole", "sharded"])
+def test_fit_goes_on_from_a_mixture(folder, tmp_path, more):
+    command = ["fit", str(folder / "store"), "--start", str(folder / "mfa"), "--epochs", "0", *more]
+    assert main([*command, "--out", str(tmp_path / "mfa")]) == 0
+    before, after = MFA.from_pretrained(folder / "mfa"), MFA.from_pretrained(tmp_path / "mfa")
+    assert all(torch.equal(p, q) for p, q in zip(before.parameters(), after.parameters()))
+    assert after.extra["layer"] == before.extra["layer"]
+
+
+def test_fit_needs_a_size(folder, tmp_path, capsys):
+    assert main(["fit", str(folder / "store"), "--out", str(tmp_path / "mfa")]) == 2
+    assert "-K: say how many regions" in capsys.readouterr().err
+
+
 def test_fit_shards_the_components(folder, tmp_path, capsys):
     """In one process, which holds them all; several are compared with it in tests/distributed."""
     command = ["fit", str(folder / "store"), "-K", "8", "-R", "2", "--epochs", "1", "--method", "em", "--out"]
@@ -135,11 +149,11 @@ def test_fit_shards_the_components(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("order", "components", "rank"),
     [
-        (["store", "-K", "8", "16"], [8, 16], [10]),
-        (["-K", "8", "store"], [8], [10]),
+        (["store", "-K", "8", "16"], [8, 16], None),
+        (["-K", "8", "store"], [8], None),
         (["-K", "8", "16", "-R", "2", "3", "store"], [8, 16], [2, 3]),
         (["-R", "2", "store", "-K", "8", "16"], [8, 16], [2]),
-        (["-K", "8", "--epochs", "1", "store"], [8], [10]),
+        (["-K", "8", "--epochs", "1", "store"], [8], None),
     ],
 )
 def test_sizes_before_and_after_the_store(order, components, rank):
@@ -408,6 +422,11 @@ def test_doctor(capsys):
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "5000"], "5000"),
         (["fit", "{folder}/store", "--out", "{folder}/fit.jsonl", "-K", "8"], "--out must be a folder"),
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "8", "--log", "{folder}/text"], "log must name a file"),
+        (["fit", "{folder}/store", "--out", "{folder}/x", "--start", "{folder}/nothing"], "nothing"),
+        (
+            ["fit", "{folder}/store", "--out", "{folder}/x", "--start", "{folder}/mfa", "-K", "8"],
+            "n_components must be that of start, 16, or left out, got 8",
+        ),
         (["fit", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
         (["fit", "{folder}/store", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
         (["fit", "{folder}/store", "--out", "{folder}/x", "-K", "8", "--layer", "1"], "--layer goes with --text"),

@@ -247,5 +247,5 @@ def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> Stat
 
 def fingerprint(tensor: Tensor) -> str:
     """Of the bits of a tensor of any dtype and device, and of its shape."""
-    bits = tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+    bits = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + bits).hexdigest()[:16]

@@ -20,6 +20,7 @@ from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize, p
 from mfa_kernels.fitting.revival import Overlap, find, hand_on, move
 from mfa_kernels.fitting.screening import SAMPLE, Screening
 from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
+from mfa_kernels.fitting.weighing import Weighed
 from mfa_kernels.mfa import MFA
 from mfa_kernels.ops.select.op import Active
 from mfa_kernels.ops.statistics.op import Statistics, expectation
@@ -42,15 +43,24 @@ _REVIVALS = 3  # passes that may move regions
 _REVIVAL_ROWS = 64  # per component, after which online EM looks for regions that own nothing
 
 
-def choose_prior(mfa: AnyMFA, s: Statistics, covariance: Tensor, held_out: Tensor, ranks: Ranks = ALONE) -> Prior:
-    """The prior whose M-step serves held-out rows (n, D), of all ranks, best; the mixture is left as it was."""
+def choose_prior(
+    mfa: AnyMFA,
+    s: Statistics,
+    covariance: Tensor,
+    held_out: Tensor,
+    ranks: Ranks = ALONE,
+    weights: Tensor | None = None,
+) -> Prior:
+    """The prior whose M-step serves held-out rows (n, D), which weigh (n,), of all ranks, best; the mixture is left as
+    it was."""
     if not ranks.totals(len(held_out))[0]:
         return Prior(covariance)
     before = [p.detach().clone() for p in mfa.parameters()]
+    few = slice(-(-_CHOICE_ROWS // ranks.size))
     scores = {}
     for strength in STRENGTHS:
         maximize(mfa, s, Prior(covariance, strength))
-        nll = mean_nll(mfa, held_out[: -(-_CHOICE_ROWS // ranks.size)], ranks)
+        nll = mean_nll(mfa, held_out[few], ranks, None if weights is None else weights[few])
         scores[strength] = nll if math.isfinite(nll) else math.inf
         with torch.no_grad():
             for parameter, kept in zip(mfa.parameters(), before):
@@ -68,12 +78,20 @@ class _EM(Run):
 
     Args:
         start_rows: (n, D), finite, on any device: the rows that the start was made of, a rank's share.
+        start_weights: of these, (n,) float64 on their device, where the source's rows have weights.
     """
 
-    def __init__(self, *args: Any, start_rows: Tensor) -> None:
-        super().__init__(*args)
-        first = self.ranks.gathered(start_rows[: covariance_rows(self.mfa)])
-        self.covariance = pooled_covariance(self.mfa, first)
+    def __init__(
+        self,
+        *args: Any,
+        start_rows: Tensor,
+        start_weights: Tensor | None = None,
+        held_out_weights: Tensor | None = None,
+    ) -> None:
+        super().__init__(*args, held_out_weights=held_out_weights)
+        first = slice(covariance_rows(self.mfa))
+        weights = None if start_weights is None else self.ranks.gathered(start_weights[first])
+        self.covariance = pooled_covariance(self.mfa, self.ranks.gathered(start_rows[first]), weights)
         self.ranks.broadcast_(self.covariance)
         # Its own rows: a view would hold all of those that the start was made of, for the length of the fit.
         self.screening = Screening(self._held(), start_rows[:SAMPLE].clone(), self.ranks)
@@ -119,10 +137,15 @@ class _EM(Run):
     def _zeros(self) -> Statistics:
         return Statistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
 
-    def _expect(self, x: Tensor, out: Statistics, token_weight: float | None = None) -> tuple[Any, Tensor]:
+    def _expect(self, batch: Weighed, out: Statistics, unit: float | None = None) -> tuple[Any, Tensor]:
+        """Adds the statistics of a batch, in whose weights 1 is `unit`."""
         with torch.no_grad():
+            x, weights = batch
             means, loadings, noise, log_weights = self.mfa.parameters_in_compute_dtype()
-            weights = None if token_weight is None else torch.full_like(x[:, 0], token_weight, dtype=means.dtype)
+            if weights is not None:
+                weights = weights * (1.0 if unit is None else unit)
+            elif unit is not None:
+                weights = torch.full_like(x[:, 0], unit, dtype=means.dtype)
             active = self.screening.scan(x)
             return expectation(x, means, loadings, noise, log_weights, self.mfa.factors(), out, weights, active)
 
@@ -132,7 +155,7 @@ class _EM(Run):
     def _choose_prior(self, s: Statistics) -> Prior:
         if not self._count(s) > 0:
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
-        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks)
+        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks, self.held_out_weights)
         self.report.prior_strength = self.prior.strength
         assert self.start is not None
         self.start = self.start[0], self._log_prior()  # the parameters are still those of the start
@@ -159,8 +182,8 @@ class BatchEM(_EM):
     it never falls from one of them to the next, but where a region is moved.
     """
 
-    def __init__(self, *args: Any, start_rows: Tensor) -> None:
-        super().__init__(*args, start_rows=start_rows)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.rows = self.rows.sort().values  # as disks like it; the order does not matter
         self.log_posteriors: list[float] = []  # per token, before each M-step
         self.revivals = 0  # passes that moved regions
@@ -284,12 +307,12 @@ class BatchEM(_EM):
         s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
         left = self.rows[self.seen :]
         batches = left.split(self._batch_rows() * self.ranks.size) if len(left) else ()
-        for batch, x in zip(batches, self._read(iter(batches))):
+        for batch, read in zip(batches, self._read(iter(batches))):
             bar.update(len(batch))
-            x = self._finite(x, count_skipped)
-            active, responsibilities = self._expect(x, s)
+            found = self._finite(read, count_skipped)
+            active, responsibilities = self._expect(found, s)
             overlap.add(active.components, responsibilities)
-            self.tokens += len(x)
+            self.tokens += len(found.rows)
             self.seen += len(batch)
             self._save_if_due()
         self._pool(s, overlap)
@@ -325,9 +348,17 @@ class OnlineEM(_EM):
     counted: Tensor  # tokens of each region held here since regions were looked at for revival, (K,)
     about: Tensor  # these means
 
-    def __init__(self, *args: Any, start_rows: Tensor, stream: Feed | None = None) -> None:
-        super().__init__(*args, start_rows=start_rows)
+    def __init__(
+        self,
+        *args: Any,
+        start_rows: Tensor,
+        start_weights: Tensor | None = None,
+        held_out_weights: Tensor | None = None,
+        stream: Feed | None = None,
+    ) -> None:
+        super().__init__(*args, start_rows=start_rows, start_weights=start_weights, held_out_weights=held_out_weights)
         self.start_rows: Tensor | None = start_rows  # until they have been looked at
+        self.start_weights = start_weights
         self.stream = stream
         self.batch_rows = online_rows(self.mfa.n_components, self.settings.batch_size)
         self.known = 1.0  # batches that the start rows are worth
@@ -388,20 +419,20 @@ class OnlineEM(_EM):
                 self._save_if_due()
             for epoch in range(self.epoch, passes + 1):
                 self.epoch, self.order = epoch, self.generator.get_state()
-                for x in self._batches(bar):
-                    if x is None:
+                for read in self._batches(bar):
+                    if read is None:
                         assert self.stream is not None
                         self.stream.put((yield))
                         continue
-                    x = self._finite(x, count_skipped=epoch == 1)
+                    batch = self._finite(read, count_skipped=epoch == 1)
                     self.batch += 1
-                    rows = int(self.ranks.totals(len(x))[0])
+                    rows = int(self.ranks.totals(len(batch.rows))[0])
                     if not rows:
                         continue
                     self.step += 1
-                    self._step(x, rows, (self.step + self.known) ** -_KAPPA)
+                    self._step(batch, rows, (self.step + self.known) ** -_KAPPA)
                     if self.step % every == 0:
-                        self.screening.prepare(len(x) + len(self.held_out), self._to_come())
+                        self.screening.prepare(len(batch.rows) + len(self.held_out), self._to_come())
                         self._evaluate(self.step, epoch, bar)
                         if self._out_of_patience(finished=False):
                             return
@@ -419,37 +450,48 @@ class OnlineEM(_EM):
 
     def _look_at_start(self, start_rows: Tensor) -> None:
         """The statistics of the start rows, and the first M-step."""
-        s, before = self._zeros(), self.tokens
+        s, before, mass = self._zeros(), self.tokens, 0.0
         self.screening.prepare(len(start_rows), self._to_come())  # where a checkpoint or a callback came between
-        for x in self._start_batches(start_rows):
-            self._expect(x, s)
-            self.tokens += len(x)
+        for batch in self._start_batches(start_rows):
+            self._expect(batch, s)
+            self.tokens += len(batch.rows)
+            mass += batch.mass
         self.ranks.sum_(*s.tensors())
-        rows = int(self.ranks.totals(self.tokens - before)[0])
-        self.start_rows = None
+        rows, mass = self.ranks.totals(self.tokens - before, mass)
+        self.start_rows = self.start_weights = None
         self._maximize(s, self._choose_prior(s))
-        self.statistics.scale_(1 / rows)
+        self.statistics.scale_(1 / mass)
         self.known = max(1.0, rows / self.batch_rows)
 
-    def _start_batches(self, start_rows: Tensor) -> Iterable[Tensor]:
-        return (part.to(self.mfa.means.device) for part in start_rows.split(self._batch_rows()))
+    def _start_batches(self, start_rows: Tensor) -> Iterable[Weighed]:
+        device, weights = self.mfa.means.device, self.start_weights
+        parts = start_rows.split(self._batch_rows())
+        theirs = [None] * len(parts) if weights is None else weights.split(self._batch_rows())
+        for part, own in zip(parts, theirs):
+            yield Weighed(part.to(device), None if own is None else own.to(device))
 
-    def _step(self, x: Tensor, rows: int, eta: float) -> None:
-        """x (n, D) are this rank's of the `rows` of a batch."""
+    def _step(self, batch: Weighed, rows: int, eta: float) -> None:
+        """The batch is this rank's of so many `rows`.
+
+        They weigh as much as that many rows do on average: of batches of heavy rows, the statistics take up more.
+        """
+        x, weights = batch
         s, prior = self.statistics, self.prior
         assert prior is not None
         self.screening.prepare(len(x), self._to_come())
         s.scale_(1 - eta if self.ranks.first else 0)  # the past counts once
-        weight, remembered = eta / rows, s.mass.clone()
-        active, responsibilities = self._expect(x, s, weight)
-        fresh = (s.mass - remembered) / weight
+        unit, remembered = eta / (rows * self.mean_weight), s.mass.clone()
+        active, responsibilities = self._expect(batch, s, unit)
+        fresh = (s.mass - remembered) / unit
         self.ranks.sum_(*s.tensors(), fresh)
         self.counted += fresh
-        self.overlap.add(active.components, responsibilities / weight)
-        found = active.log_prob[active.components[:, 0] >= 0]
-        total, count = self.ranks.totals(float(found.double().sum()), len(found))
-        if count:
-            self.losses.append(-total / count)
+        self.overlap.add(active.components, responsibilities / unit)
+        known = active.components[:, 0] >= 0
+        found = Weighed(active.log_prob[known].double(), None if weights is None else weights[known])
+        total = float((found.rows if found.weights is None else found.rows * found.weights).sum())
+        total, mass = self.ranks.totals(total, found.mass)
+        if mass:
+            self.losses.append(-total / mass)
         self.tokens += len(x)
         # The prior is worth its tokens among all the rows there are, not among those that the statistics remember:
         # fewer of a long stream, and more where the same few rows come again and again.
@@ -459,7 +501,7 @@ class OnlineEM(_EM):
         due = _REVIVAL_ROWS * self.mfa.n_components
         tokens = self.mfa.ranks.totals(float(self.counted.sum()))[0]
         if tokens >= due:
-            if self._to_come() > due:
+            if self._to_come() * self.mean_weight > due:
                 self.overlap.pool(self.ranks)
                 self._revive(prior, tokens)
             self.counted.zero_()
@@ -467,7 +509,7 @@ class OnlineEM(_EM):
 
     def _rows_behind(self) -> float:
         seen = (self.known + self.step) * self.batch_rows
-        return seen if self.stream is not None else min(seen, len(self.rows))
+        return seen if self.stream is not None else min(seen, len(self.rows)) * self.mean_weight
 
     def _revive(self, prior: Prior, tokens: float) -> None:
         """Moves regions that own nothing; the statistics become those that their parameters are the answer to."""
@@ -512,7 +554,7 @@ class OnlineEM(_EM):
             self.statistics = self.statistics.moved(self.mfa.means.detach().double() - self.about)
             self.about = self.mfa.means.detach().clone()
 
-    def _batches(self, bar: Any) -> Iterator[Tensor | None]:
+    def _batches(self, bar: Any) -> Iterator[Weighed | None]:
         """This rank's share of the batches of a pass that were not seen yet; None while a stream must bring more."""
         if self.stream is None:
             order = shuffled(self.rows, self.batch_rows, self.generator)
@@ -528,4 +570,4 @@ class OnlineEM(_EM):
                 if not found:
                     return
                 bar.update(found)
-                yield x
+                yield Weighed(x)

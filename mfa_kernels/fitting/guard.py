@@ -31,27 +31,38 @@ class Guard:
         others: (m, D), finite, its share of further rows of the same data; None: there are none.
         device: of the mixture.
         ranks: that share them.
+        weights, other_weights: of rows and others, (n,) and (m,) float64; None: all 1.
 
     Attributes:
         rows: of the sample, (m, D).
-        weights: how many rows each stands for, (m,) float64.
+        weights: how many rows each stands for, or what these weigh, (m,) float64.
     """
 
     @torch.no_grad()
-    def __init__(self, rows: Tensor, device: torch.device, others: Tensor | None = None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        device: torch.device,
+        others: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        weights: Tensor | None = None,
+        other_weights: Tensor | None = None,
+    ) -> None:
         self.ranks = ranks
+        own = _ones(rows, device) if weights is None else weights.to(device)
         deviation, outlying = _deviations(rows, ranks).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
         outlying = outlying[deviation > _OUT]
         share = -(-OTHERS // ranks.size)
         others = rows[:0].to(device) if others is None else others[:share].to(device, rows.dtype)
+        theirs = _ones(others, device) if other_weights is None else other_weights[:share].to(device)
         if len(others) < share:  # a few would stand for too many
             ordinary = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             ordinary[outlying] = False
             more = ordinary.nonzero().squeeze(1)[: share - len(others)]
-            others = torch.cat([others, rows[more].to(device)])
-        weights = torch.ones(len(outlying) + len(others), dtype=torch.float64, device=device)
-        stand_for, are = ranks.totals(len(rows) - len(outlying), len(others))
-        weights[len(outlying) :] = stand_for / max(1, are)
+            others, theirs = torch.cat([others, rows[more].to(device)]), torch.cat([theirs, own[more.to(device)]])
+        alone = own[outlying.to(device)]
+        stand_for, are = ranks.totals(float(own.sum() - alone.sum()), float(theirs.sum()))
+        weights = torch.cat([alone, theirs * (stand_for / (are or 1.0))])
         self.rows = ranks.concatenated(torch.cat([rows[outlying].to(device), others]))
         self.weights = ranks.concatenated(weights)
 
@@ -95,6 +106,10 @@ class Guard:
         if found != expected:
             raise ValueError(f"guard: rows and weights have dtypes and shapes {found}, expected {expected}")
         self.rows, self.weights = (own.to(self.rows.device, copy=True) for own in (rows, weights))
+
+
+def _ones(rows: Tensor, device: torch.device) -> Tensor:
+    return torch.ones(len(rows), dtype=torch.float64, device=device)
 
 
 def _deviations(rows: Tensor, ranks: Ranks) -> Tensor:

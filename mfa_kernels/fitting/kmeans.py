@@ -20,12 +20,12 @@ from mfa_kernels.checks import (
     check_floats,
     check_integer,
     check_number,
-    check_tensor,
 )
 from mfa_kernels.fitting.lloyd import Partition, chunks, lloyd
 from mfa_kernels.fitting.reservoir import numbered
 from mfa_kernels.fitting.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.source import Source, as_source, home, picked
+from mfa_kernels.fitting.weighing import check_weights
 from mfa_kernels.modes import door
 from mfa_kernels.ops.finite import finite_rows
 from mfa_kernels.ranks import ALONE, Ranks
@@ -157,14 +157,7 @@ def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> t
     """The weights over a power of two that brings the largest to about 1, as float32 needs it; and that power."""
     if weights is None:
         return None, None
-    weights = check_tensor(weights, "weights")
-    if weights.is_complex():
-        raise TypeError(f"weights must be real, got {weights.dtype}")
-    weights = weights.to(device=device, dtype=torch.float64)
-    if weights.shape != (rows,):
-        raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")
-    if not (check_finite(weights, "weights") >= 0).all():
-        raise ValueError("weights must be finite and non-negative")
+    weights = check_weights(weights, rows, "weights").to(device)
     unit = 2.0 ** (math.frexp(float(weights.max()))[1] - 1)
     return weights / unit, unit
 

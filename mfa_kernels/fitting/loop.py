@@ -33,6 +33,7 @@ from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import DONE, FILE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM, OnlineEM, online_rows
 from mfa_kernels.fitting.feed import Feed, Fitting, Steps, alone
+from mfa_kernels.fitting.given import fingerprint_of, shape_given, start_from_mixture
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
@@ -41,6 +42,7 @@ from mfa_kernels.fitting.provenance import now, run_of
 from mfa_kernels.fitting.sgd import SCHEDULES, Callback, Run, Settings, Training, mixture_state
 from mfa_kernels.fitting.source import Source, as_source, home
 from mfa_kernels.fitting.start import INITS, centroids_of, start_from_clusters
+from mfa_kernels.fitting.weighing import Weighed, weighted
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA, NOISES
 from mfa_kernels.ops.finite import finite_rows
@@ -65,13 +67,15 @@ _DEAD_SHARE = 0.1  # of the components, from which on a warning is due
 @alone  # a generator, so that several can be fed from one stream: `mfa_kernels.fitting.many`
 def fit(
     activations: Any,
-    n_components: int,
-    rank: int = 10,
+    n_components: int | None = None,
+    rank: int | None = None,
     *,
     method: str = "auto",
-    noise: str = "shared",
+    noise: str | None = None,
     init: str = "pca",
     clusters: KMeansResult | Tensor | None = None,
+    start: MFA | None = None,
+    row_weights: Tensor | None = None,
     epochs: int = 10,
     batch_size: int = 1024,
     lr: float = 1e-2,
@@ -127,12 +131,25 @@ def fit(
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
             concatenated in memory, unless it is an iterator that is fitted online; see `mfa_kernels.fitting.as_source`.
-        n_components: K, at most the number of rows to train on.
-        rank: R, at most D; 0 is a mixture of diagonal Gaussians.
+        n_components: K, at most the number of rows to train on; None: that of `start`.
+        rank: R, at most D; 0 is a mixture of diagonal Gaussians. None: that of `start`, else 10.
         method: "auto", "em", "online" or "sgd".
-        noise: "shared" or "per_component".
+        noise: "shared" or "per_component". None: that of `start`, else "shared".
         init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.
         clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.
+        start: a mixture to begin with, instead of K-means and a start from the clusters: one that was fitted before,
+            for more epochs or to other rows, or one with parameters of your own. It is copied, in `dtype` and
+            `precision` and with its `extra`, and stays as it is. The state kept is never worse on the held-out rows
+            than the start, which is step 0. These are the rows that were held out before where data, `held_out` and
+            `seed` are the same; with another seed, some were trained on. Adam, EM's choice of a prior and the report
+            begin anew. A region of weight 0 may come back to life.
+        row_weights: (N,), finite and non-negative; None: all 1. What is maximised is the mean of log p by these
+            weights, in the start, in training and on the held-out rows: a row of weight 2 counts as two rows, one of
+            weight 0 is left out. K-means, `start_from_clusters`, EM, Adam's loss, likelihoods in the report and the
+            sample of `held_out` go by them; which rows are drawn (`held_out` is a share of the rows), which stick out,
+            and live regions do not. The prior is worth its tokens beside what the rows weigh together: weights are
+            best scaled to a mean of 1. Smaller ones lean more on the prior, and less than K in all are refused. Not
+            for an iterator that is fitted online.
         epochs: passes over the rows, at most; 0 returns the start.
         batch_size: rows per step, at most; an epoch is cut into batches of equal size. Online, rows per M-step, but
             at least 16 K. Passes of "em" do not depend on it.
@@ -177,6 +194,9 @@ def fit(
     began, asked = now(), check_choice(method, METHODS, "method")
     check_choice(init, INITS, "init")
     check_choice(schedule, SCHEDULES, "schedule")
+    n_components, rank, noise = shape_given(
+        start, n_components, rank, noise, {"init": init != "pca", "clusters": clusters is not None}
+    )
     streamed = isinstance(activations, Iterator) and method in ("online", "auto")
     held_out, n_components, rank, epochs, batch_size, polish, eval_every, patience, seed = _checked(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
@@ -191,6 +211,10 @@ def fit(
     log = None if log is None else Path(log).absolute()  # wherever the process goes meanwhile
     if polish and (streamed or method == "sgd"):
         raise ValueError(f"polish must be 0 {'for an iterator' if streamed else 'with method sgd'}, got {polish}")
+    if row_weights is not None and streamed:
+        raise ValueError(
+            "row_weights must be None for an iterator that is fitted online: give weighted rows as a whole"
+        )
     with _held(folder, log, ranks):
         sample = max(_LEAST_START_ROWS, _START_ROWS_PER_COMPONENT * n_components)
         stream = Feed() if streamed else None
@@ -206,9 +230,13 @@ def fit(
                 while not stream.holds(OTHERS // ranks.size):
                     stream.put((yield))
         else:
-            source = as_source(activations)
+            source = weighted(as_source(activations), row_weights)
         if rank > source.n_features:
             raise ValueError(f"rank must be at most the width of the activations, {source.n_features}, got {rank}")
+        if start is not None and start.n_features != source.n_features:
+            raise ValueError(
+                f"start must have the width of the activations, {source.n_features}, got {start.n_features} features"
+            )
         if method == "auto":
             method = "online" if streamed else _chosen(len(source) * (1 - held_out), n_components, batch_size)
         device = device if device is not None else source.device
@@ -226,18 +254,26 @@ def fit(
         if not streamed:  # every rank its part. Of held-out rows, the first are then the first of each rank's
             start_index, live_index = ranks.share(start_index), ranks.share(live_index)
             held_index = held_index[ranks.rank :: ranks.size]
-        held_out_rows = _finite(source, held_index, device, dtype, report).to(dtype)
+        held_out_rows, held_out_weights = _weighed(source, held_index, device, dtype, report)
+        held_out_rows = held_out_rows.to(dtype)
         all_held, report.held_out_rows = map(int, ranks.totals(len(held_index), len(held_out_rows)))
         if all_held and not report.held_out_rows:
             raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
         # What is left out of the sample is counted when training meets it. Several ranks send it on their devices.
         there = device if ranks.size > 1 else home(source, len(start_index), device)
-        start_rows = _finite(source, start_index, there, dtype, None if epochs and not streamed else report)
+        start_rows, start_weights = _weighed(
+            source, start_index, there, dtype, None if epochs and not streamed else report
+        )
         found, report.skipped_rows = map(int, ranks.totals(len(start_rows), report.skipped_rows))
         if found < n_components:
             raise ValueError(
                 f"n_components = {n_components} needs at least as many finite rows to train on, got {found} "
                 f"of {len(source)} (held out: {all_held})"
+            )
+        if source.weights is not None and float(source.weights[rows].sum()) < n_components:
+            raise ValueError(
+                f"row_weights must be n_components = {n_components} in all at least, of the rows to train on, as they "
+                f"count rows, got {float(source.weights[rows].sum()):g}: scale them, to a mean of 1 for example"
             )
 
         if clusters is not None:
@@ -249,7 +285,8 @@ def fit(
             "rows": None if streamed else len(source), "n_features": source.n_features,
             "data": " ".join(ranks.objects(data)) if streamed else data,  # every rank brings a stream of its own
             "n_components": n_components, "rank": rank, "method": method, "noise": noise, "init": init,
-            "clusters": None if clusters is None else fingerprint(clusters), "epochs": epochs,
+            "clusters": None if clusters is None else fingerprint(clusters), "start": fingerprint_of(start),
+            "row_weights": None if source.weights is None else fingerprint(source.weights), "epochs": epochs,
             "batch_size": batch_size, "lr": lr, "schedule": schedule, "polish": polish, "held_out": held_out,
             "eval_every": eval_every, "patience": patience, "seed": seed, "dtype": str(dtype),
             "precision": precision, "ranks": ranks.size if streamed else None,
@@ -272,21 +309,26 @@ def fit(
 
         if saved is None:
             whole = ranks.gathered(start_rows)
+            weights = None if start_weights is None else ranks.gathered(start_weights)
 
-            def start() -> MFA:
+            def begin() -> MFA:
+                if start is not None:
+                    with _timed(report, "start"):
+                        return start_from_mixture(start, precision, dtype, device)
                 with _timed(report, "kmeans"):
                     result: KMeansResult | Tensor = clusters if clusters is not None else kmeans(
-                        whole, n_components, iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress
+                        whole, n_components, weights=weights,
+                        iterations=_KMEANS_ITERATIONS, seed=seed, device=device, progress=progress,
                     )  # fmt: skip
                     centroids = centroids_of(result, source.n_features, n_components)
                 with _timed(report, "start"):
                     return start_from_clusters(
-                        whole, centroids, rank, noise,
+                        whole, centroids, rank, noise, weights=weights,
                         init=init, precision=precision, dtype=dtype, device=device, seed=seed, progress=progress,
                     )  # fmt: skip
 
-            mfa = _from_first(start, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
-            del whole, start
+            mfa = _from_first(begin, ranks, n_components, source.n_features, rank, noise, precision, device, dtype)
+            del whole, weights, begin
         else:
             report = saved.report
             assert checkpoints is not None
@@ -296,26 +338,29 @@ def fit(
             arguments = mfa, source, rows, held_out_rows
             # Rows that the start has not seen, and that are trained on next: none, where it has seen all.
             if stream is None:
-                unseen = _finite(source, ranks.share(rows[sample : sample + OTHERS]), device, dtype)
+                unseen, unseen_weights = _weighed(source, ranks.share(rows[sample : sample + OTHERS]), device, dtype)
             else:
+                unseen_weights = None
                 unseen = stream.peek(OTHERS // ranks.size)
                 unseen = unseen[finite_rows(unseen, dtype)]
-            guard = Guard(start_rows, device, unseen, ranks)
+            guard = Guard(start_rows, device, unseen, ranks, start_weights, unseen_weights)
             del unseen
+            weighing: dict[str, Any] = {"held_out_weights": held_out_weights}
+            of_start = {"start_rows": start_rows, "start_weights": start_weights, **weighing}
             run: Run
             begun: tuple[float, float] | None = None
             if saved is None or saved.stage == method:
                 if method == "sgd":
-                    run = Training(*arguments, settings, generator, report, guard)
+                    run = Training(*arguments, settings, generator, report, guard, **weighing)
                 elif method == "em":
-                    run = BatchEM(*arguments, settings, generator, report, guard, start_rows=start_rows)
+                    run = BatchEM(*arguments, settings, generator, report, guard, **of_start)
                 else:
-                    run = OnlineEM(*arguments, settings, generator, report, guard, start_rows=start_rows, stream=stream)
-                del start_rows
+                    run = OnlineEM(*arguments, settings, generator, report, guard, **of_start, stream=stream)
+                del start_rows, start_weights, of_start
                 yield from _run(run, method, checkpoints, saved)
                 saved, begun = None, run.start
             if polish and not report.interrupted:
-                run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard)
+                run = Training(*arguments, replace(settings, epochs=polish), generator, report, guard, **weighing)
                 run.begin_below(begun)
                 yield from _run(run, "polish", checkpoints, saved)
             if stream is not None and report.run:  # known only now
@@ -533,15 +578,23 @@ def _finite(
     source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
 ) -> Tensor:
     """The finite ones of some rows, on `device`; the others are counted where there is a report."""
+    return _weighed(source, index, device, dtype, report).rows
+
+
+def _weighed(
+    source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
+) -> Weighed:
+    """The same, with their weights."""
+    weights = None if source.weights is None else source.weights[index].to(device)
     if not len(index):
-        return torch.empty(0, source.n_features, dtype=source.dtype, device=device)
+        return Weighed(torch.empty(0, source.n_features, dtype=source.dtype, device=device), weights)
     x = source.rows(index).to(device)
     finite = finite_rows(x, dtype)
     if finite.all():
-        return x
+        return Weighed(x, weights)
     if report is not None:
         report.skipped_rows += int((~finite).sum())
-    return x[finite]
+    return Weighed(x[finite], None if weights is None else weights[finite])
 
 
 @torch.no_grad()

@@ -71,24 +71,30 @@ def covariance_rows(mfa: AnyMFA) -> int:
 
 
 @torch.no_grad()
-def pooled_covariance(mfa: AnyMFA, x: Tensor) -> Tensor:
-    """Covariance of the residuals of finite rows x (n, D) in the regions that own them, (D, D) float64."""
+def pooled_covariance(mfa: AnyMFA, x: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Covariance of the residuals of finite rows x (n, D), which weigh (n,), in the regions that own them, (D, D)
+    float64."""
     scale = standard_deviation(mfa)
     x = x[: covariance_rows(mfa)].to(mfa.means)
+    weight = None if weights is None else weights[: len(x)].to(x.device)
     owner = mfa.assign(x)
     here = (owner >= mfa.start) & (owner < mfa.start + len(mfa.means))
-    x, owner = x[here], owner[here] - mfa.start
+    x, owner, weight = x[here], owner[here] - mfa.start, None if weight is None else weight[here]
     distance = ((x - mfa.means[owner]) / scale).square().sum(1)
     every = mfa.ranks.concatenated(distance)
     near = distance <= (_OUTLIER * every.median() if len(every) else math.inf)
-    x, owner = x[near], owner[near]
+    x, owner, weight = x[near], owner[near], None if weight is None else weight[near]
+    roots = None if weight is None else weight.sqrt().to(x).split(_COVARIANCE_CHUNK)
     total = torch.zeros(mfa.n_features, mfa.n_features, dtype=torch.float64, device=x.device)
-    for part, k in zip(x.split(_COVARIANCE_CHUNK), owner.split(_COVARIANCE_CHUNK)):
+    for i, (part, k) in enumerate(zip(x.split(_COVARIANCE_CHUNK), owner.split(_COVARIANCE_CHUNK))):
         y = (part - mfa.means[k]) / scale
+        if roots is not None:
+            y *= roots[i].unsqueeze(1)
         total += y.mT @ y
     mfa.ranks.sum_(total)
     scale = scale.double()
-    return total / max(1, mfa.ranks.totals(len(x))[0]) * scale * scale.unsqueeze(1)
+    mass = mfa.ranks.totals(len(x) if weight is None else float(weight.sum()))[0]
+    return total / (mass or 1) * scale * scale.unsqueeze(1)
 
 
 @torch.no_grad()

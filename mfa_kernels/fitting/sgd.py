@@ -21,6 +21,7 @@ from mfa_kernels.fitting.feed import Steps
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.notices import going_on
 from mfa_kernels.fitting.source import Source
+from mfa_kernels.fitting.weighing import Weighed, mean_weight
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import of_the_caller
 from mfa_kernels.ops.finite import finite_rows
@@ -173,13 +174,18 @@ def standard_deviation(mfa: AnyMFA) -> Tensor:
 
 
 @torch.no_grad()
-def mean_nll(mfa: AnyMFA, x: Tensor, ranks: Ranks = ALONE) -> float:
-    """Mean negative log-likelihood of x (n, D), in nats per row; over the rows of all ranks."""
-    parts = [mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]
-    if ranks.size == 1:
-        return -float(torch.cat(parts).double().mean())
-    total, rows = ranks.totals(float(torch.cat(parts).double().sum()), len(x))
-    return -total / rows
+def mean_nll(mfa: AnyMFA, x: Tensor, ranks: Ranks = ALONE, weights: Tensor | None = None) -> float:
+    """Mean negative log-likelihood of x (n, D), which weigh (n,), in nats per row; over the rows of all ranks."""
+    log_prob = torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double()
+    return _mean_nll(log_prob, ranks, weights)
+
+
+def _mean_nll(log_prob: Tensor, ranks: Ranks, weights: Tensor | None) -> float:
+    if ranks.size == 1 and weights is None:
+        return -float(log_prob.mean())
+    total = float((log_prob if weights is None else log_prob * weights).sum())
+    total, mass = ranks.totals(total, len(log_prob) if weights is None else float(weights.sum()))
+    return -total / mass
 
 
 def mixture_state(mfa: AnyMFA) -> dict[str, Tensor]:
@@ -203,6 +209,7 @@ class Run:
         generator: of the order of the rows.
         report: is filled.
         guard: rows to train on, under which no state may be less likely than under the start.
+        held_out_weights: of the held-out rows, (n,) float64, where the source's rows have weights.
     """
 
     def __init__(
@@ -215,8 +222,11 @@ class Run:
         generator: torch.Generator,
         report: FitReport,
         guard: Guard,
+        *,
+        held_out_weights: Tensor | None = None,
     ) -> None:
         self.mfa, self.source, self.rows, self.held_out, self.guard = mfa, source, rows, held_out, guard
+        self.held_out_weights, self.mean_weight = held_out_weights, mean_weight(source, rows)
         self.settings, self.generator, self.report = settings, generator, report
         self.ranks = settings.ranks
         self.selects = self.ranks.totals(len(held_out))[0] > 0  # on held-out rows
@@ -298,7 +308,7 @@ class Run:
         self.report.skipped_rows += int(self.ranks.totals(self.skipped)[0])
         self.skipped = 0
 
-    def _read(self, batches: Iterator[Tensor], bar: Any = None) -> Iterator[Tensor]:
+    def _read(self, batches: Iterator[Tensor], bar: Any = None) -> Iterator[Weighed]:
         """This rank's share of the rows in each batch of row numbers.
 
         The batches are those of all ranks: their sequence does not depend on how many there are.
@@ -307,7 +317,8 @@ class Run:
         for x, batch in zip(read_ahead(self.source, map(self.ranks.share, shares)), whole):
             if bar is not None:
                 bar.update(len(batch))
-            yield x
+            weights = self.source.weights
+            yield Weighed(x, None if weights is None else weights[self.ranks.share(batch)])
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What the rest of the run depends on: tensors, and what JSON can hold."""
@@ -346,15 +357,16 @@ class Run:
         if self.best is not None and (self.selects or self.report.interrupted or self._gain() < 0):
             self._put(self.best)
 
-    def _finite(self, x: Tensor, count_skipped: bool) -> Tensor:
+    def _finite(self, batch: Weighed, count_skipped: bool) -> Weighed:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
-        x = x.to(self.mfa.means.device)
+        x, weights = (None if part is None else part.to(self.mfa.means.device) for part in batch)
+        assert x is not None
         finite = finite_rows(x, self.mfa.means.dtype)
         if finite.all():
-            return x
+            return Weighed(x, weights)
         if count_skipped:
             self.skipped += int((~finite).sum())
-        return x[finite]
+        return Weighed(x[finite], None if weights is None else weights[finite])
 
     def _out_of_patience(self, finished: bool) -> bool:
         """Whether to stop for want of improvement; the report says so, unless the run has `finished` anyway."""
@@ -427,8 +439,8 @@ class Run:
         return 0.0
 
     def _rows_behind(self) -> float:
-        """Rows that the prior is weighed against."""
-        return float(max(1, len(self.rows)))
+        """Rows that the prior is weighed against, or what they weigh."""
+        return max(1, len(self.rows)) * self.mean_weight
 
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, Any]:
@@ -440,8 +452,8 @@ class Run:
         self.ranks.sum_(owned)
         log_prob = torch.cat([part.log_prob for part in parts]).double()
         pairs = torch.cat([part.counts for part in parts]).double()
-        total, active, rows = self.ranks.totals(float(log_prob.sum()), float(pairs.sum()), len(self.held_out))
-        nll = -float(log_prob.mean()) if self.ranks.size == 1 else -total / rows
+        active, rows = self.ranks.totals(float(pairs.sum()), len(self.held_out))
+        nll = _mean_nll(log_prob, self.ranks, self.held_out_weights)
         return {"held_out_nll": nll, "live": int((owned > 0).sum()), "active": active / rows}
 
     def _scan(self, x: Tensor) -> Active:
@@ -454,8 +466,8 @@ class Run:
 class Training(Run):
     """Trains a mixture by Adam; see `Run` for the arguments."""
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.adam = StandardizedAdam(self.mfa, standard_deviation(self.mfa), self.settings.lr)
         self.bad_steps = 0
         self.epoch = self.batch = 0  # passes done, and batches of the one going on
@@ -495,8 +507,8 @@ class Training(Run):
             for epoch in range(self.epoch, settings.epochs):
                 self.epoch, self.order = epoch, self.generator.get_state()
                 indices = islice(shuffled(self.rows, settings.batch_size, self.generator), self.batch, None)
-                for x in self._read(indices):
-                    self._step(x, learning_rate(step, steps, settings), count_skipped=epoch + self.first_epoch == 0)
+                for batch in self._read(indices):
+                    self._step(batch, learning_rate(step, steps, settings), count_skipped=epoch + self.first_epoch == 0)
                     step += 1
                     self.batch += 1
                     bar.update()
@@ -510,8 +522,18 @@ class Training(Run):
     def _parameters_changed(self) -> None:
         self.adam.read()
 
+    def _loss(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """The mean negative log-likelihood of some rows, by their weights."""
+        if weights is None:
+            return self.mfa(x) if len(x) else self.mfa.means.new_zeros(())
+        return -(self.mfa.log_prob(x) * (weights / weights.sum()).to(self.mfa.means)).sum()
+
     def _backward(self, loss: Tensor, share: float) -> None:
-        """Leaves the gradient of the mean over the rows of all ranks, of which this one's loss has a `share`."""
+        """Leaves the gradient of the mean over the rows of all ranks, of which this one's loss has a `share`.
+
+        What a batch weighs is compared with what as many rows weigh on average: batches of heavy rows count for more,
+        and the gradients of all batches add up to that of all rows.
+        """
         if share:
             (loss * share).backward()
         gradients = []
@@ -521,18 +543,19 @@ class Training(Run):
             gradients.append(parameter.grad)
         self.ranks.sum_(*gradients)
 
-    def _step(self, x: Tensor, lr: float, count_skipped: bool) -> None:
-        x = self._finite(x, count_skipped)
+    def _step(self, batch: Weighed, lr: float, count_skipped: bool) -> None:
+        batch = self._finite(batch, count_skipped)
+        x, mass = batch.rows, batch.mass
         self.mfa.zero_grad()
-        loss = self.mfa(x) if len(x) else self.mfa.means.new_zeros(())
+        loss = self._loss(*batch)
         value, rows = float(loss.detach()), len(x)
         if self.ranks.size > 1:
-            total, count = self.ranks.totals(value * len(x), len(x))
-            value, rows = total / max(1, count), int(count)
+            total, every, count = self.ranks.totals(value * mass, mass, len(x))
+            value, rows = total / (every or 1), int(count)
         if not rows:
             return
         if math.isfinite(value):
-            self._backward(loss, len(x) / rows)
+            self._backward(loss, mass / (rows * self.mean_weight))
             if self.adam.step(lr):
                 self.losses.append(value)
                 self.tokens += len(x)

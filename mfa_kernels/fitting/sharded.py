@@ -18,6 +18,7 @@ from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import loop, memory
 from mfa_kernels.fitting.checkpoint import DONE, State, fingerprint
 from mfa_kernels.fitting.em import _EM, BatchEM, OnlineEM
+from mfa_kernels.fitting.given import fingerprint_of, shape_given, start_from_mixture
 from mfa_kernels.fitting.guard import OTHERS, Guard
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
@@ -28,6 +29,7 @@ from mfa_kernels.fitting.sgd import Settings, mixture_state
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.fitting.source import Source, as_source, picked
 from mfa_kernels.fitting.start import centroids_of, start_from_clusters
+from mfa_kernels.fitting.weighing import Weighed
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.finite import finite_rows
@@ -46,7 +48,7 @@ def fit_sharded(
     method: str = "auto",
     noise: str = "shared",
     clusters: KMeansResult | Tensor | None = None,
-    start: ShardedMFA | None = None,
+    start: MFA | ShardedMFA | None = None,
     epochs: int = 10,
     batch_size: int = 1024,
     held_out: float = 0.05,
@@ -72,6 +74,8 @@ def fit_sharded(
     their sums, while K-means and the start run; those share their passes over the rows of the sample, which are read
     again in each and not held. In EM every rank reads all rows; per token, a few numbers from each rank travel.
 
+    All rows weigh the same: `row_weights` are for `fit`.
+
     With a `checkpoint`, each rank writes what it holds. A fit that is killed goes on, with `resume`, to the bits that
     it would have come to; with another number of ranks, to the same but for the order of sums.
 
@@ -80,7 +84,8 @@ def fit_sharded(
         n_components: K, at least the number of ranks.
         method: "em", "online" or "auto", as in `fit`.
         rank, noise, clusters, epochs, batch_size, held_out, eval_every, patience, seed, dtype, precision: as in `fit`.
-        start: a mixture to begin with, instead of K-means and the PCA of clusters; it is changed.
+        start: a mixture to begin with, instead of K-means and the PCA of clusters. An `MFA`, which every rank holds, is
+            cut into the ranks' parts as `fit` would begin with it; a `ShardedMFA` is itself what is trained.
         device: of this rank's components and of the work; None: where the activations are.
         callbacks: called on every rank, which must have the same, as callback(mfa, record) after every evaluation.
         log: path of a file of JSON lines, one per evaluation; rank 0 writes.
@@ -114,6 +119,11 @@ def fit_sharded(
             method = loop._chosen(len(source) * (1 - held_out), n_components, batch_size)
         if clusters is not None:
             clusters = centroids_of(clusters, source.n_features, n_components)
+        given = fingerprint_of(start) if isinstance(start, MFA) else start is not None
+        if isinstance(start, MFA):
+            shape_given(start, n_components, rank, noise, {"clusters": clusters is not None})
+            there = source.device if device is None else torch.device(device)
+            start = ShardedMFA.from_mfa(start_from_mixture(start, precision, dtype, there), group)
         if start is not None:
             _check_start(start, n_components, source.n_features, rank, noise, ranks)
             device = start.means.device
@@ -122,7 +132,7 @@ def fit_sharded(
         facts = {
             "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
             "n_components": n_components, "rank": rank, "method": method, "noise": noise,
-            "clusters": None if clusters is None else fingerprint(clusters), "start": start is not None,
+            "clusters": None if clusters is None else fingerprint(clusters), "start": given,
             "epochs": epochs, "batch_size": batch_size, "held_out": held_out, "eval_every": eval_every,
             "patience": patience, "seed": seed, "dtype": str(dtype), "precision": precision,
         }  # fmt: skip
@@ -230,12 +240,10 @@ class _Sharded(_EM):
         return self.whole.merged(self._scan_own(x))
 
     @torch.no_grad()
-    def _expect(self, x: Tensor, out: Statistics, token_weight: float | None = None) -> tuple[Any, Tensor]:
+    def _expect(self, batch: Weighed, out: Statistics, unit: float | None = None) -> tuple[Any, Tensor]:
         """The two most responsible components of all: where regions overlap."""
-        ranks = self.whole.ranks
-        active, weights = expectation(
-            self.whole, x, out, self._scan_own(x), 1.0 if token_weight is None else token_weight
-        )
+        x, ranks = batch.rows, self.whole.ranks
+        active, weights = expectation(self.whole, x, out, self._scan_own(x), 1.0 if unit is None else unit)
         numbers = torch.where(active.components >= 0, active.components + self.whole.start, -1)
         every, places = ranks.stacked(weights[:, :2]).transpose(0, 1).flatten(1).topk(2)
         numbers = ranks.stacked(numbers[:, :2]).transpose(0, 1).flatten(1).gather(1, places)
@@ -256,10 +264,10 @@ class _ShardedBatchEM(_Sharded, BatchEM):
 
 
 class _ShardedOnlineEM(_Sharded, OnlineEM):
-    def _start_batches(self, start_rows: Tensor) -> Iterator[Tensor]:
+    def _start_batches(self, start_rows: Tensor) -> Iterator[Weighed]:
         """All of the sample, which is not held."""
         for index in self.sample.split(self._batch_rows()):
-            yield loop._finite(self.source, index, self.whole.means.device, self.whole.means.dtype)
+            yield Weighed(loop._finite(self.source, index, self.whole.means.device, self.whole.means.dtype))
 
 
 @torch.no_grad()

@@ -25,7 +25,10 @@ class Source:
         in_memory: whether reading is cheap, or worth doing ahead.
         texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
         meta: what the data says of itself, as `ActivationStore.meta` does: model, layer, ...; empty where it does not.
+        weights: of the rows, (N,) float64 on the CPU, positive; None: all 1 (`mfa_kernels.fitting.weighing`).
     """
+
+    weights: Tensor | None = None
 
     def __init__(
         self,
@@ -60,7 +63,8 @@ class Source:
 
 def picked(source: Source, index: Tensor) -> Source:
     """The rows at `index` (n,), by their places in it; they are read when they are asked for."""
-    return Source(
+    texts = source.texts
+    found = Source(
         len(index),
         source.n_features,
         source.dtype,
@@ -68,7 +72,11 @@ def picked(source: Source, index: Tensor) -> Source:
         lambda start, stop: source.rows(index[start:stop]),
         device=source.device,
         in_memory=source.in_memory,
+        texts=None if texts is None else lambda: texts()[index.cpu()],
+        meta=source.meta,
     )
+    found.weights = None if source.weights is None else source.weights[index.cpu()]
+    return found
 
 
 def home(source: Source, rows: int, device: torch.device) -> torch.device:

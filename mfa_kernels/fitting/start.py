@@ -14,6 +14,7 @@ from mfa_kernels.checks import check_choice, check_floats
 from mfa_kernels.fitting.kmeans import KMeansResult
 from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
+from mfa_kernels.fitting.weighing import check_weights
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.kmeans.portable import segment_sums
@@ -48,6 +49,7 @@ def start_from_clusters(
     seed: int = 0,
     progress: bool = True,
     ranks: Ranks = ALONE,
+    weights: Tensor | None = None,
 ) -> MFA:
     """A mixture with one region per cluster: what `fit` begins with, and worth many steps by itself.
 
@@ -68,6 +70,7 @@ def start_from_clusters(
         device: of the mixture; that of the centroids when None.
         seed: of the random columns and of the randomised PCA.
         progress: show a progress bar.
+        weights: (N,), finite and non-negative: a row of weight 2 counts as two rows, one of weight 0 not at all.
         ranks: processes that share the components: each calls this with the same arguments, all rows among them, and
             gets its own part (`Ranks.span`), which `mfa_kernels.sharded.ShardedMFA` takes. For "pca" alone.
 
@@ -95,7 +98,11 @@ def start_from_clusters(
     generator = torch.Generator().manual_seed(seed)
 
     center = centroids.mean(0)
-    part = partition(source, centroids - center, center, None, ranks=ranks, dtype=mfa.means.dtype)
+    if weights is not None:
+        weights = check_weights(weights, len(source), "weights").to(centroids.device)
+    part = partition(source, centroids - center, center, weights, ranks=ranks, dtype=mfa.means.dtype)
+    if weights is not None:
+        part.owner.masked_fill_(weights == 0, len(centroids))
     mass = part.mass
     total = float(mass.sum())
     if not total:
@@ -103,7 +110,7 @@ def start_from_clusters(
     means = torch.where(mass.unsqueeze(1) > 0, part.sums / mass.unsqueeze(1), (centroids - center).double())
     data_mean = part.sums.sum(0) / total
     means = means.to(centroids)
-    variance, own_variance = _residual_variance(source, part, means, center, noise == "per_component", ranks)
+    variance, own_variance = _residual_variance(source, part, means, center, noise == "per_component", weights, ranks)
     between = float(((means - data_mean).square() * mass.unsqueeze(1)).sum()) / (total * source.n_features)
     varying = variance[variance > 0]
     level = float(varying.median()) if len(varying) else between
@@ -112,7 +119,7 @@ def start_from_clusters(
     floor = _NOISE_FLOOR * level
     variance = variance.clamp_min(2 * floor)
     if init == "pca" and rank:
-        loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress, ranks)
+        loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress, weights, ranks)
         psi = _noise(variance, own_variance, loadings, mass, 2 * floor, ranks)
     else:
         loadings = torch.randn(mfa.loadings.shape, generator=generator).to(centroids)
@@ -146,34 +153,54 @@ def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components:
 
 
 def _residuals(
-    source: Source, part: Partition, means: Tensor, center: Tensor, ranks: Ranks
+    source: Source, part: Partition, means: Tensor, center: Tensor, weights: Tensor | None, ranks: Ranks
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A rank's rows less the mean of their cluster (n, D), and their clusters (n,), by chunks; those that are owned."""
+    """A rank's rows less the mean of their cluster (n, D), and their clusters (n,), by chunks; those that are owned.
+
+    Times the root of their weights: their products are then what so many rows add up to.
+    """
     for start, stop in chunks(source, len(means), means.device, ranks):
         owner = part.owner[start:stop]
         x = source.chunk(start, stop).to(means)
         owned = owner < len(means)
         if not owned.all():
             x, owner = x[owned], owner[owned]
-        yield (x - center).sub_(means[owner]), owner
+        gap = (x - center).sub_(means[owner])
+        if weights is not None:
+            gap *= weights[start:stop][owned].sqrt().to(gap).unsqueeze(1)
+        yield gap, owner
 
 
 def _residual_variance(
-    source: Source, part: Partition, means: Tensor, center: Tensor, per_component: bool, ranks: Ranks
+    source: Source,
+    part: Partition,
+    means: Tensor,
+    center: Tensor,
+    per_component: bool,
+    weights: Tensor | None,
+    ranks: Ranks,
 ) -> tuple[Tensor, Tensor | None]:
     """Variance within the clusters: pooled (D,), and of each of the rank's own clusters (K, D) where wanted."""
     clusters = len(means)
     squares = torch.zeros((clusters if per_component else 1, means.shape[1]), dtype=torch.float64, device=means.device)
-    for gap, owner in _residuals(source, part, means, center, ranks):
+    for gap, owner in _residuals(source, part, means, center, weights, ranks):
         gap.square_()
         squares += segment_sums(gap, owner, clusters) if per_component else gap.sum(0, keepdim=True)
     ranks.sum_(squares)
     rows = part.mass.unsqueeze(1)
-    pooled = squares.sum(0) / max(1.0, float(rows.sum()) - int((rows > 0).sum()))
+    total = float(rows.sum())
+    # Of weights, unlike of rows, a cluster may have next to none too many.
+    least = 1.0 if weights is None else total / 2
+    pooled = squares.sum(0) / max(least, total - int((rows > 0).sum()))
     if not per_component:
         return pooled.to(means), None
     own = slice(*ranks.span(clusters))
-    return pooled.to(means), torch.where(rows[own] > 1, squares[own] / (rows[own] - 1), pooled).to(means)
+    return pooled.to(means), torch.where(rows[own] > 1, squares[own] / _freedom(rows[own]), pooled).to(means)
+
+
+def _freedom(mass: Tensor) -> Tensor:
+    """Degrees of freedom of the variance of so many rows about their mean; of weights, at least half of them."""
+    return torch.maximum(mass - 1, mass / 2)
 
 
 def _noise(
@@ -221,6 +248,7 @@ def _cluster_pca(
     rank: int,
     generator: torch.Generator,
     progress: bool,
+    weights: Tensor | None,
     ranks: Ranks,
 ) -> Tensor:
     """Loadings (K, D, R) of the rank's own clusters, by randomised PCA of the rows of each, whitened by `variance`."""
@@ -237,6 +265,7 @@ def _cluster_pca(
     directions = torch.zeros(clusters, features, rank, **like)
     eigenvalues = torch.zeros(clusters, rank, **like)
     trace = torch.zeros(clusters, **like)
+    looked_at = counts.double()  # rows, or what they weigh
     scale = variance.rsqrt()
     with progress_bar(total=clusters, desc="cluster PCA", unit="cluster", progress=progress) as bar:
         for group in _groups(counts, features):
@@ -248,7 +277,11 @@ def _cluster_pca(
             x = source.rows(index.flatten()).to(means).view(*index.shape, features)
             x = (x - (means[group] + center).unsqueeze(1)) * scale
             x.masked_fill_(~held.unsqueeze(-1), 0)
-            freedom = (counts[group] - 1).to(x)
+            if weights is not None:
+                weight = weights[index].masked_fill(~held, 0)
+                x *= weight.sqrt().to(x).unsqueeze(-1)
+                looked_at[group] = weight.sum(1)
+            freedom = _freedom(looked_at[group]).to(x)
             found, values = _leading(x, probe, rank)
             directions[group] = found
             eigenvalues[group] = values / freedom.unsqueeze(1)
@@ -256,7 +289,7 @@ def _cluster_pca(
             bar.update(len(group))
         bar.update(clusters - bar.n)
 
-    freedom = (counts - 1).clamp_min(1).to(means).unsqueeze(1)
+    freedom = _freedom(looked_at).clamp_min(1).to(means).unsqueeze(1)
     # At most one direction for two rows: the others of a small cluster are its rows themselves.
     shown = torch.arange(rank, device=means.device) < counts.unsqueeze(1) // 2
     eigenvalues = eigenvalues * shown

@@ -32,6 +32,8 @@ SIZES = (4, 2)
 
 ROWS = draw(planted(), 1501).double()  # no size divides it, nor its batches
 ROWS[::97, 0] = torch.nan
+WEIGHTS = torch.arange(1501) % 5  # about a fifth of the rows are left out, but none that is not finite
+WEIGHTS[::97] = 1
 FITS: dict[str, dict[str, Any]] = {
     "sgd": {"method": "sgd", "batch_size": 250},
     "sgd, nothing held out": {"method": "sgd", "batch_size": 700, "held_out": 0.0, "noise": "per_component"},
@@ -40,7 +42,12 @@ FITS: dict[str, dict[str, Any]] = {
     "em, polish": {"method": "em", "n_components": 9, "noise": "per_component", "polish": 1},
     "online": {"method": "online", "batch_size": 250},
     "online, rank 0": {"method": "online", "batch_size": 250, "rank": 0, "noise": "per_component", "held_out": 0.0},
-}
+    "em, rows that weigh": {"method": "em", "epochs": 3, "row_weights": WEIGHTS},
+    "online, rows that weigh": {"method": "online", "batch_size": 250, "row_weights": WEIGHTS},
+    "sgd, rows that weigh, from a mixture": {
+        "method": "sgd", "batch_size": 250, "row_weights": WEIGHTS, "start": planted(),
+    },
+}  # fmt: skip
 RESUMED = ("sgd", "em", "online")
 
 

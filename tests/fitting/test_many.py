@@ -214,7 +214,7 @@ def good() -> dict[str, Any]:
         (None, {"a/b": good()}, {}, ValueError, "a name must be a string that can be the name of a folder, got 'a/b'"),
         (None, {"a": good(), "": good()}, {}, ValueError, "a name must be"),
         (None, {"..": good()}, {}, ValueError, "a name must be"),
-        (None, {"a": good(), "b": {"layer": 4}}, {}, TypeError, "b: .*'n_components'"),
+        (None, {"a": good(), "b": {"layer": 4}}, {}, TypeError, "b: n_components must be an integer"),
         (None, {"a": {**good(), "k": 3}}, {}, TypeError, "a: .*unexpected keyword argument 'k'"),
         (None, {"a": {**good(), "rank": -1}}, {}, ValueError, "a: rank must be an integer >= 0, got -1"),
         (None, {"a": {**good(), "polish": 1}}, {}, ValueError, "a: polish must be 0 for an iterator, got 1"),
