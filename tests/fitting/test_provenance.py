@@ -34,7 +34,7 @@ def test_settings_as_asked_and_as_run():
         "method_asked": "auto", "method": "em", "spread": False, "n_components": 3, "rank": 1, "seed": 3,
         "patience": None, "noise": "per_component", "batch_size": 100, "epochs": 1, "init": "pca", "clusters": None,
         "lr": 0.01, "schedule": "cosine", "polish": 0, "held_out": 0.05, "eval_every": None, "dtype": "torch.float32",
-        "precision": "exact",
+        "precision": "exact", "start": None, "row_weights": None,
     }  # fmt: skip
     assert json.loads(json.dumps(run)) == run
     assert run_of(method="sgd", clusters=ROWS[:3])["settings"]["clusters"] is not None

@@ -319,7 +319,7 @@ def test_kinds_of_weights():
         ({"weights": WEIGHTS[1:]}, ValueError, r"row_weights must have shape \(N,\) = \(1200,\), got \(1199,\)"),
         ({"weights": -WEIGHTS}, ValueError, "row_weights must be finite and non-negative"),
         ({"weights": WEIGHTS / 0}, ValueError, "row_weights must be finite, got 1200 entries"),
-        ({"weights": "heavy"}, TypeError, "row_weights must be a tensor of 1200 numbers, got 'heavy'"),
+        ({"weights": "heavy"}, TypeError, "row_weights must be a tensor or an array, got str"),
         ({"weights": 0 * WEIGHTS}, ValueError, r"row_weights must have a sum in \(0, .*\], as they count rows, got 0"),
         ({"weights": WEIGHTS.double() * 1e300}, ValueError, "row_weights must have a sum in"),
         ({"weights": WEIGHTS * 1j}, TypeError, "row_weights must be real, got torch.complex"),
