@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     # Read when a Triton kernel is defined: without a GPU, the kernels run in Triton's interpreter on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops import native, trust
 from tests import interpreter
 from tests.threads import threads
 
@@ -138,6 +138,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Runs a test on the C++ kernels and on plain PyTorch."""
     if request.param == "portable":
         monkeypatch.setattr(native, "library", lambda: None)
+        trust._lanes.clear()  # as in a process that has seen no library
     elif native.library() is None:
         warnings.warn("no C++ library on this machine: the native backend is not tested", stacklevel=1)
         pytest.skip("the C++ kernels could not be built here")

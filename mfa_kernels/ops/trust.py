@@ -201,12 +201,12 @@ def _tuple(entries: list[str]) -> str:
 
 
 class _Lanes(dict[torch.dtype, int]):
-    """Features that the C++ kernels hold in one vector, by dtype; 0 where there are no such kernels."""
+    """Features that the C++ kernels hold in one vector, by dtype; without them, more than any tensor has."""
 
     def __missing__(self, dtype: torch.dtype) -> int:
         library = native.library()
         if library is None:
-            return 0
+            return 1 << 62
         return self.setdefault(dtype, library.vector_bytes // dtype.itemsize)
 
 
@@ -220,6 +220,8 @@ def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, An
     wanted = []
     for kind, sizes in _forms(text):
         dtypes = _KINDS.get(kind) or (seen[kind].dtype,)
+        if wanted and native.library() is None and any("lanes" in size for size in sizes):
+            continue  # the layout of kernels that are not here
         shape = _tuple([_said(size, seen) for size in sizes])
         wanted.append(f"{' or '.join(map(_short, dtypes))} of shape {shape}")
     contiguous = "contiguous" if tensor.is_contiguous() else "not contiguous"
