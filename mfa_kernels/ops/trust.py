@@ -217,7 +217,7 @@ def _refuse(operator: str, name: str, tensor: Any, text: str, seen: dict[str, An
     """Says what a tensor had to be, with the sizes and dtypes that were known by then."""
     if tensor is None:
         raise TypeError(f"{operator}: {name} must be a tensor, {text}, got None")
-    wanted = []
+    wanted: list[str] = []
     for kind, sizes in _forms(text):
         dtypes = _KINDS.get(kind) or (seen[kind].dtype,)
         if wanted and native.library() is None and any("lanes" in size for size in sizes):
