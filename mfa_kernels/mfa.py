@@ -398,7 +398,10 @@ class MFA(nn.Module):
         return checked.reshape(-1, self.n_features), checked.shape[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
+        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss.
+
+        Of no tokens it is NaN, as `torch.mean` and `cross_entropy` have it, and its gradients are 0.
+        """
         return -self.log_prob(x).mean()
 
     @overload
@@ -430,7 +433,8 @@ class MFA(nn.Module):
             return active.log_prob.reshape(lead), bound.reshape(lead)
         if self.precision == "reference":
             parameters = self.parameters_in_compute_dtype()
-            return functional.log_prob(flat, *parameters, precision="reference").reshape(lead)
+            with no_autocast(flat):
+                return reference.log_prob(flat.to(parameters[0].dtype), *parameters).reshape(lead)
         return self._active(flat).log_prob.reshape(lead)
 
     def component_log_prob(self, x: Tensor) -> Tensor:
