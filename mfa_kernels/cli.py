@@ -545,15 +545,12 @@ def _encode(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
-    from mfa_kernels.evaluation import evaluate
+    from mfa_kernels.evaluation import evaluate, score_table
 
     mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
     store = ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
-    score = evaluate(mfa, store)
-    for name, value in score.as_dict().items():
-        if value is not None:
-            print(f"{name:<18}  {value:,.6g}")
+    print(score_table(evaluate(mfa, store), mfa.n_components, f"activations of {arguments.store}"))
 
 
 def _steer(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from mfa_kernels import MFA
 from mfa_kernels.checks import check_component
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.store import ActivationStore
-from mfa_kernels.evaluation import Evaluation, evaluate
+from mfa_kernels.evaluation import evaluate, score_table
 from mfa_kernels.files import atomic_write_json
 from mfa_kernels.fitting import fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
@@ -115,7 +115,8 @@ def run(options: Options) -> list[Path]:
         raise KeyboardInterrupt
     score = evaluate(mfa, test, clusters.centroids)
     print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
-    print(score_table(score, mfa, kmeans_seconds, fit_seconds))
+    # Kernels were built before, so that the seconds are those of fitting alone.
+    print(score_table(score, mfa.n_components, "held-out activations", kmeans_seconds, fit_seconds))
     atomic_write_json(options.out / "evaluation.json", score.as_dict())
 
     assigned = assignments(mfa, store)
@@ -151,31 +152,6 @@ def _texts(options: Options) -> Iterable[Any]:
     from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
 
     return stdlib_texts("all")
-
-
-def score_table(score: Evaluation, mfa: MFA, kmeans_seconds: float, fit_seconds: float) -> str:
-    """The mixture beside K-means with as many centroids, on activations that neither was fitted to.
-
-    Seconds are those of the fit alone: kernels were built before.
-    """
-    rate = f"{score.tokens_per_second:,.0f}"
-    rows = [
-        (f"on {score.rows:,} held-out activations", "K-means", "MFA"),
-        ("negative log-likelihood, nats per token", "", f"{score.nll:.2f}"),
-        ("reconstruction error, mean square", f"{score.kmeans_mse:.4f}", f"{score.mse:.4f}"),
-        ("variance unexplained", f"{score.kmeans_fvu:.1%}", f"{score.fvu:.1%}"),
-        (
-            "regions that own one of them",
-            f"{score.kmeans_live} of {mfa.n_components}",
-            f"{score.live} of {mfa.n_components}",
-        ),
-        ("active regions per token", "", f"{score.active:.2f}"),
-        ("tokens per second, log p(x)", "", rate),
-        ("seconds to fit", f"{kmeans_seconds:.1f}", f"{fit_seconds:.1f} more"),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def describe(summary: RegionSummary) -> str:

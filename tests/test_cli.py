@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -186,7 +187,9 @@ def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys)
 
 def test_evaluate(folder, capsys):
     assert main(["evaluate", str(folder / "mfa"), str(folder / "store")]) == 0
-    assert "nll" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"3,000 activations of {folder / 'store'} ")
+    assert re.search(r"^negative log-likelihood, nats per token +-?[\d.]+  less$", out, re.M)
 
 
 def test_steer_changes_the_text(folder, capsys):
