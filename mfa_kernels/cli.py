@@ -227,7 +227,12 @@ def _parser() -> argparse.ArgumentParser:
         "by sgd",
     )
 
-    encode = command("encode", _encode, "write the codes of a store's activations")
+    encode = command(
+        "encode",
+        _encode,
+        "write the codes of a store's activations to one file of tensors: offsets (N + 1), components (P), "
+        "responsibilities (P), latents (P, R), dropped (N); the active pairs of token n are [offsets[n], offsets[n + 1])",
+    )
     _mixture(encode)
     encode.add_argument("store", type=Path)
     encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
@@ -536,7 +541,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
-    done = write_codes(mfa, store.batches(8192), arguments.out, arguments.top_k)
+    done = write_codes(mfa, store, arguments.out, arguments.top_k)
     print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
     if done.without:
         print(f"{done.without:,} of them have no density under the mixture, and no component")
