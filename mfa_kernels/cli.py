@@ -231,7 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         "encode",
         _encode,
         "write the codes of a store's activations to one file of tensors: offsets (N + 1), components (P), "
-        "responsibilities (P), latents (P, R), dropped (N); the active pairs of token n are [offsets[n], offsets[n + 1])",
+        "responsibilities (P), latents (P, R), dropped (N); the pairs of token n are [offsets[n], offsets[n + 1])",
     )
     _mixture(encode)
     encode.add_argument("store", type=Path)

@@ -49,9 +49,7 @@ class Written(NamedTuple):
 
 @door
 @torch.no_grad()
-def write_codes(
-    mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True
-) -> Written:
+def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True) -> Written:
     """Encodes activations, batch by batch, and writes what is active.
 
     On the way, the parts are in files beside `path`, which take as much room again.

@@ -121,9 +121,14 @@ def run(options: Options) -> list[Path]:
 
     assigned = assignments(mfa, store)
     shown = interesting_regions(mfa, store, 12, assigned=assigned)
+    if not shown:
+        raise ValueError(
+            f"tokens: no region owns enough of {len(store):,} to be shown: read more, or fit fewer components"
+        )
     summaries = region_summaries(mfa, store, tokenizer, assigned=assigned)
     by_component = {summary.component: summary for summary in summaries}
-    print("\nA dozen regions: tokens they prefer, and one context each (the token is in [brackets])\n")
+    print(f"\n{len(shown)} regions: their share of all tokens, the tokens that set them apart, and one context each")
+    print("(the token is in [brackets])\n\nregion   share  tokens")
     for component in shown:
         print(describe(by_component[component]))
 
@@ -132,7 +137,7 @@ def run(options: Options) -> list[Path]:
         raise ValueError(f"component {chosen} owns no token of this store: choose another region to steer toward")
     _steering(options, model, tokenizer, mfa, store, layer, by_component[chosen], assigned)
     written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
-    written += _reports(options.out, mfa, store, tokenizer, model, shown, summaries, assigned)
+    written += _reports(options.out, mfa, store, tokenizer, model, shown, chosen, summaries, assigned)
     print("\nWritten:")
     for path in written:
         print(f"  {path}")
@@ -159,8 +164,8 @@ def describe(summary: RegionSummary) -> str:
     tokens = "  ".join(token.token for token in summary.tokens)
     context = summary.contexts[0]
     return (
-        f"{summary.component:>5}  {summary.share:6.2%}  {tokens}\n"
-        f"{'':>15}{context.before[-48:]}[{context.token}]{context.after[:32]}"
+        f"{summary.component:>6}  {summary.share:6.2%}  {tokens}\n"
+        f"{'':>16}{context.before[-48:]}[{context.token}]{context.after[:32]}"
     )
 
 
@@ -186,7 +191,11 @@ def _steering(
         f"and inside it, z[{axis}] {float(move[axis]):+.1f}": {**toward, "latents": move},
         f"and inside it, z[{axis}] {float(-move[axis]):+.1f}": {**toward, "latents": -move},
     }
-    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}\n")
+    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}")
+    print(
+        f"(alpha {options.alpha:g}: that share of the way to its centroid; z[{axis}]: then along this latent of it, in"
+    )
+    print("prior standard deviations)\n")
 
     def write(prompt: str) -> str:
         return continuation(model, tokenizer, prompt, options.new_tokens, options.temperature, options.seed)
@@ -198,7 +207,7 @@ def _steering(
             with steer(model, mfa, layer, **arguments):
                 print(f"    {name}:  {write(prompt)!r}")
     prompt = options.prompts[0]
-    print(f"\nNext token after {prompt!r}: log-probabilities that rise most")
+    print(f"\nNext token after {prompt!r}: log-probabilities that rise most, in nats")
     for name, arguments in ways.items():
         shift = logit_shift(model, tokenizer, prompt, partial(steer, model, mfa, layer, **arguments))
         rises = "  ".join(f"{change.token} {change.change:+.1f}" for change in shift.rises[:8])
@@ -221,6 +230,7 @@ def _reports(
     tokenizer: Any,
     model: Any,
     shown: list[int],
+    chosen: int,
     summaries: list[RegionSummary],
     assigned: Assignments,
 ) -> list[Path]:
@@ -234,7 +244,7 @@ def _reports(
     paths = []
     if figures:
         paths.append(regions_map(mfa, summaries, out / "regions.png", labelled=shown))
-        paths.append(region_scatter(mfa, store, shown[0], out / "region.png", tokenizer=tokenizer, assigned=assigned))
+        paths.append(region_scatter(mfa, store, chosen, out / "region.png", tokenizer=tokenizer, assigned=assigned))
     else:
         print("\n(no figures: pip install mfa_kernels[report])")
     paths.append(

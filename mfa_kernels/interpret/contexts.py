@@ -37,6 +37,7 @@ BATCH_SIZE = 8192
 _SCREENED_ROWS = 16384  # from which on a screen, which costs as much as about a thousand rows, pays for itself
 _SAMPLE_ROWS = 256  # that decide how many coordinates the screen looks at
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_LARGEST_ID = (1 << 31) - 1
 _LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
 
 
@@ -52,11 +53,27 @@ def show_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def show_token(tokenizer: Any, token_id: int) -> str:
-    """One token with every space visible: "·the", "⏎", "····"; its piece where it is not whole characters."""
+    """One token with every space visible: "·the", "⏎", "····"; its piece where it is not whole characters.
+
+    An id that the tokenizer does not know, as where a model has more rows than that has tokens, is shown as "<id 40>".
+    """
+    token_id = check_integer(token_id, "token_id", 0, _LARGEST_ID)
+    check_tokenizer(tokenizer)
+    try:
+        piece = tokenizer.convert_ids_to_tokens(token_id)
+    except IndexError:  # so says SentencePiece
+        piece = None
+    if piece is None:
+        return show_id(token_id)
     text = show_text(tokenizer, [token_id])
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
-        text = str(tokenizer.convert_ids_to_tokens(int(token_id)))
+        text = str(piece)
     return text.replace(" ", "·")
+
+
+def show_id(token_id: int) -> str:
+    """A token of which nothing else is known: unlike any text, and unlike the token of a number."""
+    return f"<id {token_id}>"
 
 
 @dataclass(frozen=True)

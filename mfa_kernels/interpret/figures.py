@@ -194,8 +194,8 @@ def draw_region(
 
     figure, plot = _figure(8, 6)
     plot.set_title(title, parse_math=False)
-    plot.set_xlabel(f"latent z_{first} (prior standard deviations)")
-    plot.set_ylabel(f"latent z_{second} (prior standard deviations)")
+    plot.set_xlabel(f"latent z[{first}] (prior standard deviations)")
+    plot.set_ylabel(f"latent z[{second}] (prior standard deviations)")
     plot.axhline(0, color="#DDDDDD", linewidth=0.8, zorder=0)
     plot.axvline(0, color="#DDDDDD", linewidth=0.8, zorder=0)
     plot.margins(0.12)
@@ -205,17 +205,19 @@ def draw_region(
     other = ~torch.isin(tokens, common)
     if other.any():
         plot.scatter(
-            *z[other].T.numpy(), s=size, c=_GREY, alpha=0.6, linewidths=0, label=f" other  ×{int(other.sum())}"
+            *z[other].T.numpy(), s=size, c=_GREY, alpha=0.6, linewidths=0, label=f" other  {int(other.sum()):,}"
         )
     for token, color in zip(common.tolist(), _COLORS):
         here = tokens == token
         # A label that began with an underscore would be left out of the legend.
-        name = f" {_cut(show_token(tokenizer, token))}  ×{int(here.sum())}"
+        name = f" {_cut(show_token(tokenizer, token))}  {int(here.sum()):,}"
         plot.scatter(*z[here].T.numpy(), s=size, c=color, alpha=0.75, linewidths=0, label=name)
     handles, names = plot.get_legend_handles_labels()
     if other.any():  # last
         handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]
-    legend = plot.legend(handles, names, title="token", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    legend = plot.legend(
+        handles, names, title="token, how often", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+    )
     for handle in legend.legend_handles:
         handle.set_sizes([50])
     for entry in legend.get_texts():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfa_kernels.checks import check_component, check_integer, check_mixture
 from mfa_kernels.functional import compute_dtype
-from mfa_kernels.interpret.contexts import show_token
+from mfa_kernels.interpret.contexts import show_id, show_token
 from mfa_kernels.interpret.head import measured
 from mfa_kernels.models import check_evaluating, encoded, first_token, is_encoder_decoder
 
@@ -27,7 +27,7 @@ class TokenChange:
 
     Attributes:
         token_id: the token.
-        token: as `show_token` gives it; its id as text without a tokenizer.
+        token: as `show_token` gives it; without a tokenizer its id, such as "<id 40>".
         change: of its logit (`logit_lens`) or log-probability (`logit_shift`), in nats.
     """
 
@@ -173,7 +173,7 @@ def _extremes(change: Tensor, top: int, tokenizer: Any) -> tuple[list[TokenChang
 
     def tokens(values: Tensor, ids: Tensor) -> list[TokenChange]:
         return [
-            TokenChange(i, str(i) if tokenizer is None else show_token(tokenizer, i), value)
+            TokenChange(i, show_id(i) if tokenizer is None else show_token(tokenizer, i), value)
             for i, value in zip(ids.tolist(), values.tolist())
         ]
 

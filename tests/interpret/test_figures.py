@@ -75,12 +75,12 @@ def test_the_inside_of_a_region(tmp_path: Path, drawn: list[Any]) -> None:
     assert _is_a_picture(path)
     assert [p.name for p in tmp_path.iterdir()] == ["in.png"]
     axes = drawn[0].axes[0]
-    assert "z_1" in axes.get_xlabel()
-    assert "z_0" in axes.get_ylabel()
+    assert "z[1]" in axes.get_xlabel()
+    assert "z[0]" in axes.get_ylabel()
     count = len(assignments(mfa, store, progress=False).rows(3))
     assert f"{count}" in axes.get_title()
     entries = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sum(int(entry.split("×")[1]) for entry in entries) == count
+    assert sum(int(entry.split("  ")[1].replace(",", "")) for entry in entries) == count
     assert len(entries) == 3
     assert all("⟦" in label.get_text() for label in _labels(drawn[0]))
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == count

@@ -98,7 +98,7 @@ def test_a_model_in_bfloat16_keeps_the_precision_of_its_weights(direction: int |
 
 def test_ids_stand_for_tokens_without_a_tokenizer() -> None:
     lens = logit_lens(_model("llama"), _mfa(), 0, top=2)
-    assert [t.token for t in lens.top] == [str(t.token_id) for t in lens.top]
+    assert [t.token for t in lens.top] == [f"<id {t.token_id}>" for t in lens.top]
     assert len(lens.top) == len(lens.bottom) == 2
 
 
