@@ -171,9 +171,9 @@ def _how_to_read(lens: bool) -> _Html:
         "A token belongs to the region with the largest responsibility for it. Tokens of a region are ordered by how "
         "much they set it apart from the whole; ×10 is ten times as frequent as overall. Contexts come by "
         "responsibility, and among equals by Mahalanobis distance to the centroid, nearest first. A latent z is in "
-        "prior standard deviations: 0 at the centroid, mostly within -2 and 2. A fit leaves it with the sign that makes "
-        "its largest loading positive; the order of the latents is arbitrary. Spaces are shown as ·, line ends as ⏎ "
-        "and tabs as ⇥."
+        "prior standard deviations: 0 at the centroid, mostly within -2 and 2. A fit gives it the sign that makes its "
+        "largest loading positive; the order of the latents is arbitrary. Spaces are shown as ·, line ends as ⏎ and "
+        "tabs as ⇥."
     )
     if lens:
         text += (
