@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mfa_kernels import __version__, checksum
-from mfa_kernels.checks import check_choice, check_path
+from mfa_kernels.checks import check_choice, check_device, check_dtype, check_path, check_text
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.modes import door, of_the_caller
@@ -78,6 +78,8 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with.
     """
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra))
+    if folder.is_file():
+        raise NotADirectoryError(f"folder must be a folder, {folder} is a file")
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
@@ -160,6 +162,9 @@ def load_pretrained(
     """
     if precision is not None:
         check_choice(precision, PRECISIONS, "precision")
+    device, dtype = checked_place(device, dtype)
+    if subfolder is not None:
+        check_text(subfolder, "subfolder")
     config_path, weights_path = _find(
         folder_or_hub_id,
         subfolder,
@@ -189,6 +194,11 @@ def load_pretrained(
     mfa.load_state_dict(saved)
     mfa.extra = config.get("extra", {})
     return mfa
+
+
+def checked_place(device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a mixture is to be put, if that is said; raises where it cannot be."""
+    return None if device is None else check_device(device), None if dtype is None else check_dtype(dtype)
 
 
 def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> MFA:

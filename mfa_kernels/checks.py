@@ -200,6 +200,56 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
     return value
 
 
+def check_text(value: Any, name: str) -> str:
+    """`value` if it is a string; raises otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
+    return value
+
+
+def check_callable(value: Any, name: str) -> Any:
+    """`value` if it can be called; raises otherwise."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {shown(value)}")
+    return value
+
+
+def check_callables(value: Any, name: str) -> tuple[Any, ...]:
+    """Several callables, of a list or any other iterable but a string, as a tuple; raises otherwise."""
+    if isinstance(value, str | bytes | Tensor | dict) or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a sequence of callables, got {shown(value)}")
+    found = tuple(value)
+    for i, one in enumerate(found):
+        check_callable(one, f"{name}[{i}]")
+    return found
+
+
+def check_generator(value: Any, name: str = "generator") -> torch.Generator | None:
+    """`value` if it is a generator of random numbers, or None; raises otherwise."""
+    if value is not None and not isinstance(value, torch.Generator):
+        hint = f": torch.Generator().manual_seed({value}) makes one" if isinstance(value, int) else ""
+        raise TypeError(f"{name} must be a torch.Generator or None, got {shown(value)}{hint}")
+    return value
+
+
+def check_model(value: Any, name: str = "model") -> torch.nn.Module:
+    """`value` if it is a module; raises otherwise."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    return value
+
+
+def check_centroids(value: Any, name: str = "centroids") -> Tensor:
+    """Centroids as they are, or those of what `kmeans` returned, as a tensor (K, D) of floats; raises otherwise."""
+    centroids = getattr(value, "centroids", value)
+    if not is_several(centroids):
+        raise TypeError(f"{name} must be a KMeansResult or a tensor (K, D), got {shown(value)}")
+    centroids = check_floats(centroids, name)
+    if centroids.dim() != 2 or 0 in centroids.shape:
+        raise ValueError(f"{name} must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
+    return centroids
+
+
 def check_path(value: Any, name: str) -> Path:
     """`value` as a path; raises otherwise."""
     try:

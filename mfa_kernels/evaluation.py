@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mfa_kernels.checks import check_activations, check_finite, check_flag, check_floats, check_mixture
+from mfa_kernels.checks import check_activations, check_centroids, check_finite, check_flag, check_mixture
 from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
@@ -104,13 +103,13 @@ def score_table(
 
 @door
 @torch.no_grad()
-def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, progress: bool = True) -> Evaluation:
+def evaluate(mfa: MFA, activations: Any, centroids: Any = None, *, progress: bool = True) -> Evaluation:
     """Evaluates a mixture on activations it was not fitted to.
 
     Args:
         mfa: the mixture.
         activations: anything `fit` takes, (N, D).
-        centroids: (K', D) of a K-means to compare with.
+        centroids: (K', D) of a K-means to compare with, or what `kmeans` returned.
         progress: show a bar when it takes more than two seconds.
 
     Raises:
@@ -120,10 +119,8 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     check_flag(progress, "progress")
     source = as_source(activations)
     if centroids is not None:
-        centroids = check_floats(centroids, "centroids")
+        centroids = check_centroids(centroids)
         check_finite(check_activations(centroids, mfa.n_features, centroids.device, "centroids"), "centroids")
-        if centroids.dim() != 2 or not len(centroids):
-            raise ValueError(f"centroids must have shape (K, D), got {tuple(centroids.shape)}")
     if source.n_features != mfa.n_features:
         raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
     device = mfa.means.device

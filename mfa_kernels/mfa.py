@@ -13,6 +13,7 @@ from mfa_kernels.arrays import is_several
 from mfa_kernels.checks import (
     MOST_COMPONENTS,
     check_activations,
+    check_centroids,
     check_choice,
     check_component,
     check_device,
@@ -20,12 +21,12 @@ from mfa_kernels.checks import (
     check_finite,
     check_flag,
     check_floats,
+    check_generator,
     check_integer,
     check_integers,
     check_number,
     check_parameters,
     check_positive,
-    shown,
 )
 from mfa_kernels.code import Code, checked_code, encoded
 from mfa_kernels.modes import door
@@ -117,6 +118,7 @@ class MFA(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Standard normal means, loadings of unit expected column norm, noise variance 1, equal weights."""
+        check_generator(generator)
         if self.means.is_meta:  # nothing to draw, and trying it makes PyTorch import its compiler: seconds
             return
         with torch.no_grad():
@@ -184,7 +186,7 @@ class MFA(nn.Module):
     @door
     def from_centroids(
         cls,
-        centroids: Tensor,
+        centroids: Any,
         rank: int = 10,
         noise: str = "shared",
         *,
@@ -192,10 +194,9 @@ class MFA(nn.Module):
         generator: torch.Generator | None = None,
         precision: str = "exact",
     ) -> MFA:
-        """Regions at K-means centroids (K, D), loadings random, weights equal: the paper's start."""
-        centroids = check_floats(centroids, "centroids")
-        if centroids.dim() != 2 or 0 in centroids.shape:
-            raise ValueError(f"centroids must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
+        """Regions at K-means centroids (K, D), or those of what `kmeans` returned; loadings random, weights equal: the
+        paper's start."""
+        centroids, generator = check_centroids(centroids), check_generator(generator)
         check_finite(centroids, "centroids")
         variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
         components, features = centroids.shape
@@ -539,9 +540,7 @@ class MFA(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws from the mixture, (n, D). ValueError where so many do not fit into memory."""
-        n = check_integer(n, "n")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
+        n, generator = check_integer(n, "n"), check_generator(generator)
         means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
         like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import shown
+from mfa_kernels.checks import check_dtype, check_integer, check_number, check_path, check_text, shown
 
 BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
 
@@ -216,7 +217,17 @@ def load_language_model(
             repository is ever run.
         dtype: of the weights; None: as stored (float32 for the small model).
         tokenizer: hub id or folder of another tokenizer than the model's own.
+
+    Raises:
+        TypeError: naming the argument.
+        OSError: there is no such model, here or on the hub.
     """
+    for what, value in (("name", name), ("tokenizer", tokenizer)):
+        if value is not None:
+            check_path(value, what)  # an integer would be taken for an open file
+    name, tokenizer = (None if value is None else os.fspath(value) for value in (name, tokenizer))
+    if dtype is not None:
+        check_dtype(dtype)
     import transformers
 
     from mfa_kernels.data import tiny_lm
@@ -382,6 +393,9 @@ def continuation(
     """
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model must be one of transformers that can generate, got {type(model).__name__}")
+    check_text(prompt, "prompt")
+    new_tokens, seed = check_integer(new_tokens, "new_tokens", 1), check_integer(seed, "seed")
+    temperature = check_number(temperature, "temperature", 0)
     check_evaluating(model)
     inputs = encoded(model, tokenizer, prompt)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}

@@ -176,8 +176,10 @@ def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
         ValueError: naming the file, and the line or entry, that is not UTF-8, not JSON or has no text; or the folder
             that holds nothing to read.
     """
+    if isinstance(paths, bytes | Mapping) or not isinstance(paths, str | os.PathLike | Iterable):
+        raise TypeError(f"paths must be a path or an iterable of paths, got {shown(paths)}")
     for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        for file in _files(Path(path)):
+        for file in _files(check_path(path, "paths")):
             if file.suffix == ".jsonl":
                 yield from _lines(file)
             elif file.suffix == ".json":

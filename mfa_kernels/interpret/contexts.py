@@ -228,8 +228,12 @@ def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: A
 def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments | None, progress: bool) -> Assignments:
     """`assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
     check_store(store)
+    check_mixture(mfa)
     if assigned is None:
         return assignments(mfa, store, progress=progress)
+    if not isinstance(assigned, Assignments):
+        raise TypeError(f"assigned must be what `assignments` returned, got {type(assigned).__name__}")
+    check_flag(progress, "progress")
     if len(assigned.components) != len(store) or assigned.n_components != mfa.n_components:
         raise ValueError(
             f"assigned holds {len(assigned.components)} rows and {assigned.n_components} components, "
@@ -404,6 +408,7 @@ def axis_contexts(
         One entry per quantile, in the order given; no entries for a region without rows.
     """
     component, axis = check_component(component, check_mixture(mfa).n_components), check_axis(mfa, axis)
+    check_tokenizer(tokenizer)
     n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
     quantiles = [check_number(q, "quantiles", 0, 1) for q in check_tensor(quantiles, "quantiles").flatten().tolist()]
     assigned = ensure_assignments(mfa, store, assigned, progress)

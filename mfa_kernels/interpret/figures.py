@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_component, check_integer, shown
-from mfa_kernels.files import StrPath, atomic_write_bytes
+from mfa_kernels.checks import (
+    check_component,
+    check_components,
+    check_integer,
+    check_mixture,
+    check_path,
+    check_text,
+    shown,
+)
+from mfa_kernels.files import StrPath, atomic_write_bytes, check_writable
 from mfa_kernels.interpret.contexts import (
     Assignments,
     check_axis,
+    check_tokenizer,
     ensure_assignments,
     region_latents,
     show_text,
@@ -90,6 +99,17 @@ def regions_map(
     Returns:
         The path.
     """
+    path = _check_picture(path)
+    check_mixture(mfa)
+    if isinstance(summaries, str | dict) or not isinstance(summaries, Iterable):
+        raise TypeError(f"summaries must be what `region_summaries` returned, got {shown(summaries)}")
+    summaries = list(summaries)
+    for i, summary in enumerate(summaries):
+        if not isinstance(summary, RegionSummary):
+            raise TypeError(f"summaries[{i}] must be a RegionSummary, got {shown(summary)}")
+        check_component(summary.component, mfa.n_components, f"summaries[{i}].component")
+    labelled = check_components(labelled, mfa.n_components, "labelled")
+    check_text(title, "title")
     drawn = sorted((s for s in summaries if s.rows), key=lambda s: (s.component not in labelled, -s.rows))
     drawn = drawn[:_MAP_REGIONS]
     if len(drawn) < 3:
@@ -158,7 +178,10 @@ def region_scatter(
     Returns:
         The path.
     """
-    k = check_component(component, mfa.n_components)
+    path, k = _check_picture(path), check_component(component, check_mixture(mfa).n_components)
+    check_tokenizer(tokenizer)
+    if title is not None:
+        check_text(title, "title")
     if not is_several(axes) or len(axes) != 2:
         raise ValueError(f"axes must be two latents, got {shown(axes)}")
     first, second = (check_axis(mfa, axis) for axis in axes)
@@ -230,6 +253,15 @@ def draw_region(
             named.setdefault(text, i)
     _label(plot, list(named.values()), list(named), z, torch.full((len(z),), math.sqrt(size / math.pi)))
     return _save(figure, path)
+
+
+def _check_picture(path: Any) -> Path:
+    """`path` if a PNG file can be written to it; raises otherwise."""
+    path = check_path(path, "path")
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"path must end in .png, as the file that is written is one, got {path}")
+    check_writable(path, "path")
+    return path
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

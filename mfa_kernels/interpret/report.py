@@ -12,9 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_components, check_integer, check_path
+from mfa_kernels.checks import (
+    check_components,
+    check_flag,
+    check_integer,
+    check_mixture,
+    check_model,
+    check_path,
+    check_text,
+)
 from mfa_kernels.files import StrPath, atomic_write_text, check_writable
-from mfa_kernels.interpret.contexts import Assignments, Context, along_axis, ensure_assignments, region_latents
+from mfa_kernels.interpret.contexts import (
+    Assignments,
+    Context,
+    along_axis,
+    check_tokenizer,
+    ensure_assignments,
+    region_latents,
+)
 from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
@@ -70,6 +85,12 @@ def write_report(
         The path.
     """
     check_writable(check_path(path, "path"), "path")
+    check_mixture(mfa)
+    check_tokenizer(tokenizer)
+    check_text(title, "title")
+    if model is not None:
+        check_model(model)
+    figures, progress = check_flag(figures, "figures"), check_flag(progress, "progress")
     n_regions, n_contexts = check_integer(n_regions, "n_regions", 1), check_integer(n_contexts, "n_contexts")
     n_axes = check_integer(n_axes, "n_axes")
     assigned = ensure_assignments(mfa, store, assigned, progress)
