@@ -207,6 +207,14 @@ def check_text(value: Any, name: str) -> str:
     return value
 
 
+def check_iterable(value: Any, name: str, of: str) -> Any:
+    """`value` if it can be iterated over and is none of what is iterated over by accident; raises otherwise."""
+    accident = isinstance(value, str | bytes | dict) or getattr(value, "shape", None) == ()
+    if accident or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {of}, got {shown(value)}")
+    return value
+
+
 def check_callable(value: Any, name: str) -> Any:
     """`value` if it can be called; raises otherwise."""
     if not callable(value):
@@ -216,9 +224,7 @@ def check_callable(value: Any, name: str) -> Any:
 
 def check_callables(value: Any, name: str) -> tuple[Any, ...]:
     """Several callables, of a list or any other iterable but a string, as a tuple; raises otherwise."""
-    if isinstance(value, str | bytes | Tensor | dict) or not isinstance(value, Iterable):
-        raise TypeError(f"{name} must be a sequence of callables, got {shown(value)}")
-    found = tuple(value)
+    found = tuple(check_iterable(value, name, "a sequence of callables"))
     for i, one in enumerate(found):
         check_callable(one, f"{name}[{i}]")
     return found
@@ -243,7 +249,7 @@ def check_centroids(value: Any, name: str = "centroids") -> Tensor:
     """Centroids as they are, or those of what `kmeans` returned, as a tensor (K, D) of floats; raises otherwise."""
     centroids = getattr(value, "centroids", value)
     if not is_several(centroids):
-        raise TypeError(f"{name} must be a KMeansResult or a tensor (K, D), got {shown(value)}")
+        raise TypeError(f"{name} must be a KMeansResult or a tensor (K, D), got {type(value).__name__}")
     centroids = check_floats(centroids, name)
     if centroids.dim() != 2 or 0 in centroids.shape:
         raise ValueError(f"{name} must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")

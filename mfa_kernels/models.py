@@ -7,7 +7,8 @@ import math
 import operator
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +238,25 @@ def load_language_model(
         model, own = tiny_lm.load(dtype or torch.float32)
     else:
         options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
-        model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
+        with loading("model", name):
+            model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
     if tokenizer == name and own is not None:
         return model, own
     place = tiny_lm.path() if tokenizer == BUNDLED else tokenizer
-    return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    with loading("tokenizer", tokenizer):
+        return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+@contextmanager
+def loading(what: str, name: Any) -> Iterator[None]:
+    """Errors of loading say what was loaded: transformers names nothing where it cannot reach the hub."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(name) in str(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what} {str(name)!r}: {error}") from error
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:

@@ -278,7 +278,9 @@ def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool =
         format: 1 (`modeling/mfa.py`; keeps `mfa.extra`) or 2 (`modeling/model_checkpointing.py`).
         progress: show a bar when it takes more than two seconds.
     """
-    path, format = check_path(path, "path"), check_integer(format, "format", 1, 2)
+    path, format = check_path(path, "path"), check_integer(format, "format")
+    if format not in (1, 2):
+        raise ValueError(f"format must be 1 or 2, got {format!r}")
     check_writable(path, "path")
     check_flag(progress, "progress")
     dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32

@@ -28,6 +28,7 @@ from mfa_kernels.models import (
     hidden_states,
     input_device,
     layer_index,
+    loading,
     resolve_layer,
     text_tokens,
 )
@@ -513,11 +514,13 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
     if isinstance(tokenizer, str | os.PathLike):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        with loading("tokenizer", tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     if named:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        with loading("model", model):
+            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device = None
     return model, tokenizer, device

@@ -161,6 +161,8 @@ def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> t
     weights = check_tensor(weights, "weights")
     if weights.is_complex():
         raise TypeError(f"weights must be real, got {weights.dtype}")
+    if weights.is_meta:
+        raise ValueError("weights must hold values, got a tensor on the meta device")
     weights = weights.to(device=device, dtype=torch.float64)
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape (N,) = ({rows},), got {tuple(weights.shape)}")

@@ -147,8 +147,8 @@ def _array_source(activations: Any, name: str) -> Source:
     if not isinstance(activations, np.ndarray):
         return _tensor_source(as_tensor(activations, name), name)
     data = as_array(activations, name)
-    dtype = torch.from_numpy(native(data[:0])).dtype
     _check_shape(data.shape, name)
+    dtype = torch.from_numpy(native(data[:0])).dtype
     _check_dtype(dtype, name)
     is_mapped = isinstance(activations, np.memmap)
     if not is_mapped and shares_memory(data):

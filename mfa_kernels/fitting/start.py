@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_centroids, check_choice, check_device, check_dtype, check_flag, check_integer
+from mfa_kernels.checks import (
+    check_centroids,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_integer,
+)
 from mfa_kernels.fitting.kmeans import KMeansResult
 from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
@@ -78,6 +86,8 @@ def start_from_clusters(
         raise ValueError("init must be 'pca' where ranks share the components, got 'random'")
     seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
     device = None if device is None else check_device(device)
+    if device is not None and device.type == "meta":
+        raise ValueError("device must hold values, got meta")
     dtype = None if dtype is None else check_dtype(dtype)
     source = as_source(activations)
     centroids = centroids_of(clusters, source.n_features)
@@ -137,9 +147,7 @@ def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components:
     expected = (len(centroids) if n_components is None else n_components, n_features)
     if tuple(centroids.shape) != expected:
         raise ValueError(f"clusters must have centroids (K, D) = {expected}, got {tuple(centroids.shape)}")
-    if not centroids.isfinite().all():
-        raise ValueError("clusters must have finite centroids")
-    return centroids
+    return check_finite(centroids, "clusters")
 
 
 def _residuals(

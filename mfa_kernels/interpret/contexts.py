@@ -20,11 +20,11 @@ from mfa_kernels.checks import (
     check_choice,
     check_component,
     check_components,
+    check_finite,
     check_flag,
     check_integer,
     check_mixture,
     check_number,
-    check_tensor,
 )
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.progress import progress_bar
@@ -410,7 +410,8 @@ def axis_contexts(
     component, axis = check_component(component, check_mixture(mfa).n_components), check_axis(mfa, axis)
     check_tokenizer(tokenizer)
     n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
-    quantiles = [check_number(q, "quantiles", 0, 1) for q in check_tensor(quantiles, "quantiles").flatten().tolist()]
+    given = check_finite(check_tensor(quantiles, "quantiles"), "quantiles").flatten()
+    quantiles = [check_number(q, "quantiles", 0, 1) for q in given.tolist()]
     assigned = ensure_assignments(mfa, store, assigned, progress)
     rows, z = assigned.rows(component), region_latents(mfa, store, component, assigned)[:, axis]
     return along_axis(store, tokenizer, component, rows, z, n, quantiles, before, after)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from mfa_kernels.checks import (
     check_component,
     check_components,
     check_integer,
+    check_iterable,
     check_mixture,
     check_path,
     check_text,
@@ -24,7 +25,6 @@ from mfa_kernels.checks import (
 from mfa_kernels.files import StrPath, atomic_write_bytes, check_writable
 from mfa_kernels.interpret.contexts import (
     Assignments,
-    check_axis,
     check_tokenizer,
     ensure_assignments,
     region_latents,
@@ -101,9 +101,7 @@ def regions_map(
     """
     path = _check_picture(path)
     check_mixture(mfa)
-    if isinstance(summaries, str | dict) or not isinstance(summaries, Iterable):
-        raise TypeError(f"summaries must be what `region_summaries` returned, got {shown(summaries)}")
-    summaries = list(summaries)
+    summaries = list(check_iterable(summaries, "summaries", "what `region_summaries` returned"))
     for i, summary in enumerate(summaries):
         if not isinstance(summary, RegionSummary):
             raise TypeError(f"summaries[{i}] must be a RegionSummary, got {shown(summary)}")
@@ -184,7 +182,7 @@ def region_scatter(
         check_text(title, "title")
     if not is_several(axes) or len(axes) != 2:
         raise ValueError(f"axes must be two latents, got {shown(axes)}")
-    first, second = (check_axis(mfa, axis) for axis in axes)
+    first, second = (check_component(axis, mfa.rank, "axes") for axis in axes)
     labels = check_integer(labels, "labels")
     if first == second:
         raise ValueError(f"axes must be two different latents, got {axes}")

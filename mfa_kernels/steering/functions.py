@@ -48,6 +48,8 @@ class Function:
             step: generation step at which an alpha that is a function is taken.
         """
         x = check_hidden(x, self._features, "x")
+        if x.is_meta:
+            raise ValueError("x must hold values, got a tensor on the meta device")
         if not x.numel():
             return x.clone()
         batch = x.shape[0] if x.dim() > 1 else 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_choice, check_mixture, check_model, shown
+from mfa_kernels.checks import check_choice, check_integers, check_mixture, check_model, shown
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
 from mfa_kernels.steering.handle import Handle, steer
@@ -94,6 +94,8 @@ class MFASteerer:
 
     def _inputs(self, prompts: Any) -> dict[str, Any]:
         if isinstance(prompts, Tensor):
+            if check_integers(prompts, "prompts").dim() != 2 or not prompts.numel() or int(prompts.min()) < 0:
+                raise ValueError(f"prompts must be token ids (B, T), got {shown(prompts)}")
             return {"input_ids": prompts}
         if isinstance(prompts, Mapping):
             return without_notes(self.model, prompts)

@@ -109,7 +109,7 @@ def calls(folder: Path) -> dict[str, Call]:
     objects = {"model": reader[0], "tokenizer": reader[1]}
     given |= {
         "harvest": Call(harvest, {**objects, **read, "dtype": torch.float32, "out": None, "resume": False, **quiet}),
-        "stream": Call(lambda **given: next(iter(stream(**given))), {**objects, **read}),
+        "stream": Call(lambda **given: next(iter(stream(**given)), None), {**objects, **read}),
         "fit_many": Call(fit_many, {"batches": [x], "fits": {"one": {"n_components": 2, "rank": 1}}, "held_out": 0.1,
                                     "method": "online", "lr": 0.1, "epochs": 1}, ("one",)),
         "assignments": Call(interpret.assignments, {"mfa": of_store, "store": harvested, "batch_size": 7, **quiet}),
@@ -149,7 +149,7 @@ def calls(folder: Path) -> dict[str, Call]:
             **given).intervene_to_latent_two_stage(prompts, alpha, z, k), {
             "model": model, "mfa": steered, "layer": LAYER, "tokenizer": reader[1], "site": "resid_post",
             "prompts": torch.ones(1, 4, dtype=torch.long), "alpha": 0.5, "k": 1, "z": torch.ones(steered.rank)},
-            ("component", "latents")),
+            ("component", "latents", "interventions")),
         "alpha_for_kl": Call(lambda steered=steered, **given: alpha_of(model, steered, LAYER, **given), {
             "inputs": {"input_ids": torch.ones(1, 4, dtype=torch.long)}, "kl": 0.01, "spec": None, "most": 1.0,
             "tolerance": 0.01}, ("alpha",)),
@@ -206,7 +206,7 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
                                                    "new_tokens": 2, "temperature": 0.5, "seed": 0}),
         "load_language_model": Call(models.load_language_model, {"name": None, "dtype": torch.float32, "tokenizer":
                                                                  None}),
-        "read_texts": Call(lambda **given: next(data.read_texts(**given)), {"paths": Path(__file__)}),
+        "read_texts": Call(lambda **given: next(data.read_texts(**given), None), {"paths": Path(__file__)}),
         "write_report": Call(interpret.write_report, {
             "path": folder / "page.html", **shown, "model": model, "components": [region], "n_regions": 2,
             "n_contexts": 1, "n_axes": 1, "figures": False, "title": "A title", "assigned": None, **quiet}),

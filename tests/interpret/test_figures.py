@@ -112,7 +112,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     options = {"tokenizer": WORDS, "progress": False}
     with pytest.raises(ValueError, match="two different latents"):
         region_scatter(mfa, store, 0, tmp_path / "x.png", axes=(1, 1), **options)
-    with pytest.raises(IndexError, match=r"axis must be in \[0, 2\), got 2"):
+    with pytest.raises(IndexError, match=r"axes must be in \[0, 2\), got 2"):
         region_scatter(mfa, store, 0, tmp_path / "x.png", axes=(0, 2), **options)
     with pytest.raises(ValueError, match="at least 3 regions"):
         regions_map(mfa, region_summaries(mfa, store, WORDS, [0, 1], progress=False), tmp_path / "x.png")
