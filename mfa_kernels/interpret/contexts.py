@@ -25,6 +25,7 @@ from mfa_kernels.checks import (
     check_integer,
     check_mixture,
     check_number,
+    check_tensor,
 )
 from mfa_kernels.ops.precision import full_precision
 from mfa_kernels.progress import progress_bar
