@@ -88,6 +88,11 @@ def check_parameters(
     if means.dim() != 2 or 0 in means.shape:
         raise ValueError(f"means must have shape (K, D) with K, D >= 1, got {tuple(means.shape)}")
     components, features = means.shape
+    if loadings.dim() == 3 and components != features and loadings.shape[:2] == (features, components):
+        raise ValueError(
+            f"means (K, D) and loadings (K, D, R) do not fit: one of them is transposed, got {tuple(means.shape)} and "
+            f"{tuple(loadings.shape)}"
+        )
     if loadings.dim() != 3 or loadings.shape[:2] != (components, features):
         raise ValueError(
             f"loadings must have shape (K, D, R) = ({components}, {features}, R), got {tuple(loadings.shape)}"

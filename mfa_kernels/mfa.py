@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -581,18 +582,21 @@ class MFA(nn.Module):
         """
         from mfa_kernels import checkpoint
 
+        _check_options("from_pretrained", checkpoint.load_pretrained, kwargs)
         return checkpoint.load_pretrained(cls, folder_or_hub_id, **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes config.json and model.safetensors, each to a temporary name and then renamed."""
         from mfa_kernels import checkpoint
 
+        _check_options("save_pretrained", checkpoint.save_pretrained, kwargs)
         checkpoint.save_pretrained(self, folder, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes to a Hugging Face hub repository."""
         from mfa_kernels import checkpoint
 
+        _check_options("push_to_hub", checkpoint.push_to_hub, kwargs)
         return checkpoint.push_to_hub(self, repo_id, **kwargs)
 
     @classmethod
@@ -600,13 +604,24 @@ class MFA(nn.Module):
         """Reads the paper's own .pt formats, without running code from the file."""
         from mfa_kernels import reference_checkpoint
 
+        _check_options("from_reference_checkpoint", reference_checkpoint.load_reference, kwargs)
         return reference_checkpoint.load_reference(cls, path, **kwargs)
 
     def to_reference_checkpoint(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the paper's own .pt format."""
         from mfa_kernels import reference_checkpoint
 
+        _check_options("to_reference_checkpoint", reference_checkpoint.save_reference, kwargs)
         reference_checkpoint.save_reference(self, path, **kwargs)
+
+
+def _check_options(method: str, function: Any, given: dict[str, Any]) -> None:
+    """Raises for a keyword that the function behind a method does not take, by the name that was called."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"MFA.{method}() takes the keywords {', '.join(known)}, got {name!r}")
 
 
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:

@@ -110,5 +110,5 @@ def _part(batch: Any, layer: Any) -> Any:
             raise ValueError(f"layer must be left out, batches are of one layer alone, got {layer!r}")
         return batch
     if isinstance(layer, bool) or not isinstance(layer, Hashable) or layer not in batch:
-        raise ValueError(f"layer must be one of {', '.join(map(repr, batch))}, got {layer!r}")
+        raise ValueError(f"layer must be one of {', '.join(map(repr, batch))}, as the stream calls them, got {layer!r}")
     return batch[layer]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -107,11 +108,18 @@ def as_source(activations: Any, name: str = "activations") -> Source:
     else:
         raise TypeError(
             f"{name} must be a tensor, an array, an object with rows(index) and n_features (an ActivationStore) "
-            f"or an iterable of batches (B, D), got {type(activations).__name__}"
+            f"or an iterable of batches (B, D), got {type(activations).__name__}{_opened(activations)}"
         )
     if not len(source) or not source.n_features:
         raise ValueError(f"{name} must hold at least one row and one feature, got {len(source)} x {source.n_features}")
     return source
+
+
+def _opened(value: Any) -> str:
+    """What to give in place of a path."""
+    if not isinstance(value, str | os.PathLike):
+        return ""
+    return f": ActivationStore({os.fspath(value)!r}) opens a store"
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
@@ -225,7 +233,9 @@ def as_rows(batch: Any, name: str) -> Tensor:
         )
     found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     if not is_array(found):
-        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
+        several = isinstance(found, Mapping) and all(map(is_array, found.values()))
+        hint = ": fit_many fits to the layers of a stream, fit to one of them" if several else ""
+        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}{hint}")
     rows = as_tensor(found, name)
     _check_values(rows, name)
     return rows.detach().flatten(0, -2)

@@ -57,7 +57,7 @@ def alpha_for_kl(
         check_callable(spec, "spec")
     check_model(model)
     if handle.is_removed:
-        raise ValueError("handle must steer, got one that was removed")
+        raise ValueError("handle must steer, got one that was removed: call steer again")
     check_evaluating(model)
     check_loaded(model)
     inputs = without_notes(model, inputs)

@@ -165,3 +165,19 @@ def test_one_row_is_a_region_too(tmp_path: Path) -> None:
     mfa = MFA.from_parameters(torch.tensor([[0.0, 0], [9, 9]]), torch.ones(2, 2, 2), torch.ones(2), torch.ones(2))
     store = MemoryStore(torch.tensor([[0.0, 0.1], [9.0, 9.0], [9.1, 9.0]]), [[0, 1, 2]])
     assert _is_a_picture(region_scatter(mfa, store, 0, tmp_path / "x.png", tokenizer=WORDS, progress=False))
+
+
+def test_a_map_takes_summaries_and_writes_a_png(tmp_path: Path) -> None:
+    mfa, store, _ = planted()
+    for wrong, message in ((store, "summaries must be what"), ([3], r"summaries\[0\] must be a RegionSummary, got 3")):
+        with pytest.raises(TypeError, match=message):
+            regions_map(mfa, wrong, tmp_path / "map.png")
+    for draw in (
+        lambda path: regions_map(mfa, [], path),
+        lambda path: region_scatter(mfa, store, 0, path, tokenizer=WORDS, progress=False),
+    ):
+        with pytest.raises(ValueError, match="path must end in .png"):
+            draw(tmp_path / "map.xyz")
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, got NoneType"):
+        region_scatter(mfa, store, 0, tmp_path / "in.png", tokenizer=None, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -258,3 +258,21 @@ def test_a_real_model_and_store(tmp_path: Path) -> None:
     assert sum(cell.endswith("raised") for cell in cells) == cells.count("lowered") >= 3
     assert page.inside("mark")
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", (tmp_path / "out" / "report.html").read_text())
+
+
+def test_arguments_in_another_order_are_named(tmp_path: Path) -> None:
+    mfa, store, _ = planted()
+    path = tmp_path / "report.html"
+    for given, message in (
+        ((mfa, path, store, WORDS), "path must be a path"),
+        ((path, store, mfa, WORDS), r"mfa must be a mixture \(mfa_kernels.MFA\), got MemoryStore"),
+        ((path, mfa, WORDS, store), "tokenizer must be one of transformers, got MemoryStore"),
+        ((path, mfa, store, None), "tokenizer must be one of transformers, got NoneType"),
+        ((path, mfa, mfa, WORDS), "store must be an ActivationStore, as `harvest` makes it, got MFA"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_report(*given, progress=False)  # type: ignore[arg-type]
+    for option in ("model", "title", "assigned"):
+        with pytest.raises(TypeError, match=f"{option} must be "):
+            write_report(path, mfa, store, WORDS, progress=False, **{option: 3})
+    assert not list(tmp_path.iterdir())
