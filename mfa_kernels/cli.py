@@ -214,7 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
     fit.add_argument("--seed", type=int, default=0)
     _where(fit)
-    fit.add_argument("--log", type=Path, help="JSONL file of the curve; a folder of them, of several")
+    fit.add_argument(
+        "--log", type=Path,
+        help="JSONL file of the curve; a folder of them, of several. Likelihoods and gain are in nats per token, "
+        "memory in bytes: docs/fitting.md says of each number what it is",
+    )  # fmt: skip
     fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
     fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
     fit.add_argument(
