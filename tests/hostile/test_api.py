@@ -24,7 +24,7 @@ def hostile(count: int, seed: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("count", "seed"), [
-    (500, 0), pytest.param(6000, 1, marks=pytest.mark.more), pytest.param(6000, 2, marks=pytest.mark.more),
+    (1000, 0), pytest.param(6000, 1, marks=pytest.mark.more), pytest.param(6000, 2, marks=pytest.mark.more),
 ])  # fmt: skip
 def test_wrong_calls_are_refused_by_name(count, seed):
     done = hostile(count, seed)
@@ -35,7 +35,7 @@ def test_wrong_calls_are_refused_by_name(count, seed):
 
 def test_everything_public_is_called(tmp_path):
     """But for what is made by the library alone: results, errors, and what others of these make."""
-    by_us = {"Source", "as_source", "Handle", "Gate", "Code"}
+    by_us = {"Source", "Handle", "Gate", "Stats", "Code"} | {"as_source"}  # the last, by whatever takes activations
     public = set()
     for module in (mfa_kernels, data, fitting, interpret, steering):
         for name in module.__all__:
