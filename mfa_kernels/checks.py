@@ -186,7 +186,8 @@ def check_component(component: Any, components: int, name: str = "component") ->
 
 def check_components(value: Any, components: int, name: str = "components") -> list[int]:
     """Several components, of a list, a range, a tensor or an array, as ints in [0, K); raises otherwise."""
-    if not is_several(value) and isinstance(value, Iterable) and not isinstance(value, str | bytes):
+    is_one = isinstance(value, str | bytes) or getattr(value, "shape", None) == ()
+    if not is_several(value) and isinstance(value, Iterable) and not is_one:
         value = list(value)
     numbers = check_tensor(value, name)
     if numbers.dim() != 1:

@@ -308,3 +308,15 @@ def test_a_flag_of_numpy_resumes_nothing():
     fit(torch.randn(20, 3), 2, 1, epochs=0, resume=numpy.bool_(False), progress=False)
     with pytest.raises(ValueError, match="resume = True needs a checkpoint folder"):
         fit(torch.randn(20, 3), 2, 1, epochs=0, resume=numpy.bool_(True), progress=False)
+
+
+def test_an_array_of_no_dimension_is_no_list():
+    for value in (numpy.array(3), torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"components must be of shape \(n,\), got \(\)"):
+            checks.check_components(value, 5)
+        with pytest.raises(TypeError, match="batches must be a stream, got"):
+            checks.check_iterable(value, "batches", "a stream")
+    for value in ("text", b"bytes", {"a": 1}, 3, None):
+        with pytest.raises(TypeError, match="batches must be a stream, got"):
+            checks.check_iterable(value, "batches", "a stream")
+    assert checks.check_iterable([], "batches", "a stream") == []
