@@ -286,8 +286,8 @@ def test_steer_runs_no_code_of_a_repository(folder, capsys, monkeypatch):
     assert status == 2
     assert seen == [("maker/model", False)]
     assert said[1] == (
-        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (no such "
-        "repository); name another"
+        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (model "
+        "'maker/model': no such repository); name another"
     )
 
 
