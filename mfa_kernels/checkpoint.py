@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mfa_kernels import __version__, checksum
-from mfa_kernels.checks import check_choice, check_path
+from mfa_kernels.checks import check_choice, check_device, check_dtype, check_path, check_text
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
 from mfa_kernels.fit_report import FitReport
 from mfa_kernels.functional import PRECISIONS
@@ -86,6 +86,8 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
             own and written as it is: a path in it is in the files, for whoever gets them to read.
     """
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra, mfa.fit_report))
+    if folder.is_file():
+        raise NotADirectoryError(f"folder must be a folder, {folder} is a file")
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
@@ -185,6 +187,9 @@ def load_pretrained(
     """
     if precision is not None:
         check_choice(precision, PRECISIONS, "precision")
+    device, dtype = checked_place(device, dtype)
+    if subfolder is not None:
+        check_text(subfolder, "subfolder")
     config_path, weights_path = _find(
         folder_or_hub_id,
         subfolder,
@@ -214,6 +219,11 @@ def load_pretrained(
     mfa.load_state_dict(saved)
     mfa.extra, mfa.fit_report = config.get("extra", {}), fit_report_of(config, config_path)
     return mfa
+
+
+def checked_place(device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
+    """Where a mixture is to be put, if that is said; raises where it cannot be."""
+    return None if device is None else check_device(device), None if dtype is None else check_dtype(dtype)
 
 
 def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> MFA:

@@ -88,6 +88,11 @@ def check_parameters(
     if means.dim() != 2 or 0 in means.shape:
         raise ValueError(f"means must have shape (K, D) with K, D >= 1, got {tuple(means.shape)}")
     components, features = means.shape
+    if loadings.dim() == 3 and components != features and loadings.shape[:2] == (features, components):
+        raise ValueError(
+            f"means (K, D) and loadings (K, D, R) do not fit: one of them is transposed, got {tuple(means.shape)} and "
+            f"{tuple(loadings.shape)}"
+        )
     if loadings.dim() != 3 or loadings.shape[:2] != (components, features):
         raise ValueError(
             f"loadings must have shape (K, D, R) = ({components}, {features}, R), got {tuple(loadings.shape)}"
@@ -181,7 +186,8 @@ def check_component(component: Any, components: int, name: str = "component") ->
 
 def check_components(value: Any, components: int, name: str = "components") -> list[int]:
     """Several components, of a list, a range, a tensor or an array, as ints in [0, K); raises otherwise."""
-    if not is_several(value) and isinstance(value, Iterable) and not isinstance(value, str | bytes):
+    is_one = isinstance(value, str | bytes) or getattr(value, "shape", None) == ()
+    if not is_several(value) and isinstance(value, Iterable) and not is_one:
         value = list(value)
     numbers = check_tensor(value, name)
     if numbers.dim() != 1:
@@ -198,6 +204,62 @@ def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
     return value
+
+
+def check_text(value: Any, name: str) -> str:
+    """`value` if it is a string; raises otherwise."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
+    return value
+
+
+def check_iterable(value: Any, name: str, of: str) -> Any:
+    """`value` if it can be iterated over and is none of what is iterated over by accident; raises otherwise."""
+    accident = isinstance(value, str | bytes | dict) or getattr(value, "shape", None) == ()
+    if accident or not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be {of}, got {shown(value)}")
+    return value
+
+
+def check_callable(value: Any, name: str) -> Any:
+    """`value` if it can be called; raises otherwise."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {shown(value)}")
+    return value
+
+
+def check_callables(value: Any, name: str) -> tuple[Any, ...]:
+    """Several callables, of a list or any other iterable but a string, as a tuple; raises otherwise."""
+    found = tuple(check_iterable(value, name, "a sequence of callables"))
+    for i, one in enumerate(found):
+        check_callable(one, f"{name}[{i}]")
+    return found
+
+
+def check_generator(value: Any, name: str = "generator") -> torch.Generator | None:
+    """`value` if it is a generator of random numbers, or None; raises otherwise."""
+    if value is not None and not isinstance(value, torch.Generator):
+        hint = f": torch.Generator().manual_seed({value}) makes one" if isinstance(value, int) else ""
+        raise TypeError(f"{name} must be a torch.Generator or None, got {shown(value)}{hint}")
+    return value
+
+
+def check_model(value: Any, name: str = "model") -> torch.nn.Module:
+    """`value` if it is a module; raises otherwise."""
+    if not isinstance(value, torch.nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
+    return value
+
+
+def check_centroids(value: Any, name: str = "centroids") -> Tensor:
+    """Centroids as they are, or those of what `kmeans` returned, as a tensor (K, D) of floats; raises otherwise."""
+    centroids = getattr(value, "centroids", value)
+    if not is_several(centroids):
+        raise TypeError(f"{name} must be a KMeansResult or a tensor (K, D), got {type(value).__name__}")
+    centroids = check_floats(centroids, name)
+    if centroids.dim() != 2 or 0 in centroids.shape:
+        raise ValueError(f"{name} must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
+    return centroids
 
 
 def check_path(value: Any, name: str) -> Path:

@@ -217,7 +217,11 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
     fit.add_argument("--seed", type=int, default=0)
     _where(fit)
-    fit.add_argument("--log", type=Path, help="JSONL file of the curve; a folder of them, of several")
+    fit.add_argument(
+        "--log", type=Path,
+        help="JSONL file of the curve; a folder of them, of several. Likelihoods and gain are in nats per token, "
+        "memory in bytes: docs/fitting.md says of each number what it is",
+    )  # fmt: skip
     fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
     fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
     fit.add_argument(
@@ -230,7 +234,12 @@ def _parser() -> argparse.ArgumentParser:
         "by sgd",
     )
 
-    encode = command("encode", _encode, "write the codes of a store's activations")
+    encode = command(
+        "encode",
+        _encode,
+        "write the codes of a store's activations to one file of tensors: offsets (N + 1), components (P), "
+        "responsibilities (P), latents (P, R), dropped (N); the pairs of token n are [offsets[n], offsets[n + 1])",
+    )
     _mixture(encode)
     encode.add_argument("store", type=Path)
     encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
@@ -558,7 +567,7 @@ def _encode(arguments: argparse.Namespace) -> None:
     device = _device(arguments.device)
     mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
-    done = write_codes(mfa, store.batches(8192), arguments.out, arguments.top_k)
+    done = write_codes(mfa, store, arguments.out, arguments.top_k)
     print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
     if done.without:
         print(f"{done.without:,} of them have no density under the mixture, and no component")
@@ -567,17 +576,14 @@ def _encode(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
-    from mfa_kernels.evaluation import evaluate
+    from mfa_kernels.evaluation import evaluate, score_table
 
     mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
     store = ActivationStore(arguments.store)
     _note_differences(arguments, mfa, store)
-    score = evaluate(mfa, store)
-    for name, value in score.as_dict().items():
-        if value is not None:
-            print(f"{name:<18}  {value:,.6g}")
+    print(score_table(evaluate(mfa, store), mfa.n_components, f"activations of {arguments.store}"))
     if mfa.fit_report is not None and (fitted := mfa.fit_report.described().get("fitted")):
-        print(f"{'fitted':<18}  {fitted}")
+        print(f"The mixture was fitted: {fitted}")
 
 
 def _steer(arguments: argparse.Namespace) -> None:

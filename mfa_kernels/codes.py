@@ -13,21 +13,30 @@ A token without a density under the mixture has no pairs, and NaN as `dropped`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mfa_kernels.arrays import is_array
 from mfa_kernels.checks import check_flag, check_integer, check_mixture, check_path
 from mfa_kernels.files import StrPath, atomic_save_safetensors, check_writable, temporary_folder
-from mfa_kernels.fitting.source import as_rows
+from mfa_kernels.fitting.source import as_rows, as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door, read
 from mfa_kernels.progress import progress_bar
+
+_BATCH = 8192
+
+LAYOUT = (
+    "the active pairs of token n are rows offsets[n] to offsets[n + 1] of components (P,), responsibilities (P,) and "
+    "latents (P, R), the most responsible component first; dropped (N,) bounds the responsibility that is left out"
+)
+"""What the file says of itself, as "layout" in its metadata."""
 
 
 class Written(NamedTuple):
@@ -40,17 +49,15 @@ class Written(NamedTuple):
 
 @door
 @torch.no_grad()
-def write_codes(
-    mfa: MFA, batches: Iterable[Tensor], path: StrPath, top_k: int | None = 8, *, progress: bool = True
-) -> Written:
-    """Encodes batches of activations as they come, and writes what is active.
+def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True) -> Written:
+    """Encodes activations, batch by batch, and writes what is active.
 
     On the way, the parts are in files beside `path`, which take as much room again.
 
     Args:
         mfa: the mixture.
-        batches: of activations (n, D), such as `store.batches(8192)`, each of what `fit` takes as one; read once, moved
-            to the mixture's device.
+        activations: anything `fit` takes, (N, D), such as a store. An iterable of batches is read once, and none of
+            them is held. All are moved to the mixture's device.
         path: of the file, replaced if it exists.
         top_k: most components per token; None keeps every active one.
         progress: show a bar when it takes more than two seconds.
@@ -59,6 +66,7 @@ def write_codes(
         What was written, in numbers.
 
     Raises:
+        TypeError, ValueError: naming the batch that does not fit.
         OSError: naming the file that cannot be written.
     """
     check_mixture(mfa)
@@ -69,15 +77,20 @@ def write_codes(
     dtype = mfa.parameters_in_compute_dtype()[0].dtype
     kinds = {"components": torch.int32, "responsibilities": dtype, "latents": dtype, "dropped": dtype}
     counts = [torch.zeros(1, dtype=torch.int64)]
-    total = len(batches) if isinstance(batches, Sized) else None
+    batches, total = _batches(activations)
     with ExitStack() as stack:
         folder = stack.enter_context(temporary_folder(path))
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in kinds}
         bar = stack.enter_context(
             progress_bar(total=total, desc="encode", unit="batch", delay=2, progress=progress)
         )  # fmt: skip
-        for i, batch in enumerate(read(batches)):
-            code = mfa.encode(as_rows(batch, f"batches[{i}]").to(mfa.means.device), top_k)
+        for i, batch in enumerate(batches):
+            rows = as_rows(batch, f"activations: batch {i}")
+            if rows.shape[1] != mfa.n_features:
+                raise ValueError(
+                    f"activations: batch {i} has {rows.shape[1]} features, but the mixture has {mfa.n_features}"
+                )
+            code = mfa.encode(rows.to(mfa.means.device), top_k)
             held = code.components >= 0
             counts.append(held.sum(1).cpu())
             for name in ("components", "responsibilities", "latents"):
@@ -91,11 +104,21 @@ def write_codes(
         tensors["latents"] = tensors["latents"].view(-1, mfa.rank) if mfa.rank else torch.empty(
             len(tensors["components"]), 0, dtype=dtype
         )  # fmt: skip
-        atomic_save_safetensors(tensors, path)
+        atomic_save_safetensors(tensors, path, {"layout": LAYOUT})
         without = int((tensors["offsets"].diff() == 0).sum())
         done = Written(len(tensors["dropped"]), len(tensors["components"]), without)
         tensors.clear()  # before their files go
     return done
+
+
+def _batches(activations: Any) -> tuple[Iterator[Any], int | None]:
+    """Batches of anything `fit` takes, and how many if that is known; those of an iterable as it makes them."""
+    whole = is_array(activations) or (hasattr(activations, "rows") and hasattr(activations, "n_features"))
+    if not whole and isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
+        return read(activations), len(activations) if isinstance(activations, Sized) else None
+    source = as_source(activations)
+    starts = range(0, len(source), _BATCH)
+    return (source.chunk(start, min(start + _BATCH, len(source))) for start in starts), len(starts)
 
 
 def _append(file: IO[bytes], values: Tensor, dtype: torch.dtype) -> None:

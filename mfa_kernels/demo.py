@@ -16,7 +16,7 @@ from mfa_kernels import MFA
 from mfa_kernels.checks import check_component
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.store import ActivationStore
-from mfa_kernels.evaluation import Evaluation, evaluate
+from mfa_kernels.evaluation import evaluate, score_table
 from mfa_kernels.files import atomic_write_json
 from mfa_kernels.fitting import fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
@@ -116,14 +116,20 @@ def run(options: Options) -> list[Path]:
         raise KeyboardInterrupt
     score = evaluate(mfa, test, clusters.centroids)
     print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
-    print(score_table(score, mfa, kmeans_seconds, fit_seconds))
+    # Kernels were built before, so that the seconds are those of fitting alone.
+    print(score_table(score, mfa.n_components, "held-out activations", kmeans_seconds, fit_seconds))
     atomic_write_json(options.out / "evaluation.json", score.as_dict())
 
     assigned = assignments(mfa, store)
     shown = interesting_regions(mfa, store, 12, assigned=assigned)
+    if not shown:
+        raise ValueError(
+            f"tokens: no region owns enough of {len(store):,} to be shown: read more, or fit fewer components"
+        )
     summaries = region_summaries(mfa, store, tokenizer, assigned=assigned)
     by_component = {summary.component: summary for summary in summaries}
-    print("\nA dozen regions: tokens they prefer, and one context each (the token is in [brackets])\n")
+    print(f"\n{len(shown)} regions: their share of all tokens, the tokens that set them apart, and one context each")
+    print("(the token is in [brackets])\n\nregion   share  tokens")
     for component in shown:
         print(describe(by_component[component]))
 
@@ -132,7 +138,7 @@ def run(options: Options) -> list[Path]:
         raise ValueError(f"component {chosen} owns no token of this store: choose another region to steer toward")
     _steering(options, model, tokenizer, mfa, store, layer, by_component[chosen], assigned)
     written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
-    written += _reports(options.out, mfa, store, tokenizer, model, shown, summaries, assigned)
+    written += _reports(options.out, mfa, store, tokenizer, model, shown, chosen, summaries, assigned)
     print("\nWritten:")
     for path in written:
         print(f"  {path}")
@@ -154,38 +160,13 @@ def _texts(options: Options) -> Iterable[Any]:
     return stdlib_texts("all")
 
 
-def score_table(score: Evaluation, mfa: MFA, kmeans_seconds: float, fit_seconds: float) -> str:
-    """The mixture beside K-means with as many centroids, on activations that neither was fitted to.
-
-    Seconds are those of the fit alone: kernels were built before.
-    """
-    rate = f"{score.tokens_per_second:,.0f}"
-    rows = [
-        (f"on {score.rows:,} held-out activations", "K-means", "MFA"),
-        ("negative log-likelihood, nats per token", "", f"{score.nll:.2f}"),
-        ("reconstruction error, mean square", f"{score.kmeans_mse:.4f}", f"{score.mse:.4f}"),
-        ("variance unexplained", f"{score.kmeans_fvu:.1%}", f"{score.fvu:.1%}"),
-        (
-            "regions that own one of them",
-            f"{score.kmeans_live} of {mfa.n_components}",
-            f"{score.live} of {mfa.n_components}",
-        ),
-        ("active regions per token", "", f"{score.active:.2f}"),
-        ("tokens per second, log p(x)", "", rate),
-        ("seconds to fit", f"{kmeans_seconds:.1f}", f"{fit_seconds:.1f} more"),
-    ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
 def describe(summary: RegionSummary) -> str:
     """Two lines: a region's share and preferred tokens, and where it is active."""
     tokens = "  ".join(token.token for token in summary.tokens)
     context = summary.contexts[0]
     return (
-        f"{summary.component:>5}  {summary.share:6.2%}  {tokens}\n"
-        f"{'':>15}{context.before[-48:]}[{context.token}]{context.after[:32]}"
+        f"{summary.component:>6}  {summary.share:6.2%}  {tokens}\n"
+        f"{'':>16}{context.before[-48:]}[{context.token}]{context.after[:32]}"
     )
 
 
@@ -211,7 +192,11 @@ def _steering(
         f"and inside it, z[{axis}] {float(move[axis]):+.1f}": {**toward, "latents": move},
         f"and inside it, z[{axis}] {float(-move[axis]):+.1f}": {**toward, "latents": -move},
     }
-    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}\n")
+    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}")
+    print(
+        f"(alpha {options.alpha:g}: that share of the way to its centroid; z[{axis}]: then along this latent of it, in"
+    )
+    print("prior standard deviations)\n")
 
     def write(prompt: str) -> str:
         return continuation(model, tokenizer, prompt, options.new_tokens, options.temperature, options.seed)
@@ -223,7 +208,7 @@ def _steering(
             with steer(model, mfa, layer, **arguments):
                 print(f"    {name}:  {write(prompt)!r}")
     prompt = options.prompts[0]
-    print(f"\nNext token after {prompt!r}: log-probabilities that rise most")
+    print(f"\nNext token after {prompt!r}: log-probabilities that rise most, in nats")
     for name, arguments in ways.items():
         shift = logit_shift(model, tokenizer, prompt, partial(steer, model, mfa, layer, **arguments))
         rises = "  ".join(f"{change.token} {change.change:+.1f}" for change in shift.rises[:8])
@@ -246,6 +231,7 @@ def _reports(
     tokenizer: Any,
     model: Any,
     shown: list[int],
+    chosen: int,
     summaries: list[RegionSummary],
     assigned: Assignments,
 ) -> list[Path]:
@@ -259,7 +245,7 @@ def _reports(
     paths = []
     if figures:
         paths.append(regions_map(mfa, summaries, out / "regions.png", labelled=shown))
-        paths.append(region_scatter(mfa, store, shown[0], out / "region.png", tokenizer=tokenizer, assigned=assigned))
+        paths.append(region_scatter(mfa, store, chosen, out / "region.png", tokenizer=tokenizer, assigned=assigned))
     else:
         print("\n(no figures: pip install mfa_kernels[report])")
     paths.append(

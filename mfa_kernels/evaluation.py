@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mfa_kernels.checks import check_activations, check_finite, check_flag, check_floats, check_mixture
+from mfa_kernels.checks import check_activations, check_centroids, check_finite, check_flag, check_mixture
 from mfa_kernels.fitting.source import as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
@@ -28,7 +27,8 @@ class Evaluation:
         skipped: rows left out: not finite in the mixture's dtype, or so far out that it holds no density of theirs.
         nll: mean negative log-likelihood, nats per token.
         mse: mean squared error of `MFA.reconstruct`, per value.
-        fvu: fraction of variance unexplained, mse / variance around the mean.
+        fvu: fraction of variance unexplained, mse / variance around the mean of the rows. None where they do not vary,
+            as a single one does not: there is no variance to explain.
         kmeans_mse, kmeans_fvu: the same for the nearest of the given centroids; None without centroids.
         kmeans_live: of these, that are the nearest of at least one row; None without centroids.
         live: components that are the most responsible one of at least one row.
@@ -40,7 +40,7 @@ class Evaluation:
     skipped: int
     nll: float
     mse: float
-    fvu: float
+    fvu: float | None
     kmeans_mse: float | None
     kmeans_fvu: float | None
     kmeans_live: int | None
@@ -49,18 +49,67 @@ class Evaluation:
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
+        """By the names above, as in evaluation.json."""
         return asdict(self)
+
+
+_NOTES = """\
+A region owns the activations that it is the most responsible for; it is active where its
+responsibility is more than rounding. Variance is around the mean of these activations.
+Of activations that a mixture was fitted to, the numbers are better than of others."""
+
+
+def score_table(
+    score: Evaluation, components: int, of: str, kmeans_seconds: float | None = None, fit_seconds: float | None = None
+) -> str:
+    """What an evaluation says, for people: each number with its unit, and which direction is better.
+
+    Args:
+        score: of a mixture, and of K-means if it has numbers of it.
+        components: K.
+        of: what was evaluated, such as "held-out activations".
+        kmeans_seconds, fit_seconds: that K-means took, and that the fit took which began with its centroids.
+    """
+    compared = score.kmeans_mse is not None
+
+    def share(value: float | None) -> str:
+        return "they do not vary" if value is None else f"{value:.1%}"
+
+    def owners(count: int | None) -> str:
+        return f"{count} of {components}"
+
+    rows = [
+        ("negative log-likelihood, nats per token", "", f"{score.nll:.2f}", "less"),
+        ("squared error of reconstruction, per feature", f"{score.kmeans_mse or 0:.4g}", f"{score.mse:.4g}", "less"),
+        ("variance unexplained", share(score.kmeans_fvu), share(score.fvu), "less"),
+        ("regions that own any", owners(score.kmeans_live), owners(score.live), "more"),
+        ("active regions per token, mean", "", f"{score.active:.2f}", ""),
+        ("tokens per second through log p(x)", "", f"{score.tokens_per_second:,.0f}", "more"),
+    ]
+    if kmeans_seconds is not None and fit_seconds is not None:
+        both = kmeans_seconds + fit_seconds
+        rows.append(("seconds to fit (MFA: with the K-means before)", f"{kmeans_seconds:.1f}", f"{both:.1f}", "less"))
+    if score.skipped:
+        rows.append(("left out, not finite or without a density", "", f"{score.skipped:,}", ""))
+    rows.insert(0, (f"{score.rows:,} {of}", "K-means", "MFA", "better"))
+    shown = [row if compared else (row[0], *row[2:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown)]
+    lines = []
+    for name, *values, better in shown:
+        numbers = "  ".join(f"{value:>{width}}" for value, width in zip(values, widths[1:]))
+        lines.append(f"{name:<{widths[0]}}  {numbers}  {better}".rstrip())
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], _NOTES])
 
 
 @door
 @torch.no_grad()
-def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, progress: bool = True) -> Evaluation:
+def evaluate(mfa: MFA, activations: Any, centroids: Any = None, *, progress: bool = True) -> Evaluation:
     """Evaluates a mixture on activations it was not fitted to.
 
     Args:
         mfa: the mixture.
         activations: anything `fit` takes, (N, D).
-        centroids: (K', D) of a K-means to compare with.
+        centroids: (K', D) of a K-means to compare with, or what `kmeans` returned.
         progress: show a bar when it takes more than two seconds.
 
     Raises:
@@ -70,10 +119,8 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
     check_flag(progress, "progress")
     source = as_source(activations)
     if centroids is not None:
-        centroids = check_floats(centroids, "centroids")
+        centroids = check_centroids(centroids)
         check_finite(check_activations(centroids, mfa.n_features, centroids.device, "centroids"), "centroids")
-        if centroids.dim() != 2 or not len(centroids):
-            raise ValueError(f"centroids must have shape (K, D), got {tuple(centroids.shape)}")
     if source.n_features != mfa.n_features:
         raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
     device = mfa.means.device
@@ -128,9 +175,9 @@ def evaluate(mfa: MFA, activations: Any, centroids: Tensor | None = None, *, pro
         skipped=skipped,
         nll=sums["nll"] / rows,
         mse=sums["error"] / values,
-        fvu=sums["error"] / variance if variance else 0.0,
+        fvu=sums["error"] / variance if variance else None,
         kmeans_mse=None if kmeans is None else kmeans / values,
-        kmeans_fvu=None if kmeans is None else kmeans / variance if variance else 0.0,
+        kmeans_fvu=kmeans / variance if variance and kmeans is not None else None,
         kmeans_live=None if centroids is None else len(nearest_of),
         live=int(owners.sum()),
         active=sums["active"] / rows,

@@ -44,8 +44,9 @@ class FitReport:
             since the record before; None in the first), held_out_nll (None without held-out rows), both in nats per
             token, live (regions that own a held-out row), active (pairs per held-out row; a diffuse one counts as 17),
             gain (nats per token over the start, on a fixed sample of the rows trained on and with EM's prior: a state
-            that has less than 0 is not kept), seconds (of training so far), tokens_per_second (since the record before)
-            and memory (peak bytes so far).
+            that has less than 0 is not kept), seconds (of training so far), tokens_per_second (trained on since the
+            record before; None where there were none, as at the start) and memory (peak bytes so far, of the device, or
+            of the process on a CPU). docs/fitting.md has a table of them.
         method: that was run: "sgd", "em" or "online".
         best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.
@@ -93,11 +94,15 @@ class FitReport:
         by = "" if self.held_out_by is None else f" (held out by {_said(self.held_out_by)})"
         chosen = "" if self.held_out_nll is None else f", held-out {self.held_out_nll:.3f} nats per token{by}"
         lines = [f"{_said(self.method)}: the state of step {self.best_step} of {last.get('step', 0)}{chosen}"]
-        lines.append(f"{self.live_components} regions own one of {self.live_rows:,} rows")
+        lines.append(
+            f"live: {self.live_components} regions, the most responsible for at least one of {self.live_rows:,} rows"
+        )
         stages = ", ".join(f"{_said(stage)} {seconds:.1f}" for stage, seconds in self.seconds.items())
-        lines.append(f"{sum(self.seconds.values()):.1f} s: {stages}")
+        lines.append(f"seconds: {sum(self.seconds.values()):.1f}{f' ({stages})' if stages else ''}")
         if self.prior_strength is not None:
-            lines.append(f"prior: {self.prior_strength:g} tokens a region; {self.revived_components} regions moved")
+            lines.append(f"prior: each region weighed as if it had seen {self.prior_strength:g} tokens more")
+        if self.revived_components:
+            lines.append(f"moved: {self.revived_components} times a region that owned nothing of its own")
         if self.skipped_rows or self.skipped_steps:
             lines.append(f"left out: {self.skipped_rows:,} rows, {self.skipped_steps} steps that were not finite")
         if self.refused_states:

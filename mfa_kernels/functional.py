@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -35,8 +36,10 @@ def log_prob(
         x: (..., D), any float dtype.
         means: (K, D). The mixture's dtype is that of the parameters; bfloat16 and float16 compute in float32.
         loadings: (K, D, R), R >= 0.
-        noise_variance: (D,), or (K, D) for noise per component; positive.
-        log_weights: (K,), normalised: logsumexp is 0.
+        noise_variance: (D,), or (K, D) for noise per component; positive and finite.
+        log_weights: (K,), logarithms of weights that add up to 1 (logsumexp is 0), as `log_softmax` makes them. A part
+            of a mixture may be given with its weights in the whole, which add up to less: the logsumexp over the parts
+            is the log-density of the whole.
         center: (D,), subtracted from x and means; changes no result, saves digits where magnitudes are large.
         precision: "exact" (agrees with float64 to the rounding of the dtype), "fast" (on a GPU without the exact
             recompute: logits are off by the rounding of fp16 operands, tenths of a nat; the same on the CPU), or
@@ -47,11 +50,15 @@ def log_prob(
         (...), natural logarithms.
 
     Raises:
-        TypeError, ValueError: naming the argument that does not fit.
+        TypeError, ValueError: naming the argument that does not fit. The values of noise_variance and log_weights are
+            looked at on a CPU alone, and not under torch.compile or vmap: elsewhere asking for them would wait for the
+            device. What does not fit gives NaN there, or the density times the sum of the weights.
     """
     means, loadings, noise_variance, log_weights = check_parameters(means, loadings, noise_variance, log_weights)
     x = check_activations(x, means.shape[1], means.device)
     check_choice(precision, PRECISIONS, "precision")
+    if means.is_cpu and not torch.compiler.is_compiling():
+        _check_values(noise_variance.detach(), log_weights.detach())
     means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
     flat = x.reshape(-1, x.shape[-1])
     if precision == "reference":
@@ -62,6 +69,25 @@ def log_prob(
     factors = ops.factorize(means, loadings, noise_variance, center)
     active = ops.log_prob(flat, means, loadings, noise_variance, log_weights, factors, exact=precision != "fast")
     return active.log_prob.reshape(x.shape[:-1])
+
+
+def _check_values(noise_variance: Tensor, log_weights: Tensor) -> None:
+    """Raises for a noise variance that is none, and for weights of more than the whole, as weights that are no
+    logarithms are (their logsumexp is at least 1)."""
+    try:
+        least, most = map(float, noise_variance.aminmax())
+        total = float(log_weights.double().logsumexp(0))
+    except RuntimeError:  # batched by vmap, or fake: nothing there to look at
+        return
+    if not 0 < least <= most < math.inf:
+        raise ValueError(f"noise_variance must be positive and finite, got values from {least:g} to {most:g}")
+    # The rounding of each logarithm, and steps of finite differences.
+    allowed = torch.finfo(log_weights.dtype).eps * math.log(len(log_weights)) + 1e-3
+    if not -math.inf < total <= allowed:
+        raise ValueError(
+            f"log_weights must be logarithms of weights that add up to at most 1, got a logsumexp of {total:g}: "
+            "log_softmax makes them of logits, log of weights"
+        )
 
 
 def _checked_center(center: Any, means: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -13,6 +14,7 @@ from mfa_kernels.arrays import is_several
 from mfa_kernels.checks import (
     MOST_COMPONENTS,
     check_activations,
+    check_centroids,
     check_choice,
     check_component,
     check_device,
@@ -20,12 +22,12 @@ from mfa_kernels.checks import (
     check_finite,
     check_flag,
     check_floats,
+    check_generator,
     check_integer,
     check_integers,
     check_number,
     check_parameters,
     check_positive,
-    shown,
 )
 from mfa_kernels.code import Code, checked_code, encoded
 from mfa_kernels.modes import door
@@ -117,6 +119,7 @@ class MFA(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Standard normal means, loadings of unit expected column norm, noise variance 1, equal weights."""
+        check_generator(generator)
         if self.means.is_meta:  # nothing to draw, and trying it makes PyTorch import its compiler: seconds
             return
         with torch.no_grad():
@@ -184,7 +187,7 @@ class MFA(nn.Module):
     @door
     def from_centroids(
         cls,
-        centroids: Tensor,
+        centroids: Any,
         rank: int = 10,
         noise: str = "shared",
         *,
@@ -192,10 +195,9 @@ class MFA(nn.Module):
         generator: torch.Generator | None = None,
         precision: str = "exact",
     ) -> MFA:
-        """Regions at K-means centroids (K, D), loadings random, weights equal: the paper's start."""
-        centroids = check_floats(centroids, "centroids")
-        if centroids.dim() != 2 or 0 in centroids.shape:
-            raise ValueError(f"centroids must have shape (K, D) with K, D >= 1, got {tuple(centroids.shape)}")
+        """Regions at K-means centroids (K, D), or those of what `kmeans` returned; loadings random, weights equal: the
+        paper's start."""
+        centroids, generator = check_centroids(centroids), check_generator(generator)
         check_finite(centroids, "centroids")
         variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
         components, features = centroids.shape
@@ -398,7 +400,10 @@ class MFA(nn.Module):
         return checked.reshape(-1, self.n_features), checked.shape[:-1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
+        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss.
+
+        Of no tokens it is NaN, as `torch.mean` and `cross_entropy` have it, and its gradients are 0.
+        """
         return -self.log_prob(x).mean()
 
     @overload
@@ -430,7 +435,8 @@ class MFA(nn.Module):
             return active.log_prob.reshape(lead), bound.reshape(lead)
         if self.precision == "reference":
             parameters = self.parameters_in_compute_dtype()
-            return functional.log_prob(flat, *parameters, precision="reference").reshape(lead)
+            with no_autocast(flat):
+                return reference.log_prob(flat.to(parameters[0].dtype), *parameters).reshape(lead)
         return self._active(flat).log_prob.reshape(lead)
 
     def component_log_prob(self, x: Tensor) -> Tensor:
@@ -535,9 +541,7 @@ class MFA(nn.Module):
     @torch.no_grad()
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws from the mixture, (n, D). ValueError where so many do not fit into memory."""
-        n = check_integer(n, "n")
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
+        n, generator = check_integer(n, "n"), check_generator(generator)
         means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
         like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
         try:
@@ -578,18 +582,21 @@ class MFA(nn.Module):
         """
         from mfa_kernels import checkpoint
 
+        _check_options("from_pretrained", checkpoint.load_pretrained, kwargs)
         return checkpoint.load_pretrained(cls, folder_or_hub_id, **kwargs)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes config.json and model.safetensors, each to a temporary name and then renamed."""
         from mfa_kernels import checkpoint
 
+        _check_options("save_pretrained", checkpoint.save_pretrained, kwargs)
         checkpoint.save_pretrained(self, folder, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes to a Hugging Face hub repository."""
         from mfa_kernels import checkpoint
 
+        _check_options("push_to_hub", checkpoint.push_to_hub, kwargs)
         return checkpoint.push_to_hub(self, repo_id, **kwargs)
 
     @classmethod
@@ -597,13 +604,24 @@ class MFA(nn.Module):
         """Reads the paper's own .pt formats, without running code from the file."""
         from mfa_kernels import reference_checkpoint
 
+        _check_options("from_reference_checkpoint", reference_checkpoint.load_reference, kwargs)
         return reference_checkpoint.load_reference(cls, path, **kwargs)
 
     def to_reference_checkpoint(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the paper's own .pt format."""
         from mfa_kernels import reference_checkpoint
 
+        _check_options("to_reference_checkpoint", reference_checkpoint.save_reference, kwargs)
         reference_checkpoint.save_reference(self, path, **kwargs)
+
+
+def _check_options(method: str, function: Any, given: dict[str, Any]) -> None:
+    """Raises for a keyword that the function behind a method does not take, by the name that was called."""
+    parameters = inspect.signature(function).parameters.values()
+    known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"MFA.{method}() takes the keywords {', '.join(known)}, got {name!r}")
 
 
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:

@@ -7,15 +7,17 @@ import inspect
 import json
 import math
 import operator
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import shown
+from mfa_kernels.checks import check_dtype, check_integer, check_number, check_path, check_text, shown
 from mfa_kernels.sharing import BUNDLED, local_name, shareable
 
 # What `fingerprint` takes of a configuration: what versions of transformers agree on, as they do not on the rest.
@@ -262,7 +264,17 @@ def load_language_model(
             repository is ever run.
         dtype: of the weights; None: as stored (float32 for the small model).
         tokenizer: hub id or folder of another tokenizer than the model's own.
+
+    Raises:
+        TypeError: naming the argument.
+        OSError: there is no such model, here or on the hub.
     """
+    for what, value in (("name", name), ("tokenizer", tokenizer)):
+        if value is not None:
+            check_path(value, what)  # an integer would be taken for an open file
+    name, tokenizer = (None if value is None else os.fspath(value) for value in (name, tokenizer))
+    if dtype is not None:
+        check_dtype(dtype)
     import transformers
 
     from mfa_kernels.data import tiny_lm
@@ -272,11 +284,25 @@ def load_language_model(
         model, own = tiny_lm.load(dtype or torch.float32)
     else:
         options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
-        model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
+        with loading("model", name):
+            model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
     if tokenizer == name and own is not None:
         return model, own
     place = tiny_lm.path() if tokenizer == BUNDLED else tokenizer
-    return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    with loading("tokenizer", tokenizer):
+        return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+
+
+@contextmanager
+def loading(what: str, name: Any) -> Iterator[None]:
+    """Errors of loading say what was loaded: transformers names nothing where it cannot reach the hub."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if str(name) in str(error):
+            raise
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what} {str(name)!r}: {error}") from error
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
@@ -428,6 +454,9 @@ def continuation(
     """
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model must be one of transformers that can generate, got {type(model).__name__}")
+    check_text(prompt, "prompt")
+    new_tokens, seed = check_integer(new_tokens, "new_tokens", 1), check_integer(seed, "seed")
+    temperature = check_number(temperature, "temperature", 0)
     check_evaluating(model)
     inputs = encoded(model, tokenizer, prompt)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}

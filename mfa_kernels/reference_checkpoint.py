@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checkpoint import _allocate, _extra
-from mfa_kernels.files import StrPath, atomic_path
+from mfa_kernels.checkpoint import _allocate, _extra, checked_place
+from mfa_kernels.checks import check_flag, check_integer, check_number, check_path
+from mfa_kernels.files import StrPath, atomic_path, check_writable
 from mfa_kernels.modes import door
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import SHARE, check_file, naming, optional, shown
@@ -73,8 +74,10 @@ def load_reference(
             tensors do not fit. (Files of torch before 1.6, and those written without checksums, have nothing to tell
             a flipped bit by.)
     """
-    if eps_floor is not None and not eps_floor >= 0:
-        raise ValueError(f"eps_floor must be >= 0, got {eps_floor!r}")
+    path = check_path(path, "path")
+    eps_floor = None if eps_floor is None else check_number(eps_floor, "eps_floor", 0)
+    device, dtype = checked_place(device, dtype)
+    check_flag(progress, "progress")
     with naming(Path(path), "a checkpoint of the paper's code"):
         state, meta = _read_reference(Path(path))
         components, features, rank = state["dir_raw"].shape
@@ -275,8 +278,11 @@ def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool =
         format: 1 (`modeling/mfa.py`; keeps `mfa.extra`) or 2 (`modeling/model_checkpointing.py`).
         progress: show a bar when it takes more than two seconds.
     """
+    path, format = check_path(path, "path"), check_integer(format, "format")
     if format not in (1, 2):
         raise ValueError(f"format must be 1 or 2, got {format!r}")
+    check_writable(path, "path")
+    check_flag(progress, "progress")
     dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32
     tiny = torch.finfo(dtype).tiny
     components, features, rank = mfa.loadings.shape

@@ -6,9 +6,10 @@ import numpy
 import pytest
 import torch
 
-from mfa_kernels import MFA, checks, fit, functional, harvest, kmeans
+from mfa_kernels import MFA, checks, fit, functional, harvest, kmeans, steering
 from mfa_kernels.code import Code
-from mfa_kernels.fitting import fit_sharded
+from mfa_kernels.evaluation import evaluate
+from mfa_kernels.fitting import fit_sharded, start_from_clusters
 from tests.mixtures import mixture, tokens
 
 
@@ -212,3 +213,110 @@ def test_a_mapping_is_no_texts():
     model = torch.nn.Linear(2, 2)
     with pytest.raises(TypeError, match="texts must be .* got a mapping: give one of its values"):
         harvest(model, None, {"train": ["a text"]}, 0)
+
+
+GENERATORS = {
+    "from_centroids": lambda mfa, g: MFA.from_centroids(mfa.means.detach(), 2, generator=g),
+    "sample": lambda mfa, g: mfa.sample(2, g),
+    "reset_parameters": lambda mfa, g: MFA(2, 3, 1).reset_parameters(g),
+    "prior_latents": lambda mfa, g: steering.prior_latents(mfa, generator=g),
+}
+
+
+@pytest.mark.parametrize("call", GENERATORS)
+def test_a_seed_is_no_generator(parameters, call):
+    mfa = MFA.from_parameters(**parameters)
+    GENERATORS[call](mfa, torch.Generator())
+    GENERATORS[call](mfa, None)
+    with pytest.raises(TypeError, match=r"generator must be .*, got 3: torch.Generator\(\).manual_seed\(3\) makes one"):
+        GENERATORS[call](mfa, 3)
+
+
+@pytest.mark.parametrize("value", [print, "print", {print: 1}, 3, None])
+@pytest.mark.parametrize("fitted", [fit, fit_sharded])
+def test_callbacks_are_several(fitted, value):
+    with pytest.raises(TypeError, match="callbacks must be a sequence of callables, got "):
+        fitted(torch.randn(20, 3), 2, 1, callbacks=value)
+    with pytest.raises(TypeError, match=r"callbacks\[1\] must be callable, got 3"):
+        fitted(torch.randn(20, 3), 2, 1, callbacks=[print, 3])
+
+
+def test_what_kmeans_returned_is_taken_for_centroids(parameters):
+    mfa = MFA.from_parameters(**parameters)
+    x = mfa.sample(60, torch.Generator().manual_seed(0))
+    found = kmeans(x, 5, progress=False)
+    for take in (
+        lambda c: MFA.from_centroids(c, 2, generator=torch.Generator().manual_seed(0)).means,
+        lambda c: torch.tensor(evaluate(mfa, x, c, progress=False).kmeans_mse),
+        lambda c: kmeans(x, 5, init=c, progress=False).centroids,
+        lambda c: start_from_clusters(x, c, 1, progress=False).means,
+        lambda c: fit(x, 5, 1, clusters=c, epochs=0, progress=False).means,
+    ):
+        assert torch.equal(take(found), take(found.centroids))
+    with pytest.raises(TypeError, match=r"centroids must be a KMeansResult or a tensor \(K, D\), got MFA"):
+        MFA.from_centroids(mfa, 2)
+
+
+def test_keywords_are_named_by_the_method_that_was_called(parameters, tmp_path):
+    mfa = MFA.from_parameters(**parameters)
+    for method, place in (
+        (MFA.from_pretrained, tmp_path), (mfa.save_pretrained, tmp_path), (mfa.push_to_hub, "a/b"),
+        (MFA.from_reference_checkpoint, tmp_path), (mfa.to_reference_checkpoint, tmp_path / "a"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"MFA\.{method.__name__}\(\) takes the keywords .*, got 'devise'"):
+            method(place, devise="cpu")
+    assert not list(tmp_path.iterdir())
+
+
+def test_places_that_are_none(parameters, tmp_path):
+    mfa = MFA.from_parameters(**parameters)
+    mfa.save_pretrained(tmp_path / "mfa")
+    mfa.to_reference_checkpoint(tmp_path / "paper.pt")
+    for load in (
+        lambda **given: MFA.from_pretrained(tmp_path / "mfa", **given),
+        lambda **given: MFA.from_reference_checkpoint(tmp_path / "paper.pt", **given),
+    ):
+        with pytest.raises(ValueError, match="device must be a device that is here, got 'nowhere'"):
+            load(device="nowhere")
+        with pytest.raises(TypeError, match="dtype must be a floating-point torch.dtype, got 'float32'"):
+            load(dtype="float32")
+        assert load(device="cpu", dtype=torch.float64).means.dtype == torch.float64
+    with pytest.raises(NotADirectoryError, match="folder must be a folder, .*paper.pt is a file"):
+        mfa.save_pretrained(tmp_path / "paper.pt")
+
+
+def test_a_path_is_no_activations(tmp_path):
+    for path in (tmp_path, str(tmp_path)):
+        with pytest.raises(TypeError, match=r"activations must be .*: ActivationStore\('.*'\) opens a store"):
+            fit(path, 2, 1)
+
+
+def test_several_layers_are_for_fit_many():
+    batch = {1: torch.randn(20, 3), 2: torch.randn(20, 3)}
+    for given in ([batch], iter([batch])):
+        with pytest.raises(TypeError, match=r"batch 0.* must be a tensor or an array, got dict: fit_many fits"):
+            fit(given, 2, 1, progress=False)
+
+
+def test_which_of_two_shapes_is_wrong_is_not_guessed(parameters):
+    means = parameters["means"].T
+    with pytest.raises(ValueError, match=r"one of them is transposed, got \(8, 5\) and \(5, 8, 2\)"):
+        MFA.from_parameters(**{**parameters, "means": means})
+
+
+def test_a_flag_of_numpy_resumes_nothing():
+    fit(torch.randn(20, 3), 2, 1, epochs=0, resume=numpy.bool_(False), progress=False)
+    with pytest.raises(ValueError, match="resume = True needs a checkpoint folder"):
+        fit(torch.randn(20, 3), 2, 1, epochs=0, resume=numpy.bool_(True), progress=False)
+
+
+def test_an_array_of_no_dimension_is_no_list():
+    for value in (numpy.array(3), torch.tensor(3)):
+        with pytest.raises(ValueError, match=r"components must be of shape \(n,\), got \(\)"):
+            checks.check_components(value, 5)
+        with pytest.raises(TypeError, match="batches must be a stream, got"):
+            checks.check_iterable(value, "batches", "a stream")
+    for value in ("text", b"bytes", {"a": 1}, 3, None):
+        with pytest.raises(TypeError, match="batches must be a stream, got"):
+            checks.check_iterable(value, "batches", "a stream")
+    assert checks.check_iterable([], "batches", "a stream") == []

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -206,9 +207,11 @@ def test_encode_says_how_many_tokens_have_no_component(folder, tmp_path, capsys)
 def test_evaluate(folder, capsys):
     assert main(["evaluate", str(folder / "mfa"), str(folder / "store")]) == 0
     out = capsys.readouterr().out
-    assert "nll" in out
+    assert out.startswith(f"3,000 activations of {folder / 'store'} ")
+    assert re.search(r"^negative log-likelihood, nats per token +-?[\d.]+  less$", out, re.M)
     began = MFA.from_pretrained(folder / "mfa").fit_report.run["began"]
-    assert out.splitlines()[-1] == f"fitted              {began}, em (asked for: auto), seed 0, K 16, R 3, epochs 2"
+    fitted = f"The mixture was fitted: {began}, em (asked for: auto), seed 0, K 16, R 3, epochs 2"
+    assert out.splitlines()[-1] == fitted
 
 
 def test_steer_changes_the_text(folder, capsys):
@@ -361,8 +364,8 @@ def test_steer_runs_no_code_of_a_repository(folder, capsys, monkeypatch):
     assert status == 2
     assert seen == [("maker/model", False)]
     assert said[1] == (
-        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (no such "
-        "repository); name another"
+        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (model "
+        "'maker/model': no such repository); name another"
     )
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.codes import write_codes
+from mfa_kernels.codes import LAYOUT, write_codes
 from tests.mixtures import mixture, tokens
 
 
@@ -85,3 +86,53 @@ def test_an_iterable_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
         write_codes(mfa, failing(), tmp_path / "codes", progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["codes"]
     assert (tmp_path / "codes").read_text() == "before"
+
+
+class Rows:
+    """What `fit` takes as a store."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.n_features = x, x.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.x[index]
+
+
+def test_what_fit_takes_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mfa_kernels.codes._BATCH", 33)
+    mfa, x = made()
+    write_codes(mfa, list(x.split(33)), tmp_path / "of batches", progress=False)
+    expected = (tmp_path / "of batches").read_bytes()
+    for name, given in {
+        "tensor": x, "array": x.numpy(), "deeper": x.reshape(4, 25, 20), "store": Rows(x),
+        "loader": [(part, None) for part in x.split(33)],
+    }.items():  # fmt: skip
+        assert write_codes(mfa, given, tmp_path / name, progress=False).tokens == 100
+        assert (tmp_path / name).read_bytes() == expected, name
+
+
+def test_the_file_says_what_is_in_it(tmp_path: Path) -> None:
+    mfa, x = made()
+    write_codes(mfa, x, tmp_path / "codes", progress=False)
+    with safe_open(tmp_path / "codes", framework="pt") as file:
+        assert file.metadata() == {"layout": LAYOUT}
+        assert all(name in LAYOUT for name in file.keys())  # noqa: SIM118
+
+
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
+    mfa, x = made()
+    for given, message in (
+        (x[:, :10], "activations: batch 0 has 10 features, but the mixture has 20"),
+        ([x, x[:, :10]], "activations: batch 1 has 10 features, but the mixture has 20"),
+        (iter([x, None]), "activations: batch 1 must be a tensor or an array, got NoneType"),
+        (Rows(x[:, :10]), "activations: batch 0 has 10 features, but the mixture has 20"),
+        (None, "activations must be a tensor"),
+        ("store", "activations must be a tensor"),
+        (x.long(), "activations must have a floating-point dtype"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            write_codes(mfa, given, tmp_path / "codes", progress=False)
+    assert not list(tmp_path.iterdir())

@@ -720,3 +720,13 @@ def test_forward_mode_is_refused_whatever_pytorch_calls_its_level(monkeypatch):
     mfa = module(9, 12, 3, dtype=torch.float32)
     with pytest.raises(NotImplementedError, match="has no forward-mode derivative"):
         mfa.log_prob(torch.zeros(5, 12))
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast", "reference"])
+def test_the_loss_of_no_tokens_is_that_of_torch(precision):
+    mfa = MFA(6, 10, 2, precision=precision)
+    loss = mfa(torch.empty(0, 10))
+    assert loss.isnan()
+    assert torch.nn.functional.cross_entropy(torch.empty(0, 3), torch.empty(0, dtype=torch.long)).isnan()
+    loss.backward()
+    assert all(not p.grad.any() for p in mfa.parameters() if p.grad is not None)

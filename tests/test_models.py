@@ -223,3 +223,30 @@ def test_a_remembered_model(tmp_path) -> None:
         remembered_model("local:secret")
     with pytest.raises(ValueError, match="its model is /nowhere/secret, which is no folder here"):
         remembered_model("/nowhere/secret")
+
+
+def test_wrong_calls_are_named():
+    for given, message in (
+        ({"dtype": "float32"}, "dtype must be a floating-point torch.dtype, got 'float32'"),
+        ({"name": 0}, "name must be a path, a string"),  # which is an open file
+        ({"tokenizer": 3.5}, "tokenizer must be a path, a string"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            load_language_model(**given)
+    model, tokenizer = load_language_model()
+    for given, message in (
+        ({"prompt": ["a"]}, "prompt must be a string"), ({"new_tokens": 0}, "new_tokens must be an integer >= 1"),
+        ({"temperature": -1}, "temperature must be >= 0"), ({"seed": "a"}, "seed must be an integer"),
+        ({"tokenizer": None}, "tokenizer must be one of transformers, got None"),
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match=message):
+            continuation(**{"model": model, "tokenizer": tokenizer, "prompt": "a", "new_tokens": 1, **given})
+
+
+def test_a_model_that_cannot_be_loaded_is_named(monkeypatch):
+    def unreachable(*given, **options):
+        raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", unreachable)
+    with pytest.raises(OSError, match="model 'somebody/something': We couldn't connect"):
+        load_language_model("somebody/something")

@@ -28,6 +28,7 @@ from mfa_kernels.models import (
     hidden_states,
     input_device,
     layer_index,
+    loading,
     origin,
     resolve_layer,
     text_tokens,
@@ -131,42 +132,47 @@ def harvest(
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
     check_loaded(model)
     _check_layers(model, modules)
-    temporaries = {path: tempfile.TemporaryDirectory(prefix="activations-") for path in modules} if out is None else {}
-    if out is None:
-        folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
-    else:
-        folders = {path: Path(out) / path if several else Path(out) for path in modules}
-    meta = {
-        **origin(model, tokenizer),
-        "weights_fingerprint": weights_fingerprint(model),
-        "site": "output",
-        "context": context,
-        "batch_size": batch_size,
-        "max_tokens": max_tokens,
-        "skip_first": skip_first,
-        "drop_special": drop_special,
-        "seed": seed,
-    }
-    if seed is not None and not is_finite(texts):  # else the order does not depend on it
-        meta["buffer_size"] = buffer_size
-    metas = {path: {**meta, "layer": path} for path in modules}
-    reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
-    _check_folders((folders[path] for path in reached), overwrite or resume)
-    if reached:
-        windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
+    with ExitStack() as failed:
+        temporaries: dict[str, tempfile.TemporaryDirectory[str]] = {}
+        for path in modules if out is None else ():
+            temporaries[path] = tempfile.TemporaryDirectory(prefix="activations-")
+            failed.enter_context(temporaries[path])
+        if out is None:
+            folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
+        else:
+            folders = {path: Path(out) / path if several else Path(out) for path in modules}
+        meta = {
+            **origin(model, tokenizer),
+            "weights_fingerprint": weights_fingerprint(model),
+            "site": "output",
+            "context": context,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+            "skip_first": skip_first,
+            "drop_special": drop_special,
+            "seed": seed,
+        }
+        if seed is not None and not is_finite(texts):  # else the order does not depend on it
+            meta["buffer_size"] = buffer_size
+        metas = {path: {**meta, "layer": path} for path in modules}
+        reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
+        _check_folders((folders[path] for path in reached), overwrite or resume)
+        if reached:
+            windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
 
-        def writer(path: str, n_features: int) -> ActivationStoreWriter:
-            return ActivationStoreWriter(
-                folders[path], n_features, dtype, metas[path], rows_per_shard, overwrite=overwrite, resume=resume
-            )
+            def writer(path: str, n_features: int) -> ActivationStoreWriter:
+                return ActivationStoreWriter(
+                    folders[path], n_features, dtype, metas[path], rows_per_shard, overwrite=overwrite, resume=resume
+                )
 
-        nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
-        if nonfinite:
-            warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=3)
+            nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
+            if nonfinite:
+                warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=3)
 
-    stores = {path: ActivationStore(folder) for path, folder in folders.items()}
-    for path, temporary in temporaries.items():
-        weakref.finalize(stores[path], temporary.cleanup)
+        stores = {path: ActivationStore(folder) for path, folder in folders.items()}
+        for path, temporary in temporaries.items():
+            weakref.finalize(stores[path], temporary.cleanup)
+        failed.pop_all()  # from now on, they go with the stores
     if not several:
         return next(iter(stores.values()))
     return {wanted: stores[resolve_layer(model, wanted)[0]] for wanted in layers}
@@ -375,7 +381,10 @@ def _run(
             kept += int(keep.sum())
             bar.update(int(keep.sum()))
         if not kept:
-            raise ValueError("texts hold no token to keep: special, first and non-finite positions are left out")
+            raise ValueError(
+                "texts hold no token to keep: special, first and non-finite positions are left out (an iterator can be "
+                "read only once)"
+            )
         for writer in writers.values():
             writer.meta["nonfinite_rows"] = nonfinite
     return nonfinite
@@ -515,11 +524,13 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
     if isinstance(tokenizer, str | os.PathLike):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+        with loading("tokenizer", tokenizer):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     if named:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        with loading("model", model):
+            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device = None
     return model, tokenizer, device

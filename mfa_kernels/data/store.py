@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +41,9 @@ from mfa_kernels.checks import (
     check_floats,
     check_integer,
     check_integers,
+    check_path,
     check_tensor,
+    check_text,
 )
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
 from mfa_kernels.locks import hold
@@ -119,7 +121,7 @@ class ActivationStore:
 
     @door
     def __init__(self, folder: StrPath):
-        self.folder = Path(folder).absolute()  # wherever the process goes meanwhile
+        self.folder = _folder(folder).absolute()  # wherever the process goes meanwhile
         manifest = _read_manifest(self.folder)
         self.n_features: int = manifest["n_features"]
         self.dtype: torch.dtype = _DTYPES[manifest["dtype"]]
@@ -158,7 +160,7 @@ class ActivationStore:
             dtype: of the result; the store's own when None.
         """
         index = _integers(index, "index")
-        out = torch.empty(index.numel(), self.n_features, dtype=dtype or self.dtype)
+        out = torch.empty(index.numel(), self.n_features, dtype=self.dtype if dtype is None else check_dtype(dtype))
         if not index.numel():
             return out
         # Sorted, the rows of a shard are a slice, and the pages of its file are visited in order.
@@ -181,6 +183,7 @@ class ActivationStore:
     @door
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """All the activations, (len(self), D), in memory."""
+        check_dtype(dtype)
         self._open_all(range(len(self.shards)))
         out = torch.empty(len(self), self.n_features, dtype=dtype)
         for i in range(len(self.shards)):
@@ -459,8 +462,8 @@ class ActivationStoreWriter:
         overwrite, resume = check_flag(overwrite, "overwrite"), check_flag(resume, "resume")
         if dtype not in _DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(map(str, _DTYPES.values()))}, got {dtype!r}")
-        self.folder = Path(folder).absolute()  # wherever the process goes meanwhile
-        self.n_features, self.dtype, self.meta = n_features, dtype, dict(meta or {})
+        self.folder = _folder(folder).absolute()  # wherever the process goes meanwhile
+        self.n_features, self.dtype, self.meta = n_features, dtype, _checked_meta(meta)
         self.rows_per_shard = rows_per_shard
         self._shards: list[dict[str, Any]] = []
         self.progress: dict[str, Any] = {}
@@ -518,9 +521,12 @@ class ActivationStoreWriter:
         """
         if self._closed:
             raise ValueError(f"{self.folder}: this store is closed")
+        check_text(source, "source")
         tokens = _integers(token_ids, "token_ids")
         places = _integers(positions, "positions")
         activations = check_floats(activations, "activations")
+        if activations.is_meta:
+            raise ValueError("activations must hold values, got a tensor on the meta device")
         if activations.shape != (len(places), self.n_features):
             raise ValueError(
                 f"activations must be floats of shape ({len(places)}, {self.n_features}), one row per position, "
@@ -645,6 +651,23 @@ class ActivationStoreWriter:
         self._manifest = self._seen()
 
 
+def _folder(value: Any) -> Path:
+    if isinstance(value, ActivationStore):
+        raise TypeError(f"folder must be a path, got a store, which is open already: {value!r}")
+    return check_path(value, "folder")
+
+
+def _checked_meta(meta: Any) -> dict[str, Any]:
+    """A copy of what is to be kept in the manifest; raises where that cannot hold it."""
+    if meta is not None and not isinstance(meta, Mapping):
+        raise TypeError(f"meta must be a dict, got {type(meta).__name__}")
+    try:
+        json.dumps(dict(meta or {}), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"meta must hold only what JSON can: {error}") from None
+    return dict(meta or {})
+
+
 def refuse_existing(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError where a folder holds a store, unless `overwrite`; ValueError for another's manifest."""
     if (folder / MANIFEST).exists():
@@ -692,7 +715,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _integers(values: Any, name: str) -> Tensor:
     """`values` as int64 (n,) on the CPU; raises otherwise."""
-    tensor = check_tensor(values, name).detach().cpu()
+    tensor = check_tensor(values, name)
+    if tensor.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+    tensor = tensor.detach().cpu()
     if tensor.dim() != 1:
         raise ValueError(f"{name} must be integers of shape (n,), got {tensor.dtype} of shape {tuple(tensor.shape)}")
     return check_integers(tensor, name).long() if tensor.numel() else tensor.long()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.checks import check_path, shown
+from mfa_kernels.checks import check_iterable, check_path, shown
 from mfa_kernels.files import StrPath
 
 # A folder's .json files are mostly settings: name the one that holds texts.
@@ -176,8 +176,9 @@ def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
         ValueError: naming the file, and the line or entry, that is not UTF-8, not JSON or has no text; or the folder
             that holds nothing to read.
     """
-    for path in [paths] if isinstance(paths, str | os.PathLike) else paths:
-        for file in _files(Path(path)):
+    is_one = isinstance(paths, str | os.PathLike)
+    for path in [paths] if is_one else check_iterable(paths, "paths", "a path or an iterable of paths"):
+        for file in _files(check_path(path, "paths")):
             if file.suffix == ".jsonl":
                 yield from _lines(file)
             elif file.suffix == ".json":

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from mfa_kernels.checks import (
     MOST_COMPONENTS,
+    check_centroids,
     check_choice,
     check_device,
     check_finite,
     check_flag,
-    check_floats,
     check_integer,
     check_number,
 )
@@ -95,7 +95,8 @@ def kmeans(
         n_clusters: K.
         weights: (N,), finite and non-negative: a row of weight 2 counts as two rows. Not of an iterator.
         iterations: most updates of the centroids (on the sample, where there is one); 0 keeps the start.
-        init: "k-means||", "random" (rows drawn by weight), or the centroids (K, D) themselves.
+        init: "k-means||", "random" (rows drawn by weight), or the centroids (K, D) themselves, or those of an earlier
+            result.
         tol: iterations end when the inertia falls by less than this fraction of itself.
         sample: rows of the subset, and of an iterator those that stay; max(50000, 128 K) when None.
         seed: of everything that is drawn.
@@ -124,7 +125,7 @@ def kmeans(
             )
         x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
-    init = init if isinstance(init, str) else check_floats(init, "init")
+    init = init if isinstance(init, str) else check_centroids(init, "init")
     device = check_device(device) if device is not None else source.device
     weights, unit = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)

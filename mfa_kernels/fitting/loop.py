@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mfa_kernels import locks
 from mfa_kernels.checks import (
+    check_callables,
     check_choice,
     check_device,
     check_dtype,
@@ -26,6 +27,7 @@ from mfa_kernels.checks import (
     check_number,
     check_path,
     check_positive,
+    is_flag,
 )
 from mfa_kernels.files import StrPath, check_writable
 from mfa_kernels.fit_report import FitReport
@@ -203,7 +205,7 @@ def fit(
         batch_size=(batch_size, 1), polish=(polish, 0), eval_every=(eval_every, 1), patience=(patience, 1),
         seed=(seed, 0),
     )  # fmt: skip
-    lr = check_positive(lr, "lr")
+    lr, callbacks = check_positive(lr, "lr"), check_callables(callbacks, "callbacks")
     progress = progress if isinstance(progress, str) else check_flag(progress, "progress")
     device = device if device is None else check_device(device)
     ranks = Ranks(group)
@@ -244,7 +246,7 @@ def fit(
         label = f"{progress}, " if isinstance(progress, str) else ""
         progress = bool(progress) and ranks.first
         settings = Settings(
-            epochs, batch_size, lr, schedule, eval_every, patience, tuple(callbacks), log, progress, ranks, label
+            epochs, batch_size, lr, schedule, eval_every, patience, callbacks, log, progress, ranks, label
         )
         generator = torch.Generator().manual_seed(seed)
         report = FitReport(method=method)
@@ -419,8 +421,10 @@ def _checkpoint_folders(
 ) -> tuple[Path | None, Path | None]:
     """Where checkpoints go, and the folder to go on from, where there is one."""
     check_number(seconds, "checkpoint_seconds", 0)
-    if not isinstance(resume, bool | str | os.PathLike):
+    if not is_flag(resume) and not isinstance(resume, str | os.PathLike):
         raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
+    resume = bool(resume) if is_flag(resume) else check_path(resume, "resume")
+    checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
     if checkpoint is not None and Path(checkpoint).is_file():
         raise NotADirectoryError(f"checkpoint must name a folder, {checkpoint} is a file")
     held = checkpoint is not None and (Path(checkpoint) / FILE).exists()

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mfa_kernels.checks import shown
+from mfa_kernels.checks import is_flag, shown
 from mfa_kernels.fitting.feed import Fitting, drive, told_of
 from mfa_kernels.fitting.loop import fit
 from mfa_kernels.mfa import MFA
@@ -94,7 +94,7 @@ def _arguments(name: str, own: Mapping[str, Any], options: Mapping[str, Any]) ->
     arguments = {**options, **inside, **own}
     if arguments.get("method", "auto") not in ("auto", "online"):
         raise ValueError(f"{name}: method must be 'online' or 'auto' for one pass, got {arguments['method']!r}")
-    if not isinstance(arguments.get("resume", False), bool):
+    if not is_flag(arguments.get("resume", False)):
         raise TypeError(f"{name}: resume must be True or False, with a checkpoint, got {arguments['resume']!r}")
     if Ranks(arguments.get("group")).size > 1:
         raise ValueError(f"{name}: group must be False: several fits share a process, not processes a fit")
@@ -110,5 +110,5 @@ def _part(batch: Any, layer: Any) -> Any:
             raise ValueError(f"layer must be left out, batches are of one layer alone, got {layer!r}")
         return batch
     if isinstance(layer, bool) or not isinstance(layer, Hashable) or layer not in batch:
-        raise ValueError(f"layer must be one of {', '.join(map(repr, batch))}, got {layer!r}")
+        raise ValueError(f"layer must be one of {', '.join(map(repr, batch))}, as the stream calls them, got {layer!r}")
     return batch[layer]

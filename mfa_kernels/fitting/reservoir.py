@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_integer
+from mfa_kernels.checks import check_integer, check_iterable
 from mfa_kernels.fitting.source import as_rows, as_source
 from mfa_kernels.modes import door, read
 
@@ -39,6 +39,7 @@ def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
 def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches") -> tuple[Tensor, Tensor]:
     """`reservoir` of what is called `name`, and the numbers of its rows in the stream, (n,) int64 on the CPU."""
     rows = check_integer(rows, "rows", 1)
+    check_iterable(batches, name, "an iterable of batches (B, D)")
     generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
     parts: list[Tensor] = []  # the rows kept, in the order of their slots
     drawn = torch.empty(0, dtype=torch.float64)

@@ -382,6 +382,7 @@ class Run:
         held_out = found["held_out_nll"]
         self.report_skipped()
         step, epoch = step + self.first_step, epoch + self.first_epoch
+        tokens = self.ranks.totals(self.tokens)[0]
         record = {
             "step": step,
             "epoch": epoch,
@@ -389,7 +390,7 @@ class Run:
             **found,
             "gain": self._gain(),
             "seconds": self.seconds,
-            "tokens_per_second": self.ranks.totals(self.tokens)[0] / spent,
+            "tokens_per_second": tokens / spent if tokens else None,
             "memory": memory.peak(self.mfa.means.device),
         }
         report = self.report

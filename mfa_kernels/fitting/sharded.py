@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import check_callables, check_choice, check_device, check_flag
 from mfa_kernels.files import StrPath
 from mfa_kernels.fit_report import FitReport
 from mfa_kernels.fitting import loop, memory
@@ -107,6 +107,8 @@ def fit_sharded(
         noise, precision, dtype, held_out, log, n_components=(n_components, 1), rank=(rank, 0), epochs=(epochs, 0),
         batch_size=(batch_size, 1), eval_every=(eval_every, 1), patience=(patience, 1), seed=(seed, 0),
     )  # fmt: skip
+    callbacks, progress = check_callables(callbacks, "callbacks"), check_flag(progress, "progress")
+    device = None if device is None else check_device(device)
     ranks = Ranks(group)
     first, stop = part_of(n_components, ranks)
     folder, resumed = ranks.agree(lambda: loop._checkpoint_folders(checkpoint, checkpoint_seconds, resume))
@@ -127,7 +129,7 @@ def fit_sharded(
         if start is not None:
             _check_start(start, n_components, source.n_features, rank, noise, ranks)
             device = start.means.device
-        device = torch.device(device) if device is not None else source.device
+        device = device if device is not None else source.device
         ranks.on(device)
         facts = {
             "rows": len(source), "n_features": source.n_features, "data": loop._data(source),
@@ -186,7 +188,7 @@ def fit_sharded(
             start = ShardedMFA(local, group)
         if saved is None or saved.stage != DONE:
             settings = Settings(
-                epochs, batch_size, 1.0, "constant", eval_every, patience, tuple(callbacks),
+                epochs, batch_size, 1.0, "constant", eval_every, patience, callbacks,
                 log if ranks.first else None, progress,
             )  # fmt: skip
             run = (_ShardedBatchEM if method == "em" else _ShardedOnlineEM)(

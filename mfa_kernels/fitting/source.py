@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -119,11 +120,18 @@ def as_source(activations: Any, name: str = "activations") -> Source:
     else:
         raise TypeError(
             f"{name} must be a tensor, an array, an object with rows(index) and n_features (an ActivationStore) "
-            f"or an iterable of batches (B, D), got {type(activations).__name__}"
+            f"or an iterable of batches (B, D), got {type(activations).__name__}{_opened(activations)}"
         )
     if not len(source) or not source.n_features:
         raise ValueError(f"{name} must hold at least one row and one feature, got {len(source)} x {source.n_features}")
     return source
+
+
+def _opened(value: Any) -> str:
+    """What to give in place of a path."""
+    if not isinstance(value, str | os.PathLike):
+        return ""
+    return f": ActivationStore({os.fspath(value)!r}) opens a store"
 
 
 def _check_shape(shape: tuple[int, ...], name: str) -> None:
@@ -159,8 +167,8 @@ def _array_source(activations: Any, name: str) -> Source:
     if not isinstance(activations, np.ndarray):
         return _tensor_source(as_tensor(activations, name), name)
     data = as_array(activations, name)
-    dtype = torch.from_numpy(native(data[:0])).dtype
     _check_shape(data.shape, name)
+    dtype = torch.from_numpy(native(data[:0])).dtype
     _check_dtype(dtype, name)
     is_mapped = isinstance(activations, np.memmap)
     if not is_mapped and shares_memory(data):
@@ -238,7 +246,9 @@ def as_rows(batch: Any, name: str) -> Tensor:
         )
     found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
     if not is_array(found):
-        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}")
+        several = isinstance(found, Mapping) and all(map(is_array, found.values()))
+        hint = ": fit_many fits to the layers of a stream, fit to one of them" if several else ""
+        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}{hint}")
     rows = as_tensor(found, name)
     _check_values(rows, name)
     return rows.detach().flatten(0, -2)

@@ -9,8 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_choice, check_floats
+from mfa_kernels.checks import (
+    check_centroids,
+    check_choice,
+    check_device,
+    check_dtype,
+    check_finite,
+    check_flag,
+    check_integer,
+)
 from mfa_kernels.fitting.kmeans import KMeansResult
 from mfa_kernels.fitting.lloyd import Partition, chunks, partition
 from mfa_kernels.fitting.source import Source, as_source
@@ -80,6 +87,11 @@ def start_from_clusters(
     check_choice(init, INITS, "init")
     if init == "random" and ranks.size > 1:
         raise ValueError("init must be 'pca' where ranks share the components, got 'random'")
+    seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
+    device = None if device is None else check_device(device)
+    if device is not None and device.type == "meta":
+        raise ValueError("device must hold values, got meta")
+    dtype = None if dtype is None else check_dtype(dtype)
     source = as_source(activations)
     centroids = centroids_of(clusters, source.n_features)
     centroids = centroids.to(device=device or centroids.device, dtype=source.dtype)
@@ -138,18 +150,11 @@ def start_from_clusters(
 
 def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components: int | None = None) -> Tensor:
     """The centroids (K, D) of clusters; raises where they do not fit."""
-    centroids = clusters.centroids if isinstance(clusters, KMeansResult) else clusters
-    if not is_several(centroids):
-        raise TypeError(f"clusters must be a KMeansResult or a tensor (K, D), got {type(clusters).__name__}")
-    centroids = check_floats(centroids, "clusters")
-    if not centroids.dim():
-        raise ValueError("clusters must have centroids (K, D), got ()")
+    centroids = check_centroids(clusters, "clusters")
     expected = (len(centroids) if n_components is None else n_components, n_features)
     if tuple(centroids.shape) != expected:
         raise ValueError(f"clusters must have centroids (K, D) = {expected}, got {tuple(centroids.shape)}")
-    if not centroids.isfinite().all():
-        raise ValueError("clusters must have finite centroids")
-    return centroids
+    return check_finite(centroids, "clusters")
 
 
 def _residuals(

@@ -31,6 +31,8 @@ def check_weights(weights: Any, rows: int, name: str) -> Tensor:
     found = check_tensor(weights, name).detach()
     if found.is_complex():
         raise TypeError(f"{name} must be real, got {found.dtype}")
+    if found.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     found = found.to(torch.float64)
     if found.shape != (rows,):
         raise ValueError(f"{name} must have shape (N,) = ({rows},), got {tuple(found.shape)}")

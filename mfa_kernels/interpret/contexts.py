@@ -20,6 +20,7 @@ from mfa_kernels.checks import (
     check_choice,
     check_component,
     check_components,
+    check_finite,
     check_flag,
     check_integer,
     check_mixture,
@@ -37,6 +38,7 @@ BATCH_SIZE = 8192
 _SCREENED_ROWS = 16384  # from which on a screen, which costs as much as about a thousand rows, pays for itself
 _SAMPLE_ROWS = 256  # that decide how many coordinates the screen looks at
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
+_LARGEST_ID = (1 << 31) - 1
 _LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
 
 
@@ -52,11 +54,27 @@ def show_text(tokenizer: Any, ids: Sequence[int]) -> str:
 
 
 def show_token(tokenizer: Any, token_id: int) -> str:
-    """One token with every space visible: "·the", "⏎", "····"; its piece where it is not whole characters."""
+    """One token with every space visible: "·the", "⏎", "····"; its piece where it is not whole characters.
+
+    An id that the tokenizer does not know, as where a model has more rows than that has tokens, is shown as "<id 40>".
+    """
+    token_id = check_integer(token_id, "token_id", 0, _LARGEST_ID)
+    check_tokenizer(tokenizer)
+    try:
+        piece = tokenizer.convert_ids_to_tokens(token_id)
+    except IndexError:  # so says SentencePiece
+        piece = None
+    if piece is None:
+        return show_id(token_id)
     text = show_text(tokenizer, [token_id])
     if not text or "\N{REPLACEMENT CHARACTER}" in text:
-        text = str(tokenizer.convert_ids_to_tokens(int(token_id)))
+        text = str(piece)
     return text.replace(" ", "·")
+
+
+def show_id(token_id: int) -> str:
+    """A token of which nothing else is known: unlike any text, and unlike the token of a number."""
+    return f"<id {token_id}>"
 
 
 @dataclass(frozen=True)
@@ -211,8 +229,12 @@ def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: A
 def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments | None, progress: bool) -> Assignments:
     """`assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
     check_store(store)
+    check_mixture(mfa)
     if assigned is None:
         return assignments(mfa, store, progress=progress)
+    if not isinstance(assigned, Assignments):
+        raise TypeError(f"assigned must be what `assignments` returned, got {type(assigned).__name__}")
+    check_flag(progress, "progress")
     if len(assigned.components) != len(store) or assigned.n_components != mfa.n_components:
         raise ValueError(
             f"assigned holds {len(assigned.components)} rows and {assigned.n_components} components, "
@@ -387,8 +409,10 @@ def axis_contexts(
         One entry per quantile, in the order given; no entries for a region without rows.
     """
     component, axis = check_component(component, check_mixture(mfa).n_components), check_axis(mfa, axis)
+    check_tokenizer(tokenizer)
     n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
-    quantiles = [check_number(q, "quantiles", 0, 1) for q in check_tensor(quantiles, "quantiles").flatten().tolist()]
+    given = check_finite(check_tensor(quantiles, "quantiles"), "quantiles").flatten()
+    quantiles = [check_number(q, "quantiles", 0, 1) for q in given.tolist()]
     assigned = ensure_assignments(mfa, store, assigned, progress)
     rows, z = assigned.rows(component), region_latents(mfa, store, component, assigned)[:, axis]
     return along_axis(store, tokenizer, component, rows, z, n, quantiles, before, after)

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_component, check_integer, shown
-from mfa_kernels.files import StrPath, atomic_write_bytes
+from mfa_kernels.checks import (
+    check_component,
+    check_components,
+    check_integer,
+    check_iterable,
+    check_mixture,
+    check_path,
+    check_text,
+    shown,
+)
+from mfa_kernels.files import StrPath, atomic_write_bytes, check_writable
 from mfa_kernels.interpret.contexts import (
     Assignments,
-    check_axis,
+    check_tokenizer,
     ensure_assignments,
     region_latents,
     show_text,
@@ -90,6 +99,15 @@ def regions_map(
     Returns:
         The path.
     """
+    path = _check_picture(path)
+    check_mixture(mfa)
+    summaries = list(check_iterable(summaries, "summaries", "what `region_summaries` returned"))
+    for i, summary in enumerate(summaries):
+        if not isinstance(summary, RegionSummary):
+            raise TypeError(f"summaries[{i}] must be a RegionSummary, got {shown(summary)}")
+        check_component(summary.component, mfa.n_components, f"summaries[{i}].component")
+    labelled = check_components(labelled, mfa.n_components, "labelled")
+    check_text(title, "title")
     drawn = sorted((s for s in summaries if s.rows), key=lambda s: (s.component not in labelled, -s.rows))
     drawn = drawn[:_MAP_REGIONS]
     if len(drawn) < 3:
@@ -158,10 +176,13 @@ def region_scatter(
     Returns:
         The path.
     """
-    k = check_component(component, mfa.n_components)
+    path, k = _check_picture(path), check_component(component, check_mixture(mfa).n_components)
+    check_tokenizer(tokenizer)
+    if title is not None:
+        check_text(title, "title")
     if not is_several(axes) or len(axes) != 2:
         raise ValueError(f"axes must be two latents, got {shown(axes)}")
-    first, second = (check_axis(mfa, axis) for axis in axes)
+    first, second = (check_component(axis, mfa.rank, "axes") for axis in axes)
     labels = check_integer(labels, "labels")
     if first == second:
         raise ValueError(f"axes must be two different latents, got {axes}")
@@ -194,8 +215,8 @@ def draw_region(
 
     figure, plot = _figure(8, 6)
     plot.set_title(title, parse_math=False)
-    plot.set_xlabel(f"latent z_{first} (prior standard deviations)")
-    plot.set_ylabel(f"latent z_{second} (prior standard deviations)")
+    plot.set_xlabel(f"latent z[{first}] (prior standard deviations)")
+    plot.set_ylabel(f"latent z[{second}] (prior standard deviations)")
     plot.axhline(0, color="#DDDDDD", linewidth=0.8, zorder=0)
     plot.axvline(0, color="#DDDDDD", linewidth=0.8, zorder=0)
     plot.margins(0.12)
@@ -205,17 +226,19 @@ def draw_region(
     other = ~torch.isin(tokens, common)
     if other.any():
         plot.scatter(
-            *z[other].T.numpy(), s=size, c=_GREY, alpha=0.6, linewidths=0, label=f" other  ×{int(other.sum())}"
+            *z[other].T.numpy(), s=size, c=_GREY, alpha=0.6, linewidths=0, label=f" other  {int(other.sum()):,}"
         )
     for token, color in zip(common.tolist(), _COLORS):
         here = tokens == token
         # A label that began with an underscore would be left out of the legend.
-        name = f" {_cut(show_token(tokenizer, token))}  ×{int(here.sum())}"
+        name = f" {_cut(show_token(tokenizer, token))}  {int(here.sum()):,}"
         plot.scatter(*z[here].T.numpy(), s=size, c=color, alpha=0.75, linewidths=0, label=name)
     handles, names = plot.get_legend_handles_labels()
     if other.any():  # last
         handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]
-    legend = plot.legend(handles, names, title="token", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    legend = plot.legend(
+        handles, names, title="token, how often", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False
+    )
     for handle in legend.legend_handles:
         handle.set_sizes([50])
     for entry in legend.get_texts():
@@ -228,6 +251,15 @@ def draw_region(
             named.setdefault(text, i)
     _label(plot, list(named.values()), list(named), z, torch.full((len(z),), math.sqrt(size / math.pi)))
     return _save(figure, path)
+
+
+def _check_picture(path: Any) -> Path:
+    """`path` if a PNG file can be written to it; raises otherwise."""
+    path = check_path(path, "path")
+    if path.suffix.lower() not in ("", ".png"):
+        raise ValueError(f"path must end in .png, as the file that is written is one, got {path}")
+    check_writable(path, "path")
+    return path
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_component, check_integer, check_mixture
+from mfa_kernels.checks import (
+    check_component,
+    check_integer,
+    check_mixture,
+    check_model,
+    check_text,
+    shown,
+)
 from mfa_kernels.functional import compute_dtype
-from mfa_kernels.interpret.contexts import show_token
+from mfa_kernels.interpret.contexts import show_id, show_token
 from mfa_kernels.interpret.head import measured
 from mfa_kernels.models import check_evaluating, encoded, first_token, is_encoder_decoder
 
@@ -27,7 +34,7 @@ class TokenChange:
 
     Attributes:
         token_id: the token.
-        token: as `show_token` gives it; its id as text without a tokenizer.
+        token: as `show_token` gives it; without a tokenizer its id, such as "<id 40>".
         change: of its logit (`logit_lens`) or log-probability (`logit_shift`), in nats.
     """
 
@@ -99,8 +106,7 @@ def logit_lens(
         ValueError: the model has no unembedding of this width, its final norm is not found, its logits are made in
             another way than this, or it is in training mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     check_component(component, check_mixture(mfa).n_components)
     if direction is not None:
         check_component(direction, mfa.rank, "direction")
@@ -149,8 +155,12 @@ def logit_shift(
     Raises:
         ValueError: the model is in training mode, or the prompt holds no token.
     """
-    check_evaluating(model)
-    inputs = {"input_ids": encoded(model, tokenizer, prompt)["input_ids"]}
+    check_evaluating(check_model(model))
+    if not callable(steering):
+        hint = ", which steers already" if hasattr(steering, "__enter__") else ""
+        raise TypeError(f"steering must be callable, as `lambda: steer(...)` is, got {shown(steering)}{hint}")
+    top = check_integer(top, "top", 1)
+    inputs = {"input_ids": encoded(model, tokenizer, check_text(prompt, "prompt"))["input_ids"]}
     if not inputs["input_ids"].numel():
         raise ValueError(f"prompt must hold at least one token, got {prompt!r}")
     if is_encoder_decoder(model):
@@ -160,7 +170,10 @@ def logit_shift(
         return model(**inputs).logits[0, -1].double().log_softmax(-1)
 
     plain = next_token()
-    with steering():
+    made = steering()
+    if not hasattr(made, "__enter__"):
+        raise TypeError(f"steering must return a context manager, got {shown(made)}")
+    with made:
         steered = next_token()
     # Some models rule tokens out with a logit of -inf, before as after.
     change = torch.where(steered == plain, 0.0, steered - plain)
@@ -173,7 +186,7 @@ def _extremes(change: Tensor, top: int, tokenizer: Any) -> tuple[list[TokenChang
 
     def tokens(values: Tensor, ids: Tensor) -> list[TokenChange]:
         return [
-            TokenChange(i, str(i) if tokenizer is None else show_token(tokenizer, i), value)
+            TokenChange(i, show_id(i) if tokenizer is None else show_token(tokenizer, i), value)
             for i, value in zip(ids.tolist(), values.tolist())
         ]
 

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.checks import check_components, check_integer, check_mixture
-from mfa_kernels.interpret.contexts import Assignments, Context, ensure_assignments, show_token, top_contexts
+from mfa_kernels.interpret.contexts import (
+    Assignments,
+    Context,
+    check_tokenizer,
+    ensure_assignments,
+    show_token,
+    top_contexts,
+)
 from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -99,6 +106,7 @@ def region_summaries(
         In the order of `components`.
     """
     count = check_mixture(mfa).n_components
+    check_tokenizer(tokenizer)
     chosen = list(range(count)) if components is None else check_components(components, count)
     n_tokens, n_contexts = check_integer(n_tokens, "n_tokens"), check_integer(n_contexts, "n_contexts")
     before, after = check_integer(before, "before"), check_integer(after, "after")

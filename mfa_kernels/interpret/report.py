@@ -12,9 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_components, check_integer, check_path
+from mfa_kernels.checks import (
+    check_components,
+    check_flag,
+    check_integer,
+    check_mixture,
+    check_model,
+    check_path,
+    check_text,
+)
 from mfa_kernels.files import StrPath, atomic_write_text, check_writable
-from mfa_kernels.interpret.contexts import Assignments, Context, along_axis, ensure_assignments, region_latents
+from mfa_kernels.interpret.contexts import (
+    Assignments,
+    Context,
+    along_axis,
+    check_tokenizer,
+    ensure_assignments,
+    region_latents,
+)
 from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
@@ -71,6 +86,12 @@ def write_report(
         The path.
     """
     check_writable(check_path(path, "path"), "path")
+    check_mixture(mfa)
+    check_tokenizer(tokenizer)
+    check_text(title, "title")
+    if model is not None:
+        check_model(model)
+    figures, progress = check_flag(figures, "figures"), check_flag(progress, "progress")
     n_regions, n_contexts = check_integer(n_regions, "n_regions", 1), check_integer(n_contexts, "n_contexts")
     n_axes = check_integer(n_axes, "n_axes")
     assigned = ensure_assignments(mfa, store, assigned, progress)
@@ -78,10 +99,11 @@ def write_report(
     if components is None:
         components = interesting_regions(mfa, store, n_regions, **options)
     shown = check_components(components, mfa.n_components)
-    around: dict[int, list[int]] = {}
+    around: dict[int, dict[int, float]] = {}  # distances by component
     if mfa.n_components > 1:
         count = min(_NEIGHBORS, mfa.n_components - 1)
-        around = dict(zip(shown, neighbors(mfa, count, components=shown, progress=progress)[0].tolist()))
+        found = neighbors(mfa, count, components=shown, progress=progress)
+        around = {k: dict(zip(near, far)) for k, near, far in zip(shown, *(part.tolist() for part in found))}
     # Beside those that are shown: their neighbours, by name, and what the map has room for.
     drawn = on_map(assigned.counts, shown) if figures else []
     named = dict.fromkeys([*drawn, *(j for nearest in around.values() for j in nearest)])
@@ -115,7 +137,7 @@ def write_report(
                 body.append(_image(image, f"Tokens of region {k} in its two longest latent axes"))
             for axis in axes:
                 body.append(_axis(store, tokenizer, lens, k, axis, assigned.rows(k), z[:, axis]))
-            body.append(_near(around.get(k, []), names, shown))
+            body.append(_near(around.get(k, {}), names, shown))
             heading = f"Region {k}: {_share(summary)}"
             parts.append(_tag("section", _tag("h2", heading), *body, id=f"region-{k}"))
     atomic_write_text(path, _page(title, parts))
@@ -148,7 +170,7 @@ def _token(token: str, **attributes: Any) -> _Html:
 
 
 def _share(summary: RegionSummary) -> str:
-    return f"{summary.rows:,} tokens, {summary.share:.2%}"
+    return f"{summary.rows:,} tokens, {summary.share:.2%} of all"
 
 
 def _facts(mfa: MFA, store: ActivationStore, assigned: Assignments) -> _Html:
@@ -168,15 +190,17 @@ def _facts(mfa: MFA, store: ActivationStore, assigned: Assignments) -> _Html:
 def _how_to_read(lens: bool) -> _Html:
     text = (
         "A token belongs to the region with the largest responsibility for it. Tokens of a region are ordered by how "
-        "much they set it apart from the whole; ×10 is ten times as frequent as overall. A latent z is in prior "
-        "standard deviations: 0 at the centroid, mostly within -2 and 2. Spaces are shown as ·, line ends as ⏎ and "
-        "tabs as ⇥. Signs and order of the latents are arbitrary."
+        "much they set it apart from the whole; ×10 is ten times as frequent as overall. Contexts come by "
+        "responsibility, and among equals by Mahalanobis distance to the centroid, nearest first. A latent z is in "
+        "prior standard deviations: 0 at the centroid, mostly within -2 and 2. A fit gives it the sign that makes its "
+        "largest loading positive; the order of the latents is arbitrary. Spaces are shown as ·, line ends as ⏎ and "
+        "tabs as ⇥."
     )
     if lens:
         text += (
             " Next tokens come from the final norm and the unembedding applied where the mixture lives, later layers "
             "left out: for a centroid, its logits less the average region's; for a latent, the logits at z = +1 less "
-            "those at z = -1."
+            "those at z = -1; the number after a token is that difference, in nats."
         )
     return _tag("p", text, class_="note")
 
@@ -196,7 +220,7 @@ def _overview(summaries: Sequence[RegionSummary]) -> _Html:
         )
         for s in summaries
     ]
-    return _table(("region", "size", "tokens", "nearest context"), rows, "overview")
+    return _table(("region", "size", "tokens", "context nearest to the centroid"), rows, "overview")
 
 
 def _sentence(context: Context) -> _Html:
@@ -225,7 +249,9 @@ def _contexts(contexts: Sequence[Context], score: bool = False) -> _Html:
 
 def _lens(name: str, lens: LogitLens) -> _Html:
     def tokens(changes: Sequence[TokenChange]) -> _Html:
-        return _joined([_token(c.token, title=f"{c.change:+.2f}") for c in changes])
+        return _joined(
+            [_tag("span", _token(c.token), _tag("small", f"{c.change:+.1f}"), class_="chip") for c in changes]
+        )
 
     return _table([], [(f"{name}: raised", tokens(lens.top)), ("lowered", tokens(lens.bottom))], "lens")
 
@@ -238,19 +264,20 @@ def _axis(
     store: ActivationStore, tokenizer: Any, lens: Lens | None, k: int, axis: int, rows: Tensor, z: Tensor
 ) -> _Html:
     low, middle, high = along_axis(store, tokenizer, k, rows, z, _AXIS_CONTEXTS, (0.0, 0.5, 1.0))
-    parts = [_tag("h3", f"Latent z_{axis}, from {low.value:+.2f} to {high.value:+.2f}")]
+    parts = [_tag("h3", f"Latent z[{axis}], from {low.value:+.2f} to {high.value:+.2f} standard deviations")]
     parts.append(_contexts([*low.contexts, *middle.contexts, *high.contexts], score=True))
     if lens is not None:
-        parts.append(_lens(f"Next token, by z_{axis}", lens.read(k, axis, _LENS_TOKENS, tokenizer)))
+        parts.append(_lens(f"Next token, by z[{axis}]", lens.read(k, axis, _LENS_TOKENS, tokenizer)))
     return _tag("div", *parts)
 
 
-def _near(components: Sequence[int], names: dict[int, str], shown: Sequence[int]) -> _Html:
+def _near(distances: dict[int, float], names: dict[int, str], shown: Sequence[int]) -> _Html:
     def name(k: int) -> _Html:
         number = _tag("a", k, href=f"#region-{k}") if k in shown else _tag("span", k)
-        return _tag("span", number, " ", _token(names[k]), class_="chip")
+        return _tag("span", number, " ", _token(names[k]), _tag("small", f"{distances[k]:.3g}"), class_="chip")
 
-    return _tag("p", "Nearest regions: ", *map(name, components)) if components else _Html("")
+    what = "Nearest regions, with the Euclidean distance between centroids in the units of the activations: "
+    return _tag("p", what, *map(name, distances)) if distances else _Html("")
 
 
 _STYLE = """

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_positive, shown
+from mfa_kernels.checks import check_callable, check_model, check_positive, shown
 from mfa_kernels.models import check_evaluating, check_loaded, is_encoder_decoder, without_notes
 from mfa_kernels.steering.handle import Handle
 
@@ -53,6 +53,11 @@ def alpha_for_kl(
         raise TypeError(f"inputs must be a mapping with input_ids, as a tokenizer returns it, got {shown(inputs)}")
     target, most = check_positive(kl, "kl"), check_positive(most, "most")
     tolerance = check_positive(tolerance, "tolerance")
+    if spec is not None:
+        check_callable(spec, "spec")
+    check_model(model)
+    if handle.is_removed:
+        raise ValueError("handle must steer, got one that was removed: call steer again")
     check_evaluating(model)
     check_loaded(model)
     inputs = without_notes(model, inputs)

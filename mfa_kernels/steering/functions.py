@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.checks import check_mixture
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import ordinary
 from mfa_kernels.steering.apply import Program, check_hidden
@@ -34,7 +35,7 @@ class Function:
     def __init__(
         self, mfa: MFA, interventions: Any = None, *, rows: Any = None, gate: Gates = None, norm: Any = None
     ) -> None:
-        self._features = mfa.n_features
+        self._features = check_mixture(mfa).n_features
         with ordinary(), torch.no_grad():
             self._program = Program(mfa, as_rows(interventions, rows, mfa), mfa.means.device, gate, norm)
 
@@ -47,6 +48,8 @@ class Function:
             step: generation step at which an alpha that is a function is taken.
         """
         x = check_hidden(x, self._features, "x")
+        if x.is_meta:
+            raise ValueError("x must hold values, got a tensor on the meta device")
         if not x.numel():
             return x.clone()
         batch = x.shape[0] if x.dim() > 1 else 1

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.checks import check_model
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
 from mfa_kernels.modes import ordinary
@@ -162,8 +163,7 @@ class Handle:
     ) -> None:
         if not isinstance(mfa, MFA):
             raise TypeError(f"mfa must be an MFA, got {type(mfa).__name__}")
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         self._given_model = model
         self._model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._mfa = mfa
@@ -259,8 +259,13 @@ class Handle:
     def __repr__(self) -> str:
         given = ", ".join(f"{name}={value!r}" for name, value in self._plan.given.items() if value is not None)
         where = ", ".join(f"{name}={value!r}" for name, value in self._plan.where.items() if value is not None)
-        state = "" if self._tracker is not None else ", removed"
+        state = ", removed" if self.is_removed else ""
         return f"Handle({self.layer!r}, {given}, {where}{state})"
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether it steers no more."""
+        return self._tracker is None
 
     def _install(self) -> None:
         if self._tracker is None:

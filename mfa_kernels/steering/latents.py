@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_component, check_floats, check_integer, check_mixture, check_number, shown
+from mfa_kernels.checks import (
+    check_component,
+    check_floats,
+    check_generator,
+    check_integer,
+    check_mixture,
+    check_number,
+)
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 
@@ -25,8 +32,7 @@ def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator 
         generator: seeded, on the device that the latents shall be on; None draws from the CPU's global one.
     """
     check_mixture(mfa)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
+    check_generator(generator)
     shape = (mfa.rank,) if rows is None else (check_integer(rows, "rows"), mfa.rank)
     device = "cpu" if generator is None else generator.device
     dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32
@@ -54,7 +60,7 @@ def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequ
     """
     from mfa_kernels.fitting.source import as_source  # steering alone needs nothing of fitting
 
-    k = check_component(component, mfa.n_components)
+    k = check_component(component, check_mixture(mfa).n_components)
     wanted = (check_floats(q, "q") if is_several(q) else torch.tensor(check_number(q, "q"))).double()
     if wanted.dim() > 1 or not ((wanted >= 0) & (wanted <= 1)).all():
         raise ValueError(f"q must be a number in [0, 1] or a vector of them, got {q!r}")

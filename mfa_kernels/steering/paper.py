@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_choice
+from mfa_kernels.checks import check_choice, check_integers, check_mixture, check_model, shown
 from mfa_kernels.mfa import MFA
 from mfa_kernels.models import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
 from mfa_kernels.steering.handle import Handle, steer
@@ -37,7 +38,8 @@ class MFASteerer:
             check_encoder(tokenizer)
         self.model: Any = model
         self.mfa, self.tokenizer = mfa, tokenizer
-        self.layer = _site(model, layer, check_choice(site, SITES, "site"))
+        check_mixture(mfa)
+        self.layer = _site(check_model(model), layer, check_choice(site, SITES, "site"))
         check_output(model, self.layer, mfa.n_features)
 
     def intervene(self, prompts: Any, alpha: float, k: int | None = None) -> Tensor:
@@ -92,9 +94,16 @@ class MFASteerer:
 
     def _inputs(self, prompts: Any) -> dict[str, Any]:
         if isinstance(prompts, Tensor):
+            if check_integers(prompts, "prompts").dim() != 2 or not prompts.numel() or int(prompts.min()) < 0:
+                raise ValueError(f"prompts must be token ids (B, T), got {shown(prompts)}")
             return {"input_ids": prompts}
-        if not _is_text(prompts):
+        if isinstance(prompts, Mapping):
             return without_notes(self.model, prompts)
+        if not _is_text(prompts):
+            raise TypeError(
+                f"prompts must be a text, a list of texts, a tensor of ids or what a tokenizer returns, got "
+                f"{shown(prompts)}"
+            )
         if self.tokenizer is None:
             raise ValueError("tokenizer: give one to prompt with text")
         texts = [prompts] if isinstance(prompts, str) else list(prompts)

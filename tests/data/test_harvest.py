@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import accumulate, count, islice, repeat
 from pathlib import Path
@@ -859,3 +861,16 @@ def test_endless_texts_without_a_token_end(monkeypatch) -> None:
     monkeypatch.setattr("mfa_kernels.data.harvest._MOST_BARREN", 30)
     with pytest.raises(ValueError, match="texts: 30 in a row hold no token to keep"):
         harvest(make_model("llama"), make_tokenizer(bos=True), repeat(("empty", "")), 0, max_tokens=5)
+
+
+def test_a_harvest_that_fails_leaves_nothing_and_warns_of_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, tokenizer = make_model("llama").eval(), make_tokenizer(bos=True)
+    used = iter(TEXTS)
+    assert list(used)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match=r"texts hold no token to keep: .* \(an iterator can be read only once\)"):
+            harvest(model, tokenizer, used, [0, 1], progress=False)
+        gc.collect()
+    assert not list(tmp_path.iterdir())

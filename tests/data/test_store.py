@@ -471,3 +471,23 @@ def test_a_relative_folder_is_that_of_the_beginning(tmp_path: Path, monkeypatch:
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert torch.equal(store.tensor(), document[2])
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_what_is_no_store_is_named(tmp_path):
+    with ActivationStoreWriter(tmp_path / "store", 2) as writer:
+        with pytest.raises(TypeError, match="source must be a string, got 3"):
+            writer.add_document([1], [0], torch.ones(1, 2), source=3)
+        writer.add_document([1], [0], torch.ones(1, 2))
+    store = ActivationStore(tmp_path / "store")
+    for wrong in (None, 3, "", b"store"):
+        with pytest.raises(TypeError, match="folder must be a path"):
+            ActivationStore(wrong)
+    with pytest.raises(TypeError, match="folder must be a path, got a store, which is open already"):
+        ActivationStore(store)
+    for wrong in (3, [1], {"a": torch.ones(2)}, {"a": {1}}, {"a": float("nan")}):
+        with pytest.raises(TypeError, match="meta must "):
+            ActivationStoreWriter(tmp_path / "other", 2, meta=wrong)
+    assert not (tmp_path / "other").exists()
+    for call in (store.tensor, lambda dtype: store.rows([0], dtype)):
+        with pytest.raises(TypeError, match="dtype must be a floating-point torch.dtype, got 'float32'"):
+            call("float32")

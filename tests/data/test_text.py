@@ -191,3 +191,9 @@ def test_the_buffer_gives_every_text_once_and_mixes() -> None:
     assert orders[200] == orders[1000] == [text for _, text in named_texts(texts, 5, 1)]
     displaced = sum(abs(texts.index(text) - place) for place, text in enumerate(orders[50])) / 200
     assert displaced > 20
+
+
+@pytest.mark.parametrize("wrong", [3, None, b"path", {"a": 1}, [3]])
+def test_what_is_no_path_is_named(wrong):
+    with pytest.raises(TypeError, match="paths must be a path"):
+        list(read_texts(wrong))

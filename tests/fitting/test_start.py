@@ -217,7 +217,7 @@ def test_options_reach_the_mixture():
         ({"init": "svd"}, ValueError, "init must be one of 'pca', 'random', got 'svd'"),
         ({"noise": "isotropic"}, ValueError, "noise must be one of"),
         ({"clusters": torch.zeros(6, 11)}, ValueError, r"clusters must have centroids .* = \(6, 12\), got \(6, 11\)"),
-        ({"clusters": torch.full((6, 12), float("nan"))}, ValueError, "clusters must have finite centroids"),
+        ({"clusters": torch.full((6, 12), float("nan"))}, ValueError, "clusters must be finite, got 72 entries"),
         ({"clusters": "k-means"}, TypeError, "clusters must be a KMeansResult or a tensor .* got str"),
         ({"x": torch.full((5, 12), float("nan"))}, ValueError, "no finite row among 5"),
         ({"x": torch.ones(5, 12)}, ValueError, "activations do not vary: all the 5 finite rows are equal"),

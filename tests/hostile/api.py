@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import faulthandler
+import importlib.util
 import inspect
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,22 @@ from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: strange names are looked for here alone
 
-from mfa_kernels import MFA, fit, fit_many, functional, harvest, interpret, kmeans, steer, steering, stream
+from mfa_kernels import (
+    MFA,
+    data,
+    fit,
+    fit_many,
+    fitting,
+    functional,
+    harvest,
+    interpret,
+    kmeans,
+    models,
+    steer,
+    steering,
+    stream,
+)
+from mfa_kernels.codes import write_codes
 from mfa_kernels.evaluation import evaluate
 from mfa_kernels.steering import Add, Gate, LogDensity, Offset, Reconstruct, Remove, Responsibility, Toward
 from tests.mixtures import mixture, tokens
@@ -94,7 +111,7 @@ def calls(folder: Path) -> dict[str, Call]:
     objects = {"model": reader[0], "tokenizer": reader[1]}
     given |= {
         "harvest": Call(harvest, {**objects, **read, "dtype": torch.float32, "out": None, "resume": False, **quiet}),
-        "stream": Call(lambda **given: next(iter(stream(**given))), {**objects, **read}),
+        "stream": Call(lambda **given: next(iter(stream(**given)), None), {**objects, **read}),
         "fit_many": Call(fit_many, {"batches": [x], "fits": {"one": {"n_components": 2, "rank": 1}}, "held_out": 0.1,
                                     "method": "online", "lr": 0.1, "epochs": 1}, ("one",)),
         "assignments": Call(interpret.assignments, {"mfa": of_store, "store": harvested, "batch_size": 7, **quiet}),
@@ -105,6 +122,39 @@ def calls(folder: Path) -> dict[str, Call]:
         "logit_lens": Call(interpret.logit_lens, {"model": reader[0], "mfa": of_store, "component": 1, "top": 3,
                                                   "direction": 0}),
         "to_dense": Call(code.to_dense, {"mfa": made}),
+    }  # fmt: skip
+    apart = MFA.from_centroids(harvested.tensor()[[0, 7, 13]], 2, noise_variance=1e-3)
+    given |= of_text(folder, reader, apart, harvested)
+    given |= of_files(folder, made, x)
+    given |= {
+        "start_from_clusters": Call(fitting.start_from_clusters, {
+            "activations": x, "clusters": m.means, "rank": 1, "noise": "shared", "init": "pca", "precision": "exact",
+            "dtype": torch.float32, "device": "cpu", "seed": 0, **quiet}),
+        "reservoir": Call(fitting.reservoir, {"batches": [x, x], "rows": 7, "seed": 0}),
+        "fit_sharded": Call(fitting.fit_sharded, {
+            "activations": x, "n_components": 2, "rank": 1, "method": "em", "clusters": m.means[:2], "epochs": 1,
+            "batch_size": 16, "held_out": 0.1, "seed": 0, "device": "cpu", "callbacks": [], "resume": False, **quiet}),
+        "fit's other arguments": Call(fit, {
+            "activations": x, "n_components": 2, "rank": 1, "epochs": 0, "clusters": m.means[:2], "callbacks": [],
+            "polish": 0, "schedule": "cosine", "eval_every": 5, "log": None, "checkpoint": None,
+            "checkpoint_seconds": 1.0, "resume": False, **quiet}),
+        "from_centroids, random": Call(MFA.from_centroids, {"centroids": m.means, "rank": 2,
+                                                            "generator": torch.Generator()}),
+        "reset_parameters": Call(MFA(2, 3, 1).reset_parameters, {"generator": torch.Generator()}),
+        "prior_latents, random": Call(steering.prior_latents, {"mfa": steered, "generator": torch.Generator()}),
+        "latent_quantiles": Call(steering.latent_quantiles, {"mfa": made, "activations": x, "component": int(
+            made.assign(x)[0]), "q": [0.1, 0.5]}),
+        "Function": Call(lambda x, **given: steering.Function(**given)(x), {
+            "x": hidden, "mfa": steered, "interventions": Toward(1, 0.5), "rows": None, "gate": Responsibility(1, 0.1),
+            "norm": "keep"}, ("hidden",)),
+        "MFASteerer": Call(lambda prompts, alpha, k, z, **given: steering.MFASteerer(
+            **given).intervene_to_latent_two_stage(prompts, alpha, z, k), {
+            "model": model, "mfa": steered, "layer": LAYER, "tokenizer": reader[1], "site": "resid_post",
+            "prompts": torch.ones(1, 4, dtype=torch.long), "alpha": 0.5, "k": 1, "z": torch.ones(steered.rank)},
+            ("component", "latents", "interventions")),
+        "alpha_for_kl": Call(lambda steered=steered, **given: alpha_of(model, steered, LAYER, **given), {
+            "inputs": {"input_ids": torch.ones(1, 4, dtype=torch.long)}, "kl": 0.01, "spec": None, "most": 1.0,
+            "tolerance": 0.01}, ("alpha",)),
     }  # fmt: skip
     for name in ("forward", "log_prob", "component_log_prob", "assign", "reconstruct"):
         given[name] = Call(getattr(made, name), {"x": x})
@@ -127,6 +177,93 @@ def calls(folder: Path) -> dict[str, Call]:
 
         given[name] = Call(use, arguments, (*arguments, "interventions", "gate"))
     return given
+
+
+def alpha_of(model: Any, mfa: MFA, layer: Any, **given: Any) -> float:
+    with steer(model, mfa, layer, 1, 0.1) as handle:
+        return steering.alpha_for_kl(model, handle=handle, **given)
+
+
+def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.ActivationStore) -> dict[str, Call]:
+    """What shows regions, and reads and writes text."""
+    model, tokenizer = reader
+    own = {"mfa": mfa, "store": store}
+    region = int(interpret.assignments(mfa, store, progress=False).counts.argmax())
+    shown = {**own, "tokenizer": tokenizer}
+    quiet = {"progress": False}
+    around = {"before": 2, "after": 2, "assigned": None, **quiet}
+    summaries = interpret.region_summaries(mfa, store, tokenizer, n_contexts=0, **quiet)
+    steered = partial(steer, model, mfa, 1, 1, 0.5)
+    calls = {
+        "axis_contexts": Call(interpret.axis_contexts, {**shown, "component": region, "axis": 0, "n": 2, "quantiles": (
+            0.0, 1.0), **around}),
+        "region_summaries": Call(interpret.region_summaries, {**shown, "components": [0, region], "n_tokens": 2,
+                                                              "n_contexts": 1, **around}),
+        "interesting_regions": Call(interpret.interesting_regions, {**own, "n": 2, "min_rows": 1, "samples": 4,
+                                                                    "assigned": None, **quiet}),
+        "logit_shift": Call(interpret.logit_shift, {"model": model, "tokenizer": tokenizer, "prompt": "a b", "steering":
+                                                    steered, "top": 2}),
+        "show_token": Call(interpret.show_token, {"tokenizer": tokenizer, "token_id": 5}),
+        "continuation": Call(models.continuation, {"model": model, "tokenizer": tokenizer, "prompt": "a b",
+                                                   "new_tokens": 2, "temperature": 0.5, "seed": 0}),
+        "load_language_model": Call(models.load_language_model, {"name": None, "dtype": torch.float32, "tokenizer":
+                                                                 None}),
+        "read_texts": Call(lambda **given: next(data.read_texts(**given), None), {"paths": Path(__file__)}),
+        "write_report": Call(interpret.write_report, {
+            "path": folder / "page.html", **shown, "model": model, "components": [region], "n_regions": 2,
+            "n_contexts": 1, "n_axes": 1, "figures": False, "title": "A title", "assigned": None, **quiet}),
+    }  # fmt: skip
+    if importlib.util.find_spec("matplotlib"):
+        calls |= {
+            "regions_map": Call(interpret.regions_map, {"mfa": mfa, "summaries": summaries, "path": folder / "map.png",
+                                                        "labelled": [1], "title": "A title"}),
+            "region_scatter": Call(interpret.region_scatter, {
+                **shown, "component": region, "path": folder / "in.png", "axes": (0, 1), "labels": 2, "assigned": None,
+                "title": None, **quiet}),
+        }  # fmt: skip
+    return calls
+
+
+def of_files(folder: Path, mfa: MFA, x: Tensor) -> dict[str, Call]:
+    """What is written to files, and read again."""
+    ids, places = torch.arange(8), torch.arange(3)
+    quiet = {"progress": False}
+    with data.ActivationStoreWriter(folder / "store", 8) as writer:
+        writer.add_document(ids, places, x[:3])
+    store = data.ActivationStore(folder / "store")
+    mfa.to_reference_checkpoint(folder / "paper.pt", **quiet)
+
+    def write(token_ids: Any, positions: Any, activations: Any, source: Any, **given: Any) -> None:
+        with data.ActivationStoreWriter(**given) as writer:
+            writer.add_document(token_ids, positions, activations, source)
+
+    return {
+        "write_codes": Call(write_codes, {"mfa": mfa, "activations": [x], "path": folder / "codes", "top_k": 2,
+                                          **quiet}),
+        "ActivationStore": Call(data.ActivationStore, {"folder": folder / "store"}),
+        "ActivationStoreWriter": Call(write, {
+            "folder": folder / "written", "n_features": 8, "dtype": torch.float32, "meta": {"a": 1}, "rows_per_shard":
+            5, "overwrite": True, "resume": False, "token_ids": ids, "positions": places, "activations": x[:3],
+            "source": "here"}),
+        "store.rows": Call(store.rows, {"index": torch.tensor([2, 0]), "dtype": torch.float32}),
+        "store.tensor": Call(store.tensor, {"dtype": torch.float32}),
+        "store.batches": Call(lambda **given: list(store.batches(**given)), {
+            "batch_size": 2, "shuffle": True, "seed": 0, "dtype": torch.float32}),
+        "store.context": Call(store.context, {"row": 1, "before": 1, "after": 1}),
+        "store.document": Call(store.document, {"row": 1}),
+        "store.position": Call(store.position, {"row": 1}),
+        "store.token": Call(store.token, {"row": 1}),
+        "store.source": Call(store.source, {"document": 0}),
+        "store.document_tokens": Call(store.document_tokens, {"document": 0}),
+        "from_pretrained's arguments": Call(MFA.from_pretrained, {
+            "folder_or_hub_id": folder / "saved", "device": "cpu", "dtype": torch.float32, "precision": "exact",
+            "subfolder": None}),
+        "save_pretrained's arguments": Call(mfa.save_pretrained, {"folder": folder / "again", "extra": {"a": 1}}),
+        "from_reference_checkpoint": Call(MFA.from_reference_checkpoint, {
+            "path": folder / "paper.pt", "eps_floor": 1e-6, "device": "cpu", "dtype": torch.float32, **quiet}),
+        "to_reference_checkpoint": Call(mfa.to_reference_checkpoint, {"path": folder / "again.pt", "format": 1,
+                                                                      **quiet}),
+    }  # fmt: skip
 
 
 STRANGE: list[Callable[[random.Random], Any]] = [

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
+
+import mfa_kernels
+from mfa_kernels import data, fitting, interpret, steering
+from tests.hostile.api import calls
 
 
 def hostile(count: int, seed: int) -> dict[str, int]:
@@ -25,3 +31,18 @@ def test_wrong_calls_are_refused_by_name(count, seed):
     assert done["calls"] == count
     assert done["worked"] > count // 20
     assert done.get("unnamed", 0) <= done["refused"] / 100
+
+
+def test_everything_public_is_called(tmp_path):
+    """But for what is made by the library alone: results, errors, and what others of these make."""
+    by_us = {"Source", "Handle", "Gate", "Stats", "Code"} | {"as_source"}  # the last, by whatever takes activations
+    public = set()
+    for module in (mfa_kernels, data, fitting, interpret, steering):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            is_result = dataclasses.is_dataclass(thing) and thing.__module__.split(".")[1] != "steering"
+            is_error = isinstance(thing, type) and issubclass(thing, Exception)
+            if callable(thing) and not is_result and not is_error:
+                public.add(name)
+    called = {word for name in calls(tmp_path) for word in re.findall(r"\w+", name)}
+    assert public - called - by_us == set()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
+from mfa_kernels.data import tiny_lm
 from mfa_kernels.interpret import contexts as context_module
 from mfa_kernels.interpret.contexts import (
     assignments,
@@ -61,6 +62,23 @@ def test_half_a_character_is_shown_as_its_piece() -> None:
     words = Words(["\N{REPLACEMENT CHARACTER}"])
     words.convert_ids_to_tokens = lambda index: "âĢ"  # type: ignore[method-assign]
     assert show_token(words, 0) == "âĢ"
+
+
+@pytest.mark.parametrize("token_id", [10**9, 40])
+def test_an_id_that_the_tokenizer_does_not_know_is_shown_as_one(token_id: int) -> None:
+    assert show_token(tiny_lm.load()[1], 10**9) == "<id 1000000000>"
+    words = Words(["the"])  # as SentencePiece says it
+    with pytest.raises(IndexError):
+        words.convert_ids_to_tokens(token_id)
+    assert show_token(words, token_id) == f"<id {token_id}>"
+
+
+@pytest.mark.parametrize("wrong", [-1, 2**40, 1.5, "a", None])
+def test_what_is_no_id_is_named(wrong: object) -> None:
+    with pytest.raises((TypeError, ValueError), match="token_id must be an integer"):
+        show_token(WORDS, wrong)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, got NoneType"):
+        show_token(None, 0)
 
 
 def test_the_space_that_sentencepiece_drops_comes_back() -> None:

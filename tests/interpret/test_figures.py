@@ -75,12 +75,12 @@ def test_the_inside_of_a_region(tmp_path: Path, drawn: list[Any]) -> None:
     assert _is_a_picture(path)
     assert [p.name for p in tmp_path.iterdir()] == ["in.png"]
     axes = drawn[0].axes[0]
-    assert "z_1" in axes.get_xlabel()
-    assert "z_0" in axes.get_ylabel()
+    assert "z[1]" in axes.get_xlabel()
+    assert "z[0]" in axes.get_ylabel()
     count = len(assignments(mfa, store, progress=False).rows(3))
     assert f"{count}" in axes.get_title()
     entries = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sum(int(entry.split("×")[1]) for entry in entries) == count
+    assert sum(int(entry.split("  ")[1].replace(",", "")) for entry in entries) == count
     assert len(entries) == 3
     assert all("⟦" in label.get_text() for label in _labels(drawn[0]))
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == count
@@ -112,7 +112,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     options = {"tokenizer": WORDS, "progress": False}
     with pytest.raises(ValueError, match="two different latents"):
         region_scatter(mfa, store, 0, tmp_path / "x.png", axes=(1, 1), **options)
-    with pytest.raises(IndexError, match=r"axis must be in \[0, 2\), got 2"):
+    with pytest.raises(IndexError, match=r"axes must be in \[0, 2\), got 2"):
         region_scatter(mfa, store, 0, tmp_path / "x.png", axes=(0, 2), **options)
     with pytest.raises(ValueError, match="at least 3 regions"):
         regions_map(mfa, region_summaries(mfa, store, WORDS, [0, 1], progress=False), tmp_path / "x.png")
@@ -165,3 +165,19 @@ def test_one_row_is_a_region_too(tmp_path: Path) -> None:
     mfa = MFA.from_parameters(torch.tensor([[0.0, 0], [9, 9]]), torch.ones(2, 2, 2), torch.ones(2), torch.ones(2))
     store = MemoryStore(torch.tensor([[0.0, 0.1], [9.0, 9.0], [9.1, 9.0]]), [[0, 1, 2]])
     assert _is_a_picture(region_scatter(mfa, store, 0, tmp_path / "x.png", tokenizer=WORDS, progress=False))
+
+
+def test_a_map_takes_summaries_and_writes_a_png(tmp_path: Path) -> None:
+    mfa, store, _ = planted()
+    for wrong, message in ((store, "summaries must be what"), ([3], r"summaries\[0\] must be a RegionSummary, got 3")):
+        with pytest.raises(TypeError, match=message):
+            regions_map(mfa, wrong, tmp_path / "map.png")
+    for draw in (
+        lambda path: regions_map(mfa, [], path),
+        lambda path: region_scatter(mfa, store, 0, path, tokenizer=WORDS, progress=False),
+    ):
+        with pytest.raises(ValueError, match="path must end in .png"):
+            draw(tmp_path / "map.xyz")
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, got NoneType"):
+        region_scatter(mfa, store, 0, tmp_path / "in.png", tokenizer=None, progress=False)
+    assert not list(tmp_path.iterdir())

@@ -98,7 +98,7 @@ def test_a_model_in_bfloat16_keeps_the_precision_of_its_weights(direction: int |
 
 def test_ids_stand_for_tokens_without_a_tokenizer() -> None:
     lens = logit_lens(_model("llama"), _mfa(), 0, top=2)
-    assert [t.token for t in lens.top] == [str(t.token_id) for t in lens.top]
+    assert [t.token for t in lens.top] == [f"<id {t.token_id}>" for t in lens.top]
     assert len(lens.top) == len(lens.bottom) == 2
 
 
@@ -211,3 +211,17 @@ def test_the_shift_of_what_an_encoder_decoder_writes_first() -> None:
     config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(ValueError, match="T5ForConditionalGeneration does not say which token its decoder begins with"):
         logit_shift(model, make_tokenizer(bos=True), "w1 w2", nullcontext)
+
+
+def test_what_steers_must_be_made_anew() -> None:
+    model, tokenizer = tiny_lm.load()
+    mfa = MFA(3, 256, 2)
+    handle = steer(model, mfa, 2, 1, 0.5)
+    with handle, pytest.raises(TypeError, match=r"steering must be callable, .*, which steers already"):
+        logit_shift(model, tokenizer, "def f", handle)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="steering must return a context manager, got 3"):
+        logit_shift(model, tokenizer, "def f", lambda: 3)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="prompt must be a string, got"):
+        logit_shift(model, tokenizer, ["def f"], nullcontext)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="tokenizer must be one of transformers, got None"):
+        logit_shift(model, None, "def f", nullcontext)

@@ -13,7 +13,7 @@ import torch
 from mfa_kernels import MFA
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.interpret import assignments, region_summaries, write_report
+from mfa_kernels.interpret import assignments, logit_lens, region_summaries, write_report
 from mfa_kernels.interpret import figures as figure_module
 from mfa_kernels.interpret.head import Head
 from mfa_kernels.interpret.neighbors import _Centroids
@@ -106,12 +106,32 @@ def test_a_page_tells_what_the_parts_found(tmp_path: Path) -> None:
     assert "400, of which 2 not finite and left out" in cells
     headings = page.inside("h2")
     for heading, s in zip(headings, region_summaries(mfa, store, WORDS, [2, 0], assigned=a, progress=False)):
-        assert heading == f"Region {s.component}: {s.rows:,} tokens, {s.share:.2%}"
+        assert heading == f"Region {s.component}: {s.rows:,} tokens, {s.share:.2%} of all"
         assert {t.token for t in s.tokens} <= set(page.inside("code"))
     # per region: 4 contexts and two axes of three times three contexts; in the table, one context per region
     assert len(page.inside("mark")) == 2 * (4 + 2 * 9) + 2
     longest = mfa.loadings[2].norm(dim=0).argmax()
-    assert page.inside("h3")[0].startswith(f"Latent z_{int(longest)}, from -")
+    assert page.inside("h3")[0].startswith(f"Latent z[{int(longest)}], from -")
+    assert page.inside("h3")[0].endswith(" standard deviations")
+
+
+def test_numbers_of_a_page_have_their_units(tmp_path: Path) -> None:
+    """Distances of neighbours are those of their centroids, and what the lens says of a token is beside it."""
+    model, tokenizer = tiny_lm.load()
+    mfa = MFA(5, 256, 2)
+    store = MemoryStore(mfa.sample(60, torch.Generator().manual_seed(0)), [[5, 6, 7] * 20])
+    page = _report(tmp_path / "report.html", mfa, store, tokenizer, model=model, components=[2], n_axes=1)
+    apart = (mfa.means - mfa.means[2]).norm(dim=1).sort().values[1:].tolist()
+    small = page.inside("small")
+    assert small[-4:] == [f"{distance:.3g}" for distance in apart]
+    assert any("Euclidean distance between centroids" in text for text in page.inside("p"))
+    lens = logit_lens(model, mfa, 2, top=8, tokenizer=tokenizer)
+    said = [f"{change.change:+.1f}" for change in (*lens.top, *lens.bottom)]
+    assert any(small[i : i + len(said)] == said for i in range(len(small)))
+    note = page.inside("p")[0]
+    assert "in nats" in note
+    assert "arbitrary" in note
+    assert "z_" not in note
 
 
 @pytest.mark.parametrize(
@@ -148,7 +168,7 @@ def test_a_region_without_rows_is_shown_as_such(tmp_path: Path) -> None:
     with torch.no_grad():
         mfa.means[1] = 1e4
     page = _report(tmp_path / "report.html", mfa, store, components=[1])
-    assert page.inside("h2") == ["Region 1: 0 tokens, 0.00%"]
+    assert page.inside("h2") == ["Region 1: 0 tokens, 0.00% of all"]
     assert "4, of which 1 own none of these tokens" in " ".join(page.inside("td"))
 
 
@@ -241,3 +261,21 @@ def test_a_real_model_and_store(tmp_path: Path) -> None:
     assert sum(cell.endswith("raised") for cell in cells) == cells.count("lowered") >= 3
     assert page.inside("mark")
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", (tmp_path / "out" / "report.html").read_text())
+
+
+def test_arguments_in_another_order_are_named(tmp_path: Path) -> None:
+    mfa, store, _ = planted()
+    path = tmp_path / "report.html"
+    for given, message in (
+        ((mfa, path, store, WORDS), "path must be a path"),
+        ((path, store, mfa, WORDS), r"mfa must be a mixture \(mfa_kernels.MFA\), got MemoryStore"),
+        ((path, mfa, WORDS, store), "tokenizer must be one of transformers, got MemoryStore"),
+        ((path, mfa, store, None), "tokenizer must be one of transformers, got NoneType"),
+        ((path, mfa, mfa, WORDS), "store must be an ActivationStore, as `harvest` makes it, got MFA"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            write_report(*given, progress=False)  # type: ignore[arg-type]
+    for option in ("model", "title", "assigned"):
+        with pytest.raises(TypeError, match=f"{option} must be "):
+            write_report(path, mfa, store, WORDS, progress=False, **{option: 3})
+    assert not list(tmp_path.iterdir())

@@ -122,3 +122,16 @@ def test_of_an_encoder_decoder_it_is_the_token_that_the_decoder_comes_to(masked:
         assert divergence(last(), unsteered) == pytest.approx(0.05, rel=2e-3)
         with pytest.raises(ValueError, match="inputs must hold decoder_input_ids, .*got input_ids, attention_mask"):
             alpha_for_kl(model, inputs, handle, 0.05)
+
+
+def test_wrong_calls_are_named() -> None:
+    model, mfa = causal_lm(), fitting_mixture()
+    with steer(model, mfa, LAYER, 1, 0.5) as handle:
+        with pytest.raises(TypeError, match="spec must be callable, got 3"):
+            alpha_for_kl(model, {"input_ids": prompts()}, handle, 0.1, spec=3)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got int"):
+            alpha_for_kl(3, {"input_ids": prompts()}, handle, 0.1)  # type: ignore[arg-type]
+        assert not handle.is_removed
+    assert handle.is_removed
+    with pytest.raises(ValueError, match="handle must steer, got one that was removed: call steer again"):
+        alpha_for_kl(model, {"input_ids": prompts()}, handle, 0.1)
