@@ -1,23 +1,28 @@
-"""Fused kernels for mixtures of factor analyzers over language-model activations."""
+"""Fused kernels for mixtures of factor analyzers over language-model activations.
+
+What is here comes with its first use: torch takes a second to import, which the command line has something to say
+about. `import mfa_kernels.ops` registers the operators, `torch.ops.mfa_kernels.*`, without any of it.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mfa_kernels.code import Code
-from mfa_kernels.mfa import MFA
-
 if TYPE_CHECKING:
+    from mfa_kernels.code import Code
     from mfa_kernels.data.harvest import harvest, stream
     from mfa_kernels.fitting.kmeans import kmeans
     from mfa_kernels.fitting.loop import fit
     from mfa_kernels.fitting.many import fit_many
+    from mfa_kernels.mfa import MFA
     from mfa_kernels.steering import steer
 
 __version__ = "0.1.0"
 __all__ = ["MFA", "Code", "fit", "fit_many", "harvest", "kmeans", "steer", "stream"]
 
 _LAZY = {
+    "MFA": "mfa",
+    "Code": "code",
     "fit": "fitting",
     "fit_many": "fitting",
     "kmeans": "fitting",

@@ -25,6 +25,7 @@ from mfa_kernels.checks import check_choice, check_path
 from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, atomic_write_json, atomic_write_text
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.modes import door, of_the_caller
+from mfa_kernels.places import MIXTURE, check_replaced
 from mfa_kernels.reading import (
     COUNT,
     OBJECT,
@@ -73,11 +74,15 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
 
     Args:
         mfa: the mixture, on any device.
-        folder: made if it is missing; files of the same names are replaced.
+        folder: made if it is missing; a mixture that is there is replaced.
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with.
+
+    Raises:
+        FileExistsError: the folder has a config.json of something else, such as a language model.
     """
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra))
+    check_replaced(folder / CONFIG, MIXTURE, "folder")
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_component, check_integer, shown
-from mfa_kernels.files import StrPath, atomic_write_bytes
+from mfa_kernels.checks import check_component, check_integer, check_path, shown
+from mfa_kernels.files import StrPath, atomic_write_bytes, check_writable
 from mfa_kernels.interpret.contexts import (
     Assignments,
     check_axis,
@@ -24,6 +24,7 @@ from mfa_kernels.interpret.contexts import (
 )
 from mfa_kernels.interpret.regions import RegionSummary
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.places import FIGURE, check_place
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -83,13 +84,14 @@ def regions_map(
         mfa: the mixture.
         summaries: what `region_summaries` returned (contexts are not needed); beyond 1000 regions, the largest are
             drawn, and those that are labelled.
-        path: of the PNG file; replaced if it exists.
+        path: of the PNG file; one that is there is replaced, and nothing else is.
         labelled: components to label, by their most telling token and number.
         title: of the figure.
 
     Returns:
         The path.
     """
+    _check(path)
     drawn = sorted((s for s in summaries if s.rows), key=lambda s: (s.component not in labelled, -s.rows))
     drawn = drawn[:_MAP_REGIONS]
     if len(drawn) < 3:
@@ -147,7 +149,7 @@ def region_scatter(
         mfa: the mixture, of rank 2 at least.
         store: activations with their tokens.
         component: the region; up to 4000 of its rows are drawn, evenly spread over the store.
-        path: of the PNG file; replaced if it exists.
+        path: of the PNG file; one that is there is replaced, and nothing else is.
         axes: the two latents, in prior standard deviations: z ~ N(0, I).
         tokenizer: the Hugging Face tokenizer of the store's tokens.
         labels: how many tokens to write out at most, with the one before, all different, the extremes first.
@@ -158,6 +160,7 @@ def region_scatter(
     Returns:
         The path.
     """
+    _check(path)
     k = check_component(component, mfa.n_components)
     if not is_several(axes) or len(axes) != 2:
         raise ValueError(f"axes must be two latents, got {shown(axes)}")
@@ -228,6 +231,12 @@ def draw_region(
             named.setdefault(text, i)
     _label(plot, list(named.values()), list(named), z, torch.full((len(z),), math.sqrt(size / math.pi)))
     return _save(figure, path)
+
+
+def _check(path: StrPath) -> None:
+    """Before the work, that a figure may be written to `path`, and can."""
+    check_place(check_path(path, "path"), FIGURE, "path")
+    check_writable(path, "path")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
