@@ -463,6 +463,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         prompts=tuple(arguments.prompt or demo.PROMPTS),
         device=_device(arguments.device),
     )
+    demo.check(options)
     with alone(arguments.out):  # two at once would mix what they write
         demo.run(options)
 

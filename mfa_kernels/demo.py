@@ -80,7 +80,7 @@ class Rows:
 
 def run(options: Options) -> list[Path]:
     """Runs the demonstration, printing as it goes; returns the files that it wrote."""
-    _check(options)
+    check(options)
     model, tokenizer = load_language_model(options.model)
     model.to(options.device)
     depth = model.config.get_text_config().num_hidden_layers
@@ -139,7 +139,7 @@ def run(options: Options) -> list[Path]:
     return written
 
 
-def _check(options: Options) -> None:
+def check(options: Options) -> None:
     """Raises now what would be found when the activations are harvested, or the mixture is fitted."""
     check_integer(options.tokens, "tokens", 1)
     check_integer(options.components, "components", 1)

@@ -49,9 +49,9 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
     message = " ".join(line.strip() for line in message.splitlines() if line.strip())
     for phrase, instead in _PHRASES.items():
         message = message.replace(phrase, instead)
+    message = _FLAG.sub(lambda found: option(found[1]), message)
     message = _LEADING.sub(lambda found: found[1] + option(found[2]), message)
-    message = _SETTING.sub(lambda found: found[1] + option(found[2]), message)
-    return _FLAG.sub(lambda found: option(found[1]), message)
+    return _SETTING.sub(lambda found: found[1] + option(found[2]), message)
 
 
 def of_error(error: Exception, options: Mapping[str, str]) -> str:

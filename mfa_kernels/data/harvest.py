@@ -527,9 +527,9 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
     if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not usable:
         raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
     device = device if device is None else check_device(device)
-    tokenizer = model if tokenizer is None else tokenizer
-    if isinstance(tokenizer, str | os.PathLike):
-        tokenizer = from_pretrained("AutoTokenizer", tokenizer, "tokenizer")
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        source, name = (model, "model") if tokenizer is None else (tokenizer, "tokenizer")
+        tokenizer = from_pretrained("AutoTokenizer", source, name)
     if named:
         model = from_pretrained("AutoModelForCausalLM", model, "model")
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
