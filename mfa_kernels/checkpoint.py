@@ -26,6 +26,7 @@ from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, ato
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.modes import door, of_the_caller
 from mfa_kernels.places import MIXTURE, check_replaced
+from mfa_kernels.progress import of_the_hub
 from mfa_kernels.reading import (
     COUNT,
     OBJECT,
@@ -245,7 +246,8 @@ def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Pat
 
     options = {"subfolder": subfolder, "library_name": MODEL_TYPE, "library_version": __version__, **hub}
     try:
-        config, weights = (Path(hf_hub_download(source, name, **options)) for name in (CONFIG, WEIGHTS))
+        with of_the_hub():
+            config, weights = (Path(hf_hub_download(source, name, **options)) for name in (CONFIG, WEIGHTS))
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"{source!r} is no folder here, nor a mixture on the Hugging Face hub that can be read: {error}"
@@ -313,7 +315,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token, library_name=MODEL_TYPE, library_version=__version__)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, of_the_hub():
         save_pretrained(mfa, folder, extra=extra)  # first: it may object to extra
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):

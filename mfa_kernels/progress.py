@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -35,21 +36,38 @@ def of_libraries() -> Iterator[None]:
 
     Whoever has switched them off has them off; afterwards all is as it was.
     """
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    own, hub = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    if is_watched() or not (own or hub):
-        yield
-        return
-    logging.disable_progress_bar()
-    disable_progress_bars()
+    with of_the_hub():
+        hidden = not is_watched() and logging.is_progress_bar_enabled()
+        if hidden:
+            _switch(logging.disable_progress_bar)
+        try:
+            yield
+        finally:
+            if hidden:
+                _switch(logging.enable_progress_bar)  # the hub's too, which are put back after it
+
+
+@contextmanager
+def of_the_hub() -> Iterator[None]:
+    """The same of the hub's alone, for downloads and uploads of ours."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    if not is_watched():
+        _switch(disable_progress_bars)
     try:
         yield
     finally:
-        if own:
-            logging.enable_progress_bar()  # which switches on the hub's, too
-        (enable_progress_bars if hub else disable_progress_bars)()
+        _switch(enable_progress_bars if shown else disable_progress_bars)
+
+
+def _switch(function: Callable[[], Any]) -> None:
+    """Calls it; where HF_HUB_DISABLE_PROGRESS_BARS decides instead, a warning would say so each time."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        function()
 
 
 def progress_bar(*args: Any, progress: bool = True, **options: Any) -> tqdm[Any]:

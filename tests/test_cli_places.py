@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,17 +17,25 @@ from mfa_kernels.fitting.checkpoint import Checkpoints
 X = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory: a store, a mixture of its activations, and texts."""
-    monkeypatch.chdir(tmp_path)
-    with ActivationStoreWriter("store", 6) as writer:
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store, a mixture of its activations, and texts."""
+    folder = tmp_path_factory.mktemp("places")
+    with ActivationStoreWriter(folder / "store", 6) as writer:
         writer.add_document(list(range(300)), list(range(300)), X)
-    fit(X, 3, 1, epochs=1, progress=False).save_pretrained("mixture")
-    Path("texts").mkdir()
-    Path("texts/a.txt").write_text("some words")
-    Path("notes.txt").write_text("mine")
-    Path("empty").mkdir()
+    fit(X, 3, 1, epochs=1, progress=False).save_pretrained(folder / "mixture")
+    (folder / "texts").mkdir()
+    (folder / "texts" / "a.txt").write_text("some words")
+    (folder / "notes.txt").write_text("mine")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.fixture
+def places(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with all of that."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -171,6 +171,38 @@ def test_loading_a_model_shows_bars_where_ours_are_shown(monkeypatch, capsys) ->
         logging.enable_progress_bar()
 
 
+def test_a_download_of_a_mixture_shows_bars_where_ours_are_shown(monkeypatch, tmp_path) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    from mfa_kernels import MFA
+
+    seen = []
+
+    def download(source, name, **_):
+        seen.append(are_progress_bars_disabled())
+        return tmp_path / name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    MFA(3, 4, 1).save_pretrained(tmp_path)
+    MFA.from_pretrained("maker/mixture")
+    assert seen == [True, True]
+    assert not are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize("chosen", ["0", "1"])
+def test_who_has_decided_on_bars_hears_nothing_of_it(chosen) -> None:
+    code = (
+        "from huggingface_hub.utils import are_progress_bars_disabled as hidden; from mfa_kernels.models import *; "
+        "before = hidden(); load_language_model(); print(before == hidden())"
+    )
+    environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": chosen}
+    out = subprocess.run(
+        [sys.executable, "-W", "always::UserWarning", "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert out.stdout == "True\n"
+    assert "progress bars" not in out.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "error", "told"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,26 @@ def write_store(folder: Path) -> None:
         writer.add_document(list(range(60)), list(range(60)), X)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One of each kind: folders store, mixture, checkpoint; files curve, codes, paper, page, figure, notes."""
+    folder = tmp_path_factory.mktemp("places")
+    write_store(folder / "store")
+    mfa = fit(X, 3, 1, epochs=1, checkpoint=folder / "checkpoint", log=folder / "curve", progress=False)
+    mfa.save_pretrained(folder / "mixture")
+    write_codes(mfa, [X], folder / "codes", progress=False)
+    mfa.to_reference_checkpoint(folder / "paper")
+    (folder / "notes").write_text("mine")
+    (folder / "page").write_text("<!DOCTYPE html>\n")
+    (folder / "figure").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return folder
+
+
 @pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One of each kind: folders store, mixture, checkpoint; files curve, codes, paper, notes."""
+def places(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with all of that."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    write_store(tmp_path / "store")
-    mfa = fit(X, 3, 1, epochs=1, checkpoint="checkpoint", log="curve", progress=False)
-    mfa.save_pretrained("mixture")
-    write_codes(mfa, [X], "codes", progress=False)
-    mfa.to_reference_checkpoint("paper")
-    Path("notes").write_text("mine")
-    Path("page").write_text("<!DOCTYPE html>\n")
-    Path("figure").write_bytes(b"\x89PNG\r\n\x1a\n")
     return tmp_path
 
 
