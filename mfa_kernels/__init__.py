@@ -34,8 +34,10 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     # Fitting, harvesting and steering bring in more than a training loop that only wants the layer.
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module, util
 
+    if name in _LAZY:
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if not name.startswith("_") and util.find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")  # as if it had been imported: `mfa_kernels.functional`
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

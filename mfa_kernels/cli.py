@@ -176,8 +176,10 @@ def _store(folder: Path) -> ActivationStore:
     return store
 
 
-def _number(least: float | None = None, most: float | None = None, whole: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number, or an integer, in [least, most]."""
+def _number(
+    least: float | None = None, most: float | None = None, whole: bool = False, excluded: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number, or an integer, in [least, most] and not the one that is excluded."""
 
     def convert(text: str) -> Any:
         from mfa_kernels.checks import check_integer, check_number
@@ -188,6 +190,8 @@ def _number(least: float | None = None, most: float | None = None, whole: bool =
             raise argparse.ArgumentTypeError(
                 f"expected {'an integer' if whole else 'a number'}, got {text!r}"
             ) from None
+        if value == excluded:
+            raise argparse.ArgumentTypeError(f"must not be {excluded:g}")
         bounds = {name: bound for name, bound in (("least", least), ("most", most)) if bound is not None}
         check: Any = check_integer if whole else check_number
         try:
@@ -199,8 +203,9 @@ def _number(least: float | None = None, most: float | None = None, whole: bool =
 
 
 _ANY = _number()
-_SHARE = _number(0, 1)
+_PART = _number(0, 1, excluded=1)
 _RATE = _number(0)
+_POSITIVE = _number(0, excluded=0)
 _COUNT = _number(0, whole=True)
 _SOME = _number(1, whole=True)
 
@@ -327,9 +332,9 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--epochs", type=_COUNT, default=10, help="passes over the store, at most")
     fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
     fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
-    fit.add_argument("--lr", type=_RATE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
+    fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
     fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")
-    fit.add_argument("--held-out", type=_SHARE, default=0.05, help="share of the rows that the best state is chosen by")
+    fit.add_argument("--held-out", type=_PART, default=0.05, help="share of the rows that the best state is chosen by")
     fit.add_argument("--eval-every", type=_SOME, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
     fit.add_argument("--patience", type=_COUNT, default=5, help="looks without a gain, after which to stop; 0: never")
     fit.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
@@ -370,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
     steer.add_argument("--alpha", type=_ANY, default=0.3, help="how far toward the region")
     steer.add_argument("--latents", type=_ANY, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
     steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
-    steer.add_argument("--gate", type=_SHARE, metavar="T", help="act only where the region's responsibility exceeds T")
+    steer.add_argument("--gate", type=_PART, metavar="T", help="act only where the region's responsibility exceeds T")
     steer.add_argument("--norm", choices=("keep",), help="give each steered activation back the norm it had")
     steer.add_argument(
         "--live", action="store_true", help="stream the text, and read commands from standard input meanwhile"

@@ -127,6 +127,17 @@ def test_the_command_lines_module_imports_nothing_heavy() -> None:
     assert out.stdout == "[]\n"
 
 
+def test_what_the_package_holds_comes_with_its_first_use() -> None:
+    code = (
+        "import sys, mfa_kernels as m; assert 'torch' not in sys.modules; "
+        "print(m.MFA.__module__, m.Code.__module__, m.functional.__name__, m.fit.__module__, hasattr(m, 'nothing'))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == [
+        "mfa_kernels.mfa", "mfa_kernels.code", "mfa_kernels.functional", "mfa_kernels.fitting.loop", "False",
+    ]  # fmt: skip
+
+
 def test_ctrl_c_that_an_import_turns_into_an_error(monkeypatch, capsys) -> None:
     def report() -> None:
         try:
