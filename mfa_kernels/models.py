@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_dtype, check_integer, check_number, shown
+from mfa_kernels.checks import check_integer, check_number, shown
 from mfa_kernels.places import MIXTURE, is_there
 from mfa_kernels.progress import of_libraries
 
@@ -231,7 +231,7 @@ def load_language_model(
         with of_libraries():
             model, own = tiny_lm.load(dtype or torch.float32)
     else:
-        options = weights_in("auto" if dtype is None else check_dtype(dtype))
+        options = weights_in(dtype or "auto")
         model, own = from_pretrained("AutoModelForCausalLM", name, "name", **options).eval(), None
     if tokenizer == name and own is not None:
         return model, own
