@@ -1,23 +1,29 @@
-"""Fused kernels for mixtures of factor analyzers over language-model activations."""
+"""Fused kernels for mixtures of factor analyzers over language-model activations.
+
+Importing it registers the operators, `torch.ops.mfa_kernels.*`; all else comes with its first use.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
-from mfa_kernels.code import Code
-from mfa_kernels.mfa import MFA
-
 if TYPE_CHECKING:
+    from mfa_kernels.code import Code
     from mfa_kernels.data.harvest import harvest, stream
     from mfa_kernels.fitting.kmeans import kmeans
     from mfa_kernels.fitting.loop import fit
     from mfa_kernels.fitting.many import fit_many
+    from mfa_kernels.mfa import MFA
     from mfa_kernels.steering import steer
 
 __version__ = "0.1.0"
 __all__ = ["MFA", "Code", "fit", "fit_many", "harvest", "kmeans", "steer", "stream"]
 
 _LAZY = {
+    "MFA": "mfa",
+    "Code": "code",
     "fit": "fitting",
     "fit_many": "fitting",
     "kmeans": "fitting",
@@ -29,8 +35,15 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     # Fitting, harvesting and steering bring in more than a training loop that only wants the layer.
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module, util
 
+    if name in _LAZY:
         return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    if not name.startswith("_") and util.find_spec(f"{__name__}.{name}") is not None:
+        return import_module(f"{__name__}.{name}")  # as if it had been imported: `mfa_kernels.functional`
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The command line imports torch itself, which takes a second: when it is there to answer Ctrl-C.
+if not os.path.basename(getattr(sys, "argv", [""])[0]).startswith("mfa-kernels"):
+    from mfa_kernels import mfa  # noqa: F401

@@ -29,6 +29,8 @@ from mfa_kernels.files import StrPath, atomic_path, atomic_save_safetensors, ato
 from mfa_kernels.fit_report import FitReport
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.modes import door, of_the_caller
+from mfa_kernels.places import MIXTURE, check_replaced
+from mfa_kernels.progress import of_the_hub
 from mfa_kernels.reading import (
     COUNT,
     OBJECT,
@@ -80,14 +82,18 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
 
     Args:
         mfa: the mixture, on any device.
-        folder: made if it is missing; files of the same names are replaced.
+        folder: made if it is missing; a mixture that is there is replaced.
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with. It is the user's
             own and written as it is: a path in it is in the files, for whoever gets them to read.
+
+    Raises:
+        FileExistsError: the folder has a config.json of something else, such as a language model.
     """
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra, mfa.fit_report))
     if folder.is_file():
         raise NotADirectoryError(f"folder must be a folder, {folder} is a file")
+    check_replaced(folder / CONFIG, MIXTURE, "folder")
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
@@ -275,7 +281,8 @@ def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Pat
 
     options = {"subfolder": subfolder, "library_name": MODEL_TYPE, "library_version": __version__, **hub}
     try:
-        config, weights = (Path(hf_hub_download(source, name, **options)) for name in (CONFIG, WEIGHTS))
+        with of_the_hub():
+            config, weights = (Path(hf_hub_download(source, name, **options)) for name in (CONFIG, WEIGHTS))
     except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise FileNotFoundError(
             f"{source!r} is no folder here, nor a mixture on the Hugging Face hub that can be read: {error}"
@@ -354,7 +361,7 @@ def push_to_hub(
     if where is not None:
         raise ValueError(f"{where} is the path {path!r} of this machine, which is not uploaded: give another extra")
     api = HfApi(token=token, library_name=MODEL_TYPE, library_version=__version__)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, of_the_hub():
         save_pretrained(mfa, folder, extra=extra)  # first: it may object to extra
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):

@@ -7,17 +7,33 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mfa_kernels import __version__, tuning
+from mfa_kernels import __version__
 from mfa_kernels.files import check_writable
-from mfa_kernels.functional import PRECISIONS
+from mfa_kernels.places import (
+    CHECKPOINT,
+    CODES,
+    CURVE,
+    FIGURE,
+    MIXTURE,
+    PAGE,
+    PAPER,
+    SCORES,
+    STORE,
+    Kind,
+    check_apart,
+    check_not_read,
+    check_place,
+)
 from mfa_kernels.progress import quiet
+from mfa_kernels.wording import of_error, told_warnings
 
+# Nothing above takes longer than a blink to import: `main` has to run before Ctrl-C can be answered in one line.
 if TYPE_CHECKING:
     import torch
 
@@ -31,24 +47,51 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
 
+_STATUS = (
+    "Exit status: 0 when it is done; 1 when something that was given or found is wrong, which a line on standard error "
+    "says; 2 when the command line is wrong or leaves something open; 130 after Ctrl-C."
+)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
-    arguments = _parser().parse_args(argv)
-    try:
-        with quiet(arguments.quiet), _interruptions() as came:
-            status = arguments.run(arguments) or 0
-        if came and not status:
-            raise KeyboardInterrupt
-        return status
-    except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
-        print(f"mfa-kernels {arguments.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, _Incomplete) else 1
-    except KeyboardInterrupt:
+    arguments = argparse.Namespace(command="", options={})
+    name = "mfa-kernels"
+    with _interruptions() as came:
+        try:
+            _parser().parse_args(argv, arguments)
+            name = f"{name} {arguments.command}"
+            with quiet(arguments.quiet), told_warnings(arguments.command, arguments.options):
+                status = arguments.run(arguments) or 0
+            if came and not status:
+                raise KeyboardInterrupt
+            return status
+        except ImportError:
+            if not came:
+                raise
+        except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
+            print(f"{name}: {of_error(error, arguments.options)}", file=sys.stderr)
+            return 2 if isinstance(error, _Incomplete) else 1
+        except KeyboardInterrupt:
+            pass
         # Of a fit, what Ctrl-C came too early for: K-means, or the saving of the mixture.
-        goes_on = arguments.command == "harvest" or getattr(arguments, "checkpoint", None) is not None
-        hint = "; --resume goes on with what was written" if goes_on else ""
-        print(f"mfa-kernels {arguments.command}: interrupted{hint}", file=sys.stderr)
+        hint = "; --resume goes on with what was written" if _is_begun(arguments) else ""
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _is_begun(arguments: argparse.Namespace) -> bool:
+    """Whether there is something that --resume goes on with."""
+    if arguments.command == "fit" and arguments.checkpoint is not None:
+        fits = _fits(arguments, arguments.layer or [None])
+        return any((Path(own["checkpoint"]) / str(CHECKPOINT.file)).exists() for own in fits.values())
+    if arguments.command == "harvest":
+        from mfa_kernels.data import ActivationStore
+
+        with suppress(OSError, ValueError):
+            store = ActivationStore(arguments.out)
+            return bool(len(store)) and not store.complete
+    return False
 
 
 @contextmanager
@@ -76,25 +119,95 @@ class _Incomplete(ValueError):
     """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
 
 
-def _check_mixture_folder(folder: Path, overwrite: bool) -> None:
-    """`_check_out` of a folder for a mixture."""
-    for name in ("config.json", "model.safetensors"):
-        _check_out(folder / name, (folder / name).exists(), overwrite)
-
-
-def _check_out(path: Path, there: bool, overwrite: bool) -> None:
-    """Before the work: that nothing is replaced which nobody gave up, and that the place can be written to.
+def _check_outputs(
+    arguments: argparse.Namespace,
+    outputs: Sequence[tuple[str, Path, Kind]],
+    inputs: Sequence[Path | str] = (),
+    texts: Sequence[str] = (),
+) -> None:
+    """Before the work: that nothing is replaced which nobody gave up, and that the places can be written to.
 
     Args:
-        path: of a file, or of the first file in a folder.
-        there: whether that holds something.
-        overwrite: whether it may be replaced.
+        arguments: of the command.
+        outputs: of each, its option, its path and its kind; --overwrite, and --resume where it goes on with that kind,
+            give up what is there.
+        inputs, texts: as of `places.check_not_read`.
     """
-    if there and not overwrite:
-        raise FileExistsError(
-            f"{path} is there already: --overwrite replaces it (after --resume too), or name another place"
-        )
-    check_writable(path, "--out")
+    check_apart(outputs)
+    for option, path, kind in outputs:
+        goes_on = kind in (STORE, CHECKPOINT, CURVE) and hasattr(arguments, "resume")
+        check_not_read(path, kind, option, inputs, texts)
+        if path.is_file() if kind.file else path.is_dir():
+            names = ("folder", "file") if kind.file else ("file", "folder")
+            raise ValueError(f"{option} must name a {names[0]}, {path} is a {names[1]}")
+        files = [path / name for name in _TOLD_BY.get(kind.what, (kind.file,))] if kind.file else [path]
+        there = next((file for file in files if file.exists()), None)
+        if there is not None and not (arguments.overwrite or (goes_on and arguments.resume)):
+            ways = "--overwrite begins anew" if kind is CHECKPOINT else "--overwrite replaces it"
+            if goes_on and kind is not CURVE:
+                ways = f"--resume goes on with it, {ways}"
+            elif kind is MIXTURE and getattr(arguments, "resume", False):
+                ways += " (together with --resume)"
+            raise FileExistsError(f"{option}: {there} is there already: {ways}, or name another place")
+        if there is None or arguments.overwrite:  # else it is read, and what is wrong with it is said then
+            check_place(path, kind, option)
+        check_writable(files[0], option)
+
+
+_TOLD_BY = {MIXTURE.what: ("config.json", "model.safetensors")}
+"""Files of a folder that are not replaced by accident, where more than one tells of it."""
+
+
+def _text_files(arguments: argparse.Namespace) -> list[Path]:
+    """What --text names; raises where there is nothing to read."""
+    from mfa_kernels.data.text import check_files
+
+    check_files(arguments.text)
+    return [Path(path) for path in arguments.text]
+
+
+def _store(folder: Path) -> ActivationStore:
+    """The store to read; raises where it is empty."""
+    from mfa_kernels.data import ActivationStore
+
+    store = ActivationStore(folder)
+    if not len(store):
+        raise ValueError(f"store: {folder} holds no activations")
+    return store
+
+
+def _number(
+    least: float | None = None, most: float | None = None, whole: bool = False, excluded: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number, or an integer, in [least, most] and not the one that is excluded."""
+
+    def convert(text: str) -> Any:
+        from mfa_kernels.checks import check_integer, check_number
+
+        try:
+            value: Any = int(text) if whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {'an integer' if whole else 'a number'}, got {text!r}"
+            ) from None
+        if value == excluded:
+            raise argparse.ArgumentTypeError(f"must not be {excluded:g}")
+        bounds = {name: bound for name, bound in (("least", least), ("most", most)) if bound is not None}
+        check: Any = check_integer if whole else check_number
+        try:
+            return check(value, "it", **bounds)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from None
+
+    return convert
+
+
+_ANY = _number()
+_PART = _number(0, 1, excluded=1)
+_RATE = _number(0)
+_POSITIVE = _number(0, excluded=0)
+_COUNT = _number(0, whole=True)
+_SOME = _number(1, whole=True)
 
 
 def _layer(text: str) -> int | str:
@@ -121,13 +234,27 @@ class _Integers(argparse.Action):
         if len(found) > 1 and namespace.store is None and not found[-1].lstrip("+-").isdecimal():
             namespace.store = Path(found.pop())
         try:
-            setattr(namespace, self.dest, [int(value) for value in found])
+            numbers = [int(value) for value in found]
         except ValueError:
             raise argparse.ArgumentError(self, f"expected integers, got {' '.join(found)}") from None
+        try:
+            setattr(namespace, self.dest, [self._check(value, numbers) for value in numbers])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+    def _check(self, value: int, numbers: list[int]) -> int:
+        if numbers.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"expected different integers, got {value} twice")
+        return _number(0 if self.dest == "rank" else 1, whole=True)(str(value))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mfa-kernels", description="Mixtures of factor analyzers over activations.")
+    from mfa_kernels import tuning
+    from mfa_kernels.functional import PRECISIONS
+
+    parser = argparse.ArgumentParser(
+        prog="mfa-kernels", description="Mixtures of factor analyzers over activations.", epilog=_STATUS
+    )
     parser.add_argument("--version", action="version", version=f"mfa_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
@@ -142,11 +269,11 @@ def _parser() -> argparse.ArgumentParser:
     _overwrite(demo, "a demonstration that is there")
     _language_model(demo, layer_default="the middle one")
     demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
-    demo.add_argument("--tokens", type=int, default=200_000, help="activations to fit on; a tenth more is held out")
+    demo.add_argument("--tokens", type=_SOME, default=200_000, help="activations to fit on; a tenth more is held out")
     _size(demo, 256)
-    demo.add_argument("--epochs", type=int, default=10)
-    demo.add_argument("--alpha", type=float, default=0.3, help="how far steering moves toward the region")
-    demo.add_argument("-k", "--component", type=int, help="region to steer toward; without it, one is chosen")
+    demo.add_argument("--epochs", type=_COUNT, default=10)
+    demo.add_argument("--alpha", type=_ANY, default=0.3, help="how far steering moves toward the region")
+    demo.add_argument("-k", "--component", type=_COUNT, help="region to steer toward; without it, one is chosen")
     demo.add_argument("--prompt", nargs="+", help="prompts to steer")
     demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
 
@@ -161,9 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     _language_model(harvest)
     harvest.add_argument("--text", nargs="+", required=True, help="files or folders to read")
     harvest.add_argument("--out", type=Path, required=True, help="folder of the store")
-    harvest.add_argument("--max-tokens", type=int, help="activations to keep")
-    harvest.add_argument("--context", type=int, default=256, help="tokens per window")
-    harvest.add_argument("--batch-size", type=int, default=16, help="windows per forward pass")
+    harvest.add_argument("--max-tokens", type=_SOME, help="activations to keep")
+    harvest.add_argument("--context", type=_SOME, default=256, help="tokens per window")
+    harvest.add_argument("--batch-size", type=_SOME, default=16, help="windows per forward pass")
     harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     _overwrite(harvest, "a store that is there")
     harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
@@ -194,9 +321,9 @@ def _parser() -> argparse.ArgumentParser:
     harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
     harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")
     harvested.add_argument("--text", nargs="+", help="files or folders to read")
-    harvested.add_argument("--max-tokens", type=int, help="activations to fit to")
-    harvested.add_argument("--context", type=int, default=256, help="tokens per window")
-    harvested.add_argument("--windows", type=int, default=16, help="of them per forward pass")
+    harvested.add_argument("--max-tokens", type=_SOME, help="activations to fit to")
+    harvested.add_argument("--context", type=_SOME, default=256, help="tokens per window")
+    harvested.add_argument("--windows", type=_SOME, default=16, help="of them per forward pass")
     fit.add_argument("--noise", choices=("shared", "per_component"), help="shared, or that of --start")
     fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
     fit.add_argument(
@@ -205,17 +332,17 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
     )
-    fit.add_argument("--epochs", type=int, default=10, help="passes over the store, at most")
-    fit.add_argument("--polish", type=int, default=0, help="epochs of sgd after em or online, of a store")
-    fit.add_argument("--batch-size", type=int, default=1024, help="of sgd and online")
-    fit.add_argument("--lr", type=float, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
+    fit.add_argument("--epochs", type=_COUNT, default=10, help="passes over the store, at most")
+    fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
+    fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
+    fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
     fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")
-    fit.add_argument("--held-out", type=float, default=0.05, help="share of the rows that the best state is chosen by")
-    fit.add_argument("--eval-every", type=int, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
-    fit.add_argument("--patience", type=int, default=5, help="looks without a gain, after which to stop; 0: never")
+    fit.add_argument("--held-out", type=_PART, default=0.05, help="share of the rows that the best state is chosen by")
+    fit.add_argument("--eval-every", type=_SOME, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
+    fit.add_argument("--patience", type=_COUNT, default=5, help="looks without a gain, after which to stop; 0: never")
     fit.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
     fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--seed", type=_COUNT, default=0)
     _where(fit)
     fit.add_argument(
         "--log", type=Path,
@@ -223,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
         "memory in bytes: docs/fitting.md says of each number what it is",
     )  # fmt: skip
     fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
-    fit.add_argument("--checkpoint-seconds", type=float, default=60.0, help="between checkpoints, at least")
+    fit.add_argument("--checkpoint-seconds", type=_RATE, default=60.0, help="between checkpoints, at least")
     fit.add_argument(
         "--resume", action="store_true", help="go on from the checkpoint; from the beginning where there is none yet"
     )
@@ -244,7 +371,7 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("store", type=Path)
     encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
     _overwrite(encode, "a file that is there")
-    encode.add_argument("--top-k", type=int, default=8, help="components per token")
+    encode.add_argument("--top-k", type=_SOME, default=8, help="components per token")
     _where(encode)
 
     evaluate = command("evaluate", _evaluate, "likelihood, reconstruction and live regions on a store")
@@ -256,26 +383,29 @@ def _parser() -> argparse.ArgumentParser:
     _mixture(steer)
     steer.add_argument("prompt")
     _language_model(steer, "the one the mixture was fitted to", "the one the mixture was fitted to")
-    steer.add_argument("-k", "--component", type=int, help="region; without it, the responsibility-weighted mixture")
-    steer.add_argument("--alpha", type=float, default=0.3, help="how far toward the region")
-    steer.add_argument("--latents", type=float, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
+    steer.add_argument("-k", "--component", type=_COUNT, help="region; without it, the responsibility-weighted mixture")
+    steer.add_argument("--alpha", type=_ANY, default=0.3, help="how far toward the region")
+    steer.add_argument("--latents", type=_ANY, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
     steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
-    steer.add_argument("--gate", type=float, metavar="T", help="act only where the region's responsibility exceeds T")
+    steer.add_argument("--gate", type=_PART, metavar="T", help="act only where the region's responsibility exceeds T")
     steer.add_argument("--norm", choices=("keep",), help="give each steered activation back the norm it had")
     steer.add_argument(
         "--live", action="store_true", help="stream the text, and read commands from standard input meanwhile"
     )
-    steer.add_argument("--max-new-tokens", type=int, default=64)
-    steer.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    steer.add_argument("--seed", type=int, default=0)
+    steer.add_argument("--max-new-tokens", type=_SOME, default=64)
+    steer.add_argument("--temperature", type=_RATE, default=0.0, help="0 is greedy")
+    steer.add_argument("--seed", type=_COUNT, default=0)
     _where(steer)
 
     convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
     convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
     convert.add_argument("output", type=Path, help="the other one")
     _overwrite(convert, "what is there")
-    convert.add_argument("--eps-floor", type=float, help="noise floor of a checkpoint that does not say it")
-    convert.add_argument("--format", type=int, choices=(1, 2), default=1, help="of the checkpoint written")
+    convert.add_argument("--eps-floor", type=_RATE, help="noise floor of a checkpoint that does not say it")
+    convert.add_argument("--format", type=int, choices=(1, 2), help="of the checkpoint written; without it, 1")
+    for sub in commands.choices.values():
+        names = {action.dest: "/".join(action.option_strings) or action.dest for action in sub._actions}
+        sub.set_defaults(options=names)
     return parser
 
 
@@ -287,8 +417,8 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _size(parser: argparse.ArgumentParser, components: int) -> None:
-    parser.add_argument("-K", "--components", type=int, default=components, help="regions")
-    parser.add_argument("-R", "--rank", type=int, default=10, help="local directions per region")
+    parser.add_argument("-K", "--components", type=_SOME, default=components, help="regions")
+    parser.add_argument("-R", "--rank", type=_SOME, default=10, help="local directions per region")
 
 
 def _language_model(
@@ -332,9 +462,10 @@ def _demo(arguments: argparse.Namespace) -> None:
     from mfa_kernels import demo
     from mfa_kernels.locks import alone
 
-    _check_mixture_folder(arguments.out / "mfa", arguments.overwrite)
-    for name in ("activations/manifest.json", *demo.FILES):
-        _check_out(arguments.out / name, (arguments.out / name).exists(), arguments.overwrite)
+    kinds = {"activations": STORE, "mfa": MIXTURE, **dict(zip(demo.FILES, (CURVE, SCORES, PAGE, FIGURE, FIGURE)))}
+    outputs = [("--out", arguments.out / name, kind) for name, kind in kinds.items()]
+    _check_outputs(arguments, outputs, texts=arguments.text)
+    _text_files(arguments)
     options = demo.Options(
         out=arguments.out,
         model=arguments.model,
@@ -349,6 +480,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         prompts=tuple(arguments.prompt or demo.PROMPTS),
         device=_device(arguments.device),
     )
+    demo.check(options)
     with alone(arguments.out):  # two at once would mix what they write
         demo.run(options)
 
@@ -368,12 +500,16 @@ def _harvest(arguments: argparse.Namespace) -> None:
     from mfa_kernels import harvest
     from mfa_kernels.models import load_language_model
 
+    if arguments.overwrite and arguments.resume:
+        raise ValueError("--resume goes on with what is there, --overwrite replaces it: give one of them")
+    device, texts = _device(arguments.device), _text_files(arguments)
+    _check_outputs(arguments, [("--out", arguments.out, STORE)], texts=arguments.text)
     model, tokenizer = load_language_model(arguments.model)
     store = harvest(
-        model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, arguments.out,
+        model, tokenizer, texts, arguments.layer, arguments.out,
         max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
         dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite, resume=arguments.resume,
-        device=_device(arguments.device),
+        device=device,
     )  # fmt: skip
     print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
 
@@ -391,20 +527,27 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
     if harvested and arguments.shard_components:
         raise ValueError("--shard-components goes with a store, not with --text")
+    if harvested and (arguments.method not in ("auto", "online") or arguments.polish):
+        raise ValueError("--method em or sgd, and --polish, go with a store: --text is read once")
     if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
+    if arguments.resume and arguments.checkpoint is None:
+        raise ValueError("--resume needs --checkpoint, the folder to go on from")
     _begin(arguments)
     fits = _fits(arguments, arguments.layer if harvested else [None])
     folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
-    for name, folder in folders.items():
-        _check_mixture_folder(folder, arguments.overwrite)
-        log = fits[name].get("log")
-        if log is not None and log.is_file() and not (arguments.overwrite or arguments.resume):
-            raise FileExistsError(f"--log: {log} is there already: --overwrite replaces it, or name another place")
     device = _device(arguments.device)
+    kinds = {"checkpoint": CHECKPOINT, "log": CURVE}
+    outputs = [(f"--{key}", own[key], kind) for own in fits.values() for key, kind in kinds.items() if key in own]
+    outputs += [("--out", folder, MIXTURE) for folder in folders.values()]
+    _check_outputs(arguments, outputs, () if harvested else [arguments.store], arguments.text or ())
+    if harvested:
+        _text_files(arguments)
     missing = list(fits)
     interrupted = False
     with _processes(device) as first:
+        if first and arguments.overwrite and not arguments.resume:
+            _clear_checkpoints(fits)
         try:
             for name, mfa in (_fit_while_harvesting if harvested else _fit_to_store)(arguments, fits, device):
                 if first or arguments.shard_components:  # then each process has a part
@@ -440,6 +583,15 @@ def _begin(arguments: argparse.Namespace) -> None:
     arguments.rank = arguments.rank or [10]
 
 
+def _clear_checkpoints(fits: dict[str, dict[str, Any]]) -> None:
+    """Removes the checkpoints that --overwrite gives up."""
+    from mfa_kernels.fitting.checkpoint import clear
+
+    for own in fits.values():
+        if "checkpoint" in own:
+            clear(own["checkpoint"])
+
+
 def _told(report: FitReport) -> str:
     """What a fit came to, in a few words."""
     if report.held_out_nll is None:
@@ -453,9 +605,8 @@ def _fit_to_store(
     arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
 ) -> Iterator[tuple[str, Any]]:
     from mfa_kernels import fit
-    from mfa_kernels.data import ActivationStore
 
-    store = ActivationStore(arguments.store)
+    store = _store(arguments.store)
     if not store.complete:
         print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
     kept = ("model", "tokenizer", "model_fingerprint", "layer")
@@ -501,7 +652,13 @@ def _fit_while_harvesting(
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,
         context=arguments.context, batch_size=arguments.windows, seed=arguments.seed,
     )  # fmt: skip
-    mixtures = fit_many(batches, fits, **_fit_options(arguments))
+    try:
+        mixtures = fit_many(batches, fits, **_fit_options(arguments))
+    except (TypeError, ValueError, RuntimeError) as error:
+        (name, *others) = fits
+        if others or not str(error).startswith(f"{name}: "):
+            raise
+        raise type(error)(str(error).removeprefix(f"{name}: ")) from error  # of one fit, a name says nothing
     for name, mfa in mixtures.items():
         layer, _ = resolve_layer(model, fits[name]["layer"])
         mfa.extra |= {**origin(model, tokenizer), "layer": layer}
@@ -510,6 +667,9 @@ def _fit_while_harvesting(
 
 def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> dict[str, dict[str, Any]]:
     """By name, what each fit has of its own."""
+    twice = next((layer for layer in layers if list(layers).count(layer) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--layer must name each layer once, got {twice} twice")
     fits = {}
     for layer, components, rank in product(layers, arguments.components, arguments.rank):
         name = f"K{components}-R{rank}"
@@ -558,14 +718,10 @@ def _processes(device: torch.device) -> Iterator[bool]:
 def _encode(arguments: argparse.Namespace) -> None:
     from mfa_kernels import MFA
     from mfa_kernels.codes import write_codes
-    from mfa_kernels.data import ActivationStore
 
-    _check_out(arguments.out, arguments.out.exists(), arguments.overwrite)
-    inputs = [path.resolve() for path in (arguments.store, Path(arguments.mfa))]
-    if any(parent in inputs for parent in arguments.out.resolve().parents):
-        raise ValueError(f"--out must not be in a folder that is read, got {arguments.out}")
+    _check_outputs(arguments, [("--out", arguments.out, CODES)], [arguments.store, arguments.mfa])
     device = _device(arguments.device)
-    mfa, store = MFA.from_pretrained(arguments.mfa, device=device), ActivationStore(arguments.store)
+    mfa, store = MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
     _note_differences(arguments, mfa, store)
     done = write_codes(mfa, store, arguments.out, arguments.top_k)
     print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
@@ -575,11 +731,10 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from mfa_kernels import MFA
-    from mfa_kernels.data import ActivationStore
     from mfa_kernels.evaluation import evaluate, score_table
 
     mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
-    store = ActivationStore(arguments.store)
+    store = _store(arguments.store)
     _note_differences(arguments, mfa, store)
     print(score_table(evaluate(mfa, store), mfa.n_components, f"activations of {arguments.store}"))
     if mfa.fit_report is not None and (fitted := mfa.fit_report.described().get("fitted")):
@@ -590,6 +745,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     import torch
 
     from mfa_kernels import MFA, steer
+    from mfa_kernels.checks import check_component
     from mfa_kernels.models import continuation
     from mfa_kernels.steering import live
 
@@ -600,14 +756,19 @@ def _steer(arguments: argparse.Namespace) -> None:
         raise _Incomplete("--layer: the mixture does not say which layer it was fitted to; name one")
     if arguments.gate is not None and arguments.component is None:
         raise ValueError("--gate needs --component, whose responsibility it looks at")
+    if arguments.component is not None:
+        check_component(arguments.component, mfa.n_components)
+    if arguments.latents is not None and len(arguments.latents) != mfa.rank:
+        raise ValueError(f"--latents must be {mfa.rank} numbers, the rank of the mixture, got {len(arguments.latents)}")
     gate = None if arguments.gate is None else (arguments.component, arguments.gate)
     latents = None if arguments.latents is None else torch.tensor(arguments.latents)
     model, tokenizer = _load_the_model_of(mfa, arguments)
     model.to(device)
+    _note_layer(model, mfa, layer)
     with steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents,
         positions=arguments.positions, gate=gate, norm=arguments.norm,
-    ) as handle:  # fmt: skip
+    ) as handle, _finite(model, layer, arguments.alpha):  # fmt: skip
         options = (arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
         if arguments.live:
             live.stream(model, tokenizer, handle, arguments.component, *options)
@@ -615,9 +776,43 @@ def _steer(arguments: argparse.Namespace) -> None:
             print(arguments.prompt + continuation(model, tokenizer, *options))
 
 
+def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:
+    """Says on standard error where another layer is steered than the mixture was fitted to."""
+    from mfa_kernels.models import resolve_layer
+
+    with suppress(ValueError, IndexError, TypeError):  # the mixture's may be a layer of another model
+        own, given = (resolve_layer(model, name)[0] for name in (mfa.extra.get("layer", layer), layer))
+        if own != given:
+            print(f"mfa-kernels steer: the mixture is of layer {own}, --layer steers {given}", file=sys.stderr)
+
+
+@contextmanager
+def _finite(model: Any, layer: int | str, alpha: float) -> Iterator[None]:
+    """Ends a generation whose steered activations have no finite norm: the model takes them for nothing, or for NaN.
+
+    It asks the device after every token, which `steer` itself does not.
+    """
+    from mfa_kernels.models import hidden_states, resolve_layer
+    from mfa_kernels.ops.finite import finite_rows
+
+    def check(module: Any, args: Any, output: Any) -> None:
+        hidden = hidden_states(output)
+        if not finite_rows(hidden.flatten(0, -2)).all():
+            raise ValueError(
+                f"--alpha {alpha:g} makes steered activations whose squared norm is not finite in {hidden.dtype}: no "
+                "text comes of them"
+            )
+
+    hook = resolve_layer(model, layer)[1].register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Model and tokenizer: --model, or what the mixture was fitted to. Which it is, and why, goes to standard error."""
-    from mfa_kernels.models import fingerprint, load_language_model, remembered_model
+    from mfa_kernels.models import fingerprint, load_language_model, remembered_model, why
     from mfa_kernels.sharing import local_name, shareable
 
     said = mfa.extra.get("model")
@@ -653,7 +848,7 @@ def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, An
     except (OSError, ValueError) as error:
         if arguments.model is not None:
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = why(error.__cause__ or error)
         raise _Incomplete(
             f"--model: {own}, which the mixture was fitted to, cannot be loaded ({reason}); name another"
         ) from error
@@ -690,12 +885,14 @@ def _convert(arguments: argparse.Namespace) -> None:
 
     if not arguments.input.exists():
         raise FileNotFoundError(f"input: {arguments.input} does not exist")
-    if arguments.input.is_dir():
-        _check_out(arguments.output, arguments.output.exists(), arguments.overwrite)
-    else:
-        _check_mixture_folder(arguments.output, arguments.overwrite)
-    if arguments.input.is_dir():
-        MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format)
+    is_folder = arguments.input.is_dir()
+    if is_folder and arguments.eps_floor is not None:
+        raise ValueError(f"--eps-floor goes with a checkpoint of the paper's code, {arguments.input} is a folder")
+    if not is_folder and arguments.format is not None:
+        raise ValueError(f"--format goes with a mixture's folder, {arguments.input} is a file")
+    _check_outputs(arguments, [("output", arguments.output, PAPER if is_folder else MIXTURE)], [arguments.input])
+    if is_folder:
+        MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format or 1)
     else:
         mfa = MFA.from_reference_checkpoint(arguments.input, eps_floor=arguments.eps_floor)
         mfa.save_pretrained(arguments.output)

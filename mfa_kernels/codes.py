@@ -28,6 +28,7 @@ from mfa_kernels.files import StrPath, atomic_save_safetensors, check_writable, 
 from mfa_kernels.fitting.source import as_rows, as_source
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door, read
+from mfa_kernels.places import CODES, check_place
 from mfa_kernels.progress import progress_bar
 
 _BATCH = 8192
@@ -58,7 +59,7 @@ def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8
         mfa: the mixture.
         activations: anything `fit` takes, (N, D), such as a store. An iterable of batches is read once, and none of
             them is held. All are moved to the mixture's device.
-        path: of the file, replaced if it exists.
+        path: of the file; one of codes that is there is replaced.
         top_k: most components per token; None keeps every active one.
         progress: show a bar when it takes more than two seconds.
 
@@ -67,11 +68,13 @@ def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8
 
     Raises:
         TypeError, ValueError: naming the batch that does not fit.
-        OSError: naming the file that cannot be written.
+        OSError: naming the file that cannot be written; FileExistsError where something else than codes is there, or
+            the folder is a store.
     """
     check_mixture(mfa)
     top_k, progress = None if top_k is None else check_integer(top_k, "top_k", 1), check_flag(progress, "progress")
     path = check_path(path, "path")
+    check_place(path, CODES, "path")
     check_writable(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
     dtype = mfa.parameters_in_compute_dtype()[0].dtype

@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.checks import check_component
+from mfa_kernels.checks import check_component, check_integer, check_number
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.store import ActivationStore
+from mfa_kernels.data.text import check_files
 from mfa_kernels.evaluation import evaluate, score_table
 from mfa_kernels.files import atomic_write_json
 from mfa_kernels.fitting import fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
 from mfa_kernels.interpret.lens import logit_shift
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
-from mfa_kernels.models import continuation, load_language_model, origin, resolve_layer
+from mfa_kernels.models import check_sampling, continuation, load_language_model, origin, resolve_layer
 from mfa_kernels.ops import native
 from mfa_kernels.steering import steer
 
@@ -54,6 +55,8 @@ class Options:
     device: torch.device | str = "cpu"  # of the language model and of the mixture
 
 
+_HELD_OUT = 0.05  # of the activations, by `fit` itself
+
 FILES = ("fit.jsonl", "evaluation.json", "regions.html", "regions.png", "region.png")
 """What a demonstration writes beside its store and its mixture."""
 
@@ -78,10 +81,7 @@ class Rows:
 
 def run(options: Options) -> list[Path]:
     """Runs the demonstration, printing as it goes; returns the files that it wrote."""
-    if options.component is not None:
-        check_component(options.component, options.components)
-    if options.rank < 1:
-        raise ValueError(f"rank must be at least 1 to move inside a region, got {options.rank}")
+    check(options)
     model, tokenizer = load_language_model(options.model)
     model.to(options.device)
     depth = model.config.get_text_config().num_hidden_layers
@@ -107,6 +107,7 @@ def run(options: Options) -> list[Path]:
     mfa, fit_seconds = timed(
         lambda: fit(
             training, options.components, options.rank, clusters=clusters, epochs=options.epochs, seed=options.seed,
+            held_out=_HELD_OUT,
             log=options.out / "fit.jsonl", device=options.device,
         )
     )  # fmt: skip
@@ -143,6 +144,25 @@ def run(options: Options) -> list[Path]:
     for path in written:
         print(f"  {path}")
     return written
+
+
+def check(options: Options) -> None:
+    """Raises now what would be found when the activations are harvested, or the mixture is fitted."""
+    check_integer(options.tokens, "tokens", 1)
+    check_integer(options.components, "components", 1)
+    check_integer(options.rank, "rank", 1)  # to move inside a region
+    check_integer(options.epochs, "epochs")
+    check_number(options.alpha, "alpha")
+    check_sampling(options.new_tokens, options.temperature, options.seed)
+    if options.component is not None:
+        check_component(options.component, options.components)
+    # As `fit` holds out its share, and K-means wants a row for each.
+    if options.components > options.tokens * (1 - _HELD_OUT):
+        raise ValueError(
+            f"components must be at most the activations to train on, {1 - _HELD_OUT:.0%} of {options.tokens:,}, "
+            f"got {options.components}"
+        )
+    check_files(options.text)
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 
 import torch
 
@@ -29,17 +30,22 @@ def serving(device: str, dtype: torch.dtype) -> str:
     try:
         name, reason = backends.decided(parameters, _RANK)
     except ValueError as error:
-        return f"nothing: {error}"
+        return f"nothing: {str(error).replace(backends.ASK, '')}"
     if name == "native":
         return f"C++ kernels, {8 * native.library().vector_bytes}-bit vectors, {torch.get_num_threads()} threads{note}"
     if name == "triton":
         few = "CUDA C++ for stage 0 and up to 16 tokens" if cuda.library() is not None else "no CUDA C++ (nvcc)"
         return f"Triton kernels, {few}{note}"
-    return f"plain PyTorch{note}" + ("" if reason is None else f" ({reason})")
+    return f"plain PyTorch{note}" + ("" if reason is None else f" ({reason.replace(backends.ASK, '')})")
 
 
 def report() -> list[tuple[str, str]]:
-    """Rows (what, state), building the C++ library if it is not in the cache."""
+    """Rows (what, state), building the C++ library if it is not in the cache.
+
+    Raises:
+        ValueError: an environment variable has a value that is none; it is named.
+    """
+    backends.asked_for()
     compiler = native.compiler()
     lines = [("python", platform.python_version()), ("platform", platform.platform())]
     packages = ("mfa_kernels", "torch", "triton", "transformers", "numpy", "safetensors", "ninja", "matplotlib")
@@ -52,9 +58,13 @@ def report() -> list[tuple[str, str]]:
     ]
     lines += [("nvcc", cuda.nvcc() or "none (not needed on the CPU)")]
     cached = native.is_built()
-    built = native.library() is not None
-    state = "in the cache" if cached and built else "built now" if built else "not available"
-    lines += [("kernel cache", str(native.cache_folder())), ("C++ kernels", f"{state}: {native.library_name()}")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what it would say is said below
+        built = native.library() is not None
+    state = f"{'in the cache' if cached else 'built now'}: {native.library_name()}"
+    if not built:
+        state = f"not available: {native.problem() if native.is_on() else 'MFA_KERNELS_NATIVE=0 turns them off'}"
+    lines += [("kernel cache", str(native.cache_folder())), ("C++ kernels", state)]
     devices = ["cpu"] + [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     for device in devices:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):

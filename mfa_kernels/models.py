@@ -9,15 +9,16 @@ import math
 import operator
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_dtype, check_integer, check_number, check_path, check_text, shown
+from mfa_kernels.checks import check_dtype, check_integer, check_number, check_text, shown
+from mfa_kernels.places import MIXTURE, is_there
+from mfa_kernels.progress import of_libraries
 from mfa_kernels.sharing import BUNDLED, local_name, shareable
 
 # What `fingerprint` takes of a configuration: what versions of transformers agree on, as they do not on the rest.
@@ -261,48 +262,56 @@ def load_language_model(
 
     Args:
         name: a hub id or a folder; None or "tiny_lm" is the small model that ships with the package. No code of a hub
-            repository is ever run.
+            repository is ever run, and bars of loading are shown where ours are (`mfa_kernels.progress`).
         dtype: of the weights; None: as stored (float32 for the small model).
         tokenizer: hub id or folder of another tokenizer than the model's own.
 
     Raises:
-        TypeError: naming the argument.
-        OSError: there is no such model, here or on the hub.
+        TypeError, ValueError: naming the argument that is no name, or the folder that holds something else.
+        OSError: naming the argument, what it was, and why it cannot be loaded.
     """
-    for what, value in (("name", name), ("tokenizer", tokenizer)):
-        if value is not None:
-            check_path(value, what)  # an integer would be taken for an open file
-    name, tokenizer = (None if value is None else os.fspath(value) for value in (name, tokenizer))
     if dtype is not None:
         check_dtype(dtype)
-    import transformers
-
     from mfa_kernels.data import tiny_lm
 
     name, tokenizer = name or BUNDLED, tokenizer or name or BUNDLED
     if name == BUNDLED:
-        model, own = tiny_lm.load(dtype or torch.float32)
+        with of_libraries():
+            model, own = tiny_lm.load(dtype or torch.float32)
     else:
-        options = {"trust_remote_code": False, **weights_in(dtype or "auto")}
-        with loading("model", name):
-            model, own = transformers.AutoModelForCausalLM.from_pretrained(name, **options).eval(), None
+        options = weights_in(dtype or "auto")
+        model, own = from_pretrained("AutoModelForCausalLM", name, "name", **options).eval(), None
     if tokenizer == name and own is not None:
         return model, own
     place = tiny_lm.path() if tokenizer == BUNDLED else tokenizer
-    with loading("tokenizer", tokenizer):
-        return model, transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    return model, from_pretrained("AutoTokenizer", place, "tokenizer")
 
 
-@contextmanager
-def loading(what: str, name: Any) -> Iterator[None]:
-    """Errors of loading say what was loaded: transformers names nothing where it cannot reach the hub."""
+def from_pretrained(kind: str, source: Any, name: str, **options: Any) -> Any:
+    """What `transformers.<kind>.from_pretrained` loads from a folder or the hub, without running code from it.
+
+    Raises:
+        TypeError, ValueError: `source` is no path and no name, or a folder that holds a mixture.
+        OSError: naming the argument, what it was, and why it cannot be loaded.
+    """
+    import transformers
+
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise TypeError(f"{name} must be the name or the folder of a model, got {shown(source)}")
+    if is_there(Path(source), MIXTURE):
+        raise ValueError(f"{name} must be the name or the folder of a language model, {source} holds {MIXTURE.what}")
+    if isinstance(source, os.PathLike) and not Path(source).is_dir():
+        raise FileNotFoundError(f"{name}: there is no folder {source}")
     try:
-        yield
-    except (OSError, ValueError) as error:
-        if str(name) in str(error):
-            raise
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{what} {str(name)!r}: {error}") from error
+        with of_libraries():
+            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise OSError(f"{name}: {os.fspath(source)!r} cannot be loaded ({why(error)})") from error
+
+
+def why(error: BaseException) -> str:
+    """The first sentence of what a library says, which may go on for a page."""
+    return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
@@ -441,17 +450,35 @@ def first_token(model: Any) -> int:
     raise ValueError(f"model: {type(model).__name__} does not say which token its decoder begins with")
 
 
+def check_sampling(new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, float, int]:
+    """What `continuation` samples by, as Python's own numbers; raises where one of them is not what it has to be."""
+    return (
+        check_integer(new_tokens, "new_tokens", 1),
+        check_number(temperature, "temperature", 0),
+        check_integer(seed, "seed"),
+    )
+
+
 def continuation(
     model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0, **options: Any
 ) -> str:
     """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed.
 
-    Further options are those of `model.generate`.
+    Args:
+        model, tokenizer: a Hugging Face language model, and its tokenizer.
+        prompt: text.
+        new_tokens: most tokens to write, at least 1.
+        temperature: at least 0.
+        seed: of the samples, at least 0.
+        options: further ones of `model.generate`.
 
     Raises:
-        TypeError: the tokenizer is none, or the model writes nothing.
-        ValueError: the model is in training mode.
+        TypeError, ValueError: naming the argument: the tokenizer is none, the model writes nothing, or is in training
+            mode, ...
     """
+    new_tokens, temperature, seed = check_sampling(new_tokens, temperature, seed)
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a string, got {shown(prompt)}")
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model must be one of transformers that can generate, got {type(model).__name__}")
     check_text(prompt, "prompt")

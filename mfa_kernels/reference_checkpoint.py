@@ -20,6 +20,7 @@ from mfa_kernels.checkpoint import _allocate, _extra, checked_place
 from mfa_kernels.checks import check_flag, check_integer, check_number, check_path
 from mfa_kernels.files import StrPath, atomic_path, check_writable
 from mfa_kernels.modes import door
+from mfa_kernels.places import PAPER, check_place
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import SHARE, check_file, naming, optional, shown
 
@@ -147,7 +148,8 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             + "and only tensors and plain values are read"
         ) from error
     except Exception as error:  # a damaged file can fail in any of the unpickler's ways
-        raise ValueError(f"{path} is not a complete torch checkpoint: {error}") from error
+        reason = str(error) or ("it is empty" if not path.stat().st_size else type(error).__name__)
+        raise ValueError(f"{path} is not a complete torch checkpoint: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a dict")
     contained = isinstance(content.get("state_dict"), dict)
@@ -274,13 +276,14 @@ def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool =
 
     Args:
         mfa: the mixture, on any device.
-        path: the file.
+        path: the file; a torch checkpoint that is there is replaced, and nothing else is.
         format: 1 (`modeling/mfa.py`; keeps `mfa.extra`) or 2 (`modeling/model_checkpointing.py`).
         progress: show a bar when it takes more than two seconds.
     """
     path, format = check_path(path, "path"), check_integer(format, "format")
     if format not in (1, 2):
         raise ValueError(f"format must be 1 or 2, got {format!r}")
+    check_place(path, PAPER, "path")
     check_writable(path, "path")
     check_flag(progress, "progress")
     dtype = torch.float64 if mfa.means.dtype == torch.float64 else torch.float32

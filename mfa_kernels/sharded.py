@@ -23,6 +23,7 @@ from mfa_kernels.files import StrPath, atomic_path, atomic_write_json
 from mfa_kernels.mfa import MFA
 from mfa_kernels.modes import door
 from mfa_kernels.ops.select.op import SLOTS, Active, activity_threshold
+from mfa_kernels.places import MIXTURE, check_replaced
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.reading import opened
 
@@ -270,6 +271,7 @@ class ShardedMFA(nn.Module):
             extra: as in `MFA.save_pretrained`; that of rank 0 counts, as does its `fit_report`.
         """
         ranks, local = self.ranks, self.local
+        ranks.agree(lambda: check_replaced(Path(folder) / checkpoint.CONFIG, MIXTURE, "folder"))
         config = {
             **ranks.agree(lambda: checkpoint._config(local, extra, self.fit_report)),
             "n_components": self.n_components,

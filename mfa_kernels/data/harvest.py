@@ -25,10 +25,10 @@ from mfa_kernels.models import (
     bos_prefix,
     check_loaded,
     decoder_of_two,
+    from_pretrained,
     hidden_states,
     input_device,
     layer_index,
-    loading,
     origin,
     resolve_layer,
     text_tokens,
@@ -36,11 +36,13 @@ from mfa_kernels.models import (
 )
 from mfa_kernels.modes import door, made
 from mfa_kernels.ops.finite import finite_rows
+from mfa_kernels.places import STORE, check_not_read
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 from mfa_kernels.twin import check_output
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
+_NOTHING = "hold no token to keep: special, first and non-finite positions are left out"
 
 Layer = int | str
 
@@ -109,7 +111,7 @@ def harvest(
         warned of.
 
     Raises:
-        FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`.
+        FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`; or a mixture, or a checkpoint.
         FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or the settings
             that differ.
         TimeoutError: naming the folder that another harvest is writing to.
@@ -128,6 +130,8 @@ def harvest(
         raise ValueError(f"resume goes on with the stores in out: it needs {'out' if out is None else 'no overwrite'}")
     layers = _several(layer)
     several = not _is_one(layer)
+    if out is not None:
+        check_not_read(out, STORE, "out", (), _paths(texts))
     model, tokenizer, device = _load(model, tokenizer, device)
     modules = dict(resolve_layer(model, wanted) for wanted in layers)
     check_loaded(model)
@@ -223,15 +227,24 @@ def stream(
 
     def batches() -> Iterator[Any]:
         windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
-        left = max_tokens
+        left, found = max_tokens, False
         while (left is None or left > 0) and (batch := list(islice(windows, batch_size))):
             with _reader(model, modules, None) as read:
                 rows = {path: states[:left] for path, states in read(batch).items()}
             first = rows[paths[layers[0]]]
             yield first if _is_one(layer) else {wanted: rows[path] for wanted, path in paths.items()}
-            left = None if left is None else left - len(first)
+            left, found = None if left is None else left - len(first), True
+        if not found:
+            raise ValueError(f"texts {_NOTHING}")
 
     return made(batches())
+
+
+def _paths(texts: Any) -> list[StrPath]:
+    """The files and folders among the texts, as far as that can be told without reading any."""
+    if isinstance(texts, str | os.PathLike):
+        return [texts]
+    return [text for text in texts if isinstance(text, os.PathLike)] if isinstance(texts, list | tuple) else []
 
 
 def _is_one(layer: Any) -> bool:
@@ -243,7 +256,11 @@ def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
     layers = [layer] if _is_one(layer) else list(cast(Sequence[Layer], layer))
     if not layers:
         raise ValueError("layer must name at least one layer, got none")
-    return [wanted if isinstance(wanted, str) else layer_index(wanted) for wanted in layers]
+    layers = [wanted if isinstance(wanted, str) else layer_index(wanted) for wanted in layers]
+    for i, wanted in enumerate(layers):
+        if wanted in layers[:i]:
+            raise ValueError(f"layer must name each layer once, got {wanted!r} twice")
+    return layers
 
 
 def _checked(
@@ -275,7 +292,7 @@ def _check_folders(folders: Iterable[Path], replace: bool) -> None:
         check_writable(folder / MANIFEST, "out")
         if folder.exists():
             with alone(folder):
-                refuse_existing(folder, replace)
+                refuse_existing(folder, replace, "out")
 
 
 class _Reached(NamedTuple):
@@ -381,10 +398,7 @@ def _run(
             kept += int(keep.sum())
             bar.update(int(keep.sum()))
         if not kept:
-            raise ValueError(
-                "texts hold no token to keep: special, first and non-finite positions are left out (an iterator can be "
-                "read only once)"
-            )
+            raise ValueError(f"texts {_NOTHING}")
         for writer in writers.values():
             writer.meta["nonfinite_rows"] = nonfinite
     return nonfinite
@@ -520,17 +534,11 @@ def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tupl
     if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not usable:
         raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
     device = device if device is None else check_device(device)
-    tokenizer = model if tokenizer is None else tokenizer
-    if isinstance(tokenizer, str | os.PathLike):
-        from transformers import AutoTokenizer
-
-        with loading("tokenizer", tokenizer):
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    if tokenizer is None or isinstance(tokenizer, str | os.PathLike):
+        source, name = (model, "model") if tokenizer is None else (tokenizer, "tokenizer")
+        tokenizer = from_pretrained("AutoTokenizer", source, name)
     if named:
-        from transformers import AutoModelForCausalLM
-
-        with loading("model", model):
-            model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False)
+        model = from_pretrained("AutoModelForCausalLM", model, "model")
         model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         device = None
     return model, tokenizer, device

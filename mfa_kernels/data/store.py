@@ -48,6 +48,7 @@ from mfa_kernels.checks import (
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
 from mfa_kernels.locks import hold
 from mfa_kernels.modes import door, made
+from mfa_kernels.places import STORE, check_place
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.reading import (
     COUNT,
@@ -668,12 +669,14 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
     return dict(meta or {})
 
 
-def refuse_existing(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError where a folder holds a store, unless `overwrite`; ValueError for another's manifest."""
+def refuse_existing(folder: Path, overwrite: bool, name: str = "folder") -> None:
+    """Raises FileExistsError where a folder holds a store, unless `overwrite`, or another thing of ours; ValueError for
+    somebody's manifest."""
     if (folder / MANIFEST).exists():
         if not overwrite:
             raise FileExistsError(f"{folder} already holds {MANIFEST}: give another folder, or overwrite=True")
         _read_manifest(folder)  # raises when it is somebody else's
+    check_place(folder, STORE, name)
 
 
 def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]) -> list[str]:

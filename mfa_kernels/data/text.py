@@ -187,6 +187,12 @@ def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
                 yield str(file), _decode(file.read_bytes(), str(file))
 
 
+def check_files(paths: Iterable[StrPath]) -> None:
+    """Raises where there is nothing at a path, or a folder holds nothing to read; nothing is read."""
+    for path in paths:
+        _files(Path(path))
+
+
 def _check_exists(path: Path) -> None:
     if not os.path.exists(path):
         raise FileNotFoundError(f"{str(path)[:200]!r}: no such file or folder (a text itself is given in a list)")

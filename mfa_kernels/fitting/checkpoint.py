@@ -30,6 +30,7 @@ from torch import Tensor
 from mfa_kernels import checksum
 from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text, sweep
 from mfa_kernels.fit_report import FitReport, check_report
+from mfa_kernels.locks import alone
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.reading import (
     COUNT,
@@ -71,6 +72,22 @@ _VALUES = {
     "screening": optional(OBJECT), "revivals": COUNT, "calm": FLAG, "seen": COUNT, "known": NUMBER, "epoch": COUNT,
     "typical": optional(NUMBER), "bad_steps": COUNT, "moved": COUNT, "start": optional(every(NUMBER, 2)),
 }  # fmt: skip
+
+
+def clear(folder: StrPath) -> None:
+    """Removes the checkpoint in a folder, where there is one, for a fit that begins anew.
+
+    Raises:
+        TimeoutError: another fit writes to the folder.
+    """
+    folder = Path(folder)
+    if not (folder / FILE).exists():
+        return
+    with alone(folder):
+        (folder / FILE).unlink(missing_ok=True)  # first: what it does not name is no checkpoint any more
+        for path in folder.iterdir():
+            if _OURS.fullmatch(path.name) and not path.is_dir():
+                path.unlink()
 
 
 class State(NamedTuple):

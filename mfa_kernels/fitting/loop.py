@@ -48,6 +48,7 @@ from mfa_kernels.fitting.weighing import Weighed, weighted
 from mfa_kernels.functional import PRECISIONS
 from mfa_kernels.mfa import MFA, NOISES
 from mfa_kernels.ops.finite import finite_rows
+from mfa_kernels.places import CHECKPOINT, CURVE, check_apart, check_place
 from mfa_kernels.ranks import Ranks
 from mfa_kernels.rotation import sign_
 from mfa_kernels.sharded import AnyMFA
@@ -173,7 +174,7 @@ def fit(
         precision: of the mixture: "exact", "fast" or "reference".
         callbacks: called as callback(mfa, record) after every evaluation, the one of the start included; `record` is
             the entry of `FitReport.history`. They may change the mixture's parameters in place.
-        log: path of a file of JSON lines, one per evaluation.
+        log: path of a file of JSON lines, one per evaluation; the curve of another fit that is there is replaced.
         checkpoint: folder for what is needed to go on, replaced atomically; of one fit. See
             `mfa_kernels.fitting.checkpoint`.
         checkpoint_seconds: at least, between two of them.
@@ -189,7 +190,8 @@ def fit(
 
     Raises:
         TypeError, ValueError: naming the argument; for `resume`, each setting that differs.
-        FileExistsError: `checkpoint` holds one, and there is no `resume`.
+        FileExistsError: `checkpoint` holds one, and there is no `resume`; or `checkpoint` or `log` would take the place
+            of something else (`mfa_kernels.places`).
         FileNotFoundError: `resume` names a folder without a checkpoint.
         RuntimeError: when step after step has a loss or a gradient that is not finite.
     """
@@ -406,9 +408,14 @@ def _held(folder: Path | None, log: StrPath | None, ranks: Ranks) -> Iterator[No
     with ExitStack() as stack:
 
         def enter() -> None:
+            if log is not None and folder is not None:
+                check_apart([("log", log, CURVE), ("checkpoint", folder, CHECKPOINT)])
             if log is not None:
+                check_place(log, CURVE, "log")
                 check_writable(log, "log")
             if folder is not None:
+                if not (folder / FILE).exists():  # else it is read, and what is wrong with it is said then
+                    check_place(folder, CHECKPOINT, "checkpoint")
                 check_writable(folder / FILE, "checkpoint")
                 stack.enter_context(locks.alone(folder))
 

@@ -33,6 +33,7 @@ from mfa_kernels.interpret.contexts import (
 )
 from mfa_kernels.interpret.regions import RegionSummary
 from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.places import FIGURE, check_place
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
@@ -92,7 +93,7 @@ def regions_map(
         mfa: the mixture.
         summaries: what `region_summaries` returned (contexts are not needed); beyond 1000 regions, the largest are
             drawn, and those that are labelled.
-        path: of the PNG file; replaced if it exists.
+        path: of the PNG file; one that is there is replaced, and nothing else is.
         labelled: components to label, by their most telling token and number.
         title: of the figure.
 
@@ -165,7 +166,7 @@ def region_scatter(
         mfa: the mixture, of rank 2 at least.
         store: activations with their tokens.
         component: the region; up to 4000 of its rows are drawn, evenly spread over the store.
-        path: of the PNG file; replaced if it exists.
+        path: of the PNG file; one that is there is replaced, and nothing else is.
         axes: the two latents, in prior standard deviations: z ~ N(0, I).
         tokenizer: the Hugging Face tokenizer of the store's tokens.
         labels: how many tokens to write out at most, with the one before, all different, the extremes first.
@@ -258,6 +259,7 @@ def _check_picture(path: Any) -> Path:
     path = check_path(path, "path")
     if path.suffix.lower() not in ("", ".png"):
         raise ValueError(f"path must end in .png, as the file that is written is one, got {path}")
+    check_place(path, FIGURE, "path")
     check_writable(path, "path")
     return path
 

@@ -34,6 +34,7 @@ from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
+from mfa_kernels.places import PAGE, check_place
 from mfa_kernels.progress import progress_bar
 from mfa_kernels.sharing import shareable
 
@@ -68,7 +69,7 @@ def write_report(
     the extremes of its longest latent axes, and the regions nearest to it.
 
     Args:
-        path: of the HTML file; replaced if it exists.
+        path: of the HTML file; one that is there is replaced.
         mfa: the mixture.
         store: activations with their tokens.
         tokenizer: the Hugging Face tokenizer of these tokens.
@@ -84,8 +85,12 @@ def write_report(
 
     Returns:
         The path.
+
+    Raises:
+        FileExistsError: something else than an HTML page is at the path, or it is in the folder of a store.
     """
-    check_writable(check_path(path, "path"), "path")
+    check_place(check_path(path, "path"), PAGE, "path")
+    check_writable(path, "path")
     check_mixture(mfa)
     check_tokenizer(tokenizer)
     check_text(title, "title")

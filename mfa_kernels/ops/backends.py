@@ -22,6 +22,8 @@ from mfa_kernels.ops import native
 
 NAMES = ("native", "triton", "portable")
 LARGEST_RANK = 64
+ASK = " (`mfa-kernels doctor` says what is missing)"
+"""Of a reason, for all but the doctor."""
 
 
 def serving(parameters: Tensor, rank: int) -> str:
@@ -38,14 +40,12 @@ def serving(parameters: Tensor, rank: int) -> str:
 
 def decided(parameters: Tensor, rank: int) -> tuple[str, str | None]:
     """The backend, as of `serving`, and why it is not a faster one; None where it is the fastest, or asked for."""
-    device, asked = parameters.device.type, os.environ.get("MFA_KERNELS_BACKEND", "")
+    device, asked = parameters.device.type, asked_for()
     if asked == "":
         if device == "cpu":
             return ("native", None) if native.library() is not None else ("portable", _no_native())
         reason = _triton_refuses(parameters, rank)
         return ("triton", None) if reason is None else ("portable", reason)
-    if asked not in NAMES:
-        raise ValueError(f"MFA_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {asked!r}")
     reason = None
     if asked == "native":
         if device != "cpu":
@@ -59,10 +59,22 @@ def decided(parameters: Tensor, rank: int) -> tuple[str, str | None]:
     return asked, None
 
 
+def asked_for() -> str:
+    """The backend that MFA_KERNELS_BACKEND asks for; "" where it asks for none.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    asked = os.environ.get("MFA_KERNELS_BACKEND", "")
+    if asked and asked not in NAMES:
+        raise ValueError(f"MFA_KERNELS_BACKEND must be one of {', '.join(NAMES)}, got {asked!r}")
+    return asked
+
+
 def _no_native() -> str:
     if not native.is_on():
         return "MFA_KERNELS_NATIVE=0 turns the C++ kernels off"
-    return "the C++ kernels could not be built (`mfa-kernels doctor` says what is missing)"
+    return f"the C++ kernels could not be built{ASK}"
 
 
 def _triton_refuses(parameters: Tensor, rank: int) -> str | None:

@@ -83,7 +83,7 @@ def library() -> Any:
         return native.cached(name) or _build(name, targets)
     except Exception as error:  # whatever the toolchain does, the other paths give the same results
         warnings.warn(
-            f"mfa_kernels: the CUDA C++ kernels could not be built ({native.first_line(error)}); what they do runs "
+            f"mfa_kernels: the CUDA C++ kernels could not be built ({native.reason(error)}); what they do runs "
             "on other kernels, slower and with the same results. `mfa-kernels doctor` says what is missing.",
             RuntimeWarning,
             stacklevel=2,

@@ -32,6 +32,7 @@ FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno
 PATIENCE = 1800.0
 """Seconds for which another process may build."""
 
+_MARCH = "MFA_KERNELS_MARCH"
 _REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
 # Of a compiler that had no memory, no room or no time: what is no word on the sources is not remembered.
 _PASSING = re.compile(r"(?i)signal|killed|out of memory|cannot allocate|no space left|size limit|disk quota|read-only")
@@ -91,7 +92,7 @@ def architecture() -> str:
 
     "x86-64-v3" (AVX2) or "x86-64-v4" (AVX-512) give machines of different make one library, where they share a cache.
     """
-    chosen = os.environ.get("MFA_KERNELS_MARCH") or "native"
+    chosen = os.environ.get(_MARCH) or "native"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", chosen):
         raise ValueError(f"MFA_KERNELS_MARCH must be an architecture, as in -march=native, got {chosen!r}")
     return chosen
@@ -132,6 +133,23 @@ def compiler_version(program: str) -> str:
     return (out.splitlines() or ["?"])[0]
 
 
+class UnknownArchitecture(ValueError):
+    """$MFA_KERNELS_MARCH names what the compiler does not know."""
+
+
+def _check_architecture(program: str) -> None:
+    """Raises where $MFA_KERNELS_MARCH is set to what the compiler does not take."""
+    if architecture() == "native":
+        return
+    command = [program, f"-march={architecture()}", "-x", "c++", "-fsyntax-only", os.devnull]
+    out = subprocess.run(command, capture_output=True, text=True, check=False)
+    if out.returncode:
+        why = next((line for line in out.stderr.splitlines() if "error" in line), f"status {out.returncode}")
+        raise UnknownArchitecture(
+            f"{_MARCH} must be an architecture that {program} knows, got {architecture()!r} ({why.strip()})"
+        )
+
+
 def _check_openmp(program: str) -> None:
     """Says what is missing where the compiler builds no OpenMP program, before a long build fails of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -167,8 +185,23 @@ def _file(name: str) -> Path:
 
 
 def is_on() -> bool:
-    """Whether kernels may be built: ``MFA_KERNELS_NATIVE=0`` says no."""
-    return os.environ.get("MFA_KERNELS_NATIVE", "1") != "0"
+    """Whether kernels may be built: ``MFA_KERNELS_NATIVE=0`` says no.
+
+    Raises:
+        ValueError: it says something else than 0 or 1.
+    """
+    chosen = os.environ.get("MFA_KERNELS_NATIVE") or "1"
+    if chosen not in ("0", "1"):
+        raise ValueError(f"MFA_KERNELS_NATIVE must be 0 or 1, got {chosen!r}")
+    return chosen == "1"
+
+
+_problem: list[str] = []
+
+
+def problem() -> str | None:
+    """Why `library` could not be built, in a line; None where it could, or was not tried."""
+    return _problem[0] if _problem else None
 
 
 @functools.cache
@@ -179,30 +212,30 @@ def library() -> Any:
     """
     if not is_on():
         return None
+    architecture()  # an unknown word is an error of whoever set it, and no want of this machine
     try:
         name = library_name()
         found = cached(name)
         if found is None:
             program = compiler()
             if program is not None:
+                _check_architecture(program)
                 _check_openmp(program)
             sources = sorted(source_folder().glob("*.cpp"))
             what = "the C++ kernels, once (about a minute on two cores)"
             found = build(name, sources, what, extra_cflags=flags(), extra_ldflags=["-fopenmp"])
         return found
+    except UnknownArchitecture:
+        raise
     except Exception as error:  # whatever the toolchain does, the portable path gives the same results
+        _problem[:] = [reason(error)]
         warnings.warn(
-            f"mfa_kernels: the C++ kernels could not be built ({first_line(error)}); using plain PyTorch on the CPU, "
+            f"mfa_kernels: the C++ kernels could not be built ({problem()}); using plain PyTorch on the CPU, "
             "which is slower and gives the same results. `mfa-kernels doctor` says what is missing.",
             RuntimeWarning,
             stacklevel=2,
         )
         return None
-
-
-def first_line(error: Exception) -> str:
-    """The kind of an error and the first line of what it says, for a warning."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:600]
 
 
 def cached(name: str) -> ModuleType | None:
@@ -267,7 +300,7 @@ def build(name: str, sources: list[Path], what: str, further: str = "", **option
                 found = _compiled(name, sources, what, program, built_by, **options)
             except (RuntimeError, ImportError) as error:
                 if not _PASSING.search(str(error)):
-                    atomic_write_text(_failure_file(library), f"{tools}\n{_reason(error)}\n")
+                    atomic_write_text(_failure_file(library), f"{tools}\n{reason(error)}\n")
                 raise
             atomic_write_text(_digest_file(library), checksum.of_file(library))
             _failure_file(library).unlink(missing_ok=True)
@@ -291,7 +324,7 @@ def _raise_remembered(library: Path, tools: str) -> None:
                            f"remove {path} to do so now")  # fmt: skip
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The kind of an error and the line of it that says most: a compiler's own, where there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if re.search(r"\berror\b:", line)), lines[-1] if lines else "")

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.models import check_encoder, continuation
+from mfa_kernels.models import check_encoder, check_sampling, continuation
 from mfa_kernels.steering.handle import Handle
 
 HELP = (
@@ -42,6 +42,7 @@ def stream(
         seed: of the samples.
     """
     check_encoder(tokenizer)  # before anything listens
+    check_sampling(new_tokens, temperature, seed)
     from transformers import StoppingCriteriaList, TextStreamer
 
     def note(text: str) -> None:

@@ -295,11 +295,12 @@ def test_paths_are_tried_before_work_begins(argument, why, tmp_path, no_k_means)
 
 
 def test_a_log_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
-    (tmp_path / "log.jsonl").write_text("before\n")
+    before = '{"step": 0, "epoch": 0, "held_out_nll": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(before)
     monkeypatch.setattr(loop, "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff()))
     with pytest.raises(CutOff):
         run(log=tmp_path / "log.jsonl")
-    assert (tmp_path / "log.jsonl").read_text() == "before\n"
+    assert (tmp_path / "log.jsonl").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
 
 

@@ -89,8 +89,46 @@ def test_the_name_follows_the_compiler_and_the_architecture(monkeypatch, tmp_pat
 
 def test_an_architecture_that_is_none_is_refused(tmp_path):
     out = run(LOG_PROB, MFA_KERNELS_MARCH="native -fplugin=x", MFA_KERNELS_CACHE=str(tmp_path))
-    assert out.stdout.strip() == "torch.Size([3])"
+    assert out.returncode == 1
     assert "MFA_KERNELS_MARCH must be an architecture, as in -march=native, got 'native -fplugin=x'" in out.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("MFA_KERNELS_MARCH", "foo", "MFA_KERNELS_MARCH must be an architecture that "),
+        ("MFA_KERNELS_NATIVE", "no", "MFA_KERNELS_NATIVE must be 0 or 1, got 'no'"),
+        ("MFA_KERNELS_BACKEND", "foo", "MFA_KERNELS_BACKEND must be one of native, triton, portable, got 'foo'"),
+    ],
+)
+def test_an_environment_variable_that_is_wrong_is_an_error(tmp_path, variable, value, told):
+    """Of whoever uses the kernels, and of the doctor."""
+    if variable == "MFA_KERNELS_MARCH" and native.compiler() is None:
+        pytest.skip("no C++ compiler")
+    for code in (LOG_PROB, "import sys; from mfa_kernels.cli import main; sys.exit(main(['doctor']))"):
+        out = run(code, **{"MFA_KERNELS_CACHE": str(tmp_path), variable: value})
+        assert out.returncode == 1
+        assert told in out.stderr.splitlines()[-1]
+
+
+def test_the_doctor_says_why_there_is_no_library(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = "import sys; from mfa_kernels.cli import main; sys.exit(main(['doctor']))"
+    out = run(code, MFA_KERNELS_CACHE=str(tmp_path / "file" / "cache"))
+    assert out.returncode == 0
+    assert out.stderr == ""
+    assert "C++ kernels    not available: NotADirectoryError: " in out.stdout
+    assert "mfa-kernels doctor" not in out.stdout, "it is the doctor"
+
+
+def test_a_compilers_own_error_is_told(tmp_path):
+    """Not the line that says that a build has failed."""
+    compiler = tmp_path / "broken-c++"
+    complains = "echo 'x.cpp:1:10: error: no such thing' >&2; exit 1"
+    compiler.write_text(f'#!/bin/sh\ncase "$*" in *.cpp*-c*|*-c*.cpp*) {complains};; *) exec c++ "$@";; esac\n')
+    compiler.chmod(0o755)
+    out = run(LOG_PROB, CXX=str(compiler), MFA_KERNELS_CACHE=str(tmp_path / "cache"))
+    assert "could not be built (RuntimeError: x.cpp:1:10: error: no such thing)" in out.stderr
 
 
 def test_a_compiler_without_openmp_is_named(tmp_path):
