@@ -44,6 +44,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _is_command() -> bool:
+    """Whether this process is the command line: `mfa-kernels`, or `python -m mfa_kernels.cli`."""
+    program = os.path.basename((getattr(sys, "argv", None) or [""])[0])
+    is_module = program == "-m" and any(given.startswith(f"{__name__}.") for given in sys.orig_argv)
+    return program.startswith("mfa-kernels") or is_module
+
+
 # The command line imports torch itself, which takes a second: when it is there to answer Ctrl-C.
-if not os.path.basename(getattr(sys, "argv", [""])[0]).startswith("mfa-kernels"):
+if not _is_command():
     from mfa_kernels import mfa  # noqa: F401

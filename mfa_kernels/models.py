@@ -274,7 +274,8 @@ def load_language_model(
         check_dtype(dtype)
     from mfa_kernels.data import tiny_lm
 
-    name, tokenizer = name or BUNDLED, tokenizer or name or BUNDLED
+    name = BUNDLED if name is None else name
+    tokenizer = name if tokenizer is None else tokenizer
     if name == BUNDLED:
         with of_libraries():
             model, own = tiny_lm.load(dtype or torch.float32)

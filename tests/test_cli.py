@@ -364,8 +364,8 @@ def test_steer_runs_no_code_of_a_repository(folder, capsys, monkeypatch):
     assert status == 2
     assert seen == [("maker/model", False)]
     assert said[1] == (
-        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded (model "
-        "'maker/model': no such repository); name another"
+        "mfa-kernels steer: --model: maker/model, which the mixture was fitted to, cannot be loaded "
+        "(no such repository); name another"
     )
 
 
@@ -428,7 +428,7 @@ def test_doctor(capsys):
         (["fit", "{folder}/store", "--out", "{folder}/x", "--start", "{folder}/nothing"], "nothing"),
         (
             ["fit", "{folder}/store", "--out", "{folder}/x", "--start", "{folder}/mfa", "-K", "8"],
-            "n_components must be that of start, 16, or left out, got 8",
+            "-K/--components must be that of start, 16, or left out, got 8",
         ),
         (["fit", "--out", "{folder}/x", "-K", "8"], "a store or --text"),
         (["fit", "{folder}/store", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "a store or --text"),

@@ -110,7 +110,8 @@ def test_ctrl_c_while_python_imports(tmp_path) -> None:
     """One line and 130, whatever is imported then; torch is, as soon as there is a command to run."""
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(30)\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
-    command = [sys.executable, "-c", "import sys; from mfa_kernels.cli import main; sys.exit(main(['doctor']))"]
+    program = "import sys; sys.argv[0] = 'mfa-kernels'; from mfa_kernels.cli import main; sys.exit(main(['doctor']))"
+    command = [sys.executable, "-c", program]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -122,14 +123,23 @@ def test_ctrl_c_while_python_imports(tmp_path) -> None:
 
 
 def test_the_command_lines_module_imports_nothing_heavy() -> None:
-    code = "import sys, mfa_kernels.cli; print([n for n in ('torch', 'numpy', 'transformers') if n in sys.modules])"
+    code = (
+        "import sys; sys.argv[0] = 'mfa-kernels'; import mfa_kernels.cli; "
+        "print([n for n in ('torch', 'numpy', 'transformers') if n in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout == "[]\n"
 
 
+def test_importing_the_package_registers_the_operators() -> None:
+    code = "import mfa_kernels, torch; print(torch.ops.mfa_kernels.log_prob.default.name())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "mfa_kernels::log_prob\n"
+
+
 def test_what_the_package_holds_comes_with_its_first_use() -> None:
     code = (
-        "import sys, mfa_kernels as m; assert 'torch' not in sys.modules; "
+        "import sys; sys.argv[0] = 'mfa-kernels'; import mfa_kernels as m; assert 'torch' not in sys.modules; "
         "print(m.MFA.__module__, m.Code.__module__, m.functional.__name__, m.fit.__module__, hasattr(m, 'nothing'))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

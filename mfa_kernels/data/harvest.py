@@ -42,7 +42,9 @@ from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
 from mfa_kernels.twin import check_output
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
-_NOTHING = "hold no token to keep: special, first and non-finite positions are left out"
+_NOTHING = (
+    "hold no token to keep: special, first and non-finite positions are left out (an iterator can be read only once)"
+)
 
 Layer = int | str
 

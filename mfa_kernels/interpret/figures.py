@@ -257,9 +257,9 @@ def draw_region(
 def _check_picture(path: Any) -> Path:
     """`path` if a PNG file can be written to it; raises otherwise."""
     path = check_path(path, "path")
+    check_place(path, FIGURE, "path")
     if path.suffix.lower() not in ("", ".png"):
         raise ValueError(f"path must end in .png, as the file that is written is one, got {path}")
-    check_place(path, FIGURE, "path")
     check_writable(path, "path")
     return path
 
