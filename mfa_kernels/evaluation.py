@@ -56,7 +56,7 @@ class Evaluation:
 _NOTES = """\
 A region owns the activations that it is the most responsible for; it is active where its
 responsibility is more than rounding. Variance is around the mean of these activations.
-Of activations that a mixture was fitted to, the numbers are better than of others."""
+On activations that a mixture was fitted to, these numbers are better than on others."""
 
 
 def score_table(

@@ -871,7 +871,7 @@ def test_a_harvest_that_fails_leaves_nothing_and_warns_of_nothing(tmp_path, monk
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(
-            ValueError, match=r"texts hold no token to keep: .* \\(an iterator can be read only once\\)"
+            ValueError, match=r"texts hold no token to keep: .* \(an iterator can be read only once\)"
         ):
             harvest(model, tokenizer, used, [0, 1], progress=False)
         gc.collect()
