@@ -870,9 +870,7 @@ def test_a_harvest_that_fails_leaves_nothing_and_warns_of_nothing(tmp_path, monk
     assert list(used)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(
-            ValueError, match=r"texts hold no token to keep: .* \(an iterator can be read only once\)"
-        ):
+        with pytest.raises(ValueError, match=r"texts hold no token to keep: .* \(an iterator can be read only once\)"):
             harvest(model, tokenizer, used, [0, 1], progress=False)
         gc.collect()
     assert not list(tmp_path.iterdir())
