@@ -91,6 +91,8 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
         FileExistsError: the folder has a config.json of something else, such as a language model.
     """
     folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra, mfa.fit_report))
+    if mfa.means.is_meta:
+        raise ValueError("the mixture must hold values to be saved, its parameters are on the meta device")
     if folder.is_file():
         raise NotADirectoryError(f"folder must be a folder, {folder} is a file")
     check_replaced(folder / CONFIG, MIXTURE, "folder")

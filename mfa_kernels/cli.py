@@ -57,23 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
     arguments = argparse.Namespace(command="", options={})
     name = "mfa-kernels"
-    with _interruptions() as came:
+    with _interruptions() as interruptions:
         try:
             _parser().parse_args(argv, arguments)
             name = f"{name} {arguments.command}"
+            _import(arguments)
+            interruptions.has_begun = True
             with quiet(arguments.quiet), told_warnings(arguments.command, arguments.options):
                 status = arguments.run(arguments) or 0
-            if came and not status:
+            if interruptions.came and not status:
                 raise KeyboardInterrupt
             return status
-        except ImportError:
-            if not came:
-                raise
-        except (ValueError, TypeError, IndexError, RuntimeError, OSError) as error:
-            print(f"{name}: {of_error(error, arguments.options)}", file=sys.stderr)
-            return 2 if isinstance(error, _Incomplete) else 1
         except KeyboardInterrupt:
             pass
+        except Exception as error:
+            if not interruptions.came:  # else it is what somebody's code has made of it
+                if not isinstance(error, ValueError | TypeError | IndexError | RuntimeError | OSError):
+                    raise
+                print(f"{name}: {of_error(error, arguments.options)}", file=sys.stderr)
+                return 2 if isinstance(error, _Incomplete) else 1
         # Of a fit, what Ctrl-C came too early for: K-means, or the saving of the mixture.
         hint = "; --resume goes on with what was written" if _is_begun(arguments) else ""
         print(f"{name}: interrupted{hint}", file=sys.stderr)
@@ -94,14 +96,36 @@ def _is_begun(arguments: argparse.Namespace) -> bool:
     return False
 
 
+def _import(arguments: argparse.Namespace) -> None:
+    """Imports what takes seconds, before the work begins: what is imported then is imported already."""
+    if arguments.command != "doctor":  # which has something to say of packages that are not there
+        import mfa_kernels.mfa  # noqa: F401
+    if arguments.command in ("demo", "harvest", "steer") or getattr(arguments, "text", None):
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+class _Interruptions:
+    """Ctrl-C: `came` is whether it did, `has_begun` whether the work has."""
+
+    came = False
+    has_begun = False
+
+
 @contextmanager
-def _interruptions() -> Iterator[list[int]]:
-    """Notes each Ctrl-C, as the exception alone may be taken for an error by somebody's code, which then goes on."""
-    came: list[int] = []
+def _interruptions() -> Iterator[_Interruptions]:
+    """Notes each Ctrl-C, as the exception alone may be taken for an error by somebody's code, which then goes on.
+
+    Before the work has begun, it ends the process there and then: an exception in the middle of an import leaves half
+    a module behind, or is swallowed.
+    """
+    found = _Interruptions()
     before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
-        came.append(number)
+        if not found.has_begun:
+            os.write(2, b"mfa-kernels: interrupted\n")
+            os._exit(INTERRUPTED)
+        found.came = True
         signal.default_int_handler(number, frame)
 
     # Ignored, as in the background, or somebody else's: it is left to them. Threads have no handlers.
@@ -109,7 +133,7 @@ def _interruptions() -> Iterator[list[int]]:
     if own:
         signal.signal(signal.SIGINT, note)
     try:
-        yield came
+        yield found
     finally:
         if own:
             signal.signal(signal.SIGINT, before)
@@ -533,6 +557,7 @@ def _fit(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
     if arguments.resume and arguments.checkpoint is None:
         raise ValueError("--resume needs --checkpoint, the folder to go on from")
+    inputs = [place for place in (arguments.store, arguments.start) if place is not None]
     _begin(arguments)
     fits = _fits(arguments, arguments.layer if harvested else [None])
     folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
@@ -540,7 +565,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     kinds = {"checkpoint": CHECKPOINT, "log": CURVE}
     outputs = [(f"--{key}", own[key], kind) for own in fits.values() for key, kind in kinds.items() if key in own]
     outputs += [("--out", folder, MIXTURE) for folder in folders.values()]
-    _check_outputs(arguments, outputs, () if harvested else [arguments.store], arguments.text or ())
+    _check_outputs(arguments, outputs, inputs, arguments.text or ())
     if harvested:
         _text_files(arguments)
     missing = list(fits)
@@ -774,6 +799,12 @@ def _steer(arguments: argparse.Namespace) -> None:
             live.stream(model, tokenizer, handle, arguments.component, *options)
         else:
             print(arguments.prompt + continuation(model, tokenizer, *options))
+        seen, steered, _ = handle.stats()
+        if not steered:
+            print(
+                f"mfa-kernels steer: none of the {seen} tokens was steered: no position or gate let one",
+                file=sys.stderr,
+            )
 
 
 def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:

@@ -23,7 +23,7 @@ _REPORT = {
     "held_out_rows": COUNT, "held_out_by": optional(TEXT), "skipped_rows": COUNT, "skipped_steps": COUNT,
     "live_components": COUNT, "live_rows": COUNT, "seconds": mapping(NUMBER), "stopped_early": FLAG,
     "interrupted": FLAG, "prior_strength": optional(NUMBER), "revived_components": COUNT, "refused_states": COUNT,
-    "run": OBJECT,
+    "run": OBJECT, "settled": FLAG,
 }  # fmt: skip
 _RECORD = {
     "step": COUNT, "epoch": COUNT, "seconds": NUMBER, "train_nll": optional(NUMBER), "held_out_nll": optional(NUMBER),
@@ -57,6 +57,7 @@ class FitReport:
         live_rows: the held-out rows and a sample of the others.
         seconds: wall time by stage: "kmeans", "start", the method, and "polish" where there was one.
         stopped_early: whether `patience` ran out.
+        settled: whether EM ended before the last of its epochs, as another would have changed next to nothing.
         interrupted: whether Ctrl-C ended the training.
         prior_strength: of EM's prior, tokens per region; None without EM.
         revived_components: times that EM moved a component because it owned nothing of its own.
@@ -87,13 +88,15 @@ class FitReport:
     refused_states: int = 0
     held_out_by: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
+    settled: bool = False
 
     def __str__(self) -> str:
         """A few lines for people."""
         last: dict[str, Any] = self.history[-1] if self.history else {}
         by = "" if self.held_out_by is None else f" (held out by {_said(self.held_out_by)})"
         chosen = "" if self.held_out_nll is None else f", held-out {self.held_out_nll:.3f} nats per token{by}"
-        lines = [f"{_said(self.method)}: the state of step {self.best_step} of {last.get('step', 0)}{chosen}"]
+        none = " (the start: none was better)" if self.best_step == 0 and last.get("step", 0) else ""
+        lines = [f"{_said(self.method)}: the state of step {self.best_step} of {last.get('step', 0)}{none}{chosen}"]
         lines.append(
             f"live: {self.live_components} regions, the most responsible for at least one of {self.live_rows:,} rows"
         )
@@ -109,6 +112,8 @@ class FitReport:
             lines.append(
                 f"not kept: {self.refused_states} states under which rows trained on were worse than at the start"
             )
+        if self.settled:
+            lines.append("settled: another pass would have changed next to nothing")
         if self.stopped_early or self.interrupted:
             lines.append("interrupted" if self.interrupted else "stopped for want of improvement")
         lines += [f"{what}: {told}" for what, told in self.described().items()]
@@ -131,6 +136,7 @@ class FitReport:
         asked = settings.get("method_asked", self.method)
         method = _said(self.method) + ("" if asked == self.method else f" (asked for: {_said(asked)})")
         fitted = [_said(self.run.get("began")), method]
+        fitted += ["from a mixture"] if settings.get("start") is not None else []
         fitted += [f"{name} {_said(settings[key])}" for name, key in _TOLD.items() if key in settings]
         rows = data.get("rows")
         many = f"{rows:,} rows" if COUNT.holds(rows) else "rows"

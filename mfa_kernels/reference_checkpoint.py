@@ -212,10 +212,12 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _choose_eps_floor(path: StrPath, meta: Mapping[str, Any], eps_floor: float | None) -> float:
-    if eps_floor is not None:
-        return float(eps_floor)
-    if meta.get("eps_floor") is not None:
-        return float(meta["eps_floor"])
+    said = meta.get("eps_floor")
+    if said is not None and eps_floor is not None and float(said) != float(eps_floor):
+        raise ValueError(f"eps_floor must be that of {path}, {float(said):g}, or left out, got {eps_floor:g}")
+    found = said if eps_floor is None else eps_floor
+    if found is not None:
+        return float(found)
     warnings.warn(
         f"{path} does not say its eps_floor: {_BARE_EPS_FLOOR} is taken, as by the paper's loader. The paper's trainer "
         f"uses {_TRAINING_EPS_FLOOR}: pass eps_floor={_TRAINING_EPS_FLOOR} for the noise the model was trained with.",

@@ -240,7 +240,8 @@ class BatchEM(_EM):
                 self.losses.append(-float(s.log_likelihood) / tokens)
                 log_posterior = float(s.log_likelihood + prior.log_density(self.mfa)) / tokens
                 moved = self._step(s, overlap, prior, log_posterior, last=step == passes)
-                settled = step == passes or (not moved and self._settled())
+                self.report.settled = step < passes and not moved and self._settled()
+                settled = step == passes or self.report.settled
                 self.screening.parameters_moved()
                 self._prepare(0 if settled else passes - step)
                 if step % every == 0 or settled:

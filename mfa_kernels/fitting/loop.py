@@ -210,6 +210,8 @@ def fit(
     lr, callbacks = check_positive(lr, "lr"), check_callables(callbacks, "callbacks")
     progress = progress if isinstance(progress, str) else check_flag(progress, "progress")
     device = device if device is None else check_device(device)
+    if device is not None and device.type == "meta":
+        raise ValueError("device must be one that holds values, got the meta device")
     ranks = Ranks(group)
     folder, resumed = ranks.agree(lambda: _checkpoint_folders(checkpoint, checkpoint_seconds, resume))
     log = None if log is None else Path(log).absolute()  # wherever the process goes meanwhile

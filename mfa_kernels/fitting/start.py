@@ -127,11 +127,19 @@ def start_from_clusters(
     varying = variance[variance > 0]
     level = float(varying.median()) if len(varying) else between
     if not level > 0:
-        raise ValueError(f"activations do not vary: all the {int(total)} finite rows are equal")
+        raise ValueError(
+            f"activations do not vary: all the {int(total)} finite rows are equal, or differ by less than {means.dtype} "
+            "can square: look at their scale"
+        )
     floor = _NOISE_FLOOR * level
     variance = variance.clamp_min(2 * floor)
     if init == "pca" and rank:
-        loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress, weights, ranks)
+        try:
+            loadings = _cluster_pca(source, part, means, center, variance, rank, generator, progress, weights, ranks)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"activations are too small or too large for {means.dtype}: look at their scale"
+            ) from error
         psi = _noise(variance, own_variance, loadings, mass, 2 * floor, ranks)
     else:
         loadings = torch.randn(mfa.loadings.shape, generator=generator).to(centroids)

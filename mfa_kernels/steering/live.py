@@ -49,7 +49,8 @@ def stream(
         print(f"[{text}]", file=sys.stderr, flush=True)
 
     note(HELP)
-    listener = Listener(handle, Commands(sys.stdin.fileno()), component, note)
+    # None where standard input was closed before the process began.
+    listener = Listener(handle, Commands(None if sys.stdin is None else sys.stdin.fileno()), component, note)
     print(prompt, end="", flush=True)
     continuation(
         model, tokenizer, prompt, new_tokens, temperature, seed, stopping_criteria=StoppingCriteriaList([listener]),
@@ -92,17 +93,17 @@ def parse(line: str, component: int | None) -> dict[str, Any]:
 
 
 class Commands:
-    """Lines of a file descriptor, read by a thread as they come, so that nobody waits for them."""
+    """Lines of a file descriptor, read by a thread as they come, so that nobody waits for them; none of None."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int | None) -> None:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._descriptor = descriptor
-        # Not the buffered stdin: a thread that waits in it at exit holds a lock that the interpreter wants.
-        threading.Thread(target=self._read, daemon=True).start()
+        if descriptor is not None:
+            # Not the buffered stdin: a thread that waits in it at exit holds a lock that the interpreter wants.
+            threading.Thread(target=self._read, args=(descriptor,), daemon=True).start()
 
-    def _read(self) -> None:
+    def _read(self, descriptor: int) -> None:
         rest = b""
-        while received := os.read(self._descriptor, 4096):
+        while received := os.read(descriptor, 4096):
             *lines, rest = (rest + received).split(b"\n")
             for line in lines:
                 self._lines.put(line.decode(errors="replace").strip())
@@ -139,7 +140,9 @@ class Listener:
             if line == "stop":
                 stop = True
             elif line == "stats":
-                self._note(str(self._handle.stats()))
+                seen, steered, mean = self._handle.stats()
+                of_gate = "" if mean is None else f", mean responsibility at the gate {mean:.3g}"
+                self._note(f"{steered} of {seen} tokens steered{of_gate}")
             else:
                 self._obey(line)
         return torch.full((len(input_ids),), stop, device=input_ids.device)
