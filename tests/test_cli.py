@@ -668,3 +668,10 @@ def test_a_log_is_not_replaced_by_accident(folder, tmp_path, capsys):
     assert main([*command, str(tmp_path / "log.jsonl")]) == 1
     assert "--log: " in capsys.readouterr().err
     assert (tmp_path / "log.jsonl").read_text() == "mine"
+
+
+def test_steering_that_steered_nothing_is_told(folder, capsys):
+    _, said = _steer(folder, capsys, "--positions", "generated", "--max-new-tokens", "1")
+    assert re.fullmatch(r"mfa-kernels steer: none of the \d+ tokens was steered: no position or gate let one", said[-1])
+    _, said = _steer(folder, capsys, "--positions", "prompt")
+    assert not any("was steered" in line for line in said)

@@ -73,6 +73,7 @@ DEMO = "demo --tokens 500 -K 4 -R 1"
         (f"{FIT} --out new --log notes.txt", "notes.txt is there already, and is not the curve of a fit"),
         (f"{FIT} --out new --log empty", "--log must name a file, empty is a folder"),
         (f"{FIT} --out store", "--out must not be what is read, got store"),
+        ("fit store --start mixture --out mixture --overwrite", "--out must not be what is read, got mixture"),
         (f"{FIT} --out new --checkpoint store", "--checkpoint must not be what is read"),
         (f"{FIT} --out new --checkpoint mixture", "--checkpoint: mixture holds a mixture"),
         (f"{FIT} --out new --checkpoint new", "must be different places"),

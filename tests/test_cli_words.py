@@ -106,9 +106,12 @@ def test_warnings_of_others_are_theirs(capsys) -> None:
 # Ctrl-C
 
 
-def test_ctrl_c_while_python_imports(tmp_path) -> None:
-    """One line and 130, whatever is imported then; torch is, as soon as there is a command to run."""
-    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(30)\n")
+@pytest.mark.parametrize("caught", ["pass", "raise RecursionError from None", "raise"])
+def test_ctrl_c_while_python_imports(tmp_path, caught) -> None:
+    """One line and 130, whatever is imported then, and whatever that makes of it."""
+    (tmp_path / "torch.py").write_text(
+        f"import time\ntry:\n print('importing', flush=True)\n time.sleep(30)\nexcept KeyboardInterrupt:\n {caught}\n"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(Path(cli.__file__).parents[1])])}
     program = "import sys; sys.argv[0] = 'mfa-kernels'; from mfa_kernels.cli import main; sys.exit(main(['doctor']))"
     command = [sys.executable, "-c", program]

@@ -73,6 +73,15 @@ def test_the_guide_says_what_each_number_is():
         assert history[-1]["tokens_per_second"] > 0
 
 
+def test_what_a_fit_went_on_from_and_whether_it_came_to_rest():
+    run = {**RUN, "settings": {**RUN["settings"], "start": "0123"}}
+    lines = str(FitReport([{"step": 0}, {"step": 3}], "em", 0, settled=True, run=run)).splitlines()
+    assert lines[0] == "em: the state of step 0 of 3 (the start: none was better)"
+    assert "settled: another pass would have changed next to nothing" in lines
+    assert "from a mixture" in lines[-3]
+    assert "from a mixture" not in str(some_report())
+
+
 def test_the_run_in_a_few_lines():
     assert str(some_report()).splitlines()[-3:] == [
         "fitted: 2026-02-03T04:05:06Z, em (asked for: auto), seed 5, K 7, R 2, epochs 3",

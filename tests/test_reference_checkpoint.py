@@ -129,6 +129,14 @@ def test_bare_state_dict_warns_once(tmp_path):
     _assert_same_density(mfa, state, 1e-5)
 
 
+def test_a_floor_that_the_file_says_is_kept(tmp_path):
+    mfa = random_mfa(3, 6, 2, noise_floor=0.25)
+    mfa.to_reference_checkpoint(tmp_path / "mfa.pt", progress=False)
+    assert MFA.from_reference_checkpoint(tmp_path / "mfa.pt", eps_floor=0.25).noise_floor == 0.25
+    with pytest.raises(ValueError, match=r"eps_floor must be that of .*mfa.pt, 0.25, or left out, got 0.5"):
+        MFA.from_reference_checkpoint(tmp_path / "mfa.pt", eps_floor=0.5)
+
+
 def test_meta_without_eps_floor_warns(tmp_path):
     state = _official()
     meta = _meta(state)

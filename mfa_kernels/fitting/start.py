@@ -128,8 +128,8 @@ def start_from_clusters(
     level = float(varying.median()) if len(varying) else between
     if not level > 0:
         raise ValueError(
-            f"activations do not vary: all the {int(total)} finite rows are equal, or differ by less than {means.dtype} "
-            "can square: look at their scale"
+            f"activations do not vary: all the {int(total)} finite rows are equal, or differ by less than what "
+            f"{means.dtype} can square: look at their scale"
         )
     floor = _NOISE_FLOOR * level
     variance = variance.clamp_min(2 * floor)

@@ -407,3 +407,22 @@ def test_a_held_out_row_too_far_for_the_dtype_does_not_stop_the_choice():
     )  # fmt: skip
     assert not math.isfinite(seen[-1])
     assert mfa.fit_report.best_step == mfa.fit_report.history[-1]["step"] > 0
+
+
+def test_activations_too_small_to_square_are_told_of_their_scale():
+    rows = draw(planted(), 600)
+    for scale in (1e-25, 1e-30):
+        with pytest.raises(ValueError, match=r"activations .*: look at their scale"):
+            fit(rows * scale, 6, 2, epochs=1, progress=False)
+
+
+def test_a_device_without_values_is_refused():
+    with pytest.raises(ValueError, match="device must be one that holds values"):
+        fit(draw(planted(), 600), 6, 2, device="meta", progress=False)
+
+
+@pytest.mark.parametrize(("epochs", "settled"), [(2, False), (200, True)])
+def test_a_fit_that_came_to_rest_says_so(epochs, settled):
+    mfa = fit(draw(planted(), 1200), 6, 2, method="em", epochs=epochs, patience=None, progress=False)
+    assert mfa.fit_report.settled == settled
+    assert (mfa.fit_report.history[-1]["step"] < epochs) == settled

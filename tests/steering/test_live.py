@@ -88,7 +88,7 @@ def test_stop_stats_and_mistakes() -> None:
     assert notes[0] == "component must be in [0, 6), got 99"
     assert notes[1].startswith("'hum' is none of")
     assert notes[2:5] == ["gate 0.1", "region 1", "gate 0.2"]
-    assert notes[5].startswith("Stats(tokens_seen=16, tokens_steered=16")
+    assert notes[5] == "16 of 16 tokens steered"
 
 
 def test_lines_arrive_through_a_pipe() -> None:
@@ -142,3 +142,7 @@ def test_command_line(tmp_path: Path) -> None:
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 0, rest
     assert notes[-2:] == ["[region 3]", "[alpha 0.8]"]
+
+
+def test_without_standard_input_there_are_no_commands() -> None:
+    assert Commands(None).pending() == []
