@@ -356,7 +356,9 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
     )
-    fit.add_argument("--epochs", type=_COUNT, default=10, help="passes over the store, at most; em ends where it settles")
+    fit.add_argument(
+        "--epochs", type=_COUNT, default=10, help="passes over the store, at most; em ends where it settles"
+    )
     fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
     fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
     fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
