@@ -213,6 +213,7 @@ def test_a_download_of_a_mixture_shows_bars_where_ours_are_shown(monkeypatch, tm
     assert not are_progress_bars_disabled()
 
 
+@pytest.mark.more
 @pytest.mark.parametrize("chosen", ["0", "1"])
 def test_who_has_decided_on_bars_hears_nothing_of_it(chosen) -> None:
     code = (

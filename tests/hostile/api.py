@@ -260,7 +260,7 @@ def of_files(folder: Path, mfa: MFA, x: Tensor) -> dict[str, Call]:
             "subfolder": None}),
         "save_pretrained's arguments": Call(mfa.save_pretrained, {"folder": folder / "again", "extra": {"a": 1}}),
         "from_reference_checkpoint": Call(MFA.from_reference_checkpoint, {
-            "path": folder / "paper.pt", "eps_floor": 1e-6, "device": "cpu", "dtype": torch.float32, **quiet}),
+            "path": folder / "paper.pt", "eps_floor": None, "device": "cpu", "dtype": torch.float32, **quiet}),
         "to_reference_checkpoint": Call(mfa.to_reference_checkpoint, {"path": folder / "again.pt", "format": 1,
                                                                       **quiet}),
     }  # fmt: skip
