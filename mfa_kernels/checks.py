@@ -119,7 +119,7 @@ def check_mixture(value: Any, name: str = "mfa") -> Any:
 def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -> int:
     """`value` as an int in [least, most]; whatever Python takes for an index is one, but for True and False."""
     try:
-        number = None if is_flag(value) else operator.index(value)
+        number = None if is_truth(value) else operator.index(value)
     except Exception:  # of whatever kind: tensors on the meta device have a kind of their own
         number = None
     if number is None:
@@ -131,7 +131,7 @@ def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -
 
 def _whole(value: Any) -> str:
     """What to give in place of a float that is a whole number: it may be the outcome of a division by accident."""
-    if is_flag(value) or isinstance(value, str | bytes):
+    if is_truth(value) or isinstance(value, str | bytes) or getattr(value, "ndim", None):
         return ""
     try:
         return f": give {int(value)}" if int(value) == value else ""
@@ -142,7 +142,7 @@ def _whole(value: Any) -> str:
 def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
     """`value` as a finite float in [least, most], whatever `float` makes of a number; raises otherwise."""
     try:
-        number = None if isinstance(value, str | bytes) or is_flag(value) else float(value)
+        number = None if isinstance(value, str | bytes) or is_truth(value) else float(value)
     except OverflowError:
         number = math.inf
     except Exception:  # of whatever kind, as in `check_integer`
@@ -169,6 +169,11 @@ def check_flag(value: Any, name: str) -> bool:
     if not is_flag(value):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
+
+
+def is_truth(value: Any) -> bool:
+    """Whether a value is True or False of any library, which some of them take for 1 and 0."""
+    return is_flag(value) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def is_flag(value: Any) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_dtype, check_integer, check_number, check_text, shown
+from mfa_kernels.checks import check_dtype, check_integer, check_number, check_text, is_truth, shown
 from mfa_kernels.places import MIXTURE, is_there
 from mfa_kernels.progress import of_libraries
 from mfa_kernels.sharing import BUNDLED, local_name, shareable
@@ -139,14 +139,13 @@ def index_in(text: str) -> int | None:
 
 def layer_index(layer: Any) -> int:
     """`layer`, which is no text, as an int; raises a TypeError where it is no integer, as True and 2.0."""
-    is_flag = isinstance(layer, bool) or getattr(layer, "dtype", None) == torch.bool
     try:
-        if not is_flag:
+        if not is_truth(layer):
             return operator.index(layer)
     except Exception:  # of whatever kind, as in `check_integer`
         pass
     try:
-        number = math.nan if is_flag or isinstance(layer, str | bytes) else float(layer)
+        number = math.nan if is_truth(layer) or isinstance(layer, str | bytes) else float(layer)
     except Exception:
         number = math.nan
     hint = f"; give {number:.0f}" if number.is_integer() else ""

@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 from weakref import WeakKeyDictionary
 
 import torch
@@ -87,7 +88,8 @@ def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
         layer, own = model.get_submodule(path), path[len(prefix) :]
         config = copy.deepcopy(inner.config)
         config._attn_implementation = "eager"  # others ask for what may not be here
-        with ordinary(), torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("meta"), _Meta():
+        autocast = patch.object(torch, "autocast", _Autocast)
+        with autocast, ordinary(), torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("meta"), _Meta():
             # Not in float32: some operators have no shapes for it.
             twin: Any = type(inner)(config).eval().to("meta", torch.bfloat16)
             actor = twin.get_submodule(own)
@@ -103,6 +105,13 @@ def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
     except Exception:  # of whatever kind: it is not made for this
         return None
     return []
+
+
+class _Autocast(torch.autocast):
+    """Knows the meta device too, which older models name where they turn autocast off; else as it was."""
+
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
 
 class _Enough(BaseException):

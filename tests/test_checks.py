@@ -24,7 +24,21 @@ def test_integers(value):
     assert type(checks.check_integer(value, "n")) is int
 
 
-@pytest.mark.parametrize("value", [True, numpy.True_, "3", None, numpy.array([3]), torch.zeros(2), 3.5, Strange()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        True,
+        numpy.True_,
+        torch.tensor(True),
+        numpy.array(True),
+        "3",
+        None,
+        numpy.array([3]),
+        torch.zeros(2),
+        3.5,
+        Strange(),
+    ],
+)
 def test_what_is_no_integer(value):
     with pytest.raises(TypeError, match="n must be an integer, got ") as error:
         checks.check_integer(value, "n")

@@ -16,7 +16,7 @@ from mfa_kernels.steering import MFASteerer
 from mfa_kernels.twin import check_output
 from tests.data.test_harvest import make_tokenizer
 from tests.offload import offloaded
-from tests.steering.tiny import WIDTH, causal_lm, count_hooks, fitting_mixture, prompts
+from tests.steering.tiny import VERSION, WIDTH, causal_lm, count_hooks, fitting_mixture, prompts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +39,7 @@ NOT_TO_BE_STEERED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "fsmt": (
         "FSMTConfig", "FSMTForConditionalGeneration",
         {"langs": ["en", "de"], "src_vocab_size": 64, "tgt_vocab_size": 64, **_OF_TWO},
-        r"'model.decoder.layers.1' of FSMTForConditionalGeneration puts out shape \(3, 2, 32\)",
+        r"'model.decoder.layers.1' of FSMTForConditionalGeneration puts out shape \([13], 2, 32\)",
     ),
     "prophetnet": (  # predicts several tokens at once, in a row
         "ProphetNetConfig", "ProphetNetForConditionalGeneration",
@@ -114,7 +114,9 @@ def test_what_is_found_is_what_the_model_does(name: str) -> None:
     with steer(model, fitting_mixture(), 1, 0, 0.5) as handle, torch.no_grad():
         ((path, _),) = twin._found[model]
         assert path == handle.layer
-        assert twin._found[model][path, type(model.get_submodule(path))][0] == (2, 3, WIDTH)
+        found = twin._found[model][path, type(model.get_submodule(path))]
+        # With transformers 4.51, experts ask which tokens are theirs: nothing can be told.
+        assert found[0] == (2, 3, WIDTH) if name != "moe" or VERSION > (4, 51) else found is None
         assert torch.equal(torch.get_rng_state(), drawn)
         model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
         assert handle.stats()[:2] == (14, 14)
