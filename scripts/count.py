@@ -1,0 +1,179 @@
+"""Counts that say how the package is laid out: files, circles, private names, long signatures, lines.
+
+    python scripts/count.py          # all of them
+    python scripts/count.py --names  # and what is counted, by name
+
+They come from the syntax trees; nothing is imported. What stands under TYPE_CHECKING, or inside a function, is an
+import like any other: it says what a module knows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "mfa_kernels"
+MOST_PARAMETERS = 8
+
+
+def modules() -> dict[str, ast.Module]:
+    """The syntax tree of each module, by its name."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(), str(path))
+    return found
+
+
+def imports(tree: ast.AST, known: set[str], own: str) -> Iterator[tuple[str, str | None]]:
+    """What a module imports of the package: (module, name), the name None where it is the module itself."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = own.split(".")[: len(own.split(".")) - node.level]
+                base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                if inner in known:
+                    yield inner, None
+                elif base in known:
+                    yield base, alias.name
+
+
+def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
+    """The strongly connected components of more than one node (Tarjan)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(arrows.get(node, ())):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            component = []
+            while not component or component[-1] != node:
+                component.append(stack.pop())
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in sorted(arrows):
+        if node not in index:
+            visit(node)
+    return found
+
+
+def folder(module: str) -> str:
+    """The room a module is in: the folder below the package, and below `ops`; a loose module is a room of its own."""
+    parts = module.split(".")[1:]
+    depth = 2 if parts[:1] == ["ops"] else 1
+    return ".".join(parts[:depth]) or "__init__"
+
+
+def private_uses(trees: dict[str, ast.Module]) -> Iterator[str]:
+    """Private names of a module that another one uses: imported, or as an attribute of an imported module."""
+    known = set(trees)
+    for own, tree in trees.items():
+        called: dict[str, str] = {}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for (module, name), alias in zip(imports(node, known, own), node.names):
+                    if name is None:
+                        called[alias.asname or alias.name.split(".")[-1]] = module
+                    elif name.startswith("_") and not name.startswith("__"):
+                        yield f"{own}: {module}.{name}"
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
+                continue
+            if node.value.id in called and node.attr.startswith("_") and not node.attr.startswith("__"):
+                yield f"{own}: {called[node.value.id]}.{node.attr}"
+
+
+def long_signatures(trees: dict[str, ast.Module]) -> Iterator[str]:
+    for own, tree in trees.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                count = len(node.args.posonlyargs + node.args.args + node.args.kwonlyargs)
+                count -= bool(node.args.args and node.args.args[0].arg in ("self", "cls"))
+                if count > MOST_PARAMETERS and not any(_is_kernel(d) for d in node.decorator_list):
+                    yield f"{own}.{node.name}: {count}"
+
+
+def _is_kernel(decorator: ast.expr) -> bool:
+    return "jit" in ast.dump(decorator)
+
+
+def lines(path: Path) -> dict[str, int]:
+    """Lines of a file: code, comments, docstrings, blank."""
+    text = path.read_text()
+    kinds: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and token.line.strip().startswith("#"):
+            kinds[token.start[0]] = "comments"
+        elif token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
+            kinds.update(dict.fromkeys(range(token.start[0], token.end[0] + 1), "code"))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first: Any = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
+                kinds.update(dict.fromkeys(range(first.lineno, (first.end_lineno or 0) + 1), "docstrings"))
+    counted = {"code": 0, "comments": 0, "docstrings": 0, "blank": text.count("\n") - len(kinds)}
+    for kind in kinds.values():
+        counted[kind] += 1
+    return counted
+
+
+def all_lines(where: str) -> dict[str, int]:
+    total: dict[str, int] = defaultdict(int)
+    for path in sorted((ROOT / where).rglob("*.py")):
+        for kind, count in lines(path).items():
+            total[kind] += count
+    return dict(total)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", action="store_true", help="what is counted, by name")
+    shows = parser.parse_args().names
+    trees = modules()
+    files = {own: {module for module, _ in imports(tree, set(trees), own)} - {own} for own, tree in trees.items()}
+    rooms: dict[str, set[str]] = defaultdict(set)
+    for own, others in files.items():
+        rooms[folder(own)] |= {folder(other) for other in others} - {folder(own)}
+    top = [path.name for path in sorted((ROOT / PACKAGE).glob("*.py")) if path.name != "__init__.py"]
+    report: list[tuple[str, list[str]]] = [
+        ("files at the top of the package", top),
+        ("rooms", sorted(rooms)),
+        ("arrows between rooms", [f"{a} -> {b}" for a in sorted(rooms) for b in sorted(rooms[a])]),
+        ("circles of files", [", ".join(circle) for circle in circles(files)]),
+        ("circles of rooms", [", ".join(circle) for circle in circles(rooms)]),
+        ("uses of another module's private names", sorted(private_uses(trees))),
+        (f"functions with more than {MOST_PARAMETERS} parameters, kernels aside", sorted(long_signatures(trees))),
+    ]
+    for what, names in report:
+        print(f"{len(names):>6}  {what}")
+        for name in names if shows else []:
+            print(f"          {name}")
+    for where in (PACKAGE, "tests", "bench"):
+        print(f"{'':>6}  lines of {where}: " + ", ".join(f"{n:,} {kind}" for kind, n in all_lines(where).items()))
+
+
+if __name__ == "__main__":
+    main()
