@@ -200,7 +200,10 @@ def check(name: str, job: Job, folder: Path, kills: int) -> None:
     left, runs = kills, 0
     while left:
         run = folder / f"{runs}"
-        while left and not live(job, run, True, random.uniform(0, 0.7 * seconds), SIGNALS[left % 3]):
+        while left:
+            if live(job, run, True, random.uniform(0, 0.7 * seconds), SIGNALS[left % 3]):
+                seconds *= 0.8  # else all signals may come too late, where the machine was busier when it was measured
+                break
             left -= 1
             if job is saving:
                 readable(run)
