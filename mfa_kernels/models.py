@@ -477,13 +477,9 @@ def continuation(
             mode, ...
     """
     new_tokens, temperature, seed = check_sampling(new_tokens, temperature, seed)
-    if not isinstance(prompt, str):
-        raise TypeError(f"prompt must be a string, got {shown(prompt)}")
     if not callable(getattr(model, "generate", None)):
         raise TypeError(f"model must be one of transformers that can generate, got {type(model).__name__}")
     check_text(prompt, "prompt")
-    new_tokens, seed = check_integer(new_tokens, "new_tokens", 1), check_integer(seed, "seed")
-    temperature = check_number(temperature, "temperature", 0)
     check_evaluating(model)
     inputs = encoded(model, tokenizer, prompt)
     sampling = {"temperature": temperature, "top_p": 0.9} if temperature > 0 else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -24,6 +25,7 @@ from mfa_kernels.modes import ordinary
 _ROWS, _TOKENS = 2, 3  # different, so that an output with its axes in another order is known
 
 _UNTRIED: Any = object()
+_patching = threading.Lock()
 # By model, path and class: what a layer was found to put out; None where that could not be found out.
 _found: WeakKeyDictionary[nn.Module, dict[tuple[str, type], Any]] = WeakKeyDictionary()
 
@@ -89,7 +91,16 @@ def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
         config = copy.deepcopy(inner.config)
         config._attn_implementation = "eager"  # others ask for what may not be here
         autocast = patch.object(torch, "autocast", _Autocast)
-        with autocast, ordinary(), torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("meta"), _Meta():
+        # The lock: of two threads, one might put back what the other had put there.
+        with (
+            _patching,
+            autocast,
+            ordinary(),
+            torch.no_grad(),
+            torch.random.fork_rng(devices=[]),
+            torch.device("meta"),
+            _Meta(),
+        ):
             # Not in float32: some operators have no shapes for it.
             twin: Any = type(inner)(config).eval().to("meta", torch.bfloat16)
             actor = twin.get_submodule(own)

@@ -166,6 +166,11 @@ class Program:
         if key == kept:
             return affine, edit
         folded = self.composition.fold(steps)
+        most = torch.finfo(dtype).max
+        if not isinstance(folded.scale, Tensor) and abs(folded.scale) > most:
+            raise ValueError(
+                f"alpha must be below {most:g}, as hidden states are in {dtype}; x is scaled by {folded.scale:g}"
+            )
         if not self._is_plain:
             dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
         if isinstance(folded.scale, Tensor):

@@ -19,7 +19,7 @@ from mfa_kernels.modes import ordinary
 from mfa_kernels.steering import compiled
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
-from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Row, Toward, as_rows
+from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Toward, as_rows
 from mfa_kernels.steering.positions import Positions, check_positions, choose
 from mfa_kernels.steering.tracking import Pass, Tracker
 from mfa_kernels.twin import check_output
@@ -282,7 +282,6 @@ class Handle:
         example = _example(self._module, self._mfa.means)
         with ordinary(), torch.no_grad():  # it may be used in any mode
             rows = as_rows(*_as_lists(given), self._mfa)
-            _check_range(rows, example.dtype)
             program = Program(self._mfa, rows, example.device, where["gate"], where["norm"])
             if not program.composition.is_scheduled:
                 program.prepare(example.dtype, example.device, (0,))
@@ -405,14 +404,6 @@ def _as_lists(given: dict[str, Any]) -> tuple[Any, Any]:
     if not steps:
         raise ValueError("alpha, latents: give at least one of them, or interventions or rows")
     return steps, None
-
-
-def _check_range(rows: list[Row], dtype: torch.dtype) -> None:
-    """Raises where the model's dtype cannot hold 1 - alpha."""
-    most = torch.finfo(dtype).max
-    for alpha in (getattr(entry, "alpha", None) for row in rows for entry in row):
-        if isinstance(alpha, float) and abs(alpha) + 1 > most:
-            raise ValueError(f"alpha must be below {most:g}, as the model is in {dtype}, got {alpha:g}")
 
 
 def _check_width(model: nn.Module, layer: str, features: int) -> None:

@@ -201,6 +201,8 @@ def test_rank_zero_and_a_single_component() -> None:
 
 def test_bad_input_is_named() -> None:
     mfa = fitting_mixture()
+    with pytest.raises(ValueError, match="alpha must be below 65504, as hidden states are in torch.float16"):
+        intervene(torch.zeros(2, 32).half(), mfa, Toward(1, 1e5))
     with pytest.raises(ValueError, match=r"x must have shape \(..., 32\) to fit the mixture, got \(2, 31\)"):
         intervene(torch.zeros(2, 31), mfa, BOTH)
     with pytest.raises(TypeError, match=r"x must have a floating-point dtype, got torch.int64"):

@@ -628,7 +628,7 @@ class TestWhere:
 
 class TestBadInput:
     def test_an_alpha_beyond_the_models_dtype(self) -> None:
-        with pytest.raises(ValueError, match="alpha must be below 65504, as the model is in torch.float16"):
+        with pytest.raises(ValueError, match="alpha must be below 65504, as hidden states are in torch.float16"):
             steer(causal_lm().half(), fitting_mixture(), 1, 2, 1e5)
 
     def test_a_mixture_without_values(self) -> None:
