@@ -63,8 +63,9 @@ def load_reference(
     Args:
         cls: `MFA`, or a subclass with its constructor.
         path: the file.
-        eps_floor: what the paper's class calls eps_floor; default: as the file says. A file that does not say is read
-            with 1e-8, as by the paper's loader, with a warning: such a model was usually trained with 1e-5.
+        eps_floor: what the paper's class calls eps_floor; default: as the file says, and where it says, another one is
+            refused. A file that does not say is read with 1e-8, as by the paper's loader, with a warning: such a model
+            was usually trained with 1e-5.
         device: default: torch's default device.
         dtype: default: that of the tensors in the file.
         progress: show a bar when it takes more than two seconds.
