@@ -5,8 +5,7 @@ BIN    := $(VENV)/bin
 MATRIX := .venv-matrix
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 # What touches transformers, or the files and arrays of other packages.
-TESTS  := tests/steering tests/interpret tests/data tests/test_models.py tests/test_cli.py tests/test_checkpoint.py \
-          tests/test_files.py tests/fitting/test_source.py
+TESTS  := tests/steering tests/interpret tests/data tests/commands tests/mixture/test_saving.py tests/common/test_files.py
 
 .PHONY: demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
 
@@ -62,6 +61,7 @@ test-sanitize: $(MATRIX)/more/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/python scripts/count.py --check
 	$(BIN)/mypy
 
 # Writes requirements/*.txt; `make lock UPGRADE=--upgrade` takes the newest versions.

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mfa_kernels.ops import configs
+from mfa_kernels.ops.common import configs
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
@@ -101,7 +101,7 @@ class Row:
 
 def modules() -> list[str]:
     """Names of the package's modules that hold Triton kernels."""
-    root = Path(configs.__file__).parent
+    root = Path(configs.__file__).parents[1]
     parts = [path.relative_to(root).with_suffix("").parts for path in sorted(root.rglob("triton_*.py"))]
     return [".".join(("mfa_kernels", "ops", *part)) for part in parts]
 

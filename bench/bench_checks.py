@@ -11,11 +11,11 @@ import torch
 from mfa_kernels.ops.intervene import op as intervene
 from mfa_kernels.ops.kmeans import op as kmeans
 from mfa_kernels.ops.pairs import op as pairs
+from mfa_kernels.ops.scan import op as scan
 from mfa_kernels.ops.screen import op as screen
-from mfa_kernels.ops.select import op as select
 from mfa_kernels.ops.statistics import op as statistics
 from tests.ops import fuzz
-from tests.ops.intervene_cases import WAYS, case
+from tests.ops.intervene.cases import WAYS, case
 
 SHAPE = (1024, 576, 10)
 CALLS, ROUNDS = 20_000, 7
@@ -28,8 +28,8 @@ def microseconds(call: Callable[[], Any]) -> float:
 def main() -> None:
     made = fuzz.calls(*SHAPE, per_component=False, tokens_=1)
     checks: dict[str, tuple[Callable[..., None], list[Any]]] = {
-        "log_prob": (select.check_log_prob, made["log_prob"][:11]),
-        "log_prob_backward": (select._check_log_prob_backward, made["log_prob_backward"][:-1]),
+        "log_prob": (scan.check_log_prob, made["log_prob"][:11]),
+        "log_prob_backward": (scan._check_log_prob_backward, made["log_prob_backward"][:-1]),
         "latents": (pairs._check_latents, made["latents"]),
         "decode": (pairs._check_decode, made["decode"]),
         "nearest": (kmeans._check_nearest, made["nearest"]),

@@ -25,7 +25,7 @@ from bench import curves
 from bench.bench_screen import CHOOSING, FITTED, GROWN, Prepared, smallest_times
 from bench.screen_survivors import fitted, split
 from mfa_kernels import MFA
-from mfa_kernels.demo import timed
+from mfa_kernels.commands.demo import timed
 from mfa_kernels.ops.screen import neighbors, op
 
 NEIGHBORS = 5
@@ -38,14 +38,14 @@ def pair_latents(x: Tensor, mfa: MFA, components: Tensor) -> Tensor:
 
     tokens = torch.arange(components.numel()) // components.shape[1]
     parameters = mfa.parameters_in_compute_dtype()[:3]
-    return latents(x, tokens, components.flatten().int(), *parameters, mfa.factors())
+    return latents(x, tokens, components.flatten().int(), *parameters, mfa.woodbury())
 
 
 def measure(mfa: MFA, x: Tensor, repeats: int) -> dict[str, float]:
     """Prints a row of the table; microseconds per token by method."""
     prepared = Prepared.of(mfa)
     sample, x = x[:CHOOSING].contiguous(), x[CHOOSING:].contiguous()
-    chosen = op.choose(sample, *prepared.parameters, prepared.factors, neighbors.FEATURES)
+    chosen = op.choose(sample, *prepared.parameters, prepared.woodbury, neighbors.FEATURES)
     if chosen is None:
         print(f"| {mfa.n_components} | the dense scan wins |")
         return {}
@@ -89,7 +89,7 @@ def main() -> None:
             for name, value in measure(mfa, x[: options.tokens + CHOOSING], options.repeats).items():
                 lines.setdefault(name, []).append((count, value))
     if options.figure is not None:
-        from mfa_kernels.files import atomic_write_text
+        from mfa_kernels.common.files import atomic_write_text
 
         atomic_write_text(
             options.figure, curves.svg(lines, "E-step per token, D=768 R=10", across="components", up="microseconds")

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bench.time_to_quality import activations
 from mfa_kernels import kmeans
-from mfa_kernels.ops import native
+from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.kmeans.op import nearest
 
 PLAIN_ITERATIONS = 25
@@ -100,7 +100,7 @@ def main() -> None:
     else:
         x = torch.load(arguments.activations, weights_only=True)[: arguments.tokens].float()
     x, clusters = x.contiguous(), arguments.clusters
-    native.library()
+    cpp.library()
 
     def timed(run: Callable[..., Tensor], *arguments: Any, **options: Any) -> tuple[float, float]:
         began = time.perf_counter()

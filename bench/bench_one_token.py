@@ -18,7 +18,7 @@ def mfa(request: pytest.FixtureRequest) -> MFA:
 
 
 def measure(benchmark, mfa: MFA, function) -> None:
-    rows = mfa.factors().rows
+    rows = mfa.woodbury().rows
     benchmark.group = (
         f"one token, K={mfa.n_components} D={mfa.n_features} R={mfa.rank}, {rows.nbytes / 1e6:.0f} MB of rows"
     )
@@ -27,7 +27,7 @@ def measure(benchmark, mfa: MFA, function) -> None:
 
 
 def test_read_rows(benchmark, mfa):
-    rows = mfa.factors().rows
+    rows = mfa.woodbury().rows
     measure(benchmark, mfa, rows.sum)
 
 

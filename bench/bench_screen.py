@@ -28,11 +28,14 @@ from torch import Tensor
 
 from bench.screen_survivors import fitted, split
 from mfa_kernels import MFA
-from mfa_kernels.demo import timed
-from mfa_kernels.ops import Factors, native
+from mfa_kernels.commands.demo import timed
+from mfa_kernels.ops import Woodbury
+from mfa_kernels.ops.common import cpp
+from mfa_kernels.ops.scan.types import SLOTS, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
-from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+from mfa_kernels.ops.screen.cost import bytes_read
+from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
 
 GEMM_COLUMNS = 4096 * 11
 """Columns of the GEMM at a time: 32,768 components at once would need gigabytes."""
@@ -61,33 +64,33 @@ class Prepared(NamedTuple):
     """A mixture with its factors, and how the scans are called on tokens x."""
 
     parameters: tuple[Tensor, Tensor, Tensor, Tensor]
-    factors: Factors
+    woodbury: Woodbury
     constants: Tensor
     threshold: float
 
     @classmethod
     def of(cls, mfa: MFA) -> Prepared:
         means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
-        factors = mfa.factors()
+        woodbury = mfa.woodbury()
         threshold = activity_threshold(mfa.n_components, means.dtype)
-        return cls((means, loadings, noise, log_weights), factors, factors.constants(log_weights), threshold)
+        return cls((means, loadings, noise, log_weights), woodbury, woodbury.constants(log_weights), threshold)
 
     def dense(self, x: Tensor) -> tuple[Tensor, ...]:
-        f = self.factors
-        return native.library().select(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS)
+        f = self.woodbury
+        return cpp.library().scan(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS)
 
-    def screened(self, x: Tensor, screen: op.Screen) -> op.Screened:
-        return op.select(x, self.factors, self.constants, screen, self.threshold, SLOTS)
+    def screened(self, x: Tensor, screen: Screen) -> ScreenedPairs:
+        return op.scan(x, self.woodbury, self.constants, screen, self.threshold, SLOTS)
 
-    def listed(self, screen: op.Screen) -> op.Screen:
+    def listed(self, screen: Screen) -> Screen:
         """The same with lists of neighbors."""
-        return op.with_neighbors(screen, *self.parameters, self.factors)
+        return op.with_neighbors(screen, *self.parameters, self.woodbury)
 
-    def lines_left(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
+    def lines_left(self, x: Tensor, found: ScreenedPairs, screen: Screen) -> Tensor:
         """Share of the components whose marginal bound a token needs."""
-        return op.lines_left(x, self.factors, self.constants, screen, found.active.logits[:, 0] - self.threshold)
+        return op.lines_left(x, self.woodbury, self.constants, screen, found.active.logits[:, 0] - self.threshold)
 
-    def not_listed(self, x: Tensor, screen: op.Screen) -> float:
+    def not_listed(self, x: Tensor, screen: Screen) -> float:
         """Share of the tokens that are farther from their component than its list of neighbors goes."""
         assert screen.neighbors is not None
         best = self.screened(x, screen).active
@@ -95,10 +98,10 @@ class Prepared(NamedTuple):
         distance = (2 * (self.constants[component] - best.logits[:, 0])).clamp_min(0).sqrt()
         return (distance >= screen.neighbors.horizons[component]).double().mean().item()
 
-    def share_of_bytes(self, x: Tensor, found: op.Screened, screen: op.Screen) -> Tensor:
+    def share_of_bytes(self, x: Tensor, found: ScreenedPairs, screen: Screen) -> Tensor:
         """Of all parameters, what each token reads when it comes alone."""
-        read = op.bytes_read(found.evaluated, self.factors, screen, self.lines_left(x, found, screen))
-        return read / (self.factors.rows.nbytes + self.constants.nbytes)
+        read = bytes_read(found.evaluated, self.woodbury, screen, self.lines_left(x, found, screen))
+        return read / (self.woodbury.rows.nbytes + self.constants.nbytes)
 
 
 def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[[], None]:
@@ -120,16 +123,16 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     means, loadings, noise, log_weights = prepared.parameters
-    factors = prepared.factors
+    woodbury = prepared.woodbury
     gemm, dense = gemm_of(len(x), count, features, rank), partial(prepared.dense, x)
 
     log_prob, _, _, counts = dense()
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
     widths = {op.default_features(features), -(-features // 192) * 16, -(-features // 64) * 16}
     for kept in [lists.FEATURES] if count > 2 * lists.AT_ONCE else sorted(widths):
-        screen, seconds = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, kept))  # noqa: B023
+        screen, seconds = timed(lambda: op.screen(means, loadings, noise, log_weights, woodbury, kept))  # noqa: B023
         basis = screen.basis
-        _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, factors, basis=basis))  # noqa: B023
+        _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, woodbury, basis=basis))  # noqa: B023
         screened = partial(prepared.screened, x, screen)
         listed, seconds_listed = timed(lambda: prepared.listed(screen))  # noqa: B023
         by_lists = partial(prepared.screened, x, listed)
@@ -162,7 +165,7 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
 def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     """Prints what a few tokens cost: time against the dense scan, and the share of all parameters that one reads."""
     prepared = Prepared.of(mfa)
-    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.factors, lists.FEATURES)
+    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.woodbury, lists.FEATURES)
     if screen is None:
         print(f"\n{name}: nothing to screen")
         return
@@ -188,9 +191,9 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     x, sample = (part.contiguous() for part in x.split([CURVE_TOKENS, CHOOSING]))
-    screen = op.choose(sample, *prepared.parameters, prepared.factors, lists.FEATURES)
+    screen = op.choose(sample, *prepared.parameters, prepared.woodbury, lists.FEATURES)
     if screen is None:
-        screen = op.screen(*prepared.parameters, prepared.factors)
+        screen = op.screen(*prepared.parameters, prepared.woodbury)
     kept = screen.basis.shape[1]
     listed, list_seconds = timed(lambda: prepared.listed(screen))
     one, found = x[:1].contiguous(), prepared.screened(x, screen)
@@ -200,7 +203,7 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
         "dense": partial(prepared.dense, x),
         "screened": partial(prepared.screened, x, screen),
         "lists": partial(prepared.screened, x, listed),
-        "stage_0": partial(op.refresh, screen, *prepared.parameters, prepared.factors),
+        "stage_0": partial(op.refresh, screen, *prepared.parameters, prepared.woodbury),
     }
     alone = {
         "dense": partial(prepared.dense, one),

@@ -26,7 +26,7 @@ import torch
 
 from bench.screen_survivors import HELD_OUT, activations
 from mfa_kernels import MFA, fit, steer
-from mfa_kernels.models import hidden_states, with_hidden_states
+from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward, evidence
 
 LAYER, CONTEXT, HIDDEN, REGIONS, RANK = 6, 128, 768, 2048, 10

@@ -40,21 +40,21 @@ def main() -> None:
     mfa, x = mfa.to(device), x[arguments.tokens :].to(device)
 
     os.environ["MFA_KERNELS_BACKEND"] = "triton"
-    from mfa_kernels.ops import configs
-    from mfa_kernels.ops.factors.triton_rows import ScanRows
+    from mfa_kernels.ops.common import configs, triton_tokens
+    from mfa_kernels.ops.scan import triton_merge, triton_pipeline, triton_scan
+    from mfa_kernels.ops.scan.types import activity_threshold
     from mfa_kernels.ops.screen import triton_screen
     from mfa_kernels.ops.screen.basis import basis
-    from mfa_kernels.ops.select import triton_merge, triton_scan, triton_select, triton_tokens
-    from mfa_kernels.ops.select.op import activity_threshold
+    from mfa_kernels.ops.woodbury.types import ScanRows
 
     mfa.refresh()
     with torch.no_grad():
-        factors, constants = mfa.factors(), mfa.factors().constants(mfa.log_weights)
-        rows = ScanRows(*factors.scan)
-        tokens = triton_tokens.scan_tokens(x, factors.scale, factors.center, rows.rows.shape[-1], False)
+        woodbury, constants = mfa.woodbury(), mfa.woodbury().constants(mfa.log_weights)
+        rows = ScanRows(*woodbury.scan)
+        tokens = triton_tokens.scan_tokens(x, woodbury.scale, woodbury.center, rows.rows.shape[-1], False)
         config = configs.configured(configs.Scan, x, len(x), mfa.n_components)
-        partials = triton_scan.scan(tokens, rows, constants, config, bounds=True)
-        found, crowded = triton_merge.candidates(partials, tokens.norms, mfa.n_components, triton_select.CANDIDATES)
+        partials = triton_scan.scan_tiles(tokens, rows, constants, config, bounds=True)
+        found, crowded = triton_merge.candidates(partials, tokens.norms, mfa.n_components, triton_pipeline.CANDIDATES)
         counts = (found >= 0).sum(-1)[crowded == 0].float()
         half = (partials.upper[..., 0].amax(-1) - partials.lower.amax(-1)) / 2
         fast = mfa.log_prob(x)
@@ -63,9 +63,9 @@ def main() -> None:
         parameters, threshold = mfa.parameters_in_compute_dtype(), activity_threshold(mfa.n_components, torch.float32)
         screened = {}
         for kept in arguments.screen:
-            q = basis(factors, mfa.log_weights.exp(), kept)
-            screen = triton_screen.screen(*parameters[:3], factors, q)
-            found = triton_screen.select(x, factors, constants, screen, threshold, 16)
+            q = basis(woodbury, mfa.log_weights.exp(), kept)
+            screen = triton_screen.screen(*parameters[:3], woodbury, q)
+            found = triton_screen.scan(x, woodbury, constants, screen, threshold, 16)
             assert found.dropped.max() <= 2e-7
             torch.testing.assert_close(found.active.log_prob, fast, rtol=1e-5, atol=0)
             screened[kept] = found.evaluated.cpu()

@@ -9,7 +9,7 @@ them; the bounds (ops/screen/reference.py) on the others. Three bounds are compa
 
     triangle    |A v| <= |A P'P v| + |A (I - P'P)| s, maximised over the norm s that the triangle inequality allows
     rows        the same with the rows of A (I - P'P) told apart: |A v|^2 <= |h|^2 + 2 s sqrt(sum g h^2) + g_max s^2
-    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen.h
+    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen/panels.h
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from torch import Tensor
 
 from mfa_kernels import MFA, fit
 from mfa_kernels.data.harvest import harvest
+from mfa_kernels.data.language_model import load_language_model
 from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-from mfa_kernels.models import load_language_model
-from mfa_kernels.ops.factors.reference import factors as factors_fp64
+from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.basis import basis as choose_basis
 from mfa_kernels.ops.screen.reference import bounds
-from mfa_kernels.ops.select import reference
+from mfa_kernels.ops.woodbury.reference import woodbury as factors_fp64
 
 HELD_OUT = 4096
 """Activations kept from the fit, for measuring."""
@@ -77,7 +77,7 @@ def split(mfa: MFA, children: int, share: float = 0.8) -> MFA:
 
 def survivors(x: Tensor, mfa: MFA, kept: int, threshold: float) -> dict[str, Tensor]:
     """Components per token that a bound leaves within `threshold` of the best logit, by bound: (N,) each."""
-    q = choose_basis(mfa.factors(), mfa.log_weights.detach().exp(), kept)
+    q = choose_basis(mfa.woodbury(), mfa.log_weights.detach().exp(), kept)
     means, loadings, noise, log_weights = (p.detach().double() for p in mfa.parameters_in_compute_dtype())
     parameters = (means, loadings, noise, log_weights)
     logits = log_weights + torch.cat([reference.component_log_prob(part, *parameters[:3]) for part in x.split(16)])
@@ -116,10 +116,10 @@ def check(x: Tensor, mfa: MFA, kept: int) -> None:
     """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above; and
     how many components are within the threshold of a pivot although its list rules them out for a token so near."""
     means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
-    factors = mfa.factors()
-    constants = factors.constants(log_weights)
-    screen = op.screen(means, loadings, noise, log_weights, factors, kept)
-    lists = op.with_neighbors(screen, means, loadings, noise, log_weights, factors).neighbors
+    woodbury = mfa.woodbury()
+    constants = woodbury.constants(log_weights)
+    screen = op.screen(means, loadings, noise, log_weights, woodbury, kept)
+    lists = op.with_neighbors(screen, means, loadings, noise, log_weights, woodbury).neighbors
     assert lists is not None
     onsets = lists.horizons.unsqueeze(-1).repeat(1, mfa.n_components)
     onsets = onsets.scatter(1, lists.neighbors.long(), lists.onsets).double().fill_diagonal_(0)
@@ -136,7 +136,7 @@ def check(x: Tensor, mfa: MFA, kept: int) -> None:
         distance = y.square().sum(-1, keepdim=True) - 2 * y @ m.mT + m.square().sum(-1) - t.square().sum(-1)
         logits = wide - 0.5 * distance
         for name, by_lines in (("marginal", False), ("line", True)):
-            margin = op.bounds(part, factors, constants, screen, by_lines).double() - logits
+            margin = op.bounds(part, woodbury, constants, screen, by_lines).double() - logits
             violated[name] += int((margin < 0).sum())
             least = min(least, margin.amin().item())
         pivots = torch.randint(mfa.n_components, (len(part), PIVOTS), generator=generator)

@@ -37,9 +37,9 @@ from torch.nn.functional import softplus
 from bench import curves
 from bench.baselines import plain_log_prob
 from mfa_kernels import MFA, fit, kmeans
-from mfa_kernels.files import atomic_write_text
+from mfa_kernels.common.files import atomic_write_text
 from mfa_kernels.fitting.checkpoint import fingerprint
-from mfa_kernels.fitting.sgd import mean_nll
+from mfa_kernels.fitting.run import mean_nll
 
 Curve = list[dict[str, float]]  # seconds, passes, nll
 
@@ -58,8 +58,8 @@ _SAME = ("tokens", "components", "rank", "layer", "model")  # settings that runs
 def activations(tokens: int, layer: int, model: str | None) -> Tensor:
     """Activations (tokens, D) of a layer over the standard library's sources."""
     from mfa_kernels.data.harvest import harvest
+    from mfa_kernels.data.language_model import load_language_model
     from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-    from mfa_kernels.models import load_language_model
 
     loaded, tokenizer = load_language_model(model)
     with tempfile.TemporaryDirectory() as folder:

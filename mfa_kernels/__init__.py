@@ -9,21 +9,25 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from mfa_kernels.common import moved
+from mfa_kernels.common.version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from mfa_kernels.code import Code
     from mfa_kernels.data.harvest import harvest, stream
+    from mfa_kernels.fitting.fit import fit
+    from mfa_kernels.fitting.fit_many import fit_many
     from mfa_kernels.fitting.kmeans import kmeans
-    from mfa_kernels.fitting.loop import fit
-    from mfa_kernels.fitting.many import fit_many
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.codes import Code
+    from mfa_kernels.mixture.mfa import MFA
     from mfa_kernels.steering import steer
 
-__version__ = "0.1.0"
 __all__ = ["MFA", "Code", "fit", "fit_many", "harvest", "kmeans", "steer", "stream"]
 
+moved.install()
+
 _LAZY = {
-    "MFA": "mfa",
-    "Code": "code",
+    "MFA": "mixture.mfa",
+    "Code": "mixture.codes",
     "fit": "fitting",
     "fit_many": "fitting",
     "kmeans": "fitting",
@@ -45,12 +49,12 @@ def __getattr__(name: str) -> Any:
 
 
 def _is_command() -> bool:
-    """Whether this process is the command line: `mfa-kernels`, or `python -m mfa_kernels.cli`."""
+    """Whether this process is the command line: `mfa-kernels`, or `python -m mfa_kernels`."""
     program = os.path.basename((getattr(sys, "argv", None) or [""])[0])
-    is_module = program == "-m" and any(given.startswith(f"{__name__}.") for given in sys.orig_argv)
+    is_module = program == "-m" and any(given.split(".")[0] == __name__ for given in sys.orig_argv)
     return program.startswith("mfa-kernels") or is_module
 
 
 # The command line imports torch itself, which takes a second: when it is there to answer Ctrl-C.
 if not _is_command():
-    from mfa_kernels import mfa  # noqa: F401
+    from mfa_kernels.mixture import mfa  # noqa: F401

@@ -2,6 +2,7 @@
 
     python scripts/count.py          # all of them
     python scripts/count.py --names  # and what is counted, by name
+    python scripts/count.py --check  # exit status 1 where rooms make a circle, or an arrow between floors runs up
 
 They come from the syntax trees; nothing is imported. What stands under TYPE_CHECKING, or inside a function, is an
 import like any other: it says what a module knows.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import sys
 import tokenize
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,6 +23,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mfa_kernels"
 MOST_PARAMETERS = 8
+FLOORS = (
+    ("commands",), ("evaluation", "fitting", "interpret", "steering"), ("mixture",), ("data",), ("ops",), ("common",),
+)  # fmt: skip
+"""From the roof down: a room knows those below, and none beside it. What is in `ops` has a folder per stage."""
 
 
 def modules() -> dict[str, ast.Module]:
@@ -148,15 +154,31 @@ def all_lines(where: str) -> dict[str, int]:
     return dict(total)
 
 
-def main() -> None:
+def upward(rooms: dict[str, set[str]]) -> Iterator[str]:
+    """Arrows between floors that do not run down; the package itself, which shows what users import, is of no floor."""
+    floor = {room: number for number, own in enumerate(FLOORS) for room in own}
+    for own, others in rooms.items():
+        for other in others:
+            first, second = (floor.get(room.split(".")[0]) for room in (own, other))
+            if None not in (first, second) and first >= second and own.split(".")[0] != other.split(".")[0]:
+                yield f"{own} -> {other}"
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", action="store_true", help="what is counted, by name")
-    shows = parser.parse_args().names
+    parser.add_argument("--check", action="store_true", help="say nothing but what is wrong")
+    arguments = parser.parse_args()
+    shows = arguments.names
     trees = modules()
     files = {own: {module for module, _ in imports(tree, set(trees), own)} - {own} for own, tree in trees.items()}
     rooms: dict[str, set[str]] = defaultdict(set)
     for own, others in files.items():
         rooms[folder(own)] |= {folder(other) for other in others} - {folder(own)}
+    if arguments.check:
+        wrong = [*(", ".join(circle) for circle in circles(rooms)), *sorted(upward(rooms))]
+        print("\n".join(wrong), end="\n" * bool(wrong))
+        return bool(wrong)
     top = [path.name for path in sorted((ROOT / PACKAGE).glob("*.py")) if path.name != "__init__.py"]
     report: list[tuple[str, list[str]]] = [
         ("files at the top of the package", top),
@@ -164,6 +186,7 @@ def main() -> None:
         ("arrows between rooms", [f"{a} -> {b}" for a in sorted(rooms) for b in sorted(rooms[a])]),
         ("circles of files", [", ".join(circle) for circle in circles(files)]),
         ("circles of rooms", [", ".join(circle) for circle in circles(rooms)]),
+        ("arrows between floors that run up or aside", sorted(upward(rooms))),
         ("uses of another module's private names", sorted(private_uses(trees))),
         (f"functions with more than {MOST_PARAMETERS} parameters, kernels aside", sorted(long_signatures(trees))),
     ]
@@ -174,6 +197,8 @@ def main() -> None:
     for where in (PACKAGE, "tests", "bench"):
         print(f"{'':>6}  lines of {where}: " + ", ".join(f"{n:,} {kind}" for kind, n in all_lines(where).items()))
 
+    return 0
+
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

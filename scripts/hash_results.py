@@ -23,11 +23,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mfa_kernels import MFA, fit, fit_many, functional, harvest, interpret, kmeans, steer, steering, stream
-from mfa_kernels.codes import write_codes
-from mfa_kernels.evaluation import evaluate
-from mfa_kernels.fitting import fit_sharded, reservoir, start_from_clusters
-from mfa_kernels.models import continuation, load_language_model
+from mfa_kernels import MFA, fit, fit_many, harvest, interpret, kmeans, steer, steering, stream
+from mfa_kernels.data import reservoir
+from mfa_kernels.data.language_model import continuation, load_language_model
+from mfa_kernels.evaluation.codes import write_codes
+from mfa_kernels.evaluation.reconstruction import evaluate
+from mfa_kernels.fitting import fit_sharded, start_from_clusters
+from mfa_kernels.mixture import functional
 
 _QUIET: dict[str, Any] = {"progress": False}
 _CLOCK = {"seconds", "tokens_per_second", "memory", "began", "checkpoint_seconds", "machine", "versions"}

@@ -17,9 +17,9 @@ if not torch.cuda.is_available():
     # Read when a Triton kernel is defined: without a GPU, the kernels run in Triton's interpreter on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from mfa_kernels.ops import native, trust
-from tests import interpreter
-from tests.threads import threads
+from mfa_kernels.ops.common import cpp, trust
+from tests.helpers import interpreter
+from tests.helpers.threads import threads
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     interpreter.speed_up()
@@ -36,19 +36,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 LONGEST = [
     "tests/distributed",
     "tests/ops/test_aot.py",
-    "tests/ops/test_triton_select.py",
-    "tests/ops/test_cuda.py",
+    "tests/ops/scan/test_triton_pipeline.py",
+    "tests/ops/common/test_cuda.py",
     "tests/steering/test_compile.py",
     "tests/gpu/test_rehearsal.py",
-    "tests/test_killed.py",
-    "tests/ops/test_triton_kmeans.py",
+    "tests/common/test_killed.py",
+    "tests/ops/kmeans/test_triton_kmeans.py",
     "tests/steering/test_handle.py",
     "tests/steering/test_by_hand.py",
-    "tests/ops/test_triton_screen.py",
-    "tests/ops/test_screen_neighbors.py",
-    "tests/ops/test_select.py",
-    "tests/test_cli.py",
-    "tests/test_tuning.py",
+    "tests/ops/screen/test_triton_screen.py",
+    "tests/ops/screen/test_neighbors.py",
+    "tests/ops/scan/test_scan.py",
+    "tests/commands/test_cli.py",
+    "tests/commands/test_tune.py",
 ]
 """What takes longest, in order: under pytest-xdist it begins first, so that no process is left alone with it."""
 
@@ -133,22 +133,21 @@ def pytest_make_collect_report(
     return report
 
 
-@pytest.fixture(params=["native", "portable"])
+@pytest.fixture(params=["cpp", "portable"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C++ kernels and on plain PyTorch."""
     if request.param == "portable":
-        monkeypatch.setattr(native, "library", lambda: None)
+        monkeypatch.setattr(cpp, "library", lambda: None)
         trust._lanes.clear()  # as in a process that has seen no library
-    elif native.library() is None:
-        warnings.warn("no C++ library on this machine: the native backend is not tested", stacklevel=1)
+        warnings.warn("no C++ library on this machine: the C++ backend is not tested", stacklevel=1)
         pytest.skip("the C++ kernels could not be built here")
     return request.param
 
 
 @pytest.fixture
-def needs_native() -> None:
+def needs_cpp() -> None:
     """For what plain PyTorch does not do, or not in one order."""
-    if native.library() is None:
+    if cpp.library() is None:
         pytest.skip("the C++ kernels could not be built here")
 
 

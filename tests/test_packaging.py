@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -111,3 +112,9 @@ def test_the_makefile_installs_what_is_pinned() -> None:
             names = [word for word in words if not word.startswith("-")]
             assert [name for name in names if "==" not in name] == [], line
     assert "--upgrade pip" not in (ROOT / "Makefile").read_text()
+
+
+def test_the_map_is_true():
+    """docs/map.md has every file, by its own first line; `python scripts/map.py` writes it."""
+    done = subprocess.run([sys.executable, "scripts/map.py", "--check"], cwd=ROOT, check=False)
+    assert done.returncode == 0

@@ -14,8 +14,8 @@ import torch
 
 from bench.gpu.cases import CASES, Results
 from bench.gpu.harness import Bench
-from mfa_kernels.files import atomic_write_json
-from mfa_kernels.ops import configs
+from mfa_kernels.common.files import atomic_write_json
+from mfa_kernels.ops.common import configs
 
 _HIDDEN = ("ms_fastest", "ms_slowest", "repeats", "error_nats", "traceback")
 

@@ -23,12 +23,13 @@ from bench import baselines
 from bench.gpu import problems
 from bench.gpu.harness import SETS, Bench, Timing
 from bench.gpu.problems import Problem, Shape
-from mfa_kernels import doctor, kmeans, ops
+from mfa_kernels import kmeans, ops
+from mfa_kernels.commands import doctor
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
+from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.screen.basis import basis
-from mfa_kernels.ops.select.op import activity_threshold
-from mfa_kernels.ops.statistics.op import Statistics, accumulate, expectation
+from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate, expectation
 from mfa_kernels.steering import Offset, Toward
 from mfa_kernels.steering.apply import Program
 
@@ -143,7 +144,7 @@ def scan(bench: Bench, results: Results, folder: Path, components: int, features
 
         def stage_0(i: int) -> None:
             mfa._cache = None
-            mfa.factors()
+            mfa.woodbury()
 
         found["factors_ms"] = 1e3 * bench.median(stage_0, 0.5).median
     return found
@@ -163,42 +164,42 @@ def screened_scan(bench: Bench, results: Results, folder: Path, components: int,
     """The scan through the bounds of p coordinates, over the dense scan of the same tokens; for several p."""
     shape = _shape(bench, components, features)
     problem = problems.make(bench, shape, decay=1.0)
-    parameters, factors = problem.parameters(), problem.mfa.factors()
-    on_gpu = factors.scan[0].numel() > 0  # or in the interpreter
-    if not on_gpu and not factors.is_native:
+    parameters, woodbury = problem.parameters(), problem.mfa.woodbury()
+    on_gpu = woodbury.scan[0].numel() > 0  # or in the interpreter
+    if not on_gpu and not woodbury.is_cpp:
         return {"skipped": "neither C++ nor Triton kernels here"}
-    batches = problem.batches if on_gpu else [x.to(factors.scale) for x in problem.batches]
-    constants = factors.constants(parameters[3])
-    threshold = activity_threshold(shape.components, factors.scale.dtype)
+    batches = problem.batches if on_gpu else [x.to(woodbury.scale) for x in problem.batches]
+    constants = woodbury.constants(parameters[3])
+    threshold = activity_threshold(shape.components, woodbury.scale.dtype)
     with torch.no_grad():
         timing = bench.median(lambda i: problem.mfa.log_prob(batches[i]))
         found = {"dense_ms": 1e3 * timing.median}
         wanted = problem.mfa.log_prob(batches[0])
         widths = sorted({max(16, shape.features // share) for share in (32, 16, 8)})
-        q = basis(factors, parameters[3].exp(), widths[-1])
+        q = basis(woodbury, parameters[3].exp(), widths[-1])
         for kept in widths:
             own = q[:, :kept]
             if on_gpu:
                 from mfa_kernels.ops.screen import triton_screen
 
-                select = triton_screen.select
+                scan = triton_screen.scan
 
                 def prepare(i: int, own: Tensor = own) -> Any:
-                    return triton_screen.screen(*parameters[:3], factors, own)
+                    return triton_screen.screen(*parameters[:3], woodbury, own)
             else:
-                select = screening.select
+                scan = screening.scan
 
                 def prepare(i: int, own: Tensor = own) -> Any:
-                    return screening.screen(*parameters, factors, basis=own)
+                    return screening.screen(*parameters, woodbury, basis=own)
 
             screen = prepare(0)
             found[f"p{kept}_screen_ms"] = 1e3 * bench.median(prepare, 0.5).median
-            active, dropped, evaluated = select(batches[0], factors, constants, screen, threshold, 16)
+            active, dropped, evaluated = scan(batches[0], woodbury, constants, screen, threshold, 16)
             error = float(((active.log_prob - wanted).abs() / wanted.abs()).max())
             if not error < 2 * _RELATIVE_ERROR or not bool((dropped <= 2e-7).all()):
                 raise AssertionError(f"p={kept}: off by {error:.1e} of the dense scan, dropped {float(dropped.max())}")
             timing = bench.median(
-                lambda i, s=screen, select=select: select(batches[i], factors, constants, s, threshold, 16)
+                lambda i, s=screen, scan=scan: scan(batches[i], woodbury, constants, s, threshold, 16)
             )
             kept_few = evaluated > 0
             found[f"p{kept}_ms"] = 1e3 * timing.median
@@ -311,7 +312,7 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
     shape = _shape(bench, components, features)
     problem = problems.make(bench, shape)
     mfa, batches = problem.mfa, problem.batches
-    parameters, factors = problem.parameters(), mfa.factors()
+    parameters, woodbury = problem.parameters(), mfa.woodbury()
     with torch.no_grad():
         active = [mfa._active(x) for x in batches]
         tokens = torch.arange(shape.tokens, device=bench.device)
@@ -320,11 +321,11 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
 
         def backward(i: int) -> Any:
             return torch.ops.mfa_kernels.log_prob_backward(
-                *upstream, batches[i], *parameters, *factors.tensors(), *active[i], [False, True, True, True, True]
+                *upstream, batches[i], *parameters, *woodbury.tensors(), *active[i], [False, True, True, True, True]
             )
 
         def latents(i: int) -> Tensor:
-            return ops.latents(batches[i], tokens, active[i].components[:, 0].clamp_min(0), *parameters[:3], factors)
+            return ops.latents(batches[i], tokens, active[i].components[:, 0].clamp_min(0), *parameters[:3], woodbury)
 
         calls: dict[str, Callable[[int], Any]] = {
             "latents": latents,
@@ -341,18 +342,18 @@ def em_pass(bench: Bench, results: Results, folder: Path, components: int, featu
     """The E-step of a batch, scan and statistics; and its statistics alone, on the pairs that the scan found."""
     shape = _shape(bench, components, features)
     problem = problems.make(bench, shape)
-    mfa, batches, parameters, factors = problem.mfa, problem.batches, problem.parameters(), problem.mfa.factors()
-    out = Statistics.zeros(parameters[0], shape.rank, False)
-    timing = bench.median(lambda i: expectation(batches[i], *parameters, factors, out))
+    mfa, batches, parameters, woodbury = problem.mfa, problem.batches, problem.parameters(), problem.mfa.woodbury()
+    out = SufficientStatistics.zeros(parameters[0], shape.rank, False)
+    timing = bench.median(lambda i: expectation(batches[i], *parameters, woodbury, out))
     if not all(bool(t.isfinite().all()) for t in out.tensors()):
         raise AssertionError("a sum is not finite")
     found = _timed(timing, shape.tokens)
-    found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], *parameters, factors, out)) / 1e6
+    found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], *parameters, woodbury, out)) / 1e6
     active = [mfa._active(x) for x in batches]
     weights = [torch.where(a.components >= 0, a.logits.softmax(-1), 0) for a in active]
-    timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], factors, out), 0.7)
+    timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], woodbury, out), 0.7)
     found["statistics_ms"] = 1e3 * timing.median
-    found["statistics_gb_per_s"] = (2 * out.cross.nbytes + factors.rows.nbytes) / timing.median / 1e9
+    found["statistics_gb_per_s"] = (2 * out.cross.nbytes + woodbury.rows.nbytes) / timing.median / 1e9
     scanned = results.get(_name("scan", components, features), {}).get("ms")
     return {**found, **({"ratio_to_scan": found["ms"] / scanned} if scanned else {})}
 

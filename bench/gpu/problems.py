@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bench.gpu.harness import SETS, Bench
 from mfa_kernels import MFA
-from mfa_kernels.ops.select import reference
+from mfa_kernels.ops.scan import reference
 
 _GAP = 200.0
 """Nats between the best and the second logit, about: as near to one-hot as activations of a language model are."""

@@ -62,10 +62,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("vector_bytes") = mfa::kVectorBytes;
   const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
   m.def("zeros_like", &binding::zeros_like, no_gil);
-  m.def("factors", &binding::factors, no_gil);
-  m.def("select", &binding::select, no_gil);
+  m.def("woodbury", &binding::woodbury, no_gil);
+  m.def("scan", &binding::scan, no_gil);
   m.def("screen_marginals", &binding::screen_marginals, no_gil);
-  m.def("select_screened", &binding::select_screened, no_gil);
+  m.def("scan_screened", &binding::scan_screened, no_gil);
   m.def("screen_neighbors", &binding::screen_neighbors, no_gil);
   m.def("screen_bounds", &binding::screen_bounds, no_gil);
   m.def("dense", &binding::dense, no_gil);

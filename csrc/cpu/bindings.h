@@ -50,8 +50,8 @@ int64_t width(const Tensor& like);
 
 // What Python calls.
 Tensor zeros_like(const Tensor& like);
-std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& loadings, const Tensor& noise);
-std::tuple<Tensor, Tensor, Tensor, Tensor> select(const Tensor& x, const Tensor& rows, const Tensor& constants,
+std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& loadings, const Tensor& noise);
+std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
                                                   const Tensor& lam, bool per_component,
                                                   double threshold, int64_t slots);
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam,
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen
     const Tensor& means, const Tensor& loadings, const Tensor& cholesky, const Tensor& center, const Tensor& scale,
     const Tensor& projection, const std::optional<Tensor>& known, bool keep, double rounding, double base, double norm,
     const Tensor& middle, double up);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> select_screened(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_screened(
     const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
     const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii, const Tensor& slack,
     const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, const std::vector<Tensor>& neighbors,

@@ -1,4 +1,4 @@
-// Stage 1, select: tokens x components -> log p(x) and, per token, the active pairs.
+// Stage 1, scan: tokens x components -> log p(x) and, per token, the active pairs.
 //
 // Symbols   x token, k component, v = (x - mu_k) lam, t = A_k v, logit = constant_k - (|v|^2 - |t|^2) / 2.
 // Never materialised: anything of size N x K or larger. A micro-tile of one component by two SIMD vectors of tokens
@@ -348,8 +348,8 @@ void scan_panels(const Shape& shape, const Schedule& plan, const T* x, int64_t t
 }
 
 template <class T, class Visit, class ParallelFor>
-void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
-          Visit&& visit, ParallelFor&& parallel_for) {
+void for_distances(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, const T* rows, const T* lam,
+                   Visit&& visit, ParallelFor&& parallel_for) {
   if (tokens <= kFewTokens) return scan_few(shape, plan, x, tokens, rows, lam, visit, parallel_for);
   scan_panels(shape, plan, x, tokens, rows, lam, visit, parallel_for);
 }
@@ -357,7 +357,7 @@ void scan(const Shape& shape, const Schedule& plan, const T* x, int64_t tokens, 
 // x [N, D], lam [D] (ones when the noise is per component), constants [K]
 //   -> log_prob [N], components [N, S], logits [N, S], counts [N] (S + 1 marks an overflow)
 template <class T, class ParallelFor>
-void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
+void scan(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
             T threshold, int64_t slots, T* log_prob, int32_t* components, T* logits, int32_t* counts,
             int64_t threads, ParallelFor&& parallel_for) {
   const Schedule plan = Schedule::of<T>(shape, tokens, threads);
@@ -374,7 +374,7 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
     return split == 0 ? logits + n * slots : spare_logits.data() + ((split - 1) * tokens + n) * slots;
   };
 
-  scan(shape, plan, x, tokens, rows, lam,
+  for_distances(shape, plan, x, tokens, rows, lam,
        [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
          const T constant = constants[k];
          T* bar = bars.data() + split * tokens + n0;
@@ -407,7 +407,7 @@ void select(const Shape& shape, const T* x, int64_t tokens, const T* rows, const
 template <class T, class ParallelFor>
 void dense(const Shape& shape, const T* x, int64_t tokens, const T* rows, const T* constants, const T* lam,
            T* out, int64_t threads, ParallelFor&& parallel_for) {
-  scan(shape, Schedule::of<T>(shape, tokens, threads), x, tokens, rows, lam,
+  for_distances(shape, Schedule::of<T>(shape, tokens, threads), x, tokens, rows, lam,
        [&](int64_t, int64_t n0, int64_t here, int64_t k, const T* distances) {
          for (int64_t i = 0; i < here; ++i) out[k * tokens + n0 + i] = constants[k] - distances[i] / 2;
        },

@@ -11,7 +11,7 @@ constexpr int kCandidates = 16;  // components per token that are computed exact
 
 enum class Dtype { kFloat32, kFloat16, kBFloat16 };
 
-struct FactorsArguments {
+struct WoodburyArguments {
   const float* means;     // [K, D]
   const float* loadings;  // [K, D, R]
   const float* noise;     // [D], or [K, D]

@@ -47,7 +47,7 @@ Dtype dtype_of(const Tensor& x) {
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& loadings, const Tensor& noise) {
+std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& loadings, const Tensor& noise) {
   const int64_t K = means.size(0), D = means.size(1), R = loadings.size(2);
   const bool per_component = noise.dim() == 2;
   check(means, {K, D}, at::kFloat, means, "means");
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> factors(const Tensor& means, const Tensor& lo
   Tensor cholesky = at::empty({K, R, R}, means.options());
   Tensor log_det = at::empty({K}, means.options());
   if (K > 0)
-    C10_CUDA_CHECK(launch_factors({means.data_ptr<float>(), loadings.data_ptr<float>(), noise.data_ptr<float>(),
+    C10_CUDA_CHECK(launch_woodbury({means.data_ptr<float>(), loadings.data_ptr<float>(), noise.data_ptr<float>(),
                                    rows.data_ptr<float>(), cholesky.data_ptr<float>(), log_det.data_ptr<float>(),
                                    small(K, "components"), small(D, "features"), rank_of(R), per_component, 0},
                                   c10::cuda::getCurrentCUDAStream()));
@@ -134,7 +134,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("max_tokens") = mfa::gpu::kFewTokens;
   m.attr("max_slots") = mfa::gpu::kCandidates;
   const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("factors", &binding::factors, no_gil);
+  m.def("woodbury", &binding::woodbury, no_gil);
   m.def("scan", &binding::scan, no_gil);
   m.def("few_tokens", &binding::few_tokens, no_gil);
 }

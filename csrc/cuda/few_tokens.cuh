@@ -1,7 +1,7 @@
 // Stage 1 for a few tokens (steering: one at a time): the scan. Bound by memory: every row is read once, as fp16.
 //
 // Symbols   y_n = s (x_n - c), y^ its fp16 rounding times a power of two s_n; groups of rows g of component k:
-//           g < R: B_r, times beta_k;  g = R: the mean m_k, times sigma_k (factors/triton_rows.py; with shared noise
+//           g < R: B_r, times beta_k;  g = R: the mean m_k, times sigma_k (woodbury/triton_rows.py; with shared noise
 //           B = A and w = 1);  t_r = beta_k (s_n y^.B_r - offset_r);  p = s_n sigma_k y^.m;
 //           logit = constant_k - |m|^2 / 2 + p + |t|^2 / 2, which leaves out |y|^2 / 2, the same for all components.
 // Out       logits and bounds [N, K]: the exact logit (less |y|^2 / 2) lies within bound of the computed one.
@@ -17,14 +17,14 @@
 // Balance   `splits` warps (a team) share a component, each on its own features, and add up in shared memory: chosen so
 //           that the teams of the whole chip finish together (scan_plan), with K = 512 as with K = 32768.
 // Not served: noise per component (a further group of rows against the squares of the tokens).
-// Measured: not yet on a GPU. Checked by tests/ops/test_cuda.py.
+// Measured: not yet on a GPU. Checked by tests/ops/common/test_cuda.py.
 #pragma once
 #include "element.cuh"
 #include "warp.cuh"
 
 namespace mfa::gpu {
 
-constexpr int kComponentTile = 64;  // of the rows' layout: TILE of factors/triton_rows.py
+constexpr int kComponentTile = 64;  // of the rows' layout: TILE of woodbury/triton_rows.py
 constexpr int kTokenTile = 8;       // tokens of one tensor instruction
 constexpr int kRowTile = 16;        // rows of one tensor instruction
 constexpr int kChunk = 32;          // features of one load: 4 lanes x 8
@@ -47,7 +47,7 @@ __device__ __forceinline__ float power_of_two_scale(float largest) {
   return __uint_as_float(uint32_t(min(max(exponent, -100), 100) + 127) << 23);
 }
 
-// How much float32 sums of D products, or squares, can be off by (factors/triton_rows.py: sum_error).
+// How much float32 sums of D products, or squares, can be off by (woodbury/triton_rows.py: sum_error).
 __device__ __forceinline__ float sum_error(int features) {
   int power = 64;
   while (power < features) power *= 2;
@@ -118,7 +118,7 @@ __device__ __forceinline__ int64_t padded_components(const ScanArguments& args) 
   return int64_t(args.components + kComponentTile - 1) / kComponentTile * kComponentTile;
 }
 
-// How far the computed logit can be from the exact one: the derivation is in select/triton_scan.py.
+// How far the computed logit can be from the exact one: the derivation is in scan/triton_scan.py.
 __device__ __forceinline__ float rounding_bound(const ScanArguments& args, int k, float a, float eta, float p,
                                                 float square) {
   const int64_t K = padded_components(args);

@@ -6,7 +6,7 @@
 //           The last one of a token to arrive sorts and sums; what it computes depends on the values, not on who it is.
 // Undecided more than 16 candidates: counts = -1, and the caller treats that token densely.
 // Never materialised: v and t outside a block.
-// Measured: not yet on a GPU. Checked by tests/ops/test_cuda.py.
+// Measured: not yet on a GPU. Checked by tests/ops/common/test_cuda.py.
 #pragma once
 #include "element.cuh"
 #include "warp.cuh"

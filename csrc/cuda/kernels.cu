@@ -1,13 +1,13 @@
 // Every kernel, instantiated: the only file here that nvcc compiles.
-#include "factors.cuh"
+#include "woodbury.cuh"
 #include "few_tokens.cuh"
 #include "finish.cuh"
 #include "launch.h"
 
 namespace mfa::gpu {
 
-cudaError_t launch_factors(const FactorsArguments& arguments, cudaStream_t stream) {
-  return factors(arguments, current_chip(), stream);
+cudaError_t launch_woodbury(const WoodburyArguments& arguments, cudaStream_t stream) {
+  return woodbury(arguments, current_chip(), stream);
 }
 
 cudaError_t launch_scan(const ScanArguments& arguments, cudaStream_t stream) {

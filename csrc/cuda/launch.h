@@ -6,7 +6,7 @@
 
 namespace mfa::gpu {
 
-cudaError_t launch_factors(const FactorsArguments& arguments, cudaStream_t stream);
+cudaError_t launch_woodbury(const WoodburyArguments& arguments, cudaStream_t stream);
 cudaError_t launch_scan(const ScanArguments& arguments, cudaStream_t stream);
 cudaError_t launch_finish(const FinishArguments& arguments, cudaStream_t stream);
 

@@ -16,12 +16,14 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_device, check_dtype, check_flag, check_integer, check_path
-from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences, refuse_existing
-from mfa_kernels.data.text import check_texts, is_finite, named_texts
-from mfa_kernels.files import StrPath, check_writable
-from mfa_kernels.locks import alone
-from mfa_kernels.models import (
+from mfa_kernels.common.checks import check_device, check_dtype, check_flag, check_integer, check_path
+from mfa_kernels.common.files import StrPath, check_writable
+from mfa_kernels.common.locks import alone
+from mfa_kernels.common.modes import door, made
+from mfa_kernels.common.places import STORE, check_not_read
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.common.reading import COUNT, TEXT, check_fields, shown
+from mfa_kernels.data.language_model import (
     bos_prefix,
     check_loaded,
     decoder_of_two,
@@ -34,12 +36,10 @@ from mfa_kernels.models import (
     text_tokens,
     weights_fingerprint,
 )
-from mfa_kernels.modes import door, made
-from mfa_kernels.ops.finite import finite_rows
-from mfa_kernels.places import STORE, check_not_read
-from mfa_kernels.progress import progress_bar
-from mfa_kernels.reading import COUNT, TEXT, check_fields, shown
-from mfa_kernels.twin import check_output
+from mfa_kernels.data.store import MANIFEST, ActivationStore, ActivationStoreWriter, differences, refuse_existing
+from mfa_kernels.data.text import check_texts, is_finite, named_texts
+from mfa_kernels.data.twin import check_output
+from mfa_kernels.ops.common.finite import finite_rows
 
 _MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
 _NOTHING = (
@@ -109,8 +109,8 @@ def harvest(
 
     Returns:
         The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
-        finite in every layer (`mfa_kernels.ops.finite`) are left out, counted in `store.meta["nonfinite_rows"]`, and
-        warned of.
+        finite in every layer (`mfa_kernels.ops.common.finite`) are left out, counted in
+        `store.meta["nonfinite_rows"]`, and warned of.
 
     Raises:
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`; or a mixture, or a checkpoint.

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mfa_kernels import checksum
-from mfa_kernels.checks import (
+from mfa_kernels.common import checksum
+from mfa_kernels.common.checks import (
     check_component,
     check_dtype,
     check_flag,
@@ -45,12 +45,12 @@ from mfa_kernels.checks import (
     check_tensor,
     check_text,
 )
-from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
-from mfa_kernels.locks import hold
-from mfa_kernels.modes import door, made
-from mfa_kernels.places import STORE, check_place
-from mfa_kernels.progress import progress_bar
-from mfa_kernels.reading import (
+from mfa_kernels.common.files import StrPath, atomic_save_safetensors, atomic_write_json, sweep
+from mfa_kernels.common.locks import hold
+from mfa_kernels.common.modes import door, made
+from mfa_kernels.common.places import STORE, check_place
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.common.reading import (
     COUNT,
     FLAG,
     OBJECT,
@@ -68,7 +68,7 @@ from mfa_kernels.reading import (
     read_json,
     shown,
 )
-from mfa_kernels.sharing import shareable
+from mfa_kernels.common.sharing import shareable
 
 FORMAT = "mfa_kernels.activations"
 VERSION = 1

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.checks import check_iterable, check_path, shown
-from mfa_kernels.files import StrPath
+from mfa_kernels.common.checks import check_iterable, check_path, shown
+from mfa_kernels.common.files import StrPath
+from mfa_kernels.common.places import IN_FOLDERS
 
 # A folder's .json files are mostly settings: name the one that holds texts.
-IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl")
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
 # Of columns and splits, as data sets on the Hugging Face hub have them.

@@ -1,13 +1,13 @@
 """Fitting mixtures to activations: K-means, a start from the clusters, and training with held-out selection."""
 
-from mfa_kernels.fit_report import FitReport
+from mfa_kernels.data.reservoir import reservoir
+from mfa_kernels.data.source import Source, as_source
+from mfa_kernels.fitting.fit import fit
+from mfa_kernels.fitting.fit_many import fit_many
+from mfa_kernels.fitting.fit_sharded import fit_sharded
+from mfa_kernels.fitting.initialization import start_from_clusters
 from mfa_kernels.fitting.kmeans import KMeansResult, kmeans
-from mfa_kernels.fitting.loop import fit
-from mfa_kernels.fitting.many import fit_many
-from mfa_kernels.fitting.reservoir import reservoir
-from mfa_kernels.fitting.sharded import fit_sharded
-from mfa_kernels.fitting.source import Source, as_source
-from mfa_kernels.fitting.start import start_from_clusters
+from mfa_kernels.mixture.fit_report import FitReport
 
 __all__ = [
     "FitReport",

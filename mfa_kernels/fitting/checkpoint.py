@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels import checksum
-from mfa_kernels.files import StrPath, atomic_save_safetensors, atomic_write_text, sweep
-from mfa_kernels.fit_report import FitReport, check_report
-from mfa_kernels.locks import alone
-from mfa_kernels.ranks import Ranks
-from mfa_kernels.reading import (
+from mfa_kernels.common import checksum
+from mfa_kernels.common.files import StrPath, atomic_save_safetensors, atomic_write_text, sweep
+from mfa_kernels.common.locks import alone
+from mfa_kernels.common.processes import Processes
+from mfa_kernels.common.reading import (
     COUNT,
     FLAG,
     NUMBER,
@@ -50,6 +49,7 @@ from mfa_kernels.reading import (
     read_safetensors,
     shown,
 )
+from mfa_kernels.mixture.fit_report import FitReport, check_report
 
 FORMAT = "mfa_kernels.fit"
 VERSION = 3
@@ -239,9 +239,9 @@ def read(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path, " is not a safetensors file")[0]
 
 
-def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> State:
-    """`Checkpoints.load` on every rank, of a folder that rank 0 alone has to see; raises on every rank."""
-    if ranks.size == 1:
+def load_on_all(checkpoints: Checkpoints, folder: StrPath, processes: Processes) -> State:
+    """`Checkpoints.load` on every process, of a folder that process 0 alone has to see; raises on every process."""
+    if processes.count == 1:
         return checkpoints.load(folder)
     held: dict[str, Tensor] = {}
 
@@ -250,14 +250,14 @@ def load_on_all(checkpoints: Checkpoints, folder: StrPath, ranks: Ranks) -> Stat
         held.update(state.tensors)
         return state._replace(tensors={name: t.to("meta") for name, t in held.items()})
 
-    state = ranks.agree(shapes)
+    state = processes.agree(shapes)
     checkpoints.source = Path(folder) / FILE
     tensors = {}
     for name, like in state.tensors.items():
-        there = held[name] if ranks.first else torch.empty_like(like, device="cpu")
-        tensor = there.to(ranks.device, copy=True)
+        there = held[name] if processes.first else torch.empty_like(like, device="cpu")
+        tensor = there.to(processes.device, copy=True)
         if tensor.numel():
-            ranks.broadcast_(tensor)
+            processes.broadcast_(tensor)
         tensors[name] = tensor.cpu()
     return state._replace(tensors=tensors)
 

@@ -1,7 +1,7 @@
 """EM on the active pairs, for a maximum a posteriori: in batches over all the rows, or online.
 
-The E-step is one scan (`mfa_kernels.fitting.screening`) and the statistics of its active pairs
-(`mfa_kernels.ops.statistics`), the M-step is in closed form (`mfa_kernels.fitting.maximization`).
+The E-step is one scan (`mfa_kernels.mixture.screening`) and the statistics of its active pairs
+(`mfa_kernels.ops.statistics`), the M-step is in closed form (`mfa_kernels.fitting.m_step`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.feed import Feed, Steps
-from mfa_kernels.fitting.maximization import Prior, covariance_rows, maximize, pooled_covariance
-from mfa_kernels.fitting.revival import Overlap, find, hand_on, move
-from mfa_kernels.fitting.screening import SAMPLE, Screening
-from mfa_kernels.fitting.sgd import Run, mean_nll, shuffled
-from mfa_kernels.fitting.weighing import Weighed
-from mfa_kernels.mfa import MFA
-from mfa_kernels.ops.select.op import Active
-from mfa_kernels.ops.statistics.op import Statistics, expectation
-from mfa_kernels.progress import progress_bar
-from mfa_kernels.ranks import ALONE, Ranks
-from mfa_kernels.sharded import AnyMFA
+from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.fitting.dead_regions import Overlap, find, hand_on, move
+from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_covariance
+from mfa_kernels.fitting.row_weights import Weighed
+from mfa_kernels.fitting.run import Run, mean_nll, shuffled
+from mfa_kernels.fitting.streaming import Feed, Steps
+from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.screening import SAMPLE, Screening
+from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 
 STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
@@ -45,39 +45,39 @@ _REVIVAL_ROWS = 64  # per component, after which online EM looks for regions tha
 
 def choose_prior(
     mfa: AnyMFA,
-    s: Statistics,
+    s: SufficientStatistics,
     covariance: Tensor,
     held_out: Tensor,
-    ranks: Ranks = ALONE,
+    processes: Processes = ALONE,
     weights: Tensor | None = None,
 ) -> Prior:
-    """The prior whose M-step serves held-out rows (n, D), which weigh (n,), of all ranks, best; the mixture is left as
-    it was."""
-    if not ranks.totals(len(held_out))[0]:
+    """The prior whose M-step serves held-out rows (n, D), which weigh (n,), of all processes, best; the mixture is left
+    as it was."""
+    if not processes.totals(len(held_out))[0]:
         return Prior(covariance)
     before = [p.detach().clone() for p in mfa.parameters()]
-    few = slice(-(-_CHOICE_ROWS // ranks.size))
+    few = slice(-(-_CHOICE_ROWS // processes.count))
     scores = {}
     for strength in STRENGTHS:
         maximize(mfa, s, Prior(covariance, strength))
-        nll = mean_nll(mfa, held_out[few], ranks, None if weights is None else weights[few])
+        nll = mean_nll(mfa, held_out[few], processes, None if weights is None else weights[few])
         scores[strength] = nll if math.isfinite(nll) else math.inf
         with torch.no_grad():
             for parameter, kept in zip(mfa.parameters(), before):
                 parameter.copy_(kept)
-    return Prior(covariance, mfa.ranks.agree(lambda: min(scores, key=scores.__getitem__)))
+    return Prior(covariance, mfa.processes.agree(lambda: min(scores, key=scores.__getitem__)))
 
 
-def statistics_state(s: Statistics) -> dict[str, Tensor]:
+def statistics_state(s: SufficientStatistics) -> dict[str, Tensor]:
     """Statistics by the names they have in a checkpoint."""
-    return {f"statistics.{field.name}": getattr(s, field.name) for field in fields(Statistics)}
+    return {f"statistics.{field.name}": getattr(s, field.name) for field in fields(SufficientStatistics)}
 
 
 class _EM(Run):
     """What batch and online EM share.
 
     Args:
-        start_rows: (n, D), finite, on any device: the rows that the start was made of, a rank's share.
+        start_rows: (n, D), finite, on any device: the rows that the start was made of, a process's share.
         start_weights: of these, (n,) float64 on their device, where the source's rows have weights.
     """
 
@@ -90,11 +90,11 @@ class _EM(Run):
     ) -> None:
         super().__init__(*args, held_out_weights=held_out_weights)
         first = slice(covariance_rows(self.mfa))
-        weights = None if start_weights is None else self.ranks.gathered(start_weights[first])
-        self.covariance = pooled_covariance(self.mfa, self.ranks.gathered(start_rows[first]), weights)
-        self.ranks.broadcast_(self.covariance)
+        weights = None if start_weights is None else self.processes.gathered(start_weights[first])
+        self.covariance = pooled_covariance(self.mfa, self.processes.gathered(start_rows[first]), weights)
+        self.processes.broadcast_(self.covariance)
         # Its own rows: a view would hold all of those that the start was made of, for the length of the fit.
-        self.screening = Screening(self._held(), start_rows[:SAMPLE].clone(), self.ranks)
+        self.screening = Screening(self._held(), start_rows[:SAMPLE].clone(), self.processes)
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches of the pass going on
 
@@ -107,7 +107,7 @@ class _EM(Run):
 
     def _like(self) -> dict[str, Tensor]:
         nowhere = self.mfa.means.detach().to("meta")
-        statistics = Statistics.zeros(nowhere, self.mfa.rank, self.mfa.log_noise.dim() == 2)
+        statistics = SufficientStatistics.zeros(nowhere, self.mfa.rank, self.mfa.log_noise.dim() == 2)
         return super()._like() | statistics_state(statistics) | {"covariance": self.covariance}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -117,9 +117,11 @@ class _EM(Run):
         self.step, self.batch = values["step"], values["batch"]
         self.screening.load(tensors, values)
 
-    def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> Statistics:
+    def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> SufficientStatistics:
         device = self.mfa.means.device
-        return Statistics(*(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(Statistics)))
+        return SufficientStatistics(
+            *(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(SufficientStatistics))
+        )
 
     def _saved_overlap(self, tensors: Mapping[str, Tensor]) -> Overlap:
         overlap = Overlap(self.mfa.n_components)
@@ -130,14 +132,14 @@ class _EM(Run):
         """The components that this process scans."""
         return self.mfa
 
-    def _count(self, s: Statistics) -> float:
+    def _count(self, s: SufficientStatistics) -> float:
         """Tokens behind the statistics."""
-        return self.mfa.ranks.totals(float(s.mass.sum()))[0]
+        return self.mfa.processes.totals(float(s.mass.sum()))[0]
 
-    def _zeros(self) -> Statistics:
-        return Statistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
+    def _zeros(self) -> SufficientStatistics:
+        return SufficientStatistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
 
-    def _expect(self, batch: Weighed, out: Statistics, unit: float | None = None) -> tuple[Any, Tensor]:
+    def _expect(self, batch: Weighed, out: SufficientStatistics, unit: float | None = None) -> tuple[Any, Tensor]:
         """Adds the statistics of a batch, in whose weights 1 is `unit`."""
         with torch.no_grad():
             x, weights = batch
@@ -147,15 +149,15 @@ class _EM(Run):
             elif unit is not None:
                 weights = torch.full_like(x[:, 0], unit, dtype=means.dtype)
             active = self.screening.scan(x)
-            return expectation(x, means, loadings, noise, log_weights, self.mfa.factors(), out, weights, active)
+            return expectation(x, means, loadings, noise, log_weights, self.mfa.woodbury(), out, weights, active)
 
-    def _scan(self, x: Tensor) -> Active:
+    def _scan(self, x: Tensor) -> ActivePairs:
         return self.screening.scan(x)
 
-    def _choose_prior(self, s: Statistics) -> Prior:
+    def _choose_prior(self, s: SufficientStatistics) -> Prior:
         if not self._count(s) > 0:
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
-        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.ranks, self.held_out_weights)
+        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.processes, self.held_out_weights)
         self.report.prior_strength = self.prior.strength
         assert self.start is not None
         self.start = self.start[0], self._log_prior()  # the parameters are still those of the start
@@ -164,10 +166,10 @@ class _EM(Run):
     def _log_prior(self) -> float:
         return 0.0 if self.prior is None else float(self.prior.log_density(self.mfa))
 
-    def _expect_alone(self, x: Tensor, out: Statistics, weights: Tensor) -> Active:
+    def _expect_alone(self, x: Tensor, out: SufficientStatistics, weights: Tensor) -> ActivePairs:
         """Adds the statistics of a few tokens that weigh (n,), by a scan that goes through no bounds."""
         parameters = self.mfa.parameters_in_compute_dtype()
-        return expectation(x, *parameters, self.mfa.factors(), out, weights)[0]
+        return expectation(x, *parameters, self.mfa.woodbury(), out, weights)[0]
 
     def _batch_rows(self) -> int:
         return max(_LEAST_BATCH, _BATCH_ELEMENTS // self.mfa.n_features)
@@ -190,8 +192,8 @@ class BatchEM(_EM):
         self.moved = 0  # of these, in the pass before
         self.plain: list[Tensor] | None = None  # where EM's own step had come to, where the last one did not stay there
         self.calm = False  # whether the last step was EM's own, or went further and did not fall
-        self.partial: tuple[Statistics, Overlap] | None = None  # of the batches of a pass that were seen
-        self.seen = 0  # their rows, of all ranks
+        self.partial: tuple[SufficientStatistics, Overlap] | None = None  # of the batches of a pass that were seen
+        self.seen = 0  # their rows, of all processes
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
@@ -199,7 +201,7 @@ class BatchEM(_EM):
         if self.partial is not None:
             s, overlap = self.partial
             self._pool(s, overlap)
-            if not self.ranks.first:  # what was seen so far is with rank 0, as after the checkpoint is read
+            if not self.processes.first:  # what was seen so far is with process 0, as after the checkpoint is read
                 s.scale_(0)
                 overlap.clear()
             tensors |= statistics_state(s) | overlap.state()
@@ -214,7 +216,7 @@ class BatchEM(_EM):
         self.calm, self.seen, self.moved = values["calm"], values["seen"], values["moved"]
         device = self.mfa.means.device
         self.plain = [tensors[f"plain.{i}"].to(device, copy=True) for i in range(4) if f"plain.{i}" in tensors] or None
-        if self.seen and self.ranks.first:
+        if self.seen and self.processes.first:
             self.partial = self._saved_statistics(tensors), self._saved_overlap(tensors)
 
     def run(self) -> None:
@@ -251,7 +253,7 @@ class BatchEM(_EM):
                 self.step, self.seen, self.partial = step, 0, None
                 self._save_if_due()
 
-    def _step(self, s: Statistics, overlap: Overlap, prior: Prior, log_posterior: float, last: bool) -> bool:
+    def _step(self, s: SufficientStatistics, overlap: Overlap, prior: Prior, log_posterior: float, last: bool) -> bool:
         """The M-step; whether it moved regions, or went back to where EM's own step had come to."""
         if self.plain is not None and not log_posterior >= self.log_posteriors[-1]:
             self._put(self.plain)
@@ -277,7 +279,7 @@ class BatchEM(_EM):
         self.calm = True
         return False
 
-    def _revive(self, s: Statistics, overlap: Overlap, prior: Prior, before: list[Tensor]) -> bool:
+    def _revive(self, s: SufficientStatistics, overlap: Overlap, prior: Prior, before: list[Tensor]) -> bool:
         """Moves regions after an M-step from the parameters `before`; whether there are such."""
         revival = find(self.mfa, s.mass, overlap, self.guard)
         if not revival.moves:
@@ -300,14 +302,14 @@ class BatchEM(_EM):
 
     def _prepare(self, passes: int) -> None:
         """For the rows held out and, where passes are to come, for the next one."""
-        rows = len(self.rows) // self.ranks.size + len(self.held_out)
+        rows = len(self.rows) // self.processes.count + len(self.held_out)
         self.screening.prepare(rows if passes else len(self.held_out), passes * rows)
 
-    def _pass(self, count_skipped: bool, bar: Any) -> tuple[Statistics, Overlap]:
+    def _pass(self, count_skipped: bool, bar: Any) -> tuple[SufficientStatistics, Overlap]:
         self._prepare(self.settings.epochs - self.step)  # where a checkpoint or a callback came between
         s, overlap = self.partial = self.partial or (self._zeros(), Overlap(self.mfa.n_components))
         left = self.rows[self.seen :]
-        batches = left.split(self._batch_rows() * self.ranks.size) if len(left) else ()
+        batches = left.split(self._batch_rows() * self.processes.count) if len(left) else ()
         for batch, read in zip(batches, self._read(iter(batches))):
             bar.update(len(batch))
             found = self._finite(read, count_skipped)
@@ -319,10 +321,10 @@ class BatchEM(_EM):
         self._pool(s, overlap)
         return s, overlap
 
-    def _pool(self, s: Statistics, overlap: Overlap) -> None:
-        """Puts what all ranks have seen into each one's."""
-        self.ranks.sum_(*s.tensors())
-        overlap.pool(self.ranks)
+    def _pool(self, s: SufficientStatistics, overlap: Overlap) -> None:
+        """Puts what all processes have seen into each one's."""
+        self.processes.sum_(*s.tensors())
+        overlap.pool(self.processes)
 
     def _settled(self) -> bool:
         before, now = self.log_posteriors[-2:] if len(self.log_posteriors) > 1 else (-math.inf, math.inf)
@@ -345,7 +347,7 @@ class OnlineEM(_EM):
         stream: of the rows after the start rows; None: `epochs` passes over the source's.
     """
 
-    statistics: Statistics  # per token; of the parameters' past, about the means that they have now
+    statistics: SufficientStatistics  # per token; of the parameters' past, about the means that they have now
     counted: Tensor  # tokens of each region held here since regions were looked at for revival, (K,)
     about: Tensor  # these means
 
@@ -370,8 +372,8 @@ class OnlineEM(_EM):
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
-        self.overlap.pool(self.ranks)
-        if not self.ranks.first:  # what was counted so far is with rank 0, as after the checkpoint is read
+        self.overlap.pool(self.processes)
+        if not self.processes.first:  # what was counted so far is with process 0, as after the checkpoint is read
             self.overlap.clear()
         tensors |= {"order": self.order, "counted": self.counted} | self.overlap.state()
         if self.start_rows is None:
@@ -386,7 +388,7 @@ class OnlineEM(_EM):
         self.generator.set_state(tensors["order"])
         self.known, self.epoch = values["known"], values["epoch"]
         self.counted = tensors["counted"].to(self.counted, copy=True)
-        if self.ranks.first:
+        if self.processes.first:
             self.overlap = self._saved_overlap(tensors)
         if "about" in tensors:
             self.start_rows = None
@@ -427,7 +429,7 @@ class OnlineEM(_EM):
                         continue
                     batch = self._finite(read, count_skipped=epoch == 1)
                     self.batch += 1
-                    rows = int(self.ranks.totals(len(batch.rows))[0])
+                    rows = int(self.processes.totals(len(batch.rows))[0])
                     if not rows:
                         continue
                     self.step += 1
@@ -457,8 +459,8 @@ class OnlineEM(_EM):
             self._expect(batch, s)
             self.tokens += len(batch.rows)
             mass += batch.mass
-        self.ranks.sum_(*s.tensors())
-        rows, mass = self.ranks.totals(self.tokens - before, mass)
+        self.processes.sum_(*s.tensors())
+        rows, mass = self.processes.totals(self.tokens - before, mass)
         self.start_rows = self.start_weights = None
         self._maximize(s, self._choose_prior(s))
         self.statistics.scale_(1 / mass)
@@ -472,7 +474,7 @@ class OnlineEM(_EM):
             yield Weighed(part.to(device), None if own is None else own.to(device))
 
     def _step(self, batch: Weighed, rows: int, eta: float) -> None:
-        """The batch is this rank's of so many `rows`.
+        """The batch is this process's of so many `rows`.
 
         They weigh as much as that many rows do on average: of batches of heavy rows, the statistics take up more.
         """
@@ -480,17 +482,17 @@ class OnlineEM(_EM):
         s, prior = self.statistics, self.prior
         assert prior is not None
         self.screening.prepare(len(x), self._to_come())
-        s.scale_(1 - eta if self.ranks.first else 0)  # the past counts once
+        s.scale_(1 - eta if self.processes.first else 0)  # the past counts once
         unit, remembered = eta / (rows * self.mean_weight), s.mass.clone()
         active, responsibilities = self._expect(batch, s, unit)
         fresh = (s.mass - remembered) / unit
-        self.ranks.sum_(*s.tensors(), fresh)
+        self.processes.sum_(*s.tensors(), fresh)
         self.counted += fresh
         self.overlap.add(active.components, responsibilities / unit)
         known = active.components[:, 0] >= 0
         found = Weighed(active.log_prob[known].double(), None if weights is None else weights[known])
         total = float((found.rows if found.weights is None else found.rows * found.weights).sum())
-        total, mass = self.ranks.totals(total, found.mass)
+        total, mass = self.processes.totals(total, found.mass)
         if mass:
             self.losses.append(-total / mass)
         self.tokens += len(x)
@@ -500,10 +502,10 @@ class OnlineEM(_EM):
         prior = replace(prior, strength=prior.strength / seen, tokens=prior.tokens / seen)
         self._maximize(s, prior)
         due = _REVIVAL_ROWS * self.mfa.n_components
-        tokens = self.mfa.ranks.totals(float(self.counted.sum()))[0]
+        tokens = self.mfa.processes.totals(float(self.counted.sum()))[0]
         if tokens >= due:
             if self._to_come() * self.mean_weight > due:
-                self.overlap.pool(self.ranks)
+                self.overlap.pool(self.processes)
                 self._revive(prior, tokens)
             self.counted.zero_()
             self.overlap = Overlap(self.mfa.n_components)
@@ -529,9 +531,9 @@ class OnlineEM(_EM):
         move(mfa, found, self.covariance)
         self.report.revived_components += len(found.moves)
         touched = torch.tensor(found.touched, device=mfa.means.device)
-        touched = touched[(touched >= mfa.start) & (touched < mfa.start + len(mfa.means))]
+        touched = touched[(touched >= mfa.first_component) & (touched < mfa.first_component + len(mfa.means))]
         mass = found.mass[touched] / found.mass.sum() * self._count(s)
-        k = touched - mfa.start
+        k = touched - mfa.first_component
         loadings = mfa.loadings.detach()[k].double().mT
         s.mass[k], s.shift[k], s.latent[k] = mass, 0.0, 0.0
         s.second[k] = mass[:, None, None] * torch.eye(mfa.rank, dtype=mass.dtype, device=mass.device)
@@ -544,7 +546,7 @@ class OnlineEM(_EM):
         self.screening.parameters_moved()
         self.about = mfa.means.detach().clone()
 
-    def _maximize(self, s: Statistics, prior: Prior) -> None:
+    def _maximize(self, s: SufficientStatistics, prior: Prior) -> None:
         """The M-step; the statistics kept are about the new means."""
         self.statistics = s.moved(maximize(self.mfa, s, prior))
         self.screening.parameters_moved()
@@ -556,18 +558,18 @@ class OnlineEM(_EM):
             self.about = self.mfa.means.detach().clone()
 
     def _batches(self, bar: Any) -> Iterator[Weighed | None]:
-        """This rank's share of the batches of a pass that were not seen yet; None while a stream must bring more."""
+        """This process's share of the batches of a pass that were not seen yet; None while a stream must bring more."""
         if self.stream is None:
             order = shuffled(self.rows, self.batch_rows, self.generator)
             yield from self._read(islice(order, self.batch, None), bar)
             return
-        rows, seen = -(-self.batch_rows // self.ranks.size), self.batch
+        rows, seen = -(-self.batch_rows // self.processes.count), self.batch
         for number in count():
             while not self.stream.holds(rows):
                 yield None
-            x = self.stream.take(rows)  # none, where this rank's own stream has ended
+            x = self.stream.take(rows)  # none, where this process's own stream has ended
             if number >= seen:
-                found = int(self.ranks.totals(len(x))[0])
+                found = int(self.processes.totals(len(x))[0])
                 if not found:
                     return
                 bar.update(found)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.ranks import ALONE, Ranks
-from mfa_kernels.sharded import AnyMFA
+from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.mixture.sharded import AnyMFA
 
 _OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
 _OUTLYING = 1024  # of these, at most
@@ -24,13 +24,13 @@ _CHUNK = 4096  # rows looked at, or scanned, at once
 
 
 class Guard:
-    """The sample, of all ranks, which every one of them holds.
+    """The sample, of all processes, which every one of them holds.
 
     Args:
-        rows: (n, D), finite, in random order: a rank's share of those that the start was made of.
+        rows: (n, D), finite, in random order: a process's share of those that the start was made of.
         others: (m, D), finite, its share of further rows of the same data; None: there are none.
         device: of the mixture.
-        ranks: that share them.
+        processes: that share them.
         weights, other_weights: of rows and others, (n,) and (m,) float64; None: all 1.
 
     Attributes:
@@ -44,15 +44,15 @@ class Guard:
         rows: Tensor,
         device: torch.device,
         others: Tensor | None = None,
-        ranks: Ranks = ALONE,
+        processes: Processes = ALONE,
         weights: Tensor | None = None,
         other_weights: Tensor | None = None,
     ) -> None:
-        self.ranks = ranks
+        self.processes = processes
         own = _ones(rows, device) if weights is None else weights.to(device)
-        deviation, outlying = _deviations(rows, ranks).topk(min(len(rows), -(-_OUTLYING // ranks.size)))
+        deviation, outlying = _deviations(rows, processes).topk(min(len(rows), -(-_OUTLYING // processes.count)))
         outlying = outlying[deviation > _OUT]
-        share = -(-OTHERS // ranks.size)
+        share = -(-OTHERS // processes.count)
         others = rows[:0].to(device) if others is None else others[:share].to(device, rows.dtype)
         theirs = _ones(others, device) if other_weights is None else other_weights[:share].to(device)
         if len(others) < share:  # a few would stand for too many
@@ -61,37 +61,38 @@ class Guard:
             more = ordinary.nonzero().squeeze(1)[: share - len(others)]
             others, theirs = torch.cat([others, rows[more].to(device)]), torch.cat([theirs, own[more.to(device)]])
         alone = own[outlying.to(device)]
-        stand_for, are = ranks.totals(float(own.sum() - alone.sum()), float(theirs.sum()))
+        stand_for, are = processes.totals(float(own.sum() - alone.sum()), float(theirs.sum()))
         weights = torch.cat([alone, theirs * (stand_for / (are or 1.0))])
-        self.rows = ranks.concatenated(torch.cat([rows[outlying].to(device), others]))
-        self.weights = ranks.concatenated(weights)
+        self.rows = processes.concatenated(torch.cat([rows[outlying].to(device), others]))
+        self.weights = processes.concatenated(weights)
 
     @torch.no_grad()
     def look(self, mfa: AnyMFA) -> tuple[Tensor, Tensor]:
-        """Of a rank's share of the rows, the region that owns each, -1 where none does, and log p: int64, float64."""
-        found = [mfa._active(part) for part in self.ranks.share(self.rows).split(_CHUNK)]
+        """Of a process's share of the rows, the region that owns each, -1 where none does, and log p: int64,
+        float64."""
+        found = [mfa._active(part) for part in self.processes.share(self.rows).split(_CHUNK)]
         owners = torch.cat([active.components[:, 0] for active in found]).long()
         return owners, torch.cat([active.log_prob for active in found]).double()
 
     def settle(self, mfa: AnyMFA) -> None:
         """Leaves out rows that have no density under the start: nothing can be worse for them, and nothing compared."""
-        has_density = self.ranks.concatenated(self.look(mfa)[1].isfinite())
+        has_density = self.processes.concatenated(self.look(mfa)[1].isfinite())
         self.weights = torch.where(has_density, self.weights, 0)
 
     def log_likelihood(self, mfa: AnyMFA) -> float:
         """Mean of log p over the rows that the sample stands for, in nats."""
-        weights = self.ranks.share(self.weights)
+        weights = self.processes.share(self.weights)
         total = float(torch.where(weights > 0, self.look(mfa)[1] * weights, 0).sum())
-        return self.ranks.totals(total)[0] / max(1.0, float(self.weights.sum()))
+        return self.processes.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
     def lost(self, mfa: AnyMFA, owners: Tensor, before: Tensor) -> Tensor:
         """What the rows lost since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
         known = owners >= 0
-        weights = self.ranks.share(self.weights)
+        weights = self.processes.share(self.weights)
         change = torch.where(weights > 0, weights * (before - self.look(mfa)[1]), 0)
         out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)
         out.index_put_((owners[known],), change[known], accumulate=True)
-        self.ranks.sum_(out)
+        self.processes.sum_(out)
         return out
 
     def state(self) -> dict[str, Tensor]:
@@ -112,18 +113,18 @@ def _ones(rows: Tensor, device: torch.device) -> Tensor:
     return torch.ones(len(rows), dtype=torch.float64, device=device)
 
 
-def _deviations(rows: Tensor, ranks: Ranks) -> Tensor:
-    """Of each row (n, D), the largest in any dimension, in standard deviations of that dimension (of all ranks)."""
-    count = max(1.0, ranks.totals(len(rows))[0])
+def _deviations(rows: Tensor, processes: Processes) -> Tensor:
+    """Of each row (n, D), the largest in any dimension, in standard deviations of that dimension (of all processes)."""
+    count = max(1.0, processes.totals(len(rows))[0])
     mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     variance = torch.zeros_like(mean)
     parts = rows.split(_CHUNK)
     for part in parts:
         mean += part.double().sum(0)
-    ranks.sum_(mean)
+    processes.sum_(mean)
     mean /= count
     for part in parts:
         variance += (part.double() - mean).square().sum(0)
-    ranks.sum_(variance)
+    processes.sum_(variance)
     scale = (variance / count).sqrt().clamp_min(torch.finfo(torch.float64).tiny)
     return torch.cat([((part.double() - mean) / scale).abs().amax(1) for part in parts])

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mfa_kernels import __version__
+from mfa_kernels.common.processes import Processes
+from mfa_kernels.common.sharing import shareable
+from mfa_kernels.common.version import __version__
+from mfa_kernels.data.source import Source
 from mfa_kernels.fitting.checkpoint import plain
-from mfa_kernels.fitting.source import Source
-from mfa_kernels.ranks import Ranks
-from mfa_kernels.sharing import shareable
 
 _OF_DATA = {"rows": "rows", "n_features": "n_features", "data": "fingerprint"}  # among the facts, and their names here
 _NAMES = ("model", "tokenizer")
@@ -31,7 +31,7 @@ def run_of(
     facts: Mapping[str, Any],
     source: Source,
     device: torch.device,
-    ranks: Ranks,
+    processes: Processes,
     *,
     began: str,
     asked: str,
@@ -41,21 +41,22 @@ def run_of(
     """The record of a fit, as JSON can hold it.
 
     Args:
-        facts: what checkpoints compare, so that there is one list of settings; the number of ranks in it is of streams.
-        source: the data; what it says of itself is kept if it is a name, and no path (`mfa_kernels.sharing`).
+        facts: what checkpoints compare, so that there is one list of settings; the number of processes in it is of
+            streams.
+        source: the data; what it says of itself is kept if it is a name, and no path (`mfa_kernels.common.sharing`).
         device: of the work.
-        ranks: that fit together.
+        processes: that fit together.
         began: see `now`.
         asked: the method as it was asked for.
         streamed: whether the data is read once, as it comes.
-        spread: whether the ranks hold different components.
+        spread: whether the processes hold different components.
     """
     settings = {name: fact for name, fact in facts.items() if name not in (*_OF_DATA, "ranks")}
     data = {name: facts[fact] for fact, name in _OF_DATA.items()} | {"streamed": streamed}
     said = {name: source.meta[name] for name in (*_NAMES, *_KEPT) if isinstance(source.meta.get(name), str | int)}
     data |= {name: shareable(value) if name in _NAMES else value for name, value in said.items() if value != ""}
     machine = {
-        "device": device.type, "name": _name(device), "processes": ranks.size, "threads": torch.get_num_threads(),
+        "device": device.type, "name": _name(device), "processes": processes.count, "threads": torch.get_num_threads(),
     }  # fmt: skip
     return plain(
         {

@@ -1,9 +1,9 @@
-"""Checkpoints of a fit whose components are spread over the ranks: each writes its own, and any number can go on.
+"""Checkpoints of a fit whose components are spread over the processes: each writes its own, and any number can go on.
 
 A checkpoint is a folder:
 
-    checkpoint.json                 as of any fit, with what there is of every rank
-    state-00007-2-of-4.safetensors  what rank 2 of 4 holds
+    checkpoint.json                 as of any fit, with what there is of every process
+    state-00007-2-of-4.safetensors  what process 2 of 4 holds
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels import checksum
-from mfa_kernels.files import StrPath
-from mfa_kernels.fit_report import FitReport
+from mfa_kernels.common import checksum
+from mfa_kernels.common.files import StrPath
+from mfa_kernels.common.processes import Processes
+from mfa_kernels.common.reading import COUNT, OBJECT, check_fields, every, member, opened, optional
 from mfa_kernels.fitting.checkpoint import FILE, FILE_FIELDS, Checkpoints, State, check_size, read
-from mfa_kernels.ranks import Ranks
-from mfa_kernels.reading import COUNT, OBJECT, check_fields, every, member, opened, optional
-from mfa_kernels.sharded import is_split, part_of
+from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.mixture.sharded import is_split, part_of
 
-# What other numbers of ranks make of a tensor: a row for every component; a sum over the components, of which each rank
-# has its own; what all ranks hold alike; what only this rank can use.
+# What other numbers of processes make of a tensor: a row for every component; a sum over the components, of which each
+# process has its own; what all processes hold alike; what only this process can use.
 _SPLIT, _SUMMED, _COMMON, _OWN = range(4)
 _RANK = {**FILE_FIELDS, "components": every(COUNT, 2), "screening": optional(OBJECT)}
 _PARAMETERS = ("means", "loadings", "log_noise", "weight_logits")  # as a module lists them
@@ -45,44 +45,50 @@ def _kind(name: str, noise: str) -> int:
 
 
 class ShardedCheckpoints(Checkpoints):
-    """Writes the checkpoints of one fit, and reads them; all ranks call together, and all see the folder.
+    """Writes the checkpoints of one fit, and reads them; all processes call together, and all see the folder.
 
     Args:
         folder, seconds, settings: as of `Checkpoints`.
-        components: K, of all ranks.
+        components: K, of all processes.
         noise: "shared" or "per_component".
-        ranks: that hold them.
+        processes: that hold them.
     """
 
     format = "mfa_kernels.fit_sharded"
 
     def __init__(
-        self, folder: StrPath, seconds: float, settings: Mapping[str, Any], components: int, noise: str, ranks: Ranks
+        self,
+        folder: StrPath,
+        seconds: float,
+        settings: Mapping[str, Any],
+        components: int,
+        noise: str,
+        processes: Processes,
     ) -> None:
         super().__init__(folder, seconds, settings)
-        self.components, self.noise, self.ranks = components, noise, ranks
-        self.span = part_of(components, ranks)
+        self.components, self.noise, self.processes = components, noise, processes
+        self.span = part_of(components, processes)
 
     def due(self) -> bool:
-        """Whether it is time for one, by the clock of rank 0."""
-        return self.ranks.totals(self.ranks.first and super().due())[0] > 0
+        """Whether it is time for one, by the clock of process 0."""
+        return self.processes.totals(self.processes.first and super().due())[0] > 0
 
     def save(self, state: State) -> None:
-        """Writes a checkpoint, and removes the one before; values are those of rank 0, but for those of screening.
+        """Writes a checkpoint, and removes the one before; values are those of process 0, but for those of screening.
 
-        Raises, on every rank:
+        Raises, on every process:
             OSError: one of them could not write.
         """
-        number = self.ranks.agree(self._number)
-        name = f"state-{number:05d}-{self.ranks.rank}-of-{self.ranks.size}.safetensors"
+        number = self.processes.agree(self._number)
+        name = f"state-{number:05d}-{self.processes.index}-of-{self.processes.count}.safetensors"
         failure: OSError | None = None
         own: dict[str, Any] = {}
         try:
             own = {**self._write(state, name), "components": self.span, "screening": state.values.get("screening")}
-        except OSError as error:  # of one rank, perhaps: all of them have to know
+        except OSError as error:  # of one process, perhaps: all of them have to know
             failure = error
-        told = [text for text in self.ranks.objects(failure and str(failure)) if text]
-        every = self.ranks.objects(own)  # when all files are there
+        told = [text for text in self.processes.objects(failure and str(failure)) if text]
+        every = self.processes.objects(own)  # when all files are there
         if told:
             raise failure or OSError(told[0])
         names = {one["tensors"] for one in every}
@@ -94,12 +100,12 @@ class ShardedCheckpoints(Checkpoints):
                 return str(error)
             return None
 
-        unpublished = self.ranks.agree(publish)
+        unpublished = self.processes.agree(publish)
         if unpublished is not None:
             raise OSError(unpublished)
 
     def load(self, folder: StrPath) -> State:
-        """What this rank goes on from; raises what that of one process does."""
+        """What this process goes on from; raises what that of one process does."""
 
         where = Path(folder) / FILE
 
@@ -107,25 +113,25 @@ class ShardedCheckpoints(Checkpoints):
             content = self._content(folder)
             check_fields(content, {"ranks": every(OBJECT)}, f"resume: {where}")
             if not content["ranks"]:
-                raise ValueError(f"resume: {where}: ranks must name at least one file, got none")
+                raise ValueError(f"resume: {where}: processes must name at least one file, got none")
             after = 0
             for i, one in enumerate(content["ranks"]):
-                check_fields(one, _RANK, f"resume: {where}: ranks[{i}]")
+                check_fields(one, _RANK, f"resume: {where}: processes[{i}]")
                 check_size(member(Path(folder), one["tensors"], where), one["bytes"])
                 first, stop = one["components"]
                 if first != after or stop <= first:
                     raise ValueError(
-                        f"resume: {where}: ranks[{i}] has components [{first}, {stop}), expected [{after},"
+                        f"resume: {where}: processes[{i}] has components [{first}, {stop}), expected [{after},"
                     )
                 after = stop
             if after != self.components:
                 raise ValueError(f"resume: {where} is of {after} components, expected {self.components}")
             return content
 
-        content = self.ranks.agree(look)
+        content = self.processes.agree(look)
         self.source = where
         files, values = content["ranks"], content["values"]
-        own = files[self.ranks.rank] if len(files) == self.ranks.size else None
+        own = files[self.processes.index] if len(files) == self.processes.count else None
         values["screening"] = own and own["screening"]
         self._verify(Path(folder), files)
         if own:
@@ -135,23 +141,23 @@ class ShardedCheckpoints(Checkpoints):
         return State(content["stage"], tensors, values, FitReport(**content["report"]))
 
     def _verify(self, folder: Path, files: list[dict[str, Any]]) -> None:
-        """Compares the checksum of every file, each on one of the ranks; raises on all."""
+        """Compares the checksum of every file, each on one of the processes; raises on all."""
         failure: ValueError | OSError | None = None
         try:
-            for one in files[self.ranks.rank :: self.ranks.size]:
+            for one in files[self.processes.index :: self.processes.count]:
                 tensors = read(folder / one["tensors"])
                 if "sha256" in one:
                     checksum.compare(checksum.of_tensors(tensors), one["sha256"], folder / one["tensors"], FILE)
         except (ValueError, OSError) as error:
             failure = error
-        told = [text for text in self.ranks.objects(failure and str(failure)) if text]
+        told = [text for text in self.processes.objects(failure and str(failure)) if text]
         if failure is not None:
             raise failure
         if told:
             raise ValueError(f"resume: {told[0]}")
 
     def _regrouped(self, every: list[tuple[list[int], Path]]) -> dict[str, Tensor]:
-        """What this rank holds of the tensors of another number of ranks."""
+        """What this process holds of the tensors of another number of processes."""
         found: dict[str, list[Tensor]] = defaultdict(list)
         for i, ((first, after), path) in enumerate(every):
             start, stop = (min(max(k, first), after) - first for k in self.span)
@@ -160,12 +166,12 @@ class ShardedCheckpoints(Checkpoints):
                     kind = _kind(name, self.noise)
                     if kind == _SPLIT and start < stop:
                         found[name].append(file.get_slice(name)[start:stop])
-                    elif (not i and kind in (_SUMMED, _COMMON)) or (self.ranks.first and kind == _SUMMED):
+                    elif (not i and kind in (_SUMMED, _COMMON)) or (self.processes.first and kind == _SUMMED):
                         found[name].append(file.get_tensor(name))
         joined = {}
         for name, tensors in found.items():
             if _kind(name, self.noise) == _SUMMED:
-                joined[name] = torch.stack(tensors).sum(0) if self.ranks.first else torch.zeros_like(tensors[0])
+                joined[name] = torch.stack(tensors).sum(0) if self.processes.first else torch.zeros_like(tensors[0])
             else:
                 joined[name] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
         return joined

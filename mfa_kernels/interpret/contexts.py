@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import (
+from mfa_kernels.common.arrays import is_several
+from mfa_kernels.common.checks import (
     check_choice,
     check_component,
     check_components,
@@ -27,12 +27,12 @@ from mfa_kernels.checks import (
     check_number,
     check_tensor,
 )
-from mfa_kernels.ops.precision import full_precision
-from mfa_kernels.progress import progress_bar
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.common.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 BATCH_SIZE = 8192
 _SCREENED_ROWS = 16384  # from which on a screen, which costs as much as about a thousand rows, pays for itself
@@ -185,7 +185,7 @@ def assignments(
             here = slice(start, start + len(x))
             components[here] = k
             responsibilities[here] = code.responsibilities[:, 0]
-            distance = _distance(x, k.clamp_min(0), z, means, noise, mfa.factors().cholesky)
+            distance = _distance(x, k.clamp_min(0), z, means, noise, mfa.woodbury().cholesky)
             distances[here] = distance.masked_fill_(k < 0, torch.nan)
             if kept is not None:
                 kept[here] = z.masked_fill(k.unsqueeze(-1) < 0, torch.nan)
@@ -197,7 +197,7 @@ def assignments(
 def _screened(mfa: MFA, store: ActivationStore) -> MFA:
     """The mixture as it shall read a whole store: with a screen of its own where there is none yet and it pays."""
     n = len(store)
-    if n < _SCREENED_ROWS or not mfa.factors().is_native or mfa.screened()[0]:
+    if n < _SCREENED_ROWS or not mfa.woodbury().is_cpp or mfa.screened()[0]:
         return mfa
     own = copy.copy(mfa)  # the same parameters
     sample = store.rows(torch.linspace(0, n - 1, _SAMPLE_ROWS).round().long())

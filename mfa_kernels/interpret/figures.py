@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import (
+from mfa_kernels.common.arrays import is_several
+from mfa_kernels.common.checks import (
     check_component,
     check_components,
     check_integer,
@@ -22,7 +22,9 @@ from mfa_kernels.checks import (
     check_text,
     shown,
 )
-from mfa_kernels.files import StrPath, atomic_write_bytes, check_writable
+from mfa_kernels.common.files import StrPath, atomic_write_bytes, check_writable
+from mfa_kernels.common.places import FIGURE, check_place
+from mfa_kernels.common.precision import full_precision
 from mfa_kernels.interpret.contexts import (
     Assignments,
     check_tokenizer,
@@ -32,12 +34,10 @@ from mfa_kernels.interpret.contexts import (
     show_token,
 )
 from mfa_kernels.interpret.regions import RegionSummary
-from mfa_kernels.ops.precision import full_precision
-from mfa_kernels.places import FIGURE, check_place
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
 _COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")

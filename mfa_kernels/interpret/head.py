@@ -15,8 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.models import check_evaluating, decoder_layers, hidden_states, input_device, is_encoder_decoder
-from mfa_kernels.ops.precision import full_precision
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.data.language_model import (
+    check_evaluating,
+    decoder_layers,
+    hidden_states,
+    input_device,
+    is_encoder_decoder,
+)
 
 # Names of the last normalisation, beside the decoder layers: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX/OPT, Phi, MPT.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")

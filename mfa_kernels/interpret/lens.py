@@ -11,21 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import (
-    check_component,
-    check_integer,
-    check_mixture,
-    check_model,
-    check_text,
-    shown,
-)
-from mfa_kernels.functional import compute_dtype
+from mfa_kernels.common.checks import check_component, check_integer, check_mixture, check_model, check_text, shown
+from mfa_kernels.data.language_model import check_evaluating, encoded, first_token, is_encoder_decoder
 from mfa_kernels.interpret.contexts import show_id, show_token
 from mfa_kernels.interpret.head import measured
-from mfa_kernels.models import check_evaluating, encoded, first_token, is_encoder_decoder
+from mfa_kernels.mixture.functional import compute_dtype
 
 if TYPE_CHECKING:
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_components, check_flag, check_integer, check_mixture
-from mfa_kernels.functional import compute_dtype
-from mfa_kernels.ops.factors.reference import factors
-from mfa_kernels.ops.precision import full_precision
-from mfa_kernels.progress import progress_bar
+from mfa_kernels.common.checks import check_choice, check_components, check_flag, check_integer, check_mixture
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.mixture.functional import compute_dtype
+from mfa_kernels.ops.woodbury.reference import woodbury
 
 if TYPE_CHECKING:
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 _BLOCK_NUMBERS = 1 << 24  # in the largest temporary, 128 MiB in float64
 
@@ -117,7 +117,7 @@ class _Mahalanobis(_Metric):
         outside = precision @ self.means.square().T - 2 * (precision * means) @ self.means.T
         outside += (precision * means.square()).sum(-1, keepdim=True)
         noise = precision.reciprocal()
-        rows = factors(loadings, noise)[0] * precision.sqrt().unsqueeze(1)  # A_k lam_k, (B, R, D)
+        rows = woodbury(loadings, noise)[0] * precision.sqrt().unsqueeze(1)  # A_k lam_k, (B, R, D)
         inside = rows @ self.means.T - rows @ means.unsqueeze(-1)  # (B, R, K)
         return outside - inside.square().sum(1)
 
@@ -128,17 +128,17 @@ class _Subspaces(_Metric):
     def __init__(self, mfa: MFA):
         (loadings,) = compute_dtype(mfa.loadings)
         self.basis = torch.empty_like(loadings.mT, memory_format=torch.contiguous_format)  # (K, R, D)
-        self.ranks = torch.empty(mfa.n_components, dtype=torch.float64, device=loadings.device)
+        self.dimensions = torch.empty(mfa.n_components, dtype=torch.float64, device=loadings.device)
         for part in torch.arange(mfa.n_components, device=loadings.device).split(256):
             basis, values, _ = torch.linalg.svd(loadings[part].double(), full_matrices=False)
             # Directions that the loadings do not span are no part of the subspace.
             span = values > values[:, :1] * mfa.n_features * torch.finfo(mfa.loadings.dtype).eps
             self.basis[part] = (basis * span.unsqueeze(1)).mT.to(loadings)
-            self.ranks[part] = span.sum(-1).double()
+            self.dimensions[part] = span.sum(-1).double()
         self.numbers_per_row = mfa.n_components * mfa.rank**2
 
     def squared(self, block: Tensor) -> Tensor:
         products = self.basis[block].flatten(0, 1) @ self.basis.flatten(0, 1).T
         overlap = products.square_().unflatten(1, (-1, self.basis.shape[1])).sum(-1)
         overlap = overlap.unflatten(0, (len(block), -1)).sum(1).double()
-        return (self.ranks[block, None] + self.ranks) / 2 - overlap
+        return (self.dimensions[block, None] + self.dimensions) / 2 - overlap

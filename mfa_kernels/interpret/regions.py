@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_components, check_integer, check_mixture
+from mfa_kernels.common.checks import check_components, check_integer, check_mixture
+from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.interpret.contexts import (
     Assignments,
     Context,
@@ -19,11 +20,10 @@ from mfa_kernels.interpret.contexts import (
     show_token,
     top_contexts,
 )
-from mfa_kernels.progress import progress_bar
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 _PRIOR = 10.0  # tokens of the overall distribution mixed into that of a region
 

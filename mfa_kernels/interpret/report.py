@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import (
+from mfa_kernels.common.checks import (
     check_components,
     check_flag,
     check_integer,
@@ -21,7 +21,10 @@ from mfa_kernels.checks import (
     check_path,
     check_text,
 )
-from mfa_kernels.files import StrPath, atomic_write_text, check_writable
+from mfa_kernels.common.files import StrPath, atomic_write_text, check_writable
+from mfa_kernels.common.places import PAGE, check_place
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.common.sharing import shareable
 from mfa_kernels.interpret.contexts import (
     Assignments,
     Context,
@@ -34,13 +37,10 @@ from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
-from mfa_kernels.places import PAGE, check_place
-from mfa_kernels.progress import progress_bar
-from mfa_kernels.sharing import shareable
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mfa import MFA
+    from mfa_kernels.mixture.mfa import MFA
 
 _LENS_TOKENS = 8
 _AXIS_CONTEXTS = 3

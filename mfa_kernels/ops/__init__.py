@@ -1,7 +1,7 @@
 """The fused operations, one folder each: derivation, oracle, backends, registration as ``torch.ops.mfa_kernels.*``.
 
-factors   stage 0   parameters -> whitened rows, Cholesky factors, log-determinants
-select    stage 1   tokens x components -> log p(x) and the active pairs
+woodbury  stage 0   parameters -> whitened rows, Cholesky factors, log-determinants
+scan      stage 1   tokens x components -> log p(x) and the active pairs
 pairs     stage 2   latents, decoding and gradients, on the active pairs alone
 screen              bounds that spare stage 1 most of its logits
 kmeans              the nearest centroid of every row, and sums by cluster
@@ -9,8 +9,13 @@ intervene           hidden states steered: gates, interpolation, offsets and nor
 statistics          the sums that EM's M-step needs, over the active pairs
 """
 
-from mfa_kernels.ops.factors.op import Factors, factorize
+from mfa_kernels.common.moved import renamed
 from mfa_kernels.ops.pairs.op import decode, latents
-from mfa_kernels.ops.select.op import Active, component_log_prob, log_prob
+from mfa_kernels.ops.scan.op import component_log_prob, log_prob
+from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.ops.woodbury.op import factorize
+from mfa_kernels.ops.woodbury.types import Woodbury
 
-__all__ = ["Active", "Factors", "component_log_prob", "decode", "factorize", "latents", "log_prob"]
+__all__ = ["ActivePairs", "Woodbury", "component_log_prob", "decode", "factorize", "latents", "log_prob"]
+
+__getattr__ = renamed(__name__, Active="ActivePairs", Factors="Woodbury")

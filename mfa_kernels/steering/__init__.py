@@ -19,9 +19,10 @@ live            commands that change the steering while text streams
 budget          `alpha_for_kl`: how far to steer for a given change of the next-token distribution
 """
 
+from mfa_kernels.common.moved import renamed
 from mfa_kernels.steering.apply import intervene
 from mfa_kernels.steering.budget import alpha_for_kl
-from mfa_kernels.steering.functions import Function
+from mfa_kernels.steering.functions import SteeringFunction
 from mfa_kernels.steering.gates import Gate, LogDensity, Responsibility
 from mfa_kernels.steering.handle import Handle, Stats, steer
 from mfa_kernels.steering.interventions import Add, Offset, Reconstruct, Remove, Toward
@@ -31,7 +32,6 @@ from mfa_kernels.steering.tracking import LostTrackError
 
 __all__ = [
     "Add",
-    "Function",
     "Gate",
     "Handle",
     "LogDensity",
@@ -42,6 +42,7 @@ __all__ = [
     "Remove",
     "Responsibility",
     "Stats",
+    "SteeringFunction",
     "Toward",
     "alpha_for_kl",
     "intervene",
@@ -49,3 +50,5 @@ __all__ = [
     "prior_latents",
     "steer",
 ]
+
+__getattr__ = renamed(__name__, Function="SteeringFunction")

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_choice, check_floats, check_mixture
-from mfa_kernels.mfa import MFA
-from mfa_kernels.modes import ordinary
+from mfa_kernels.common.checks import check_choice, check_floats, check_mixture
+from mfa_kernels.common.modes import ordinary
+from mfa_kernels.common.precision import full_precision, no_autocast
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.intervene.op import Edit
 from mfa_kernels.ops.intervene.op import intervene as steer_tokens
 from mfa_kernels.ops.intervene.portable import (
@@ -22,9 +23,8 @@ from mfa_kernels.ops.intervene.portable import (
     RESPONSIBILITY,
     per_row,
 )
-from mfa_kernels.ops.precision import full_precision, no_autocast
-from mfa_kernels.ops.select.op import Active
-from mfa_kernels.steering.composition import Affine, Composition, Local, moved
+from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.steering.composition import Affine, Composition, RegionTerm, moved
 from mfa_kernels.steering.evidence import Reader
 from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
 from mfa_kernels.steering.interventions import Row, as_rows
@@ -233,12 +233,12 @@ class Program:
                 mixture = self._reader.mixture()
         for term in affine.local:
             own: list[Any] = [here(term.coefficient), *term[1:]]
-            term = Local(*(per_row(v, batch) if isinstance(v, Tensor) else v for v in own))
+            term = RegionTerm(*(per_row(v, batch) if isinstance(v, Tensor) else v for v in own))
             shift = _local_shift(term, hidden.to(edit.shift.dtype), seen)
             edit = edit._replace(shift=per_row(edit.shift, batch) + shift)
         return steer_tokens(hidden, edit, chosen, passed, seen, *mixture)
 
-    def _passed(self, seen: Active, shape: torch.Size) -> Tensor | None:
+    def _passed(self, seen: ActivePairs, shape: torch.Size) -> Tensor | None:
         """Where gates made of others let tokens through, True in rows without one, (B, T); None without any."""
         passed = None
         for gate, elsewhere in self._composed:
@@ -290,7 +290,7 @@ def _simple(gate: Gate) -> tuple[int, float] | None:
     return None
 
 
-def _local_shift(term: Local, x: Tensor, seen: Active | None) -> Tensor:
+def _local_shift(term: RegionTerm, x: Tensor, seen: ActivePairs | None) -> Tensor:
     # Compiled code cannot set the precision of float32 products.
     with no_autocast(x) if torch.compiler.is_compiling() else full_precision(x):
         out = (x - term.mean) @ term.gain.mT @ term.loadings

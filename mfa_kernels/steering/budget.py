@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_callable, check_model, check_positive, shown
-from mfa_kernels.models import check_evaluating, check_loaded, is_encoder_decoder, without_notes
+from mfa_kernels.common.checks import check_callable, check_model, check_positive, shown
+from mfa_kernels.data.language_model import check_evaluating, check_loaded, is_encoder_decoder, without_notes
 from mfa_kernels.steering.handle import Handle
 
 _HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out

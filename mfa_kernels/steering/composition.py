@@ -6,7 +6,7 @@ was before the first one. So any list of them, in order, is
     x -> scale x + shift + sum_k r_k(x) (weight mu_k + W_k (z + spread E[z | x, k])) + local terms
 
 with numbers `scale`, `weight`, `spread` and vectors `shift` (D,), `z` (R,) per batch row, folded once when the list is
-given (once per step under a schedule), and one `Local` term for each `Remove` of a single region. What remains per
+given (once per step under a schedule), and one `RegionTerm` term for each `Remove` of a single region. What remains per
 token is one multiply-add, or one more decode of the active pairs where an intervention asks for responsibilities.
 """
 
@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_number
-from mfa_kernels.mfa import MFA
-from mfa_kernels.ops.precision import no_autocast
+from mfa_kernels.common.checks import check_number
+from mfa_kernels.common.precision import no_autocast
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.steering.interventions import Add, Intervention, Offset, Reconstruct, Remove, Row, Toward
 
 
-class Local(NamedTuple):
+class RegionTerm(NamedTuple):
     """coefficient g(x) (apart + W_k G_k (x - mu_k)), with G_k (x - mu_k) = E[z | x, k]; B is 1 or the number of rows.
 
     Attributes:
@@ -61,11 +61,11 @@ class Affine(NamedTuple):
     weight: float | Tensor
     spread: float | Tensor
     latents: Tensor | None
-    local: tuple[Local, ...]
+    local: tuple[RegionTerm, ...]
 
     def each(self, change: Callable[[Any], Any]) -> Affine:
         """With every tensor or number changed."""
-        changed: Any = (*map(change, self[:-1]), tuple(Local(*map(change, term)) for term in self.local))
+        changed: Any = (*map(change, self[:-1]), tuple(RegionTerm(*map(change, term)) for term in self.local))
         return Affine(*changed)
 
 
@@ -90,7 +90,7 @@ class _Level(NamedTuple):
     target: Tensor
     offset: Tensor
     latents: Tensor | None
-    local: list[tuple[list[float], Local]]
+    local: list[tuple[list[float], RegionTerm]]
 
 
 class Composition:
@@ -137,7 +137,7 @@ class Composition:
         spread: float | Tensor = 0.0
         shift = torch.zeros(1, 1, self._features, dtype=self.dtype, device=self.device)
         latents: Tensor | None = None
-        local: list[Local] = []
+        local: list[RegionTerm] = []
         for level in self._levels:
             alphas = [[_at(alpha, step) for step in steps] for alpha in level.alphas]
 
@@ -234,7 +234,7 @@ def _mean(mfa: MFA) -> Tensor:
     return log_weights.exp() @ means
 
 
-def _local(mfa: MFA, components: list[int | None], part: str, device: torch.device) -> Local:
+def _local(mfa: MFA, components: list[int | None], part: str, device: torch.device) -> RegionTerm:
     """The term of a single region per row, its coefficient still to come; rows without one get any region's."""
     index = torch.tensor([0 if k is None else k for k in components], device=mfa.means.device)
     means, loadings, noise_variance, _ = mfa.parameters_in_compute_dtype()
@@ -244,7 +244,7 @@ def _local(mfa: MFA, components: list[int | None], part: str, device: torch.devi
     eye = torch.eye(mfa.rank, dtype=torch.float64, device=mean.device)
     gain = torch.linalg.solve(eye + weighed @ write.double().mT, weighed).to(dtype)
     is_region = part == "region"
-    term = Local(
+    term = RegionTerm(
         coefficient=0.0,
         component=index.int().reshape(-1, 1, 1) if is_region else None,
         mean=mean,
@@ -253,4 +253,4 @@ def _local(mfa: MFA, components: list[int | None], part: str, device: torch.devi
         apart=mean - _mean(mfa) if is_region else None,
     )
     moved: list[Any] = [value.to(device) if isinstance(value, Tensor) else value for value in term]
-    return Local(*moved)
+    return RegionTerm(*moved)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import ops
-from mfa_kernels.mfa import MFA
+from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.ops.scan.types import SLOTS, activity_threshold
 from mfa_kernels.ops.screen import op as screening
-from mfa_kernels.ops.select.op import SLOTS, activity_threshold
+from mfa_kernels.ops.screen.types import AnyScreen
 
 _SCREENED_VALUES = 1 << 22
 """Values of the rows, K (R + 1) D, from which on a token is screened: 16 MB in float32, more than a cache holds."""
@@ -45,10 +46,10 @@ class Reader(nn.Module):
         for name, value in zip(names, mfa.parameters_in_compute_dtype()):
             self.register_buffer(name, value if differentiable else value.detach(), persistent=False)
         with torch.no_grad():  # factors of a training step would not be kept
-            factors = mfa.factors()
-            screen = None if differentiable else _screen(mfa, factors)
-            self._screen = None if screen is None else (screen, factors.constants(self.log_weights))
-        self._parts = [self._keep(field.name, getattr(factors, field.name)) for field in fields(factors)]
+            woodbury = mfa.woodbury()
+            screen = None if differentiable else _screen(mfa, woodbury)
+            self._screen = None if screen is None else (screen, woodbury.constants(self.log_weights))
+        self._parts = [self._keep(field.name, getattr(woodbury, field.name)) for field in fields(woodbury)]
         self._exact = mfa.precision != "fast"
 
     @property
@@ -69,10 +70,10 @@ class Reader(nn.Module):
             return tuple(self._kept(entry) for entry in part)
         return getattr(self, part) if isinstance(part, str) else part
 
-    def _factors(self) -> ops.Factors:
-        return ops.Factors(*(self._kept(part) for part in self._parts))
+    def _factors(self) -> ops.Woodbury:
+        return ops.Woodbury(*(self._kept(part) for part in self._parts))
 
-    def read(self, x: Tensor) -> ops.Active:
+    def read(self, x: Tensor) -> ops.ActivePairs:
         """The active pairs of tokens (N, D)."""
         count = self.means.shape[0]
         slots = min(SLOTS, count)
@@ -83,25 +84,25 @@ class Reader(nn.Module):
             active = self._active(x, slots)
         return active
 
-    def _active(self, x: Tensor, slots: int) -> ops.Active:
+    def _active(self, x: Tensor, slots: int) -> ops.ActivePairs:
         if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
             threshold = activity_threshold(self.means.shape[0], self.means.dtype)
             screen, constants = self._screen
-            return screening.select(x, self._factors(), constants, screen, threshold, slots).active
+            return screening.scan(x, self._factors(), constants, screen, threshold, slots).active
         parameters = (self.means, self.loadings, self.noise_variance, self.log_weights)
         return ops.log_prob(x, *parameters, self._factors(), slots, self._exact)
 
-    def mixture(self) -> tuple[tuple[Tensor, Tensor, Tensor], ops.Factors]:
+    def mixture(self) -> tuple[tuple[Tensor, Tensor, Tensor], ops.Woodbury]:
         """Means, loadings and noise variance, and their factors."""
         return (self.means, self.loadings, self.noise_variance), self._factors()
 
 
-def _screen(mfa: MFA, factors: ops.Factors) -> screening.AnyScreen | None:
+def _screen(mfa: MFA, woodbury: ops.Woodbury) -> AnyScreen | None:
     """The mixture's screen; prepared here for a large mixture, where the rows of every token are read from memory."""
-    if not factors.is_native:  # on a GPU a few tokens read all rows faster
+    if not woodbury.is_cpp:  # on a GPU a few tokens read all rows faster
         return None
     tried, screen = mfa.screened()
-    if not tried and factors.rows.numel() >= _SCREENED_VALUES:
+    if not tried and woodbury.rows.numel() >= _SCREENED_VALUES:
         mfa.screen()
         _, screen = mfa.screened()
     return screen

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.checks import check_mixture
-from mfa_kernels.mfa import MFA
-from mfa_kernels.modes import ordinary
+from mfa_kernels.common.checks import check_mixture
+from mfa_kernels.common.modes import ordinary
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import as_rows
 
 
-class Function:
+class SteeringFunction:
     """`intervene` with everything but x given, and prepared once instead of at each call.
 
-        fn = Function(mfa, Toward(17, 0.4))
+        fn = SteeringFunction(mfa, Toward(17, 0.4))
         tl_model.run_with_hooks(tokens, fwd_hooks=[("blocks.8.hook_resid_post", fn)])        # TransformerLens
         with model.trace(prompt):                                                            # nnsight
             hidden = model.model.layers[8].output

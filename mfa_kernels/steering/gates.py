@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from mfa_kernels.checks import check_component, check_integer, check_number, shown
-from mfa_kernels.mfa import MFA
-from mfa_kernels.ops import Active
+from mfa_kernels.common.checks import check_component, check_integer, check_number, shown
+from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.ops import ActivePairs
 
 
 class Gate:
@@ -25,7 +25,7 @@ class Gate:
     def __invert__(self) -> Gate:
         return Not(self)
 
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         """(N,) bool. A token that is not finite passes no gate that `steer` is given, inverted or not."""
         raise NotImplementedError
 
@@ -45,7 +45,7 @@ class Responsibility(Gate):
         object.__setattr__(self, "component", check_integer(self.component, "component"))
         object.__setattr__(self, "threshold", check_number(self.threshold, "threshold"))
 
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         return seen.responsibility(self.component) > self.threshold
 
 
@@ -58,7 +58,7 @@ class LogDensity(Gate):
     def __post_init__(self) -> None:
         object.__setattr__(self, "threshold", check_number(self.threshold, "threshold"))
 
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         return seen.log_prob > self.threshold
 
 
@@ -67,7 +67,7 @@ class Both(Gate):
     first: Gate
     second: Gate
 
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         return self.first.passes(seen) & self.second.passes(seen)
 
     def leaves(self) -> Iterator[Gate]:
@@ -77,7 +77,7 @@ class Both(Gate):
 
 @dataclass(frozen=True)
 class Either(Both):
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         return self.first.passes(seen) | self.second.passes(seen)
 
 
@@ -85,7 +85,7 @@ class Either(Both):
 class Not(Gate):
     inner: Gate
 
-    def passes(self, seen: Active) -> Tensor:
+    def passes(self, seen: ActivePairs) -> Tensor:
         return ~self.inner.passes(seen)
 
     def leaves(self) -> Iterator[Gate]:

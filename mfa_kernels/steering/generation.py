@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from mfa_kernels.models import is_encoder_decoder
+from mfa_kernels.data.language_model import is_encoder_decoder
 from mfa_kernels.steering.arguments import recognised
 
 _ATTRIBUTE = "_mfa_kernels_generate"

@@ -12,17 +12,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_model
-from mfa_kernels.mfa import MFA
-from mfa_kernels.models import decoder_layers, hidden_states, resolve_layer, text_config, with_hidden_states
-from mfa_kernels.modes import ordinary
+from mfa_kernels.common.checks import check_model
+from mfa_kernels.common.modes import ordinary
+from mfa_kernels.data.language_model import (
+    decoder_layers,
+    hidden_states,
+    resolve_layer,
+    text_config,
+    with_hidden_states,
+)
+from mfa_kernels.data.twin import check_output
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.steering import compiled
 from mfa_kernels.steering.apply import Program, check_hidden
 from mfa_kernels.steering.gates import Gates
 from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Toward, as_rows
 from mfa_kernels.steering.positions import Positions, check_positions, choose
 from mfa_kernels.steering.tracking import Pass, Tracker
-from mfa_kernels.twin import check_output
 
 _KEEP: Any = object()  # an argument of `update` that was not given
 

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import (
+from mfa_kernels.common.arrays import is_several
+from mfa_kernels.common.checks import (
     check_choice,
     check_component,
     check_components,
@@ -18,7 +18,7 @@ from mfa_kernels.checks import (
     check_number,
     check_tensor,
 )
-from mfa_kernels.mfa import MFA
+from mfa_kernels.mixture.mfa import MFA
 
 Alpha: TypeAlias = "float | Tensor | Callable[[int], float]"
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import (
+from mfa_kernels.common.arrays import is_several
+from mfa_kernels.common.checks import (
     check_component,
     check_floats,
     check_generator,
@@ -17,8 +17,8 @@ from mfa_kernels.checks import (
     check_mixture,
     check_number,
 )
-from mfa_kernels.mfa import MFA
-from mfa_kernels.modes import door
+from mfa_kernels.common.modes import door
+from mfa_kernels.mixture.mfa import MFA
 
 _BATCH = 8192
 
@@ -58,7 +58,7 @@ def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequ
     Raises:
         ValueError: the width or q does not fit, or the region owns none of the activations.
     """
-    from mfa_kernels.fitting.source import as_source  # steering alone needs nothing of fitting
+    from mfa_kernels.data.source import as_source  # steering alone needs nothing of fitting
 
     k = check_component(component, check_mixture(mfa).n_components)
     wanted = (check_floats(q, "q") if is_several(q) else torch.tensor(check_number(q, "q"))).double()

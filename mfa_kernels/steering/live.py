@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.models import check_encoder, check_sampling, continuation
+from mfa_kernels.data.language_model import check_encoder, check_sampling, continuation
 from mfa_kernels.steering.handle import Handle
 
 HELP = (

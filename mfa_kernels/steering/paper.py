@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.checks import check_choice, check_integers, check_mixture, check_model, shown
-from mfa_kernels.mfa import MFA
-from mfa_kernels.models import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
+from mfa_kernels.common.checks import check_choice, check_integers, check_mixture, check_model, shown
+from mfa_kernels.data.language_model import check_encoder, check_evaluating, encoded, resolve_layer, without_notes
+from mfa_kernels.data.twin import check_output
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.steering.handle import Handle, steer
-from mfa_kernels.twin import check_output
 
 SITES = ("resid_post", "mlp_out", "mlp_act")
 

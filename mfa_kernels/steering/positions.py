@@ -7,8 +7,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mfa_kernels.arrays import is_several
-from mfa_kernels.checks import check_choice, check_integer, check_tensor
+from mfa_kernels.common.arrays import is_several
+from mfa_kernels.common.checks import check_choice, check_integer, check_tensor
 from mfa_kernels.steering.tracking import Pass
 
 Positions: TypeAlias = "str | slice | Tensor"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from mfa_kernels.models import decoder_layers, stack_of
+from mfa_kernels.data.language_model import decoder_layers, stack_of
 from mfa_kernels.steering.arguments import Arguments, cache_of, identity_of, length_of, recognised
 from mfa_kernels.steering.generation import Call, Generate
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops.common import cpp
 
 HERE = Path(__file__).parent
 FLAGS = ["-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 def build() -> ctypes.CDLL:
     """Compiles the kernels for the CPU, once for these sources."""
     compiler = shutil.which(os.environ.get("CXX", "g++")) or "g++"
-    kernels = native.source_folder("cuda")
+    kernels = cpp.source_folder("cuda")
     files = [
         *sorted(kernels.glob("*.cuh")),
         *sorted(kernels.glob("*.h")),
@@ -57,7 +57,7 @@ def build() -> ctypes.CDLL:
         HERE / "kernels.cpp",
     ]
     digest = hashlib.sha256(b"\0".join([" ".join([compiler, *FLAGS]).encode(), *(f.read_bytes() for f in files)]))
-    target = native.cache_folder() / "cuda_emulation" / f"{digest.hexdigest()[:16]}.so"
+    target = cpp.cache_folder() / "cuda_emulation" / f"{digest.hexdigest()[:16]}.so"
     if not target.is_file():
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_suffix(f".{os.getpid()}")
@@ -97,19 +97,19 @@ class Emulation:
         status = getattr(self.kernels, name)(*_pointers(*values))
         assert status == 0, f"{name}: cudaError {status}"
 
-    def factors(self, means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def woodbury(self, means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         components, features, rank = loadings.shape
         rows = means.new_empty(components, rank + noise_variance.dim(), features)
         out = rows, means.new_empty(components, rank, rank), means.new_empty(components)
         self._run(
-            "emulate_factors", self.chip, means, loadings, noise_variance, *out, components, features, rank,
+            "emulate_woodbury", self.chip, means, loadings, noise_variance, *out, components, features, rank,
             int(noise_variance.dim() == 2),
         )  # fmt: skip
         return out
 
-    def factors_tile(self, features: int, rank: int) -> int:
+    def woodbury_tile(self, features: int, rank: int) -> int:
         """Features in shared memory at a time."""
-        return self.kernels.factors_tile_of(*_pointers(self.chip, features, rank))
+        return self.kernels.woodbury_tile_of(*_pointers(self.chip, features, rank))
 
     def scan(
         self, x: Tensor, scale: Tensor, center: Tensor, scan_rows: Tensor, scan_scales: Tensor, offsets: Tensor,

@@ -1,7 +1,7 @@
 // The launches of csrc/cuda on the CPU, for ctypes. `chip` is {processors, shared bytes per block, per processor}.
 #include "cuda_on_cpu.h"
 
-#include "factors.cuh"
+#include "woodbury.cuh"
 #include "few_tokens.cuh"
 #include "finish.cuh"
 
@@ -11,15 +11,15 @@ extern "C" {
 
 void emulate_descending(int descending) { emulation::descending_order = descending; }
 
-int emulate_factors(const int* chip, const float* means, const float* loadings, const float* noise, float* rows,
+int emulate_woodbury(const int* chip, const float* means, const float* loadings, const float* noise, float* rows,
                     float* cholesky, float* log_det, int components, int features, int rank, int per_component) {
-  const FactorsArguments a{means,   loadings,   noise,    rows, cholesky,           log_det,
+  const WoodburyArguments a{means,   loadings,   noise,    rows, cholesky,           log_det,
                            components, features, rank, per_component != 0, 0};
-  return factors(a, {chip[0], chip[1], chip[2]}, {});
+  return woodbury(a, {chip[0], chip[1], chip[2]}, {});
 }
 
-int factors_tile_of(const int* chip, int features, int rank) {
-  return factors_tile({chip[0], chip[1], chip[2]}, features, rank);
+int woodbury_tile_of(const int* chip, int features, int rank) {
+  return woodbury_tile({chip[0], chip[1], chip[2]}, features, rank);
 }
 
 int emulate_scan(const int* chip, int dtype, const void* x, const float* scale, const float* center,

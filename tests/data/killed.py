@@ -1,6 +1,6 @@
 """Stores whose writers get signals at random moments: what is left is whole, or says that it is not.
 
-Run as a module by `tests.data.test_killed`, in a process of its own that forks; see `tests.killed`.
+Run as a module by `tests.data.test_killed`, in a process of its own that forks; see `tests.helpers.killed`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 
 from mfa_kernels import harvest
+from mfa_kernels.common.locks import LOCK
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.store import MANIFEST
-from mfa_kernels.locks import LOCK
 from tests.data.test_harvest import make_model, make_tokenizer, words
-from tests.killed import Job, begin, contents, live
+from tests.helpers.killed import Job, begin, contents, live
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WIDTH = 64

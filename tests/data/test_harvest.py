@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mfa_kernels import harvest, locks, models
-from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+from mfa_kernels import harvest
+from mfa_kernels.common import locks
+from mfa_kernels.common.locks import LOCK
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter, language_model
 from mfa_kernels.data.harvest import stream
-from mfa_kernels.locks import LOCK
-from mfa_kernels.models import hidden_states, with_hidden_states
+from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
 
@@ -352,7 +353,7 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
             store = quiet(name, also, TEXTS, 1, device="cpu")
             assert torch.equal(store.tensor(), expected.tensor())
     assert (store.meta["model"], store.meta["tokenizer"]) == ("local:lm", "local:lm")
-    assert store.meta["model_fingerprint"] == expected.meta["model_fingerprint"] == models.fingerprint(model)
+    assert store.meta["model_fingerprint"] == expected.meta["model_fingerprint"] == language_model.fingerprint(model)
     assert str(tmp_path) not in (store.folder / "manifest.json").read_text()
     for wrong in (b"bytes", 3, [tokenizer]):
         with pytest.raises(TypeError, match="tokenizer must be one of transformers"):
@@ -602,7 +603,7 @@ def test_resume_needs_the_same_weights(llama: tuple, tmp_path: Path) -> None:
     """Of two models of one name and size."""
     model, tokenizer = llama
     other = copy.deepcopy(model)
-    assert models.weights_fingerprint(other) == models.weights_fingerprint(model)
+    assert language_model.weights_fingerprint(other) == language_model.weights_fingerprint(model)
     with torch.no_grad():
         other.model.norm.weight[3] += 0.5
     quiet(model, tokenizer, LONG, 1, tmp_path, **CUT)
@@ -649,10 +650,10 @@ def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
 
 def test_fit_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
     from mfa_kernels import fit
-    from mfa_kernels.fitting import loop
-    from mfa_kernels.models import load_language_model
+    from mfa_kernels.data.language_model import load_language_model
+    from mfa_kernels.fitting import preparation
 
-    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1500)
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1500)
     model, tokenizer = load_language_model(None)
     texts = [f"def function_{i}(self, x):\n    return self.value_{i % 7} + {i} * x\n\n" * 4 for i in range(60)]
     options = {"context": 64, "batch_size": 4, "max_tokens": 4000}
@@ -674,10 +675,10 @@ def test_fit_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fit_several_layers_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
     import mfa_kernels
-    from mfa_kernels.fitting import loop
-    from mfa_kernels.models import load_language_model
+    from mfa_kernels.data.language_model import load_language_model
+    from mfa_kernels.fitting import preparation
 
-    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1000)
     assert mfa_kernels.stream is stream
     model, tokenizer = load_language_model(None)
     passes = []

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels import locks
+from mfa_kernels.common import locks
+from mfa_kernels.common.locks import LOCK
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
-from mfa_kernels.locks import LOCK
 
 D = 5
 

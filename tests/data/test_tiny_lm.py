@@ -6,10 +6,10 @@ import os
 import pytest
 import torch
 
-from mfa_kernels import locks
+from mfa_kernels.common import locks
 from mfa_kernels.data import tiny_lm
+from mfa_kernels.data.language_model import weights_in
 from mfa_kernels.data.tiny_lm import corpus, train
-from mfa_kernels.models import weights_in
 
 CODE = '''class Stack:
     """A last-in, first-out list: \u00e9t\u00e9, \u03bb, \U0001f40d."""

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mfa_kernels.cli import main
+from mfa_kernels.commands.cli import main
 from mfa_kernels.data import ActivationStoreWriter
 from mfa_kernels.fitting import em
 from tests.distributed.worker import FITS, RESUMED, SIZES, module, outcome, run, several_batches, small, streamed
@@ -115,7 +115,9 @@ def test_every_rank_brings_its_own_stream(found, size):
     assert expected["report"]["history"][-1]["step"] == 12  # of 100 rows, after a start of 400; the last of one row
     several = load(found, size, 0)["stream"]
     assert_same_bits(load(found, size, 0)["stream, resumed"], several)
-    assert several["report"].pop("live_rows") >= expected["report"].pop("live_rows")  # every rank looked at all it had
+    assert several["report"].pop("live_rows") >= expected["report"].pop(
+        "live_rows"
+    )  # every process looked at all it had
     assert_close(several, expected)
 
 
@@ -132,11 +134,11 @@ def test_what_is_done_once(found, size):
 def test_errors_reach_every_rank(found, size):
     for rank in range(size):
         mine = load(found, size, rank)
-        assert mine["other data"].startswith("ValueError: the ranks that fit together have different data")
+        assert mine["other data"].startswith("ValueError: the processes that fit together have different data")
         assert "rank 1 has data = " in mine["other data"]
         assert "of a fit with other settings: here data = " in mine["other stream"]
-        assert "rank 1 has seed = 1, on rank 0 0" in mine["other settings"]
-        assert ("RuntimeError: rank 0 failed with ValueError: " if rank else "ValueError: ") in mine["no start"]
+        assert "process 1 has seed = 1, process 0 0" in mine["other settings"]
+        assert ("RuntimeError: process 0 failed with ValueError: " if rank else "ValueError: ") in mine["no start"]
         assert "do not vary" in mine["no start"]
 
 
@@ -170,7 +172,7 @@ def test_command_line_under_torchrun(tmp_path):
         writer.add_document(torch.arange(len(x)), torch.arange(len(x)), x, source="a")
     options = ["-K", "6", "-R", "2", "--method", "em", "--epochs", "2"]
     command = ["fit", str(tmp_path / "store"), *options, "--checkpoint", str(tmp_path / "checkpoint"), "--out"]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mfa_kernels.cli"]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mfa_kernels"]
     done = subprocess.run(
         [sys.executable, *launcher, *command, str(tmp_path / "two")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},

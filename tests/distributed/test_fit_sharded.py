@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from mfa_kernels import MFA
+from mfa_kernels.common.processes import ALONE
 from mfa_kernels.fitting import em
-from mfa_kernels.ranks import ALONE
 from tests.distributed.test_fit import assert_close, assert_same_bits, load
 from tests.distributed.worker import (
     LARGE,
@@ -35,7 +35,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
 
 
-def ranks(found, size):
+def processes(found, size):
     return [load(found, size, rank)["fit_sharded"] for rank in range(size)]
 
 
@@ -46,7 +46,7 @@ def test_several_processes_fit_what_one_fits(found, name):
         assert expected["report"]["revived_components"] == 1
     assert_close(sharded_outcome(run_sharded(**SHARDED_FITS[name], group=False)), expected)
     for size in SIZES:
-        first, *others = [mine[name] for mine in ranks(found, size)]
+        first, *others = [mine[name] for mine in processes(found, size)]
         assert_close(first, expected)
         for other in others:
             assert_same_bits(first, other)
@@ -56,16 +56,16 @@ def test_several_processes_fit_what_one_fits(found, name):
 def test_regions_of_two_ranks_that_are_one(found, size):
     expected = sharded_outcome(run_sharded(**TWINS, start=twins(False), group=False))
     assert expected["report"]["revived_components"] == 1
-    for mine in ranks(found, size):
+    for mine in processes(found, size):
         assert_close(mine["twins"], expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_saved_mixture_is_a_start(found, size):
     saved = MFA.from_pretrained(found / f"{size}, saved")
-    for rank, mine in enumerate(ranks(found, size)):
+    for rank, mine in enumerate(processes(found, size)):
         assert_same_bits(dict(saved.tensors()), mine["shared"]["state"])
-        assert mine["seen"] == [7] * 4, "a callback on every rank, after each of three passes and the start"
+        assert mine["seen"] == [7] * 4, "a callback on every process, after each of three passes and the start"
         assert mine["log"] == (rank == 0)
         best = mine["shared"]["report"]["held_out_nll"]
         assert math.isclose(mine["again"]["history"][0]["held_out_nll"], best, rel_tol=1e-12)
@@ -73,7 +73,7 @@ def test_a_saved_mixture_is_a_start(found, size):
 
 @pytest.mark.parametrize("name", SHARDED_RESUMED)
 def test_what_four_have_begun_any_number_goes_on_with(found, name):
-    four, two = ranks(found, 4), ranks(found, 2)
+    four, two = processes(found, 4), processes(found, 2)
     for mine in four:
         assert_same_bits(mine[f"{name}, resumed"], mine[name])
     for mine in two:
@@ -87,7 +87,7 @@ def test_what_four_have_begun_any_number_goes_on_with(found, name):
 def test_k_means_shares_its_passes(found, size):
     expected: dict[bool, Any] = clusters_of_a_sample(ALONE)
     assert expected[True]["skipped"] == 16
-    first, *others = [mine["clusters"] for mine in ranks(found, size)]
+    first, *others = [mine["clusters"] for mine in processes(found, size)]
     for other in others:
         for weighted in (True, False):
             assert_same_bits(first[weighted], other[weighted])
@@ -96,11 +96,11 @@ def test_k_means_shares_its_passes(found, size):
 
 
 def test_no_rank_holds_the_loadings_of_all(found):
-    """No tensor of three dimensions is larger than R + 1 rows of D for each of the rank's own components."""
+    """No tensor of three dimensions is larger than R + 1 rows of D for each of the process's own components."""
     components, features, rank = LARGE["n_components"], LARGE_FEATURES, LARGE["rank"]
     assert largest_tensor(False)[0] >= components * features * rank, "in one process, it is found"
     for size in SIZES:
-        for mine in ranks(found, size):
+        for mine in processes(found, size):
             elements, loadings = mine["largest"]
             assert loadings == (components // size, features, rank)
             assert elements <= components // size * features * (rank + 1)
@@ -108,7 +108,7 @@ def test_no_rank_holds_the_loadings_of_all(found):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_errors_reach_every_rank(found, size):
-    for mine in ranks(found, size):
-        assert mine["other data"].startswith("ValueError: the ranks that fit together have different data")
+    for mine in processes(found, size):
+        assert mine["other data"].startswith("ValueError: the processes that fit together have different data")
         assert "cannot be spread over" in mine["too many"]
         assert mine["other start"].startswith("ValueError: start must have (n_components, ")

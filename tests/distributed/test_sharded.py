@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.fitting.em import maximize
-from mfa_kernels.ops.statistics.op import Statistics, expectation
+from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 from tests.distributed.test_fit import CLOSE, assert_close, load
 from tests.distributed.worker import SHARDED, SIZES, prior, problem, use
 
@@ -22,12 +22,12 @@ def expected() -> dict[str, Any]:
     return {name: use(*problem(name)) for name in SHARDED}
 
 
-def ranks(found, size, name):
+def processes(found, size, name):
     return [load(found, size, rank)[f"sharded, {name}"] for rank in range(size)]
 
 
 def joined(parts: list[dict[str, Any]], noise: str) -> dict[str, Any]:
-    """Gradients of all ranks; those of a shared noise are the same on each."""
+    """Gradients of all processes; those of a shared noise are the same on each."""
     out = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
     if noise == "shared":
         for part in parts:
@@ -49,7 +49,7 @@ def dense(components: Tensor, responsibilities: Tensor, latents: Tensor, dropped
 
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_densities_and_codes(found, expected, size, name):
-    for mine in ranks(found, size, name):
+    for mine in processes(found, size, name):
         for key in ("log_prob", "assign", "reconstruct", "loss"):
             torch.testing.assert_close(mine[key], expected[name][key], equal_nan=True, **CLOSE)
         for top_k in (1, 4, None):
@@ -65,7 +65,7 @@ def test_densities_and_codes(found, expected, size, name):
 @pytest.mark.parametrize(("size", "name"), CASES)
 def test_gradients(found, expected, size, name):
     noise = problem(name)[0].noise
-    parts, one = ranks(found, size, name), expected[name]
+    parts, one = processes(found, size, name), expected[name]
     for key in ("gradients", "gradients, decode"):
         assert_close(joined([part[key] for part in parts], noise), one[key])
     for mine in parts:
@@ -79,12 +79,12 @@ def test_em_and_a_checkpoint_of_the_whole(found, size, name):
     mfa, x = problem(name)
     nll = []
     for _ in range(3):
-        s = Statistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
+        s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
         with torch.no_grad():
-            expectation(x.flatten(0, 1), *mfa.parameters_in_compute_dtype(), mfa.factors(), s)
+            expectation(x.flatten(0, 1), *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
         nll.append(-float(s.log_likelihood) / 56)
         maximize(mfa, s, prior())
-    for mine in ranks(found, size, name):
+    for mine in processes(found, size, name):
         assert_close(mine["em"], nll)
         assert all(mine["again"].values())
         assert "cannot be spread over" in mine["too many"]
@@ -95,5 +95,5 @@ def test_em_and_a_checkpoint_of_the_whole(found, size, name):
     if name != "rank 0":  # which went on for a step
         assert_close(dict(saved.state_dict()), dict(mfa.state_dict()))
     assert saved.noise_floor == mfa.noise_floor
-    starts = [mine["start"] for mine in ranks(found, size, name)]
+    starts = [mine["first"] for mine in processes(found, size, name)]
     assert starts == [mfa.n_components * rank // size for rank in range(size)]

@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mfa_kernels import MFA, fit, kmeans
+from mfa_kernels.common.processes import Processes
 from mfa_kernels.fitting import em, fit_sharded, guard
-from mfa_kernels.fitting import start as cluster_start
+from mfa_kernels.fitting import initialization as cluster_start
 from mfa_kernels.fitting.em import Prior
-from mfa_kernels.fitting.sharded import em_step
-from mfa_kernels.ranks import Ranks
-from mfa_kernels.sharded import ShardedMFA
+from mfa_kernels.fitting.fit_sharded import em_step
+from mfa_kernels.mixture.sharded import ShardedMFA
 from tests.fitting.planted import draw, planted
-from tests.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, mixture, tokens
 
 PROCESSES = 4
 SIZES = (4, 2)
@@ -148,14 +148,14 @@ def fits(folder: Path, size: int, group: Any) -> dict[str, Any]:
 
 
 def streamed(rank: int, size: int, group: Any, rows: Tensor = ROWS, **options: Any) -> MFA:
-    """A fit to streams that are dealt to the ranks, batch by batch: the last one, of one row, to rank 0 alone.
+    """A fit to streams that are dealt to the processes, batch by batch: the last one, of one row, to process 0 alone.
 
     The rows of the start and of every step are then those of one process, in another order.
     """
-    from mfa_kernels.fitting import loop
+    from mfa_kernels.fitting import preparation
 
-    before = loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT
-    loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = 400, 1
+    before = preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT
+    preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT = 400, 1
     own: Iterator[Tensor] = iter(rows.split(25)[rank::size])
     try:
         return run(
@@ -163,13 +163,13 @@ def streamed(rank: int, size: int, group: Any, rows: Tensor = ROWS, **options: A
             clusters=planted().means.detach().double(), **options,
         )  # fmt: skip
     finally:
-        loop._LEAST_START_ROWS, loop._START_ROWS_PER_COMPONENT = before
+        preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT = before
 
 
 def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
     def shift(mfa: MFA, record: dict[str, Any]) -> None:
         with torch.no_grad():
-            mfa.means.add_(1)  # on rank 1, but those of rank 0 count
+            mfa.means.add_(1)  # on process 1, but those of process 0 count
 
     out: dict[str, Any] = {}
     checkpoint = folder / f"{size}, stream"
@@ -185,7 +185,7 @@ def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
     out["other settings"] = message(lambda: run(seed=rank, group=group))
     out["no start"] = message(lambda: run(torch.ones(200, 3), group=group))
     out["alone"] = torch.equal(run(epochs=0, group=False).means, run(epochs=0, group=group).means)
-    out["sums"] = sums(Ranks(group))
+    out["sums"] = sums(Processes(group))
     out["ddp"] = data_parallel(rank, size, group)
     for name in SHARDED:
         out[f"sharded, {name}"] = sharded(name, folder / f"{size}, {name}", group)
@@ -193,22 +193,22 @@ def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
     return out
 
 
-def sums(ranks: Ranks) -> dict[str, Any]:
+def sums(processes: Processes) -> dict[str, Any]:
     """Numbers whose sum depends on the order."""
-    torch.manual_seed(ranks.rank)
+    torch.manual_seed(processes.index)
     x = torch.randn(7, 5) * 10.0 ** torch.randint(-6, 6, (7, 5))
-    expected = ranks.stacked(x)
+    expected = processes.stacked(x)
     total = expected[0].clone()
     for other in expected[1:]:
         total += other
-    ranks.sum_(x)
-    uneven = torch.full((ranks.rank, 2), float(ranks.rank))
+    processes.sum_(x)
+    uneven = torch.full((processes.index, 2), float(processes.index))
     return {
         "exact": torch.equal(x, total),
-        "concatenated": ranks.concatenated(uneven),
-        "gathered": ranks.gathered(uneven),
-        "totals": ranks.totals(1, ranks.rank),
-        "nan": ranks.totals(float("nan") if ranks.rank == 1 else 1.0),
+        "concatenated": processes.concatenated(uneven),
+        "gathered": processes.gathered(uneven),
+        "totals": processes.totals(1, processes.index),
+        "nan": processes.totals(float("nan") if processes.index == 1 else 1.0),
     }
 
 
@@ -236,7 +236,7 @@ def data_parallel(rank: int, size: int, group: Any) -> dict[str, Tensor]:
 SHARDED: dict[str, dict[str, Any]] = {
     "shared": {"components": 11},
     "per component": {"components": 11, "per_component": True},
-    "diffuse": {"components": 90, "spread": 0.05},  # more active components than slots, on some ranks and on all
+    "diffuse": {"components": 90, "spread": 0.05},  # more active components than slots, on some processes and on all
     "rank 0": {"components": 6, "rank": 0},
 }
 
@@ -250,7 +250,7 @@ def problem(name: str) -> tuple[MFA, Tensor]:
 
 
 def use(mfa: Any, x: Tensor) -> dict[str, Any]:
-    """What a mixture, spread over ranks or not, makes of tokens."""
+    """What a mixture, spread over processes or not, makes of tokens."""
     finite = x.flatten(0, 1)[torch.arange(57) != 5].clone().requires_grad_()
     out: dict[str, Any] = {"log_prob": mfa.log_prob(x).detach(), "assign": mfa.assign(x)}
     for top_k in (1, 4, None):
@@ -298,7 +298,7 @@ def sharded(name: str, folder: Path, group: Any) -> dict[str, Any]:
     mfa.save_pretrained(folder)
     again = ShardedMFA.from_pretrained(folder, group=group)
     out["again"] = {name: torch.equal(t, again.local.tensors()[name]) for name, t in mfa.local.tensors().items()}
-    out["start"] = mfa.start
+    out["first"] = mfa.first_component
     out["too many"] = message(lambda: ShardedMFA.from_mfa(module(mixture(1, 5, 1)), group))
     return out
 
@@ -307,7 +307,7 @@ def sharded(name: str, folder: Path, group: Any) -> dict[str, Any]:
 
 
 def far_away() -> Tensor:
-    """Where regions are, and a place where no row is, on the first of two and the second of four ranks."""
+    """Where regions are, and a place where no row is, on the first of two and the second of four processes."""
     means = planted().means.detach().double()
     return torch.cat([means[:2], torch.full_like(means[:1], 1e3), means[2:]])
 
@@ -335,21 +335,22 @@ def run_sharded(x: Any = ROWS, **options: Any) -> ShardedMFA:
 
 
 def sharded_outcome(mfa: ShardedMFA) -> dict[str, Any]:
-    """That of the whole mixture, on every rank."""
+    """That of the whole mixture, on every process."""
     out = outcome(mfa)  # type: ignore[arg-type]
     split = {name: len(t) == mfa.local.n_components for name, t in mfa.local.tensors().items()}
-    out["state"] = {n: mfa.ranks.concatenated(t) if split[n] else t for n, t in mfa.local.tensors().items()}
+    out["state"] = {n: mfa.processes.concatenated(t) if split[n] else t for n, t in mfa.local.tensors().items()}
     return out
 
 
-def clusters_of_a_sample(ranks: Ranks) -> dict[str, Any]:
+def clusters_of_a_sample(processes: Processes) -> dict[str, Any]:
     weights = torch.linspace(0, 2, len(ROWS), dtype=torch.float64)
-    options: dict[str, Any] = {"sample": 700, "iterations": 4, "progress": False, "ranks": ranks}
+    options: dict[str, Any] = {"sample": 700, "iterations": 4, "progress": False, "processes": processes}
     return {w is None: asdict(kmeans(ROWS, 9, weights=w, **options)) for w in (None, weights)}
 
 
 def twins(group: Any) -> ShardedMFA:
-    """A mixture whose first and last components are one but for their weights: on two ranks, where there are some."""
+    """A mixture whose first and last components are one but for their weights: on two processes, where there are
+    some."""
     m = planted()
     parameters = [m.means, m.loadings]
     means, loadings = (torch.cat([p.detach(), p[:1].detach()]).double() for p in parameters)
@@ -414,7 +415,7 @@ def sharded_fits(rank: int, size: int, folder: Path, group: Any) -> dict[str, An
         run_sharded(n_components=7, epochs=0, start=ShardedMFA.from_pretrained(saved, group=group), group=group)  # type: ignore[arg-type]
     )["report"]
     out["twins"] = sharded_outcome(run_sharded(**TWINS, start=twins(group), group=group))
-    out["clusters"] = clusters_of_a_sample(Ranks(group))
+    out["clusters"] = clusters_of_a_sample(Processes(group))
     out["largest"] = largest_tensor(group)
     out["other data"] = message(lambda: run_sharded(ROWS + (rank == 1), n_components=6, group=group))
     out["too many"] = message(lambda: run_sharded(n_components=1, group=group))

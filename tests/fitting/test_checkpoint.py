@@ -8,6 +8,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 import torch
 
-from mfa_kernels import MFA, files, locks
-from mfa_kernels.fitting import checkpoint, em, fit, loop, sgd
+from mfa_kernels import MFA
+from mfa_kernels.common import files, locks
+from mfa_kernels.fitting import adam, checkpoint, em, fit, preparation
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
-from mfa_kernels.sharded import AnyMFA
+from mfa_kernels.mixture.sharded import AnyMFA
 from tests.fitting.planted import Store, draw, planted
 
 ROWS = draw(planted(), 3000)
@@ -73,7 +75,7 @@ def result(mfa: AnyMFA) -> tuple[list[bytes], dict[str, Any]]:
 @pytest.fixture
 def eventful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of EM in several batches, to be cut off in their middle too, that settle soon; gradients are clipped."""
-    monkeypatch.setattr(sgd, "_CLIP", 0.7)
+    monkeypatch.setattr(adam, "_CLIP", 0.7)
     monkeypatch.setattr(em, "_TOLERANCE", 1e-3)
     monkeypatch.setattr(em, "_LEAST_BATCH", 700)
     monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
@@ -133,14 +135,14 @@ def test_checkpoints_change_nothing(method, tmp_path):
 
 def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
     expected = result(run(checkpoint=tmp_path))
-    monkeypatch.setattr(loop, "kmeans", None)
-    monkeypatch.setattr(loop, "Training", None)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", None)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "Training", None)
     assert result(run(resume=tmp_path)) == expected
     assert result(run(checkpoint=tmp_path, resume=True)) == expected
 
 
 def test_an_iterator_is_given_again_from_its_beginning(monkeypatch, tmp_path):
-    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1000)
 
     def batches() -> Any:
         return iter(ROWS.split(130))
@@ -151,7 +153,7 @@ def test_an_iterator_is_given_again_from_its_beginning(monkeypatch, tmp_path):
     with pytest.raises(CutOff):
         run(batches(), checkpoint=tmp_path, **options)
     monkeypatch.undo()
-    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1000)
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1000)
     assert result(run(batches(), resume=tmp_path, **options)) == expected
 
 
@@ -179,7 +181,7 @@ def test_interrupted_by_hand_it_can_still_go_on(tmp_path):
 
 def test_a_likelihood_that_is_no_number_comes_back(tmp_path):
     history = [{"step": 0, "held_out_nll": float("nan"), "train_nll": float("inf")}]
-    state = loop.State("sgd", {"a": torch.arange(3)}, {"x": 0.1}, loop.FitReport(history=history))
+    state = preparation.State("sgd", {"a": torch.arange(3)}, {"x": 0.1}, preparation.FitReport(history=history))
     checkpoints = Checkpoints(tmp_path, 60, {})
     checkpoints.save(state)
     loaded = checkpoints.load(tmp_path)
@@ -283,7 +285,9 @@ def test_fingerprint():
 
 @pytest.fixture
 def no_k_means(monkeypatch):
-    monkeypatch.setattr(loop, "kmeans", lambda *args, **kwargs: pytest.fail("work had begun"))
+    monkeypatch.setattr(
+        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *args, **kwargs: pytest.fail("work had begun")
+    )
 
 
 @pytest.mark.parametrize(("argument", "why"), [("log", "File exists"), ("checkpoint", "Not a directory")])
@@ -297,7 +301,9 @@ def test_paths_are_tried_before_work_begins(argument, why, tmp_path, no_k_means)
 def test_a_log_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
     before = '{"step": 0, "epoch": 0, "held_out_nll": 1.0}\n'
     (tmp_path / "log.jsonl").write_text(before)
-    monkeypatch.setattr(loop, "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff()))
+    monkeypatch.setattr(
+        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff())
+    )
     with pytest.raises(CutOff):
         run(log=tmp_path / "log.jsonl")
     assert (tmp_path / "log.jsonl").read_text() == before

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fit_report import FitReport
-from mfa_kernels.fitting import as_source, em, fit, maximization
+from mfa_kernels.fitting import as_source, em, fit, m_step
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.ops.statistics.op import Statistics, expectation
+from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 from tests.fitting.planted import Store, draw, nll, planted
-from tests.fitting.test_sgd import settings
+from tests.fitting.test_adam import settings
 
 TRUE = planted()
 ROWS = draw(TRUE, 6000)
@@ -30,10 +30,10 @@ def same(a: MFA, b: MFA) -> bool:
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
-def collect(mfa: MFA, x: Tensor) -> Statistics:
-    s = Statistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
+def collect(mfa: MFA, x: Tensor) -> SufficientStatistics:
+    s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
     with torch.no_grad():
-        expectation(x, *mfa.parameters_in_compute_dtype(), mfa.factors(), s)
+        expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
     return s
 
 
@@ -123,7 +123,7 @@ def test_the_m_step_does_not_depend_on_its_chunks(monkeypatch):
     s, prior = collect(mfa, x), em.Prior(covariance_of(x))
     density = prior.log_density(mfa)
     em.maximize(mfa, s, prior)
-    monkeypatch.setattr(maximization, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
+    monkeypatch.setattr(m_step, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
     torch.testing.assert_close(prior.log_density(other), density)
     em.maximize(other, s, prior)
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(mfa.parameters(), other.parameters()))
@@ -140,7 +140,7 @@ def test_the_noise_floor_holds():
 
 
 def test_pooled_covariance(monkeypatch):
-    monkeypatch.setattr(maximization, "_COVARIANCE_CHUNK", 700)
+    monkeypatch.setattr(m_step, "_COVARIANCE_CHUNK", 700)
     owner = TRUE.assign(ROWS)
     y = (ROWS - TRUE.means.detach()[owner]).double()
     x = torch.cat([ROWS, torch.full((3, 12), 1e6)])
@@ -169,9 +169,9 @@ def test_overlap_finds_duplicates_alone():
     )
     overlap, mass = em.Overlap(7), torch.zeros(7, dtype=torch.float64)
     for part in ROWS.split(1700):
-        s = Statistics.zeros(mfa.means, 2, False)
+        s = SufficientStatistics.zeros(mfa.means, 2, False)
         with torch.no_grad():
-            active, r = expectation(part, *mfa.parameters_in_compute_dtype(), mfa.factors(), s)
+            active, r = expectation(part, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
         overlap.add(active.components, r)
         mass += s.mass
     assert overlap.duplicates(mass) == [(0, 6)]
@@ -230,8 +230,8 @@ def test_online_statistics_agree_with_revived_regions(noise):
         online._maximize(collect(mfa, x), none)
     before, s = copy.deepcopy(mfa), online.statistics
     with torch.no_grad():
-        zeros = Statistics.zeros(means, 2, noise != "shared")
-        active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.factors(), zeros)
+        zeros = SufficientStatistics.zeros(means, 2, noise != "shared")
+        active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), zeros)
     online.overlap.add(active.components, r)
     online.counted = s.mass.clone()
     online._revive(none, tokens=float(len(x)))
@@ -486,9 +486,9 @@ def test_auto():
 class TestStreams:
     @pytest.fixture(autouse=True)
     def small_head(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from mfa_kernels.fitting import loop
+        from mfa_kernels.fitting import preparation
 
-        monkeypatch.setattr(loop, "_LEAST_START_ROWS", 1500)
+        monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1500)
 
     def test_every_row_is_read_once_and_let_go(self):
         import weakref

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from importlib import import_module
 from itertools import permutations, product
 
 import numpy as np
@@ -12,9 +13,9 @@ from torch import Tensor
 import mfa_kernels
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import FitReport, as_source, fit, fit_sharded, kmeans, loop
+from mfa_kernels.fitting import FitReport, as_source, fit, fit_sharded, kmeans, preparation
 from tests.fitting.planted import Store, draw, nll, planted
-from tests.fitting.test_start import overlap
+from tests.fitting.test_initialization import overlap
 
 TRUE = planted()
 ROWS = draw(TRUE, 6000)
@@ -228,7 +229,7 @@ def test_whole_texts_are_held_out(method: str):
 
 def test_the_rows_held_out_are_of_texts_that_no_other_row_is_from():
     store, report = Texts([3, 50, 1, 200, 30, 7, 90] * 20), FitReport()
-    rows, held = loop._split(as_source(store), 0.1, torch.Generator().manual_seed(3), report)
+    rows, held = preparation.split_rows(as_source(store), 0.1, torch.Generator().manual_seed(3), report)
     assert report.held_out_by == "text"
     assert not set(store.texts[rows].tolist()) & set(store.texts[held].tolist())
     assert sorted([*rows.tolist(), *held.tolist()]) == list(range(len(store)))
@@ -238,7 +239,7 @@ def test_the_rows_held_out_are_of_texts_that_no_other_row_is_from():
 @pytest.mark.parametrize("sizes", [[3000], [2000, 2000], [700, 600, 500, 650]], ids=str)
 def test_too_few_texts_are_held_out_row_by_row(sizes: list[int]):
     report = FitReport()
-    rows, held = loop._split(as_source(Texts(sizes)), 0.1, torch.Generator().manual_seed(3), report)
+    rows, held = preparation.split_rows(as_source(Texts(sizes)), 0.1, torch.Generator().manual_seed(3), report)
     assert (report.held_out_by, len(held), len(rows) + len(held)) == ("row", round(0.1 * sum(sizes)), sum(sizes))
 
 
@@ -318,7 +319,7 @@ def test_no_epochs_is_the_start():
 
 def test_clusters_are_reused(monkeypatch):
     result = kmeans(ROWS, 6, progress=False)
-    monkeypatch.setattr(loop, "kmeans", lambda *a, **k: pytest.fail("K-means ran"))
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *a, **k: pytest.fail("K-means ran"))
     assert same(run(clusters=result, epochs=1), run(clusters=result.centroids, epochs=1))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mfa_kernels import fit
-from mfa_kernels.fitting import guard, loop
+from mfa_kernels.fitting import guard, preparation
 from mfa_kernels.fitting.guard import Guard
 from tests.fitting.planted import draw, nll, planted
 
@@ -106,8 +106,8 @@ def test_polish_is_compared_with_the_start_of_the_fit(method: str) -> None:
 
 def test_copies_of_a_row_are_seen_by_the_start_of_a_stream(monkeypatch) -> None:
     """A token that begins every text, whatever its bits."""
-    monkeypatch.setattr(loop, "_LEAST_START_ROWS", 2000)
-    monkeypatch.setattr(loop, "_START_ROWS_PER_COMPONENT", 10)
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 2000)
+    monkeypatch.setattr(preparation, "START_ROWS_PER_COMPONENT", 10)
     g = torch.Generator().manual_seed(0)
     for _ in range(4):
         x = torch.randn(6000, 6, generator=g) * 0.5

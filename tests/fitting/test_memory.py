@@ -11,7 +11,7 @@ import torch
 
 from mfa_kernels import MFA, fit
 from mfa_kernels.fitting import memory
-from mfa_kernels.ops.statistics.op import Statistics
+from mfa_kernels.ops.statistics.op import SufficientStatistics
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,9 +24,9 @@ def test_the_plan_counts_the_tensors(noise, dtype):
     parameters = sum(p.nbytes for p in mfa.parameters())
     assert planned["sgd"]["parameters"] == planned["sgd"]["best parameters"] == parameters
     assert planned["sgd"]["Adam"] == 2 * parameters
-    factors = mfa.factors()
-    assert planned["sgd"]["factors"] == factors.rows.nbytes + factors.cholesky.nbytes  # 32 features: no padding
-    statistics = Statistics.zeros(mfa.means, 3, noise == "per_component")
+    woodbury = mfa.woodbury()
+    assert planned["sgd"]["factors"] == woodbury.rows.nbytes + woodbury.cholesky.nbytes  # 32 features: no padding
+    statistics = SufficientStatistics.zeros(mfa.means, 3, noise == "per_component")
     assert planned["em"]["statistics"] == sum(t.nbytes for t in statistics.tensors()[:6])
     assert planned["online"]["statistics"] == 2 * planned["em"]["statistics"]
     assert planned["em"]["rows of the start, and held out"] == 50 * 32 * dtype.itemsize

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mfa_kernels import MFA, __version__, fit, fit_many
-from mfa_kernels.fitting import as_source, fit_sharded, loop
+from mfa_kernels.fitting import as_source, fit_sharded, preparation
 from mfa_kernels.fitting.provenance import now
 from tests.fitting.planted import Store, draw, planted
 
@@ -62,7 +62,7 @@ def test_versions_and_machine():
 @pytest.mark.parametrize("held", [True, False])
 def test_a_stream_is_counted_as_it_is_read(held, monkeypatch):
     if not held:
-        monkeypatch.setattr(loop, "_LEAST_START_ROWS", 200)
+        monkeypatch.setattr(preparation, "LEAST_START_ROWS", 200)
     runs = [run_of(iter(ROWS.split(130)))]
     mixtures = fit_many(ROWS.split(130), {"a": {"n_components": 3}}, **OPTIONS)
     runs.append(mixtures["a"].fit_report.run)

@@ -1,20 +1,22 @@
-"""A fit of spread components goes on to the same bits; that any number of ranks can, is tested in tests/distributed."""
+"""A fit of spread components goes on to the same bits; that any number of processes can, is tested in
+tests/distributed."""
 
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mfa_kernels.fit_report import FitReport
-from mfa_kernels.fitting import em, fit, fit_sharded, sharded
+from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.fitting import em, fit, fit_sharded
 from mfa_kernels.fitting.checkpoint import FILE, State
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
-from mfa_kernels.ranks import ALONE, Ranks
-from mfa_kernels.sharded import ShardedMFA
+from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.mixture.sharded import ShardedMFA
 from tests.fitting.planted import draw, planted
 from tests.fitting.test_checkpoint import in_lives, result
 
@@ -48,8 +50,8 @@ def test_cut_off_at_every_checkpoint(options, monkeypatch, tmp_path):
     ]
 
 
-class OneOfTwo(Ranks):
-    """As a rank that reads what another number has written; what rank 0 sees, it sees too."""
+class OneOfTwo(Processes):
+    """As a process that reads what another number has written; what process 0 sees, it sees too."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(False)
@@ -86,8 +88,8 @@ def test_what_becomes_of_each_tensor(noise, tmp_path):
     basis = {"screening.basis": numbers(features, 2)}
     values = {"step": 3, "screening": {"cost": 0.5}}
 
-    def checkpoints(ranks: Ranks) -> ShardedCheckpoints:
-        return ShardedCheckpoints(tmp_path, 60, {}, components, noise, ranks)
+    def checkpoints(processes: Processes) -> ShardedCheckpoints:
+        return ShardedCheckpoints(tmp_path, 60, {}, components, noise, processes)
 
     state = State("em", {**of_components, **common, **squares, **basis}, values, FitReport())
     checkpoints(ALONE).save(state)
@@ -95,7 +97,7 @@ def test_what_becomes_of_each_tensor(noise, tmp_path):
     assert checkpoints(ALONE).load(tmp_path).values == values
     halves = [checkpoints(OneOfTwo(rank)).load(tmp_path) for rank in (0, 1)]
     for half in halves:
-        assert half.values == {"step": 3, "screening": None}, "of another number of ranks"
+        assert half.values == {"step": 3, "screening": None}, "of another number of processes"
         assert half.tensors.keys() == state.tensors.keys() - basis.keys()
         assert all(torch.equal(half.tensors[name], tensor) for name, tensor in common.items())
     for name, tensor in of_components.items():
@@ -111,8 +113,8 @@ def test_what_becomes_of_each_tensor(noise, tmp_path):
 
 def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
     expected = result(run(checkpoint=tmp_path))
-    monkeypatch.setattr(sharded, "kmeans", None)
-    monkeypatch.setattr(sharded, "_ShardedBatchEM", None)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit_sharded"), "kmeans", None)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit_sharded"), "_ShardedBatchEM", None)
     assert result(run(resume=tmp_path)) == expected
 
 

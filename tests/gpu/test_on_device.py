@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, functional, ops, steer
-from mfa_kernels.ops import backends
+from mfa_kernels import MFA, ops, steer
+from mfa_kernels.mixture import functional
+from mfa_kernels.ops.common import backends
 from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.pairs import reference as pairs_reference
-from mfa_kernels.ops.select import reference
-from mfa_kernels.ops.select.op import activity_threshold
-from mfa_kernels.ops.statistics.op import Statistics
-from tests import budgets
-from tests.budgets import Terms
-from tests.mixtures import Mixture, mixture, tokens
-from tests.ops.test_select import check_slots
+from mfa_kernels.ops.scan import reference
+from mfa_kernels.ops.scan.types import activity_threshold
+from mfa_kernels.ops.statistics.op import SufficientStatistics
+from tests.helpers import budgets
+from tests.helpers.budgets import Terms
+from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.ops.scan.test_scan import check_slots
 
 DEVICE = os.environ.get("MFA_KERNELS_TEST_DEVICE", "cuda")
 EPS = torch.finfo(torch.float32).eps
@@ -308,8 +309,8 @@ def test_component_log_prob_and_its_gradient(shape, per_component):
         dtype = torch.float64 if kind == "wide" else torch.float32
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, *m[:3])]
         if kind == "ours":
-            factors = ops.factorize(*(t.detach() for t in leaves[1:]), m.means.mean(0))
-            out = ops.component_log_prob(*leaves, factors)
+            woodbury = ops.factorize(*(t.detach() for t in leaves[1:]), m.means.mean(0))
+            out = ops.component_log_prob(*leaves, woodbury)
         else:
             out = reference.component_log_prob(*leaves)
         (out * upstream).sum().backward()
@@ -408,8 +409,8 @@ def examples() -> dict[str, list[tuple]]:
     found: dict[str, list[tuple]] = {}
     for dtype, per_component in itertools.product((torch.float32, torch.float64), (False, True)):
         m, x = problem((7, 9, 21, 2), per_component, dtype=dtype)
-        f = m.factors()
-        factors = f.tensors()
+        f = m.woodbury()
+        woodbury = f.tensors()
         leaves = [t.clone().requires_grad_() for t in (x, *m)]
         n, k = torch.tensor([0, 2, 5], device=DEVICE), torch.tensor([4, 8, 0], device=DEVICE).int()
         components = torch.tensor([[0, 2], [1, -1], [3, 3]], device=DEVICE).int()
@@ -418,16 +419,16 @@ def examples() -> dict[str, list[tuple]]:
         active = m.active(x, slots=4)
         cases = {
             "factors": tuple(leaves[1:4]),
-            "log_prob": (*leaves, *factors, 4),
-            "log_prob_backward": (*upstream, x, *m, *factors, *active, [True] * 5),
-            "component_log_prob": (*leaves[:4], *factors),
-            "component_log_prob_backward": (torch.ones(7, 9).to(x), x, *m[:3], *factors, [True, False, True, True]),
-            "latents": (leaves[0], n, k, *leaves[1:4], *factors),
+            "log_prob": (*leaves, *woodbury, 4),
+            "log_prob_backward": (*upstream, x, *m, *woodbury, *active, [True] * 5),
+            "component_log_prob": (*leaves[:4], *woodbury),
+            "component_log_prob_backward": (torch.ones(7, 9).to(x), x, *m[:3], *woodbury, [True, False, True, True]),
+            "latents": (leaves[0], n, k, *leaves[1:4], *woodbury),
             "latents_backward": (torch.ones(3, 2).to(x), torch.ones(3, 2).to(x), x, n, k, *m[:3], f.cholesky),
             "decode": (components, *code, *leaves[1:3]),
             "decode_backward": (torch.ones(3, 21).to(x), components, *(t.detach() for t in code), *m[:2]),
         }
-        sums = Statistics.zeros(m.means, 2, per_component).tensors()[:6]
+        sums = SufficientStatistics.zeros(m.means, 2, per_component).tensors()[:6]
         weights = active.logits.softmax(-1)
         cases["statistics"] = (
             x, active.components, weights, f.rows, f.cholesky, f.scale, f.center, per_component, *sums
@@ -447,7 +448,7 @@ OPERATORS = (
     "latents_backward", "decode", "decode_backward", "scan_rows", "statistics",
     "nearest", "cluster_sums",
 )  # fmt: skip
-# The first two are for a CPU (tests/ops/test_screen*.py); the other has tests/ops/test_intervene.py.
+# The first two are for a CPU (tests/ops/test_screen*.py); the other has tests/ops/intervene/test_intervene.py.
 CHECKED_ELSEWHERE = {"select_screened", "screened_log_prob", "intervene"}
 
 
@@ -630,7 +631,7 @@ def test_the_threshold_the_tests_rely_on():
 @pytest.mark.parametrize("method", ["em", "online", "sgd"])
 def test_a_sample_that_stays_on_the_host_changes_nothing(method, monkeypatch):
     from mfa_kernels import fit
-    from mfa_kernels.fitting import source
+    from mfa_kernels.data import source
     from tests.fitting.planted import draw, planted
 
     x = draw(planted(), 4000)
@@ -644,7 +645,7 @@ def test_a_sample_that_stays_on_the_host_changes_nothing(method, monkeypatch):
 
 
 def test_harvest_fit_look_and_steer(tmp_path, capsys):
-    from mfa_kernels import demo
+    from mfa_kernels.commands import demo
 
     options = demo.Options(out=tmp_path, tokens=4000, components=16, rank=3, epochs=1, new_tokens=8, device=DEVICE)
     assert tmp_path / "regions.html" in demo.run(options)

@@ -28,25 +28,13 @@ from torch import Tensor
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: strange names are looked for here alone
 
-from mfa_kernels import (
-    MFA,
-    data,
-    fit,
-    fit_many,
-    fitting,
-    functional,
-    harvest,
-    interpret,
-    kmeans,
-    models,
-    steer,
-    steering,
-    stream,
-)
-from mfa_kernels.codes import write_codes
+from mfa_kernels import MFA, data, fit, fit_many, fitting, harvest, interpret, kmeans, steer, steering, stream
+from mfa_kernels.data import language_model
 from mfa_kernels.evaluation import evaluate
+from mfa_kernels.evaluation.codes import write_codes
+from mfa_kernels.mixture import functional
 from mfa_kernels.steering import Add, Gate, LogDensity, Offset, Reconstruct, Remove, Responsibility, Toward
-from tests.mixtures import mixture, tokens
+from tests.helpers.mixtures import mixture, tokens
 
 SECONDS = 30  # that one call may take
 
@@ -144,7 +132,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "prior_latents, random": Call(steering.prior_latents, {"mfa": steered, "generator": torch.Generator()}),
         "latent_quantiles": Call(steering.latent_quantiles, {"mfa": made, "activations": x, "component": int(
             made.assign(x)[0]), "q": [0.1, 0.5]}),
-        "Function": Call(lambda x, **given: steering.Function(**given)(x), {
+        "Function": Call(lambda x, **given: steering.SteeringFunction(**given)(x), {
             "x": hidden, "mfa": steered, "interventions": Toward(1, 0.5), "rows": None, "gate": Responsibility(1, 0.1),
             "norm": "keep"}, ("hidden",)),
         "MFASteerer": Call(lambda prompts, alpha, k, z, **given: steering.MFASteerer(
@@ -204,10 +192,11 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
         "logit_shift": Call(interpret.logit_shift, {"model": model, "tokenizer": tokenizer, "prompt": "a b", "steering":
                                                     steered, "top": 2}),
         "show_token": Call(interpret.show_token, {"tokenizer": tokenizer, "token_id": 5}),
-        "continuation": Call(models.continuation, {"model": model, "tokenizer": tokenizer, "prompt": "a b",
+        "continuation": Call(language_model.continuation, {"model": model, "tokenizer": tokenizer, "prompt": "a b",
                                                    "new_tokens": 2, "temperature": 0.5, "seed": 0}),
-        "load_language_model": Call(models.load_language_model, {"name": None, "dtype": torch.float32, "tokenizer":
-                                                                 None}),
+        "load_language_model": Call(
+            language_model.load_language_model, {"name": None, "dtype": torch.float32, "tokenizer": None}
+        ),
         "read_texts": Call(lambda **given: next(data.read_texts(**given), None), {"paths": Path(__file__)}),
         "write_report": Call(interpret.write_report, {
             "path": folder / "page.html", **shown, "model": model, "components": [region], "n_regions": 2,

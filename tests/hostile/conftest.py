@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.threads import threads
 from tests.hostile.kinds import KINDS, SETTINGS, settings_of
-from tests.threads import threads
 
 
 @pytest.fixture(scope="session", autouse=True)

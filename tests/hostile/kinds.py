@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA, fit, fit_many
+from mfa_kernels.common.processes import ALONE
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter, read_texts
-from mfa_kernels.fit_report import FitReport
-from mfa_kernels.fitting import checkpoint, fit_sharded, loop
+from mfa_kernels.fitting import checkpoint, fit_sharded, preparation
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
-from mfa_kernels.ops import configs
-from mfa_kernels.ranks import ALONE
-from mfa_kernels.sharded import ShardedMFA
+from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.mixture.sharded import ShardedMFA
+from mfa_kernels.ops.common import configs
 from tests.fitting.planted import draw, planted
-from tests.mixtures import random_mfa
+from tests.helpers.mixtures import random_mfa
 
 ROWS = draw(planted(2, 4, 1), 240)
 
@@ -127,12 +127,12 @@ def fitting(method: str) -> Callable[[Path, int], None]:
 
 
 def fitting_many(folder: Path, seed: int) -> None:
-    least, loop._LEAST_START_ROWS = loop._LEAST_START_ROWS, 120
+    least, preparation.LEAST_START_ROWS = preparation.LEAST_START_ROWS, 120
     try:
         options = {**OPTIONS, "checkpoint": folder, "seed": seed}
         cut_off(lambda: fit_many(iter(ROWS.split(50)), {"a": {"n_components": 2}}, **options), 3)
     finally:
-        loop._LEAST_START_ROWS = least
+        preparation.LEAST_START_ROWS = least
 
 
 SETTINGS: dict[tuple[str, int], Any] = {}  # of a fit that was made, for a reader to expect

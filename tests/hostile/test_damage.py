@@ -242,7 +242,7 @@ def test_the_papers_files_without_checksums_load(tmp_path):
 
 
 def test_a_shard_is_verified_once_and_by_whoever_reads_it_first(copied, monkeypatch):
-    from mfa_kernels import checksum
+    from mfa_kernels.common import checksum
 
     folder, seen = copied("shard"), []
     whole = checksum.of_file

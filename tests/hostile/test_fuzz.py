@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from mfa_kernels.checksum import KEY, of_file
+from mfa_kernels.common.checksum import KEY, of_file
 from tests.hostile.kinds import KINDS, outcome
 
 DEEP: Any = 1

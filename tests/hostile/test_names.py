@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mfa_kernels.checksum import sealed
-from mfa_kernels.reading import member
+from mfa_kernels.common.checksum import sealed
+from mfa_kernels.common.reading import member
 from tests.hostile.kinds import KINDS, outcome
 
 HOSTILE = [

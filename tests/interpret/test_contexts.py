@@ -136,7 +136,7 @@ def test_many_rows_are_screened_and_nothing_changes(spread: float, monkeypatch: 
     monkeypatch.setattr(MFA, "screen", lambda self, *a, **k: reading.append(self) or screen(self, *a, **k))
     monkeypatch.setattr(context_module, "_SCREENED_ROWS", 3000)
     found = assignments(mfa, store, latents=True, progress=False)
-    if mfa.factors().is_native:
+    if mfa.woodbury().is_cpp:
         assert mfa.screened() == (False, None)  # the mixture is as it was
         assert mfa.evaluated is None
         (own,) = reading

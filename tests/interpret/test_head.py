@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mfa_kernels import MFA
 from mfa_kernels.interpret import logit_lens
 from mfa_kernels.interpret.head import measured
-from tests.mixtures import mixture
+from tests.helpers.mixtures import mixture
 
 transformers = pytest.importorskip("transformers")
 

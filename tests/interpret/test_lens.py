@@ -15,7 +15,7 @@ from mfa_kernels import MFA, steer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.interpret import logit_lens, logit_shift
 from tests.data.test_harvest import BOS, make_tokenizer
-from tests.mixtures import mixture
+from tests.helpers.mixtures import mixture
 
 transformers = pytest.importorskip("transformers")
 

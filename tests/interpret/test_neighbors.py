@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.interpret import neighbors
-from tests.mixtures import mixture
+from tests.helpers.mixtures import mixture
 
 METRICS = ["centroid", "mahalanobis", "subspace"]
 

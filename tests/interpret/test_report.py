@@ -12,13 +12,13 @@ import torch
 
 from mfa_kernels import MFA
 from mfa_kernels.data import tiny_lm
+from mfa_kernels.data.language_model import hidden_states
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
 from mfa_kernels.interpret import assignments, logit_lens, region_summaries, write_report
 from mfa_kernels.interpret import figures as figure_module
 from mfa_kernels.interpret.head import Head
 from mfa_kernels.interpret.neighbors import _Centroids
 from mfa_kernels.interpret.report import _Html, _tag
-from mfa_kernels.models import hidden_states
 from tests.interpret.planted import MemoryStore, Words, planted
 
 WORDS = Words()

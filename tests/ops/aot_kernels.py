@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mfa_kernels.ops.configs import Scan
+from mfa_kernels.ops.common.configs import Scan
 
 
 @triton.jit

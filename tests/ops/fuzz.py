@@ -20,15 +20,15 @@ from torch import Tensor
 
 from mfa_kernels.ops.screen import differentiable, neighbors  # noqa: F401  (registers an operator)
 from mfa_kernels.ops.screen import op as screening
-from mfa_kernels.ops.statistics.op import Statistics
-from tests.mixtures import mixture, tokens
-from tests.ops.intervene_cases import case
+from mfa_kernels.ops.statistics.op import SufficientStatistics
+from tests.helpers.mixtures import mixture, tokens
+from tests.ops.intervene.cases import case
 
 
 def calls(components: int, features: int, rank: int, per_component: bool, tokens_: int = 7) -> dict[str, list[Any]]:
     """Arguments of every operator that work, for one mixture."""
     m = mixture(components, features, rank, per_component=per_component, spread=0.5)
-    x, f = tokens(m, tokens_), m.factors()
+    x, f = tokens(m, tokens_), m.woodbury()
     op, n = torch.ops.mfa_kernels, torch.arange(tokens_)
     active = op.log_prob(x, *m, *f.tensors(), 4)
     k, z = active[1][:, 0].contiguous(), torch.randn(tokens_, rank)
@@ -37,7 +37,7 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     center = torch.zeros(features)
     owner, distance = op.nearest(x, m.means, center)
     sums = [torch.zeros(s, dtype=torch.float64) for s in ((components, features), (components,), (components,))]
-    steps = Statistics.zeros(m.means, rank, per_component).tensors()[:6]
+    steps = SufficientStatistics.zeros(m.means, rank, per_component).tensors()[:6]
     made: dict[str, list[Any]] = {
         "factors": [*m[:3]],
         "scan_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
@@ -65,7 +65,7 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     }
     c = case(shape=(components, features, rank), per_component=per_component, dtype=torch.float32)
     made["intervene"] = c.operands()
-    screen = None if per_component or not f.is_native else screening.screen(*m, f, 16)
+    screen = None if per_component or not f.is_cpp else screening.screen(*m, f, 16)
     if screen is not None:
         near = screening.with_neighbors(screen, *m, f)
         lists, within = neighbors.flat(near.neighbors)

@@ -13,15 +13,16 @@ from torch import Tensor
 from mfa_kernels import ops
 from mfa_kernels.ops.intervene.op import intervene
 from mfa_kernels.ops.kmeans.op import cluster_sums, screened
+from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import op as screen_op
-from mfa_kernels.ops.select.op import activity_threshold
-from mfa_kernels.ops.statistics.op import Statistics, accumulate, expectation
-from tests.mixtures import Mixture, mixture, random_mfa, tokens
-from tests.ops.intervene_cases import case
-from tests.threads import threads
-from tests.unsteady_blas import unsteady_blas
+from mfa_kernels.ops.screen.types import AnyScreen
+from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate, expectation
+from tests.helpers.mixtures import Mixture, mixture, random_mfa, tokens
+from tests.helpers.threads import threads
+from tests.helpers.unsteady_blas import unsteady_blas
+from tests.ops.intervene.cases import case
 
-pytestmark = pytest.mark.usefixtures("needs_native")
+pytestmark = pytest.mark.usefixtures("needs_cpp")
 
 COUNTS = (1, 2, 6, 16)
 MORE_COUNTS = (1, 2, 3, 5, 6, 7, 8, 16, 33)
@@ -76,7 +77,7 @@ SHAPES = [(1, 1300, 71, 3), (2, 391, 200, 7), (4, 1023, 301, 10), (5, 1300, 71, 
 def test_log_prob_and_pairs(shape, spread, per_component, dtype):
     n, k, d, r = shape
     m = mixture(k, d, r, per_component=per_component, spread=spread, dtype=dtype)
-    x, f = tokens(m, n), m.factors()
+    x, f = tokens(m, n), m.woodbury()
     for slots in (1, 3, 16):
         found = check(lambda slots=slots: list(ops.log_prob(x, *m, f, slots)))
         assert (found[3] > slots).any() or spread > 0.01 or r > 8, "tokens that overflow are what this is about"
@@ -123,15 +124,15 @@ def test_gradients_of_the_pairs(per_component, dtype):
 @pytest.mark.parametrize("spread", [1.0, 0.02], ids=["one_hot", "diffuse"])
 def test_statistics(per_component, spread):
     m = mixture(150, 70, 5, per_component=per_component, spread=spread)
-    x, f = tokens(m, 300), m.factors()
+    x, f = tokens(m, 300), m.woodbury()
 
     def run() -> list[Tensor]:
-        out = Statistics.zeros(m.means, 5, per_component)
+        out = SufficientStatistics.zeros(m.means, 5, per_component)
         expectation(x, *m, f, out)
         return list(out.tensors())
 
     def of_pairs() -> list[Tensor]:
-        out = Statistics.zeros(m.means, 5, per_component)
+        out = SufficientStatistics.zeros(m.means, 5, per_component)
         active = m.active(x)
         accumulate(x, active.components, active.responsibilities(), f, out)
         return list(out.tensors())[:6]
@@ -159,13 +160,13 @@ def test_k_means(dtype):
 
 
 @functools.cache
-def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Factors, screen_op.AnyScreen]:
+def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Woodbury, AnyScreen]:
     """A mixture, its factors and its screen, made once for all scans of it."""
     if lists:
         m, f, screen = with_screen(spread, False)
         return m, f, screen_op.with_neighbors(screen, *m, f)
     m = mixture(391, 64, 5, spread=spread)
-    f = m.factors(m.means.mean(0))
+    f = m.woodbury(m.means.mean(0))
     return m, f, screen_op.screen(*m, f, 48)
 
 
@@ -181,7 +182,7 @@ def test_scans_of_one_screen(count, spread, way):
     constants, threshold = f.constants(m.log_weights), activity_threshold(391, m.means.dtype)
 
     def run() -> list[Tensor]:
-        found = screen_op.select(x, f, constants, screen, threshold, 8)
+        found = screen_op.scan(x, f, constants, screen, threshold, 8)
         return [*found.active, *found[1:], screen_op.bounds(x, f, constants, screen)]
 
     evaluated = check(run)[5]
@@ -191,12 +192,12 @@ def test_scans_of_one_screen(count, spread, way):
 def test_stage_0_of_a_screen_on_one_basis():
     """Of the C++ kernel: rows, radii, slack and lines, from the same coordinates and the same middle."""
     m = mixture(203, 200, 5)
-    f = m.factors()
+    f = m.woodbury()
     scale = m.noise_variance.double().rsqrt()
     projection = scale.unsqueeze(-1) * torch.eye(200, 32, dtype=torch.float64)
 
     def run() -> list[Tensor]:
-        found = ops.native.library().screen_marginals(
+        found = ops.common.cpp.library().screen_marginals(
             *m[:2], f.cholesky, f.center, scale, projection, None, False, 1e-12, 1e-5, 1.0, projection[0] * 0, 1.0
         )
         return [t for t in found if t is not None]

@@ -9,9 +9,9 @@
 
 #include "intervene.h"
 #include "kmeans.h"
-#include "screen_factors.h"
-#include "screen_near.h"
-#include "screen_neighbors.h"
+#include "screen/marginals.h"
+#include "screen/neighbor_scan.h"
+#include "screen/neighbor_lists.h"
 #include "statistics.h"
 
 namespace {
@@ -49,7 +49,7 @@ void that(bool holds, const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
 }
 
-// As tests/budgets.py: 8 eps of what the absolute values of the terms add up to, for each entry.
+// As tests/helpers/budgets.py: 8 eps of what the absolute values of the terms add up to, for each entry.
 template <class T>
 void within(const T* found, const Doubles& exact, const Doubles& terms, const std::string& what) {
   double most = 0;

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops.common import cpp
 
 pytestmark = pytest.mark.more
 
@@ -40,7 +40,7 @@ def skip_beyond_this_processor(march: str) -> None:
         return
     if platform.machine() != "x86_64":
         pytest.skip("not an x86-64 processor")
-    missing = set(NEEDED[march]) - set(native._processor_flags().split())
+    missing = set(NEEDED[march]) - set(cpp._processor_flags().split())
     if missing:
         pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
 
@@ -48,9 +48,9 @@ def skip_beyond_this_processor(march: str) -> None:
 def check(tmp_path: Path, compiler: str, *flags: str, emulator: tuple[str, ...] = ()) -> None:
     """Compiles the program, which includes every header of csrc/cpu, without a warning; all of its checks hold."""
     program = tmp_path / "kernels"
-    own = [flag for flag in native.FLAGS if flag not in ("-O3", "-fopenmp")]
+    own = [flag for flag in cpp.FLAGS if flag not in ("-O3", "-fopenmp")]
     command = [skip_without(compiler), "-O2", *own, *flags, "-Wall", "-Wextra", "-Werror"]
-    include = ["-I", str(native.source_folder()), str(PROGRAM), "-o", str(program)]
+    include = ["-I", str(cpp.source_folder()), str(PROGRAM), "-o", str(program)]
     built = subprocess.run([*command, *include], capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr[-4000:]
     out = subprocess.run([*emulator, str(program)], capture_output=True, text=True, check=False)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests import sanitized
+from tests.helpers import sanitized
 from tests.processors.test_processors import OPERATORS, ROOT, skip_without
 
 pytestmark = pytest.mark.more
@@ -37,16 +37,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 def test_a_fault_is_reported(run):
     """Or none of the other tests could fail: a tensor whose storage is shorter than it says."""
     with pytest.raises(AssertionError, match="heap-buffer-overflow"):
-        run("-m", "tests.sanitized", "fault")
+        run("-m", "tests.helpers.sanitized", "fault")
 
 
 def test_operators(run):
     tests = [f"tests/ops/{name}.py" for name in [*OPERATORS, "test_trust"]]
-    run("-m", "pytest", "-p", "tests.sanitized", "-x", "-p", "no:cacheprovider", "-k", "not portable", *tests)
+    run("-m", "pytest", "-p", "tests.helpers.sanitized", "-x", "-p", "no:cacheprovider", "-k", "not portable", *tests)
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_wrong_calls(run, seed):
-    done = json.loads(run("-m", "tests.sanitized", str(CALLS), str(seed)).splitlines()[-1])
+    done = json.loads(run("-m", "tests.helpers.sanitized", str(CALLS), str(seed)).splitlines()[-1])
     assert done["calls"] == CALLS
     assert done["unnamed"] <= CALLS // 100

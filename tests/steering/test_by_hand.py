@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mfa_kernels import steer
-from mfa_kernels.models import hidden_states, resolve_layer, with_hidden_states
+from mfa_kernels.data.language_model import hidden_states, resolve_layer, with_hidden_states
 from mfa_kernels.steering import Toward, intervene
 from mfa_kernels.steering.tracking import LostTrackError
 from tests.steering.tiny import CACHE, LAYER, PAD, WIDTH, causal_lm, fitting_mixture, generated, prompts

@@ -13,7 +13,7 @@ from mfa_kernels import MFA
 from mfa_kernels.steering import Add, Offset, Reconstruct, Remove, Toward, intervene
 from mfa_kernels.steering.composition import Composition
 from mfa_kernels.steering.interventions import as_rows
-from tests.mixtures import mixture
+from tests.helpers.mixtures import mixture
 from tests.steering.tiny import COMPONENTS, RANK, WIDTH, fitting_mixture
 
 

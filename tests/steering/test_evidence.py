@@ -10,11 +10,11 @@ import torch
 from mfa_kernels import MFA
 from mfa_kernels.steering import evidence
 from mfa_kernels.steering.evidence import Reader
-from tests.mixtures import mixture, tokens
+from tests.helpers.mixtures import mixture, tokens
 
 
 @pytest.fixture
-def problem(needs_native) -> tuple[MFA, torch.Tensor]:
+def problem(needs_cpp) -> tuple[MFA, torch.Tensor]:
     m = mixture(200, 64, 4, spread=3.0)
     return MFA.from_parameters(*m[:3], m.log_weights.exp()).requires_grad_(False), tokens(m, 9)
 
@@ -37,9 +37,9 @@ def test_a_screened_mixture_is_read_through_its_screen(problem, count):
 
 def test_a_large_mixture_is_screened_unasked(problem, monkeypatch):
     mfa, _ = problem
-    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.factors().rows.numel())
+    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.woodbury().rows.numel())
     assert Reader(mfa, False)._screen is not None
-    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.factors().rows.numel() + 1)
+    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.woodbury().rows.numel() + 1)
     assert Reader(copy.deepcopy(mfa), False)._screen is None
     assert Reader(mfa, True)._screen is None
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import steer
-from mfa_kernels.steering import Function, Offset, Reconstruct, Responsibility, Toward, intervene
+from mfa_kernels.steering import Offset, Reconstruct, Responsibility, SteeringFunction, Toward, intervene
 from tests.steering.tiny import LAYER, WIDTH, causal_lm, fitting_mixture, prompts
 
 Z = torch.tensor([2.0, -3.0, 1.0])
@@ -44,7 +44,7 @@ def tokens(*shape: int) -> Tensor:
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_is_intervene_prepared(name: str, dtype: torch.dtype) -> None:
-    mfa, fn = fitting_mixture(), Function(fitting_mixture(), **SPECS[name])
+    mfa, fn = fitting_mixture(), SteeringFunction(fitting_mixture(), **SPECS[name])
     for x in (tokens(2, 5).to(dtype), tokens(4, 1).to(dtype), tokens(2, 0).to(dtype)):
         before = x.clone()
         # As TransformerLens calls a hook, and as nnsight writes into a proxy.
@@ -57,7 +57,7 @@ def test_is_intervene_prepared(name: str, dtype: torch.dtype) -> None:
 
 
 def test_schedule_takes_the_step() -> None:
-    fn, x = Function(fitting_mixture(), Toward(2, lambda step: 0.1 * step)), tokens(1, 3)
+    fn, x = SteeringFunction(fitting_mixture(), Toward(2, lambda step: 0.1 * step)), tokens(1, 3)
     assert torch.equal(fn(x, step=0), x)
     torch.testing.assert_close(fn(x, step=4), intervene(x, fitting_mixture(), Toward(2, 0.4)))
 
@@ -77,7 +77,7 @@ def steered() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
 def test_nnsight(name: str, steered: Any) -> None:
     nnsight = installed("nnsight")
     model, ids, expected = steered
-    fn, traced = Function(fitting_mixture(), **SPECS[name]), nnsight.NNsight(model)
+    fn, traced = SteeringFunction(fitting_mixture(), **SPECS[name]), nnsight.NNsight(model)
     with torch.no_grad(), traced.trace(ids):
         out = traced.transformer.h[LAYER].output
         hidden = out[0] if isinstance(out, tuple) else out
@@ -106,7 +106,7 @@ def test_transformer_lens(name: str) -> None:
         n_layers=3, d_model=WIDTH, n_ctx=64, d_head=8, n_heads=4, d_vocab=64, act_fn="gelu", seed=0, device="cpu"
     )
     model, ids, mfa = HookedTransformer(config), prompts()["input_ids"], fitting_mixture()
-    fn, seen = Function(mfa, **SPECS[name]), {}
+    fn, seen = SteeringFunction(mfa, **SPECS[name]), {}
 
     def keep(value: Tensor, hook: Any) -> None:
         seen[hook.name] = value
@@ -126,7 +126,7 @@ def test_transformer_bridge(name: str, steered: Any) -> None:
     bridge = installed("transformer_lens.model_bridge")
     model, ids, expected = steered
     wrapped = bridge.TransformerBridge.boot_transformers("gpt2", hf_model=model, tokenizer=_tokenizer())
-    fn = Function(fitting_mixture(), **SPECS[name])
+    fn = SteeringFunction(fitting_mixture(), **SPECS[name])
     with torch.no_grad():
         logits = wrapped.run_with_hooks(ids, fwd_hooks=[(f"blocks.{LAYER}.hook_out", fn)])
     torch.testing.assert_close(logits, expected[name])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.steering import LogDensity, Reconstruct, Responsibility, Toward, intervene
-from tests.mixtures import mixture
+from tests.helpers.mixtures import mixture
 from tests.steering.tiny import WIDTH, fitting_mixture
 
 FIXED, MIXED = [Toward(2, 0.4)], [Toward(None, 0.4), Reconstruct(0.3)]

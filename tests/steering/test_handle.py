@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import steer
-from mfa_kernels.models import hidden_states
+from mfa_kernels.data.language_model import hidden_states
 from mfa_kernels.steering import (
     Add,
     Handle,

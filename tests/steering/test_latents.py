@@ -8,7 +8,7 @@ import torch
 from mfa_kernels import MFA
 from mfa_kernels.steering import latent_quantiles, prior_latents
 from mfa_kernels.steering import latents as module
-from tests.mixtures import mixture, tokens
+from tests.helpers.mixtures import mixture, tokens
 from tests.steering.tiny import RANK, fitting_mixture
 
 

@@ -120,7 +120,17 @@ def test_command_line(tmp_path: Path) -> None:
     mfa = fitting_mixture(features=model.config.hidden_size)
     mfa.extra = {"model": "tiny_lm", "layer": 2}
     mfa.save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "mfa_kernels.cli", "steer", str(tmp_path), "def f(self):", "-k", "1", "--live"]
+    command = [
+        sys.executable,
+        "-m",
+        "mfa_kernels",
+        "steer",
+        str(tmp_path),
+        "def f(self):",
+        "-k",
+        "1",
+        "--live",
+    ]
     process = subprocess.Popen(
         [*command, "--max-new-tokens", "5000"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mfa_kernels import steer
-from mfa_kernels.models import hidden_states, with_hidden_states
+from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.steering import Toward, intervene
 from tests.steering.test_functions import installed
 from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generated, prompts

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import steer
-from mfa_kernels.models import resolve_layer
+from mfa_kernels.data.language_model import resolve_layer
 from mfa_kernels.steering import arguments
 from mfa_kernels.steering.tracking import LostTrackError, Pass, Tracker
 from tests.steering.tiny import (

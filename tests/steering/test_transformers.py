@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.data import tiny_lm
-from mfa_kernels.models import hidden_states, with_hidden_states
+from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.steering import Responsibility
 from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generate, generated, layer_output, prompts
 

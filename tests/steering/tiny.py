@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import LlamaModel
 
 from mfa_kernels import MFA
-from mfa_kernels.models import hidden_states, resolve_layer
-from tests.mixtures import mixture
+from mfa_kernels.data.language_model import hidden_states, resolve_layer
+from tests.helpers.mixtures import mixture
 
 WIDTH, RANK, COMPONENTS, LAYER, PAD = 32, 3, 6, 1, 0
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])

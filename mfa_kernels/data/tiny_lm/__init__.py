@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from mfa_kernels.models import weights_in
-
 
 def path() -> Path:
     """Return the folder with the model's files, which is also a valid name for any `from_pretrained`."""
@@ -26,6 +24,6 @@ def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(path(), local_files_only=True, **weights_in(dtype))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(path(), local_files_only=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path(), local_files_only=True)
-    return model.eval(), tokenizer
+    return model.to(dtype).eval(), tokenizer

@@ -26,9 +26,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from mfa_kernels.files import atomic_path, atomic_save_safetensors, atomic_write_json
-from mfa_kernels.locks import alone
-from mfa_kernels.progress import progress_bar
+from mfa_kernels.common.files import atomic_path, atomic_save_safetensors, atomic_write_json
+from mfa_kernels.common.locks import alone
+from mfa_kernels.common.progress import progress_bar
 
 from .corpus import stdlib_texts
 

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native, trust
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.common.precision import full_precision, no_tangents
+from mfa_kernels.ops.common import backends, cpp, trust
 from mfa_kernels.ops.intervene import portable
 from mfa_kernels.ops.pairs import op as pairs
-from mfa_kernels.ops.precision import full_precision, no_tangents
-from mfa_kernels.ops.select.op import Active
+from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 class Edit(NamedTuple):
@@ -45,9 +45,9 @@ def intervene(
     edit: Edit,
     chosen: Tensor | None = None,
     passed: Tensor | None = None,
-    active: Active | None = None,
+    active: ActivePairs | None = None,
     parameters: tuple[Tensor, Tensor, Tensor] | None = None,
-    factors: Factors | None = None,
+    woodbury: Woodbury | None = None,
 ) -> tuple[Tensor, Tensor]:
     """scale x + shift + sum_k r_k (weight mu_k + W_k (z + spread E[z | x, k])) where the gates let a token through.
 
@@ -62,7 +62,7 @@ def intervene(
         active: of the B T tokens: what gates and responsibilities are read from; None where no rule needs them.
         parameters: means (K, D), loadings (K, D, R) and noise_variance; None where nothing is weighed by
             responsibilities: weight and spread are 0, latents None.
-        factors: of these parameters.
+        woodbury: of these parameters.
 
     Returns:
         The hidden states after it, (B, T, D) contiguous, and (B, T, 3) in the mixture's dtype: whether the token was
@@ -76,17 +76,17 @@ def intervene(
 
         def latents(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
             assert parameters is not None
-            assert factors is not None
-            return pairs.latents(x, tokens, components, *parameters, factors)
+            assert woodbury is not None
+            return pairs.latents(x, tokens, components, *parameters, woodbury)
 
         map_ = None if parameters is None else parameters[:2]
         return portable.intervene(
             hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, map_, latents
         )  # fmt: skip
     mixture: tuple[Tensor | None, ...] = (None,) * 5
-    if parameters is not None and factors is not None:
-        mixture = (*parameters[:2], factors.rows, factors.cholesky, factors.scale)
-    per_component = factors is not None and factors.per_component
+    if parameters is not None and woodbury is not None:
+        mixture = (*parameters[:2], woodbury.rows, woodbury.cholesky, woodbury.scale)
+    per_component = woodbury is not None and woodbury.per_component
     return torch.ops.mfa_kernels.intervene(
         hidden, *edit, chosen, passed, *(active or (None,) * 4), *mixture, per_component
     )
@@ -142,15 +142,15 @@ def _intervene(
         raise ValueError("intervene: log_prob must be given where the mixture is, got None")
     rank = 0 if cholesky is None else cholesky.shape[-1]
     serving = backends.serving(thresholds, rank)
-    if means is not None and serving != "native":  # which looks itself
+    if means is not None and serving != "cpp":  # which looks itself
         trust.check_range("intervene", "components", components, -1, len(means))
     if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
-        active = None if log_prob is None else Active(log_prob, components, logits, counts)
+        active = None if log_prob is None else ActivePairs(log_prob, components, logits, counts)
         parameters = None if means is None else (means, loadings)
 
         def explain(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
             none = cholesky.new_empty(0)
-            return pairs.explain(x, tokens, components, Factors(rows, cholesky, none, scale, none, per_component))
+            return pairs.explain(x, tokens, components, Woodbury(rows, cholesky, none, scale, none, per_component))
 
         with full_precision(thresholds):
             steered, tally = portable.intervene(
@@ -164,8 +164,8 @@ def _intervene(
 
     tensors = [ready(t) for t in (hidden, coefficients, shift, rules, thresholds, latents, chosen, passed, log_prob,
                                   components, logits, counts, rows, cholesky, scale)]  # fmt: skip
-    if serving == "native":
-        return native.library().intervene(*tensors, per_component, spreads)
+    if serving == "cpp":
+        return cpp.library().intervene(*tensors, per_component, spreads)
     from mfa_kernels.ops.intervene import triton_intervene
 
     return triton_intervene.intervene(*tensors, per_component, keeps_norm, spreads)

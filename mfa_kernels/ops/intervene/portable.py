@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.pairs import op as pairs
-from mfa_kernels.ops.select.op import Active
+from mfa_kernels.ops.scan.types import ActivePairs
 
 ALWAYS, RESPONSIBILITY, NOT_RESPONSIBILITY, DENSITY, NOT_DENSITY, NEVER = range(6)
 
@@ -27,7 +27,7 @@ def intervene(
     keeps_norm: bool,
     chosen: Tensor | None = None,
     passed: Tensor | None = None,
-    active: Active | None = None,
+    active: ActivePairs | None = None,
     latents: Tensor | None = None,
     spreads: bool = False,
     parameters: tuple[Tensor, Tensor] | None = None,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops.pairs.triton_residual import vector
+from mfa_kernels.ops.common.triton_residual import vector
 
 _FEATURES, _WARPS = 512, 4
 _ACCUMULATORS = 32  # values of a tile of rows that a thread holds

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends
-from mfa_kernels.ops.finite import finite_rows
+from mfa_kernels.ops.common import backends
+from mfa_kernels.ops.common.finite import finite_rows
 from mfa_kernels.ops.kmeans.op import screened
 
 _TRIAL_ROWS = 512  # that decide how many of them pay
@@ -44,7 +44,7 @@ def fitting_width(basis: Tensor | None, x: Tensor, centroids: Tensor, center: Te
 
     They serve the C++ kernels only.
     """
-    if basis is None or backends.serving(centroids, 0) != "native":
+    if basis is None or backends.serving(centroids, 0) != "cpp":
         return None
     x = x[:: -(-len(x) // _TRIAL_ROWS)]
     clusters, features = centroids.shape

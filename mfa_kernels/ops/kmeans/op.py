@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native, trust
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.ops.common import backends, cpp, trust
 from mfa_kernels.ops.kmeans import portable
-from mfa_kernels.ops.precision import full_precision
 
 torch.library.define(
     "mfa_kernels::nearest",
@@ -88,7 +88,7 @@ def cluster_sums(
 def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
     """`nearest` by the C++ kernels, and how many pairs they measured one by one: at least one a row."""
     x, centroids, center = x.to(centroids.dtype).contiguous(), centroids.contiguous(), center.to(centroids).contiguous()
-    width = native.library().vector_bytes // centroids.element_size()
+    width = cpp.library().vector_bytes // centroids.element_size()
     columns = 0 if basis is None else basis.shape[1] // width * width
     projected, slack = None, _rounding(centroids, centroids.shape[1])
     if basis is None or columns == 0 or columns >= centroids.shape[1]:
@@ -99,7 +99,7 @@ def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
         projected = (centroids.double() @ wide).to(centroids).contiguous()
         uneven = torch.linalg.matrix_norm(wide.T @ wide - torch.eye(columns, dtype=torch.float64))
         slack = 2 * float(uneven) + _rounding(centroids, columns) * math.sqrt(columns)
-    return native.library().nearest(x, centroids, center, basis, projected, slack)
+    return cpp.library().nearest(x, centroids, center, basis, projected, slack)
 
 
 def _rounding(centroids: Tensor, coordinates: int) -> float:
@@ -129,7 +129,7 @@ _check_cluster_sums = trust.checker(
 
 def _nearest(x, centroids, center, basis=None):
     _check_nearest(x, centroids, center, basis)
-    if backends.serving(centroids, 0) == "native":
+    if backends.serving(centroids, 0) == "cpp":
         return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
         if backends.serving(centroids, 0) == "triton":
@@ -143,11 +143,11 @@ def _nearest(x, centroids, center, basis=None):
 def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
     _check_cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
     weights = None if weights is None else weights.double()
-    if backends.serving(center, 0) == "native":
+    if backends.serving(center, 0) == "cpp":
         x, distance = x.to(center.dtype).contiguous(), distance.to(center.dtype).contiguous()
         weights = None if weights is None else weights.contiguous()
         out = (sums, mass, inertia)
-        native.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
+        cpp.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
         return
     trust.check_range("cluster_sums", "owner", owner, 0, len(mass) + 1)
     if backends.serving(center, 0) == "triton":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+
+from mfa_kernels.ops.common.segments import segment_sums
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of rows and scores while a tile is compared: a CPU's cache
 
@@ -26,16 +27,6 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
         distance[start : start + rows] = torch.linalg.vecdot(gap, gap)
     lost = ~distance.isfinite()
     return owner.masked_fill_(lost, len(centroids)), distance.masked_fill_(lost, torch.nan)
-
-
-def segment_sums(values: Tensor, owner: Tensor, segments: int, weights: Tensor | None = None) -> Tensor:
-    """Sums of the rows of values (n, m) by owner (n,): (segments, m). Owners from `segments` on are left out."""
-    order = owner.argsort(stable=True)
-    counts = owner.bincount(minlength=segments + 1)
-    # A last bag takes the rows that nobody owns.
-    offsets = (counts.cumsum(0) - counts)[: segments + 1]
-    ordered = None if weights is None else weights[order].to(values.dtype)
-    return embedding_bag(order, values, offsets, mode="sum", per_sample_weights=ordered)[:segments]
 
 
 def cluster_sums(

@@ -3,7 +3,7 @@
     sums_k = sum w (x_n - center)      mass_k = sum w      inertia_k = sum w |x_n - center - c_k|^2
 
 A program owns BD features of one cluster and walks over its rows BP at a time: their sum in float32, the sum of these
-in float64, in registers. Rows are grouped by a stable sort (pairs/triton_groups.py). Never materialised: x - center.
+in float64, in registers. Rows are grouped by a stable sort (common/triton_groups.py). Never materialised: x - center.
 Deterministic: sums in a fixed order, no atomics. Nothing asks the device who owns what; a cluster without a row is
 neither read nor written. Floor: one read of the rows, one read and write of the sums (README.md). Not measured on a
 GPU yet. The worst case is one cluster that owns every row: it has D / BD programs alone.
@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops.pairs.triton_groups import group
-from mfa_kernels.ops.pairs.triton_residual import feature_offsets, vector
+from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
 
 _FEATURES, _WARPS = 256, 4
 _ROWS = 16

@@ -32,9 +32,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.factors.triton_rows import FEATURES, sum_error
-from mfa_kernels.ops.select.triton_tokens import scan_tokens
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_fp16 import FEATURES, sum_error
+from mfa_kernels.ops.common.triton_tokens import scan_tokens
 
 BANDS = 8
 """Programs that share the centroids, at most: with 16 tiles of rows, a wave of programs on a large GPU."""

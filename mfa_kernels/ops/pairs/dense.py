@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors, unpack_rows
+from mfa_kernels.common.precision import full_precision
 from mfa_kernels.ops.pairs.op import accumulate_gradients
-from mfa_kernels.ops.precision import full_precision
-from mfa_kernels.ops.select.portable import CHUNK
+from mfa_kernels.ops.woodbury.portable import CHUNK
+from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
 BLOCK = 1 << 20
 """Largest number of values of a block's temporaries on a CPU, where they should stay in cache; CHUNK elsewhere."""
@@ -30,14 +30,14 @@ CANCELLATION = 2.0
 """Largest (|y|^2 + |m|^2) / |y - m|^2 of a token and its heaviest component: the factor on the rounding errors."""
 
 
-def backward(x: Tensor, tokens: Tensor, weight: Tensor, factors: Factors, gradients: list[Tensor | None]) -> None:
+def backward(x: Tensor, tokens: Tensor, weight: Tensor, woodbury: Woodbury, gradients: list[Tensor | None]) -> None:
     """Adds the gradients of the tokens x[tokens] with every component, each token by GEMM or by pairs.
 
     Args:
         x: (N, D), contiguous.
         tokens: (n,) int64, ascending and unique.
         weight: (n, K), the upstream gradient of every logit.
-        factors: in any layout.
+        woodbury: in any layout.
         gradients: [x (N, D), means (K, D), loadings (K, D, R), noise (D,) or (K, D), log_weights (K,)], contiguous;
             None is not computed.
     """
@@ -47,61 +47,61 @@ def backward(x: Tensor, tokens: Tensor, weight: Tensor, factors: Factors, gradie
     components = weight.shape[1]
     counts = weight.count_nonzero(-1)
     whole = (counts > DENSITY * components).nonzero().squeeze(-1)
-    own = x[tokens[whole]].to(factors.scale.dtype)
+    own = x[tokens[whole]].to(woodbury.scale.dtype)
     center = own.mean(0)
-    kept = _well_centered(own, weight[whole], factors, center)
+    kept = _well_centered(own, weight[whole], woodbury, center)
     whole, own = whole[kept], own[kept]
     if counts[whole].sum() <= components * (DENSITY * whole.numel() + OVERHEAD):
         whole, own = whole[:0], own[:0]
     rest, columns = weight.index_fill(0, whole, 0).nonzero(as_tuple=True)
     pairs = tokens[rest], columns.int(), weight[rest, columns].contiguous()
-    accumulate_gradients(x, *pairs, factors, [*gradients, None])
+    accumulate_gradients(x, *pairs, woodbury, [*gradients, None])
     if whole.numel():
         grad_x, *parameters = gradients
         moved = None if grad_x is None else torch.zeros_like(own)
         with full_precision(x):
-            accumulate(own, weight[whole], factors, center, [moved, *parameters])
+            accumulate(own, weight[whole], woodbury, center, [moved, *parameters])
         if grad_x is not None and moved is not None:
             grad_x.index_add_(0, tokens[whole], moved)
 
 
-def _rows(factors: Factors, components: Tensor | slice, begin: int, end: int) -> Tensor:
+def _rows(woodbury: Woodbury, components: Tensor | slice, begin: int, end: int) -> Tensor:
     """Rows begin, ..., end - 1 of these components, (k, end - begin, D), in the portable layout."""
-    axis = factors.rows.dim() - 2
-    return unpack_rows(factors.rows.narrow(axis, begin, end - begin)[components], factors.scale.shape[0])
+    axis = woodbury.rows.dim() - 2
+    return unpack_rows(woodbury.rows.narrow(axis, begin, end - begin)[components], woodbury.scale.shape[0])
 
 
-def _well_centered(x: Tensor, weight: Tensor, factors: Factors, center: Tensor) -> Tensor:
+def _well_centered(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor) -> Tensor:
     """Whether expanding y - m keeps the digits, (n,), judged at the component with the largest weight.
 
     The components that share a token's responsibility are about equally far from it, so one of them tells.
     """
-    heaviest, rank = weight.abs().argmax(-1), factors.cholesky.shape[-1]
-    scale = _rows(factors, heaviest, rank + 1, rank + 2).squeeze(1) if factors.per_component else factors.scale
-    y, m = (x - center) * scale, (_rows(factors, heaviest, 0, 1).squeeze(1) - center) * scale
+    heaviest, rank = weight.abs().argmax(-1), woodbury.cholesky.shape[-1]
+    scale = _rows(woodbury, heaviest, rank + 1, rank + 2).squeeze(1) if woodbury.per_component else woodbury.scale
+    y, m = (x - center) * scale, (_rows(woodbury, heaviest, 0, 1).squeeze(1) - center) * scale
     return y.square().sum(-1) + m.square().sum(-1) <= CANCELLATION * (y - m).square().sum(-1)
 
 
-def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, gradients: list[Tensor | None]) -> None:
+def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gradients: list[Tensor | None]) -> None:
     """Adds sum_nk w_nk d logit_nk to [x, means, loadings, noise], those that are not None, by GEMMs.
 
     Args:
         x: (n, D), in the dtype of the factors.
         weight: (n, K).
-        factors: in any layout.
+        woodbury: in any layout.
         center: c (D,), near the tokens.
         gradients: (n, D), (K, D), (K, D, R), (D,) or (K, D); contiguous.
     """
     grad_x, grad_means, grad_loadings, grad_noise = gradients
     if all(g is None for g in gradients):
         return
-    scale = factors.scale  # 1 with noise per component
-    rank = factors.cholesky.shape[-1]
+    scale = woodbury.scale  # 1 with noise per component
+    rank = woodbury.cholesky.shape[-1]
     y = (x - center) * scale
     features_first = y.t().contiguous()  # [D, n]
     squares = y.square().double()
     # For x: sum_k w lam_k^2 and sum_k w (lam_k^2 m + A^T t).
-    mass = torch.zeros_like(y) if factors.per_component else weight.sum(1, keepdim=True)
+    mass = torch.zeros_like(y) if woodbury.per_component else weight.sum(1, keepdim=True)
     pull = torch.zeros_like(y)
     bound = BLOCK if x.device.type == "cpu" else CHUNK
     step = max(1, bound // ((rank + 1) * max(x.shape)))
@@ -109,12 +109,12 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
     buffers = [x.new_empty(min(step, weight.shape[1]), rank, x.shape[1]) for _ in range(2)]
     for begin in range(0, weight.shape[1], step):
         k = slice(begin, begin + step)
-        m = (_rows(factors, k, 0, 1).squeeze(1) - center) * scale
+        m = (_rows(woodbury, k, 0, 1).squeeze(1) - center) * scale
         a, change = (buffer[: m.shape[0]] for buffer in buffers)
-        a.copy_(_rows(factors, k, 1, rank + 1))
+        a.copy_(_rows(woodbury, k, 1, rank + 1))
         precision = torch.ones_like(m)  # lam_k^2
-        if factors.per_component:
-            own_scale = _rows(factors, k, rank + 1, rank + 2)
+        if woodbury.per_component:
+            own_scale = _rows(woodbury, k, rank + 1, rank + 2)
             precision = own_scale.squeeze(1).square()
             a *= own_scale
         w = weight[:, k].t().contiguous()  # [k, n]
@@ -128,7 +128,7 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
         wt = _product(a.flatten(0, 1), y).view(a.shape[0], rank, x.shape[0])  # [k, R, n] w t
         wt.sub_((m.unsqueeze(1) @ a.mT).mT).mul_(w.unsqueeze(1))
         if grad_x is not None:
-            if factors.per_component:
+            if woodbury.per_component:
                 mass.addmm_(w.t(), precision)
             pull.addmm_(w.t(), precision * m).addmm_(wt.flatten(0, 1).t(), a.flatten(0, 1))
         if grad_loadings is None and grad_noise is None:
@@ -136,7 +136,7 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
         cross = _product(wt.flatten(0, 1), features_first).view_as(a)
         cross.addcmul_(explained.mT, m.unsqueeze(1), value=-1)  # [k, R, D] sum w t (y - m)
         moment = cross @ a.mT  # [k, R, R] sum w t t
-        if factors.per_component:
+        if woodbury.per_component:
             cross *= precision.unsqueeze(1)
         moment.diagonal(dim1=-2, dim2=-1).add_(s)
         torch.baddbmm(cross, moment, a, alpha=-1, out=change)  # sum w t q - s A
@@ -145,12 +145,12 @@ def accumulate(x: Tensor, weight: Tensor, factors: Factors, center: Tensor, grad
             # (the first sum in float64: little is left of it, and products differ in the order in which they sum)
             square = (w.double() @ squares).to(w.dtype).sub_(m * (2 * first + s * m)).mul_(precision.square())
             square.sub_(s * precision).sub_(cross.add_(change).mul_(a).sum(1)).mul_(0.5 * scale.square())
-            if factors.per_component:
+            if woodbury.per_component:
                 grad_noise[k] += square
             else:
                 grad_noise += square.sum(0)
         if grad_loadings is not None:
-            torch.bmm(_inverse(factors.cholesky[k]).mT, change, out=cross)
+            torch.bmm(_inverse(woodbury.cholesky[k]).mT, change, out=cross)
             grad_loadings[k].addcmul_(cross.mT, scale.unsqueeze(-1))
     if grad_x is not None:
         grad_x.addcmul_(pull - y * mass, scale)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import backends, native, trust
-from mfa_kernels.ops.factors.op import FACTORS, Factors
+from mfa_kernels.common.precision import full_precision, no_tangents, once_differentiable
+from mfa_kernels.ops.common import backends, cpp, trust
 from mfa_kernels.ops.pairs import portable
-from mfa_kernels.ops.precision import full_precision, no_tangents, once_differentiable
+from mfa_kernels.ops.woodbury.types import WOODBURY, Woodbury
 
 
 def latents(
@@ -18,7 +18,7 @@ def latents(
     means: Tensor,
     loadings: Tensor,
     noise_variance: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
 ) -> Tensor:
     """E[z | x_n, k] for the pairs (tokens[p], components[p]): (P, R). Differentiable in x and the parameters.
 
@@ -26,11 +26,11 @@ def latents(
         x: (N, D).
         tokens: (P,) int64.
         components: (P,) int32; -1 stands for no pair, whose latents are 0.
-        means, loadings, noise_variance: the parameters behind `factors`.
-        factors: of these parameters.
+        means, loadings, noise_variance: the parameters behind `woodbury`.
+        woodbury: of these parameters.
     """
     no_tangents("latents", x, means, loadings, noise_variance)
-    return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *factors.tensors())
+    return torch.ops.mfa_kernels.latents(x, tokens, components, means, loadings, noise_variance, *woodbury.tensors())
 
 
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def accumulate_gradients(
     tokens: Tensor,
     components: Tensor,
     weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     gradients: list[Tensor | None],
     add: bool = True,
 ) -> None:
@@ -63,29 +63,29 @@ def accumulate_gradients(
         tokens: (P,) int64, ascending.
         components: (P,) int32; on the Triton backend -1 stands for no pair.
         weights: (P,).
-        factors: of the parameters.
+        woodbury: of the parameters.
         gradients: in the shapes of what they belong to; None is not computed.
         add: on the Triton backend, False writes the gradients instead of adding to them.
     """
-    if factors.is_native:
-        native.library().backward(
-            x, tokens, components, weights, factors.rows, factors.cholesky, factors.scale,
-            factors.per_component, *gradients,
+    if woodbury.is_cpp:
+        cpp.library().backward(
+            x, tokens, components, weights, woodbury.rows, woodbury.cholesky, woodbury.scale,
+            woodbury.per_component, *gradients,
         )  # fmt: skip
         return
     with full_precision(x):
-        if factors.is_triton:
+        if woodbury.is_triton:
             from mfa_kernels.ops.pairs import triton_backward
 
-            triton_backward.backward(x, tokens, components, weights, factors, gradients, add)
+            triton_backward.backward(x, tokens, components, weights, woodbury, gradients, add)
         else:
-            portable.backward(x, tokens, components, weights, factors, *gradients)
+            portable.backward(x, tokens, components, weights, woodbury, *gradients)
 
 
 _PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
 _CODE = "Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings"
 
-torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {FACTORS}) -> Tensor")
+torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {WOODBURY}) -> Tensor")
 torch.library.define(
     "mfa_kernels::latents_backward",
     f"(Tensor grad, Tensor latents, {_PARAMETERS}, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -96,7 +96,7 @@ torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) ->
 
 _PAIRS = {"x": "any(N, D)", "tokens": "int64(P)", "components": "int32(P)"}
 _check_latents = trust.checker(
-    "latents", {**_PAIRS, **trust.PARAMETERS, **trust.FACTORS}, last=("x", "tokens", "components")
+    "latents", {**_PAIRS, **trust.PARAMETERS, **trust.WOODBURY}, last=("x", "tokens", "components")
 )
 _check_latents_backward = trust.checker(
     "latents_backward",
@@ -113,30 +113,30 @@ _check_decode_backward = trust.checker(
 
 def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
     _check_latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
-    return explain(x, tokens, components, Factors(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2))
+    return explain(x, tokens, components, Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2))
 
 
-def explain(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
+def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -> Tensor:
     """`latents` without gradients, of tensors that an operator has checked."""
-    rows, cholesky, scale = factors.rows, factors.cholesky, factors.scale
-    if factors.is_native:
+    rows, cholesky, scale = woodbury.rows, woodbury.cholesky, woodbury.scale
+    if woodbury.is_cpp:
         out = cholesky.new_zeros(tokens.shape[0], cholesky.shape[-1])
         held = (components != -1).nonzero().squeeze(-1)
-        out[held] = native.library().latents(
+        out[held] = cpp.library().latents(
             x.to(cholesky.dtype).contiguous(), tokens[held], components[held], rows, cholesky, scale,
-            factors.per_component,
+            woodbury.per_component,
         )  # fmt: skip
         return out
     trust.check_range("latents", "tokens", tokens, 0, len(x))
     trust.check_range("latents", "components", components, -1, len(cholesky))
     with full_precision(cholesky):
-        if factors.is_triton:
+        if woodbury.is_triton:
             from mfa_kernels.ops.pairs import triton_pairs
 
             x = x if x.dtype != torch.float64 else x.float()
             tokens = tokens.clamp(0, max(0, len(x) - 1))  # unseen on a GPU
-            return triton_pairs.latents(x.contiguous(), tokens, components, factors)
-        out = portable.latents(x.to(cholesky.dtype), tokens, components.clamp_min(0), factors)
+            return triton_pairs.latents(x.contiguous(), tokens, components, woodbury)
+        out = portable.latents(x.to(cholesky.dtype), tokens, components.clamp_min(0), woodbury)
         return out.masked_fill((components == -1).unsqueeze(-1), 0)
 
 
@@ -144,8 +144,8 @@ def _decode(components, responsibilities, latents, means, loadings):
     _check_decode(components, responsibilities, latents, means, loadings)
     tensors = [t.contiguous() for t in (components, responsibilities, latents, means, loadings)]
     serving = backends.serving(means, loadings.shape[2])
-    if serving == "native":
-        return native.library().decode(*tensors)
+    if serving == "cpp":
+        return cpp.library().decode(*tensors)
     trust.check_range("decode", "components", components, -1, len(means))
     with full_precision(means):
         if serving == "triton":

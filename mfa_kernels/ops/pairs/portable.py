@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.select.portable import CHUNK, explained, residuals
+from mfa_kernels.ops.woodbury.portable import CHUNK, explained, residuals
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
-def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors) -> Tensor:
+def latents(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R)."""
-    step = max(1, CHUNK // factors.rows[0].numel())
-    out = [x.new_empty(0, factors.cholesky.shape[-1])]
+    step = max(1, CHUNK // woodbury.rows[0].numel())
+    out = [x.new_empty(0, woodbury.cholesky.shape[-1])]
     for n, k in zip(tokens.split(step), components.split(step)):
-        t = explained(residuals(x[n], k, factors), k, factors).unsqueeze(-1)
-        out.append(torch.linalg.solve_triangular(factors.cholesky[k].mT, t, upper=True).squeeze(-1))
+        t = explained(residuals(x[n], k, woodbury), k, woodbury).unsqueeze(-1)
+        out.append(torch.linalg.solve_triangular(woodbury.cholesky[k].mT, t, upper=True).squeeze(-1))
     return torch.cat(out)
 
 
@@ -94,7 +94,7 @@ def backward(
     tokens: Tensor,
     components: Tensor,
     weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     grad_x: Tensor | None,
     grad_means: Tensor | None,
     grad_loadings: Tensor | None,
@@ -102,14 +102,14 @@ def backward(
     grad_log_weights: Tensor | None,
 ) -> None:
     """Adds sum_p w_p d logit_p / d parameter to the gradients given."""
-    features, rank = x.shape[1], factors.cholesky.shape[-1]
+    features, rank = x.shape[1], woodbury.cholesky.shape[-1]
     order = torch.argsort(components, stable=True)
     for chunk in order.split(max(1, CHUNK // (features * (rank + 1)))):
         k, n, w = components[chunk], tokens[chunk], weights[chunk]
-        a = factors.rows[k, 1 : rank + 1]
-        scale = factors.rows[k, -1] if factors.per_component else factors.scale
-        v = residuals(x[n], k, factors)
-        t = explained(v, k, factors)
+        a = woodbury.rows[k, 1 : rank + 1]
+        scale = woodbury.rows[k, -1] if woodbury.per_component else woodbury.scale
+        v = residuals(x[n], k, woodbury)
+        t = explained(v, k, woodbury)
         q = v - torch.einsum("prd,pr->pd", a, t)
         weighted = w.unsqueeze(-1) * scale * q
         if grad_log_weights is not None:
@@ -119,15 +119,15 @@ def backward(
         if grad_x is not None:
             grad_x.index_add_(0, n, -weighted)
         if grad_loadings is not None:
-            chol = factors.cholesky[k]
+            chol = woodbury.cholesky[k]
             z = torch.linalg.solve_triangular(chol.mT, t.unsqueeze(-1), upper=True).squeeze(-1)
             prior = torch.linalg.solve_triangular(chol.mT, a, upper=True)  # (A^T L^-1)^T
             change = q.unsqueeze(-1) * z.unsqueeze(1) - prior.mT
-            scaled = scale.unsqueeze(-1) if factors.per_component else scale.unsqueeze(-1).unsqueeze(0)
+            scaled = scale.unsqueeze(-1) if woodbury.per_component else scale.unsqueeze(-1).unsqueeze(0)
             grad_loadings.index_add_(0, k, w[:, None, None] * scaled * change)
         if grad_noise is not None:
             change = 0.5 * w.unsqueeze(-1) * scale.square() * (q.square() - 1 + a.square().sum(1))
-            if factors.per_component:
+            if woodbury.per_component:
                 grad_noise.index_add_(0, k, change)
             else:
                 grad_noise += change.sum(0)

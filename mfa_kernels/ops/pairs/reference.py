@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.reference import factors
+from mfa_kernels.ops.woodbury.reference import woodbury
 
 
 def latents(
@@ -23,7 +23,7 @@ def latents(
     Returns:
         (P, R).
     """
-    rows, cholesky, _ = factors(loadings, noise_variance)
+    rows, cholesky, _ = woodbury(loadings, noise_variance)
     scale = noise_variance.rsqrt().expand_as(means)[components]
     residual = (x[tokens] - means[components]) * scale
     explained = torch.einsum("prd,pd->pr", rows[components], residual)

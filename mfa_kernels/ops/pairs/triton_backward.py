@@ -26,11 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.pairs.triton_groups import group
-from mfa_kernels.ops.pairs.triton_pairs import explain
-from mfa_kernels.ops.pairs.triton_residual import (
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_residual import (
     back_substitute,
     feature_offsets,
     load_explaining,
@@ -38,6 +36,8 @@ from mfa_kernels.ops.pairs.triton_residual import (
     rank_tile,
     vector,
 )
+from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 @triton.jit
@@ -172,7 +172,7 @@ def backward(
     tokens: Tensor,
     components: Tensor,
     weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     gradients: list[Tensor | None],
     add: bool = True,
 ) -> None:
@@ -183,12 +183,12 @@ def backward(
         tokens: (P,) int32 or int64, ascending, P < 2^31.
         components: (P,) int32; what is not in [0, K) marks a slot without a pair.
         weights: (P,) float32; a pair of weight 0 is skipped.
-        factors: in the portable layout, float32.
+        woodbury: in the portable layout, float32.
         gradients: of x (N, D), means, loadings, noise and log_weights in their shapes; float32, contiguous, or None.
         add: False writes the gradients, whatever they held: half the traffic of zeroing them and adding.
     """
     grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
-    (pairs,), (count, _, features), rank = components.shape, factors.rows.shape, factors.cholesky.shape[-1]
+    (pairs,), (count, _, features), rank = components.shape, woodbury.rows.shape, woodbury.cholesky.shape[-1]
     if pairs == 0:
         if not add:
             for gradient in gradients:
@@ -200,10 +200,10 @@ def backward(
     blocks = configs.configured(configs.Pairs, x, x.shape[0], count)
     config = configs.configured(configs.Gradient, x, x.shape[0], count)
     groups = group(components, count, blocks.pairs)
-    _, t = explain(x, tokens, components, factors, groups=groups)
+    _, t = explain(x, tokens, components, woodbury, groups=groups)
     shared = None  # each component's part of the noise that they share
-    if grad_noise is not None and not factors.per_component:
-        shared = torch.empty_like(factors.rows[:, 0], memory_format=torch.contiguous_format)
+    if grad_noise is not None and not woodbury.per_component:
+        shared = torch.empty_like(woodbury.rows[:, 0], memory_format=torch.contiguous_format)
         if add:
             shared.zero_()
     noise = grad_noise if shared is None else shared
@@ -213,17 +213,17 @@ def backward(
         if any(g is not None for g in (grad_means, grad_loadings, noise, grad_log_weights)):
             tiles = _gradient_tiles(config, rank)
             gradient_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
-                x, tokens, weights, t, groups.order, groups.starts, factors.rows, factors.scale, factors.cholesky,
+                x, tokens, weights, t, groups.order, groups.starts, woodbury.rows, woodbury.scale, woodbury.cholesky,
                 grad_means, grad_loadings, noise, grad_log_weights,
-                features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
+                features, rank, woodbury.per_component, add, **tiles, num_warps=config.warps,
             )  # fmt: skip
         if grad_x is not None:
             edges = torch.arange(x.shape[0] + 1, dtype=tokens.dtype, device=tokens.device)
             ranges = torch.searchsorted(tokens, edges, out_int32=True)
             tiles = _token_tiles(config, rank)
             token_kernel[(x.shape[0] * triton.cdiv(features, tiles["BD"]),)](
-                x, components, weights, t, ranges, factors.rows, factors.scale, grad_x,
-                factors.rows.shape[0], features, rank, factors.per_component, add, **tiles, num_warps=config.warps,
+                x, components, weights, t, ranges, woodbury.rows, woodbury.scale, grad_x,
+                woodbury.rows.shape[0], features, rank, woodbury.per_component, add, **tiles, num_warps=config.warps,
             )  # fmt: skip
     if grad_noise is not None and shared is not None:
         grad_noise.copy_(grad_noise + shared.sum(0) if add else shared.sum(0))

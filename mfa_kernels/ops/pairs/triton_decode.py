@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.pairs.triton_groups import group
-from mfa_kernels.ops.pairs.triton_residual import feature_offsets, vector
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
 
 _RANK_TILE = 16
 """Most columns of W_k per pass."""

@@ -20,10 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.pairs.triton_groups import Groups, group
-from mfa_kernels.ops.pairs.triton_residual import back_substitute, project, rank_tile, vector
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_groups import Groups, group
+from mfa_kernels.ops.common.triton_residual import back_substitute, project, rank_tile, vector
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 _PROGRAMS = 1 << 14
 """At most so many programs of `explain_kernel`: more than run at a time, few enough to stop unused ones quickly."""
@@ -111,7 +111,7 @@ def explain(
     x: Tensor,
     tokens: Tensor,
     components: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     constants: Tensor | None = None,
     *,
     with_t: bool = True,
@@ -123,8 +123,8 @@ def explain(
         x: (N, D) contiguous, bfloat16, float16 or float32.
         tokens: (P,) int32 or int64, P < 2^31.
         components: (P,) int32; what is not in [0, K) marks a slot without a pair.
-        factors: in the portable layout, float32.
-        constants: (K,) float32, `factors.constants(log_weights)`; None where logits are not wanted.
+        woodbury: in the portable layout, float32.
+        constants: (K,) float32, `woodbury.constants(log_weights)`; None where logits are not wanted.
         with_t: whether t is wanted.
         groups: `group(components, K, block)` with the block of `configs.Pairs`, where it exists already.
 
@@ -132,8 +132,8 @@ def explain(
         logits (P,), -inf in a slot without a pair, and t (P, R), 0 there; None for what is not wanted.
     """
     components = components.contiguous()
-    (pairs,), features, count = components.shape, x.shape[1], factors.rows.shape[0]
-    rank = factors.cholesky.shape[-1]
+    (pairs,), features, count = components.shape, x.shape[1], woodbury.rows.shape[0]
+    rank = woodbury.cholesky.shape[-1]
     config = configs.configured(configs.Pairs, x, x.shape[0], count)
     # No block holds a slot without a pair, so its values are filled in beforehand.
     logits = None if constants is None else x.new_full((pairs,), -torch.inf, dtype=torch.float32)
@@ -142,22 +142,24 @@ def explain(
         groups = group(components, count, config.pairs) if groups is None else groups
         with torch.cuda.device_of(x):
             explain_kernel[(min(groups.grid, _PROGRAMS),)](
-                x, tokens.contiguous(), *groups[:3], factors.rows, factors.scale, constants, logits, t,
-                count, features, rank, factors.per_component, **_tiles(config, rank),
+                x, tokens.contiguous(), *groups[:3], woodbury.rows, woodbury.scale, constants, logits, t,
+                count, features, rank, woodbury.per_component, **_tiles(config, rank),
                 num_warps=config.warps,
             )  # fmt: skip
     return logits, t
 
 
-def latents(x: Tensor, tokens: Tensor, components: Tensor, factors: Factors, *, groups: Groups | None = None) -> Tensor:
+def latents(
+    x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury, *, groups: Groups | None = None
+) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R) float32, 0 in a slot without one. Arguments as in `explain`."""
-    _, t = explain(x, tokens, components, factors, groups=groups)
+    _, t = explain(x, tokens, components, woodbury, groups=groups)
     assert t is not None
     pairs, rank = t.shape
     if pairs and rank:
         with torch.cuda.device_of(x):
             latents_kernel[(triton.cdiv(pairs, _SOLVED),)](
-                components.contiguous(), factors.cholesky, t, factors.cholesky.shape[0], pairs, rank, _SOLVED,
+                components.contiguous(), woodbury.cholesky, t, woodbury.cholesky.shape[0], pairs, rank, _SOLVED,
                 triton.next_power_of_2(rank),
                 num_warps=1,
             )  # fmt: skip

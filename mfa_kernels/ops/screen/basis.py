@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors, unpack_rows
+from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
 MEANS = 0.3
 """Weight of the covariance of the means beside the Gram matrix of the loadings: a choice that matters little."""
 
 
-def basis(factors: Factors, weights: Tensor, features: int) -> Tensor:
+def basis(woodbury: Woodbury, weights: Tensor, features: int) -> Tensor:
     """Leading eigenvectors of 0.3 x covariance of the whitened means + Gram of the loadings, each of trace one.
 
     Args:
-        factors: of a mixture with shared noise.
+        woodbury: of a mixture with shared noise.
         weights: pi, (K,).
         features: p, coordinates to keep, at most D.
 
@@ -23,9 +23,9 @@ def basis(factors: Factors, weights: Tensor, features: int) -> Tensor:
         Q (D, p) float64, columns orthonormal up to rounding. Costs a D x D eigenproblem: for training, keep it over
         many steps (`screen` takes it).
     """
-    center = factors.center
-    rows = unpack_rows(factors.rows, center.shape[0])
-    means = (rows[:, 0] - center) * factors.scale
+    center = woodbury.center
+    rows = unpack_rows(woodbury.rows, center.shape[0])
+    means = (rows[:, 0] - center) * woodbury.scale
     scatter = _normalised(means.mT @ (means * weights.to(means).unsqueeze(-1)))
     loadings = rows[:, 1:].flatten(0, 1)
     if loadings.shape[0]:

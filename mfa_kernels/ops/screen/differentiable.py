@@ -8,11 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import FACTORS, Factors
-from mfa_kernels.ops.precision import no_tangents
+from mfa_kernels.common.precision import no_tangents
+from mfa_kernels.ops.scan.op import check_log_prob, gradients_of
+from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
-from mfa_kernels.ops.screen.op import AnyScreen, Screen, Screened, select
-from mfa_kernels.ops.select.op import Active, activity_threshold, check_log_prob, gradients_of
+from mfa_kernels.ops.screen.op import scan
+from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
+from mfa_kernels.ops.woodbury.types import WOODBURY, Woodbury
 
 
 def log_prob(
@@ -21,34 +23,34 @@ def log_prob(
     loadings: Tensor,
     noise_variance: Tensor,
     log_weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     screen: AnyScreen,
     slots: int,
-) -> Screened:
-    """As `mfa_kernels.ops.select.op.log_prob`, through the bounds; differentiable in the first five arguments.
+) -> ScreenedPairs:
+    """As `mfa_kernels.ops.scan.op.log_prob`, through the bounds; differentiable in the first five arguments.
 
     Args:
         x: (N, D), any float dtype.
         means: (K, D); with loadings (K, D, R), noise_variance (D,) and log_weights (K,).
-        factors: of these parameters.
+        woodbury: of these parameters.
         screen: of these parameters.
         slots: S, the most active components kept per token.
     """
     parameters = means, loadings, noise_variance, log_weights
     no_tangents("log_prob", x, *parameters)
     if not isinstance(screen, Screen):
-        *active, dropped, evaluated = _Screened.apply(x, *parameters, factors, screen, slots)
-        return Screened(Active(*active), dropped, evaluated)
+        *active, dropped, evaluated = _Screened.apply(x, *parameters, woodbury, screen, slots)
+        return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
-        x, *parameters, *factors.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
+        x, *parameters, *woodbury.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
         screen.line_terms, screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, slots,
     )  # fmt: skip
-    return Screened(Active(*active), dropped, evaluated)
+    return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
 
 
 torch.library.define(
     "mfa_kernels::screened_log_prob",
-    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {FACTORS}, Tensor basis,"
+    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {WOODBURY}, Tensor basis,"
     " Tensor marginal_rows, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,"
     " Tensor[] neighbors, float neighbor_threshold, float exact_slack, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
@@ -60,7 +62,7 @@ def _screened_log_prob(
     basis, marginal_rows, radii, slack, lines, line_terms, batches_by_lines, neighbors, neighbor_threshold,
     exact_slack, slots,
 ):  # fmt: skip
-    constants = Factors(rows, cholesky, log_det, scale, center, False).constants(log_weights)
+    constants = Woodbury(rows, cholesky, log_det, scale, center, False).constants(log_weights)
     threshold = activity_threshold(means.shape[0], means.dtype)
     return torch.ops.mfa_kernels.select_screened(
         x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
@@ -90,11 +92,11 @@ class _Screened(torch.autograd.Function):
     """The Triton scan with its gradients; eager only."""
 
     @staticmethod
-    def forward(ctx, x, means, loadings, noise_variance, log_weights, factors, screen, slots):
+    def forward(ctx, x, means, loadings, noise_variance, log_weights, woodbury, screen, slots):
         threshold = activity_threshold(len(means), means.dtype)
-        active, dropped, evaluated = select(x, factors, factors.constants(log_weights), screen, threshold, slots)
+        active, dropped, evaluated = scan(x, woodbury, woodbury.constants(log_weights), screen, threshold, slots)
         parameters = means, loadings, noise_variance, log_weights
-        ctx.save_for_backward(x, *parameters, *factors.tensors(), *active)
+        ctx.save_for_backward(x, *parameters, *woodbury.tensors(), *active)
         ctx.rest = [None] * 3
         ctx.mark_non_differentiable(active.components, active.counts, dropped, evaluated)
         return *active, dropped, evaluated

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native
+from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.kmeans.op import nearest
+from mfa_kernels.ops.screen.types import Neighbors
 
 LONGEST = 512
 """Neighbors per component at most."""
@@ -28,34 +28,6 @@ FEATURES = 64
 
 _LLOYD = 6  # iterations that group the means
 _CHUNK = 4096  # components at a time, in float64
-
-
-class Neighbors(NamedTuple):
-    """Lists of neighbors, and the means in groups, to look for a first component among (csrc/cpu/screen_near.h).
-
-    Attributes:
-        centers: of G groups of the means m, (G, p).
-        center_halves: half of their squared lengths, (G,).
-        starts: where the members of each group begin, (G+1,) int32.
-        members: components, group by group, (K,) int32.
-        means: m of the members, (K, p).
-        mean_halves: half of their squared lengths, (K,).
-        neighbors: of every component those with the smallest onsets, sorted by them, (K, M) int32.
-        onsets: Mahalanobis distance of a token from the component, nearer than which a neighbor is not active, (K, M).
-        horizons: the smallest onset that is not in the list, (K,).
-        threshold: nats below the best logit at which a component stops being active, for which the onsets hold.
-    """
-
-    centers: Tensor
-    center_halves: Tensor
-    starts: Tensor
-    members: Tensor
-    means: Tensor
-    mean_halves: Tensor
-    neighbors: Tensor
-    onsets: Tensor
-    horizons: Tensor
-    threshold: float
 
 
 def flat(neighbors: Neighbors | None) -> tuple[list[Tensor], float]:
@@ -100,7 +72,7 @@ def find(
     length = cholesky.double().square().sum((1, 2)).sqrt()
     unit = torch.finfo(dtype).eps
     offs = rank**0.5 * ((kept + 2 * rank + 8) * unit * length + 2 * features * torch.finfo(torch.float64).eps * sizes)
-    neighbors, onsets, horizons = native.library().screen_neighbors(
+    neighbors, onsets, horizons = cpp.library().screen_neighbors(
         means, whitened, cholesky, constants, offs.to(dtype) * (1 + unit), norm, threshold, length_of_lists(count)
     )
     return Neighbors(*_groups(means), neighbors, onsets, horizons, threshold)

@@ -1,17 +1,17 @@
-"""Stage 0 of screening in plain PyTorch, float64: what csrc/cpu/screen_factors.h computes, and is tested against."""
+"""Stage 0 of screening in plain PyTorch, float64: what csrc/cpu/screen/marginals.h computes, and is tested against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 _CHUNK = 1 << 23  # largest number of values of a temporary
 
 
 def marginals(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors, basis: Tensor, rounding: float
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury, basis: Tensor, rounding: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The marginals of all components on p directions.
 
@@ -19,7 +19,7 @@ def marginals(
         means: (K, D).
         loadings: (K, D, R).
         noise_variance: (D,).
-        factors: of these parameters.
+        woodbury: of these parameters.
         basis: Q, (D, p).
         rounding: what tau is multiplied by (README.md, "Rounding").
 
@@ -35,9 +35,9 @@ def marginals(
     step = max(1, _CHUNK // (features * (rank + 1)))
     for begin in range(0, count, step):
         chunk = slice(begin, begin + step)
-        centred = means[chunk].double() - factors.center.double()
+        centred = means[chunk].double() - woodbury.center.double()
         v = loadings[chunk].mT.flatten(0, 1).double() @ projection
-        sizes = factors.cholesky[chunk].double().square().sum(-1)  # of the whole: (L L^T)_rr = 1 + |W~_r|^2
+        sizes = woodbury.cholesky[chunk].double().square().sum(-1)  # of the whole: (L L^T)_rr = 1 + |W~_r|^2
         rows[chunk, 0] = centred @ projection
         rows[chunk, 1:], slack[chunk] = _marginal(v.unflatten(0, sizes.shape), sizes, rounding)
         radii[chunk] = (centred * scale).norm(dim=-1)

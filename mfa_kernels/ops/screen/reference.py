@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.select import reference
+from mfa_kernels.ops.scan import reference
 
 
 def bounds(

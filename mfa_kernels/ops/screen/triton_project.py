@@ -1,7 +1,7 @@
 """The coordinates that screening looks at: y = sigma Q^T lam (x - c), from tokens and a basis in fp16.
 
 A program owns BN tokens x BP coordinates. The basis *is* its fp16 values, whatever it was rounded from (screen/GPU.md),
-and how far the tokens are from theirs was measured (select/triton_tokens.py); what is left is the rounding of sums of
+and how far the tokens are from theirs was measured (common/triton_tokens.py); what is left is the rounding of sums of
 D' products. It enters a bound times |Q|_F, so sums are kept short: each product of BD features is added to the result
 by itself, outside of the matrix unit's accumulator:
 
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops.select.triton_tokens import Tokens
+from mfa_kernels.ops.common.triton_tokens import Tokens
 
 FEATURES = 64
 """BD, features between additions to the result; D' and p' are multiples of it."""

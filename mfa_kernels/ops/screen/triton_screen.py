@@ -4,29 +4,29 @@
                                                                   \\-> crowded tokens: the dense scan, of those alone
 
 A token keeps the components whose upper bound reaches its guess's logit less T. Those of which too many are left to be
-told apart take the dense scan of triton_select.py; how many they are is known to the device alone, and programs that
+told apart take the dense scan of triton_pipeline.py; how many they are is known to the device alone, and programs that
 have nothing to do leave at once. Nothing waits for the host.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.factors.triton_rows import FEATURES, ScanRows, scan_rows, slack
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_fp16 import FEATURES, slack
+from mfa_kernels.ops.common.triton_tokens import Tokens, scan_tokens
 from mfa_kernels.ops.pairs.triton_pairs import explain
-from mfa_kernels.ops.screen.op import Screened
+from mfa_kernels.ops.scan import triton_merge as merge
+from mfa_kernels.ops.scan.triton_pipeline import CANDIDATES, crowded_tokens
+from mfa_kernels.ops.scan.triton_scan import Partials, scan_tiles
+from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.screen.triton_project import project, sum_error
-from mfa_kernels.ops.select import triton_merge as merge
-from mfa_kernels.ops.select.op import Active
-from mfa_kernels.ops.select.triton_scan import Partials, scan
-from mfa_kernels.ops.select.triton_select import CANDIDATES, crowded_tokens
-from mfa_kernels.ops.select.triton_tokens import Tokens, scan_tokens
+from mfa_kernels.ops.screen.types import GpuScreen, ScreenedPairs
+from mfa_kernels.ops.woodbury.triton_rows import scan_rows
+from mfa_kernels.ops.woodbury.types import ScanRows, Woodbury
 
 SURVIVORS = 32
 """Components per token that are computed in full; more, and the token takes the dense scan."""
@@ -40,40 +40,18 @@ _KNOWN = 2.0**-12
 _CHUNK = 1 << 26  # largest number of float64 values of a temporary
 
 
-class Marginals(NamedTuple):
-    """What the bounds need of the parameters, on the device.
-
-    Attributes:
-        basis: Q as it was given, (D, p).
-        projection: Q^T, (p', D') fp16; p' and D' are p and D rounded up to multiples of 64.
-        sigma: the factor of y that brings |Q|_2 to sqrt(1 - EPSILON), (1,).
-        spread: |Q|_F / |Q|_2, () float64.
-        rows: of the marginals, for the scan.
-        slack: of the bounds, (K,) float64; infinite where nothing is known.
-        rounding: the largest rounding of B where something is, () float64.
-    """
-
-    basis: Tensor
-    projection: Tensor
-    sigma: Tensor
-    spread: Tensor
-    rows: ScanRows
-    slack: Tensor
-    rounding: Tensor
-
-
-def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Factors, basis: Tensor) -> Marginals:
+def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury, basis: Tensor) -> GpuScreen:
     """Stage 0 of screening: K D p (R + 1) multiply-adds in float64 and a p x p eigenproblem.
 
     Args:
         means: (K, D) float32.
         loadings: (K, D, R).
         noise_variance: (D,).
-        factors: of these parameters, in the portable layout.
+        woodbury: of these parameters, in the portable layout.
         basis: Q, (D, p).
     """
     count, features, rank = loadings.shape
-    kept, padded, double = basis.shape[1], factors.scan[0].shape[-1], torch.float64
+    kept, padded, double = basis.shape[1], woodbury.scan[0].shape[-1], torch.float64
     half = (basis.double() * (256 / basis.double().abs().amax())).half()
     projection = half.new_zeros(-(-kept // FEATURES) * FEATURES, padded)
     projection[:kept, :features] = half.mT
@@ -81,7 +59,7 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Fac
     largest = torch.linalg.eigvalsh(wide.mT @ wide)[-1].sqrt() * (1 + 2.0**-40)
     wide = wide / largest  # now Q^T Q <= I
     shrink = math.sqrt(1 - EPSILON)
-    scale, center = noise_variance.double().rsqrt(), factors.center.double()
+    scale, center = noise_variance.double().rsqrt(), woodbury.center.double()
     rows = means.new_empty(count, rank + 1, kept)
     off, rounding = (torch.empty(count, dtype=double, device=means.device) for _ in range(2))
     step = max(1, _CHUNK // (features * (rank + 1)))
@@ -95,13 +73,13 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, factors: Fac
     known = (rounding < _KNOWN) & rows.flatten(1).isfinite().all(-1)
     rows = torch.where(known[:, None, None], rows, 0)
     off *= (features + 8) * math.sqrt(kept) * torch.finfo(double).eps  # of a mean's coordinates
-    seen = Factors(
-        rows, factors.cholesky, factors.log_det, torch.ones_like(rows[0, 0]), torch.zeros_like(rows[0, 0]), False
+    seen = Woodbury(
+        rows, woodbury.cholesky, woodbury.log_det, torch.ones_like(rows[0, 0]), torch.zeros_like(rows[0, 0]), False
     )
     marginal, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
     # B is off by at most `worst` times |y| + |m|: E1 is of |y|, and E3 of |m| <= M2.
     more = torch.stack([0 * worst, worst, 0 * worst, worst, 0 * worst]).float() * (1 + 2.0**-20)
-    return Marginals(
+    return GpuScreen(
         basis, projection, (shrink / largest).float().view(1), wide.norm(),
         marginal._replace(worst=marginal.worst + more),
         torch.where(known, off.square() / EPSILON, torch.inf), worst,
@@ -126,7 +104,7 @@ def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:
 
 
 def bounds(
-    tokens: Tokens, factors: Factors, constants: Tensor, screen: Marginals, config: configs.Scan
+    tokens: Tokens, woodbury: Woodbury, constants: Tensor, screen: GpuScreen, config: configs.Scan
 ) -> tuple[Partials, Tensor]:
     """Upper bounds from p coordinates: the scan's partials, and (N,) float64 what to take from them.
 
@@ -135,7 +113,7 @@ def bounds(
 
     Args:
         tokens: of x, under the scale and center of the factors.
-        factors: shared noise, with the rows of the dense scan.
+        woodbury: shared noise, with the rows of the dense scan.
         constants: (K,).
         screen: of the same parameters.
         config: of the scan.
@@ -143,28 +121,30 @@ def bounds(
     padded, kept = tokens.tokens.shape[1], screen.projection.shape[0]
     y = project(tokens, screen.projection, screen.sigma)
     seen = scan_tokens(y, torch.ones_like(y[0]), torch.zeros_like(y[0]), kept, False)
-    raised = constants.double() + 3 * _unsure(factors, constants) + screen.slack  # thrice: float32 once more
+    raised = constants.double() + 3 * _unsure(woodbury, constants) + screen.slack  # thrice: float32 once more
     raised = torch.where(constants == -torch.inf, constants, raised.float())
-    partials = scan(seen, screen.rows, raised, config, bounds=True)
+    partials = scan_tiles(seen, screen.rows, raised, config, bounds=True)
     norm, eta = tokens.norms[0].double(), tokens.norms[1].double()
     off = eta + sum_error(padded) * screen.spread * (norm + eta)
     # The scan leaves |y|^2 / 2 out.
     return partials, seen.length.double() * (0.5 / slack(kept)) - off.square() / EPSILON
 
 
-def _unsure(factors: Factors, constants: Tensor) -> Tensor:
+def _unsure(woodbury: Woodbury, constants: Tensor) -> Tensor:
     """What the rounding of constants is at most, (K,) float64."""
-    size = constants.double().abs() + factors.log_det.double().abs() + 2 * factors.center.shape[0]
+    size = constants.double().abs() + woodbury.log_det.double().abs() + 2 * woodbury.center.shape[0]
     return torch.finfo(torch.float32).eps * size
 
 
-def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, threshold: float, slots: int) -> Screened:
-    """Stage 1 through the bounds: the contract of `mfa_kernels.ops.screen.op.select`, on the GPU.
+def scan(
+    x: Tensor, woodbury: Woodbury, constants: Tensor, screen: GpuScreen, threshold: float, slots: int
+) -> ScreenedPairs:
+    """Stage 1 through the bounds: the contract of `mfa_kernels.ops.screen.op.scan`, on the GPU.
 
     Args:
         x: (N, D), contiguous, bfloat16, float16 or float32.
-        factors: shared noise, float32, portable layout, with the rows of the dense scan.
-        constants: `factors.constants(log_weights)`, (K,).
+        woodbury: shared noise, float32, portable layout, with the rows of the dense scan.
+        constants: `woodbury.constants(log_weights)`, (K,).
         screen: of the same parameters.
         threshold: nats below the best logit at which a component stops being active.
         slots: S, the most active components kept per token.
@@ -174,19 +154,19 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, th
     if math.isclose(log_eps, merge.LOG_EPS, rel_tol=1e-9):
         log_eps = merge.LOG_EPS  # kernels are compiled for it: once for all K
     with torch.cuda.device_of(x):
-        active = Active.empty(count, slots, constants)
+        active = ActivePairs.empty(count, slots, constants)
         dropped, evaluated = torch.zeros_like(active.log_prob), torch.full_like(active.counts, -1)
         if count == 0:
-            return Screened(active, dropped, evaluated)
-        rows = ScanRows(*factors.scan)
+            return ScreenedPairs(active, dropped, evaluated)
+        rows = ScanRows(*woodbury.scan)
         config = configs.configured(configs.Scan, x, count, components)
-        tokens = scan_tokens(x, rows.scale, factors.center, rows.rows.shape[-1], False)
-        partials, lift = bounds(tokens, factors, constants, screen, config)
+        tokens = scan_tokens(x, rows.scale, woodbury.center, rows.rows.shape[-1], False)
+        partials, lift = bounds(tokens, woodbury, constants, screen, config)
         guess = _guess(partials)
-        own, t = explain(x, torch.arange(count, device=x.device), guess, factors, constants)
+        own, t = explain(x, torch.arange(count, device=x.device), guess, woodbury, constants)
         assert own is not None  # constants were given
         assert t is not None
-        best = own - _exact_slack(x, guess, own, t, factors, constants, screen)
+        best = own - _exact_slack(x, guess, own, t, woodbury, constants, screen)
         # In the scan's units, and rounded down.
         bar = best + lift
         bar = (bar - 2.0**-22 * bar.abs()).float()
@@ -196,7 +176,7 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, th
         found, crowded = merge.candidates(partials, tokens.norms, components, SURVIVORS, log_eps, left)
         each = torch.arange(count * SURVIVORS, device=x.device) // SURVIVORS
         known = found == guess.unsqueeze(1)
-        logits, _ = explain(x, each, found.masked_fill(known, -1).flatten(), factors, constants, with_t=False)
+        logits, _ = explain(x, each, found.masked_fill(known, -1).flatten(), woodbury, constants, with_t=False)
         assert logits is not None
         logits = torch.where(known, own.unsqueeze(1), logits.view_as(found))
         merge.finish(found, logits.contiguous(), crowded, components, active, log_eps)
@@ -206,8 +186,8 @@ def select(x: Tensor, factors: Factors, constants: Tensor, screen: Marginals, th
         share = (components - held) * (left.double() - bar).exp() * (1 + 1e-6)
         dropped = torch.where(screened & (held < components), share.float(), dropped)
         evaluated = torch.where(screened, held, evaluated)
-        _dense_scan(x, tokens, factors, rows, constants, crowded, active, config, log_eps)
-    return Screened(active, dropped, evaluated)
+        _dense_scan(x, tokens, woodbury, rows, constants, crowded, active, config, log_eps)
+    return ScreenedPairs(active, dropped, evaluated)
 
 
 def _guess(partials: Partials) -> Tensor:
@@ -220,7 +200,7 @@ def _guess(partials: Partials) -> Tensor:
 
 
 def _exact_slack(
-    x: Tensor, guess: Tensor, logits: Tensor, t: Tensor, factors: Factors, constants: Tensor, screen: Marginals
+    x: Tensor, guess: Tensor, logits: Tensor, t: Tensor, woodbury: Woodbury, constants: Tensor, screen: GpuScreen
 ) -> Tensor:
     """What the logits (N,) of `explain` are off by at most, (N,) float64; |v|^2 = 2 (constant - logit) + |t|^2.
 
@@ -233,17 +213,17 @@ def _exact_slack(
     share = 0.5 * (12 * unit + 2 * products + products.square() + 2 * (long + rank + 8) * unit) * 1.01 + 8 * unit
     k = guess.clamp_min(0).long()
     square = 2 * (constants[k].double() - logits) + t.double().square().sum(1)
-    return share * square.abs() + 4 * _unsure(factors, constants)[k] + 16 * unit * logits.abs()
+    return share * square.abs() + 4 * _unsure(woodbury, constants)[k] + 16 * unit * logits.abs()
 
 
 def _dense_scan(
     x: Tensor,
     tokens: Tokens,
-    factors: Factors,
+    woodbury: Woodbury,
     rows: ScanRows,
     constants: Tensor,
     chosen: Tensor,
-    out: Active,
+    out: ActivePairs,
     config: configs.Scan,
     log_eps: float,
 ) -> None:
@@ -253,14 +233,14 @@ def _dense_scan(
     norms = tokens.norms[:, index]
     norms = torch.where(torch.arange(len(index), device=x.device) < total, norms, torch.nan)  # nobody's candidates
     some = Tokens(tokens.tokens[index], None, tokens.scales[index], norms, tokens.length[index])
-    partials = scan(some, rows, constants, config, bounds=True, in_use=total)
+    partials = scan_tiles(some, rows, constants, config, bounds=True, in_use=total)
     found, crowded = merge.candidates(partials, norms, components, CANDIDATES, log_eps)
-    logits, _ = explain(x, index.repeat_interleave(CANDIDATES), found.flatten(), factors, constants, with_t=False)
+    logits, _ = explain(x, index.repeat_interleave(CANDIDATES), found.flatten(), woodbury, constants, with_t=False)
     assert logits is not None
-    room = Active.empty(len(index), out.components.shape[1], constants)
+    room = ActivePairs.empty(len(index), out.components.shape[1], constants)
     merge.finish(found, logits, crowded, components, room, log_eps)
     place = (chosen.cumsum(0) - 1).clamp_min(0)  # where in `index` a token is
     mine = chosen == 1
     for own, new in zip(out, room):
         own.copy_(torch.where(mine if own.dim() == 1 else mine.unsqueeze(1), new[place], own))
-    crowded_tokens(x, factors, constants, torch.where(mine, crowded[place], 0).int(), out, log_eps)
+    crowded_tokens(x, woodbury, constants, torch.where(mine, crowded[place], 0).int(), out, log_eps)

@@ -7,16 +7,17 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops import native, trust
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.precision import full_precision
-from mfa_kernels.ops.select.op import SLOTS, Active, component_log_prob, log_prob
-from mfa_kernels.ops.select.portable import CHUNK
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.scan.op import component_log_prob, log_prob
+from mfa_kernels.ops.scan.types import SLOTS, ActivePairs
 from mfa_kernels.ops.statistics import portable
+from mfa_kernels.ops.woodbury.portable import CHUNK
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 @dataclass(frozen=True)
-class Statistics:
+class SufficientStatistics:
     """Sums over the active pairs (n, k) of weight w = r_nk (times the token's weight), all float64.
 
     With y = x_n - mu_k and z = E[z | x_n, k], under the parameters that made them. Statistics of two batches, or of
@@ -41,7 +42,7 @@ class Statistics:
     log_likelihood: Tensor
 
     @classmethod
-    def zeros(cls, means: Tensor, rank: int, per_component: bool) -> Statistics:
+    def zeros(cls, means: Tensor, rank: int, per_component: bool) -> SufficientStatistics:
         """Of no token, for means (K, D), on their device."""
         (components, features), device = means.shape, means.device
 
@@ -62,19 +63,19 @@ class Statistics:
         """All of them, in the order of the fields."""
         return [getattr(self, field.name) for field in fields(self)]
 
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(*(a + b for a, b in zip(self.tensors(), other.tensors())))
+    def __add__(self, other: SufficientStatistics) -> SufficientStatistics:
+        return SufficientStatistics(*(a + b for a, b in zip(self.tensors(), other.tensors())))
 
     def scale_(self, factor: float) -> None:
         """Multiplies them all by a factor, in place."""
         for tensor in self.tensors():
             tensor.mul_(factor)
 
-    def moved(self, change: Tensor) -> Statistics:
+    def moved(self, change: Tensor) -> SufficientStatistics:
         """The same sums about other means, mu_k + change_k (K, D): y becomes y - change. Latents stay as they are."""
         weighted = self.mass.unsqueeze(-1) * change
         squares = change * (weighted - 2 * self.shift)
-        return Statistics(
+        return SufficientStatistics(
             self.mass,
             self.shift - weighted,
             self.latent,
@@ -85,17 +86,17 @@ class Statistics:
         )
 
 
-def accumulate(x: Tensor, components: Tensor, weights: Tensor, factors: Factors, out: Statistics) -> None:
+def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: SufficientStatistics) -> None:
     """Adds the sums over the pairs in the slots to `out`; its log-likelihood is left to the caller.
 
     Args:
         x: (N, D), any float dtype; it is brought to the dtype of the factors.
         components: (N, S) int32; -1 marks an empty slot.
         weights: (N, S), in the dtype of the factors; a slot of weight 0 is no pair.
-        factors: of the parameters.
+        woodbury: of the parameters.
         out: what is added to, of matching shapes.
     """
-    f = factors
+    f = woodbury
     torch.ops.mfa_kernels.statistics(
         x, components, weights, f.rows, f.cholesky, f.scale, f.center, f.per_component, *out.tensors()[:6]
     )
@@ -108,19 +109,19 @@ def expectation(
     loadings: Tensor,
     noise_variance: Tensor,
     log_weights: Tensor,
-    factors: Factors,
-    out: Statistics,
+    woodbury: Woodbury,
+    out: SufficientStatistics,
     token_weights: Tensor | None = None,
-    active: Active | None = None,
-) -> tuple[Active, Tensor]:
+    active: ActivePairs | None = None,
+) -> tuple[ActivePairs, Tensor]:
     """The E-step of a batch: one scan, then the statistics on the pairs that it found, added to `out`.
 
     A token that is not finite, or too far out for its dtype, has no pairs and adds nothing.
 
     Args:
         x: (N, D), any float dtype.
-        means, loadings, noise_variance, log_weights: the parameters behind `factors`.
-        factors: of these parameters.
+        means, loadings, noise_variance, log_weights: the parameters behind `woodbury`.
+        woodbury: of these parameters.
         out: what is added to.
         token_weights: (N,), finite and non-negative; a token of weight 2 counts as two. None: all 1.
         active: what the scan of x has found, where it was done already, in `SLOTS` slots.
@@ -129,25 +130,25 @@ def expectation(
         The active pairs, and their responsibilities times the token's weight (N, S): 0 in the slots of a diffuse
         token, whose pairs with all components are counted besides.
     """
-    x = x.to(factors.rows.dtype).contiguous()
+    x = x.to(woodbury.rows.dtype).contiguous()
     if active is None:
-        active = log_prob(x, means, loadings, noise_variance, log_weights, factors)
+        active = log_prob(x, means, loadings, noise_variance, log_weights, woodbury)
     log_likelihood = torch.where(active.components[:, 0] >= 0, active.log_prob.double(), 0)
     if token_weights is not None:
         log_likelihood *= token_weights
     out.log_likelihood.add_(log_likelihood.sum())
-    return active, collect(x, active, means, loadings, noise_variance, log_weights, factors, out, token_weights)
+    return active, collect(x, active, means, loadings, noise_variance, log_weights, woodbury, out, token_weights)
 
 
 def collect(
     x: Tensor,
-    active: Active,
+    active: ActivePairs,
     means: Tensor,
     loadings: Tensor,
     noise_variance: Tensor,
     log_weights: Tensor,
-    factors: Factors,
-    out: Statistics,
+    woodbury: Woodbury,
+    out: SufficientStatistics,
     token_weights: Tensor | None = None,
     least: float = 0.0,
 ) -> Tensor:
@@ -163,16 +164,16 @@ def collect(
         weights *= token_weights.to(weights).unsqueeze(-1)
     if least:
         weights.masked_fill_(weights < least, 0)
-    accumulate(x, active.components, weights, factors, out)
+    accumulate(x, active.components, weights, woodbury, out)
     # Diffuse tokens have a pair with every component: as many of them at once as memory allows.
     every = torch.arange(means.shape[0], dtype=torch.int32, device=x.device)
     for chunk in overflow.nonzero().squeeze(-1).split(max(1, CHUNK // (2 * means.shape[0]))):
         part = x[chunk]
-        logits = component_log_prob(part, means, loadings, noise_variance, factors) + log_weights
+        logits = component_log_prob(part, means, loadings, noise_variance, woodbury) + log_weights
         responsibilities = logits.softmax(-1)
         if token_weights is not None:
             responsibilities *= token_weights[chunk].to(responsibilities).unsqueeze(-1)
-        accumulate(part, every.expand(len(chunk), -1).contiguous(), responsibilities, factors, out)
+        accumulate(part, every.expand(len(chunk), -1).contiguous(), responsibilities, woodbury, out)
     return weights
 
 
@@ -202,20 +203,20 @@ _check_statistics = trust.checker(
 def _statistics(x, components, weights, rows, cholesky, scale, center, per_component, *out):
     _check_statistics(x, components, weights, rows, cholesky, scale, center, per_component, *out)
     components, weights = components.contiguous(), weights.contiguous()
-    factors = Factors(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
-    if factors.is_native:
+    woodbury = Woodbury(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+    if woodbury.is_cpp:
         x = x.to(rows.dtype).contiguous()
-        native.library().statistics(x, components, weights, rows, cholesky, scale, per_component, *out)
+        cpp.library().statistics(x, components, weights, rows, cholesky, scale, per_component, *out)
         return
     trust.check_range("statistics", "components", components, -1, len(rows))
     with full_precision(rows):
-        if factors.is_triton:
+        if woodbury.is_triton:
             from mfa_kernels.ops.statistics import triton_statistics
 
             x = x if x.dtype != torch.float64 else x.float()
-            triton_statistics.accumulate(x.contiguous(), components, weights, factors, *out)
+            triton_statistics.accumulate(x.contiguous(), components, weights, woodbury, *out)
         else:
-            portable.accumulate(x.to(rows.dtype), components, weights, factors, *out)
+            portable.accumulate(x.to(rows.dtype), components, weights, woodbury, *out)
 
 
 trust.register("statistics", _statistics)

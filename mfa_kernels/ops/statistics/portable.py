@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from mfa_kernels.ops.factors.op import Factors
-from mfa_kernels.ops.select.portable import CHUNK, explained, residuals
+from mfa_kernels.ops.woodbury.portable import CHUNK, explained, residuals
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 def accumulate(
     x: Tensor,
     components: Tensor,
     weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     mass: Tensor,
     shift: Tensor,
     latent: Tensor,
@@ -23,26 +23,26 @@ def accumulate(
     squares: Tensor,
 ) -> None:
     """Adds the sums over the pairs in the slots of components (N, S) to the outputs."""
-    features, rank = x.shape[1], factors.cholesky.shape[-1]
+    features, rank = x.shape[1], woodbury.cholesky.shape[-1]
     tokens, columns = ((components >= 0) & (weights != 0)).nonzero(as_tuple=True)
     order = components[tokens, columns].argsort(stable=True)
     tokens, columns = tokens[order], columns[order]
     for n, c in zip(*(t.split(max(1, CHUNK // (features * (rank + 2)))) for t in (tokens, columns))):
         k = components[n, c].long()
         w = weights[n, c].double().unsqueeze(-1)
-        v = residuals(x[n], k, factors)
-        t = explained(v, k, factors).unsqueeze(-1)
-        z = torch.linalg.solve_triangular(factors.cholesky[k].mT, t, upper=True).squeeze(-1).double()
-        y = (v / (factors.rows[k, -1] if factors.per_component else factors.scale)).double()
+        v = residuals(x[n], k, woodbury)
+        t = explained(v, k, woodbury).unsqueeze(-1)
+        z = torch.linalg.solve_triangular(woodbury.cholesky[k].mT, t, upper=True).squeeze(-1).double()
+        y = (v / (woodbury.rows[k, -1] if woodbury.per_component else woodbury.scale)).double()
         owners, counts = k.unique_consecutive(return_counts=True)
-        posterior = torch.cholesky_inverse(factors.cholesky[owners].double()).repeat_interleave(counts, 0)  # M^-1
+        posterior = torch.cholesky_inverse(woodbury.cholesky[owners].double()).repeat_interleave(counts, 0)  # M^-1
         firsts = counts.cumsum(0) - counts
         _add(mass, w, owners, firsts)
         _add(shift, w * y, owners, firsts)
         _add(latent, w * z, owners, firsts)
         _add(second, w.unsqueeze(-1) * (z.unsqueeze(-1) * z.unsqueeze(1) + posterior), owners, firsts)
         _add(cross, (w * z).unsqueeze(-1) * y.unsqueeze(1), owners, firsts)
-        if factors.per_component:
+        if woodbury.per_component:
             _add(squares, w * y.square(), owners, firsts)
         else:
             squares += (w * y.square()).sum(0)

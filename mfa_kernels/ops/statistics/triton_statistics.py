@@ -29,11 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops import configs
-from mfa_kernels.ops.factors.op import Factors
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_residual import back_substitute, feature_offsets, vector
 from mfa_kernels.ops.pairs import triton_pairs
-from mfa_kernels.ops.pairs.triton_groups import group
-from mfa_kernels.ops.pairs.triton_residual import back_substitute, feature_offsets, vector
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 _LATENTS = 16
 """Most latents per program of `feature_kernel`: their sums fill a thread's registers; x is read once per so many."""
@@ -169,7 +169,7 @@ def accumulate(
     x: Tensor,
     components: Tensor,
     weights: Tensor,
-    factors: Factors,
+    woodbury: Woodbury,
     mass: Tensor,
     shift: Tensor,
     latent: Tensor,
@@ -183,18 +183,18 @@ def accumulate(
         x: (N, D) contiguous, bfloat16, float16 or float32.
         components: (N, S) int32, N S < 2^31; -1 marks an empty slot.
         weights: (N, S) float32; a slot of weight 0 is no pair.
-        factors: in the portable layout, float32.
+        woodbury: in the portable layout, float32.
         mass, shift, latent, second, cross, squares: (K,), (K, D), (K, R), (K, R, R), (K, R, D), and (K, D) or, with
             shared noise, (D,); float64, contiguous.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit: raw memory is written.
     """
-    (count, _, features), rank = factors.rows.shape, factors.cholesky.shape[-1]
+    (count, _, features), rank = woodbury.rows.shape, woodbury.cholesky.shape[-1]
     outputs = {
         "mass": (mass, (count,)), "shift": (shift, (count, features)), "latent": (latent, (count, rank)),
         "second": (second, (count, rank, rank)), "cross": (cross, (count, rank, features)),
-        "squares": (squares, (count, features) if factors.per_component else (features,)),
+        "squares": (squares, (count, features) if woodbury.per_component else (features,)),
     }  # fmt: skip
     _check(x, components, weights, features, outputs)
     pairs = components.numel()
@@ -204,21 +204,21 @@ def accumulate(
     tokens = torch.arange(pairs, dtype=torch.int32, device=x.device) // components.shape[1]
     config = configs.configured(configs.Statistics, x, x.shape[0], count)
     groups = group(flat, count, configs.configured(configs.Pairs, x, x.shape[0], count).pairs)
-    z = triton_pairs.latents(x, tokens, flat, factors, groups=groups)
-    tiles = _feature_tiles(config, count, rank, factors.per_component)
+    z = triton_pairs.latents(x, tokens, flat, woodbury, groups=groups)
+    tiles = _feature_tiles(config, count, rank, woodbury.per_component)
     own = triton.cdiv(count, tiles["OWN"])
-    parts = squares if factors.per_component else squares.new_empty(own, features)
+    parts = squares if woodbury.per_component else squares.new_empty(own, features)
     blocks = own * triton.cdiv(features, tiles["BD"]) * triton.cdiv(max(1, rank), tiles["BR"])
     with torch.cuda.device_of(x):
         feature_kernel[(blocks,)](
-            x, tokens, weights, z, groups.order, groups.starts, factors.rows, shift, cross, parts,
-            count, features, rank, factors.per_component, **tiles, num_warps=config.warps,
+            x, tokens, weights, z, groups.order, groups.starts, woodbury.rows, shift, cross, parts,
+            count, features, rank, woodbury.per_component, **tiles, num_warps=config.warps,
         )  # fmt: skip
         latent_kernel[(count,)](
-            weights, z, groups.order, groups.starts, factors.cholesky, mass, latent, second,
+            weights, z, groups.order, groups.starts, woodbury.cholesky, mass, latent, second,
             rank, **_latent_tiles(rank), num_warps=_latent_warps(rank),
         )  # fmt: skip
-    if not factors.per_component:
+    if not woodbury.per_component:
         squares += parts.sum(0)
 
 

@@ -1,0 +1,1 @@
+"""The command line: `mfa-kernels` and its parts."""

@@ -1,0 +1,936 @@
+"""The command line: mfa-kernels demo, doctor, tune, harvest, fit, encode, evaluate, steer, convert."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mfa_kernels.common.files import check_writable
+from mfa_kernels.common.places import (
+    CHECKPOINT,
+    CODES,
+    CURVE,
+    FIGURE,
+    MIXTURE,
+    PAGE,
+    PAPER,
+    SCORES,
+    STORE,
+    Kind,
+    check_apart,
+    check_not_read,
+    check_place,
+)
+from mfa_kernels.common.progress import quiet
+from mfa_kernels.common.version import __version__
+from mfa_kernels.common.wording import of_error, told_warnings
+
+# Nothing above takes longer than a blink to import: `main` has to run before Ctrl-C can be answered in one line.
+if TYPE_CHECKING:
+    import torch
+
+    from mfa_kernels import MFA
+    from mfa_kernels.data import ActivationStore
+    from mfa_kernels.fitting import FitReport
+    from mfa_kernels.mixture.sharded import ShardedMFA
+
+
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
+
+
+_STATUS = (
+    "Exit status: 0 when it is done; 1 when something that was given or found is wrong, which a line on standard error "
+    "says; 2 when the command line is wrong or leaves something open; 130 after Ctrl-C."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
+    arguments = argparse.Namespace(command="", options={})
+    name = "mfa-kernels"
+    with _interruptions() as interruptions:
+        try:
+            _parser().parse_args(argv, arguments)
+            name = f"{name} {arguments.command}"
+            _import(arguments)
+            interruptions.has_begun = True
+            with quiet(arguments.quiet), told_warnings(arguments.command, arguments.options):
+                status = arguments.run(arguments) or 0
+            if interruptions.came and not status:
+                raise KeyboardInterrupt
+            return status
+        except KeyboardInterrupt:
+            pass
+        except Exception as error:
+            if not interruptions.came:  # else it is what somebody's code has made of it
+                if not isinstance(error, ValueError | TypeError | IndexError | RuntimeError | OSError):
+                    raise
+                print(f"{name}: {of_error(error, arguments.options)}", file=sys.stderr)
+                return 2 if isinstance(error, _Incomplete) else 1
+        # Of a fit, what Ctrl-C came too early for: K-means, or the saving of the mixture.
+        hint = "; --resume goes on with what was written" if _is_begun(arguments) else ""
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _is_begun(arguments: argparse.Namespace) -> bool:
+    """Whether there is something that --resume goes on with."""
+    if arguments.command == "fit" and arguments.checkpoint is not None:
+        fits = _fits(arguments, arguments.layer or [None])
+        return any((Path(own["checkpoint"]) / str(CHECKPOINT.file)).exists() for own in fits.values())
+    if arguments.command == "harvest":
+        from mfa_kernels.data import ActivationStore
+
+        with suppress(OSError, ValueError):
+            store = ActivationStore(arguments.out)
+            return bool(len(store)) and not store.complete
+    return False
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    """Imports what takes seconds, before the work begins: what is imported then is imported already."""
+    if arguments.command != "doctor":  # which has something to say of packages that are not there
+        import mfa_kernels.mixture.mfa  # noqa: F401
+    if arguments.command in ("demo", "harvest", "steer") or getattr(arguments, "text", None):
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+class _Interruptions:
+    """Ctrl-C: `came` is whether it did, `has_begun` whether the work has."""
+
+    came = False
+    has_begun = False
+
+
+@contextmanager
+def _interruptions() -> Iterator[_Interruptions]:
+    """Notes each Ctrl-C, as the exception alone may be taken for an error by somebody's code, which then goes on.
+
+    Before the work has begun, it ends the process there and then: an exception in the middle of an import leaves half
+    a module behind, or is swallowed.
+    """
+    found = _Interruptions()
+    before = signal.getsignal(signal.SIGINT)
+
+    def note(number: int, frame: Any) -> None:
+        if not found.has_begun:
+            os.write(2, b"mfa-kernels: interrupted\n")
+            os._exit(INTERRUPTED)
+        found.came = True
+        signal.default_int_handler(number, frame)
+
+    # Ignored, as in the background, or somebody else's: it is left to them. Threads have no handlers.
+    own = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
+    if own:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield found
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, before)
+
+
+class _Incomplete(ValueError):
+    """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
+
+
+def _check_outputs(
+    arguments: argparse.Namespace,
+    outputs: Sequence[tuple[str, Path, Kind]],
+    inputs: Sequence[Path | str] = (),
+    texts: Sequence[str] = (),
+) -> None:
+    """Before the work: that nothing is replaced which nobody gave up, and that the places can be written to.
+
+    Args:
+        arguments: of the command.
+        outputs: of each, its option, its path and its kind; --overwrite, and --resume where it goes on with that kind,
+            give up what is there.
+        inputs, texts: as of `places.check_not_read`.
+    """
+    check_apart(outputs)
+    for option, path, kind in outputs:
+        goes_on = kind in (STORE, CHECKPOINT, CURVE) and hasattr(arguments, "resume")
+        check_not_read(path, kind, option, inputs, texts)
+        if path.is_file() if kind.file else path.is_dir():
+            names = ("folder", "file") if kind.file else ("file", "folder")
+            raise ValueError(f"{option} must name a {names[0]}, {path} is a {names[1]}")
+        files = [path / name for name in _TOLD_BY.get(kind.what, (kind.file,))] if kind.file else [path]
+        there = next((file for file in files if file.exists()), None)
+        if there is not None and not (arguments.overwrite or (goes_on and arguments.resume)):
+            ways = "--overwrite begins anew" if kind is CHECKPOINT else "--overwrite replaces it"
+            if goes_on and kind is not CURVE:
+                ways = f"--resume goes on with it, {ways}"
+            elif kind is MIXTURE and getattr(arguments, "resume", False):
+                ways += " (together with --resume)"
+            raise FileExistsError(f"{option}: {there} is there already: {ways}, or name another place")
+        if there is None or arguments.overwrite:  # else it is read, and what is wrong with it is said then
+            check_place(path, kind, option)
+        check_writable(files[0], option)
+
+
+_TOLD_BY = {MIXTURE.what: ("config.json", "model.safetensors")}
+"""Files of a folder that are not replaced by accident, where more than one tells of it."""
+
+
+def _text_files(arguments: argparse.Namespace) -> list[Path]:
+    """What --text names; raises where there is nothing to read."""
+    from mfa_kernels.data.text import check_files
+
+    check_files(arguments.text)
+    return [Path(path) for path in arguments.text]
+
+
+def _store(folder: Path) -> ActivationStore:
+    """The store to read; raises where it is empty."""
+    from mfa_kernels.data import ActivationStore
+
+    store = ActivationStore(folder)
+    if not len(store):
+        raise ValueError(f"store: {folder} holds no activations")
+    return store
+
+
+def _number(
+    least: float | None = None, most: float | None = None, whole: bool = False, excluded: float | None = None
+) -> Callable[[str], Any]:
+    """An argparse type: a finite number, or an integer, in [least, most] and not the one that is excluded."""
+
+    def convert(text: str) -> Any:
+        from mfa_kernels.common.checks import check_integer, check_number
+
+        try:
+            value: Any = int(text) if whole else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(
+                f"expected {'an integer' if whole else 'a number'}, got {text!r}"
+            ) from None
+        if value == excluded:
+            raise argparse.ArgumentTypeError(f"must not be {excluded:g}")
+        bounds = {name: bound for name, bound in (("least", least), ("most", most)) if bound is not None}
+        check: Any = check_integer if whole else check_number
+        try:
+            return check(value, "it", **bounds)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from None
+
+    return convert
+
+
+_ANY = _number()
+_PART = _number(0, 1, excluded=1)
+_RATE = _number(0)
+_POSITIVE = _number(0, excluded=0)
+_COUNT = _number(0, whole=True)
+_SOME = _number(1, whole=True)
+
+
+def _layer(text: str) -> int | str:
+    """An index, or a module path."""
+    from mfa_kernels.data.language_model import index_in
+
+    index = index_in(text)
+    return text if index is None else index
+
+
+class _Store(argparse.Action):
+    """A positional argument that `_Integers` may have found already: argparse would set it to None again."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is not None:
+            namespace.store = values
+
+
+class _Integers(argparse.Action):
+    """One or more integers. A last value that is none of them is the store: `-K 256 store` is what people type."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        found = list(values)
+        if len(found) > 1 and namespace.store is None and not found[-1].lstrip("+-").isdecimal():
+            namespace.store = Path(found.pop())
+        try:
+            numbers = [int(value) for value in found]
+        except ValueError:
+            raise argparse.ArgumentError(self, f"expected integers, got {' '.join(found)}") from None
+        try:
+            setattr(namespace, self.dest, [self._check(value, numbers) for value in numbers])
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentError(self, str(error)) from None
+
+    def _check(self, value: int, numbers: list[int]) -> int:
+        if numbers.count(value) > 1:
+            raise argparse.ArgumentTypeError(f"expected different integers, got {value} twice")
+        return _number(0 if self.dest == "rank" else 1, whole=True)(str(value))
+
+
+def _parser() -> argparse.ArgumentParser:
+    from mfa_kernels.commands import tune
+    from mfa_kernels.mixture.functional import PRECISIONS
+
+    parser = argparse.ArgumentParser(
+        prog="mfa-kernels", description="Mixtures of factor analyzers over activations.", epilog=_STATUS
+    )
+    parser.add_argument("--version", action="version", version=f"mfa_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, formatter_class=_Defaults)
+        sub.set_defaults(run=run)
+        sub.add_argument("-q", "--quiet", action="store_true", help="no progress bars; there are none in a log either")
+        return sub
+
+    demo = command("demo", _demo, "harvest, fit, look and steer, on the model that ships with the package or on yours")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
+    _overwrite(demo, "a demonstration that is there")
+    _language_model(demo, layer_default="the middle one")
+    demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
+    demo.add_argument("--tokens", type=_SOME, default=200_000, help="activations to fit on; a tenth more is held out")
+    _size(demo, 256)
+    demo.add_argument("--epochs", type=_COUNT, default=10)
+    demo.add_argument("--alpha", type=_ANY, default=0.3, help="how far steering moves toward the region")
+    demo.add_argument("-k", "--component", type=_COUNT, help="region to steer toward; without it, one is chosen")
+    demo.add_argument("--prompt", nargs="+", help="prompts to steer")
+    demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
+
+    command("doctor", _doctor, "what is built, what is missing, what runs where")
+
+    tuning = command(
+        "tune", tune.main, "measure launch configurations of the GPU kernels on this GPU, keep the fastest"
+    )
+    tune.add_arguments(tuning)
+
+    harvest = command("harvest", _harvest, "run texts through a language model, keep a layer's activations")
+    _language_model(harvest)
+    harvest.add_argument("--text", nargs="+", required=True, help="files or folders to read")
+    harvest.add_argument("--out", type=Path, required=True, help="folder of the store")
+    harvest.add_argument("--max-tokens", type=_SOME, help="activations to keep")
+    harvest.add_argument("--context", type=_SOME, default=256, help="tokens per window")
+    harvest.add_argument("--batch-size", type=_SOME, default=16, help="windows per forward pass")
+    harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    _overwrite(harvest, "a store that is there")
+    harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
+    _where(harvest)
+
+    fit = command(
+        "fit",
+        _fit,
+        "fit mixtures to the activations of a store; or, while a language model reads --text, in one pass over it and "
+        "without a store. Several layers or sizes are as many mixtures. Of a store, under torchrun: by all its "
+        "processes, each on a GPU of its own where there are some",
+    )
+    fit.add_argument(
+        "store", type=Path, nargs="?", action=_Store, help="folder of the store; without it, --text is read"
+    )
+    fit.add_argument(
+        "--out", type=Path, required=True,
+        help="folder of the mixture; of several, one folder each in it, such as layer2-K512-R10 or, of a store, "
+        "K512-R10; so with --checkpoint and --log",
+    )  # fmt: skip
+    _overwrite(fit, "a mixture that is there")
+    fit.add_argument("-K", "--components", nargs="+", action=_Integers, help="regions; with --start, its own")
+    fit.add_argument(
+        "-R", "--rank", nargs="+", action=_Integers, help="local directions per region: 10, or those of --start"
+    )
+    fit.add_argument("--start", help="a mixture to go on from, a folder or hub id, instead of K-means")
+    harvested = fit.add_argument_group("without a store")
+    harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
+    harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")
+    harvested.add_argument("--text", nargs="+", help="files or folders to read")
+    harvested.add_argument("--max-tokens", type=_SOME, help="activations to fit to")
+    harvested.add_argument("--context", type=_SOME, default=256, help="tokens per window")
+    harvested.add_argument("--windows", type=_SOME, default=16, help="of them per forward pass")
+    fit.add_argument("--noise", choices=("shared", "per_component"), help="shared, or that of --start")
+    fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
+    fit.add_argument(
+        "--method",
+        choices=("auto", "em", "online", "sgd"),
+        default="auto",
+        help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
+    )
+    fit.add_argument(
+        "--epochs", type=_COUNT, default=10, help="passes over the store, at most; em ends where it settles"
+    )
+    fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
+    fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
+    fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
+    fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")
+    fit.add_argument("--held-out", type=_PART, default=0.05, help="share of the rows that the best state is chosen by")
+    fit.add_argument("--eval-every", type=_SOME, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
+    fit.add_argument("--patience", type=_COUNT, default=5, help="looks without a gain, after which to stop; 0: never")
+    fit.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
+    fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
+    fit.add_argument("--seed", type=_COUNT, default=0)
+    _where(fit)
+    fit.add_argument(
+        "--log", type=Path,
+        help="JSONL file of the curve; a folder of them, of several. Likelihoods and gain are in nats per token, "
+        "memory in bytes: docs/fitting.md says of each number what it is",
+    )  # fmt: skip
+    fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
+    fit.add_argument("--checkpoint-seconds", type=_RATE, default=60.0, help="between checkpoints, at least")
+    fit.add_argument(
+        "--resume", action="store_true", help="go on from the checkpoint; from the beginning where there is none yet"
+    )
+    fit.add_argument(
+        "--shard-components",
+        action="store_true",
+        help="for a mixture too large for one device: each process holds some of the regions, and reads all rows; not "
+        "by sgd",
+    )
+
+    encode = command(
+        "encode",
+        _encode,
+        "write the codes of a store's activations to one file of tensors: offsets (N + 1), components (P), "
+        "responsibilities (P), latents (P, R), dropped (N); the pairs of token n are [offsets[n], offsets[n + 1])",
+    )
+    _mixture(encode)
+    encode.add_argument("store", type=Path)
+    encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
+    _overwrite(encode, "a file that is there")
+    encode.add_argument("--top-k", type=_SOME, default=8, help="components per token")
+    _where(encode)
+
+    evaluate = command("evaluate", _evaluate, "likelihood, reconstruction and live regions on a store")
+    _mixture(evaluate)
+    evaluate.add_argument("store", type=Path)
+    _where(evaluate)
+
+    steer = command("steer", _steer, "generate text from a steered model")
+    _mixture(steer)
+    steer.add_argument("prompt")
+    _language_model(steer, "the one the mixture was fitted to", "the one the mixture was fitted to")
+    steer.add_argument("-k", "--component", type=_COUNT, help="region; without it, the responsibility-weighted mixture")
+    steer.add_argument("--alpha", type=_ANY, default=0.3, help="how far toward the region")
+    steer.add_argument("--latents", type=_ANY, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
+    steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
+    steer.add_argument("--gate", type=_PART, metavar="T", help="act only where the region's responsibility exceeds T")
+    steer.add_argument("--norm", choices=("keep",), help="give each steered activation back the norm it had")
+    steer.add_argument(
+        "--live", action="store_true", help="stream the text, and read commands from standard input meanwhile"
+    )
+    steer.add_argument("--max-new-tokens", type=_SOME, default=64)
+    steer.add_argument("--temperature", type=_RATE, default=0.0, help="0 is greedy")
+    steer.add_argument("--seed", type=_COUNT, default=0)
+    _where(steer)
+
+    convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
+    convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
+    convert.add_argument("output", type=Path, help="the other one")
+    _overwrite(convert, "what is there")
+    convert.add_argument("--eps-floor", type=_RATE, help="noise floor of a checkpoint that does not say it")
+    convert.add_argument("--format", type=int, choices=(1, 2), help="of the checkpoint written; without it, 1")
+    for sub in commands.choices.values():
+        names = {action.dest: "/".join(action.option_strings) or action.dest for action in sub._actions}
+        sub.set_defaults(options=names)
+    return parser
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where there is one to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
+
+
+def _size(parser: argparse.ArgumentParser, components: int) -> None:
+    parser.add_argument("-K", "--components", type=_SOME, default=components, help="regions")
+    parser.add_argument("-R", "--rank", type=_SOME, default=10, help="local directions per region")
+
+
+def _language_model(
+    parser: argparse.ArgumentParser,
+    layer_default: str | None = None,
+    model_default: str = "the small model of the package",
+) -> None:
+    parser.add_argument("--model", help=f"a Hugging Face id or folder; without it, {model_default}")
+    note = f"; without it, {layer_default}" if layer_default else ""
+    parser.add_argument(
+        "--layer", type=_layer, required=layer_default is None, help=f"index or module path of a layer{note}"
+    )
+
+
+def _overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
+
+
+def _mixture(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("mfa", help="folder or hub id of the mixture")
+
+
+def _where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda or cuda:1; without it, a GPU where there is one")
+
+
+def _device(name: str | None) -> torch.device:
+    """The device of that name; None: a GPU where there is one. Under torchrun, "cuda" is this process's own."""
+    import torch
+
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    full = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+    try:
+        return torch.empty(0, device=full).device  # a name alone does not say whether it is there
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from mfa_kernels.commands import demo
+    from mfa_kernels.common.locks import alone
+
+    kinds = {"activations": STORE, "mfa": MIXTURE, **dict(zip(demo.FILES, (CURVE, SCORES, PAGE, FIGURE, FIGURE)))}
+    outputs = [("--out", arguments.out / name, kind) for name, kind in kinds.items()]
+    _check_outputs(arguments, outputs, texts=arguments.text)
+    _text_files(arguments)
+    options = demo.Options(
+        out=arguments.out,
+        model=arguments.model,
+        layer=arguments.layer,
+        text=tuple(arguments.text),
+        tokens=arguments.tokens,
+        components=arguments.components,
+        rank=arguments.rank,
+        epochs=arguments.epochs,
+        alpha=arguments.alpha,
+        component=arguments.component,
+        prompts=tuple(arguments.prompt or demo.PROMPTS),
+        device=_device(arguments.device),
+    )
+    demo.check(options)
+    with alone(arguments.out):  # two at once would mix what they write
+        demo.run(options)
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from mfa_kernels.commands.doctor import report
+
+    lines = report()
+    width = max(len(what) for what, _ in lines)
+    for what, state in lines:
+        print(f"{what:<{width}}  {state}")
+
+
+def _harvest(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mfa_kernels import harvest
+    from mfa_kernels.data.language_model import load_language_model
+
+    if arguments.overwrite and arguments.resume:
+        raise ValueError("--resume goes on with what is there, --overwrite replaces it: give one of them")
+    device, texts = _device(arguments.device), _text_files(arguments)
+    _check_outputs(arguments, [("--out", arguments.out, STORE)], texts=arguments.text)
+    model, tokenizer = load_language_model(arguments.model)
+    store = harvest(
+        model, tokenizer, texts, arguments.layer, arguments.out,
+        max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
+        dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite, resume=arguments.resume,
+        device=device,
+    )  # fmt: skip
+    print(f"{len(store):,} activations of width {store.n_features} in {arguments.out}")
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    harvested = arguments.text is not None
+    if harvested == (arguments.store is not None):
+        raise ValueError("a store or --text: one of them, and not both, says what to fit to")
+    for option in ("model", "layer", "max_tokens"):
+        if not harvested and getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')} goes with --text, not with a store")
+    if harvested and arguments.layer is None:
+        raise ValueError("--text needs --layer")
+    if harvested and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ValueError("--text is read by one process: several can fit to a store, which harvest writes")
+    if harvested and arguments.shard_components:
+        raise ValueError("--shard-components goes with a store, not with --text")
+    if harvested and (arguments.method not in ("auto", "online") or arguments.polish):
+        raise ValueError("--method em or sgd, and --polish, go with a store: --text is read once")
+    if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
+        raise ValueError(f"--out must be a folder, {arguments.out} is a file")
+    if arguments.resume and arguments.checkpoint is None:
+        raise ValueError("--resume needs --checkpoint, the folder to go on from")
+    inputs = [place for place in (arguments.store, arguments.start) if place is not None]
+    _begin(arguments)
+    fits = _fits(arguments, arguments.layer if harvested else [None])
+    folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
+    device = _device(arguments.device)
+    kinds = {"checkpoint": CHECKPOINT, "log": CURVE}
+    outputs = [(f"--{key}", own[key], kind) for own in fits.values() for key, kind in kinds.items() if key in own]
+    outputs += [("--out", folder, MIXTURE) for folder in folders.values()]
+    _check_outputs(arguments, outputs, inputs, arguments.text or ())
+    if harvested:
+        _text_files(arguments)
+    missing = list(fits)
+    interrupted = False
+    with _processes(device) as first:
+        if first and arguments.overwrite and not arguments.resume:
+            _clear_checkpoints(fits)
+        try:
+            for name, mfa in (_fit_while_harvesting if harvested else _fit_to_store)(arguments, fits, device):
+                if first or arguments.shard_components:  # then each process has a part
+                    mfa.save_pretrained(folders[name])
+                if first:
+                    print(f"{_told(mfa.fit_report)}; saved in {folders[name]}", flush=True)
+                missing.remove(name)
+                interrupted = interrupted or mfa.fit_report.interrupted
+        except KeyboardInterrupt:
+            if len(missing) == len(fits):
+                raise
+            interrupted = True
+    if interrupted:
+        lost = "".join(f", {folders[name]} missing" for name in missing)
+        print(f"mfa-kernels fit: interrupted: what is saved is the best so far{lost}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _begin(arguments: argparse.Namespace) -> None:
+    """Puts the mixture to go on from where its name was, and its numbers where there were none."""
+    if arguments.start is not None:
+        from mfa_kernels import MFA
+
+        arguments.start = start = MFA.from_pretrained(arguments.start)
+        arguments.components, arguments.rank = (
+            arguments.components or [start.n_components],
+            arguments.rank or [start.rank],
+        )
+        arguments.noise = arguments.noise or start.noise
+    if arguments.components is None:
+        raise _Incomplete("-K: say how many regions, or --start, whose regions to go on from")
+    arguments.rank = arguments.rank or [10]
+
+
+def _clear_checkpoints(fits: dict[str, dict[str, Any]]) -> None:
+    """Removes the checkpoints that --overwrite gives up."""
+    from mfa_kernels.fitting.checkpoint import clear
+
+    for own in fits.values():
+        if "checkpoint" in own:
+            clear(own["checkpoint"])
+
+
+def _told(report: FitReport) -> str:
+    """What a fit came to, in a few words."""
+    if report.held_out_nll is None:
+        return "the last state, as nothing was held out"
+    return (
+        f"held-out negative log-likelihood {report.held_out_nll:.3f} nats per token (held out by {report.held_out_by})"
+    )
+
+
+def _fit_to_store(
+    arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
+) -> Iterator[tuple[str, Any]]:
+    from mfa_kernels import fit
+
+    store = _store(arguments.store)
+    if not store.complete:
+        print(f"mfa-kernels fit: {store!r}: harvest --resume would bring the rest", file=sys.stderr)
+    kept = ("model", "tokenizer", "model_fingerprint", "layer")
+    extra: dict[str, Any] = {key: _shareable(key, store.meta[key]) for key in kept if key in store.meta}
+    most = max(own["n_components"] for own in fits.values())
+    if most > len(store):  # now, not when the others are done
+        raise ValueError(f"--components must be at most the {len(store):,} rows of {arguments.store}, got {most}")
+    for name, own in fits.items():
+        mfa: Any
+        if arguments.shard_components:
+            mfa = _fit_sharded(arguments, store, device, own)
+            mfa.local.extra.update(extra)
+        else:
+            mfa = fit(store, device=device, **own, **_fit_options(arguments))
+            mfa.extra.update(extra)
+        yield name, mfa
+        if mfa.fit_report.interrupted:
+            break
+
+
+def _fit_sharded(
+    arguments: argparse.Namespace, store: ActivationStore, device: torch.device, own: dict[str, Any]
+) -> ShardedMFA:
+    from mfa_kernels.fitting import fit_sharded
+
+    options = _fit_options(arguments)
+    if (options.pop("init"), options.pop("polish")) != ("pca", 0):
+        raise ValueError("--shard-components starts from --init pca, and goes without --polish")
+    del options["schedule"], options["lr"]
+    options["noise"] = options["noise"] or "shared"
+    return fit_sharded(store, device=device, **own, **options)
+
+
+def _fit_while_harvesting(
+    arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
+) -> Iterator[tuple[str, Any]]:
+    from mfa_kernels import fit_many, stream
+    from mfa_kernels.data.language_model import load_language_model, origin, resolve_layer
+
+    model, tokenizer = load_language_model(arguments.model)
+    model.to(device)
+    batches = stream(
+        model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,
+        context=arguments.context, batch_size=arguments.windows, seed=arguments.seed,
+    )  # fmt: skip
+    try:
+        mixtures = fit_many(batches, fits, **_fit_options(arguments))
+    except (TypeError, ValueError, RuntimeError) as error:
+        (name, *others) = fits
+        if others or not str(error).startswith(f"{name}: "):
+            raise
+        raise type(error)(str(error).removeprefix(f"{name}: ")) from error  # of one fit, a name says nothing
+    for name, mfa in mixtures.items():
+        layer, _ = resolve_layer(model, fits[name]["layer"])
+        mfa.extra |= {**origin(model, tokenizer), "layer": layer}
+    yield from mixtures.items()
+
+
+def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> dict[str, dict[str, Any]]:
+    """By name, what each fit has of its own."""
+    twice = next((layer for layer in layers if list(layers).count(layer) > 1), None)
+    if twice is not None:
+        raise ValueError(f"--layer must name each layer once, got {twice} twice")
+    fits = {}
+    for layer, components, rank in product(layers, arguments.components, arguments.rank):
+        name = f"K{components}-R{rank}"
+        own: dict[str, Any] = {"n_components": components, "rank": rank}
+        if layer is not None:
+            name = f"layer{layer}-{name}" if isinstance(layer, int) else f"{layer}-{name}"
+            own["layer"] = layer
+        fits[name] = own
+    for name, own in fits.items():
+        several = len(fits) > 1
+        if arguments.checkpoint is not None:
+            own["checkpoint"] = arguments.checkpoint / name if several else arguments.checkpoint
+        if arguments.log is not None:
+            own["log"] = arguments.log / f"{name}.jsonl" if several else arguments.log
+    return fits
+
+
+def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What all fits have."""
+    import torch
+
+    names = (
+        "method", "noise", "init", "start", "epochs", "polish", "batch_size", "lr", "schedule", "held_out",
+        "eval_every", "precision", "seed", "checkpoint_seconds", "resume",
+    )  # fmt: skip
+    options = {name: getattr(arguments, name) for name in names}
+    return {**options, "patience": arguments.patience or None, "dtype": getattr(torch, arguments.dtype)}
+
+
+@contextmanager
+def _processes(device: torch.device) -> Iterator[bool]:
+    """Joins the processes that torchrun has started, if it has: whether this is the first."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield True
+        return
+    import torch
+    import torch.distributed as dist
+
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield dist.get_rank() == 0
+    dist.destroy_process_group()  # after an error, the others may be waiting for this process to end
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import MFA
+    from mfa_kernels.evaluation.codes import write_codes
+
+    _check_outputs(arguments, [("--out", arguments.out, CODES)], [arguments.store, arguments.mfa])
+    device = _device(arguments.device)
+    mfa, store = MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
+    _note_differences(arguments, mfa, store)
+    done = write_codes(mfa, store, arguments.out, arguments.top_k)
+    print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
+    if done.without:
+        print(f"{done.without:,} of them have no density under the mixture, and no component")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import MFA
+    from mfa_kernels.evaluation import evaluate, score_table
+
+    mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
+    store = _store(arguments.store)
+    _note_differences(arguments, mfa, store)
+    print(score_table(evaluate(mfa, store), mfa.n_components, f"activations of {arguments.store}"))
+    if mfa.fit_report is not None and (fitted := mfa.fit_report.described().get("fitted")):
+        print(f"The mixture was fitted: {fitted}")
+
+
+def _steer(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from mfa_kernels import MFA, steer
+    from mfa_kernels.common.checks import check_component
+    from mfa_kernels.data.language_model import continuation
+    from mfa_kernels.steering import live
+
+    device = _device(arguments.device)
+    mfa = MFA.from_pretrained(arguments.mfa, device=device)
+    layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
+    if layer is None:
+        raise _Incomplete("--layer: the mixture does not say which layer it was fitted to; name one")
+    if arguments.gate is not None and arguments.component is None:
+        raise ValueError("--gate needs --component, whose responsibility it looks at")
+    if arguments.component is not None:
+        check_component(arguments.component, mfa.n_components)
+    if arguments.latents is not None and len(arguments.latents) != mfa.rank:
+        raise ValueError(f"--latents must be {mfa.rank} numbers, the rank of the mixture, got {len(arguments.latents)}")
+    gate = None if arguments.gate is None else (arguments.component, arguments.gate)
+    latents = None if arguments.latents is None else torch.tensor(arguments.latents)
+    model, tokenizer = _load_the_model_of(mfa, arguments)
+    model.to(device)
+    _note_layer(model, mfa, layer)
+    with steer(
+        model, mfa, layer, arguments.component, arguments.alpha, latents,
+        positions=arguments.positions, gate=gate, norm=arguments.norm,
+    ) as handle, _finite(model, layer, arguments.alpha):  # fmt: skip
+        options = (arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
+        if arguments.live:
+            live.stream(model, tokenizer, handle, arguments.component, *options)
+        else:
+            print(arguments.prompt + continuation(model, tokenizer, *options))
+        seen, steered, _ = handle.stats()
+        if not steered:
+            print(
+                f"mfa-kernels steer: none of the {seen} tokens was steered: no position or gate let one",
+                file=sys.stderr,
+            )
+
+
+def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:
+    """Says on standard error where another layer is steered than the mixture was fitted to."""
+    from mfa_kernels.data.language_model import resolve_layer
+
+    with suppress(ValueError, IndexError, TypeError):  # the mixture's may be a layer of another model
+        own, given = (resolve_layer(model, name)[0] for name in (mfa.extra.get("layer", layer), layer))
+        if own != given:
+            print(f"mfa-kernels steer: the mixture is of layer {own}, --layer steers {given}", file=sys.stderr)
+
+
+@contextmanager
+def _finite(model: Any, layer: int | str, alpha: float) -> Iterator[None]:
+    """Ends a generation whose steered activations have no finite norm: the model takes them for nothing, or for NaN.
+
+    It asks the device after every token, which `steer` itself does not.
+    """
+    from mfa_kernels.data.language_model import hidden_states, resolve_layer
+    from mfa_kernels.ops.common.finite import finite_rows
+
+    def check(module: Any, args: Any, output: Any) -> None:
+        hidden = hidden_states(output)
+        if not finite_rows(hidden.flatten(0, -2)).all():
+            raise ValueError(
+                f"--alpha {alpha:g} makes steered activations whose squared norm is not finite in {hidden.dtype}: no "
+                "text comes of them"
+            )
+
+    hook = resolve_layer(model, layer)[1].register_forward_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Model and tokenizer: --model, or what the mixture was fitted to. Which it is, and why, goes to standard error."""
+    from mfa_kernels.common.sharing import local_name, shareable
+    from mfa_kernels.data.language_model import fingerprint, load_language_model, remembered_model, why
+
+    said = mfa.extra.get("model")
+    own, problem, local = None, "", local_name(said)
+    if local is None:
+        try:
+            own = remembered_model(said)
+        except ValueError as error:
+            problem = str(error)
+    tokenizer = None
+    if arguments.model is not None:
+        name, note = arguments.model, "as --model says"
+        if local is not None and shareable(name) != said:
+            note += f"; the mixture is of the local model {local!r}"
+        elif own not in (None, name):
+            note += f"; the mixture is of {own}"
+    elif local is not None:
+        raise _Incomplete(f"--model: the mixture is of the local model {local!r}; name its folder with --model")
+    elif own is None:
+        raise _Incomplete(f"--model: {arguments.mfa} leaves open which model to steer ({problem}); name it")
+    else:
+        name, note = own, "which the mixture was fitted to"
+        tokenizer = mfa.extra.get("tokenizer", said)
+    print(f"model {name}, {note}", file=sys.stderr)
+    if tokenizer is not None:
+        try:
+            tokenizer = remembered_model(tokenizer)
+        except ValueError:
+            print(f"tokenizer of the model; the mixture is of {tokenizer}", file=sys.stderr)
+            tokenizer = own
+    try:
+        model, tokenizer = load_language_model(name, tokenizer=tokenizer)
+    except (OSError, ValueError) as error:
+        if arguments.model is not None:
+            raise
+        reason = why(error.__cause__ or error)
+        raise _Incomplete(
+            f"--model: {own}, which the mixture was fitted to, cannot be loaded ({reason}); name another"
+        ) from error
+    expected, found = mfa.extra.get("model_fingerprint"), fingerprint(model)
+    if isinstance(expected, str) and expected != found:
+        print(
+            f"mfa-kernels steer: {name} is of another architecture or size than the model that the mixture was fitted "
+            f"to (fingerprint {found}, there {expected:.16})",
+            file=sys.stderr,
+        )
+    return model, tokenizer
+
+
+def _note_differences(arguments: argparse.Namespace, mfa: MFA, store: ActivationStore) -> None:
+    """Says on standard error where a store is of another model or layer than the mixture was fitted to."""
+    for what, name in (("model", "model"), ("model_fingerprint", "a model with the fingerprint"), ("layer", "layer")):
+        own, given = (_shareable(what, place.get(what)) for place in (mfa.extra, store.meta))
+        if None not in (own, given) and own != given:
+            print(
+                f"mfa-kernels {arguments.command}: the mixture is of {name} {own}, {arguments.store} of {given}",
+                file=sys.stderr,
+            )
+
+
+def _shareable(what: str, said: Any) -> Any:
+    """What a mixture or a store says of itself, models and tokenizers by the name that they may be told of."""
+    from mfa_kernels.common.sharing import shareable
+
+    return shareable(said) if what in ("model", "tokenizer") and isinstance(said, str) and said else said
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from mfa_kernels import MFA
+
+    if not arguments.input.exists():
+        raise FileNotFoundError(f"input: {arguments.input} does not exist")
+    is_folder = arguments.input.is_dir()
+    if is_folder and arguments.eps_floor is not None:
+        raise ValueError(f"--eps-floor goes with a checkpoint of the paper's code, {arguments.input} is a folder")
+    if not is_folder and arguments.format is not None:
+        raise ValueError(f"--format goes with a mixture's folder, {arguments.input} is a file")
+    _check_outputs(arguments, [("output", arguments.output, PAPER if is_folder else MIXTURE)], [arguments.input])
+    if is_folder:
+        MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format or 1)
+    else:
+        mfa = MFA.from_reference_checkpoint(arguments.input, eps_floor=arguments.eps_floor)
+        mfa.save_pretrained(arguments.output)
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

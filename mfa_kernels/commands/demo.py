@@ -1,0 +1,277 @@
+"""The main job from end to end: harvest, fit, look at regions, steer. `mfa-kernels demo`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels import MFA
+from mfa_kernels.common.checks import check_component, check_integer, check_number
+from mfa_kernels.common.files import atomic_write_json
+from mfa_kernels.data.harvest import harvest
+from mfa_kernels.data.language_model import check_sampling, continuation, load_language_model, origin, resolve_layer
+from mfa_kernels.data.store import ActivationStore
+from mfa_kernels.data.text import check_files
+from mfa_kernels.evaluation import evaluate, score_table
+from mfa_kernels.fitting import fit, kmeans
+from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
+from mfa_kernels.interpret.lens import logit_shift
+from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
+from mfa_kernels.ops.common import cpp
+from mfa_kernels.steering import steer
+
+PROMPTS = ("    def close(self):\n", "The return value is", "    def test_read(self):\n")
+"""For the small model that ships with the package, which has read the standard library's sources."""
+
+STANDARD_DEVIATIONS = 2.0
+"""How far the second steering moves inside the region, along its widest local direction."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `mfa-kernels demo` takes; see its --help."""
+
+    out: Path
+    model: str | None = None
+    layer: int | str | None = None
+    text: tuple[str, ...] = ()
+    tokens: int = 200_000
+    components: int = 256
+    rank: int = 10
+    epochs: int = 10
+    alpha: float = 0.3
+    component: int | None = None
+    prompts: tuple[str, ...] = PROMPTS
+    new_tokens: int = 32
+    temperature: float = 0.7
+    seed: int = 0
+    device: torch.device | str = "cpu"  # of the language model and of the mixture
+
+
+_HELD_OUT = 0.05  # of the activations, by `fit` itself
+
+FILES = ("fit.jsonl", "evaluation.json", "regions.html", "regions.png", "region.png")
+"""What a demonstration writes beside its store and its mixture."""
+
+
+class Rows:
+    """Rows [start, stop) of a store, as `fit` and `evaluate` take them."""
+
+    def __init__(self, store: ActivationStore, start: int, stop: int) -> None:
+        self.store, self.start, self.stop, self.n_features = store, start, stop, store.n_features
+        self.meta = store.meta
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.store.rows(index + self.start)
+
+    @property
+    def texts(self) -> Tensor:
+        return self.store.texts[self.start : self.stop]
+
+
+def run(options: Options) -> list[Path]:
+    """Runs the demonstration, printing as it goes; returns the files that it wrote."""
+    check(options)
+    model, tokenizer = load_language_model(options.model)
+    model.to(options.device)
+    depth = model.config.get_text_config().num_hidden_layers
+    layer = depth // 2 if options.layer is None else options.layer
+    layer_path = resolve_layer(model, layer)[0]
+    print(f"model   {options.model or 'tiny_lm, the small model that ships with mfa_kernels'}, after {layer_path}")
+
+    cpp.library()  # built now, where it is not yet, so that no time below has it
+    held_out = max(options.tokens // 10, 1)
+    store, seconds = timed(
+        lambda: harvest(
+            model, tokenizer, _texts(options), layer, options.out / "activations",
+            max_tokens=options.tokens + held_out, seed=options.seed, overwrite=True,
+        )
+    )  # fmt: skip
+    print(f"harvest {len(store):,} activations of width {store.n_features} in {seconds:.1f} s")
+    split = min(options.tokens, len(store) * 10 // 11)
+    training, test = Rows(store, 0, split), Rows(store, split, len(store))
+
+    clusters, kmeans_seconds = timed(
+        lambda: kmeans(training, options.components, seed=options.seed, device=options.device)
+    )
+    mfa, fit_seconds = timed(
+        lambda: fit(
+            training, options.components, options.rank, clusters=clusters, epochs=options.epochs, seed=options.seed,
+            held_out=_HELD_OUT,
+            log=options.out / "fit.jsonl", device=options.device,
+        )
+    )  # fmt: skip
+    mfa.extra = {**origin(model, tokenizer), "layer": layer_path}
+    mfa.save_pretrained(options.out / "mfa")
+    if mfa.fit_report.interrupted:
+        raise KeyboardInterrupt
+    score = evaluate(mfa, test, clusters.centroids)
+    print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
+    # Kernels were built before, so that the seconds are those of fitting alone.
+    print(score_table(score, mfa.n_components, "held-out activations", kmeans_seconds, fit_seconds))
+    atomic_write_json(options.out / "evaluation.json", score.as_dict())
+
+    assigned = assignments(mfa, store)
+    shown = interesting_regions(mfa, store, 12, assigned=assigned)
+    if not shown:
+        raise ValueError(
+            f"tokens: no region owns enough of {len(store):,} to be shown: read more, or fit fewer components"
+        )
+    summaries = region_summaries(mfa, store, tokenizer, assigned=assigned)
+    by_component = {summary.component: summary for summary in summaries}
+    print(f"\n{len(shown)} regions: their share of all tokens, the tokens that set them apart, and one context each")
+    print("(the token is in [brackets])\n\nregion   share  tokens")
+    for component in shown:
+        print(describe(by_component[component]))
+
+    chosen = worth_steering(shown, by_component) if options.component is None else options.component
+    if chosen not in by_component:
+        raise ValueError(f"component {chosen} owns no token of this store: choose another region to steer toward")
+    _steering(options, model, tokenizer, mfa, store, layer, by_component[chosen], assigned)
+    written = [options.out / name for name in ("activations", "mfa", "fit.jsonl", "evaluation.json")]
+    written += _reports(options.out, mfa, store, tokenizer, model, shown, chosen, summaries, assigned)
+    print("\nWritten:")
+    for path in written:
+        print(f"  {path}")
+    return written
+
+
+def check(options: Options) -> None:
+    """Raises now what would be found when the activations are harvested, or the mixture is fitted."""
+    check_integer(options.tokens, "tokens", 1)
+    check_integer(options.components, "components", 1)
+    check_integer(options.rank, "rank", 1)  # to move inside a region
+    check_integer(options.epochs, "epochs")
+    check_number(options.alpha, "alpha")
+    check_sampling(options.new_tokens, options.temperature, options.seed)
+    if options.component is not None:
+        check_component(options.component, options.components)
+    # As `fit` holds out its share, and K-means wants a row for each.
+    if options.components > options.tokens * (1 - _HELD_OUT):
+        raise ValueError(
+            f"components must be at most the activations to train on, {1 - _HELD_OUT:.0%} of {options.tokens:,}, "
+            f"got {options.components}"
+        )
+    check_files(options.text)
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    """The result of `work`, and the seconds it took."""
+    started = time.perf_counter()
+    result = work()
+    return result, time.perf_counter() - started
+
+
+def _texts(options: Options) -> Iterable[Any]:
+    if options.text:
+        return [Path(path) for path in options.text]
+    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+
+    return stdlib_texts("all")
+
+
+def describe(summary: RegionSummary) -> str:
+    """Two lines: a region's share and preferred tokens, and where it is active."""
+    tokens = "  ".join(token.token for token in summary.tokens)
+    context = summary.contexts[0]
+    return (
+        f"{summary.component:>6}  {summary.share:6.2%}  {tokens}\n"
+        f"{'':>16}{context.before[-48:]}[{context.token}]{context.after[:32]}"
+    )
+
+
+def _steering(
+    options: Options,
+    model: Any,
+    tokenizer: Any,
+    mfa: MFA,
+    store: ActivationStore,
+    layer: int | str,
+    region: RegionSummary,
+    assigned: Assignments,
+) -> None:
+    """The same prompts: unsteered, toward a region, and moved inside it."""
+    component = region.component
+    z = region_latents(mfa, store, component, assigned)
+    axis = int(z.std(0).argmax())
+    move = torch.zeros(mfa.rank)
+    move[axis] = STANDARD_DEVIATIONS * z[:, axis].std()
+    toward = {"component": component, "alpha": options.alpha}
+    ways: dict[str, dict[str, Any]] = {
+        f"toward region {component}, alpha {options.alpha}": toward,
+        f"and inside it, z[{axis}] {float(move[axis]):+.1f}": {**toward, "latents": move},
+        f"and inside it, z[{axis}] {float(-move[axis]):+.1f}": {**toward, "latents": -move},
+    }
+    print(f"\nSteering toward region {component}: {'  '.join(token.token for token in region.tokens)}")
+    print(
+        f"(alpha {options.alpha:g}: that share of the way to its centroid; z[{axis}]: then along this latent of it, in"
+    )
+    print("prior standard deviations)\n")
+
+    def write(prompt: str) -> str:
+        return continuation(model, tokenizer, prompt, options.new_tokens, options.temperature, options.seed)
+
+    for prompt in options.prompts:
+        print(f"  {prompt!r}")
+        print(f"    unsteered:  {write(prompt)!r}")
+        for name, arguments in ways.items():
+            with steer(model, mfa, layer, **arguments):
+                print(f"    {name}:  {write(prompt)!r}")
+    prompt = options.prompts[0]
+    print(f"\nNext token after {prompt!r}: log-probabilities that rise most, in nats")
+    for name, arguments in ways.items():
+        shift = logit_shift(model, tokenizer, prompt, partial(steer, model, mfa, layer, **arguments))
+        rises = "  ".join(f"{change.token} {change.change:+.1f}" for change in shift.rises[:8])
+        print(f"  {name}:  {rises}")
+
+
+def worth_steering(shown: list[int], summaries: dict[int, RegionSummary]) -> int:
+    """The first of the regions shown whose favourite tokens are words: their effect on a text can be read."""
+    for component in shown:
+        tokens = [token.token.strip("·") for token in summaries[component].tokens[:3]]
+        if all(len(token) > 1 and token.isidentifier() for token in tokens):
+            return component
+    return shown[0]
+
+
+def _reports(
+    out: Path,
+    mfa: MFA,
+    store: ActivationStore,
+    tokenizer: Any,
+    model: Any,
+    shown: list[int],
+    chosen: int,
+    summaries: list[RegionSummary],
+    assigned: Assignments,
+) -> list[Path]:
+    """Figures and the page that holds them; without matplotlib, the page alone."""
+    from importlib.util import find_spec
+
+    from mfa_kernels.interpret.figures import region_scatter, regions_map
+    from mfa_kernels.interpret.report import write_report
+
+    figures = find_spec("matplotlib") is not None
+    paths = []
+    if figures:
+        paths.append(regions_map(mfa, summaries, out / "regions.png", labelled=shown))
+        paths.append(region_scatter(mfa, store, chosen, out / "region.png", tokenizer=tokenizer, assigned=assigned))
+    else:
+        print("\n(no figures: pip install mfa_kernels[report])")
+    paths.append(
+        write_report(
+            out / "regions.html", mfa, store, tokenizer, model=model, components=shown, figures=figures,
+            assigned=assigned,
+        )
+    )  # fmt: skip
+    return paths

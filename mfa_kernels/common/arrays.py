@@ -1,0 +1,89 @@
+"""What is no tensor and holds numbers, as a tensor: NumPy's arrays, and whatever NumPy can make an array of.
+
+Which type something is of does not matter, only that it says how to read it (`__array__`, `__dlpack__`), as frames and
+series of pandas, memory maps, and arrays of other libraries do; and lists of numbers.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_KINDS = "fiubc"  # of numbers, as NumPy calls them
+
+
+def is_array(value: Any) -> bool:
+    """Whether something can be read as an array, without reading it; NumPy's scalars are numbers, and lists lists."""
+    is_one = isinstance(value, type | np.generic)
+    return not is_one and (hasattr(value, "__array__") or hasattr(value, "__dlpack__"))
+
+
+def is_several(value: Any) -> bool:
+    """Whether something is an array or a list, where a number may stand too; an array of no dimension is a number."""
+    return isinstance(value, list | tuple) or (is_array(value) and getattr(value, "ndim", 1) != 0)
+
+
+def as_array(value: Any, name: str) -> np.ndarray:
+    """An array-like as an array of numbers, which shares its memory where it can.
+
+    Raises:
+        TypeError: naming the argument: it is no array, has a mask, or holds something else than numbers of a size that
+            torch knows.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be an array without a mask, got a masked one: fill it, or leave its rows out")
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # of whatever kind: of lists that are not even, of arrays on a GPU
+        raise TypeError(f"{name} must be a tensor or an array, got {reprlib.repr(value)}: {error}") from None
+    if array.dtype.kind not in _KINDS:
+        hint = ", as text and missing values make it" if array.dtype == object else ""
+        raise TypeError(f"{name} must hold numbers, got a {type(value).__name__} of dtype {array.dtype}{hint}")
+    if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        raise TypeError(f"{name} must have at most 64 bits a number, got {array.dtype}")
+    return array
+
+
+def as_tensor(value: Any, name: str) -> Tensor:
+    """A tensor itself; an array-like, or a list of numbers (of lists ...), as a tensor.
+
+    Python's floats become torch's default dtype, as `torch.tensor` makes them; all else keeps its own. Memory is shared
+    where torch can: with arrays that may be written to, of this machine's byte order, whose strides are not negative.
+
+    Raises:
+        TypeError: naming the argument, as for `as_array`.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if not is_array(value) and (not isinstance(value, Sequence) or isinstance(value, str | bytes)):
+        raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}")
+    if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+        with suppress(Exception):  # each library's own, where it does not lend its memory: then a copy may do
+            return torch.from_dlpack(value)
+    array = as_array(value, name)
+    tensor = torch.from_numpy(array if shares_memory(array) else cpp(array))
+    return tensor.to(torch.get_default_dtype()) if type(_first(value)) is float else tensor
+
+
+def _first(value: Any) -> Any:
+    """The first number of a list of lists; what is no list, itself."""
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return value
+
+
+def shares_memory(array: np.ndarray) -> bool:
+    """Whether a tensor can be a view of an array."""
+    steps = all(step >= 0 and step % array.itemsize == 0 for step in array.strides)
+    return array.flags.writeable and array.dtype.isnative and steps
+
+
+def cpp(array: np.ndarray) -> np.ndarray:
+    """A copy of an array in the byte order of this machine."""
+    return np.array(array, array.dtype.newbyteorder("="))

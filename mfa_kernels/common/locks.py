@@ -1,0 +1,58 @@
+"""One writer of a folder at a time; readers are never locked out."""
+
+from __future__ import annotations
+
+import errno
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from mfa_kernels.common.files import StrPath
+
+LOCK = ".lock"
+PATIENCE = 2.0  # seconds; whoever ends has let go by then, whoever writes does so for longer
+
+_WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def hold(folder: StrPath, patience: float | None = None) -> BaseFileLock:
+    """Locks a folder for one writer, until `release()` or the end of the object.
+
+    It keeps out other processes, and other writers of this one. The kernel takes the lock back from a process that
+    dies, however it does: its file stays, and blocks nobody. On a file system that has no locks, a warning says so.
+
+    Args:
+        folder: made if it is missing.
+        patience: seconds to wait for somebody else; None: `PATIENCE`.
+
+    Raises:
+        TimeoutError: naming the folder that somebody else holds.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, thread_local=False)  # a writer may be closed by another thread than opened it
+    try:
+        lock.acquire(timeout=PATIENCE if patience is None else patience)
+    except Timeout:
+        raise TimeoutError(
+            f"{folder}: another process, or a writer in this one that is not closed, is writing to this folder: give "
+            "another folder, or wait for its end"
+        ) from None
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _WITHOUT_LOCKS:
+            raise
+        warnings.warn(f"{folder}: its file system has no locks, which would keep other writers out", stacklevel=2)
+    return lock
+
+
+@contextmanager
+def alone(folder: StrPath) -> Iterator[None]:
+    """Holds a folder, as `hold` does, until the block ends."""
+    lock = hold(folder)
+    try:
+        yield
+    finally:
+        lock.release()

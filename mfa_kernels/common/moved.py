@@ -1,0 +1,108 @@
+"""Names of before: each is found under the name it has now, and says so once.
+
+For modules, one finder instead of a file for each, so that the folder shows what is there. It is asked for names of
+this package alone, and only where nothing else has found them.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import CodeType, ModuleType
+from typing import Any
+
+_PACKAGE = __name__.partition(".")[0]
+MOVED = {
+    "checkpoint": "mixture.saving",
+    "checks": "common.checks",
+    "cli": "commands.cli",
+    "code": "mixture.codes",
+    "codes": "evaluation.codes",
+    "demo": "commands.demo",
+    "doctor": "commands.doctor",
+    "files": "common.files",
+    "fitting.loop": "fitting.fit",
+    "fitting.many": "fitting.fit_many",
+    "fitting.reservoir": "data.reservoir",
+    "fitting.sharded": "fitting.fit_sharded",
+    "fitting.source": "data.source",
+    "fitting.start": "fitting.initialization",
+    "functional": "mixture.functional",
+    "mfa": "mixture.mfa",
+    "models": "data.language_model",
+    "modes": "common.modes",
+    "ranks": "common.processes",
+    "reference_checkpoint": "mixture.paper_format",
+    "rotation": "mixture.rotate_loadings",
+    "sharded": "mixture.sharded",
+    "tuning": "commands.tune",
+}
+"""By the name that a module had, below the package: the one it has."""
+
+_PUBLIC = {"functional", "models"}  # names that users are told: they stay, and nothing is said
+
+
+class _Renamed(ModuleType):
+    """A module of another name: what is asked of it, the one that it became answers."""
+
+    def __init__(self, name: str, became: ModuleType) -> None:
+        super().__init__(name, became.__doc__)
+        self.__dict__["_became"] = became
+        names = [name for name in vars(became) if not name.startswith("_")]
+        self.__dict__["__all__"] = getattr(became, "__all__", names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_became"], name)
+
+
+class _Finder:
+    """Finds and loads modules of `MOVED`."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> ModuleSpec | None:
+        package, _, own = name.partition(".")
+        return ModuleSpec(name, self) if package == _PACKAGE and own in MOVED else None  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        became = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
+        if spec.name.partition(".")[2] not in _PUBLIC:
+            warnings.warn(f"{spec.name} is {became} now", FutureWarning, stacklevel=2)
+        return _Renamed(spec.name, import_module(became))
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It has been executed, where it is."""
+
+    def get_code(self, name: str) -> CodeType:
+        """For `python -m` of a command line that has moved."""
+        became = f"{_PACKAGE}.{MOVED[name.partition('.')[2]]}"
+        return compile(f"import sys; from {became} import main; sys.exit(main())", name, "exec")
+
+
+def renamed(module: str, **became: str) -> Callable[[str], Any]:
+    """A `__getattr__` for `module`, whose names of before became others."""
+
+    def find(name: str) -> Any:
+        if name not in became:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is {became[name]} now", FutureWarning, stacklevel=2)
+        return getattr(sys.modules[module], became[name])
+
+    return find
+
+
+def renamed_attribute(became: str) -> Any:
+    """A property in the place of an attribute or a method that became another of the same object."""
+
+    def find(self: Any) -> Any:
+        warnings.warn(f"this attribute is {became} now", FutureWarning, stacklevel=2)
+        return getattr(self, became)
+
+    return property(find)
+
+
+def install() -> None:
+    """From now on, modules are found under their names of before."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""Where things may be written: what is written takes the place of its own kind only, and never of what is read.
+
+Stores, mixtures and checkpoints are folders with files of names of their own; curves, codes, pages, figures and the
+paper's checkpoints are single files. One rule for all that write:
+
+- a folder of ours holds one kind of thing: a store is not written into a mixture's folder, nor the other way round;
+- a single file lies in no store's folder, and has no name that the mixture or the checkpoint beside it goes by;
+- a file that is there is replaced by one of its own kind.
+
+What is there is told by its first bytes, so that a damaged store is still somebody's store.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from mfa_kernels.common.files import StrPath
+
+IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl")
+"""Suffixes of the files that are read as texts where a folder is named."""
+
+_HEAD = 1 << 16  # bytes that tell what a file is
+
+
+class Kind(NamedTuple):
+    """A kind of thing that is written.
+
+    Attributes:
+        what: it is, in words.
+        holds: whether bytes are the first of its file.
+        file: of a folder, the name of the file that tells; of a single file, None.
+        names: of a folder, a regular expression of its files' names.
+    """
+
+    what: str
+    holds: Callable[[bytes], bool]
+    file: str | None = None
+    names: str = ""
+
+
+def _json(key: str, value: str) -> Callable[[bytes], bool]:
+    mark = re.compile(rf'"{key}"\s*:\s*"{value}"'.encode())
+    return lambda head: mark.search(head) is not None
+
+
+def _begins(*marks: bytes) -> Callable[[bytes], bool]:
+    return lambda head: head.lstrip().lower().startswith(tuple(mark.lower() for mark in marks))
+
+
+STORE = Kind(
+    "a store of activations", _json("format", r"mfa_kernels\.activations"), "manifest.json",
+    r"manifest\.json|activations-\d+\.safetensors|\.lock",
+)  # fmt: skip
+MIXTURE = Kind(
+    "a mixture", _json("model_type", "mfa_kernels"), "config.json", r"config\.json|model\.safetensors"
+)  # fmt: skip
+CHECKPOINT = Kind(
+    "the checkpoint of a fit", _json("format", r"mfa_kernels\.fit(_sharded)?"), "checkpoint.json",
+    r"checkpoint\.json|state-.*\.safetensors|\.lock",
+)  # fmt: skip
+FOLDERS = (STORE, MIXTURE, CHECKPOINT)
+
+CURVE = Kind("the curve of a fit", lambda head: re.match(rb'\s*\{.*"step":.*"held_out_nll":', head) is not None)
+CODES = Kind("a file of codes", lambda head: b'"offsets":{' in head and b'"responsibilities":{' in head)
+PAGE = Kind("an HTML page", _begins(b"<!doctype html", b"<html"))
+FIGURE = Kind("a PNG image", _begins(b"\x89PNG"))
+PAPER = Kind("a torch checkpoint", _begins(b"PK\x03\x04", b"\x80"))
+SCORES = Kind("the scores of a mixture", lambda head: b'"nll":' in head)
+
+
+def check_place(path: StrPath, kind: Kind, name: str) -> None:
+    """Raises where something of a kind may not be written, whoever allows that what is there is replaced.
+
+    Args:
+        path: of the folder, or of the single file.
+        kind: of what is to be written.
+        name: of the argument, for messages.
+
+    Raises:
+        FileExistsError: naming the argument, the path, and what is there.
+    """
+    path = Path(path)
+    folder, file = (path, path / kind.file) if kind.file else (path.parent, path)
+    for other in FOLDERS:
+        if other is kind or not is_there(folder, other):
+            continue
+        if kind.file or other is STORE or re.fullmatch(other.names, path.name):
+            there = f"{path} holds {other.what}" if kind.file else f"{path} is in the folder of {other.what}"
+            raise FileExistsError(f"{name}: {there}, expected a place for {kind.what} alone: name another")
+    check_replaced(file, kind, name)
+
+
+def check_replaced(file: StrPath, kind: Kind, name: str) -> None:
+    """The last part of `check_place`, of the single file, or the one by which the folder is told."""
+    file = Path(file)
+    if _head(file) and not _is(file, kind):
+        raise FileExistsError(
+            f"{name}: {file} is there already, and is not {_of(kind)}: it is not replaced, name another place"
+        )
+
+
+def check_apart(outputs: Iterable[tuple[str, StrPath, Kind]]) -> None:
+    """Raises where two of the things that are to be written would be one, or in each other's way.
+
+    Args:
+        outputs: of each, the name of its argument, its path and its kind.
+
+    Raises:
+        ValueError: naming two arguments and a path.
+    """
+    before: list[tuple[str, Path, Kind]] = []
+    for name, given, kind in outputs:
+        path = Path(given).resolve()
+        for other_name, other, other_kind in before:
+            if path == other or _claims(path, kind, other, other_kind) or _claims(other, other_kind, path, kind):
+                raise ValueError(f"{name} and {other_name} must be different places, got {given} for both")
+        before.append((name, path, kind))
+
+
+def check_not_read(path: StrPath, kind: Kind, name: str, inputs: Iterable[StrPath], texts: Iterable[StrPath]) -> None:
+    """Raises where an output lies in what the same work reads.
+
+    Args:
+        path, kind, name: as of `check_place`.
+        inputs: stores, mixtures and checkpoints that are read; nothing is written into them or below.
+        texts: files and folders of texts. A folder of texts may hold folders of ours, as the working directory does,
+            but is none, and gets no file that would be read as a text.
+
+    Raises:
+        ValueError: naming the argument and what is read.
+    """
+    place = Path(path).resolve()
+    for given in inputs:
+        if Path(given).resolve() in (place, *place.parents):
+            what = "what" if Path(given).resolve() == place else "in a folder that"
+            raise ValueError(f"{name} must not be {what} is read, got {path}")
+    for given in texts:
+        source = Path(given).resolve()
+        is_text = not kind.file and place.suffix in IN_FOLDERS and source in place.parents
+        if place == source or is_text:
+            raise ValueError(f"{name} must not be among the texts that are read ({given}), got {path}")
+
+
+def _claims(folder: Path, kind: Kind, path: Path, other: Kind) -> bool:
+    """Whether a folder of ours needs the place of something else."""
+    if not kind.file:
+        return folder in path.parents  # a file where the other needs a folder
+    return not other.file and path.parent == folder and re.fullmatch(kind.names, path.name) is not None
+
+
+def is_there(folder: StrPath, kind: Kind) -> bool:
+    """Whether a folder holds something of that kind."""
+    return _is(Path(folder) / str(kind.file), kind)
+
+
+def _of(kind: Kind) -> str:
+    return f"of {kind.what}" if kind.file else kind.what
+
+
+def _is(path: Path, kind: Kind) -> bool:
+    return kind.holds(_head(path))
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file; none where there is no file, or none that may be read."""
+    try:
+        if not path.is_file():
+            return b""
+        with open(path, "rb") as file:
+            return file.read(_HEAD)
+    except OSError:
+        return b""

@@ -1,0 +1,278 @@
+"""One view of activations wherever they are: a tensor, an array, an object that is read by row, or batches."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mfa_kernels.common import modes
+from mfa_kernels.common.arrays import as_array, as_tensor, cpp, is_array, shares_memory
+from mfa_kernels.common.checks import check_floats
+
+
+class Source:
+    """N activations of width D, read by row number in one float dtype. Made by `as_source`.
+
+    Attributes:
+        n_features: D.
+        dtype: of the rows as they are read: float32, or float64 where the data is float64.
+        device: where the rows are when they have been read.
+        in_memory: whether reading is cheap, or worth doing ahead.
+        texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
+        meta: what the data says of itself, as `ActivationStore.meta` does: model, layer, ...; empty where it does not.
+        weights: of the rows, (N,) float64 on the CPU, positive; None: all 1 (`mfa_kernels.fitting.row_weights`).
+    """
+
+    weights: Tensor | None = None
+
+    def __init__(
+        self,
+        length: int,
+        n_features: int,
+        dtype: torch.dtype,
+        read: Callable[[Tensor], Tensor],
+        read_range: Callable[[int, int], Tensor],
+        *,
+        device: torch.device | str = "cpu",
+        in_memory: bool = True,
+        texts: Callable[[], Tensor] | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._length, self.n_features, self.in_memory = length, n_features, in_memory
+        self.device = torch.device(device)
+        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self._read, self._read_range, self.texts = read, read_range, texts
+        self.meta: Mapping[str, Any] = meta if isinstance(meta, Mapping) else {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows (n, D) at `index` (n,) int64, in its order."""
+        return self._read(index).to(self.dtype)
+
+    def chunk(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop): a view of the data where that is possible."""
+        return self._read_range(start, stop).to(self.dtype)
+
+
+def picked(source: Source, index: Tensor) -> Source:
+    """The rows at `index` (n,), by their places in it; they are read when they are asked for."""
+    texts = source.texts
+    found = Source(
+        len(index),
+        source.n_features,
+        source.dtype,
+        lambda place: source.rows(index[place.to(index.device)]),
+        lambda start, stop: source.rows(index[start:stop]),
+        device=source.device,
+        in_memory=source.in_memory,
+        texts=None if texts is None else lambda: texts()[index.cpu()],
+        meta=source.meta,
+    )
+    found.weights = None if source.weights is None else source.weights[index.cpu()]
+    return found
+
+
+def home(source: Source, rows: int, device: torch.device) -> torch.device:
+    """Where a sample of so many rows is held: on `device`, or, where that would take too much of it, with the data."""
+    return device if rows * source.n_features * source.dtype.itemsize <= _room(device) else source.device
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of a sample that a device takes."""
+    return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else float("inf")
+
+
+def as_source(activations: Any, name: str = "activations") -> Source:
+    """Activations of any accepted kind as a `Source`.
+
+    Args:
+        activations: one of
+            a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
+            an array (..., D), or what NumPy makes one of, such as a data frame; a memory map is read row by row;
+            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
+            has `texts`, the number of the text that each row is from, (N,), rows are held out text by text; of `meta`,
+            a dict, the report of a fit keeps the model, the tokenizer and the layer;
+            an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
+            concatenated in memory, in their own dtype.
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError, ValueError: naming what does not fit; integers, no rows, or batches of several widths among it.
+    """
+    if isinstance(activations, Source):
+        source = activations
+    elif isinstance(activations, Tensor):
+        source = _tensor_source(activations.detach(), name)
+    elif hasattr(activations, "rows") and hasattr(activations, "n_features"):
+        source = _store_source(activations, name)
+    elif is_array(activations):
+        source = _array_source(activations, name)
+    elif isinstance(activations, Iterable) and not isinstance(activations, str | bytes | dict):
+        source = _tensor_source(_concatenate(activations, name), name)
+    else:
+        raise TypeError(
+            f"{name} must be a tensor, an array, an object with rows(index) and n_features (an ActivationStore) "
+            f"or an iterable of batches (B, D), got {type(activations).__name__}{_opened(activations)}"
+        )
+    if not len(source) or not source.n_features:
+        raise ValueError(f"{name} must hold at least one row and one feature, got {len(source)} x {source.n_features}")
+    return source
+
+
+def _opened(value: Any) -> str:
+    """What to give in place of a path."""
+    if not isinstance(value, str | os.PathLike):
+        return ""
+    return f": ActivationStore({os.fspath(value)!r}) opens a store"
+
+
+def _check_shape(shape: tuple[int, ...], name: str) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"{name} must have shape (N, D) or (..., D), got {tuple(shape)}")
+
+
+def _check_dtype(dtype: torch.dtype, name: str) -> None:
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating-point dtype, got {dtype}")
+
+
+def _check_values(data: Tensor, name: str) -> None:
+    _check_shape(check_floats(data, name).shape, name)
+    if data.is_meta:
+        raise ValueError(f"{name} must hold values, got a tensor on the meta device")
+
+
+def _tensor_source(data: Tensor, name: str) -> Source:
+    _check_values(data, name)
+    data = data.flatten(0, -2)
+    return Source(
+        len(data),
+        data.shape[1],
+        data.dtype,
+        lambda index: data.index_select(0, index.to(data.device)),
+        lambda start, stop: data[start:stop],
+        device=data.device,
+    )
+
+
+def _array_source(activations: Any, name: str) -> Source:
+    if not isinstance(activations, np.ndarray):
+        return _tensor_source(as_tensor(activations, name), name)
+    data = as_array(activations, name)
+    _check_shape(data.shape, name)
+    dtype = torch.from_numpy(cpp(data[:0])).dtype
+    _check_dtype(dtype, name)
+    is_mapped = isinstance(activations, np.memmap)
+    if not is_mapped and shares_memory(data):
+        return _tensor_source(torch.from_numpy(data), name)
+    data = data.reshape(-1, data.shape[-1])
+    return Source(
+        len(data),
+        data.shape[1],
+        dtype,
+        lambda index: torch.from_numpy(cpp(data[index.cpu().numpy()])),
+        lambda start, stop: torch.from_numpy(cpp(data[start:stop])),
+        in_memory=not is_mapped,
+    )
+
+
+def _store_source(store: Any, name: str) -> Source:
+    length, features = len(store), int(store.n_features)
+
+    def read(index: Tensor) -> Tensor:
+        out = store.rows(index.cpu())
+        if not isinstance(out, Tensor) or tuple(out.shape) != (len(index), features):
+            found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"{name}.rows must return a tensor of shape ({len(index)}, {features}), got {found}")
+        return out
+
+    if not length:
+        return Source(0, features, torch.float32, read, lambda start, stop: read(torch.arange(start, stop)))
+    first, *again = [read(torch.zeros(1, dtype=torch.long)) for _ in range(3)]
+    if any(other.data_ptr() == first.data_ptr() for other in again):
+        shared = read  # a buffer that is filled anew, perhaps: what is kept would change
+
+        def read(index: Tensor) -> Tensor:
+            return shared(index).clone()
+
+    _check_dtype(first.dtype, f"{name}.rows")
+    return Source(
+        length,
+        features,
+        first.dtype,
+        read,
+        lambda start, stop: read(torch.arange(start, stop)),
+        device=first.device,
+        in_memory=False,
+        texts=(lambda: _texts(store, name)) if hasattr(store, "texts") else None,
+        meta=getattr(store, "meta", None),
+    )
+
+
+def _texts(store: Any, name: str) -> Tensor:
+    texts = store.texts
+    if not isinstance(texts, Tensor) or texts.shape != (len(store),) or texts.is_floating_point():
+        found = f"{texts.dtype} of shape {tuple(texts.shape)}" if isinstance(texts, Tensor) else type(texts).__name__
+        raise ValueError(f"{name}.texts must be integers of shape ({len(store)},), a text for each row, got {found}")
+    return texts.long().cpu()
+
+
+def _may_be_rows(value: Any) -> bool:
+    """Whether something could be activations by itself: labels and masks could not."""
+    if not is_array(value):
+        return False
+    tensor = as_tensor(value, "activations")
+    return tensor.dim() > 1 and tensor.is_floating_point()
+
+
+def as_rows(batch: Any, name: str) -> Tensor:
+    """A batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D).
+
+    A list may be such a tuple too, as loaders make them; but not one of several activations, of which the first alone
+    would be taken.
+    """
+    if isinstance(batch, list) and sum(map(_may_be_rows, batch)) > 1:
+        raise ValueError(
+            f"{name} is a list of {len(batch)} activations: give them as one tensor (torch.cat), or as a tuple whose "
+            "first entry is what is meant"
+        )
+    found = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+    if not is_array(found):
+        several = isinstance(found, Mapping) and all(map(is_array, found.values()))
+        hint = ": fit_many fits to the layers of a stream, fit to one of them" if several else ""
+        raise TypeError(f"{name} must be a tensor or an array, got {type(found).__name__}{hint}")
+    rows = as_tensor(found, name)
+    _check_values(rows, name)
+    return rows.detach().flatten(0, -2)
+
+
+def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
+    """All the batches in one tensor; each is let go when it has been copied, so that the data is held once."""
+    held: deque[Tensor] = deque()
+    dtype: torch.dtype | None = None
+    for i, item in enumerate(modes.read(batches)):
+        batch = as_rows(item, f"{name}: batch {i}")
+        if held and batch.shape[-1] != held[0].shape[-1]:
+            raise ValueError(
+                f"{name}: batch {i} has width {batch.shape[-1]}, but batch 0 has width {held[0].shape[-1]}"
+            )
+        dtype = batch.dtype if dtype is None else torch.promote_types(dtype, batch.dtype)
+        # Whoever makes batches one by one may refill one tensor; those of a list are all there at once.
+        held.append(batch if isinstance(batches, list | tuple) else batch.clone())
+    if not held:
+        raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")
+    out = torch.empty(sum(len(batch) for batch in held), held[0].shape[-1], dtype=dtype, device=held[0].device)
+    start = 0
+    while held:
+        batch = held.popleft()
+        out[start : start + len(batch)] = batch
+        start += len(batch)
+    return out

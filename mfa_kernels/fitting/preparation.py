@@ -1,0 +1,322 @@
+"""What a fit does before and around its training: arguments, places, the rows it takes, the state it begins with."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.common import locks
+from mfa_kernels.common.checks import (
+    check_choice,
+    check_dtype,
+    check_integer,
+    check_number,
+    check_path,
+    is_flag,
+)
+from mfa_kernels.common.files import StrPath, check_writable
+from mfa_kernels.common.places import CHECKPOINT, CURVE, check_apart, check_place
+from mfa_kernels.common.processes import Processes
+from mfa_kernels.data.source import Source
+from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, State, fingerprint
+from mfa_kernels.fitting.em import online_rows
+from mfa_kernels.fitting.notices import warn
+from mfa_kernels.fitting.row_weights import Weighed
+from mfa_kernels.fitting.run import Run
+from mfa_kernels.fitting.streaming import Steps
+from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.mixture.functional import PRECISIONS
+from mfa_kernels.mixture.mfa import MFA, NOISES
+from mfa_kernels.mixture.rotate_loadings import sign_
+from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.ops.common.finite import finite_rows
+
+HELD_OUT_ROWS = 20_000  # at most
+
+
+LEAST_HELD_TEXTS = 4  # fewer would say more of themselves than of all
+
+
+NEARLY = 0.02  # of the rows to hold out, may be missing where texts are held out whole
+
+
+START_ROWS_PER_COMPONENT = 128
+
+
+LEAST_START_ROWS = 100_000
+
+
+KMEANS_ITERATIONS = 10
+
+
+LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
+
+
+LIVE_ROWS_PER_COMPONENT = 64
+
+
+CHUNK_ROWS = 4096  # of these that are assigned at once
+
+
+FINGERPRINT_ROWS = 256
+
+
+DEAD_SHARE = 0.1  # of the components, from which on a warning is due
+
+
+def run_stage(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> Steps:
+    run.enter(stage, checkpoints, saved)
+    try:
+        yield from run.run() or ()
+    except KeyboardInterrupt:
+        if max(run.processes.count, run.mfa.processes.count) > 1:  # the others are elsewhere
+            raise
+        run.report.interrupted = True
+        warn("fit: interrupted; the mixture is the best so far")
+    run.report_skipped()
+    run.note_time()
+    run.restore_best()
+    sign_(run.mfa.loadings)
+
+
+@contextmanager
+def holding(folder: Path | None, log: StrPath | None, processes: Processes) -> Iterator[None]:
+    """Tries, on process 0, where the fit is to write, before work begins; keeps other writers out of its checkpoints.
+
+    Raises, on every process:
+        OSError: naming the path that cannot be written to; TimeoutError where another fit writes to the folder.
+    """
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            if log is not None and folder is not None:
+                check_apart([("log", log, CURVE), ("checkpoint", folder, CHECKPOINT)])
+            if log is not None:
+                check_place(log, CURVE, "log")
+                check_writable(log, "log")
+            if folder is not None:
+                if not (folder / FILE).exists():  # else it is read, and what is wrong with it is said then
+                    check_place(folder, CHECKPOINT, "checkpoint")
+                check_writable(folder / FILE, "checkpoint")
+                stack.enter_context(locks.alone(folder))
+
+        processes.agree(enter)
+        yield
+
+
+def checkpoint_folders(
+    checkpoint: StrPath | None, seconds: float, resume: StrPath | bool
+) -> tuple[Path | None, Path | None]:
+    """Where checkpoints go, and the folder to go on from, where there is one."""
+    check_number(seconds, "checkpoint_seconds", 0)
+    if not is_flag(resume) and not isinstance(resume, str | os.PathLike):
+        raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
+    resume = bool(resume) if is_flag(resume) else check_path(resume, "resume")
+    checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
+    if checkpoint is not None and Path(checkpoint).is_file():
+        raise NotADirectoryError(f"checkpoint must name a folder, {checkpoint} is a file")
+    held = checkpoint is not None and (Path(checkpoint) / FILE).exists()
+    if resume is True:
+        if checkpoint is None:
+            raise ValueError("resume = True needs a checkpoint folder to go on from")
+        return Path(checkpoint), Path(checkpoint) if held else None
+    if resume is False:
+        if held:
+            raise FileExistsError(
+                f"checkpoint: {checkpoint} holds the {FILE} of a fit: resume=True goes on with it; else name another"
+            )
+        return None if checkpoint is None else Path(checkpoint), None
+    folder = Path(resume if checkpoint is None else checkpoint)
+    if held and folder.resolve() != Path(resume).resolve():
+        raise FileExistsError(f"checkpoint: {checkpoint} holds the {FILE} of another fit than resume: {resume}")
+    return folder, Path(resume)
+
+
+@torch.no_grad()
+def restored_mixture(
+    saved: State, noise: str, precision: str, device: torch.device, expected: tuple[int, int, int]
+) -> MFA:
+    """The mixture of a checkpoint, of `expected` components, features and rank."""
+    tensors = {name.removeprefix("mfa."): t for name, t in saved.tensors.items() if name.startswith("mfa.")}
+    found = tuple(tensors["loadings"].shape)
+    if found != expected:
+        raise ValueError(f"loadings have shape {found}, expected {expected}")
+    if tensors["means"].dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"means are {tensors['means'].dtype}, expected torch.float32 or torch.float64")
+    mfa = blank_mixture(*expected, noise, precision, device, tensors["means"].dtype)
+    mfa.noise_floor = saved.values["noise_floor"]
+    mfa.load_state_dict(tensors)
+    return mfa
+
+
+def blank_mixture(
+    components: int, features: int, rank: int, noise: str, precision: str, device: torch.device, dtype: torch.dtype
+) -> MFA:
+    """A mixture whose parameters are yet to be written."""
+    return torch.nn.utils.skip_init(
+        MFA, components, features, rank, noise, precision=precision, device=device, dtype=dtype
+    )
+
+
+@torch.no_grad()
+def from_first_process(start: Callable[[], MFA], processes: Processes, *shape: Any) -> MFA:
+    """The mixture that `start` makes on process 0, on every process; `shape` is what `blank_mixture` takes."""
+    made: list[MFA] = []
+
+    def make() -> float:
+        made.append(start())
+        return made[0].noise_floor
+
+    floor = processes.agree(make)
+    mfa = made[0] if made else blank_mixture(*shape)
+    mfa.noise_floor = floor
+    processes.broadcast_(*mfa.tensors().values())
+    return mfa
+
+
+def check_same(facts: dict[str, Any], processes: Processes) -> None:
+    """Raises, on every process, where the processes were given different data or settings."""
+    first, *others = processes.objects(facts)
+    for index, other in enumerate(others, 1):
+        different = [
+            f"{name} = {other[name]!r}, process 0 {fact!r}" for name, fact in first.items() if other[name] != fact
+        ]
+        if different:
+            raise ValueError(
+                "the processes that fit together have different data or settings: "
+                f"process {index} has {'; '.join(different)} (group=False fits alone)"
+            )
+
+
+@contextmanager
+def timed(report: FitReport, stage: str) -> Iterator[None]:
+    began = time.perf_counter()
+    yield
+    report.seconds[stage] = time.perf_counter() - began
+
+
+def split_rows(source: Source, held_out: float, generator: torch.Generator, report: FitReport) -> tuple[Tensor, Tensor]:
+    """Row numbers to train on and to hold out, in random order; whole texts are held out where they are known.
+
+    Rows of one text are alike: held out among those trained on, they promise more than other texts will keep.
+    """
+    rows = len(source)
+    order = torch.randperm(rows, generator=generator)
+    if not held_out:
+        return order, order[:0]
+    wanted = min(HELD_OUT_ROWS, max(1, round(held_out * rows)))
+    report.held_out_by = "row"
+    if source.texts is not None:
+        texts = source.texts().unique(return_inverse=True)[1]
+        held = _held_texts(texts.bincount(), wanted, generator)[texts]
+        if held.any():
+            report.held_out_by = "text"
+            return order[~held[order]], order[held[order]]
+    return order[wanted:], order[:wanted]
+
+
+def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
+    """Which texts, of so many rows each, are held out: in random order, as far as they fit; none, if only few would."""
+    held = torch.zeros(len(sizes), dtype=torch.bool)
+    left, count = wanted, 0
+    for text in torch.randperm(len(sizes), generator=generator).tolist():
+        size = int(sizes[text])
+        if size <= left:
+            held[text], left, count = True, left - size, count + 1
+            if left < NEARLY * wanted:
+                break
+    if count < LEAST_HELD_TEXTS or left > wanted / 2:
+        held.zero_()
+    return held
+
+
+def checked_arguments(
+    noise: Any,
+    precision: Any,
+    dtype: Any,
+    held_out: Any,
+    log: Any,
+    **counts: tuple[Any, int],  # a value, and its least
+) -> list[Any]:
+    """`held_out` and the counts, in their order, as Python's own numbers.
+
+    Raises where an argument is not what a fit can be given; now, and not when K-means is done.
+    """
+    check_choice(noise, NOISES, "noise")
+    check_choice(precision, PRECISIONS, "precision")
+    if check_dtype(dtype) not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    checked: list[Any] = [check_number(held_out, "held_out")]
+    if not 0 <= checked[0] < 1:
+        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
+    for name, (value, least) in counts.items():
+        is_left_out = value is None and name in ("eval_every", "patience")
+        checked.append(None if is_left_out else check_integer(value, name, least))
+    if log is not None and check_path(log, "log").is_dir():
+        raise IsADirectoryError(f"log must name a file, {log} is a folder")
+    return checked
+
+
+def chosen_method(rows: float, components: int, batch_size: int) -> str:
+    """The method of "auto" for data that is held, of so many rows to train on."""
+    return "online" if rows / online_rows(components, batch_size) >= LEAST_ONLINE_STEPS else "em"
+
+
+def data_fingerprint(source: Source, streamed: bool = False) -> str:
+    """What tells whether the data is the same: rows from all over, or the first of a stream."""
+    every = 1 if streamed else max(1, len(source) // FINGERPRINT_ROWS)
+    return fingerprint(source.rows(torch.arange(0, len(source), every)[:FINGERPRINT_ROWS]))
+
+
+def finite(
+    source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
+) -> Tensor:
+    """The finite ones of some rows, on `device`; the others are counted where there is a report."""
+    return weighed(source, index, device, dtype, report).rows
+
+
+def weighed(
+    source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
+) -> Weighed:
+    """The same, with their weights."""
+    weights = None if source.weights is None else source.weights[index].to(device)
+    if not len(index):
+        return Weighed(torch.empty(0, source.n_features, dtype=source.dtype, device=device), weights)
+    x = source.rows(index).to(device)
+    finite = finite_rows(x, dtype)
+    if finite.all():
+        return Weighed(x, weights)
+    if report is not None:
+        report.skipped_rows += int((~finite).sum())
+    return Weighed(x[finite], None if weights is None else weights[finite])
+
+
+@torch.no_grad()
+def count_live(
+    mfa: AnyMFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes
+) -> None:
+    """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
+    owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
+    rows = 0
+    others = (finite(source, part, mfa.means.device, mfa.means.dtype) for part in index.split(CHUNK_ROWS))
+    for x in chain(held_out.split(CHUNK_ROWS), others):
+        owners = mfa.assign(x)
+        owned[owners[owners >= 0]] = 1  # a row too far out for the dtype has none
+        rows += len(x)
+    processes.sum_(owned)
+    report.live_rows += int(processes.totals(rows)[0])
+    report.live_components = int((owned > 0).sum())
+    dead = mfa.n_components - report.live_components
+    if dead > DEAD_SHARE * mfa.n_components and processes.first and mfa.processes.first:
+        warn(
+            f"fit: {dead} of {mfa.n_components} components are not the most responsible for any of "
+            f"{report.live_rows} rows; fewer components, more rows or another start may serve better"
+        )

@@ -1,0 +1,119 @@
+"""What `MFA.encode` returns: where tokens sit and how they vary there; and how it is made of the active pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.common.checks import check_floats, check_integer, check_integers, check_mixture, shown
+from mfa_kernels.ops.scan.types import SLOTS, ActivePairs
+
+if TYPE_CHECKING:
+    from mfa_kernels.mixture.mfa import MFA
+
+
+@dataclass(frozen=True)
+class Code:
+    """A sparse code of tokens: the components that matter, largest responsibility first.
+
+    Attributes:
+        components: (..., C) int64; -1 marks an empty slot (fewer than C components are active).
+        responsibilities: p(k | x), (..., C); 0 in an empty slot, NaN for a token that is not finite.
+        latents: E[z | x, k], (..., C, R); 0 in an empty slot.
+        dropped: upper bound on the responsibility of all the components left out, (...); it holds for the logits as
+            computed, which in float32 carry the rounding of their own magnitude (1e-4 at thousands of nats).
+    """
+
+    components: Tensor
+    responsibilities: Tensor
+    latents: Tensor
+    dropped: Tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Code:
+        """Moves or casts like `torch.Tensor.to`; components stay int64."""
+        moved = {f.name: getattr(self, f.name).to(*args, **kwargs) for f in fields(self)}
+        return Code(**{**moved, "components": moved["components"].long()})
+
+    def hard(self) -> Code:
+        """The most responsible component alone, with responsibility 1: (..., 1)."""
+        first = self.responsibilities[..., :1]
+        return Code(
+            self.components[..., :1],
+            torch.where(self.components[..., :1] < 0, first, torch.ones_like(first)),
+            self.latents[..., :1, :],
+            (1 - first.squeeze(-1)).clamp_min(0),
+        )
+
+    def to_dense(self, mfa: MFA) -> Tensor:
+        """Coefficients in the paper's dictionary order, (..., K (1 + R)): per component [r_k, r_k z_k] (eq. 11-13)."""
+        check_mixture(mfa)
+        shape, rank = self.components.shape[:-1], self.latents.shape[-1]
+        blocks = torch.cat([torch.ones_like(self.latents[..., :1]), self.latents], dim=-1)
+        blocks = blocks * self.responsibilities.unsqueeze(-1)
+        # Empty slots go to a component past the last, which is cut off.
+        index = torch.where(self.components < 0, mfa.n_components, self.components)
+        dense = blocks.new_zeros(*shape, mfa.n_components + 1, 1 + rank)
+        dense = dense.scatter_add(-2, index.unsqueeze(-1).expand_as(blocks), blocks)
+        return dense[..., :-1, :].flatten(-2)
+
+
+def checked_code(code: Any, rank: int, device: torch.device) -> Code:
+    """A code of components (..., C), responsibilities of that shape and latents (..., C, R); raises otherwise."""
+    if not isinstance(code, Code):
+        raise TypeError(f"code must be a Code, as `encode` returns it, got {shown(code)}")
+    components = check_integers(code.components, "code.components")
+    if not components.dim():
+        raise ValueError("code.components must have shape (..., C), got ()")
+    shape = tuple(components.shape)
+    responsibilities = check_floats(code.responsibilities, "code.responsibilities")
+    latents = check_floats(code.latents, "code.latents")
+    for name, tensor, wanted in (("responsibilities", responsibilities, shape), ("latents", latents, (*shape, rank))):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(
+                f"code.{name} must have shape {wanted} beside components of shape {shape}, got {tuple(tensor.shape)}"
+            )
+    checked = Code(components, responsibilities, latents, code.dropped)
+    for name, tensor in vars(checked).items():
+        if name != "dropped" and tensor.device != device:
+            raise ValueError(f"code.{name} is on {tensor.device}, but the mixture is on {device}: move one of them")
+    return checked
+
+
+def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
+    """What `encode` returns, of an `MFA` or of a mixture that is spread over processes
+    (`mfa_kernels.mixture.sharded`)."""
+    top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
+    (flat, lead), components = mixture._flat(x), mixture.n_components
+    slots = min(components, max(top_k or SLOTS, SLOTS))
+    active = mixture._active(flat, slots)
+    if top_k is None:
+        if slots < components and bool((active.counts > slots).any()):
+            slots = components
+            active = mixture._active(flat, slots)
+        held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
+    else:
+        held = min(top_k, components)
+    return _code_of(active, mixture._latents(flat, active.components[:, :held]), lead)
+
+
+def _code_of(active: ActivePairs, latents: Tensor, lead: torch.Size) -> Code:
+    """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
+    slots, held = active.logits.shape[-1], latents.shape[1]
+    responsibilities = active.responsibilities()
+    with torch.no_grad():
+        overflow, eps = active.counts > slots, torch.finfo(responsibilities.dtype).eps
+        rounding = torch.where(overflow, 4 * eps * (1 + active.log_prob.abs()), eps * slots)
+        rest = torch.where(
+            overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
+        ).clamp_min(0)
+        # eps: what all the components that are not active weigh together.
+        dropped = (rest + eps + rounding).clamp_max(1)
+    return Code(
+        active.components[:, :held].long().reshape(*lead, held),
+        responsibilities[:, :held].reshape(*lead, held),
+        latents.reshape(*lead, held, latents.shape[-1]),
+        dropped.reshape(lead),
+    )

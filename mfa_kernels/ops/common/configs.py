@@ -1,0 +1,210 @@
+"""Launch configurations of the GPU kernels: frozen values, chosen by a pure function of shape bucket and architecture.
+
+Nothing is tuned while it runs. `default` is analysis (registers, shared memory, bytes per flop; ops/*/README.md);
+`mfa-kernels tune` measures alternatives on one GPU and writes JSON, which `configured` prefers where it exists.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mfa_kernels.common.reading import FLAG, check_fields, integer, read_json, shown
+
+FOLDER = Path(__file__).parents[1] / "tuned"
+"""Measured configurations that ship with the package, one JSON per GPU: none yet."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Tokens x components: a program owns `tokens` x 64 logits, and multiplies `width` rows of loadings at a time."""
+
+    tokens: int
+    width: int  # 1, 2 or 4
+    features: int  # inner step of the products
+    warps: int
+    stages: int
+    swizzle: int = 8  # token tiles that share a band of components in the second-level cache
+    descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs sorted by component: a program owns up to `pairs` pairs of one component."""
+
+    pairs: int
+    features: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Backward on sorted pairs: a program owns one component and `features` features, and loops over its pairs."""
+
+    pairs: int
+    features: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Every logit of some tokens, from differences: a program owns `tokens` tokens and `components` components."""
+
+    tokens: int
+    components: int
+    features: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """EM's sums over sorted pairs: a program owns `features` features of one component, and loops over its pairs."""
+
+    pairs: int
+    features: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """K-means: a program owns `tokens` rows and a band of the centroids, `centroids` of them at a time."""
+
+    tokens: int
+    centroids: int
+    features: int  # inner step of the products
+    warps: int
+    stages: int
+    swizzle: int = 16  # tiles of rows that share the bands in the second-level cache
+    descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
+
+
+KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
+_KEY = re.compile(r"[a-z]+/\d+/\d+")
+_LARGEST = 1 << 16  # of any number in a configuration
+
+Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics, Nearest)
+
+_ANALYSED: dict[tuple[type, int], Any] = {
+    (Scan, 80): Scan(tokens=128, width=2, features=64, warps=8, stages=3, descriptors=False),
+    (Scan, 90): Scan(tokens=128, width=4, features=64, warps=8, stages=4),
+    (Scan, 100): Scan(tokens=128, width=4, features=64, warps=8, stages=3),
+    (Scan, 120): Scan(tokens=64, width=2, features=64, warps=4, stages=3),  # 99 KB of shared memory
+    (Pairs, 80): Pairs(pairs=4, features=128, warps=4, stages=3),
+    (Gradient, 80): Gradient(pairs=4, features=256, warps=4, stages=1),
+    (Dense, 80): Dense(tokens=8, components=8, features=128, warps=4, stages=1),
+    (Statistics, 80): Statistics(pairs=4, features=256, warps=4, stages=1),
+    (Nearest, 80): Nearest(tokens=128, centroids=128, features=64, warps=8, stages=3, descriptors=False),
+    (Nearest, 90): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
+    (Nearest, 100): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
+    (Nearest, 120): Nearest(tokens=128, centroids=64, features=64, warps=8, stages=3),  # 99 KB of shared memory
+}
+
+_overrides: dict[type, Any] = {}
+
+
+def architecture(device: torch.device, interpreted: int = 80) -> int:
+    """Of a GPU, 90 for compute capability 9.0; of a CPU, that which the interpreter stands for."""
+    if device.type != "cuda":
+        return interpreted
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def bucket(size: int) -> int:
+    """The power of two at or above a size: shapes in one bucket share a configuration."""
+    return 1 << max(0, size - 1).bit_length()
+
+
+def default(kind: type[Config], architecture: int, tokens: int, components: int) -> Config:
+    """The configuration for an architecture (80, 90, 100, ...) and a bucket of tokens and components.
+
+    A chip that is not listed takes the entry of the nearest older one.
+    """
+    known = max((a for k, a in _ANALYSED if k is kind and a <= max(architecture, 80)), default=80)
+    chosen = _ANALYSED[kind, known]
+    if kind is Scan:  # few tokens: a tile no larger than they are
+        smaller = min(chosen.tokens, max(16, bucket(tokens)))
+        if smaller < chosen.tokens:
+            chosen = replace(chosen, tokens=smaller, warps=chosen.warps if smaller > 64 else 4)
+    return chosen
+
+
+def configured(kind: type[Config], like: torch.Tensor, tokens: int, components: int) -> Config:
+    """The configuration to launch with on the device of `like`: overridden, tuned, or the default."""
+    if kind in _overrides:
+        return _overrides[kind]
+    tuned = None
+    if like.device.type == "cuda":
+        tuned = _tuned(torch.cuda.get_device_name(like.device)).get(_key(kind, tokens, components))
+    return kind(**tuned) if tuned else default(kind, architecture(like.device), tokens, components)
+
+
+@contextlib.contextmanager
+def override(*configs: Any) -> Iterator[None]:
+    """Launches with these configurations, one per kind: for tuning and for tests."""
+    before = dict(_overrides)
+    _overrides.update({type(config): config for config in configs})
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def file_name(device_name: str) -> str:
+    """The JSON file of a GPU, from the name that its driver gives it."""
+    return "".join(c if c.isalnum() else "_" for c in device_name) + ".json"
+
+
+def tuned_folder() -> Path:
+    """Where `mfa-kernels tune` writes: $MFA_KERNELS_CONFIGS, or the user's configuration folder."""
+    chosen = os.environ.get("MFA_KERNELS_CONFIGS")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "mfa_kernels"
+
+
+def _key(kind: type, tokens: int, components: int) -> str:
+    return f"{kind.__name__.lower()}/{bucket(tokens)}/{bucket(components)}"
+
+
+@functools.cache
+def _tuned(device_name: str) -> dict[str, dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for folder in (FOLDER, tuned_folder()):  # the user's own measurements come last, and win
+        path = folder / file_name(device_name)
+        if path.is_file():
+            entries.update(read(path))
+    return entries
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The configurations in a file, by kernel and shape.
+
+    Raises:
+        FileNotFoundError, ValueError: naming it, and what is not the configuration of a kernel.
+    """
+    entries = read_json(path)
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold an object of configurations, got {shown(entries)}")
+    for key, values in entries.items():
+        kind = KINDS.get(key.split("/")[0])
+        if kind is None or not _KEY.fullmatch(key):
+            raise ValueError(f"{path}: {shown(key)}: expected kind/tokens/components, of the kinds {', '.join(KINDS)}")
+        kinds = {field.name: FLAG if field.type in (bool, "bool") else integer(1, _LARGEST) for field in fields(kind)}
+        check_fields(values, kinds, f"{path}: {key}")
+        if unknown := values.keys() - kinds.keys():
+            raise ValueError(f"{path}: {key}: must have exactly {', '.join(kinds)}, got {shown(sorted(unknown))}")
+    return entries

@@ -1,0 +1,32 @@
+"""What kernels that multiply in fp16 share: scaling by powers of two, and the error of sums in float32."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FEATURES = 64  # rows are padded to a multiple of this, so that the scan's inner loop needs no mask
+
+
+TINY = 2.0**-20
+
+
+@triton.jit
+def power_of_two(largest):
+    """The power of two that brings the largest value into [32, 64); 1 for zero and for what is not finite."""
+    exponent = tl.floor(tl.log2(largest)) - 5
+    return tl.where((largest > 0) & (largest < float("inf")), tl.exp2(tl.clamp(exponent, -100.0, 100.0)), 1.0)
+
+
+def slack(features: int) -> float:
+    """1 + the relative error that a float32 sum of `features` squares can carry."""
+    return 1.0 + 2 * sum_error(features)
+
+
+def sum_error(features: int) -> float:
+    """g: what a float32 sum of `features` products can be off by, relative to the product of the norms.
+
+    Each of the D additions, in any order, rounds or (in a tensor core) truncates by at most 2^-23 of a partial sum.
+    Rounded up to a power of two, so that kernels are compiled once for many D.
+    """
+    return max(FEATURES, triton.next_power_of_2(features)) * 2.0**-23

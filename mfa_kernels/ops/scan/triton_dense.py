@@ -1,0 +1,128 @@
+"""Every logit of some tokens on a GPU, from differences: log p(x | k), and tokens that a scan leaves undecided.
+
+    v = (x_n - mu_k) lam_k,   t = A_k v,   logit_nk = constant_k - (|v|^2 - |t|^2) / 2
+
+A tile is BN tokens and one component, with the inner loop of the pairs (ops/common/triton_residual.py). Never
+materialised: v and t, which stay in registers. Exact: differences and sums in float32, as the plain formula has them.
+The floor is arithmetic beside the matrix units, N K D (R + 2) multiply-adds (ops/pairs/README.md).
+
+A fixed number of programs walks over the tiles: with `count` the device alone knows how many there are. Tiles are taken
+in bands of BK components, whose rows stay in the second-level cache while the tokens pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.triton_residual import project, rank_tile, vector
+from mfa_kernels.ops.woodbury.types import Woodbury
+
+_PROGRAMS = 2048
+"""At most so many programs: several for every place that a GPU has for one."""
+
+
+@triton.jit
+def dense_kernel(
+    p_x,  # (N, D)
+    p_index,  # (n,) or None
+    p_count,  # (1,) or None
+    p_rows,  # (K, R + 1 or R + 2, D)
+    p_scale,  # (D,)
+    p_constants,  # (K,)
+    p_out,  # (n, K)
+    N,  # rows of out
+    K,
+    D,
+    R: tl.constexpr,
+    PER_COMPONENT: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+    VEC: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    if p_count is not None:
+        N = tl.minimum(N, tl.load(p_count).to(tl.int32))
+    token_tiles = tl.cdiv(N, BN)
+    for i in range(tl.program_id(0), token_tiles * tl.cdiv(K, BK) * BK, tl.num_programs(0)):
+        i_k = i // (token_tiles * BK) * BK + i % BK
+        o_i = (i // BK) % token_tiles * BN + tl.arange(0, BN)  # [BN]
+        m_i = (o_i < N) & (i_k < K)
+        o_n = o_i.to(tl.int64)
+        if p_index is not None:
+            o_n = tl.load(p_index + o_i, mask=m_i, other=0).to(tl.int64)
+        i_k = tl.minimum(i_k, K - 1)
+        p_own = p_rows + i_k.to(tl.int64) * (R + 1 + PER_COMPONENT) * D
+        b_square = tl.zeros([BN], dtype=tl.float32)
+        b_explained = tl.zeros([BN], dtype=tl.float32)
+        for r0 in range(0, R if R > 0 else 1, BR):
+            b_square, b_t = project(
+                p_x + o_n[:, None, None] * D, m_i[:, None, None], p_own, p_scale,
+                r0, D, R, PER_COMPONENT, BN, BR, BD, VEC, STAGES,
+            )  # fmt: skip
+            b_explained += tl.sum(b_t * b_t, axis=1)
+        b_logits = tl.load(p_constants + i_k) - 0.5 * (b_square - b_explained)  # [BN]
+        tl.store(p_out + o_i.to(tl.int64) * K + i_k, b_logits, mask=m_i)
+
+
+def dense(
+    x: Tensor,
+    woodbury: Woodbury,
+    constants: Tensor,
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Every logit of some tokens, (n, K) float32. Does not wait for the device.
+
+    Args:
+        x: (N, D) contiguous, bfloat16, float16 or float32.
+        woodbury: in the portable layout, float32.
+        constants: (K,) float32.
+        index: (n,) int32, the tokens wanted; None for all, in order.
+        count: (1,) int32 on the device: how many entries of `index` are in use. Rows of the result beyond it are left
+            as they are.
+        out: (n, K) float32 contiguous, to be written and returned.
+    """
+    count_k, rank = woodbury.rows.shape[0], woodbury.cholesky.shape[-1]
+    rows = x.shape[0] if index is None else index.shape[0]
+    if out is None:
+        out = x.new_empty(rows, count_k, dtype=torch.float32)
+    config = configs.configured(configs.Dense, x, rows, count_k)
+    tiles = triton.cdiv(rows, config.tokens) * triton.cdiv(count_k, config.components)
+    if tiles:
+        with torch.cuda.device_of(x):
+            dense_kernel[(min(tiles, _PROGRAMS),)](
+                x, index, count, woodbury.rows, woodbury.scale, constants, out,
+                rows, count_k, x.shape[1], rank, woodbury.per_component, **_tiles(config, rank),
+                num_warps=config.warps,
+            )  # fmt: skip
+    return out
+
+
+def _tiles(config: configs.Dense, rank: int) -> dict[str, int]:
+    return {
+        "BN": config.tokens,
+        "BK": config.components,
+        "BR": rank_tile(rank, config.tokens, config.features, config.warps),
+        "BD": config.features,
+        "VEC": vector(config.features, config.warps),
+        "STAGES": config.stages,
+    }
+
+
+def ahead_of_time(config: configs.Dense) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10."""
+    types = {
+        "p_x": "*bf16", "p_index": "*i32", "p_count": "*i32", "p_rows": "*fp32", "p_scale": "*fp32",
+        "p_constants": "*fp32", "p_out": "*fp32", "N": "i32:16", "K": "i32:16", "D": "i32:16",
+    }  # fmt: skip
+    constants = {"R": 10, "PER_COMPONENT": False, **_tiles(config, 10)}
+    return [("dense", dense_kernel, types, constants, {"num_warps": config.warps})]

@@ -1,0 +1,306 @@
+"""The scan: fp16 products of every token with every row, in one pass, and a rigorous bound on their rounding.
+
+A program owns a tile of tokens x 64 components. It multiplies the tokens with four rows of loadings at a time (256
+columns), R rows in all, then with the mean row, and folds each product into one logit tile that never leaves the
+registers:
+
+    t_r = s_n beta_k tokens.B_r - offset_r        T = sum_r t_r^2
+    p   = s_n sigma_k tokens.(w m)                q = s_n^2 tau_k squares.w      (noise per component only)
+    logit_k = constant_k - (sum w m^2 + |y|^2 or q) / 2 + p + T / 2
+
+(|y|^2 is the same for every component with shared noise, and left out here.) What leaves the chip is, per token and
+tile of components, the `TOP` largest upper bounds with their components, and the largest lower bound: about 36 bytes
+per 64 components. Neither N x K nor N x K x R is ever written.
+
+Four rows at a time: 128 tokens and 64 features take (128 + 4 x 64) x 64 x 2 bytes from the second-level cache for
+128 x 256 x 64 multiply-adds, 85 flops a byte; one row at a time would be 43, far more than that cache delivers at full
+rate. A 128 x 64 logit tile beside a 128 x 256 product is 160 registers a thread; a 128 x 128 tile with two rows at a
+time (192) spilled when it was tried.
+
+The bound. With |tokens - y| <= eta, |y| <= a, squares off by psi (triton_tokens.py), and the rows' own M1, M2, E1, E2,
+E3, N1, N2 (woodbury/triton_rows.py), by Cauchy-Schwarz and with every sum of D products off by at most g = D 2^-23:
+
+    |p - y.(w m)|   <=  a M1 + eta M2,           M1 = eps_m + g (mu + eps_m),      M2 = (1 + g) (mu + eps_m)
+    |t^ - t|        <=  e = a E1 + eta E2 + E3 + 2^-22 |t^|,  E1 = eps_B + g (phi + eps_B),  E2 = alpha + E1
+    | |t^|^2 - |t|^2 | <= e (2 |t^| + e)
+    |q - sum w y^2| / 2 <= a^2 N1 + psi N2,      N1 = (eps_w + (g + 2^-18) omega') / 2,  N2 = (1 + g) omega' / 2
+    delta = all of these (the third halved) + 2^-20 (|constant| + sum w m^2 + |p| + T + q)
+
+Of these only M2 and N2 (which grow with the distance from the centre and with the precisions) are kept per component;
+the others enter by their largest value, or their largest ratio to M2 or N2 (`worst`). In the last term |p| is at most
+|logit| + (T + q) / 2 + |constant| + sum w m^2, sum w m^2 at most 2 (|constant| + |base|), and q <= omega a^2 is in N1.
+So the exact logit lies within delta of the computed one. Whoever could be active within these bounds is recomputed from
+the differences x - mu (pairs/triton_pairs.py): low-precision speed, fp32 results.
+
+Measured: not yet on a GPU; see bench/RESULTS.md. Checked by tests/ops/scan/test_triton_pipeline.py and bench/aot.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common.configs import Scan
+from mfa_kernels.ops.common.triton_tokens import Tokens
+from mfa_kernels.ops.woodbury.triton_rows import TILE
+from mfa_kernels.ops.woodbury.types import ScanRows
+
+TOP = 4
+"""Components kept per token and tile. Two or three in one tile of 128 are rare where responsibilities are one-hot."""
+
+
+class Partials(NamedTuple):
+    """What a scan leaves of each token and tile of components.
+
+    Attributes:
+        upper: (N, tiles, TOP): the largest upper bounds of the logits, or the logits themselves where no bounds were
+            asked for, in descending order; -inf where a tile has fewer components.
+        components: (N, tiles, TOP) int32.
+        lower: (N, tiles): the largest lower bound, or logit.
+        sums: (N, tiles): sum of exp(logit - lower) over the tile; without bounds only.
+    """
+
+    upper: Tensor
+    components: Tensor
+    lower: Tensor
+    sums: Tensor
+
+
+@triton.jit
+def _products(
+    p_tokens, p_rows, i_row, row, o_n, PADDED, BN: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):  # fmt: skip
+    """tokens . rows, [BN, ROWS], for the ROWS rows that begin at `row`."""
+    b_product = tl.zeros([BN, ROWS], tl.float32)
+    for d in range(0, PADDED, BD):
+        if DESCRIPTOR:
+            b_y = p_tokens.load([i_row, d])  # [BN, BD]
+            b_b = p_rows.load([row, d])  # [ROWS, BD]
+        else:
+            o_d = d + tl.arange(0, BD)
+            b_y = tl.load(p_tokens + o_n.to(tl.int64)[:, None] * PADDED + o_d[None, :])
+            b_b = tl.load(p_rows + (row + tl.arange(0, ROWS)).to(tl.int64)[:, None] * PADDED + o_d[None, :])
+        b_product = tl.dot(b_y, tl.trans(b_b), b_product, out_dtype=tl.float32)
+    return b_product
+
+
+@triton.jit
+def _squares(b_product, b_s, p_offsets, BN: tl.constexpr, BK: tl.constexpr, WIDTH: tl.constexpr):
+    """sum over WIDTH rows of (s_n product - offset)^2, [BN, BK]."""
+    b_t = b_product * b_s[:, None] - tl.load(p_offsets + tl.arange(0, WIDTH * BK))[None, :]
+    return tl.sum(tl.reshape(b_t * b_t, [BN, WIDTH, BK]), 1)
+
+
+@triton.jit
+def scan_kernel(
+    p_tokens,  # (N, D') fp16, or its descriptor
+    p_squares,  # (N, D') fp16, or its descriptor
+    p_rows,  # (tiles G BK, D') fp16, or its descriptor for WIDTH rows of a tile
+    p_rows_2,  # the same for two
+    p_rows_1,  # and for one
+    p_token_scales,  # (N,)
+    p_norms,  # (3, N)
+    p_scales,  # (3, tiles BK)
+    p_offsets,  # (tiles, R, BK)
+    p_bounds,  # (7, tiles BK)
+    p_worst,  # (5,)
+    p_base,  # (tiles BK,): constant - sum w m^2 / 2
+    p_rest,  # (1,): 2^-17 max |constant|
+    p_count,  # (1,) int32: the tokens in use, the first of the N; None for all
+    p_upper,  # (N, tiles, TOP)
+    p_components,  # (N, tiles, TOP) int32
+    p_lower,  # (N, tiles)
+    p_sums,  # (N, tiles)
+    N,
+    K,
+    PADDED,
+    R: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BD: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SWIZZLE: tl.constexpr,
+    TOP: tl.constexpr,
+    PER_COMPONENT: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    # SWIZZLE token tiles walk a band of components together.
+    in_use = N if p_count is None else tl.load(p_count)
+    tiles_n, tiles_k = tl.cdiv(in_use, BN), tl.cdiv(K, BK)
+    i_program = tl.program_id(0)
+    if p_count is not None:  # noqa: SIM102 - decided while compiling
+        if i_program >= tiles_n * tiles_k:
+            return
+    i_band = i_program // (SWIZZLE * tiles_k)
+    in_band = tl.minimum(tiles_n - i_band * SWIZZLE, SWIZZLE)
+    i_n = i_band * SWIZZLE + (i_program % (SWIZZLE * tiles_k)) % in_band
+    i_k = (i_program % (SWIZZLE * tiles_k)) // in_band
+
+    # Beyond the end, the last token once more: the inner loops need no mask.
+    o_n = tl.minimum(i_n * BN + tl.arange(0, BN), in_use - 1)
+    b_s = tl.load(p_token_scales + o_n)
+    row = i_k * ((R + 1 + PER_COMPONENT) * BK)
+
+    b_square = tl.zeros([BN, BK], tl.float32)  # T / beta^2
+    for r in range(0, R // WIDTH * WIDTH, WIDTH):
+        b_product = _products(p_tokens, p_rows, i_n * BN, row + r * BK, o_n, PADDED, BN, WIDTH * BK, BD, DESCRIPTOR)
+        b_square += _squares(b_product, b_s, p_offsets + (i_k * R + r) * BK, BN, BK, WIDTH)
+    if R % WIDTH >= 2:
+        FIRST: tl.constexpr = R // WIDTH * WIDTH
+        b_product = _products(p_tokens, p_rows_2, i_n * BN, row + FIRST * BK, o_n, PADDED, BN, 2 * BK, BD, DESCRIPTOR)
+        b_square += _squares(b_product, b_s, p_offsets + (i_k * R + FIRST) * BK, BN, BK, 2)
+    if R % WIDTH % 2 == 1:
+        b_product = _products(p_tokens, p_rows_1, i_n * BN, row + (R - 1) * BK, o_n, PADDED, BN, BK, BD, DESCRIPTOR)
+        b_square += _squares(b_product, b_s, p_offsets + (i_k * R + R - 1) * BK, BN, BK, 1)
+    b_logit = _products(p_tokens, p_rows_1, i_n * BN, row + R * BK, o_n, PADDED, BN, BK, BD, DESCRIPTOR)
+    if PER_COMPONENT:
+        b_q = _products(p_squares, p_rows_1, i_n * BN, row + (R + 1) * BK, o_n, PADDED, BN, BK, BD, DESCRIPTOR)
+
+    o_k = i_k * BK + tl.arange(0, BK)
+    b_base = tl.load(p_base + o_k)
+    m_k = (o_k < K) & (b_base != -float("inf"))  # a component without weight is no candidate
+    stride = tiles_k * BK
+    b_beta = tl.load(p_scales + o_k)
+    b_square *= (b_beta * b_beta)[None, :]
+    b_logit *= b_s[:, None] * tl.load(p_scales + stride + o_k)[None, :]
+    if PER_COMPONENT:
+        b_logit -= b_q * (0.5 * b_s * b_s)[:, None] * tl.load(p_scales + 2 * stride + o_k)[None, :]
+    b_logit += 0.5 * b_square + b_base[None, :]
+
+    m_n = i_n * BN + tl.arange(0, BN) < in_use
+    o_tile = o_n.to(tl.int64) * tiles_k + i_k
+    if BOUNDS:
+        b_a = tl.load(p_norms + o_n)[:, None]
+        b_eta = tl.load(p_norms + N + o_n)[:, None]
+        b_m2 = tl.load(p_bounds + stride + o_k)[None, :]
+        b_root = tl.sqrt(b_square)  # |t^|
+        b_e = b_a * tl.load(p_worst + 1) + b_eta * tl.load(p_worst + 2)
+        b_e = b_e + tl.load(p_worst + 3) * b_m2 + 2.384185791015625e-07 * b_root  # 2^-22
+        b_delta = b_e * (b_root + 0.5 * b_e) + (b_a * tl.load(p_worst) + b_eta) * b_m2
+        # 2^-20 and 2^-18
+        b_delta += (
+            9.5367431640625e-07 * (tl.abs(b_logit) + 1.5 * b_root * b_root)
+            + 3.814697265625e-06 * tl.abs(b_base)[None, :]
+        )
+        b_delta += tl.load(p_rest)
+        if PER_COMPONENT:
+            b_psi = b_a * b_a * tl.load(p_worst + 4) + tl.load(p_norms + 2 * N + o_n)[:, None]
+            b_delta += b_psi * tl.load(p_bounds + 6 * stride + o_k)[None, :]
+        b_delta *= 1.0009765625  # the roundings of delta itself
+        b_lower = tl.where(m_k[None, :], b_logit - b_delta, -float("inf"))
+        b_lower = tl.where(b_lower == b_lower, b_lower, -float("inf"))
+        tl.store(p_lower + o_tile, tl.max(b_lower, 1), m_n)
+        # What cannot be told (overflow, NaN) counts as possible: the exact recompute decides.
+        b_logit = b_logit + b_delta
+        b_logit = tl.where(b_logit == b_logit, b_logit, float("inf"))
+        b_logit = tl.where(m_k[None, :], b_logit, -float("inf"))
+    else:
+        b_logit = tl.where(m_k[None, :], b_logit, -float("inf"))
+        b_best = tl.max(b_logit, 1)
+        tl.store(p_lower + o_tile, b_best, m_n)
+        b_shift = tl.where(b_best == -float("inf"), 0.0, b_best)
+        tl.store(p_sums + o_tile, tl.sum(tl.exp(b_logit - b_shift[:, None]), 1), m_n)
+    for i_top in tl.static_range(TOP):
+        b_best, b_index = tl.max(b_logit, 1, return_indices=True)
+        tl.store(p_upper + o_tile * TOP + i_top, b_best, m_n)
+        tl.store(p_components + o_tile * TOP + i_top, i_k * BK + b_index, m_n)
+        b_logit = tl.where(tl.arange(0, BK)[None, :] == b_index[:, None], -float("inf"), b_logit)
+
+
+def scan_tiles(
+    tokens: Tokens, rows: ScanRows, constants: Tensor, config: Scan, bounds: bool, in_use: Tensor | None = None
+) -> Partials:
+    """Every token against every component; `constants` (K,) as `Woodbury.constants` gives them.
+
+    With `in_use` (1,) int32, on the device, only so many of the tokens, the first ones, are promised a result.
+    """
+    count, padded = tokens.tokens.shape
+    tiles, groups = rows.rows.shape[:2]
+    rank, components = rows.offsets.shape[1], constants.shape[0]
+    new = constants.new_empty
+    out = Partials(
+        new(count, tiles, TOP),
+        new(count, tiles, TOP, dtype=torch.int32),
+        new(count, tiles),
+        new((count, tiles) if not bounds else (0,)),
+    )
+    base = new(tiles * TILE)
+    base[:components] = constants.double() - 0.5 * rows.squares
+    rest = (2.0**-17 * torch.where(constants.isfinite(), constants, 0).abs().amax()).view(1)
+    matrix = rows.rows.view(-1, padded)
+    squares = tokens.tokens if tokens.squares is None else tokens.squares
+    operands: list[Any] = [tokens.tokens, squares, matrix, matrix, matrix]
+    architecture = configs.architecture(constants.device, 90)  # the interpreter has descriptors too
+    per_component = groups == rank + 2
+    config = fitted(config, architecture, rank, per_component or in_use is not None)
+    descriptors = config.descriptors and architecture >= 90
+    if descriptors:
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        heights = _heights(config)
+        operands = [
+            TensorDescriptor(t, list(t.shape), list(t.stride()), [h, config.features])
+            for t, h in zip(operands, heights)
+        ]
+    scan_kernel[(triton.cdiv(count, config.tokens) * tiles,)](
+        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, in_use,
+        *out, count, components, padded, R=rank, BN=config.tokens, BK=TILE, BD=config.features, WIDTH=config.width,
+        SWIZZLE=config.swizzle, TOP=TOP, PER_COMPONENT=per_component, BOUNDS=bounds, DESCRIPTOR=descriptors,
+        num_warps=config.warps, num_stages=config.stages,
+    )  # fmt: skip
+    return out
+
+
+def fitted(config: Scan, architecture: int, rank: int, more: bool) -> Scan:
+    """The configuration where registers are short: as `python -m bench.aot` shows.
+
+    One turn of the loop over four rows (4 <= R < 8) is unrolled into the rest. Noise per component keeps one product
+    more, and a number of tokens that the device alone knows one value more, which sm_100 has no room for (`more`).
+    """
+    if 4 <= rank < 8:
+        config = replace(config, width=min(config.width, 2))
+    return replace(config, tokens=min(config.tokens, 64)) if more and architecture >= 100 else config
+
+
+def _heights(config: Scan) -> list[int]:
+    """Rows of the tiles that the kernel loads of each operand."""
+    return [config.tokens, config.tokens, config.width * TILE, 2 * TILE, TILE]
+
+
+def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
+    entries = []
+    variants: dict[str, dict[str, Any]] = {
+        "scan": {},
+        "scan, fast": {"BOUNDS": False},
+        "scan, noise per component": {"PER_COMPONENT": True},
+        "scan, rank 5": {"R": 5},
+        "scan, rank 7": {"R": 7},
+        "scan, rank 16": {"R": 16},
+        "scan, some tokens": {"p_count": "*i32"},
+    }
+    for name, change in variants.items():
+        default = configs.default(Scan, architecture, 16384, 8192)
+        config = fitted(default, architecture, change.get("R", 10), bool({"PER_COMPONENT", "p_count"} & set(change)))
+        descriptor = config.descriptors and architecture >= 90
+        matrices = [f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for h in _heights(config)]
+        types = [*matrices, *["*fp32"] * 8, "*i32", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
+        flags = {
+            "R": 10, "BN": config.tokens, "BK": TILE, "BD": config.features, "WIDTH": config.width,
+            "SWIZZLE": config.swizzle, "TOP": TOP, "PER_COMPONENT": False, "BOUNDS": True, "DESCRIPTOR": descriptor,
+            "p_count": None,
+        }  # fmt: skip
+        if "p_count" in change:  # no constant then
+            del flags["p_count"], change["p_count"]
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        signature = dict(zip(scan_kernel.arg_names, types, strict=False))
+        entries.append((name, scan_kernel, signature, {**flags, **change}, options))
+    return entries

@@ -1,0 +1,162 @@
+"""Stage 0 registered: ``torch.ops.mfa_kernels.factors`` and its gradient."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.common.precision import full_precision
+from mfa_kernels.ops.common import backends, cpp, cuda, trust
+from mfa_kernels.ops.common.out_of_memory import explained
+from mfa_kernels.ops.woodbury.portable import portable
+from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
+
+
+def scale_of(noise_variance: Tensor) -> Tensor:
+    """lam (D,): ones where each component has its own noise."""
+    return noise_variance.rsqrt() if noise_variance.dim() == 1 else torch.ones_like(noise_variance[0])
+
+
+def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: Tensor) -> Woodbury:
+    """Runs stage 0 outside autograd: the gradients of stages 1 and 2 reach the parameters in closed form.
+
+    Args:
+        means: (K, D).
+        loadings: (K, D, R).
+        noise_variance: (D,) or (K, D).
+        center: (D,).
+    """
+    if center.shape != means.shape[1:]:
+        raise ValueError(f"center must have shape (D,) = ({means.shape[1]},), got {tuple(center.shape)}")
+    with torch.no_grad():
+        rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance)
+        scale, center = scale_of(noise_variance).contiguous(), center.to(means).contiguous()
+        per_component = noise_variance.dim() == 2
+        scan = torch.ops.mfa_kernels.scan_rows(rows, cholesky, scale, center, per_component)
+        return Woodbury(rows, cholesky, log_det, scale, center, per_component, tuple(scan))
+
+
+torch.library.define(
+    "mfa_kernels::factors",
+    "(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)",
+)
+
+
+_check_woodbury = trust.checker("factors", trust.PARAMETERS)
+_check_scan_rows = trust.checker(
+    "scan_rows",
+    {
+        "rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)",
+        "per_component": "",
+    },
+    last=("rows",),
+)  # fmt: skip
+
+
+def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    _check_woodbury(means, loadings, noise_variance)
+    with full_precision(means), _room(means, loadings.shape[2], 2):
+        serving = backends.serving(means, loadings.shape[2])
+        library = cpp.library() if serving == "cpp" else cuda.library() if serving == "triton" else None
+        if library is None:
+            return portable(means, loadings, noise_variance)
+        return library.woodbury(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
+
+
+def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
+    """Says how large the factors are where they do not fit."""
+    components, features = means.shape
+    what = f"the factors of {components} components of rank {rank}"
+    size = copies * components * (rank + 1) * features
+    return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
+
+
+trust.register("factors", _factors)
+
+
+@torch.library.register_fake("mfa_kernels::factors")
+def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    components, features, rank = loadings.shape
+    row_count = rank + noise_variance.dim()
+    if backends.serving(means, rank) != "cpp":
+        rows = means.new_empty(components, row_count, features)
+    else:
+        width = cpp.library().vector_bytes // means.element_size()
+        rows = means.new_empty(components, -(-features // width), row_count, width)
+    return rows, means.new_empty(components, rank, rank), means.new_empty(components)
+
+
+torch.library.define(
+    "mfa_kernels::scan_rows",
+    "(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component)"
+    " -> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)",
+)
+
+
+def _scan_rows(rows, cholesky, scale, center, per_component):
+    _check_scan_rows(rows, cholesky, scale, center, per_component)
+    woodbury = Woodbury(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+    if not woodbury.is_triton:
+        return _no_scan(rows)
+    from mfa_kernels.ops.woodbury import triton_rows
+
+    with _room(rows[:, 0], cholesky.shape[-1], 1):
+        return tuple(triton_rows.scan_rows(woodbury))
+
+
+def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(rows.new_empty(0) for _ in range(7))
+
+
+trust.register("scan_rows", _scan_rows)
+
+
+@torch.library.register_fake("mfa_kernels::scan_rows")
+def _(rows, cholesky, scale, center, per_component):
+    if not Woodbury(rows, cholesky, cholesky.new_empty(0), scale, center, per_component).is_triton:
+        return _no_scan(rows)
+    from mfa_kernels.ops.woodbury import triton_rows
+
+    return tuple(triton_rows.allocate(rows, cholesky.shape[-1], per_component))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    rows, cholesky, _ = output
+    ctx.save_for_backward(*inputs, rows, cholesky)
+
+
+def _backward(ctx, *gradients: Tensor):
+    with full_precision(gradients[0]):
+        return _gradients(ctx, *gradients)
+
+
+def _gradients(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
+    means, loadings, noise, rows, cholesky = ctx.saved_tensors
+    features, rank = loadings.shape[1:]
+    scale = noise.rsqrt().expand_as(means)  # lam_k
+    grad_rows = unpack_rows(grad_rows, features)
+    a, grad_a = unpack_rows(rows, features)[:, 1 : rank + 1], grad_rows[:, 1 : rank + 1]
+    whitened = loadings * scale.unsqueeze(-1)
+    # A = L^-1 W~^T, L = chol(M), M = I + W~^T W~ (Murray, arXiv 1602.07527, for the Cholesky step)
+    solve = torch.linalg.solve_triangular
+    upstream = solve(cholesky.mT, grad_a, upper=True)  # L^-T dA, (K, R, D)
+    inner = cholesky.mT @ (grad_cholesky - upstream @ a.mT).tril()
+    inner = inner.tril() - 0.5 * torch.diag_embed(inner.diagonal(dim1=-2, dim2=-1))
+    grad_gram = solve(cholesky.mT, solve(cholesky.mT, inner.mT, upper=True).mT, upper=True)
+    identity = torch.eye(rank, dtype=a.dtype, device=a.device).expand_as(cholesky)
+    inverse = torch.cholesky_solve(identity, cholesky)  # M^-1 = d log|M| / d M
+    symmetric = grad_gram + grad_gram.mT + 2 * grad_log_det[:, None, None] * inverse
+    grad_whitened = upstream.mT + whitened @ symmetric
+    grad_loadings = grad_whitened * scale.unsqueeze(-1)
+    grad_scale = (grad_whitened * loadings).sum(-1)
+    if noise.dim() == 2:
+        grad_scale = grad_scale + grad_rows[:, rank + 1]
+    grad_noise = -0.5 * grad_scale * scale**3 + grad_log_det.unsqueeze(-1) * scale.square()
+    if noise.dim() == 1:
+        grad_noise = grad_noise.sum(0)
+    return grad_rows[:, 0], grad_loadings, grad_noise
+
+
+torch.library.register_autograd("mfa_kernels::factors", _backward, setup_context=_setup_context)

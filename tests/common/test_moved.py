@@ -1,0 +1,68 @@
+"""Modules are found under the names that they had, which say once where they are now."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+from importlib import import_module
+
+import pytest
+
+from mfa_kernels import MFA
+from mfa_kernels.common import moved
+
+USED = {
+    "checkpoint": "save_pretrained", "checks": "check_integer", "cli": "main", "code": "Code", "codes": "write_codes",
+    "demo": "run", "doctor": "report", "files": "atomic_path", "fitting.loop": "fit", "fitting.many": "fit_many",
+    "fitting.reservoir": "reservoir", "fitting.sharded": "fit_sharded", "fitting.source": "as_source",
+    "fitting.start": "start_from_clusters", "functional": "log_prob", "mfa": "MFA", "models": "load_language_model",
+    "modes": "door", "ranks": "Ranks", "reference_checkpoint": "load_reference", "rotation": "varimax",
+    "sharded": "ShardedMFA", "tuning": "main",
+}  # fmt: skip
+
+
+def test_all_of_them_are_tested():
+    assert USED.keys() == moved.MOVED.keys()
+
+
+@pytest.mark.parametrize(("old", "name"), USED.items())
+def test_a_module_is_found_under_its_name_of_before(old, name, monkeypatch):
+    monkeypatch.delitem(sys.modules, f"mfa_kernels.{old}", raising=False)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = getattr(import_module(f"mfa_kernels.{old}"), name)
+        import_module(f"mfa_kernels.{old}")
+    new = f"mfa_kernels.{moved.MOVED[old]}"
+    assert found is getattr(import_module(new), name)
+    silent = old in ("functional", "models")
+    assert [str(w.message) for w in told] == ([] if silent else [f"mfa_kernels.{old} is {new} now"])
+
+
+def test_the_command_line_under_its_name_of_before():
+    for module in ("mfa_kernels", "mfa_kernels.cli", "mfa_kernels.commands.cli"):
+        out = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True, check=True)
+        assert out.stdout.startswith("mfa_kernels ")
+
+
+@pytest.mark.parametrize(
+    ("module", "old", "new"),
+    [
+        ("ops", "Active", "ActivePairs"),
+        ("ops", "Factors", "Woodbury"),
+        ("steering", "Function", "SteeringFunction"),
+        ("common.processes", "Ranks", "Processes"),
+    ],
+)
+def test_a_name_of_before_in_a_module(module, old, new):
+    found = import_module(f"mfa_kernels.{module}")
+    with pytest.warns(FutureWarning, match=f"mfa_kernels.{module}.{old} is {new} now"):
+        assert getattr(found, old) is getattr(found, new)
+    with pytest.raises(AttributeError, match="has no attribute 'Another'"):
+        found.Another  # noqa: B018
+
+
+def test_a_method_of_before():
+    mfa = MFA(2, 3, 1)
+    with pytest.warns(FutureWarning, match="this attribute is woodbury now"):
+        assert mfa.factors() is mfa.woodbury()

@@ -1,0 +1,92 @@
+"""Random mixtures for tests, and the oracles they are compared with."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureSameFamily
+
+from mfa_kernels import MFA, ops
+from mfa_kernels.ops.scan import reference
+
+
+class Mixture(NamedTuple):
+    means: Tensor
+    loadings: Tensor
+    noise_variance: Tensor
+    log_weights: Tensor
+
+    def to(self, dtype: torch.dtype) -> Mixture:
+        return Mixture(*(t.to(dtype) for t in self))
+
+    def woodbury(self, center: Tensor | None = None) -> ops.Woodbury:
+        center = torch.zeros_like(self.means[0]) if center is None else center
+        return ops.factorize(self.means, self.loadings, self.noise_variance, center)
+
+    def active(self, x: Tensor, slots: int = 16, center: Tensor | None = None) -> ops.ActivePairs:
+        return ops.log_prob(x, *self, self.woodbury(center), slots)
+
+    def log_prob_fp64(self, x: Tensor) -> Tensor:
+        return reference.log_prob(x.double(), *self.to(torch.float64))
+
+    def logits_fp64(self, x: Tensor) -> Tensor:
+        wide = self.to(torch.float64)
+        return wide.log_weights + reference.component_log_prob(x.double(), *wide[:3])
+
+    def distribution(self) -> MixtureSameFamily:
+        """The second oracle, independent of ours."""
+        wide = self.to(torch.float64)
+        noise = wide.noise_variance.expand_as(wide.means)
+        parts = LowRankMultivariateNormal(wide.means, wide.loadings, noise)
+        return MixtureSameFamily(Categorical(logits=wide.log_weights), parts)
+
+
+def mixture(
+    components: int,
+    features: int,
+    rank: int,
+    *,
+    per_component: bool = False,
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Mixture:
+    """Components whose centroids are `spread` apart: 3 makes responsibilities near one-hot, 0.1 makes them diffuse."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    noise = 0.5 + torch.rand((components, features) if per_component else (features,), generator=generator).double()
+    return Mixture(
+        spread * normal(components, features),
+        normal(components, features, rank) * (3 / features**0.5),
+        noise,
+        normal(components).log_softmax(0),
+    ).to(dtype)
+
+
+def tokens(m: Mixture, count: int, seed: int = 1) -> Tensor:
+    """Draws from the mixture, (count, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    components, features, rank = m.loadings.shape
+    k = torch.randint(components, (count,), generator=generator)
+    z = torch.randn(count, rank, generator=generator).to(m.means)
+    noise = torch.randn(count, features, generator=generator).to(m.means)
+    scale = m.noise_variance.expand_as(m.means)[k].sqrt()
+    return m.means[k] + torch.einsum("ndr,nr->nd", m.loadings[k], z) + scale * noise
+
+
+def random_mfa(components=5, features=12, rank=3, noise="shared", dtype=torch.float32, **kwargs: Any) -> MFA:
+    """A module with the parameters of `mixture`; further arguments are those of `MFA`."""
+    m = mixture(components, features, rank, per_component=noise == "per_component", dtype=dtype)
+    mfa = MFA(components, features, rank, noise, dtype=dtype, **kwargs)
+    with torch.no_grad():
+        mfa.means.copy_(m.means)
+        mfa.loadings.copy_(m.loadings)
+        mfa.log_noise.copy_(m.noise_variance.log())
+        mfa.weight_logits.copy_(m.log_weights)
+        mfa.center.copy_(m.means.mean(0))
+    return mfa

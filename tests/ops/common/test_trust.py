@@ -1,0 +1,141 @@
+"""Operators refuse what does not fit, by name, on every path, and no wrong call crashes the process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.screen import neighbors
+from mfa_kernels.ops.screen import op as screening
+from tests.helpers.mixtures import mixture, tokens
+
+LOG_PROB = torch.ops.mfa_kernels.log_prob
+
+
+def check(name: str, **tensors: str):
+    return trust.checker(name, tensors, last=("last",), optional=("maybe",), written=("out",))
+
+
+def test_letters_and_dtypes_are_those_of_the_first_tensor_that_has_them():
+    fits = check("op", a="real(N, D)", b="a(D, N) or a(N)", c="int32(2 * N)", d="any()")
+    a = torch.zeros(3, 4)
+    fits(a, torch.zeros(4, 3), torch.zeros(6).int(), torch.zeros((), dtype=torch.bfloat16))
+    fits(a, torch.zeros(3), torch.zeros(6).int(), torch.zeros(()))
+    fits(a.double(), torch.zeros(3).double(), torch.zeros(6).int(), torch.zeros(()))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "message"),
+    [
+        ((torch.zeros(3), torch.zeros(3)), ValueError, r"op: a must be float32 or float64 of shape \(N, D\).*\(3,\)"),
+        ((torch.zeros(3, 4).half(), torch.zeros(3)), TypeError, "op: a must be .* got float16"),
+        ((torch.zeros(3, 4), torch.zeros(4)), ValueError, r"op: b must be float32 of shape \(4, 3\), or .* \(3,\)"),
+        ((torch.zeros(3, 4), torch.zeros(3).double()), TypeError, r"op: b must be float32 .* got float64"),
+    ],
+)  # fmt: skip
+def test_refusals_say_what_was_found_and_expected(tensors, error, message):
+    with pytest.raises(error, match=message):
+        check("op", a="real(N, D)", b="a(D, N) or a(N)")(*tensors)
+
+
+def test_one_device():
+    fits = trust.on_one_device("decode", lambda *tensors: "called")
+    tensors = [
+        torch.zeros(1, 1).int(),
+        torch.zeros(1, 1),
+        torch.zeros(1, 1, 3),
+        torch.zeros(9, 5),
+        torch.zeros(9, 5, 3),
+    ]
+    assert fits(*tensors) == "called"
+    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors, cpu, got meta"):
+        fits(*tensors[:3], *(t.to("meta") for t in tensors[3:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensors on two devices need a GPU")
+def test_one_device_of_two():
+    m = mixture(9, 21, 3)
+    slots = torch.zeros(1, 1).int().cuda(), torch.zeros(1, 1).cuda(), torch.zeros(1, 1, 3).cuda()
+    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors"):
+        torch.ops.mfa_kernels.decode(*slots, *m[:2])
+
+
+def test_optional_written_and_last():
+    fits = check("op", last="any(N)", a="real(N, D)", maybe="a(N)", out="a(D)", flag="", count="positive")
+    a = torch.zeros(3, 4)
+    fits(torch.zeros(3), a, None, torch.zeros(4), object(), 1)
+    with pytest.raises(ValueError, match=r"op: last must be .* \(3,\)"):
+        fits(torch.zeros(4), a, None, torch.zeros(4), object(), 1)
+    with pytest.raises(ValueError, match="op: maybe must be"):
+        fits(torch.zeros(3), a, torch.zeros(4), torch.zeros(4), object(), 1)
+    with pytest.raises(ValueError, match="op: out must be .* not contiguous"):
+        fits(torch.zeros(3), a, None, torch.zeros(8)[::2], object(), 1)
+    with pytest.raises(ValueError, match="op: count must be at least 1, got 0"):
+        fits(torch.zeros(3), a, None, torch.zeros(4), object(), 0)
+
+
+@pytest.mark.parametrize("per_component", [False, True])
+@pytest.mark.parametrize("way", ["fewer components", "fewer features", "another rank", "another noise"])
+def test_factors_of_another_mixture_are_refused(backend, way, per_component):
+    """As those kept from before regions were dropped: forward, and backward through what was saved."""
+    sizes = {"fewer components": (5, 21, 3), "fewer features": (9, 20, 3), "another rank": (9, 21, 2)}
+    m = mixture(9, 21, 3, per_component=per_component)
+    other = mixture(*sizes.get(way, (9, 21, 3)), per_component=per_component != (way == "another noise"))
+    x, woodbury = tokens(m, 7), m.woodbury()
+    active = LOG_PROB(x, *m, *woodbury.tensors(), 4)
+    with pytest.raises(ValueError, match=r"log_prob: (rows|x|scale) must be"):
+        LOG_PROB(x, *other, *woodbury.tensors(), 4)
+    op, tensors = torch.ops.mfa_kernels, woodbury.tensors()
+    for call in (
+        lambda p: op.log_prob_backward(torch.ones(7), torch.zeros(7, 4), x, *p, *tensors, *active, [True] * 5),
+        lambda p: op.component_log_prob(x, *p[:3], *tensors),
+        lambda p: op.component_log_prob_backward(torch.ones(7, len(p.means)), x, *p[:3], *tensors, [True] * 4),
+        lambda p: op.latents(x, torch.arange(7), torch.zeros(7).int(), *p[:3], *tensors),
+    ):
+        call(m)
+        with pytest.raises(ValueError, match=r"\w+: (rows|x|scale) must be"):
+            call(other)
+
+
+def fuzzed(count: int, seed: int, backend: str) -> dict[str, int]:
+    """What became of wrong calls, made in a process of their own."""
+    command = [sys.executable, "-m", "tests.ops.fuzz", str(count), str(seed), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (
+        f"the process ended with {done.returncode}:\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "portable", pytest.param("triton", marks=pytest.mark.more)])
+@pytest.mark.parametrize("count", [300, pytest.param(4000, marks=pytest.mark.more)])
+def test_wrong_calls_are_refused_by_name_or_harmless(count, backend):
+    outcome = fuzzed(count, 0, backend)
+    assert outcome["calls"] == count
+    assert outcome["refused"] > 0.5 * count
+    assert outcome["unnamed"] <= 0.01 * outcome["refused"]
+
+
+@pytest.mark.parametrize("wrong", [-7, 70, 2**31 - 1, -(2**31)])
+def test_lists_of_neighbors_that_name_no_component_are_harmless(wrong):
+    """They are too long to be looked through at every call: read within bounds, whatever they say."""
+    if cpp.library() is None:
+        pytest.skip("not applicable: only the C++ kernels have lists of neighbors")
+    m = mixture(70, 32, 2, spread=0.5)
+    x, woodbury = tokens(m, 300), m.woodbury()
+    screen = screening.with_neighbors(screening.screen(*m, woodbury, 16), *m, woodbury)
+    lists, within = neighbors.flat(screen.neighbors)
+    for which in (2, 3, 6):  # starts, members, neighbors
+        bad = [torch.full_like(t, wrong) if i == which else t for i, t in enumerate(lists)]
+        _, components, *_ = torch.ops.mfa_kernels.select_screened(
+            x, woodbury.rows, woodbury.constants(m.log_weights), woodbury.scale, woodbury.center, screen.basis,
+            screen.rows, screen.log_det, screen.radii, screen.slack, screen.lines, screen.line_terms,
+            screen.batches_by_lines, bad, within, screen.exact_slack, 20.0, 4,
+        )  # fmt: skip
+        assert ((components >= -1) & (components < 70)).all()

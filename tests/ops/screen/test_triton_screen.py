@@ -1,0 +1,300 @@
+"""Screening in Triton: under the interpreter on a machine without a GPU, on the GPU where there is one."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mfa_kernels.ops.common import configs, triton_tokens
+from mfa_kernels.ops.scan.types import activity_threshold
+from mfa_kernels.ops.screen import differentiable, reference, triton_project, triton_screen
+from mfa_kernels.ops.screen.basis import basis
+from mfa_kernels.ops.screen.types import ScreenedPairs
+from mfa_kernels.ops.woodbury import triton_rows
+from tests.helpers import budgets
+from tests.helpers.budgets import Terms
+from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.ops.scan.test_scan import check_slots
+
+pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TILES = configs.Scan(tokens=16, width=4, features=64, warps=4, stages=2, swizzle=2)
+# (N, K, D, p, R): tokens (tiles of 16), components, features and coordinates (64) cross three tiles with a ragged tail.
+SHAPES = [(1, 1, 20, 16, 1), (35, 70, 40, 16, 0), (5, 130, 150, 135, 2), (3, 7, 130, 48, 13)]
+
+
+@pytest.fixture(autouse=True)
+def triton_backend(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
+    pairs = configs.Pairs(pairs=16, features=64, warps=4, stages=1)
+    dense = configs.Dense(tokens=16, components=4, features=64, warps=4, stages=1)
+    with configs.override(TILES, pairs, dense):
+        yield
+
+
+class Case:
+    """A mixture, its factors and its screen."""
+
+    def __init__(self, m: Mixture, kept: int, q: Tensor | None = None):
+        self.m = Mixture(*(t.to(DEVICE) for t in m))
+        self.woodbury = self.m.woodbury(self.m.means.mean(0))
+        self.constants = self.woodbury.constants(self.m.log_weights)
+        self.basis = basis(self.woodbury, self.m.log_weights.exp(), kept) if q is None else q
+        self.screen = triton_screen.screen(*self.m[:3], self.woodbury, self.basis)
+
+    def scan(self, x: Tensor, threshold: float | None = None, slots: int = 16) -> ScreenedPairs:
+        threshold = activity_threshold(len(self.m.means), torch.float32) if threshold is None else threshold
+        return triton_screen.scan(x.to(DEVICE), self.woodbury, self.constants, self.screen, threshold, slots)
+
+    def seen(self, x: Tensor) -> triton_tokens.Tokens:
+        f = self.woodbury
+        return triton_tokens.scan_tokens(x.to(DEVICE), f.scale, f.center, f.scan[0].shape[-1], False)
+
+    def check_bounds(self, x: Tensor) -> float:
+        """Every reported bound above its logit, the last of a tile above the rest; the largest distance."""
+        partials, lift = triton_screen.bounds(self.seen(x), self.woodbury, self.constants, self.screen, TILES)
+        truth = self.m.logits_fp64(x.to(DEVICE))
+        upper = partials.upper.double() - lift[:, None, None]
+        held = partials.upper > -math.inf
+        exact = truth.gather(1, partials.components.flatten(1).long().clamp_max(truth.shape[1] - 1)).view(held.shape)
+        room = 1e-9 * exact.abs()  # float64's own
+        assert ((upper >= exact - room) | ~held).all()
+        for tile in range(upper.shape[1]):
+            kept = partials.components[:, tile].long().clamp_max(truth.shape[1] - 1)
+            others = truth.scatter(1, kept, -math.inf)[:, tile * triton_rows.TILE : (tile + 1) * triton_rows.TILE]
+            others = others.amax(-1)
+            assert ((others <= upper[:, tile, -1] + 1e-9 * others.abs()) | ~held[:, tile, -1]).all()
+        return (upper - exact)[held & (upper < math.inf)].max().item()
+
+    def check(self, x: Tensor, found: ScreenedPairs) -> None:
+        """log p(x) within its budget, and counts and certificates that make sense."""
+        truth = self.m.logits_fp64(x.to(DEVICE))
+        budgets.check(found.active.log_prob, truth.logsumexp(-1), Terms(self.m, x.to(DEVICE)).log_prob(truth))
+        assert found.active.components.dtype == found.active.counts.dtype == found.evaluated.dtype == torch.int32
+        assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
+        assert (found.evaluated <= truth.shape[1]).all()
+        assert (found.dropped >= 0).all()
+        assert (found.dropped <= torch.finfo(torch.float32).eps * (1 + 1e-4)).all()
+        assert (found.dropped[found.evaluated == -1] == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_log_prob_pairs_and_bounds(shape):
+    n, k, d, p, r = shape
+    case = Case(mixture(k, d, r, spread=2.0), p)
+    x = tokens(case.m, n)
+    case.check_bounds(x)
+    found = case.scan(x, slots=8)
+    case.check(x, found)
+    check_slots(found.active, case.m.logits_fp64(x), 8, 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_coordinates_are_the_projection_and_its_error():
+    """Tokens, features and coordinates over three tiles each, and no more off than is claimed."""
+    case = Case(mixture(7, 150, 2), 135)
+    x = tokens(case.m, 35)
+    seen = case.seen(x)
+    y = triton_project.project(seen, case.screen.projection, case.screen.sigma).double()
+    q = case.screen.projection.double().mT[:150] * case.screen.sigma.double()
+    truth = ((x.double() - case.woodbury.center.double()) * case.m.noise_variance.double().rsqrt()) @ q
+    off = seen.norms[1].double() + triton_project.sum_error(192) * case.screen.spread * seen.norms.sum(0).double()
+    error = (y - truth).norm(dim=1)
+    assert (error <= off).all()
+    assert (error > 0.01 * off).all()
+    assert torch.linalg.matrix_norm(q, 2) <= 1
+
+
+def test_the_bounds_are_those_of_the_marginals():
+    """Within the rounding of fp16, at the size of the distances."""
+    case = Case(mixture(70, 150, 5, spread=2.0), 48)
+    x = tokens(case.m, 5)
+    partials, lift = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
+    wide = case.m.to(torch.float64)
+    wanted = reference.bounds(x.double(), *wide, torch.linalg.qr(case.basis)[0])
+    wanted = wanted.gather(1, partials.components[:, 0].long())
+    torch.testing.assert_close(partials.upper[:, 0].double() - lift[:, None], wanted, rtol=1e-2, atol=1.0)
+
+
+def adversarial(kind: str) -> tuple[Mixture, Tensor]:
+    """Float32 parameters; tokens near to and far from every component."""
+    k, d, r = 67, 70, 3
+    m = mixture(k, d, r, dtype=torch.float64, spread=2.0)
+    means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
+    if kind == "near_duplicates":
+        means[1:] = means[0] + 1e-4 * means[1:]
+        loadings[1:] = loadings[0] + 1e-4 * loadings[1:]
+    elif kind == "huge_norms":
+        means *= 1e4
+        loadings *= 1e3
+    elif kind == "rank_deficient":
+        loadings[:, :, 1] = loadings[:, :, 0]
+        loadings[:, :, 2] = 0
+        loadings[::2, :, 2] = 1e3 * loadings[::2, :, 0]
+        loadings[5] *= 1e7
+    elif kind == "small_noise":
+        noise[:] = 1e-6
+    elif kind == "uneven_noise":
+        noise = 10 ** (12 * torch.linspace(0, 1, d, dtype=torch.float64) - 6)
+    elif kind == "far_regions":
+        means += 3000
+        means[40:, :7] -= 1e5
+    m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
+    x = tokens(m, 11)
+    x[4:6] = means[:2].float() + 1e-3 * torch.randn(2, d, generator=torch.Generator().manual_seed(3))
+    x[6:] *= torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0]).unsqueeze(1)
+    return m, x
+
+
+@pytest.mark.parametrize(
+    "kind", ["near_duplicates", "huge_norms", "rank_deficient", "small_noise", "uneven_noise", "far_regions"]
+)
+def test_no_bound_is_violated_and_results_hold(kind):
+    m, x = adversarial(kind)
+    case = Case(m, 40)
+    assert case.check_bounds(x) > 0
+    case.check(x, case.scan(x))
+
+
+def test_rounding_does_break_bounds_that_have_no_slack():
+    """What the scan's delta is for: regions far from the centre, whose squares hide the distance to their tokens."""
+    m, x = adversarial("far_regions")
+    case = Case(m, 40)
+    rows = case.screen.rows
+    bare = rows._replace(bounds=torch.zeros_like(rows.bounds), worst=torch.zeros_like(rows.worst))
+    case.screen = case.screen._replace(rows=bare)
+    with pytest.raises(AssertionError):
+        case.check_bounds(x)
+
+
+def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
+    """p = D: what is left between bound and logit is rounding's alone, and has to be enough."""
+    case = Case(mixture(70, 100, 4, spread=2.0), 100)
+    x = torch.cat([tokens(case.m, 10), 10 * tokens(case.m, 3)])
+    case.check_bounds(x)
+    partials, lift = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
+    best = (partials.upper.amax((1, 2)).double() - lift - case.m.logits_fp64(x).amax(1))[:10]
+    assert (best >= 0).all()
+    assert (best < 3).all()
+
+
+def test_one_hot_tokens_are_screened_and_crowded_ones_take_the_dense_scan():
+    """Tokens half-way between all components among others, more than two tiles of them."""
+    case = Case(mixture(130, 96, 1, spread=3.0), 16)
+    x = tokens(case.m, 50)
+    x[:40] = 0.02 * x[:40] + case.m.means.mean(0)
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    found = case.scan(x[order])
+    between = order < 40
+    assert (found.evaluated[between] == -1).all()
+    assert (found.evaluated[~between] > 0).all()
+    assert found.evaluated[~between].double().mean() < 3
+    case.check(x[order], found)
+    x = x[order]
+    check_slots(found.active, case.m.logits_fp64(x), 16, 1e-3)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_diffuse_mixture_is_decided_densely():
+    case = Case(mixture(67, 40, 2, spread=0.05), 16)
+    x = tokens(case.m, 5)
+    found = case.scan(x)
+    assert (found.evaluated == -1).all()
+    assert (found.active.counts == 17).any()
+    case.check(x, found)
+    check_slots(found.active, case.m.logits_fp64(x), 16, 1e-3)
+
+
+def test_what_is_dropped_weighs_no_more_than_certified():
+    """A low threshold makes the dropped mass visible: those with the smallest bounds were dropped."""
+    threshold = 2.0
+    case = Case(mixture(67, 48, 1, spread=0.7), 48)
+    x = tokens(case.m, 12)
+    found = case.scan(x, threshold)
+    partials, _ = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
+    order = partials.upper.flatten(1).argsort(-1, descending=True)
+    ranked = partials.components.flatten(1).gather(1, order).long()
+    weight = case.m.logits_fp64(x).softmax(-1)
+    dropped = 0.0
+    for i in (found.evaluated > 0).nonzero().flatten().tolist():
+        mass = 1 - weight[i, ranked[i, : found.evaluated[i]]].sum()
+        assert mass <= found.dropped[i]
+        dropped = max(dropped, mass.item())
+    assert dropped > 1e-3
+    assert (found.dropped <= 67 * math.exp(-threshold) * (1 + 1e-4)).all()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_tokens_and_components_that_are_not_finite():
+    case = Case(mixture(20, 37, 3, spread=2.0), 16)
+    x = tokens(case.m, 6)
+    clean = case.scan(x)
+    x[4, 5], x[2, 0] = math.nan, math.inf
+    bad = torch.zeros(6, dtype=torch.bool, device=DEVICE)
+    bad[[2, 4]] = True
+    found = case.scan(x)
+    assert found.active.log_prob[bad].isnan().all()
+    assert (found.active.components[bad] == -1).all()
+    assert (found.evaluated[bad] == -1).all()
+    for a, b in zip([*found.active, *found[1:]], [*clean.active, *clean[1:]]):
+        assert torch.equal(a[~bad], b[~bad])
+    broken = case.m._replace(means=case.m.means.clone())
+    broken.means[12, 3] = math.nan
+    assert Case(broken, 16, case.basis).scan(tokens(case.m, 2)).active.log_prob.isnan().all()
+
+
+def test_no_weight_no_tokens_and_nothing_known_of_a_component():
+    m = mixture(70, 64, 3, spread=3.0)
+    m.log_weights[::2] = -math.inf
+    m.loadings[7, :, 1] = m.loadings[7, :, 0]
+    m.loadings[7] *= 1e7
+    case = Case(m, 32)
+    x = tokens(mixture(70, 64, 3, spread=3.0), 12)
+    found = case.scan(x)
+    assert case.scan(x[:0]).active.components.shape == (0, 16)
+    assert case.screen.slack[7] == math.inf
+    assert (found.evaluated.abs() >= 1).all()
+    assert (found.evaluated >= 2).any()  # the degenerate one is always computed
+    assert not (found.active.components % 2 == 0).any()
+    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x).to(DEVICE), rtol=1e-5, atol=0)
+
+
+def test_gradients_are_those_of_the_dense_scan():
+    case = Case(mixture(70, 40, 3, spread=2.0), 16)
+    x = tokens(case.m, 9).to(DEVICE)
+
+    def gradients(screened: bool) -> list[Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, *case.m)]
+        if screened:
+            log_prob = differentiable.log_prob(*leaves, case.woodbury, case.screen, 16).active.log_prob
+        else:
+            log_prob = Mixture(*leaves[1:]).active(leaves[0], center=case.woodbury.center).log_prob
+        return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
+
+    for ours, dense in zip(gradients(True), gradients(False)):
+        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4 * dense.abs().max().item())
+
+
+def test_half_precision_tokens():
+    case = Case(mixture(20, 70, 3, spread=2.0), 16)
+    x = tokens(case.m, 3).bfloat16()
+    assert torch.equal(case.scan(x).active.log_prob, case.scan(x.float()).active.log_prob)
+
+
+def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
+    case = Case(mixture(67, 50, 2, spread=2.0), 32)
+    x = tokens(case.m, 7)
+
+    def run(x: Tensor) -> list[Tensor]:
+        found = case.scan(x)
+        return [*found.active, *found[1:]]
+
+    whole, again, parts = run(x), run(x), [run(part) for part in (x[:3], x[3:])]
+    assert all(torch.equal(a, b) for a, b in zip(whole, again))
+    for i, column in enumerate(whole[:4]):  # the certificates come from tiles of other sizes
+        assert torch.equal(column, torch.cat([part[i] for part in parts]))
