@@ -21,7 +21,7 @@ Before an RMSNorm, (1 - alpha) x + alpha mu_k and x + alpha / (1 - alpha) mu_k a
 nothing else reads the stream, the two agree to the tolerance of the bisection. In between they do not.
 
 Written: steering_proof.json, .md (the table that is printed) and .svg. `--redraw` makes the last two from the first.
-What one run of it says is in docs/steering.md.
+What one run of it says is in docs/steering_results.md.
 """
 
 from __future__ import annotations
