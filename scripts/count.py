@@ -4,8 +4,8 @@
     python scripts/count.py --names  # and what is counted, by name
     python scripts/count.py --check  # exit status 1 where rooms make a circle, or an arrow between floors runs up
 
-They come from the syntax trees; nothing is imported. What stands under TYPE_CHECKING, or inside a function, is an
-import like any other: it says what a module knows.
+They come from the syntax trees; nothing is imported. Imports under TYPE_CHECKING, or inside a function, count like any
+other, because a module depends on them too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ MOST_PARAMETERS = 8
 FLOORS = (
     ("commands",), ("evaluation", "fitting", "interpret", "steering"), ("mixture",), ("data",), ("ops",), ("common",),
 )  # fmt: skip
-"""From the roof down: a room knows those below, and none beside it. What is in `ops` has a folder per stage."""
+"""Floors from the roof down: a room imports rooms below it, and none on its own floor."""
 
 
 def modules() -> dict[str, ast.Module]:
-    """The syntax tree of each module, by its name."""
+    """Returns the syntax tree of each module, by its name."""
     found = {}
     for path in sorted((ROOT / PACKAGE).rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
@@ -40,7 +40,7 @@ def modules() -> dict[str, ast.Module]:
 
 
 def imports(tree: ast.AST, known: set[str], own: str) -> Iterator[tuple[str, str | None]]:
-    """What a module imports of the package: (module, name), the name None where it is the module itself."""
+    """Yields the imports of a module from the package: (module, name), the name None for the module itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names if alias.name in known)
@@ -58,7 +58,7 @@ def imports(tree: ast.AST, known: set[str], own: str) -> Iterator[tuple[str, str
 
 
 def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
-    """The strongly connected components of more than one node (Tarjan)."""
+    """Returns the strongly connected components of more than one node (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -87,14 +87,14 @@ def circles(arrows: dict[str, set[str]]) -> list[list[str]]:
 
 
 def folder(module: str) -> str:
-    """The room a module is in: the folder below the package, and below `ops`; a loose module is a room of its own."""
+    """Returns the room of a module: its folder below the package, and below `ops`; a loose module is its own room."""
     parts = module.split(".")[1:]
     depth = 2 if parts[:1] == ["ops"] else 1
     return ".".join(parts[:depth]) or "__init__"
 
 
 def private_uses(trees: dict[str, ast.Module]) -> Iterator[str]:
-    """Private names of a module that another one uses: imported, or as an attribute of an imported module."""
+    """Yields uses of private names of another module: imported, or as an attribute of an imported module."""
     known = set(trees)
     for own, tree in trees.items():
         called: dict[str, str] = {}
@@ -127,7 +127,7 @@ def _is_kernel(decorator: ast.expr) -> bool:
 
 
 def lines(path: Path) -> dict[str, int]:
-    """Lines of a file: code, comments, docstrings, blank."""
+    """Counts the lines of a file: code, comments, docstrings, blank."""
     text = path.read_text()
     kinds: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -155,7 +155,7 @@ def all_lines(where: str) -> dict[str, int]:
 
 
 def upward(rooms: dict[str, set[str]]) -> Iterator[str]:
-    """Arrows between floors that do not run down; the package itself, which shows what users import, is of no floor."""
+    """Yields arrows between floors that do not run down; the package itself, which users import, has no floor."""
     floor = {room: number for number, own in enumerate(FLOORS) for room in own}
     for own, others in rooms.items():
         for other in others:

@@ -232,7 +232,7 @@ def _alpha(model: Any, tokenizer: Any, mfa: MFA, component: int, prompt: str) ->
 
 
 def _content(path: Path) -> Any:
-    """What a file says: of those that hold times or checksums of them, the rest."""
+    """Returns the content of a file, without times and checksums of them."""
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".jsonl":

@@ -23,7 +23,7 @@ Every file with its first line, written by `python scripts/map.py`; a test compa
 
 
 def caption(path: Path) -> str:
-    """The first sentence of a file's docstring, or of the comment that a header of C++ begins with."""
+    """Returns the first sentence of a file's docstring, or of the comment at the beginning of a C++ header."""
     text = path.read_text()
     if path.suffix == ".py":
         text = ast.get_docstring(ast.parse(text)) or ""
@@ -32,12 +32,12 @@ def caption(path: Path) -> str:
         included = re.search(r'#include "(.+)"', text)
         text = " ".join(line.removeprefix("//").strip() for line in lines[:3])
         text = text or (f"Binds `{included[1]}` to PyTorch." if included else "")
-    first = re.split(r"\n\n|(?<=[.;:])\\s", text.strip())[0]
+    first = re.split(r"\n\n|(?<=\.)\s", text.strip())[0]
     return " ".join(first.split())
 
 
 def entries(folder: Path, depth: int = 2) -> Iterator[str]:
-    """A heading for a folder that holds files, then a line for each of them, then its folders."""
+    """Yields a heading for a folder, then a line for each of its files, then its folders."""
     files = sorted(p for p in folder.iterdir() if p.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"))
     own = folder / "__init__.py"
     told = f": {caption(own)}" if own.exists() and caption(own) else ""
@@ -53,7 +53,7 @@ def entries(folder: Path, depth: int = 2) -> Iterator[str]:
 
 
 def written() -> str:
-    """What the map says."""
+    """Returns the text of the map."""
     return HEAD + "\n".join(line for folder in FOLDERS for line in entries(ROOT / folder)) + "\n"
 
 

@@ -42,7 +42,7 @@ LONGEST = [
     "tests/gpu/test_rehearsal.py",
     "tests/common/test_killed.py",
     "tests/ops/kmeans/test_triton_kmeans.py",
-    "tests/steering/test_handle.py",
+    "tests/steering/test_reading.py",
     "tests/steering/test_by_hand.py",
     "tests/ops/screen/test_triton_screen.py",
     "tests/ops/screen/test_neighbors.py",

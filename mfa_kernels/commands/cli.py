@@ -13,6 +13,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mfa_kernels
+from mfa_kernels.commands.options import parser
 from mfa_kernels.common.files import check_writable
 from mfa_kernels.common.places import (
     CHECKPOINT,
@@ -30,10 +32,10 @@ from mfa_kernels.common.places import (
     check_place,
 )
 from mfa_kernels.common.progress import quiet
-from mfa_kernels.common.version import __version__
+from mfa_kernels.common.sharing import local_name, shareable
 from mfa_kernels.common.wording import of_error, told_warnings
 
-# Nothing above takes longer than a blink to import: `main` has to run before Ctrl-C can be answered in one line.
+# Imports above are quick, because only `main` can answer Ctrl-C in one line; slow ones are in functions.
 if TYPE_CHECKING:
     import torch
 
@@ -47,43 +49,37 @@ INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
 
-_STATUS = (
-    "Exit status: 0 when it is done; 1 when something that was given or found is wrong, which a line on standard error "
-    "says; 2 when the command line is wrong or leaves something open; 130 after Ctrl-C."
-)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit status. Errors of the user's are one line, without a traceback."""
+    """Runs one command and returns its exit status; errors of the user are one line, without a traceback."""
     arguments = argparse.Namespace(command="", options={})
     name = "mfa-kernels"
     with _interruptions() as interruptions:
         try:
-            _parser().parse_args(argv, arguments)
+            parser().parse_args(argv, arguments)
             name = f"{name} {arguments.command}"
             _import(arguments)
             interruptions.has_begun = True
             with quiet(arguments.quiet), told_warnings(arguments.command, arguments.options):
-                status = arguments.run(arguments) or 0
+                status = _RUN[arguments.command](arguments) or 0
             if interruptions.came and not status:
                 raise KeyboardInterrupt
             return status
         except KeyboardInterrupt:
             pass
         except Exception as error:
-            if not interruptions.came:  # else it is what somebody's code has made of it
+            if not interruptions.came:  # else it is what other code has made of Ctrl-C
                 if not isinstance(error, ValueError | TypeError | IndexError | RuntimeError | OSError):
                     raise
                 print(f"{name}: {of_error(error, arguments.options)}", file=sys.stderr)
                 return 2 if isinstance(error, _Incomplete) else 1
-        # Of a fit, what Ctrl-C came too early for: K-means, or the saving of the mixture.
+        # A fit comes here if Ctrl-C came before its first state (in K-means), or while the mixture was saved.
         hint = "; --resume goes on with what was written" if _is_begun(arguments) else ""
         print(f"{name}: interrupted{hint}", file=sys.stderr)
         return INTERRUPTED
 
 
 def _is_begun(arguments: argparse.Namespace) -> bool:
-    """Whether there is something that --resume goes on with."""
+    """True where there is something to --resume."""
     if arguments.command == "fit" and arguments.checkpoint is not None:
         fits = _fits(arguments, arguments.layer or [None])
         return any((Path(own["checkpoint"]) / str(CHECKPOINT.file)).exists() for own in fits.values())
@@ -97,15 +93,15 @@ def _is_begun(arguments: argparse.Namespace) -> bool:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    """Imports what takes seconds, before the work begins: what is imported then is imported already."""
-    if arguments.command != "doctor":  # which has something to say of packages that are not there
+    """Imports the slow packages now, so that none is imported once the work has begun."""
+    if arguments.command != "doctor":  # which reports packages that are missing
         import mfa_kernels.mixture.mfa  # noqa: F401
     if arguments.command in ("demo", "harvest", "steer") or getattr(arguments, "text", None):
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 class _Interruptions:
-    """Ctrl-C: `came` is whether it did, `has_begun` whether the work has."""
+    """The state of Ctrl-C: `came` is True after one, `has_begun` once the work has begun."""
 
     came = False
     has_begun = False
@@ -113,10 +109,10 @@ class _Interruptions:
 
 @contextmanager
 def _interruptions() -> Iterator[_Interruptions]:
-    """Notes each Ctrl-C, as the exception alone may be taken for an error by somebody's code, which then goes on.
+    """Notes each Ctrl-C, because other code may take the exception for an error, and continue.
 
-    Before the work has begun, it ends the process there and then: an exception in the middle of an import leaves half
-    a module behind, or is swallowed.
+    Before the work has begun, Ctrl-C ends the process at once: an exception in the middle of an import would leave half
+    a module behind, or be swallowed.
     """
     found = _Interruptions()
     before = signal.getsignal(signal.SIGINT)
@@ -128,7 +124,7 @@ def _interruptions() -> Iterator[_Interruptions]:
         found.came = True
         signal.default_int_handler(number, frame)
 
-    # Ignored, as in the background, or somebody else's: it is left to them. Threads have no handlers.
+    # A handler of another program, or none, as in the background, is left alone. Threads have no handlers.
     own = before is signal.default_int_handler and threading.current_thread() is threading.main_thread()
     if own:
         signal.signal(signal.SIGINT, note)
@@ -140,7 +136,7 @@ def _interruptions() -> Iterator[_Interruptions]:
 
 
 class _Incomplete(ValueError):
-    """The command line leaves open what nothing else says: exit status 2, as for what argparse finds missing."""
+    """Something that the command line has to say is missing: exit status 2, as from argparse."""
 
 
 def _check_outputs(
@@ -149,13 +145,13 @@ def _check_outputs(
     inputs: Sequence[Path | str] = (),
     texts: Sequence[str] = (),
 ) -> None:
-    """Before the work: that nothing is replaced which nobody gave up, and that the places can be written to.
+    """Raises, before the work, where an output cannot be written, or would replace a thing without --overwrite.
 
     Args:
-        arguments: of the command.
-        outputs: of each, its option, its path and its kind; --overwrite, and --resume where it goes on with that kind,
-            give up what is there.
-        inputs, texts: as of `places.check_not_read`.
+        arguments: those of the command.
+        outputs: for each, its option, its path and its kind; --overwrite, and --resume for kinds that can be resumed,
+            allow a thing to be there.
+        inputs, texts: as for `places.check_not_read`.
     """
     check_apart(outputs)
     for option, path, kind in outputs:
@@ -179,11 +175,11 @@ def _check_outputs(
 
 
 _TOLD_BY = {MIXTURE.what: ("config.json", "model.safetensors")}
-"""Files of a folder that are not replaced by accident, where more than one tells of it."""
+"""Files of a folder that are not replaced by accident, for kinds with more than one such file."""
 
 
 def _text_files(arguments: argparse.Namespace) -> list[Path]:
-    """What --text names; raises where there is nothing to read."""
+    """Returns the paths of --text; raises where there is nothing to read."""
     from mfa_kernels.data.text import check_files
 
     check_files(arguments.text)
@@ -191,7 +187,7 @@ def _text_files(arguments: argparse.Namespace) -> list[Path]:
 
 
 def _store(folder: Path) -> ActivationStore:
-    """The store to read; raises where it is empty."""
+    """Returns the store to read; raises where it is empty."""
     from mfa_kernels.data import ActivationStore
 
     store = ActivationStore(folder)
@@ -200,286 +196,15 @@ def _store(folder: Path) -> ActivationStore:
     return store
 
 
-def _number(
-    least: float | None = None, most: float | None = None, whole: bool = False, excluded: float | None = None
-) -> Callable[[str], Any]:
-    """An argparse type: a finite number, or an integer, in [least, most] and not the one that is excluded."""
-
-    def convert(text: str) -> Any:
-        from mfa_kernels.common.checks import check_integer, check_number
-
-        try:
-            value: Any = int(text) if whole else float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"expected {'an integer' if whole else 'a number'}, got {text!r}"
-            ) from None
-        if value == excluded:
-            raise argparse.ArgumentTypeError(f"must not be {excluded:g}")
-        bounds = {name: bound for name, bound in (("least", least), ("most", most)) if bound is not None}
-        check: Any = check_integer if whole else check_number
-        try:
-            return check(value, "it", **bounds)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from None
-
-    return convert
-
-
-_ANY = _number()
-_PART = _number(0, 1, excluded=1)
-_RATE = _number(0)
-_POSITIVE = _number(0, excluded=0)
-_COUNT = _number(0, whole=True)
-_SOME = _number(1, whole=True)
-
-
-def _layer(text: str) -> int | str:
-    """An index, or a module path."""
-    from mfa_kernels.data.language_model import index_in
-
-    index = index_in(text)
-    return text if index is None else index
-
-
-class _Store(argparse.Action):
-    """A positional argument that `_Integers` may have found already: argparse would set it to None again."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        if values is not None:
-            namespace.store = values
-
-
-class _Integers(argparse.Action):
-    """One or more integers. A last value that is none of them is the store: `-K 256 store` is what people type."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        found = list(values)
-        if len(found) > 1 and namespace.store is None and not found[-1].lstrip("+-").isdecimal():
-            namespace.store = Path(found.pop())
-        try:
-            numbers = [int(value) for value in found]
-        except ValueError:
-            raise argparse.ArgumentError(self, f"expected integers, got {' '.join(found)}") from None
-        try:
-            setattr(namespace, self.dest, [self._check(value, numbers) for value in numbers])
-        except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentError(self, str(error)) from None
-
-    def _check(self, value: int, numbers: list[int]) -> int:
-        if numbers.count(value) > 1:
-            raise argparse.ArgumentTypeError(f"expected different integers, got {value} twice")
-        return _number(0 if self.dest == "rank" else 1, whole=True)(str(value))
-
-
-def _parser() -> argparse.ArgumentParser:
-    from mfa_kernels.commands import tune
-    from mfa_kernels.mixture.functional import PRECISIONS
-
-    parser = argparse.ArgumentParser(
-        prog="mfa-kernels", description="Mixtures of factor analyzers over activations.", epilog=_STATUS
-    )
-    parser.add_argument("--version", action="version", version=f"mfa_kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-
-    def command(name: str, run: Any, text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text, formatter_class=_Defaults)
-        sub.set_defaults(run=run)
-        sub.add_argument("-q", "--quiet", action="store_true", help="no progress bars; there are none in a log either")
-        return sub
-
-    demo = command("demo", _demo, "harvest, fit, look and steer, on the model that ships with the package or on yours")
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
-    _overwrite(demo, "a demonstration that is there")
-    _language_model(demo, layer_default="the middle one")
-    demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
-    demo.add_argument("--tokens", type=_SOME, default=200_000, help="activations to fit on; a tenth more is held out")
-    _size(demo, 256)
-    demo.add_argument("--epochs", type=_COUNT, default=10)
-    demo.add_argument("--alpha", type=_ANY, default=0.3, help="how far steering moves toward the region")
-    demo.add_argument("-k", "--component", type=_COUNT, help="region to steer toward; without it, one is chosen")
-    demo.add_argument("--prompt", nargs="+", help="prompts to steer")
-    demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
-
-    command("doctor", _doctor, "what is built, what is missing, what runs where")
-
-    tuning = command(
-        "tune", tune.main, "measure launch configurations of the GPU kernels on this GPU, keep the fastest"
-    )
-    tune.add_arguments(tuning)
-
-    harvest = command("harvest", _harvest, "run texts through a language model, keep a layer's activations")
-    _language_model(harvest)
-    harvest.add_argument("--text", nargs="+", required=True, help="files or folders to read")
-    harvest.add_argument("--out", type=Path, required=True, help="folder of the store")
-    harvest.add_argument("--max-tokens", type=_SOME, help="activations to keep")
-    harvest.add_argument("--context", type=_SOME, default=256, help="tokens per window")
-    harvest.add_argument("--batch-size", type=_SOME, default=16, help="windows per forward pass")
-    harvest.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    _overwrite(harvest, "a store that is there")
-    harvest.add_argument("--resume", action="store_true", help="go on with a store that was cut off")
-    _where(harvest)
-
-    fit = command(
-        "fit",
-        _fit,
-        "fit mixtures to the activations of a store; or, while a language model reads --text, in one pass over it and "
-        "without a store. Several layers or sizes are as many mixtures. Of a store, under torchrun: by all its "
-        "processes, each on a GPU of its own where there are some",
-    )
-    fit.add_argument(
-        "store", type=Path, nargs="?", action=_Store, help="folder of the store; without it, --text is read"
-    )
-    fit.add_argument(
-        "--out", type=Path, required=True,
-        help="folder of the mixture; of several, one folder each in it, such as layer2-K512-R10 or, of a store, "
-        "K512-R10; so with --checkpoint and --log",
-    )  # fmt: skip
-    _overwrite(fit, "a mixture that is there")
-    fit.add_argument("-K", "--components", nargs="+", action=_Integers, help="regions; with --start, its own")
-    fit.add_argument(
-        "-R", "--rank", nargs="+", action=_Integers, help="local directions per region: 10, or those of --start"
-    )
-    fit.add_argument("--start", help="a mixture to go on from, a folder or hub id, instead of K-means")
-    harvested = fit.add_argument_group("without a store")
-    harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
-    harvested.add_argument("--layer", type=_layer, nargs="+", help="indices or module paths of layers")
-    harvested.add_argument("--text", nargs="+", help="files or folders to read")
-    harvested.add_argument("--max-tokens", type=_SOME, help="activations to fit to")
-    harvested.add_argument("--context", type=_SOME, default=256, help="tokens per window")
-    harvested.add_argument("--windows", type=_SOME, default=16, help="of them per forward pass")
-    fit.add_argument("--noise", choices=("shared", "per_component"), help="shared, or that of --start")
-    fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
-    fit.add_argument(
-        "--method",
-        choices=("auto", "em", "online", "sgd"),
-        default="auto",
-        help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
-    )
-    fit.add_argument(
-        "--epochs", type=_COUNT, default=10, help="passes over the store, at most; em ends where it settles"
-    )
-    fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
-    fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
-    fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
-    fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")
-    fit.add_argument("--held-out", type=_PART, default=0.05, help="share of the rows that the best state is chosen by")
-    fit.add_argument("--eval-every", type=_SOME, metavar="STEPS", help="between looks at them; see mfa_kernels.fit")
-    fit.add_argument("--patience", type=_COUNT, default=5, help="looks without a gain, after which to stop; 0: never")
-    fit.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="of the parameters")
-    fit.add_argument("--precision", choices=PRECISIONS, default="exact", help="of the mixture")
-    fit.add_argument("--seed", type=_COUNT, default=0)
-    _where(fit)
-    fit.add_argument(
-        "--log", type=Path,
-        help="JSONL file of the curve; a folder of them, of several. Likelihoods and gain are in nats per token, "
-        "memory in bytes: docs/fitting.md says of each number what it is",
-    )  # fmt: skip
-    fit.add_argument("--checkpoint", type=Path, help="folder of what is needed to go on after a crash")
-    fit.add_argument("--checkpoint-seconds", type=_RATE, default=60.0, help="between checkpoints, at least")
-    fit.add_argument(
-        "--resume", action="store_true", help="go on from the checkpoint; from the beginning where there is none yet"
-    )
-    fit.add_argument(
-        "--shard-components",
-        action="store_true",
-        help="for a mixture too large for one device: each process holds some of the regions, and reads all rows; not "
-        "by sgd",
-    )
-
-    encode = command(
-        "encode",
-        _encode,
-        "write the codes of a store's activations to one file of tensors: offsets (N + 1), components (P), "
-        "responsibilities (P), latents (P, R), dropped (N); the pairs of token n are [offsets[n], offsets[n + 1])",
-    )
-    _mixture(encode)
-    encode.add_argument("store", type=Path)
-    encode.add_argument("--out", type=Path, required=True, help="a .safetensors file")
-    _overwrite(encode, "a file that is there")
-    encode.add_argument("--top-k", type=_SOME, default=8, help="components per token")
-    _where(encode)
-
-    evaluate = command("evaluate", _evaluate, "likelihood, reconstruction and live regions on a store")
-    _mixture(evaluate)
-    evaluate.add_argument("store", type=Path)
-    _where(evaluate)
-
-    steer = command("steer", _steer, "generate text from a steered model")
-    _mixture(steer)
-    steer.add_argument("prompt")
-    _language_model(steer, "the one the mixture was fitted to", "the one the mixture was fitted to")
-    steer.add_argument("-k", "--component", type=_COUNT, help="region; without it, the responsibility-weighted mixture")
-    steer.add_argument("--alpha", type=_ANY, default=0.3, help="how far toward the region")
-    steer.add_argument("--latents", type=_ANY, nargs="+", metavar="Z", help="an offset inside the region, R numbers")
-    steer.add_argument("--positions", choices=("all", "prompt", "generated", "last"), default="all")
-    steer.add_argument("--gate", type=_PART, metavar="T", help="act only where the region's responsibility exceeds T")
-    steer.add_argument("--norm", choices=("keep",), help="give each steered activation back the norm it had")
-    steer.add_argument(
-        "--live", action="store_true", help="stream the text, and read commands from standard input meanwhile"
-    )
-    steer.add_argument("--max-new-tokens", type=_SOME, default=64)
-    steer.add_argument("--temperature", type=_RATE, default=0.0, help="0 is greedy")
-    steer.add_argument("--seed", type=_COUNT, default=0)
-    _where(steer)
-
-    convert = command("convert", _convert, "between a mixture's folder and the paper's own checkpoint format")
-    convert.add_argument("input", type=Path, help="a checkpoint file of the paper's code, or a mixture's folder")
-    convert.add_argument("output", type=Path, help="the other one")
-    _overwrite(convert, "what is there")
-    convert.add_argument("--eps-floor", type=_RATE, help="noise floor of a checkpoint that does not say it")
-    convert.add_argument("--format", type=int, choices=(1, 2), help="of the checkpoint written; without it, 1")
-    for sub in commands.choices.values():
-        names = {action.dest: "/".join(action.option_strings) or action.dest for action in sub._actions}
-        sub.set_defaults(options=names)
-    return parser
-
-
-class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where there is one to show."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, [], False) else super()._get_help_string(action)
-
-
-def _size(parser: argparse.ArgumentParser, components: int) -> None:
-    parser.add_argument("-K", "--components", type=_SOME, default=components, help="regions")
-    parser.add_argument("-R", "--rank", type=_SOME, default=10, help="local directions per region")
-
-
-def _language_model(
-    parser: argparse.ArgumentParser,
-    layer_default: str | None = None,
-    model_default: str = "the small model of the package",
-) -> None:
-    parser.add_argument("--model", help=f"a Hugging Face id or folder; without it, {model_default}")
-    note = f"; without it, {layer_default}" if layer_default else ""
-    parser.add_argument(
-        "--layer", type=_layer, required=layer_default is None, help=f"index or module path of a layer{note}"
-    )
-
-
-def _overwrite(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
-
-
-def _mixture(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("mfa", help="folder or hub id of the mixture")
-
-
-def _where(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda or cuda:1; without it, a GPU where there is one")
-
-
 def _device(name: str | None) -> torch.device:
-    """The device of that name; None: a GPU where there is one. Under torchrun, "cuda" is this process's own."""
+    """Returns the device of a name; None: a GPU if there is one. Under torchrun, "cuda" is this process's own."""
     import torch
 
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     full = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
     try:
-        return torch.empty(0, device=full).device  # a name alone does not say whether it is there
+        return torch.empty(0, device=full).device  # making a tensor tells if the device is there
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
@@ -520,10 +245,15 @@ def _doctor(arguments: argparse.Namespace) -> None:
         print(f"{what:<{width}}  {state}")
 
 
+def _tune(arguments: argparse.Namespace) -> None:
+    from mfa_kernels.commands import tune
+
+    tune.main(arguments)
+
+
 def _harvest(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mfa_kernels import harvest
     from mfa_kernels.data.language_model import load_language_model
 
     if arguments.overwrite and arguments.resume:
@@ -531,7 +261,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     device, texts = _device(arguments.device), _text_files(arguments)
     _check_outputs(arguments, [("--out", arguments.out, STORE)], texts=arguments.text)
     model, tokenizer = load_language_model(arguments.model)
-    store = harvest(
+    store = mfa_kernels.harvest(
         model, tokenizer, texts, arguments.layer, arguments.out,
         max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
         dtype=getattr(torch, arguments.dtype), overwrite=arguments.overwrite, resume=arguments.resume,
@@ -595,7 +325,7 @@ def _fit(arguments: argparse.Namespace) -> int:
 
 
 def _begin(arguments: argparse.Namespace) -> None:
-    """Puts the mixture to go on from where its name was, and its numbers where there were none."""
+    """Loads the mixture of --start, and takes numbers from it that the command line does not give."""
     if arguments.start is not None:
         from mfa_kernels import MFA
 
@@ -620,7 +350,7 @@ def _clear_checkpoints(fits: dict[str, dict[str, Any]]) -> None:
 
 
 def _told(report: FitReport) -> str:
-    """What a fit came to, in a few words."""
+    """Returns the result of a fit in a few words."""
     if report.held_out_nll is None:
         return "the last state, as nothing was held out"
     return (
@@ -693,7 +423,7 @@ def _fit_while_harvesting(
 
 
 def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> dict[str, dict[str, Any]]:
-    """By name, what each fit has of its own."""
+    """Returns the own options of each fit, by its name."""
     twice = next((layer for layer in layers if list(layers).count(layer) > 1), None)
     if twice is not None:
         raise ValueError(f"--layer must name each layer once, got {twice} twice")
@@ -715,7 +445,7 @@ def _fits(arguments: argparse.Namespace, layers: Sequence[int | str | None]) -> 
 
 
 def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What all fits have."""
+    """Returns the options that all fits share."""
     import torch
 
     names = (
@@ -728,7 +458,7 @@ def _fit_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def _processes(device: torch.device) -> Iterator[bool]:
-    """Joins the processes that torchrun has started, if it has: whether this is the first."""
+    """Joins the processes that torchrun has started, if any; yields True in the first process."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield True
         return
@@ -743,12 +473,11 @@ def _processes(device: torch.device) -> Iterator[bool]:
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from mfa_kernels import MFA
     from mfa_kernels.evaluation.codes import write_codes
 
     _check_outputs(arguments, [("--out", arguments.out, CODES)], [arguments.store, arguments.mfa])
     device = _device(arguments.device)
-    mfa, store = MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
+    mfa, store = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
     _note_differences(arguments, mfa, store)
     done = write_codes(mfa, store, arguments.out, arguments.top_k)
     print(f"codes of {done.tokens:,} tokens in {arguments.out}: {done.pairs:,} active pairs of a token and a component")
@@ -757,10 +486,9 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from mfa_kernels import MFA
     from mfa_kernels.evaluation import evaluate, score_table
 
-    mfa = MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
+    mfa = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=_device(arguments.device))
     store = _store(arguments.store)
     _note_differences(arguments, mfa, store)
     print(score_table(evaluate(mfa, store), mfa.n_components, f"activations of {arguments.store}"))
@@ -771,13 +499,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _steer(arguments: argparse.Namespace) -> None:
     import torch
 
-    from mfa_kernels import MFA, steer
     from mfa_kernels.common.checks import check_component
     from mfa_kernels.data.language_model import continuation
-    from mfa_kernels.steering import live
+    from mfa_kernels.steering import interactive
 
     device = _device(arguments.device)
-    mfa = MFA.from_pretrained(arguments.mfa, device=device)
+    mfa = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=device)
     layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
     if layer is None:
         raise _Incomplete("--layer: the mixture does not say which layer it was fitted to; name one")
@@ -792,13 +519,13 @@ def _steer(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load_the_model_of(mfa, arguments)
     model.to(device)
     _note_layer(model, mfa, layer)
-    with steer(
+    with mfa_kernels.steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents,
         positions=arguments.positions, gate=gate, norm=arguments.norm,
     ) as handle, _finite(model, layer, arguments.alpha):  # fmt: skip
         options = (arguments.prompt, arguments.max_new_tokens, arguments.temperature, arguments.seed)
         if arguments.live:
-            live.stream(model, tokenizer, handle, arguments.component, *options)
+            interactive.stream(model, tokenizer, handle, arguments.component, *options)
         else:
             print(arguments.prompt + continuation(model, tokenizer, *options))
         seen, steered, _ = handle.stats()
@@ -810,7 +537,7 @@ def _steer(arguments: argparse.Namespace) -> None:
 
 
 def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:
-    """Says on standard error where another layer is steered than the mixture was fitted to."""
+    """Notes on standard error if another layer is steered than the mixture was fitted to."""
     from mfa_kernels.data.language_model import resolve_layer
 
     with suppress(ValueError, IndexError, TypeError):  # the mixture's may be a layer of another model
@@ -821,9 +548,9 @@ def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:
 
 @contextmanager
 def _finite(model: Any, layer: int | str, alpha: float) -> Iterator[None]:
-    """Ends a generation whose steered activations have no finite norm: the model takes them for nothing, or for NaN.
+    """Ends a generation whose steered activations have no finite norm, of which the model makes zeros or NaN.
 
-    It asks the device after every token, which `steer` itself does not.
+    It waits for the device after every token, which `steer` itself does not.
     """
     from mfa_kernels.data.language_model import hidden_states, resolve_layer
     from mfa_kernels.ops.common.finite import finite_rows
@@ -844,8 +571,7 @@ def _finite(model: Any, layer: int | str, alpha: float) -> Iterator[None]:
 
 
 def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Model and tokenizer: --model, or what the mixture was fitted to. Which it is, and why, goes to standard error."""
-    from mfa_kernels.common.sharing import local_name, shareable
+    """Returns model and tokenizer: those of --model or of the mixture; notes the choice on standard error."""
     from mfa_kernels.data.language_model import fingerprint, load_language_model, remembered_model, why
 
     said = mfa.extra.get("model")
@@ -896,7 +622,7 @@ def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, An
 
 
 def _note_differences(arguments: argparse.Namespace, mfa: MFA, store: ActivationStore) -> None:
-    """Says on standard error where a store is of another model or layer than the mixture was fitted to."""
+    """Notes on standard error if a store is of another model or layer than the mixture was fitted to."""
     for what, name in (("model", "model"), ("model_fingerprint", "a model with the fingerprint"), ("layer", "layer")):
         own, given = (_shareable(what, place.get(what)) for place in (mfa.extra, store.meta))
         if None not in (own, given) and own != given:
@@ -907,15 +633,11 @@ def _note_differences(arguments: argparse.Namespace, mfa: MFA, store: Activation
 
 
 def _shareable(what: str, said: Any) -> Any:
-    """What a mixture or a store says of itself, models and tokenizers by the name that they may be told of."""
-    from mfa_kernels.common.sharing import shareable
-
+    """Returns an entry of a mixture's or a store's facts, models and tokenizers by their shareable names."""
     return shareable(said) if what in ("model", "tokenizer") and isinstance(said, str) and said else said
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    from mfa_kernels import MFA
-
     if not arguments.input.exists():
         raise FileNotFoundError(f"input: {arguments.input} does not exist")
     is_folder = arguments.input.is_dir()
@@ -925,11 +647,18 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--format goes with a mixture's folder, {arguments.input} is a file")
     _check_outputs(arguments, [("output", arguments.output, PAPER if is_folder else MIXTURE)], [arguments.input])
     if is_folder:
-        MFA.from_pretrained(arguments.input).to_reference_checkpoint(arguments.output, format=arguments.format or 1)
+        mixture = mfa_kernels.MFA.from_pretrained(arguments.input)
+        mixture.to_reference_checkpoint(arguments.output, format=arguments.format or 1)
     else:
-        mfa = MFA.from_reference_checkpoint(arguments.input, eps_floor=arguments.eps_floor)
-        mfa.save_pretrained(arguments.output)
+        mixture = mfa_kernels.MFA.from_reference_checkpoint(arguments.input, eps_floor=arguments.eps_floor)
+        mixture.save_pretrained(arguments.output)
     print(f"written: {arguments.output}")
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "demo": _demo, "doctor": _doctor, "tune": _tune, "harvest": _harvest, "fit": _fit, "encode": _encode,
+    "evaluate": _evaluate, "steer": _steer, "convert": _convert,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

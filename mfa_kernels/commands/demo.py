@@ -1,4 +1,4 @@
-"""The main job from end to end: harvest, fit, look at regions, steer. `mfa-kernels demo`."""
+"""`mfa-kernels demo`: the main job from end to end (harvest, fit, look at regions, steer)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.language_model import check_sampling, continuation, load_language_model, origin, resolve_layer
 from mfa_kernels.data.store import ActivationStore
 from mfa_kernels.data.text import check_files
+from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
 from mfa_kernels.evaluation import evaluate, score_table
 from mfa_kernels.fitting import fit, kmeans
 from mfa_kernels.interpret.contexts import Assignments, assignments, region_latents
+from mfa_kernels.interpret.figures import region_scatter, regions_map
 from mfa_kernels.interpret.lens import logit_shift
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
+from mfa_kernels.interpret.report import write_report
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.steering import steer
 
 PROMPTS = ("    def close(self):\n", "The return value is", "    def test_read(self):\n")
-"""For the small model that ships with the package, which has read the standard library's sources."""
+"""Prompts for the small model that ships with the package, which has read the standard library's sources."""
 
 STANDARD_DEVIATIONS = 2.0
 """How far the second steering moves inside the region, along its widest local direction."""
@@ -36,7 +40,7 @@ STANDARD_DEVIATIONS = 2.0
 
 @dataclass(frozen=True)
 class Options:
-    """What `mfa-kernels demo` takes; see its --help."""
+    """The options of `mfa-kernels demo`; see its --help."""
 
     out: Path
     model: str | None = None
@@ -58,11 +62,11 @@ class Options:
 _HELD_OUT = 0.05  # of the activations, by `fit` itself
 
 FILES = ("fit.jsonl", "evaluation.json", "regions.html", "regions.png", "region.png")
-"""What a demonstration writes beside its store and its mixture."""
+"""Files of a demonstration, next to its store and its mixture."""
 
 
 class Rows:
-    """Rows [start, stop) of a store, as `fit` and `evaluate` take them."""
+    """Rows [start, stop) of a store, in the form that `fit` and `evaluate` take."""
 
     def __init__(self, store: ActivationStore, start: int, stop: int) -> None:
         self.store, self.start, self.stop, self.n_features = store, start, stop, store.n_features
@@ -80,7 +84,7 @@ class Rows:
 
 
 def run(options: Options) -> list[Path]:
-    """Runs the demonstration, printing as it goes; returns the files that it wrote."""
+    """Runs the demonstration with printed reports, and returns the files that it wrote."""
     check(options)
     model, tokenizer = load_language_model(options.model)
     model.to(options.device)
@@ -89,7 +93,7 @@ def run(options: Options) -> list[Path]:
     layer_path = resolve_layer(model, layer)[0]
     print(f"model   {options.model or 'tiny_lm, the small model that ships with mfa_kernels'}, after {layer_path}")
 
-    cpp.library()  # built now, where it is not yet, so that no time below has it
+    cpp.library()  # built now if it is not yet, so that no time below contains the build
     held_out = max(options.tokens // 10, 1)
     store, seconds = timed(
         lambda: harvest(
@@ -117,7 +121,6 @@ def run(options: Options) -> list[Path]:
         raise KeyboardInterrupt
     score = evaluate(mfa, test, clusters.centroids)
     print(f"fit     K={mfa.n_components} R={mfa.rank} on {len(training):,} activations\n")
-    # Kernels were built before, so that the seconds are those of fitting alone.
     print(score_table(score, mfa.n_components, "held-out activations", kmeans_seconds, fit_seconds))
     atomic_write_json(options.out / "evaluation.json", score.as_dict())
 
@@ -147,7 +150,7 @@ def run(options: Options) -> list[Path]:
 
 
 def check(options: Options) -> None:
-    """Raises now what would be found when the activations are harvested, or the mixture is fitted."""
+    """Raises now the errors that harvesting or fitting would raise later."""
     check_integer(options.tokens, "tokens", 1)
     check_integer(options.components, "components", 1)
     check_integer(options.rank, "rank", 1)  # to move inside a region
@@ -166,7 +169,7 @@ def check(options: Options) -> None:
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """The result of `work`, and the seconds it took."""
+    """Returns the result of `work`, and its seconds."""
     started = time.perf_counter()
     result = work()
     return result, time.perf_counter() - started
@@ -175,13 +178,11 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
 def _texts(options: Options) -> Iterable[Any]:
     if options.text:
         return [Path(path) for path in options.text]
-    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-
     return stdlib_texts("all")
 
 
 def describe(summary: RegionSummary) -> str:
-    """Two lines: a region's share and preferred tokens, and where it is active."""
+    """Returns two lines: a region's share and preferred tokens, and a context."""
     tokens = "  ".join(token.token for token in summary.tokens)
     context = summary.contexts[0]
     return (
@@ -200,7 +201,7 @@ def _steering(
     region: RegionSummary,
     assigned: Assignments,
 ) -> None:
-    """The same prompts: unsteered, toward a region, and moved inside it."""
+    """Prints text after the same prompts: unsteered, toward a region, and moved inside it."""
     component = region.component
     z = region_latents(mfa, store, component, assigned)
     axis = int(z.std(0).argmax())
@@ -236,7 +237,7 @@ def _steering(
 
 
 def worth_steering(shown: list[int], summaries: dict[int, RegionSummary]) -> int:
-    """The first of the regions shown whose favourite tokens are words: their effect on a text can be read."""
+    """Returns the first region shown whose favourite tokens are words, so that their effect can be read."""
     for component in shown:
         tokens = [token.token.strip("·") for token in summaries[component].tokens[:3]]
         if all(len(token) > 1 and token.isidentifier() for token in tokens):
@@ -255,12 +256,7 @@ def _reports(
     summaries: list[RegionSummary],
     assigned: Assignments,
 ) -> list[Path]:
-    """Figures and the page that holds them; without matplotlib, the page alone."""
-    from importlib.util import find_spec
-
-    from mfa_kernels.interpret.figures import region_scatter, regions_map
-    from mfa_kernels.interpret.report import write_report
-
+    """Writes figures and the page that holds them; without matplotlib, the page alone; returns their paths."""
     figures = find_spec("matplotlib") is not None
     paths = []
     if figures:

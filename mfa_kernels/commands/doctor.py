@@ -1,4 +1,4 @@
-"""What is built, what is missing, and what would run for a device and a dtype."""
+"""`mfa-kernels doctor`: reports what is built and missing, and which kernels would run where."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from mfa_kernels.mixture.functional import compute_dtype
 from mfa_kernels.ops.common import backends, cpp, cuda
 
-_RANK = 10  # of a mixture as `fit` makes it
+_RANK = 10  # a common rank of mixtures
 
 
 def version(package: str) -> str:
-    """Installed version of a package, or "not installed"."""
+    """Returns the installed version of a package, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -23,7 +23,7 @@ def version(package: str) -> str:
 
 
 def serving(device: str, dtype: torch.dtype) -> str:
-    """What runs the kernels for a mixture on this device, with parameters of this dtype and a common rank, and why."""
+    """Returns the backend for a mixture on this device, with parameters of this dtype and a common rank, and why."""
     (parameters,) = compute_dtype(torch.empty(0, dtype=dtype, device=device))
     compute = str(parameters.dtype).removeprefix("torch.")
     note = "" if parameters.dtype == dtype else f", computing in {compute}"
@@ -40,10 +40,10 @@ def serving(device: str, dtype: torch.dtype) -> str:
 
 
 def report() -> list[tuple[str, str]]:
-    """Rows (what, state), building the C++ library if it is not in the cache.
+    """Returns rows (what, state), after building the C++ library if it is not in the cache.
 
     Raises:
-        ValueError: an environment variable has a value that is none; it is named.
+        ValueError: naming an environment variable with a value that is not allowed.
     """
     backends.asked_for()
     compiler = cpp.compiler()
@@ -59,7 +59,7 @@ def report() -> list[tuple[str, str]]:
     lines += [("nvcc", cuda.nvcc() or "none (not needed on the CPU)")]
     cached = cpp.is_built()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # what it would say is said below
+        warnings.simplefilter("ignore", RuntimeWarning)  # the lines below say the same
         built = cpp.library() is not None
     state = f"{'in the cache' if cached else 'built now'}: {cpp.library_name()}"
     if not built:

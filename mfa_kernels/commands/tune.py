@@ -1,4 +1,4 @@
-"""`mfa-kernels tune`: measures launch configurations of the GPU kernels on one GPU, and keeps what is faster.
+"""`mfa-kernels tune`: measures launch configurations of the kernels on one GPU, and keeps the faster.
 
 One field of a configuration is varied at a time, from the default on: a dozen measurements per kernel and shape
 instead of hundreds. A candidate that does not compile, does not fit the chip, or computes something else is left out.
@@ -27,7 +27,7 @@ from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate
 
 SHAPES = ((16384, 8192, 4096, 10), (16384, 1024, 2304, 10))
-"""(N, K, D, R) that are measured unless others are asked for."""
+"""Shapes (N, K, D, R) that are measured by default."""
 
 # Values to try, by kind and field. The scan's rows are padded to 64 features: no larger step.
 CHOICES: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -177,7 +177,7 @@ def _median(workload: Callable[[], Any], device: torch.device) -> float:
 
 @torch.no_grad()
 def _problem(shape: tuple[int, int, int, int], device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
-    """What launches each kind of kernel, on a mixture that responds near one-hot: kind -> call."""
+    """Returns calls that launch each kind of kernel, on a mixture that responds near one-hot: kind -> call."""
     n, k, d, r = shape
     generator = torch.Generator(device).manual_seed(0)
     like: dict[str, Any] = {"device": device, "generator": generator}

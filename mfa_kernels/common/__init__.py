@@ -1,1 +1,1 @@
-"""What every other part stands on: checks of arguments, files and their locks, modes of PyTorch, processes."""
+"""The ground of all other parts: checks of arguments, files and their locks, modes of PyTorch, processes."""

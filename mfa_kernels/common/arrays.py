@@ -1,7 +1,7 @@
-"""What is no tensor and holds numbers, as a tensor: NumPy's arrays, and whatever NumPy can make an array of.
+"""Tensors from array-likes: NumPy's arrays, and all that NumPy can make an array of.
 
-Which type something is of does not matter, only that it says how to read it (`__array__`, `__dlpack__`), as frames and
-series of pandas, memory maps, and arrays of other libraries do; and lists of numbers.
+Their type does not matter, only that they say how to be read (`__array__`, `__dlpack__`), as frames and series of
+pandas, memory maps, and arrays of other libraries do; lists of numbers are accepted too.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_KINDS = "fiubc"  # of numbers, as NumPy calls them
+_KINDS = "fiubc"  # NumPy's letters for the kinds of numbers
 
 
 def is_array(value: Any) -> bool:
-    """Whether something can be read as an array, without reading it; NumPy's scalars are numbers, and lists lists."""
+    """True for a value that can be read as an array, without reading it; False for NumPy's scalars and for lists."""
     is_one = isinstance(value, type | np.generic)
     return not is_one and (hasattr(value, "__array__") or hasattr(value, "__dlpack__"))
 
 
 def is_several(value: Any) -> bool:
-    """Whether something is an array or a list, where a number may stand too; an array of no dimension is a number."""
+    """True for an array or a list, False for a number; an array of no dimension is a number."""
     return isinstance(value, list | tuple) or (is_array(value) and getattr(value, "ndim", 1) != 0)
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
-    """An array-like as an array of numbers, which shares its memory where it can.
+    """Returns an array-like as an array of numbers, which shares its memory where it can.
 
     Raises:
-        TypeError: naming the argument: it is no array, has a mask, or holds something else than numbers of a size that
-            torch knows.
+        TypeError: naming the argument: it is no array, has a mask, or does not hold numbers of a size that torch knows.
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TypeError(f"{name} must be an array without a mask, got a masked one: fill it, or leave its rows out")
     try:
         array = np.asarray(value)
-    except Exception as error:  # of whatever kind: of lists that are not even, of arrays on a GPU
+    except Exception as error:  # any kind: lists may be ragged, arrays on a GPU
         raise TypeError(f"{name} must be a tensor or an array, got {reprlib.repr(value)}: {error}") from None
     if array.dtype.kind not in _KINDS:
         hint = ", as text and missing values make it" if array.dtype == object else ""
@@ -51,10 +50,10 @@ def as_array(value: Any, name: str) -> np.ndarray:
 
 
 def as_tensor(value: Any, name: str) -> Tensor:
-    """A tensor itself; an array-like, or a list of numbers (of lists ...), as a tensor.
+    """Returns a tensor as it is, and an array-like or a (nested) list of numbers as a tensor.
 
-    Python's floats become torch's default dtype, as `torch.tensor` makes them; all else keeps its own. Memory is shared
-    where torch can: with arrays that may be written to, of this machine's byte order, whose strides are not negative.
+    Python's floats get torch's default dtype, as from `torch.tensor`; other values keep their own. Memory is shared
+    where torch can: with writable arrays of this machine's byte order whose strides are not negative.
 
     Raises:
         TypeError: naming the argument, as for `as_array`.
@@ -64,7 +63,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
     if not is_array(value) and (not isinstance(value, Sequence) or isinstance(value, str | bytes)):
         raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}")
     if hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
-        with suppress(Exception):  # each library's own, where it does not lend its memory: then a copy may do
+        with suppress(Exception):  # any kind: a library may not lend its memory, and a copy may do
             return torch.from_dlpack(value)
     array = as_array(value, name)
     tensor = torch.from_numpy(array if shares_memory(array) else cpp(array))
@@ -72,18 +71,18 @@ def as_tensor(value: Any, name: str) -> Tensor:
 
 
 def _first(value: Any) -> Any:
-    """The first number of a list of lists; what is no list, itself."""
+    """Returns the first number of nested lists; a value that is no list, as it is."""
     while isinstance(value, list | tuple) and value:
         value = value[0]
     return value
 
 
 def shares_memory(array: np.ndarray) -> bool:
-    """Whether a tensor can be a view of an array."""
+    """True where a tensor can be a view of an array."""
     steps = all(step >= 0 and step % array.itemsize == 0 for step in array.strides)
     return array.flags.writeable and array.dtype.isnative and steps
 
 
 def cpp(array: np.ndarray) -> np.ndarray:
-    """A copy of an array in the byte order of this machine."""
+    """Returns a copy of an array in the byte order of this machine."""
     return np.array(array, array.dtype.newbyteorder("="))

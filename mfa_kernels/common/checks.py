@@ -16,12 +16,12 @@ from torch import Tensor
 
 from mfa_kernels.common.arrays import as_tensor, is_several
 
-MOST_COMPONENTS = (1 << 31) - 1  # and features: their numbers are int32 in the kernels
+MOST_COMPONENTS = (1 << 31) - 1  # and features, because kernels number them in int32
 _LARGEST = (1 << 63) - 1
 
 
 def check_tensor(value: Any, name: str) -> Tensor:
-    """`value`, a tensor or what `arrays.as_tensor` takes, as a dense tensor; raises otherwise."""
+    """Returns `value`, a tensor or an argument of `arrays.as_tensor`, as a dense tensor; raises otherwise."""
     value = as_tensor(value, name)
     if value.layout is not torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got the layout {value.layout}")
@@ -29,7 +29,7 @@ def check_tensor(value: Any, name: str) -> Tensor:
 
 
 def check_floats(value: Any, name: str) -> Tensor:
-    """`value` as a dense tensor of a floating-point dtype; raises otherwise. A list may hold integers too."""
+    """Returns `value` as a dense tensor of a floating-point dtype; raises otherwise. A list may hold integers too."""
     tensor = check_tensor(value, name)
     if tensor.dtype == torch.int64 and isinstance(value, list | tuple):
         tensor = tensor.to(torch.get_default_dtype())
@@ -39,7 +39,7 @@ def check_floats(value: Any, name: str) -> Tensor:
 
 
 def check_integers(value: Any, name: str) -> Tensor:
-    """`value` as a dense tensor of an integer dtype, bool none of them; raises otherwise."""
+    """Returns `value` as a dense tensor of an integer dtype (not bool); raises otherwise."""
     tensor = check_tensor(value, name)
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
@@ -47,7 +47,7 @@ def check_integers(value: Any, name: str) -> Tensor:
 
 
 def check_finite(value: Tensor, name: str) -> Tensor:
-    """`value` if every entry is finite; raises otherwise."""
+    """Returns `value` if every entry is finite; raises otherwise."""
     if value.is_meta:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
     if not value.isfinite().all():
@@ -56,9 +56,9 @@ def check_finite(value: Tensor, name: str) -> Tensor:
 
 
 def check_activations(x: Any, features: int, device: torch.device, name: str = "x") -> Tensor:
-    """`x` as a tensor of shape (..., D), float, on the device of the parameters; raises otherwise.
+    """Returns `x` as a float tensor of shape (..., D) on the device of the parameters; raises otherwise.
 
-    A tensor has to be there; what is no tensor is moved.
+    A tensor has to be on that device; other array-likes are moved.
     """
     tensor = check_floats(x, name)
     if tensor.dim() == 0 or tensor.shape[-1] != features:
@@ -73,9 +73,9 @@ def check_activations(x: Any, features: int, device: torch.device, name: str = "
 def check_parameters(
     means: Any, loadings: Any, noise_variance: Any, log_weights: Any, weights: str = "log_weights"
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four parameters of a mixture as tensors that fit together; raises otherwise.
+    """Returns the four parameters of a mixture as tensors that fit together; raises otherwise.
 
-    `weights` is what the last is called.
+    `weights` is the name of the last one, for messages.
     """
     given = {"means": means, "loadings": loadings, "noise_variance": noise_variance, weights: log_weights}
     named = {name: check_floats(value, name) for name, value in given.items()}
@@ -110,18 +110,17 @@ def check_parameters(
 
 
 def check_mixture(value: Any, name: str = "mfa") -> Any:
-    """`value` if it is a mixture of factor analyzers, an `MFA` or one that is spread over processes; raises
-    otherwise."""
+    """Returns `value` if it is an `MFA` or a mixture that is spread over processes; raises otherwise."""
     if not all(hasattr(value, attribute) for attribute in ("n_components", "n_features", "rank", "log_prob")):
         raise TypeError(f"{name} must be a mixture (mfa_kernels.MFA), got {type(value).__name__}")
     return value
 
 
 def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -> int:
-    """`value` as an int in [least, most]; whatever Python takes for an index is one, but for True and False."""
+    """Returns `value` as an int in [least, most]; all of Python's indices are allowed, but for True and False."""
     try:
         number = None if is_truth(value) else operator.index(value)
-    except Exception:  # of whatever kind: tensors on the meta device have a kind of their own
+    except Exception:  # any kind: tensors on the meta device raise one of their own
         number = None
     if number is None:
         raise TypeError(f"{name} must be an integer, got {shown(value)}{_whole(value)}")
@@ -131,22 +130,22 @@ def check_integer(value: Any, name: str, least: int = 0, most: int = _LARGEST) -
 
 
 def _whole(value: Any) -> str:
-    """What to give in place of a float that is a whole number: it may be the outcome of a division by accident."""
+    """Returns a hint for a float that is a whole number, which may be the result of a division."""
     if is_truth(value) or isinstance(value, str | bytes) or getattr(value, "ndim", None):
         return ""
     try:
         return f": give {int(value)}" if int(value) == value else ""
-    except Exception:  # of whatever kind: it is no number
+    except Exception:  # any kind: it is no number
         return ""
 
 
 def check_number(value: Any, name: str, least: float = -math.inf, most: float = math.inf) -> float:
-    """`value` as a finite float in [least, most], whatever `float` makes of a number; raises otherwise."""
+    """Returns `value`, a number for `float`, as a finite float in [least, most]; raises otherwise."""
     try:
         number = None if isinstance(value, str | bytes) or is_truth(value) else float(value)
     except OverflowError:
         number = math.inf
-    except Exception:  # of whatever kind, as in `check_integer`
+    except Exception:  # any kind, as in `check_integer`
         number = None
     if number is None:
         raise TypeError(f"{name} must be a number, got {shown(value)}")
@@ -158,7 +157,7 @@ def check_number(value: Any, name: str, least: float = -math.inf, most: float = 
 
 
 def check_positive(value: Any, name: str) -> float:
-    """`value` as a finite float above 0; raises otherwise."""
+    """Returns `value` as a finite float above 0; raises otherwise."""
     number = check_number(value, name)
     if not number > 0:
         raise ValueError(f"{name} must be positive and finite, got {value!r}")
@@ -166,24 +165,24 @@ def check_positive(value: Any, name: str) -> float:
 
 
 def check_flag(value: Any, name: str) -> bool:
-    """`value` as a bool if it is True or False, Python's or NumPy's; raises otherwise."""
+    """Returns `value` as a bool if it is True or False, Python's or NumPy's; raises otherwise."""
     if not is_flag(value):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
     return bool(value)
 
 
 def is_truth(value: Any) -> bool:
-    """Whether a value is True or False of any library, which some of them take for 1 and 0."""
+    """True for True and False of any library; some libraries take them for 1 and 0."""
     return is_flag(value) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
 
 
 def is_flag(value: Any) -> bool:
-    """Whether a value is True or False, Python's or NumPy's (whose `bool_` is no bool)."""
+    """True for Python's True and False, and for NumPy's (whose `bool_` is no bool)."""
     return isinstance(value, bool | numpy.bool_)
 
 
 def check_component(component: Any, components: int, name: str = "component") -> int:
-    """`component` as an int in [0, K); raises otherwise."""
+    """Returns `component` as an int in [0, K); raises otherwise."""
     number = check_integer(component, name, -_LARGEST)
     if not 0 <= number < components:
         raise IndexError(f"{name} must be in [0, {components}), got {number}")
@@ -191,7 +190,7 @@ def check_component(component: Any, components: int, name: str = "component") ->
 
 
 def check_components(value: Any, components: int, name: str = "components") -> list[int]:
-    """Several components, of a list, a range, a tensor or an array, as ints in [0, K); raises otherwise."""
+    """Returns the components of a list, a range, a tensor or an array as ints in [0, K); raises otherwise."""
     is_one = isinstance(value, str | bytes) or getattr(value, "shape", None) == ()
     if not is_several(value) and isinstance(value, Iterable) and not is_one:
         value = list(value)
@@ -200,27 +199,27 @@ def check_components(value: Any, components: int, name: str = "components") -> l
         raise ValueError(f"{name} must be of shape (n,), got {tuple(numbers.shape)}")
     if numbers.is_meta:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")
-    if not len(numbers):  # of an empty list, which has no dtype
+    if not len(numbers):  # an empty list has no dtype
         return []
     return [check_component(number, components, name) for number in check_integers(numbers, name).tolist()]
 
 
 def check_choice(value: Any, choices: tuple[str, ...], name: str) -> str:
-    """`value` if it is one of `choices`; raises otherwise."""
+    """Returns `value` if it is one of `choices`; raises otherwise."""
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
     return value
 
 
 def check_text(value: Any, name: str) -> str:
-    """`value` if it is a string; raises otherwise."""
+    """Returns `value` if it is a string; raises otherwise."""
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {shown(value)}")
     return value
 
 
 def check_iterable(value: Any, name: str, of: str) -> Any:
-    """`value` if it can be iterated over and is none of what is iterated over by accident; raises otherwise."""
+    """Returns `value` if it is an iterable of the kind that is meant, not a string or a mapping; raises otherwise."""
     accident = isinstance(value, str | bytes | dict) or getattr(value, "shape", None) == ()
     if accident or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be {of}, got {shown(value)}")
@@ -228,14 +227,14 @@ def check_iterable(value: Any, name: str, of: str) -> Any:
 
 
 def check_callable(value: Any, name: str) -> Any:
-    """`value` if it can be called; raises otherwise."""
+    """Returns `value` if it can be called; raises otherwise."""
     if not callable(value):
         raise TypeError(f"{name} must be callable, got {shown(value)}")
     return value
 
 
 def check_callables(value: Any, name: str) -> tuple[Any, ...]:
-    """Several callables, of a list or any other iterable but a string, as a tuple; raises otherwise."""
+    """Returns the callables of an iterable (not a string) as a tuple; raises otherwise."""
     found = tuple(check_iterable(value, name, "a sequence of callables"))
     for i, one in enumerate(found):
         check_callable(one, f"{name}[{i}]")
@@ -243,7 +242,7 @@ def check_callables(value: Any, name: str) -> tuple[Any, ...]:
 
 
 def check_generator(value: Any, name: str = "generator") -> torch.Generator | None:
-    """`value` if it is a generator of random numbers, or None; raises otherwise."""
+    """Returns `value` if it is a generator of random numbers, or None; raises otherwise."""
     if value is not None and not isinstance(value, torch.Generator):
         hint = f": torch.Generator().manual_seed({value}) makes one" if isinstance(value, int) else ""
         raise TypeError(f"{name} must be a torch.Generator or None, got {shown(value)}{hint}")
@@ -251,14 +250,14 @@ def check_generator(value: Any, name: str = "generator") -> torch.Generator | No
 
 
 def check_model(value: Any, name: str = "model") -> torch.nn.Module:
-    """`value` if it is a module; raises otherwise."""
+    """Returns `value` if it is a module; raises otherwise."""
     if not isinstance(value, torch.nn.Module):
         raise TypeError(f"{name} must be a torch.nn.Module, got {type(value).__name__}")
     return value
 
 
 def check_centroids(value: Any, name: str = "centroids") -> Tensor:
-    """Centroids as they are, or those of what `kmeans` returned, as a tensor (K, D) of floats; raises otherwise."""
+    """Returns centroids, or those of a result of `kmeans`, as a tensor (K, D) of floats; raises otherwise."""
     centroids = getattr(value, "centroids", value)
     if not is_several(centroids):
         raise TypeError(f"{name} must be a KMeansResult or a tensor (K, D), got {type(value).__name__}")
@@ -269,7 +268,7 @@ def check_centroids(value: Any, name: str = "centroids") -> Tensor:
 
 
 def check_path(value: Any, name: str) -> Path:
-    """`value` as a path; raises otherwise."""
+    """Returns `value` as a path; raises otherwise."""
     try:
         text = os.fspath(value)
     except TypeError:
@@ -280,27 +279,27 @@ def check_path(value: Any, name: str) -> Path:
 
 
 def check_device(value: Any, name: str = "device") -> torch.device:
-    """`value` as a device that tensors can be on here; raises otherwise."""
+    """Returns `value` as a device that tensors can be on here; raises otherwise."""
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
-    except Exception as error:  # each backend that is not there has a kind of its own
+    except Exception as error:  # any kind: each backend that is not there raises its own
         raise ValueError(f"{name} must be a device that is here, got {shown(value)}: {error}") from None
     return device
 
 
 def check_dtype(value: Any, name: str = "dtype") -> torch.dtype:
-    """`value` if it is a real floating-point dtype; raises otherwise."""
+    """Returns `value` if it is a real floating-point dtype; raises otherwise."""
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise TypeError(f"{name} must be a floating-point torch.dtype, got {shown(value)}")
     return value
 
 
 def shown(value: Any) -> str:
-    """A value in an error: short, on one line, and no contents of tensors."""
+    """Returns words for a value in an error: short, on one line, and no contents of tensors."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and {value.dtype}"
     try:
         return " ".join(reprlib.repr(value).split())
-    except Exception:  # whatever somebody's __repr__ does
+    except Exception:  # any kind: a __repr__ may raise anything
         return f"a {type(value).__name__}"

@@ -1,6 +1,6 @@
-"""Files that are either whole or absent: written in a temporary folder beside their place, then renamed.
+"""Files that are either whole or absent: written in a temporary folder, then renamed into place.
 
-What a process leaves that is killed while it writes is removed by the next one that writes a file of that name.
+The temporary files of a process that is killed while it writes are removed by the next writer of a file of that name.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 try:
     import fcntl
-except ImportError:  # not on this system: age alone tells what was abandoned
+except ImportError:  # without locks on this system, age alone tells which files were abandoned
     fcntl = None  # type: ignore[assignment]
 
 StrPath = str | os.PathLike[str]
@@ -33,18 +35,19 @@ _ABANDONED = 3600.0  # seconds without a change, where no lock can tell
 
 @contextmanager
 def atomic_path(path: StrPath) -> Iterator[Path]:
-    """A temporary path to write to; it becomes `path` when the block ends, and vanishes when the block raises.
+    """Yields a temporary path to write to, which becomes `path` when the block ends, and is removed if it raises.
 
     The folder of `path` is made if it is missing. The data reaches the disk before the name does, so that a power cut
-    does not leave a complete name on an incomplete file. What killed writers of `path` have left is removed afterwards.
+    does not leave a complete name on an incomplete file. Files that killed writers of `path` have left are removed
+    afterwards.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A folder, whose lock stays whatever a library does to the file: safetensors writes under a name of its own.
+    # The lock is on a folder, because safetensors replaces a file by one that it has written under another name.
     with _named(path), temporary_folder(path) as folder:
         temporary = folder / f".{path.name}"
         temporary.touch(exist_ok=False)
-        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes files that only their owner can read
+        mode = temporary.stat().st_mode  # as the umask allows: safetensors makes files that only their owner can read
         yield temporary
         os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
@@ -55,7 +58,7 @@ def atomic_path(path: StrPath) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Errors of writing name the file that is meant: the system names a temporary one, or none where a disk is full."""
+    """Makes errors of writing name `path`: the system names the temporary file, or none if a disk is full."""
     try:
         yield
     except OSError as error:
@@ -69,8 +72,8 @@ def check_writable(path: StrPath, name: str) -> None:
     """Raises where a file could not be written to `path`, before the work whose result it is to hold.
 
     Args:
-        path: of a file, which is left as it is, as is its folder: whether they are missing or not.
-        name: of the argument, for messages.
+        path: the path of a file, present or missing; the file and its folder are left as they are.
+        name: the name of the argument, for messages.
 
     Raises:
         OSError: of the kind that writing met, naming the argument and the path.
@@ -83,7 +86,7 @@ def check_writable(path: StrPath, name: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path) as temporary:
             (temporary / path.name).write_bytes(b"\0")
-        with suppress(OSError):  # somebody else may have begun to use them
+        with suppress(OSError):  # another process may have begun to use them
             for folder in missing:
                 folder.rmdir()
     except OSError as error:
@@ -92,7 +95,7 @@ def check_writable(path: StrPath, name: str) -> None:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside `path`, gone with the block; others can tell it from one whose writer has died, and sweep."""
+    """Yields a new locked folder next to `path`, removed after the block; `sweep` removes those of dead writers."""
     folder, lock = path, None
     try:
         while lock is None:
@@ -119,13 +122,13 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def sweep(folder: StrPath, names: str) -> None:
-    """Removes what writers that were killed have left for files of a folder; what cannot be removed stays.
+    """Removes the temporary files that killed writers have left in a folder, as far as it can.
 
-    Only what has a temporary name of ours goes, and only if no process that writes holds it.
+    It removes only files with a temporary name of ours that no writing process holds.
 
     Args:
-        folder: of the files.
-        names: a regular expression of their names.
+        folder: the folder of the files.
+        names: a regular expression of the names of the files that were being written.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -152,7 +155,7 @@ def _remove_if_abandoned(path: Path) -> None:
 def _remove(folder: Path) -> None:
     """Removes a temporary folder and all that is in it.
 
-    Not `shutil.rmtree`, which closes a descriptor twice when Ctrl-C comes in between, and raises OSError then.
+    `shutil.rmtree` would close a descriptor twice when Ctrl-C comes in between, and raise OSError then.
     """
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -164,7 +167,7 @@ def _remove(folder: Path) -> None:
 
 @contextmanager
 def _lock_of_the_dead(folder: Path) -> Iterator[bool | None]:
-    """Whether nobody holds a temporary folder, which is held meanwhile; None where there are no locks."""
+    """Yields True if no process holds a temporary folder, and holds it meanwhile; None where there are no locks."""
     if fcntl is None:
         yield None
         return
@@ -212,8 +215,7 @@ def atomic_save_safetensors(
         path: the file, replaced if it exists.
         metadata: strings for the file's header.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # which imports torch
 
     separate: dict[str, Tensor] = {}
     storages: set[int] = set()
@@ -227,5 +229,5 @@ def atomic_save_safetensors(
     with atomic_path(path) as temporary:
         try:
             save_file(separate, temporary, metadata=None if metadata is None else dict(metadata))
-        except SafetensorError as error:  # of a disk that is full, among others
+        except SafetensorError as error:  # raised for a full disk, among others
             raise OSError(f"{path}: {error}") from error

@@ -1,4 +1,4 @@
-"""One writer of a folder at a time; readers are never locked out."""
+"""Locks on folders: one writer at a time; readers are never locked out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from mfa_kernels.common.files import StrPath
 
 LOCK = ".lock"
-PATIENCE = 2.0  # seconds; whoever ends has let go by then, whoever writes does so for longer
+PATIENCE = 2.0  # seconds: a writer that ends has released the lock by then, one that works holds it for longer
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -21,19 +21,19 @@ _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def hold(folder: StrPath, patience: float | None = None) -> BaseFileLock:
     """Locks a folder for one writer, until `release()` or the end of the object.
 
-    It keeps out other processes, and other writers of this one. The kernel takes the lock back from a process that
-    dies, however it does: its file stays, and blocks nobody. On a file system that has no locks, a warning says so.
+    The lock keeps out other processes, and other writers of this one. The kernel takes it back from a process that
+    dies, and the file that stays does not lock anything. On a file system without locks, a warning says so.
 
     Args:
         folder: made if it is missing.
-        patience: seconds to wait for somebody else; None: `PATIENCE`.
+        patience: seconds to wait for another writer; None: `PATIENCE`.
 
     Raises:
-        TimeoutError: naming the folder that somebody else holds.
+        TimeoutError: naming the folder that another writer holds.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, thread_local=False)  # a writer may be closed by another thread than opened it
+    lock = FileLock(folder / LOCK, thread_local=False)  # another thread may close a writer than the one that opened it
     try:
         lock.acquire(timeout=PATIENCE if patience is None else patience)
     except Timeout:

@@ -1,11 +1,11 @@
-"""The global modes of PyTorch that a caller may be in, and those in which this library works.
+"""Global modes of PyTorch: those that a caller may be in, and those in which this library works.
 
-Fitting, evaluating, harvesting, making and loading mixtures give the same results whatever mode they are called in:
-each of them is a `door` to ordinary modes. What the caller hands over to be called meanwhile (an iterable of batches,
-a callback) runs as the caller would run it, under `of_the_caller`. The methods of `MFA` that answer for tokens are not
-doors: gradients are recorded, or not, as the caller wants, and what they compute is out of reach of the other modes.
+Fitting, evaluating, harvesting, making and loading mixtures give the same results in whatever mode they are called:
+each of these functions is a `door` to ordinary modes. Iterables and callbacks of the caller run meanwhile in the modes
+of the caller, under `of_the_caller`. The methods of `MFA` on tokens are not doors: they record gradients, or not, as
+the caller wants, and the other modes do not reach their operators.
 
-Left as it is: `torch.use_deterministic_algorithms`, which changes no result of ours but for their repeatability.
+`torch.use_deterministic_algorithms` is left as it is, because it changes only the repeatability of results.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ _END = object()
 
 @dataclass(frozen=True)
 class Modes:
-    """Those that a thread is in. The default dtype, products and anomaly detection are the whole process's.
+    """The modes of a thread; the default dtype, products and anomaly detection are those of the whole process.
 
     Attributes:
-        grad, inference: whether gradients are recorded, and whether inference mode is on.
-        autocast: the dtype to which each kind of device casts, of those that do.
-        dtype, device: in which tensors are made by default.
-        products: the precision of float32 products, of each kind of device that has less than full one.
-        anomaly: whether autograd looks for NaN, and whether it raises.
+        grad: True where gradients are recorded.
+        inference: True in inference mode.
+        autocast: by kind of device, the dtype to which autocast casts there; devices without autocast are absent.
+        dtype, device: the default dtype and device of new tensors.
+        products: by kind of device, the precision of float32 products; devices with full precision are absent.
+        anomaly: True where autograd looks for NaN, and True where it raises then.
     """
 
     grad: bool = True
@@ -50,7 +51,7 @@ class Modes:
 
     @classmethod
     def now(cls) -> Modes:
-        """Those of this moment."""
+        """Returns the modes of this moment."""
         kinds = _kinds()
         precisions = ((kind, precision.of_products(kind)) for kind in kinds)
         is_anomalous = torch.is_anomaly_enabled()
@@ -66,7 +67,7 @@ class Modes:
 
     @contextmanager
     def entered(self) -> Iterator[None]:
-        """These instead of those of the moment, which come back; what is the same already is not touched."""
+        """Sets these modes for a `with` block; modes that are set already are not touched."""
         before = Modes.now()
         if before == self:
             yield
@@ -74,7 +75,7 @@ class Modes:
         with ExitStack() as stack:
             if self.inference != before.inference:
                 stack.enter_context(torch.inference_mode(self.inference))
-            # After inference mode, which changes it too.
+            # Grad mode is set after inference mode, which changes it too.
             stack.enter_context(torch.set_grad_enabled(self.grad))
             casts = dict(self.autocast)
             for kind in dict(before.autocast) | casts if self.autocast != before.autocast else ():
@@ -94,22 +95,22 @@ class Modes:
 
 
 ORDINARY = Modes()
-"""Those of a thread where nobody has changed anything."""
+"""The modes of a new thread."""
 
-_thread = threading.local()  # its `caller`: the modes that the outermost door found
+_thread = threading.local()  # `caller` has the modes that the outermost door found
 
 
 def _kinds() -> tuple[str, ...]:
-    """The kinds of devices whose modes matter here."""
+    """Returns the kinds of devices whose modes matter here."""
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @contextmanager
 def ordinary(gradients: bool = True) -> Iterator[None]:
-    """The modes in which this library works, for a `with` block.
+    """Sets the modes in which this library works, for a `with` block.
 
     Args:
-        gradients: whether grad mode and inference mode are among them; else they stay as they are.
+        gradients: True to set grad mode and inference mode too, False to leave them as they are.
     """
     outer, now = getattr(_thread, "caller", None), Modes.now()
     _thread.caller = outer or now
@@ -121,7 +122,7 @@ def ordinary(gradients: bool = True) -> Iterator[None]:
 
 
 def door(function: Callable[P, Result]) -> Callable[P, Result]:
-    """The function, in ordinary modes."""
+    """Returns the function, made to run in ordinary modes."""
 
     @wraps(function)
     def inside(*args: P.args, **kwargs: P.kwargs) -> Result:
@@ -133,12 +134,12 @@ def door(function: Callable[P, Result]) -> Callable[P, Result]:
 
 @contextmanager
 def of_the_caller() -> Iterator[None]:
-    """The modes in which the outermost `ordinary` was entered, for what belongs to the caller."""
+    """Sets the modes in which the outermost `ordinary` was entered, for code of the caller."""
     caller = getattr(_thread, "caller", None)
     if caller is None:
         yield
         return
-    _thread.caller = None  # a door that the caller's own code comes through is an outermost one
+    _thread.caller = None  # a door that the caller's own code opens is an outermost one
     try:
         with caller.entered():
             yield
@@ -147,14 +148,14 @@ def of_the_caller() -> Iterator[None]:
 
 
 def read(batches: Iterable[Item]) -> Iterator[Item]:
-    """The items of an iterable of the caller's, each made in the caller's modes."""
+    """Yields the items of an iterable of the caller's, each made in the caller's modes."""
     with of_the_caller():
         iterator = iter(batches)
     return _each(iterator, of_the_caller)
 
 
 def made(items: Iterator[Item]) -> Iterator[Item]:
-    """The items of an iterator of our own, each made in ordinary modes; who asks for them is in others in between."""
+    """Yields the items of an iterator of ours, each made in ordinary modes; in between, the caller's modes are on."""
     return _each(items, ordinary)
 
 

@@ -1,7 +1,7 @@
-"""Names of before: each is found under the name it has now, and says so once.
+"""Old names of modules and attributes, which lead to the new ones and warn.
 
-For modules, one finder instead of a file for each, so that the folder shows what is there. It is asked for names of
-this package alone, and only where nothing else has found them.
+One finder serves all the old modules, so that no file has to stay in their place. It answers for names of this package
+only, and only where no other finder has found them.
 """
 
 from __future__ import annotations
@@ -38,15 +38,19 @@ MOVED = {
     "reference_checkpoint": "mixture.paper_format",
     "rotation": "mixture.rotate_loadings",
     "sharded": "mixture.sharded",
+    "steering.budget": "steering.calibration",
+    "steering.functions": "steering.function_hook",
+    "steering.live": "steering.interactive",
+    "steering.paper": "steering.paper_api",
     "tuning": "commands.tune",
 }
-"""By the name that a module had, below the package: the one it has."""
+"""New names of modules by their old ones, below the package."""
 
-_PUBLIC = {"functional", "models"}  # names that users are told: they stay, and nothing is said
+_PUBLIC = {"functional", "models"}  # documented names, which stay and do not warn
 
 
 class _Renamed(ModuleType):
-    """A module of another name: what is asked of it, the one that it became answers."""
+    """A module under its old name, whose attributes are those of the new one."""
 
     def __init__(self, name: str, became: ModuleType) -> None:
         super().__init__(name, became.__doc__)
@@ -72,16 +76,16 @@ class _Finder:
         return _Renamed(spec.name, import_module(became))
 
     def exec_module(self, module: ModuleType) -> None:
-        """It has been executed, where it is."""
+        """Does nothing: the new module has been executed."""
 
     def get_code(self, name: str) -> CodeType:
-        """For `python -m` of a command line that has moved."""
+        """Returns code for `python -m` with the old name of a command line."""
         became = f"{_PACKAGE}.{MOVED[name.partition('.')[2]]}"
         return compile(f"import sys; from {became} import main; sys.exit(main())", name, "exec")
 
 
 def renamed(module: str, **became: str) -> Callable[[str], Any]:
-    """A `__getattr__` for `module`, whose names of before became others."""
+    """Returns a `__getattr__` for `module` that finds old names (keywords) under new ones (values)."""
 
     def find(name: str) -> Any:
         if name not in became:
@@ -93,7 +97,7 @@ def renamed(module: str, **became: str) -> Callable[[str], Any]:
 
 
 def renamed_attribute(became: str) -> Any:
-    """A property in the place of an attribute or a method that became another of the same object."""
+    """Returns a property for an old name of an attribute or a method."""
 
     def find(self: Any) -> Any:
         warnings.warn(f"this attribute is {became} now", FutureWarning, stacklevel=2)
@@ -103,6 +107,6 @@ def renamed_attribute(became: str) -> Any:
 
 
 def install() -> None:
-    """From now on, modules are found under their names of before."""
+    """Makes modules be found under their old names."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
-"""Where things may be written: what is written takes the place of its own kind only, and never of what is read.
+"""Places that may be written to: an output replaces its own kind only, and never an input.
 
-Stores, mixtures and checkpoints are folders with files of names of their own; curves, codes, pages, figures and the
-paper's checkpoints are single files. One rule for all that write:
+Stores, mixtures and checkpoints are folders with files of fixed names; curves, codes, pages, figures and the paper's
+checkpoints are single files. All writers keep three rules:
 
 - a folder of ours holds one kind of thing: a store is not written into a mixture's folder, nor the other way round;
-- a single file lies in no store's folder, and has no name that the mixture or the checkpoint beside it goes by;
-- a file that is there is replaced by one of its own kind.
+- a single file lies in no store's folder, and has no name of a file of the mixture or checkpoint in the same folder;
+- a file is replaced only by one of its own kind.
 
-What is there is told by its first bytes, so that a damaged store is still somebody's store.
+The kind of a file is told by its first bytes, so that a damaged store still counts as a store.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from mfa_kernels.common.files import StrPath
 IN_FOLDERS = (".txt", ".md", ".rst", ".py", ".jsonl")
 """Suffixes of the files that are read as texts where a folder is named."""
 
-_HEAD = 1 << 16  # bytes that tell what a file is
+_HEAD = 1 << 16  # so many bytes tell the kind of a file
 
 
 class Kind(NamedTuple):
-    """A kind of thing that is written.
+    """A kind of output.
 
     Attributes:
-        what: it is, in words.
-        holds: whether bytes are the first of its file.
-        file: of a folder, the name of the file that tells; of a single file, None.
-        names: of a folder, a regular expression of its files' names.
+        what: its name in words.
+        holds: a function that returns True for the first bytes of its file.
+        file: for a folder, the name of the file that tells its kind; None for a single file.
+        names: for a folder, a regular expression of its files' names.
     """
 
     what: str
@@ -72,15 +72,15 @@ SCORES = Kind("the scores of a mixture", lambda head: b'"nll":' in head)
 
 
 def check_place(path: StrPath, kind: Kind, name: str) -> None:
-    """Raises where something of a kind may not be written, whoever allows that what is there is replaced.
+    """Raises where an output of a kind may not be written, even if overwriting is allowed.
 
     Args:
-        path: of the folder, or of the single file.
-        kind: of what is to be written.
-        name: of the argument, for messages.
+        path: the path of the folder, or of the single file.
+        kind: the kind of the output.
+        name: the name of the argument, for messages.
 
     Raises:
-        FileExistsError: naming the argument, the path, and what is there.
+        FileExistsError: naming the argument, the path, and the thing that is there.
     """
     path = Path(path)
     folder, file = (path, path / kind.file) if kind.file else (path.parent, path)
@@ -94,7 +94,7 @@ def check_place(path: StrPath, kind: Kind, name: str) -> None:
 
 
 def check_replaced(file: StrPath, kind: Kind, name: str) -> None:
-    """The last part of `check_place`, of the single file, or the one by which the folder is told."""
+    """Makes the last check of `check_place`, on the single file, or the file that tells the folder's kind."""
     file = Path(file)
     if _head(file) and not _is(file, kind):
         raise FileExistsError(
@@ -103,10 +103,10 @@ def check_replaced(file: StrPath, kind: Kind, name: str) -> None:
 
 
 def check_apart(outputs: Iterable[tuple[str, StrPath, Kind]]) -> None:
-    """Raises where two of the things that are to be written would be one, or in each other's way.
+    """Raises where two outputs would have the same place, or be in each other's way.
 
     Args:
-        outputs: of each, the name of its argument, its path and its kind.
+        outputs: for each, the name of its argument, its path and its kind.
 
     Raises:
         ValueError: naming two arguments and a path.
@@ -121,16 +121,16 @@ def check_apart(outputs: Iterable[tuple[str, StrPath, Kind]]) -> None:
 
 
 def check_not_read(path: StrPath, kind: Kind, name: str, inputs: Iterable[StrPath], texts: Iterable[StrPath]) -> None:
-    """Raises where an output lies in what the same work reads.
+    """Raises where an output lies in an input of the same work.
 
     Args:
-        path, kind, name: as of `check_place`.
+        path, kind, name: as for `check_place`.
         inputs: stores, mixtures and checkpoints that are read; nothing is written into them or below.
         texts: files and folders of texts. A folder of texts may hold folders of ours, as the working directory does,
-            but is none, and gets no file that would be read as a text.
+            but cannot become one, and gets no file that would be read as a text.
 
     Raises:
-        ValueError: naming the argument and what is read.
+        ValueError: naming the argument and the input.
     """
     place = Path(path).resolve()
     for given in inputs:
@@ -145,14 +145,14 @@ def check_not_read(path: StrPath, kind: Kind, name: str, inputs: Iterable[StrPat
 
 
 def _claims(folder: Path, kind: Kind, path: Path, other: Kind) -> bool:
-    """Whether a folder of ours needs the place of something else."""
+    """True where a folder of ours needs the place of another output."""
     if not kind.file:
         return folder in path.parents  # a file where the other needs a folder
     return not other.file and path.parent == folder and re.fullmatch(kind.names, path.name) is not None
 
 
 def is_there(folder: StrPath, kind: Kind) -> bool:
-    """Whether a folder holds something of that kind."""
+    """True where a folder holds a thing of that kind."""
     return _is(Path(folder) / str(kind.file), kind)
 
 
@@ -165,7 +165,7 @@ def _is(path: Path, kind: Kind) -> bool:
 
 
 def _head(path: Path) -> bytes:
-    """The first bytes of a file; none where there is no file, or none that may be read."""
+    """Returns the first bytes of a file; none where there is no file, or it may not be read."""
     try:
         if not path.is_file():
             return b""

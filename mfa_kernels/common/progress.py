@@ -1,4 +1,4 @@
-"""One progress bar, on standard error, and only where somebody watches it: ours, and those of libraries that load."""
+"""Progress bars, ours and those of libraries, shown on a terminal or in a notebook only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _quiet = False
 
 
 def is_watched() -> bool:
-    """Whether standard error is a terminal, or the cell of a notebook, and nobody asked for quiet."""
+    """True where standard error is a terminal, or the cell of a notebook, and `quiet` is not on."""
     return not _quiet and (sys.stderr.isatty() or "ipykernel" in sys.modules)
 
 
 @contextmanager
 def quiet(asked: bool = True) -> Iterator[None]:
-    """No bars for the length of a `with` block, if it is asked for."""
+    """Turns bars off for a `with` block, if `asked`."""
     global _quiet
     before, _quiet = _quiet, _quiet or asked
     try:
@@ -32,9 +32,9 @@ def quiet(asked: bool = True) -> Iterator[None]:
 
 @contextmanager
 def of_libraries() -> Iterator[None]:
-    """For loading from transformers and the hub: their bars are shown where ours are, and not shown elsewhere.
+    """Shows bars of transformers and the hub where ours are shown, and not elsewhere, for a `with` block.
 
-    Whoever has switched them off has them off; afterwards all is as it was.
+    Bars that users have switched off stay off; afterwards all is as before.
     """
     from transformers.utils import logging
 
@@ -51,7 +51,7 @@ def of_libraries() -> Iterator[None]:
 
 @contextmanager
 def of_the_hub() -> Iterator[None]:
-    """The same of the hub's alone, for downloads and uploads of ours."""
+    """Does the same for the hub's bars alone, for downloads and uploads of ours."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shown = not are_progress_bars_disabled()
@@ -64,14 +64,14 @@ def of_the_hub() -> Iterator[None]:
 
 
 def _switch(function: Callable[[], Any]) -> None:
-    """Calls it; where HF_HUB_DISABLE_PROGRESS_BARS decides instead, a warning would say so each time."""
+    """Calls a function without the warning that HF_HUB_DISABLE_PROGRESS_BARS decides instead."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         function()
 
 
 def progress_bar(*args: Any, progress: bool = True, **options: Any) -> tqdm[Any]:
-    """A bar of tqdm; what is not watched, or not wanted (`progress`), counts and shows nothing."""
+    """Returns a bar of tqdm, which is not shown unless it is watched and wanted (`progress`)."""
     from tqdm import tqdm
 
     return tqdm(*args, disable=not (progress and is_watched()), **options)

@@ -1,7 +1,7 @@
-"""Reading files that anybody may have written: what is wrong with one is an error that names it.
+"""Reading of files from any source: an error names the file and what is wrong with it.
 
-A file is looked at before it is believed: it is a plain file in the folder that it should be in, JSON holds what it
-must, and nothing is allocated because a file says so. No code is run from any.
+A file is checked before it is used: it is a plain file in the folder that it should be in, its JSON has the keys and
+kinds expected, and no memory is allocated because a file says so. No code in a file is run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mfa_kernels.common.checks import shown
@@ -24,10 +25,10 @@ _LARGEST = (1 << 63) - 1  # that an int64 holds
 
 @contextmanager
 def naming(path: Path, expected: str) -> Iterator[None]:
-    """Whatever goes wrong inside is a ValueError or an OSError that names the file, and what it should have been."""
+    """Turns errors of a `with` block into ValueError or OSError that name the file, and what it should have been."""
     try:
         yield
-    except Exception as error:  # whichever way a library has of failing on bytes that nobody meant for it
+    except Exception as error:  # any kind: libraries fail in many ways on bytes that they do not expect
         if isinstance(error, OSError) and (error.filename is not None or str(path) in str(error)):
             raise
         if isinstance(error, ValueError) and str(path) in str(error):
@@ -38,10 +39,10 @@ def naming(path: Path, expected: str) -> Iterator[None]:
 
 
 def check_file(path: Path, missing: str = "") -> None:
-    """Raises where `path` is no file that can be opened.
+    """Raises unless `path` is a file that can be opened.
 
     Raises:
-        FileNotFoundError: there is nothing; with the sentence `missing`, if given.
+        FileNotFoundError: there is no file; with the sentence `missing`, if given.
         ValueError: it is a folder, a device, ...
         PermissionError: it may not be read.
     """
@@ -56,20 +57,20 @@ def check_file(path: Path, missing: str = "") -> None:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a pipe too without waiting for somebody to write to it."""
+    """Opens a file, and a pipe without waiting for a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def member(folder: Path, name: Any, told_by: Path) -> Path:
-    """The file of a folder that another file names, which may name nothing outside of the folder.
+    """Returns the path of a file that another file names, which may not be outside of the folder.
 
     Args:
-        folder: where it should be.
-        name: as found in `told_by`: it must be the name of a file, without a path.
-        told_by: for the error.
+        folder: the folder in which it should be.
+        name: the value found in `told_by`: it must be the name of a file, without a path.
+        told_by: the file that names it, for the error.
 
     Raises:
-        ValueError: it is something else, or a link to outside of the folder.
+        ValueError: it is no such name, or a link to outside of the folder.
     """
     plain = isinstance(name, str) and 0 < len(name) < 256 and name not in (".", "..") and not set(name) & set("/\\\0")
     try:
@@ -87,12 +88,12 @@ def member(folder: Path, name: Any, told_by: Path) -> Path:
 
 
 def read_json(path: Path, *, finite: bool = True, says: str = " is not JSON") -> Any:
-    """What a file of JSON holds.
+    """Returns the value in a file of JSON.
 
     Args:
         path: the file.
-        finite: whether to refuse NaN and infinity, which JSON does not have, and numbers that overflow.
-        says: in the error, after the name.
+        finite: True to refuse NaN and infinity, which JSON does not have, and numbers that overflow.
+        says: the words of the error after the name.
 
     Raises:
         FileNotFoundError, PermissionError: naming it.
@@ -106,7 +107,7 @@ def read_json(path: Path, *, finite: bool = True, says: str = " is not JSON") ->
 
 
 def parse_json(data: bytes | str, path: Path, says: str = " is not JSON", *, finite: bool = True) -> Any:
-    """What JSON that was found in `path` says; see `read_json`."""
+    """Returns the value of JSON that was found in `path`; see `read_json`."""
     options: dict[str, Any] = {"parse_constant": _no_constant, "parse_float": _finite} if finite else {}
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
@@ -137,9 +138,9 @@ def _finite(text: str) -> float:
 
 
 def read_safetensors(path: Path, says: str = " is not a complete safetensors file") -> tuple[dict[str, Tensor], Any]:
-    """Tensors by name, mapped from the file, and the strings of its header.
+    """Returns tensors by name, mapped from the file, and the strings of its header.
 
-    The library compares what the header claims with the size of the file before anything is mapped or allocated.
+    The library compares the header with the size of the file before anything is mapped or allocated.
 
     Raises:
         FileNotFoundError, PermissionError: naming it.
@@ -151,9 +152,7 @@ def read_safetensors(path: Path, says: str = " is not a complete safetensors fil
 
 @contextmanager
 def opened(path: Path, says: str = " is not a complete safetensors file") -> Iterator[Any]:
-    """A safetensors file, opened; what the library finds wrong with it is a ValueError that names it."""
-    from safetensors import SafetensorError, safe_open
-
+    """Yields an open safetensors file; errors of the library become ValueErrors that name it."""
     check_file(path)
     try:
         with naming(path, "a safetensors file"), safe_open(path, framework="pt", device="cpu") as file:
@@ -165,14 +164,14 @@ def opened(path: Path, says: str = " is not a complete safetensors file") -> Ite
 
 
 class Kind(NamedTuple):
-    """What a value of JSON may be: in words, and as a test."""
+    """A kind of JSON values: in words, and as a test."""
 
     words: str
     holds: Callable[[Any], bool]
 
 
 def integer(least: int = 0, most: int = _LARGEST) -> Kind:
-    """An integer in a range; true and false are none."""
+    """Returns the kind of integers in a range, without true and false."""
     words = f"an integer of at least {least}" + ("" if most == _LARGEST else f" and at most {most}")
     return Kind(words, lambda value: type(value) is int and least <= value <= most)
 
@@ -182,17 +181,17 @@ def _is_number(value: Any) -> bool:
 
 
 def choice(*values: Any) -> Kind:
-    """One of some strings."""
+    """Returns the kind of some strings."""
     return Kind(f"one of {', '.join(values)}", lambda value: isinstance(value, str) and value in values)
 
 
 def optional(kind: Kind) -> Kind:
-    """Or nothing."""
+    """Returns the kind that allows null too."""
     return Kind(f"{kind.words}, or null", lambda value: value is None or kind.holds(value))
 
 
 def every(kind: Kind, length: int | None = None) -> Kind:
-    """A list of such values."""
+    """Returns the kind of lists of such values."""
     words = f"a list of {'' if length is None else f'{length} values, each '}{kind.words}"
     return Kind(
         words,
@@ -224,7 +223,7 @@ def check_fields(content: Any, kinds: Mapping[str, Kind], where: str, needed: bo
     """Raises ValueError, beginning with `where`, unless `content` is an object with values of these kinds.
 
     Args:
-        content: any value of JSON; what else it holds is not looked at.
+        content: any value of JSON; other entries are not checked.
         kinds: by key.
         where: the file, and the place in it.
         needed: whether all of these keys must be there.

@@ -1,13 +1,13 @@
-"""Names of models and tokenizers in whatever may be passed on: a mixture, its card, a store, a page.
+"""Names of models and tokenizers in files that may be shared: a mixture, its card, a store, a page.
 
-The rule, for the whole package: what is written says where a model came from by
+The whole package keeps one rule. A file names a model by
 
-- the id of a Hugging Face hub repository, where it came from one, be it through the folders of the hub's cache;
+- the id of its Hugging Face hub repository, also where it was loaded from a folder of the hub's cache;
 - "tiny_lm", for the model that ships with the package;
 - "local:" and the last name of its folder, for any other, as in "local:secret-project".
 
-No other part of a path of this machine is written. Which model a local name is of, `models.fingerprint` can tell; to
-load one, its folder has to be named again. What a user gives as `extra` is the user's own.
+No other part of a path of this machine is written. `language_model.fingerprint` tells which model a local name stands
+for; to load it, its folder has to be named again. Users are free in what they give as `extra`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 from urllib.parse import unquote
 
 BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
-LOCAL = "local:"  # before the name of a model that is in a folder of somebody's; no hub id has a colon
+LOCAL = "local:"  # stands before the name of a local model's folder; no hub id has a colon
 
 _CACHED = re.compile(r"models--(?P<id>[^/\\]+)")  # a folder of the hub's cache
 
 
 def shareable(said: str) -> str:
-    """The name by which a model or tokenizer may be told of, given its hub id or its path; its own where it is one.
+    """Returns the name of a model or tokenizer that may be shared, given its hub id, its path, or such a name.
 
-    A string that can be both is a path where there is such a folder, as it is for transformers. Paths of other
-    systems, "~" and "file:" are understood.
+    A string that can be both an id and a path is a path if there is such a folder, as it is for transformers. Paths of
+    other systems, "~" and "file:" are understood.
     """
     path = unquote(said[len("file:") :]) if said.lower().startswith("file:") else said
     parts = [part for part in re.split(r"[/\\]+", path.removeprefix(LOCAL)) if part not in ("", ".", "..")]
@@ -45,12 +45,12 @@ def shareable(said: str) -> str:
 
 
 def local_name(said: Any) -> str | None:
-    """Of a model in a folder of somebody's that `shareable` has named, the name; None for others."""
+    """Returns the folder's name in a "local:" name of `shareable`; None for other values."""
     return said[len(LOCAL) :] if isinstance(said, str) and said.startswith(LOCAL) else None
 
 
 def local_paths(content: Any, where: str) -> Iterator[tuple[str, str]]:
-    """Absolute paths of what is on this machine, in a value of JSON: (place, path)."""
+    """Yields (place, path) for absolute paths of this machine in a value of JSON."""
     if isinstance(content, str):
         if _is_here(content):
             yield where, content
@@ -78,5 +78,5 @@ def _is_here(text: str) -> bool:
     try:
         path = Path(re.sub("^//+", "/", text)).expanduser()
         return path.is_absolute() and path.parent != path and path.exists()
-    except (OSError, ValueError, RuntimeError):  # too long for a name, NUL, the home of nobody
+    except (OSError, ValueError, RuntimeError):  # too long for a name, NUL, the home of an unknown user
         return False

@@ -1,4 +1,4 @@
-"""What the command line says of what comes from below: errors and warnings in the words of its options, on one line."""
+"""Errors and warnings of the library in the words of the command line's options, on one line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OPTIONS = {
     "prompts": ("prompt",),
     "threshold": ("gate",),
 }
-"""Arguments of functions, and what holds them on a command line, where that has another name."""
+"""Options of the command line by the arguments of functions that they set, where the names differ."""
 
 _LEADING = re.compile(r"^((?:[\w.-]+: )?)([a-z_]+)(\[\d+\])?(?=:| must | needs | = )")
 _SETTING = re.compile(r"((?:: here |; ))([a-z_]+)(?= = )")
@@ -32,15 +32,15 @@ _PHRASES = {
     " (group=False fits alone)": "",
     "MFA.from_reference_checkpoint reads": "`mfa-kernels convert` reads",
 }
-"""What a caller from Python is told, and who types a command is not."""
+"""Phrases for callers from Python, and those of the command line in their place."""
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """A message with the options of a command in the place of the arguments that hold them.
+    """Returns a message with options of a command in place of arguments of functions.
 
     Args:
-        message: whose first word names an argument, as those of `mfa_kernels.common.checks` do; lines become one.
-        options: of the command, by the attribute of its parsed arguments; others stay as they are.
+        message: a message whose first word names an argument, as in `mfa_kernels.common.checks`; lines become one.
+        options: the options of the command, by the attribute of its parsed arguments; other words stay as they are.
     """
 
     def option(name: str) -> str:
@@ -55,7 +55,7 @@ def in_options(message: str, options: Mapping[str, str]) -> str:
 
 
 def of_error(error: Exception, options: Mapping[str, str]) -> str:
-    """What an error says, as `in_options`; of the system's, what is wrong with which file, without a number."""
+    """Returns the words of an error, as `in_options`; for errors of the system, without their number."""
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
         message = error.strerror if error.filename is None else f"{error.filename}: {error.strerror.lower()}"
@@ -64,10 +64,10 @@ def of_error(error: Exception, options: Mapping[str, str]) -> str:
 
 @contextmanager
 def told_warnings(command: str, options: Mapping[str, str]) -> Iterator[None]:
-    """Warnings that this package gives are a line each on standard error; those of others are as they were."""
+    """Writes warnings of this package as one line each on standard error, for a `with` block; others as before."""
     with warnings.catch_warnings():
         before = warnings.showwarning
-        # The command says it itself, at its end and with what was saved.
+        # The command says so itself at its end, and what was saved.
         warnings.filterwarnings("ignore", "fit: interrupted")
 
         def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
@@ -82,7 +82,7 @@ def told_warnings(command: str, options: Mapping[str, str]) -> Iterator[None]:
 
 
 def _is_ours() -> bool:
-    """Whether it is this package that warns: by who calls `warn`, as the line that it names may be anybody's."""
+    """True where this package calls `warn`; the line that the warning names may be in other code."""
     frame: Any = sys._getframe(2)
     while frame is not None and frame.f_globals.get("__name__") in ("warnings", "_py_warnings"):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Activations of a language model over texts: read by forward hooks, several layers in one pass, written to stores."""
+"""Harvesting: runs texts through a language model and writes activations of its layers to stores."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -41,7 +41,7 @@ from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.data.twin import check_output
 from mfa_kernels.ops.common.finite import finite_rows
 
-_MOST_BARREN = 100_000  # texts in a row without a token to keep, after which none is expected
+_MOST_BARREN = 100_000  # after so many texts in a row without a token to keep, none is expected
 _NOTHING = (
     "hold no token to keep: special, first and non-finite positions are left out (an iterator can be read only once)"
 )
@@ -81,31 +81,31 @@ def harvest(
         model: a Hugging Face causal language model, or the folder or hub id of one; of an encoder-decoder, layers of
             the encoder alone, by path. Training flags and device are given back as they were.
         tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
-        texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as `read_texts`
-            takes them; a lone string is a path.
+        texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as for
+            `read_texts`; a lone string is a path.
         layer: an index (negative counts from the end) or a module path whose output is (batch, positions, D); or
             several of these, for as many stores from one pass over the model. Digits, as "2", are an index.
-        out: the folder of the store; with several layers, that of their folders, named by module path. None: a
-            temporary folder, removed with the store object.
+        out: the folder of the store; with several layers, the folder in which each has a folder, named by module path.
+            None: a temporary folder, removed with the store object.
         max_tokens: rows to keep; None: all.
         context: tokens per window, BOS included.
         batch_size: windows per forward pass.
         dtype: of the activations on disk: float32, float16 or bfloat16.
         skip_first: positions without rows at the beginning of each window, where attention sinks live.
         drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
-        device: where the model runs meanwhile; None: where it is, or a GPU if there is one when it is loaded here. A
-            model that is spread over devices, or offloaded, runs where it is.
-        seed: of the order of texts, so that `max_tokens` takes from all over: of a sequence or a path, all texts are
-            read first; of any other iterable, which may be endless, the order is that of a shuffle buffer. None: the
-            order given, texts read as they are needed.
-        buffer_size: texts in that buffer, as in `datasets`: the next text is a random one of it, whose place the next
-            of the iterable takes. At most so many are read beyond those that are needed.
+        device: where the model runs meanwhile; None: where it is, or on a GPU if there is one and the model is loaded
+            here. A model that is spread over devices, or offloaded, runs where it is.
+        seed: seed of the order of texts, so that `max_tokens` takes from all of them. A sequence or a path is read as a
+            whole and then permuted; any other iterable, which may be endless, goes through a shuffle buffer. None:
+            the order given, texts read as they are needed.
+        buffer_size: texts in that buffer, as in `datasets`: the next text is a random one of the buffer, and the next
+            one of the iterable takes its place. At most so many are read beyond those that are needed.
         progress: show a progress bar.
         rows_per_shard: rows in each file of the store; a shard is held in memory while it fills.
         overwrite: replace stores that are in `out` already.
-        resume: go on with stores in `out` that were cut off, with the same texts and settings: they become, to the bit,
+        resume: resume stores in `out` that were cut off, with the same texts and settings: they become, to the bit,
             what they would have been. Texts are cut up again from the first, but the model reads only what is missing.
-            Where there is no store yet, one is begun; a complete one is returned.
+            If there is no store yet, one is begun; a complete one is returned.
 
     Returns:
         The store, or a dict of stores by layer as given. Stores of one pass have the same rows: those that are not
@@ -114,14 +114,12 @@ def harvest(
 
     Raises:
         FileExistsError: `out` holds a store, and neither `overwrite` nor `resume`; or a mixture, or a checkpoint.
-        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or the settings
-            that differ.
+        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to resume, or the settings that
+            differ.
         TimeoutError: naming the folder that another harvest is writing to.
         ValueError, TypeError, IndexError: naming the argument; ValueError when the texts hold no token to keep.
     """
-    max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size = _checked(
-        texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size
-    )
+    settings = _Settings(context, batch_size, max_tokens, skip_first, drop_special, seed, buffer_size).checked(texts)
     progress, overwrite = check_flag(progress, "progress"), check_flag(overwrite, "overwrite")
     resume = check_flag(resume, "resume")
     rows_per_shard = check_integer(rows_per_shard, "rows_per_shard", 1)
@@ -135,9 +133,7 @@ def harvest(
     if out is not None:
         check_not_read(out, STORE, "out", (), _paths(texts))
     model, tokenizer, device = _load(model, tokenizer, device)
-    modules = dict(resolve_layer(model, wanted) for wanted in layers)
-    check_loaded(model)
-    _check_layers(model, modules)
+    modules = _modules(model, layers)
     with ExitStack() as failed:
         temporaries: dict[str, tempfile.TemporaryDirectory[str]] = {}
         for path in modules if out is None else ():
@@ -147,38 +143,30 @@ def harvest(
             folders = {path: Path(temporary.name) for path, temporary in temporaries.items()}
         else:
             folders = {path: Path(out) / path if several else Path(out) for path in modules}
-        meta = {
-            **origin(model, tokenizer),
-            "weights_fingerprint": weights_fingerprint(model),
-            "site": "output",
-            "context": context,
-            "batch_size": batch_size,
-            "max_tokens": max_tokens,
-            "skip_first": skip_first,
-            "drop_special": drop_special,
-            "seed": seed,
-        }
-        if seed is not None and not is_finite(texts):  # else the order does not depend on it
-            meta["buffer_size"] = buffer_size
+        facts = {**origin(model, tokenizer), "weights_fingerprint": weights_fingerprint(model), "site": "output"}
+        meta = {**facts, **settings._asdict()}
+        if settings.seed is None or is_finite(texts):  # then the buffer has no part in the order
+            del meta["buffer_size"]
         metas = {path: {**meta, "layer": path} for path in modules}
         reached = _reached(folders, metas, dtype) if resume else dict.fromkeys(modules, _BEGINNING)
         _check_folders((folders[path] for path in reached), overwrite or resume)
         if reached:
-            windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
+            windows = _windows(texts, tokenizer, settings)
 
             def writer(path: str, n_features: int) -> ActivationStoreWriter:
                 return ActivationStoreWriter(
                     folders[path], n_features, dtype, metas[path], rows_per_shard, overwrite=overwrite, resume=resume
                 )
 
-            nonfinite = _run(model, modules, windows, writer, reached, max_tokens, batch_size, dtype, device, progress)
+            reader = _reader(model, modules, device)
+            nonfinite = _run(reader, windows, writer, reached, settings, dtype, progress)
             if nonfinite:
                 warnings.warn(f"{nonfinite} activations were not finite in {dtype} and were left out", stacklevel=3)
 
         stores = {path: ActivationStore(folder) for path, folder in folders.items()}
         for path, temporary in temporaries.items():
             weakref.finalize(stores[path], temporary.cleanup)
-        failed.pop_all()  # from now on, they go with the stores
+        failed.pop_all()  # the stores own the temporary folders now
     if not several:
         return next(iter(stores.values()))
     return {wanted: stores[resolve_layer(model, wanted)[0]] for wanted in layers}
@@ -198,39 +186,36 @@ def stream(
     seed: int | None = 0,
     buffer_size: int = 1000,
 ) -> Iterator[Any]:  # Any: a tensor, or a dict of them when there are several layers
-    """The activations that `harvest` would keep, batch by batch as the model makes them: nothing touches the disk.
+    """Yields the activations that `harvest` would keep, batch by batch as the model makes them, without a store.
 
-    `mfa_kernels.fit(stream(...), ...)` fits online while it reads, `mfa_kernels.fit_many` fits several mixtures, to
-    several layers if need be, in one pass over the model. Between two batches the model is as it was, without hooks,
-    and may be used for something else.
+    `mfa_kernels.fit(stream(...), ...)` fits online while it reads; `mfa_kernels.fit_many` fits several mixtures, also
+    to several layers, in one pass over the model. Between two batches the model is as it was, without hooks, and may be
+    used for something else.
 
     Args:
-        model: as of `harvest`; it runs where it is (when it is loaded here: on a GPU if there is one).
-        tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size: as of `harvest`.
+        model: as for `harvest`; it runs where it is (if it is loaded here: on a GPU if there is one).
+        tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size: as for
+            `harvest`.
         layer: an index, or a module path; or several of these. The forward pass ends at the last of them.
 
     Yields:
-        Rows (n, D), on the layer's device and in its dtype; of several layers, a dict of them by layer as given, to
-        the bit what a stream of that layer alone yields. Those that are not finite are among them: `fit` leaves them
-        out and counts them.
+        Rows (n, D), on the layer's device and in its dtype; for several layers, a dict of them by layer as given, to
+        the bit those that a stream of that layer alone yields. Rows that are not finite are among them: `fit` leaves
+        them out and counts them.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
     """
-    max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size = _checked(
-        texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size
-    )
+    settings = _Settings(context, batch_size, max_tokens, skip_first, drop_special, seed, buffer_size).checked(texts)
     layers = _several(layer)
     model, tokenizer, _ = _load(model, tokenizer, None)
+    modules = _modules(model, layers)
     paths = {wanted: resolve_layer(model, wanted)[0] for wanted in layers}
-    modules = dict(resolve_layer(model, wanted) for wanted in layers)
-    check_loaded(model)
-    _check_layers(model, modules)
 
     def batches() -> Iterator[Any]:
-        windows = _windows(named_texts(texts, seed, buffer_size), tokenizer, context, skip_first, drop_special)
-        left, found = max_tokens, False
-        while (left is None or left > 0) and (batch := list(islice(windows, batch_size))):
+        windows = _windows(texts, tokenizer, settings)
+        left, found = settings.max_tokens, False
+        while (left is None or left > 0) and (batch := list(islice(windows, settings.batch_size))):
             with _reader(model, modules, None) as read:
                 rows = {path: states[:left] for path, states in read(batch).items()}
             first = rows[paths[layers[0]]]
@@ -243,14 +228,14 @@ def stream(
 
 
 def _paths(texts: Any) -> list[StrPath]:
-    """The files and folders among the texts, as far as that can be told without reading any."""
+    """Returns the files and folders among the texts, as far as that can be told without reading any."""
     if isinstance(texts, str | os.PathLike):
         return [texts]
     return [text for text in texts if isinstance(text, os.PathLike)] if isinstance(texts, list | tuple) else []
 
 
 def _is_one(layer: Any) -> bool:
-    """Whether it is one layer, and no sequence of them."""
+    """True for one layer, False for a sequence of layers."""
     return isinstance(layer, str) or not (isinstance(layer, Sequence) or getattr(layer, "ndim", 0) > 0)
 
 
@@ -265,31 +250,41 @@ def _several(layer: Layer | Sequence[Layer]) -> list[Layer]:
     return layers
 
 
-def _checked(
-    texts: Any,
-    max_tokens: Any,
-    context: Any,
-    batch_size: Any,
-    skip_first: Any,
-    drop_special: Any,
-    seed: Any,
-    buffer_size: Any,
-) -> tuple[int | None, int, int, int, bool, int | None, int]:  # fmt: skip
-    """All but the texts, in their order, as Python's own numbers; raises where one of them is not what it has to be."""
-    check_texts(texts)
-    return (
-        None if max_tokens is None else check_integer(max_tokens, "max_tokens", 1),
-        check_integer(context, "context", 1),
-        check_integer(batch_size, "batch_size", 1),
-        check_integer(skip_first, "skip_first"),
-        check_flag(drop_special, "drop_special"),
-        None if seed is None else check_integer(seed, "seed"),
-        check_integer(buffer_size, "buffer_size", 1),
-    )
+def _modules(model: Any, layers: list[Layer]) -> dict[str, nn.Module]:
+    """Returns the modules of layers by their paths; raises for those that cannot be harvested."""
+    modules = dict(resolve_layer(model, wanted) for wanted in layers)
+    check_loaded(model)
+    _check_layers(model, modules)
+    return modules
+
+
+class _Settings(NamedTuple):
+    """Arguments of `harvest` that say which windows of the texts are read, and which rows of them are kept."""
+
+    context: int
+    batch_size: int
+    max_tokens: int | None
+    skip_first: int
+    drop_special: bool
+    seed: int | None
+    buffer_size: int
+
+    def checked(self, texts: Any) -> _Settings:
+        """Returns the settings as Python's own numbers; raises for a wrong one, and for texts that are none."""
+        check_texts(texts)
+        return _Settings(
+            max_tokens=None if self.max_tokens is None else check_integer(self.max_tokens, "max_tokens", 1),
+            context=check_integer(self.context, "context", 1),
+            batch_size=check_integer(self.batch_size, "batch_size", 1),
+            skip_first=check_integer(self.skip_first, "skip_first"),
+            drop_special=check_flag(self.drop_special, "drop_special"),
+            seed=None if self.seed is None else check_integer(self.seed, "seed"),
+            buffer_size=check_integer(self.buffer_size, "buffer_size", 1),
+        )
 
 
 def _check_folders(folders: Iterable[Path], replace: bool) -> None:
-    """Raises now what the writers would raise later, when the texts are read and the model has worked."""
+    """Raises the errors of the writers now, before the texts are read and the model runs."""
     for folder in folders:
         check_writable(folder / MANIFEST, "out")
         if folder.exists():
@@ -298,7 +293,7 @@ def _check_folders(folders: Iterable[Path], replace: bool) -> None:
 
 
 class _Reached(NamedTuple):
-    """How far a harvest has come, before a batch."""
+    """The place of a harvest before a batch."""
 
     batches: int
     documents: int
@@ -312,7 +307,7 @@ _BEGINNING = _Reached(0, 0, 0, 0, hashlib.sha256().hexdigest())
 
 
 def _reached(folders: dict[str, Path], metas: dict[str, dict[str, Any]], dtype: torch.dtype) -> dict[str, _Reached]:
-    """Where each of the stores that are not complete goes on."""
+    """Returns the place at which each store that is not complete resumes."""
     out = {}
     for path, folder in folders.items():
         out[path] = _BEGINNING
@@ -333,7 +328,7 @@ def _reached(folders: dict[str, Path], metas: dict[str, dict[str, Any]], dtype: 
 
 
 class _Window(NamedTuple):
-    """What the model reads at once."""
+    """A stretch of tokens that the model reads at once."""
 
     source: str
     tokens: list[int]
@@ -341,20 +336,18 @@ class _Window(NamedTuple):
 
 
 def _run(
-    model: Any,
-    modules: dict[str, nn.Module],
+    reader: AbstractContextManager[Callable[[list[_Window]], dict[str, Tensor]]],
     windows: Iterator[_Window],
     make_writer: Callable[[str, int], ActivationStoreWriter],
     reached: dict[str, _Reached],
-    max_tokens: int | None,
-    batch_size: int,
+    settings: _Settings,
     dtype: torch.dtype,
-    device: torch.device | str | None,
     progress: bool,
 ) -> int:
-    """Writes one store per module in `reached`; the number of rows left out because they are not finite."""
+    """Writes one store per module in `reached`, and returns the number of rows left out as not finite."""
     first = min(reached.values(), key=lambda position: position.batches)
     batches, documents, kept, nonfinite, _ = first
+    batch_size, max_tokens = settings.batch_size, settings.max_tokens
     digest = hashlib.sha256()
     for window in islice(windows, batches * batch_size):
         digest.update(repr(window).encode())
@@ -362,12 +355,9 @@ def _run(
         raise ValueError(f"resume: the first {batches * batch_size} windows of texts are not those of the stores")
     writers: dict[str, ActivationStoreWriter] = {}
     with ExitStack() as stack:
-        read = stack.enter_context(_reader(model, modules, device))
-        bar = stack.enter_context(
-            progress_bar(
-                total=max_tokens, initial=kept, desc="harvest", unit="token", unit_scale=True, progress=progress
-            )
-        )
+        read = stack.enter_context(reader)
+        options: dict[str, Any] = {"total": max_tokens, "initial": kept, "progress": progress}
+        bar = stack.enter_context(progress_bar(desc="harvest", unit="token", unit_scale=True, **options))
         while max_tokens is None or kept < max_tokens:
             batch = list(islice(windows, batch_size))
             if not batch:
@@ -377,7 +367,7 @@ def _run(
                 for path in reached:
                     writers[path] = stack.enter_context(make_writer(path, rows[path].shape[1]))
                     writers[path].rewind(documents, kept)
-            # A shard that this batch fills is followed by more of it: after that shard, one goes on from here.
+            # This batch may fill a shard and have more rows: after that shard, a harvest resumes at this batch.
             position = _Reached(batches, documents, kept, nonfinite, digest.hexdigest())._asdict()
             for writer in writers.values():
                 writer.progress = position
@@ -407,14 +397,14 @@ def _run(
 
 
 class _Stop(BaseException):
-    """Ends a forward pass from a hook. Not an Exception, so that no handler inside a model takes it for an error."""
+    """Ends a forward pass from a hook; no Exception, so that no handler inside a model takes it for an error."""
 
 
 @contextmanager
 def _reader(
     model: Any, modules: dict[str, nn.Module], device: torch.device | str | None
 ) -> Iterator[Callable[[list[_Window]], dict[str, Tensor]]]:
-    """A function from windows to the rows wanted of them, (n, D) per module; the model is as it was afterwards."""
+    """Yields a function from windows to their wanted rows, (n, D) per module; the model is as it was afterwards."""
     rows: dict[str, Tensor] = {}
     index: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # window and position of every row wanted
     shape = torch.Size()
@@ -427,7 +417,7 @@ def _reader(
             if not isinstance(hidden, Tensor) or hidden.dim() != 3 or hidden.shape[:2] != shape:
                 found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
                 raise ValueError(f"layer {path!r} must give hidden states of shape {(*shape, 'D')}, it gives {found}")
-            # Taken here, not after the pass: what comes next may write over its input.
+            # Rows are taken here, not after the pass, because the next module may write over its input.
             rows[path] = hidden[index[0].to(hidden.device), index[1].to(hidden.device)]
             if len(rows) == len(modules):
                 raise _Stop
@@ -440,7 +430,7 @@ def _reader(
         longest = max(len(window.tokens) for window in batch)
         if limit is not None and longest > limit:
             raise ValueError(f"context must be at most {limit}, the positions this model has; a window has {longest}")
-        tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # which id pads does not matter: it is masked
+        tokens = torch.zeros(len(batch), longest, dtype=torch.long)  # any id may pad, because it is masked
         mask = torch.zeros_like(tokens)
         for i, window in enumerate(batch):
             tokens[i, : len(window.tokens)] = torch.tensor(window.tokens)
@@ -467,7 +457,7 @@ def _reader(
             model.to(device)
         model.eval()
         handles = [module.register_forward_hook(hook(path)) for path, module in modules.items()]
-        # Not inference_mode: what a model caches on the way (rotary tables, ...) must remain usable in training.
+        # no_grad, not inference_mode: tensors that a model caches (rotary tables, ...) must remain usable in training.
         with torch.no_grad():
             yield read
     finally:
@@ -480,7 +470,7 @@ def _reader(
 
 
 def _one_device(model: Any) -> torch.device:
-    """The device that a model is on and may be moved from; raises where it is on several, or offloaded."""
+    """Returns the device that a model is on and may be moved from; raises if it is on several, or offloaded."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     if len(devices) > 1 or any(device.type == "meta" for device in devices):
         raise ValueError(
@@ -491,7 +481,7 @@ def _one_device(model: Any) -> torch.device:
 
 
 def _check_layers(model: Any, paths: Iterable[str]) -> None:
-    """Raises for layers whose output is known not to be that of the texts' tokens."""
+    """Raises for layers whose output is known not to belong to the tokens of the texts."""
     decoder = decoder_of_two(model)
     for path in paths:
         check_output(model, path)
@@ -502,37 +492,35 @@ def _check_layers(model: Any, paths: Iterable[str]) -> None:
             )
 
 
-def _windows(
-    texts: Iterable[tuple[str, str]], tokenizer: Any, context: int, skip_first: int, drop_special: bool
-) -> Iterator[_Window]:
-    """Texts as windows of at most `context` tokens that have at least one row to keep."""
+def _windows(texts: Any, tokenizer: Any, settings: _Settings) -> Iterator[_Window]:
+    """Yields texts as windows of at most `context` tokens with at least one row to keep."""
     prefix = bos_prefix(tokenizer)
-    step = context - len(prefix)
+    step = settings.context - len(prefix)
     if step < 1:
-        raise ValueError(f"context must be at least 2, BOS and one token, got {context}")
-    special = set(tokenizer.all_special_ids) if drop_special else set()
+        raise ValueError(f"context must be at least 2, BOS and one token, got {settings.context}")
+    special = set(tokenizer.all_special_ids) if settings.drop_special else set()
     barren = 0
-    for source, text in texts:
+    for source, text in named_texts(texts, settings.seed, settings.buffer_size):
         barren += 1
         if barren > _MOST_BARREN:
             raise ValueError(f"texts: {_MOST_BARREN:,} in a row hold no token to keep, up to {source}")
         tokens = text_tokens(tokenizer, text, prefix)
         for start in range(0, len(tokens), step):
             window = prefix + tokens[start : start + step]
-            positions = [p for p, token in enumerate(window) if p >= skip_first and token not in special]
+            positions = [p for p, token in enumerate(window) if p >= settings.skip_first and token not in special]
             if positions:
                 barren = 0
                 yield _Window(source, window, positions)
 
 
 def _load(model: Any, tokenizer: Any, device: torch.device | str | None) -> tuple[Any, Any, torch.device | str | None]:
-    """Model and tokenizer as objects, and where to move the model: None when it is in place."""
+    """Returns model and tokenizer as objects, and where to move the model: None if it is in place."""
     named = isinstance(model, str | os.PathLike)
     if not named and not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, or the name or folder of one, got {type(model).__name__}")
     if tokenizer is None and not named:
         raise TypeError("tokenizer must be given when model is an object")
-    usable = callable(tokenizer) and hasattr(tokenizer, "decode")  # bytes can be decoded, too
+    usable = callable(tokenizer) and hasattr(tokenizer, "decode")  # `bytes` has a decode, too
     if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike) and not usable:
         raise TypeError(f"tokenizer must be one of transformers, or its name or folder, got {type(tokenizer).__name__}")
     device = device if device is None else check_device(device)

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: loading them, finding layers, reading their outputs, writing text."""
+"""Hugging Face language models: loading them, finding layers, reading outputs, writing text."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ from mfa_kernels.common.checks import check_dtype, check_integer, check_number, 
 from mfa_kernels.common.places import MIXTURE, is_there
 from mfa_kernels.common.progress import of_libraries
 from mfa_kernels.common.sharing import BUNDLED, local_name, shareable
+from mfa_kernels.data import tiny_lm
 
-# What `fingerprint` takes of a configuration: what versions of transformers agree on, as they do not on the rest.
+# Entries of a configuration in `fingerprint`: versions of transformers agree on these, and not on the rest.
 _IDENTIFYING = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "max_position_embeddings",
@@ -42,11 +43,10 @@ _STACKS = (
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of a model's decoder layers.
+    """Returns the path and the list of a model's decoder layers.
 
-    Where none of the known places holds them, as in a wrapped model (PEFT, DDP) or a new architecture, the one list
-    of modules with as many entries as the configuration says there are hidden layers. Of an encoder-decoder, the list
-    of its decoder.
+    If none of the known places holds them, as in a wrapped model (PEFT, DDP) or a new architecture, this is the one
+    list of modules with as many entries as the configuration has hidden layers; in an encoder-decoder, the decoder's.
 
     Raises:
         ValueError: none is found, or several.
@@ -74,7 +74,7 @@ def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def decoder_of_two(model: nn.Module) -> str | None:
-    """Path of the decoder of an encoder-decoder; None for other models."""
+    """Returns the path of the decoder of an encoder-decoder; None for other models."""
     find: Any = getattr(model, "get_decoder", None)
     if find is None or not is_encoder_decoder(model):
         return None
@@ -83,12 +83,12 @@ def decoder_of_two(model: nn.Module) -> str | None:
 
 
 def stack_of(model: nn.Module, layer: str) -> str:
-    """Path of the module that holds the stack of layers that a module belongs to, and is called with its tokens.
+    """Returns the path of the module that holds the stack of layers of a module, and is called with its tokens.
 
     Args:
         model: a language model.
-        layer: path of a layer, or of a part of one. For a module outside every stack, that of the decoder layers is
-            taken, and the model itself ("") where none is found.
+        layer: path of a layer, or of a part of one. For a module outside every stack, the stack of the decoder layers
+            is taken, or the model itself ("") where none is found.
     """
     names = layer.split(".")
     for depth in range(1, len(names)):
@@ -102,7 +102,7 @@ def stack_of(model: nn.Module, layer: str) -> str:
 
 
 def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
-    """Path and module of a decoder layer.
+    """Returns the path and the module of a decoder layer.
 
     Args:
         model: a causal language model.
@@ -133,12 +133,12 @@ def resolve_layer(model: nn.Module, layer: int | str) -> tuple[str, nn.Module]:
 
 
 def index_in(text: str) -> int | None:
-    """The index that a text such as "8" or "-1" is; None where it is none, as a module path."""
+    """Returns the index in a text such as "8" or "-1"; None for other texts, such as a module path."""
     return int(text) if re.fullmatch("-?[0-9]+", text) else None
 
 
 def layer_index(layer: Any) -> int:
-    """`layer`, which is no text, as an int; raises a TypeError where it is no integer, as True and 2.0."""
+    """Returns `layer`, which is no text, as an int; raises TypeError for others, such as True and 2.0."""
     try:
         if not is_truth(layer):
             return operator.index(layer)
@@ -153,15 +153,15 @@ def layer_index(layer: Any) -> int:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of a model's language part; None for a module without one."""
+    """Returns the configuration of a model's language part; None for a module without one."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def fingerprint(model: nn.Module) -> str | None:
-    """Of a model's configuration, wherever its files are; None for a module without one.
+    """Returns a hash of a model's configuration, wherever its files are; None for a module without one.
 
-    It tells architectures and sizes apart, and is the same for a model and its fine-tunes, in any dtype.
+    The hash tells architectures and sizes apart; a model and its fine-tunes have the same one, in any dtype.
     """
     config = text_config(model)
     if config is None:
@@ -171,18 +171,18 @@ def fingerprint(model: nn.Module) -> str | None:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Of the first values of every parameter, in its own dtype: which of the models of one name and size it is."""
+    """Returns a hash of the first values of every parameter, which tells models of one name and size apart."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}".encode())
-        if parameter.numel() and not parameter.is_meta:  # as of one that is offloaded
+        if parameter.numel() and not parameter.is_meta:  # offloaded weights are there
             first = parameter.detach()[(0,) * max(parameter.dim() - 1, 0)].reshape(-1)[:16]
             digest.update(first.contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
 def origin(model: Any, tokenizer: Any) -> dict[str, str]:
-    """What is written of a model and its tokenizer beside activations of theirs: names, and a fingerprint.
+    """Returns the facts about a model and its tokenizer that are kept with activations: names, and a fingerprint.
 
     Returns:
         "model" and "tokenizer", named by the rule of `mfa_kernels.common.sharing`, or by their classes where they come
@@ -201,21 +201,21 @@ def _name(source: Any) -> str:
 def check_evaluating(model: nn.Module) -> None:
     """Raises unless every module of a model is in evaluation mode.
 
-    The rule of the package: what runs a model and hands back what it says (`logit_lens`, `logit_shift`,
-    `alpha_for_kl`, `MFASteerer`, text that is written) refuses one in training mode, where dropout would pass for an
-    effect; under `steer` itself it is the user who runs the model, to train it as well.
+    The rule of the package: functions that run a model and return its output (`logit_lens`, `logit_shift`,
+    `alpha_for_kl`, `MFASteerer`, `continuation`) refuse one in training mode, where dropout would pass for an effect.
+    Under `steer` itself users run the model, also to train it.
     """
     if any(module.training for module in model.modules()):
         raise ValueError("model is in training mode, where dropout would count as an effect: call model.eval()")
 
 
 def hidden_states(output: Any) -> Tensor:
-    """The hidden states (batch, positions, D) in a layer's output: a tensor, or the first entry of a tuple."""
+    """Returns the hidden states (batch, positions, D) in a layer's output: a tensor, or the first entry of a tuple."""
     return output[0] if isinstance(output, tuple | list) else output
 
 
 def with_hidden_states(output: Any, hidden: Tensor) -> Any:
-    """`output` with its hidden states replaced."""
+    """Returns `output` with its hidden states replaced."""
     if isinstance(output, tuple):
         entries = (hidden, *output[1:])
         return type(output)(*entries) if hasattr(output, "_fields") else entries  # a named tuple stays one
@@ -225,17 +225,17 @@ def with_hidden_states(output: Any, hidden: Tensor) -> Any:
 
 
 def weights_in(dtype: torch.dtype | str) -> dict[str, Any]:
-    """The option of `from_pretrained` that asks for weights of a dtype, by the name that configurations have for it."""
+    """Returns the option of `from_pretrained` that asks for weights of a dtype, by its name in this transformers."""
     from transformers import PretrainedConfig
 
     return {"dtype" if hasattr(PretrainedConfig(), "dtype") else "torch_dtype": dtype}
 
 
 def remembered_model(said: Any) -> str:
-    """What `load_language_model` takes for the model that a mixture or a store says it is of.
+    """Returns the name or folder to load for the model that a mixture or a store names.
 
     Raises:
-        ValueError: it says none, or one that is neither a folder here nor the name of a hub repository.
+        ValueError: there is no name, or one that is neither a folder here nor the name of a hub repository.
     """
     if not isinstance(said, str) or not said:
         raise ValueError("it does not say which model it is of")
@@ -257,22 +257,20 @@ def remembered_model(said: Any) -> str:
 def load_language_model(
     name: str | None = None, dtype: torch.dtype | None = None, tokenizer: str | None = None
 ) -> tuple[Any, Any]:
-    """A Hugging Face causal language model and its tokenizer, in eval mode.
+    """Returns a Hugging Face causal language model in eval mode, and its tokenizer.
 
     Args:
         name: a hub id or a folder; None or "tiny_lm" is the small model that ships with the package. No code of a hub
             repository is ever run, and bars of loading are shown where ours are (`mfa_kernels.common.progress`).
-        dtype: of the weights; None: as stored (float32 for the small model).
+        dtype: dtype of the weights; None: as stored (float32 for the small model).
         tokenizer: hub id or folder of another tokenizer than the model's own.
 
     Raises:
         TypeError, ValueError: naming the argument that is no name, or the folder that holds something else.
-        OSError: naming the argument, what it was, and why it cannot be loaded.
+        OSError: naming the argument, its value, and why it cannot be loaded.
     """
     if dtype is not None:
         check_dtype(dtype)
-    from mfa_kernels.data import tiny_lm
-
     name = BUNDLED if name is None else name
     tokenizer = name if tokenizer is None else tokenizer
     if name == BUNDLED:
@@ -288,11 +286,11 @@ def load_language_model(
 
 
 def from_pretrained(kind: str, source: Any, name: str, **options: Any) -> Any:
-    """What `transformers.<kind>.from_pretrained` loads from a folder or the hub, without running code from it.
+    """Returns the result of `transformers.<kind>.from_pretrained`, which runs no code from the folder or the hub.
 
     Raises:
         TypeError, ValueError: `source` is no path and no name, or a folder that holds a mixture.
-        OSError: naming the argument, what it was, and why it cannot be loaded.
+        OSError: naming the argument, its value, and why it cannot be loaded.
     """
     import transformers
 
@@ -310,45 +308,45 @@ def from_pretrained(kind: str, source: Any, name: str, **options: Any) -> Any:
 
 
 def why(error: BaseException) -> str:
-    """The first sentence of what a library says, which may go on for a page."""
+    """Returns the first line of a library's message, which may be a page long."""
     return next((line.strip().rstrip(".:") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def bos_prefix(tokenizer: Any) -> list[int]:
-    """The BOS token that a tokenizer puts in front of every text, as a list; an empty one where it puts none."""
+    """Returns the BOS token that a tokenizer puts in front of every text, as a list; an empty one if it puts none."""
     bos = getattr(tokenizer, "bos_token_id", None)
-    # A tokenizer may have a BOS token that it does not put in front of texts, as GPT-2's.
+    # A tokenizer, such as GPT-2's, may have a BOS token that it does not put in front of texts.
     return [bos] if bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos] else []
 
 
 def text_tokens(tokenizer: Any, text: str, prefix: list[int]) -> list[int]:
-    """The token ids of a text that `prefix` (from `bos_prefix`) goes in front of.
+    """Returns the token ids of a text, to be put after `prefix` (from `bos_prefix`).
 
     Text from a chat template (`tokenizer.apply_chat_template(..., tokenize=False)`) begins with the BOS token's own
-    text, which would give it two: that one is left out here.
+    text, which would make two of them: that one is left out here.
     """
     tokens = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return tokens[len(prefix) :] if tokens[: len(prefix)] == prefix else tokens
 
 
 def tokenize(tokenizer: Any, texts: str | list[str], **padding: Any) -> Any:
-    """`tokenizer(texts, return_tensors="pt", **padding)`, with one BOS where that would give a text two.
+    """Returns `tokenizer(texts, return_tensors="pt", **padding)`, with one BOS where that would give a text two.
 
     Args:
-        tokenizer: of a Hugging Face model.
-        texts: with or without the BOS token's text in front, as chat templates write it.
-        padding: options of the tokenizer's `pad`; of one text, none is needed. A tokenizer without a token to pad with
-            pads with another, which the mask leaves out.
+        tokenizer: the tokenizer of a Hugging Face model.
+        texts: texts with or without the BOS token's text in front, as chat templates write it.
+        padding: options of the tokenizer's `pad`; one text needs none. A tokenizer without a token to pad with pads
+            with another, which the mask leaves out.
 
     Returns:
-        What the tokenizer does: input_ids, attention_mask, ..., (texts, positions) int64.
+        The output of the tokenizer: input_ids, attention_mask, ..., (texts, positions) int64.
 
     Raises:
-        TypeError: the tokenizer is none.
+        TypeError: `tokenizer` is no tokenizer.
     """
     check_encoder(tokenizer)
     prefix, batch = bos_prefix(tokenizer), [texts] if isinstance(texts, str) else texts
-    # How many tokens of its own a text has too many: without a prefix, none are left out.
+    # The number of BOS tokens that a text has too many; without a prefix, none are left out.
     extra = [
         len(text_tokens(tokenizer, text, [])) - len(text_tokens(tokenizer, text, prefix)) if prefix else 0
         for text in batch
@@ -363,7 +361,7 @@ def tokenize(tokenizer: Any, texts: str | list[str], **padding: Any) -> Any:
 
 
 def _padded(fields: dict[str, list[list[int]]], side: str) -> Any:
-    """Rows of each field with zeros up to the longest, on one side; there is a mask among the fields."""
+    """Returns the fields and a mask, rows filled with zeros on one side up to the longest."""
     from transformers import BatchEncoding
 
     ids = fields["input_ids"]
@@ -376,7 +374,7 @@ def _padded(fields: dict[str, list[list[int]]], side: str) -> Any:
 
 
 def check_encoder(tokenizer: Any) -> None:
-    """Raises unless something turns text into ids and back."""
+    """Raises TypeError unless `tokenizer` turns text into ids and back."""
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         found = shown(tokenizer) if isinstance(tokenizer, str | None) else type(tokenizer).__name__
         hint = "; AutoTokenizer.from_pretrained loads one by its name" if isinstance(tokenizer, str) else ""
@@ -384,34 +382,34 @@ def check_encoder(tokenizer: Any) -> None:
 
 
 def encoded(model: Any, tokenizer: Any, texts: str | list[str], **padding: Any) -> dict[str, Tensor]:
-    """What a model is called with to read texts: of what `tokenize` returns, what it takes, on its device."""
+    """Returns the arguments with which a model reads texts: the fields of `tokenize` that it takes, on its device."""
     check_loaded(model)
     fields, names = tokenize(tokenizer, texts, **padding), _taken(model)
     return {name: value.to(input_device(model)) for name, value in fields.items() if names is None or name in names}
 
 
-# What tokenizers return about each token or text, beside ids and mask; few models read any of it.
+# Tokenizers return these about each token or text, besides ids and mask; few models read any of them.
 _NOTES = ("token_type_ids", "special_tokens_mask", "offset_mapping", "length", "overflow_to_sample_mapping")
 
 
 def without_notes(model: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's arguments without those that a tokenizer returned and its forward does not take."""
+    """Returns the arguments without the fields of a tokenizer that the model's forward does not take."""
     names = _taken(model)
     return {n: value for n, value in inputs.items() if n not in _NOTES or names is None or n in names}
 
 
 def _taken(model: Any) -> set[str] | None:
-    """Names of the arguments of a model's forward; None for a wrapper that hands on whatever it is given."""
-    # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
+    """Returns the names of the arguments of a model's forward; None for a wrapper that hands on any arguments."""
+    # The class is asked, because tools that wrap the forward of an instance may hide its arguments' names.
     inner = getattr(model, "_orig_mod", model)
     names = set(inspect.signature(type(inner).forward).parameters)
     return names if "input_ids" in names else None
 
 
 def input_device(model: Any) -> torch.device:
-    """Where a model takes its token ids: where its embedding is.
+    """Returns the device on which a model takes its token ids, which is that of its embedding.
 
-    Offloaded weights are on the meta device between passes. What loads them moves the inputs too, from the CPU.
+    Offloaded weights are on the meta device between passes. The hooks that load them move the inputs too, from the CPU.
     """
     find: Any = getattr(model, "get_input_embeddings", None)
     try:
@@ -423,9 +421,9 @@ def input_device(model: Any) -> torch.device:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raises where weights are on the meta device and nothing brings them from elsewhere for a pass.
+    """Raises ValueError where weights are on the meta device and nothing loads them for a pass.
 
-    What does, as accelerate's hooks, wraps the forward of a module, or runs before it.
+    Hooks that load them, such as those of accelerate, wrap the forward of a module, or run before it.
     """
     parts = [model]
     while parts:
@@ -442,7 +440,7 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def first_token(model: Any) -> int:
-    """The token that the decoder of an encoder-decoder begins with."""
+    """Returns the token with which the decoder of an encoder-decoder begins."""
     for place in (getattr(model, "generation_config", None), model.config):
         token = getattr(place, "decoder_start_token_id", None)
         if token is not None:
@@ -451,7 +449,7 @@ def first_token(model: Any) -> int:
 
 
 def check_sampling(new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, float, int]:
-    """What `continuation` samples by, as Python's own numbers; raises where one of them is not what it has to be."""
+    """Returns the sampling arguments of `continuation` as Python's own numbers; raises for a wrong one."""
     return (
         check_integer(new_tokens, "new_tokens", 1),
         check_number(temperature, "temperature", 0),
@@ -462,19 +460,18 @@ def check_sampling(new_tokens: Any, temperature: Any, seed: Any) -> tuple[int, f
 def continuation(
     model: Any, tokenizer: Any, prompt: str, new_tokens: int, temperature: float = 0.0, seed: int = 0, **options: Any
 ) -> str:
-    """What the model writes after the prompt: greedily at temperature 0, else sampled from the seed.
+    """Returns the text that the model writes after the prompt: greedy at temperature 0, else sampled from the seed.
 
     Args:
         model, tokenizer: a Hugging Face language model, and its tokenizer.
         prompt: text.
         new_tokens: most tokens to write, at least 1.
         temperature: at least 0.
-        seed: of the samples, at least 0.
-        options: further ones of `model.generate`.
+        seed: seed of the samples, at least 0.
+        options: further arguments of `model.generate`.
 
     Raises:
-        TypeError, ValueError: naming the argument: the tokenizer is none, the model writes nothing, or is in training
-            mode, ...
+        TypeError, ValueError: naming the argument, also for a model that cannot write or is in training mode.
     """
     new_tokens, temperature, seed = check_sampling(new_tokens, temperature, seed)
     if not callable(getattr(model, "generate", None)):
@@ -491,5 +488,5 @@ def continuation(
             **inputs, **sampling, do_sample=temperature > 0, max_new_tokens=new_tokens,
             pad_token_id=tokenizer.eos_token_id, **options,
         )  # fmt: skip
-    before = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]  # what an encoder read is not repeated
+    before = 0 if is_encoder_decoder(model) else inputs["input_ids"].shape[1]  # decoders do not repeat the encoder's
     return tokenizer.decode(ids[0, before:], skip_special_tokens=True)

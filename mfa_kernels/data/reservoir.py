@@ -14,22 +14,22 @@ from mfa_kernels.data.source import as_rows, as_source
 
 
 def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
-    """At most `rows` of the rows of a stream, each subset of that many as likely as another.
+    """Returns at most `rows` of the rows of a stream, each subset of that size as likely as another.
 
-    Every row draws a number, and the rows with the smallest numbers stay. What is held is the sample and one batch; the
-    sample is in the order of the stream, and the same however the stream is cut into batches. `kmeans` takes one of an
-    iterator.
+    Every row draws a number, and the rows with the smallest numbers stay. Memory holds the sample and one batch; the
+    sample is in the order of the stream, and the same however the stream is cut into batches. `kmeans` takes such a
+    sample of an iterator.
 
     Args:
         batches: activations (..., D) of one width: tensors, arrays, or tuples that begin with one.
         rows: most rows of the sample.
-        seed: of the numbers.
+        seed: seed of the numbers.
 
     Returns:
-        (min(rows, N), D), in the dtype of the batches (float32 for halves), where they are.
+        (min(rows, N), D), in the dtype of the batches (float32 for halves) and on their device.
 
     Raises:
-        TypeError, ValueError: naming the argument; a stream without rows among it.
+        TypeError, ValueError: naming the argument, also for a stream without rows.
     """
     return numbered(batches, rows, seed)[0]
 
@@ -37,7 +37,7 @@ def reservoir(batches: Iterable[Tensor], rows: int, *, seed: int = 0) -> Tensor:
 @door
 @torch.no_grad()
 def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches") -> tuple[Tensor, Tensor]:
-    """`reservoir` of what is called `name`, and the numbers of its rows in the stream, (n,) int64 on the CPU."""
+    """Returns a `reservoir`, and the numbers of its rows in the stream, (n,) int64 on the CPU."""
     rows = check_integer(rows, "rows", 1)
     check_iterable(batches, name, "an iterable of batches (B, D)")
     generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
@@ -54,7 +54,7 @@ def numbered(batches: Iterable[Any], rows: int, seed: int, name: str = "batches"
             raise ValueError(f"{name}[{i}] has width {source.n_features}, but {name}[0] has width {parts[0].shape[1]}")
         held = len(drawn)
         mine = torch.rand(len(source), dtype=torch.float64, generator=generator)
-        # Few rows of a late batch stay: only those are read, and written over those that they drive out.
+        # Few rows of a late batch stay; only those are read, and written over those that they replace.
         new = torch.arange(len(mine)) if held < rows else (mine < drawn.max()).nonzero().squeeze(1)
         every = torch.cat([drawn, mine[new]])
         stays = torch.ones(len(every), dtype=torch.bool)

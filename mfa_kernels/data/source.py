@@ -1,4 +1,4 @@
-"""One view of activations wherever they are: a tensor, an array, an object that is read by row, or batches."""
+"""One view of activations of any kind: `Source` reads tensors, arrays, stores and batches by row."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Source:
 
     Attributes:
         n_features: D.
-        dtype: of the rows as they are read: float32, or float64 where the data is float64.
-        device: where the rows are when they have been read.
-        in_memory: whether reading is cheap, or worth doing ahead.
-        texts: gives the number of the text that each row is from, (N,) int64; None where that is not known.
-        meta: what the data says of itself, as `ActivationStore.meta` does: model, layer, ...; empty where it does not.
-        weights: of the rows, (N,) float64 on the CPU, positive; None: all 1 (`mfa_kernels.fitting.row_weights`).
+        dtype: the dtype of rows as they are read: float32, or float64 where the data is float64.
+        device: the device of rows as they are read.
+        in_memory: True where reading is cheap, False where it is worth reading ahead.
+        texts: a function that returns the number of the text of each row, (N,) int64; None where that is not known.
+        meta: facts about the data, as in `ActivationStore.meta`: model, layer, ...; may be empty.
+        weights: positive weights of the rows, (N,) float64 on the CPU; None: all 1 (`mfa_kernels.fitting.row_weights`).
     """
 
     weights: Tensor | None = None
@@ -54,16 +54,16 @@ class Source:
         return self._length
 
     def rows(self, index: Tensor) -> Tensor:
-        """The rows (n, D) at `index` (n,) int64, in its order."""
+        """Returns the rows (n, D) at `index` (n,) int64, in its order."""
         return self._read(index).to(self.dtype)
 
     def chunk(self, start: int, stop: int) -> Tensor:
-        """Rows [start, stop): a view of the data where that is possible."""
+        """Returns rows [start, stop), (stop - start, D): a view of the data where that is possible."""
         return self._read_range(start, stop).to(self.dtype)
 
 
 def picked(source: Source, index: Tensor) -> Source:
-    """The rows at `index` (n,), by their places in it; they are read when they are asked for."""
+    """Returns a `Source` of the rows at `index` (n,), in its order; they are read when they are asked for."""
     texts = source.texts
     found = Source(
         len(index),
@@ -81,31 +81,31 @@ def picked(source: Source, index: Tensor) -> Source:
 
 
 def home(source: Source, rows: int, device: torch.device) -> torch.device:
-    """Where a sample of so many rows is held: on `device`, or, where that would take too much of it, with the data."""
+    """Returns the device that holds a sample of so many rows: `device`, or that of the data if it would be too full."""
     return device if rows * source.n_features * source.dtype.itemsize <= _room(device) else source.device
 
 
 def _room(device: torch.device) -> float:
-    """Bytes of a sample that a device takes."""
+    """Returns the bytes of a sample that a device takes."""
     return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else float("inf")
 
 
 def as_source(activations: Any, name: str = "activations") -> Source:
-    """Activations of any accepted kind as a `Source`.
+    """Returns activations of any accepted kind as a `Source`.
 
     Args:
         activations: one of
             a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
             an array (..., D), or what NumPy makes one of, such as a data frame; a memory map is read row by row;
             an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
-            has `texts`, the number of the text that each row is from, (N,), rows are held out text by text; of `meta`,
-            a dict, the report of a fit keeps the model, the tokenizer and the layer;
+            has `texts`, the number of the text of each row, (N,), rows are held out text by text; of its dict `meta`,
+            the report of a fit keeps the model, the tokenizer and the layer;
             an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
             concatenated in memory, in their own dtype.
-        name: of the argument, for messages.
+        name: the name of the argument, for messages.
 
     Raises:
-        TypeError, ValueError: naming what does not fit; integers, no rows, or batches of several widths among it.
+        TypeError, ValueError: naming the argument, for integers, no rows, or batches of several widths, among others.
     """
     if isinstance(activations, Source):
         source = activations
@@ -128,7 +128,7 @@ def as_source(activations: Any, name: str = "activations") -> Source:
 
 
 def _opened(value: Any) -> str:
-    """What to give in place of a path."""
+    """Returns a hint for a path: what to give in its place."""
     if not isinstance(value, str | os.PathLike):
         return ""
     return f": ActivationStore({os.fspath(value)!r}) opens a store"
@@ -198,7 +198,7 @@ def _store_source(store: Any, name: str) -> Source:
         return Source(0, features, torch.float32, read, lambda start, stop: read(torch.arange(start, stop)))
     first, *again = [read(torch.zeros(1, dtype=torch.long)) for _ in range(3)]
     if any(other.data_ptr() == first.data_ptr() for other in again):
-        shared = read  # a buffer that is filled anew, perhaps: what is kept would change
+        shared = read  # perhaps a buffer that is filled again, which would change the rows kept
 
         def read(index: Tensor) -> Tensor:
             return shared(index).clone()
@@ -226,7 +226,7 @@ def _texts(store: Any, name: str) -> Tensor:
 
 
 def _may_be_rows(value: Any) -> bool:
-    """Whether something could be activations by itself: labels and masks could not."""
+    """True for a value that could be activations by itself: labels and masks could not."""
     if not is_array(value):
         return False
     tensor = as_tensor(value, "activations")
@@ -234,10 +234,10 @@ def _may_be_rows(value: Any) -> bool:
 
 
 def as_rows(batch: Any, name: str) -> Tensor:
-    """A batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D).
+    """Returns a batch (..., D), which is a tensor, an array, or a tuple that begins with one, as a tensor (n, D).
 
-    A list may be such a tuple too, as loaders make them; but not one of several activations, of which the first alone
-    would be taken.
+    Loaders make lists too in place of tuples. A list of several activations is refused, because only its first would be
+    taken.
     """
     if isinstance(batch, list) and sum(map(_may_be_rows, batch)) > 1:
         raise ValueError(
@@ -255,7 +255,7 @@ def as_rows(batch: Any, name: str) -> Tensor:
 
 
 def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
-    """All the batches in one tensor; each is let go when it has been copied, so that the data is held once."""
+    """Returns all the batches in one tensor; each is released after its copy, so that the data is held once."""
     held: deque[Tensor] = deque()
     dtype: torch.dtype | None = None
     for i, item in enumerate(modes.read(batches)):
@@ -265,7 +265,7 @@ def _concatenate(batches: Iterable[Any], name: str) -> Tensor:
                 f"{name}: batch {i} has width {batch.shape[-1]}, but batch 0 has width {held[0].shape[-1]}"
             )
         dtype = batch.dtype if dtype is None else torch.promote_types(dtype, batch.dtype)
-        # Whoever makes batches one by one may refill one tensor; those of a list are all there at once.
+        # A generator of batches may refill one tensor; the batches of a list are all there at once.
         held.append(batch if isinstance(batches, list | tuple) else batch.clone())
     if not held:
         raise ValueError(f"{name} is an iterable without batches (an iterator can be read only once)")

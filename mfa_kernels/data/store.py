@@ -1,4 +1,4 @@
-"""Activations on disk: safetensors shards that are read by row, with the tokens they came from.
+"""Activations on disk: safetensors shards that are read by row, with the tokens that they came from.
 
 A store is a folder:
 
@@ -6,16 +6,16 @@ A store is a folder:
                                      a checksum of all this
     activations-00000.safetensors    activations (n, D); document (n,) and position (n,) int32, of each row;
                                      tokens (T,) and lengths (d,) int32, of the documents that begin in this shard;
-                                     in its header, `sources`: where each of these is from, as a JSON list
+                                     in its header, `sources`: the origin of each of these, as a JSON list
 
-A document is what the model read at once: rows of one document may run over into the next shard, its tokens are in the
-shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that opens,
-and that a writer can go on with; until it is complete, its manifest says under `progress` where.
+A document is a stretch of tokens that the model read at once. Its rows may run over into the next shard; its tokens are
+in the shard where it begins. Shards are whole before the manifest names them, so an aborted write leaves a store that
+opens and that a writer can resume; until the store is complete, `progress` in the manifest says from where.
 
 There is one writer at a time: it holds a lock on the folder (an empty file `.lock`), which ends with its process.
 Readers need no lock.
 
-What is read is what was written, or an error: a manifest is compared with its checksum when a store is opened (those of
+A read returns what was written, or raises: a manifest is compared with its checksum when a store is opened (those of
 earlier versions have none), a shard with the manifest when it is first read.
 """
 
@@ -80,8 +80,7 @@ _FIELDS = {
 _SHARD_FIELDS = {"file": TEXT, "rows": COUNT, "documents": COUNT, "bytes": COUNT, "sha256": SHA256}
 _SHARD = r"activations-\d{5,}\.safetensors"
 _NAMES = rf"{_SHARD}|manifest\.json"
-# What a process of an earlier version that was killed while it wrote has left; the second is the name that safetensors
-# writes under.
+# Names of files that a killed process of an earlier version has left; the second is that of safetensors.
 _TEMPORARY = re.compile(r"\.(activations-\d+\.safetensors|manifest\.json)\.\w+\.tmp|\.tmp\w+")
 
 
@@ -103,21 +102,21 @@ class ActivationStore:
     [0, n); the rows of a document follow one another.
 
     Args:
-        folder: what `ActivationStoreWriter` or `harvest` wrote.
+        folder: a folder that `ActivationStoreWriter` or `harvest` wrote.
 
     Attributes:
         folder: its path.
         n_features: D.
-        dtype: of the activations on disk.
-        meta: what the writer was told: model, layer, tokenizer, ...
+        dtype: the dtype of the activations on disk.
+        meta: facts that the writer was given: model, layer, tokenizer, ...
         complete: False where the writer did not come to its end.
-        progress: of such a store, what the writer noted with its last shard.
-        n_documents: how many documents it holds.
+        progress: the note of the writer with its last shard, in a store that is not complete.
+        n_documents: the number of documents.
 
     Raises:
         FileNotFoundError: naming the manifest or shard that is missing.
-        ValueError: naming the file that is not what the manifest says, or that this version cannot read; of what is in
-            a shard, once it is read.
+        ValueError: naming the file that is not what the manifest says, or that this version cannot read; for the
+            content of a shard, once it is read.
     """
 
     @door
@@ -154,17 +153,20 @@ class ActivationStore:
 
     @door
     def rows(self, index: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The activations of some rows, (n, D), on the CPU, in the order of `index`.
+        """Returns the activations of some rows, (n, D), on the CPU, in the order of `index`.
 
         Args:
             index: (n,) integers in [0, len(self)), in any order, repeated or not.
-            dtype: of the result; the store's own when None.
+            dtype: the dtype of the result; None: the store's own.
+
+        Raises:
+            IndexError, TypeError, ValueError: naming the argument, or the shard that is damaged.
         """
         index = _integers(index, "index")
         out = torch.empty(index.numel(), self.n_features, dtype=self.dtype if dtype is None else check_dtype(dtype))
         if not index.numel():
             return out
-        # Sorted, the rows of a shard are a slice, and the pages of its file are visited in order.
+        # In sorted order, the rows of a shard are a slice, and the pages of its file are visited in order.
         in_order = bool((index[1:] >= index[:-1]).all())
         index, order = (index, None) if in_order else index.sort()
         if index[0] < 0 or index[-1] >= len(self):
@@ -183,7 +185,7 @@ class ActivationStore:
 
     @door
     def tensor(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """All the activations, (len(self), D), in memory."""
+        """Returns all the activations, (len(self), D), in memory."""
         check_dtype(dtype)
         self._open_all(range(len(self.shards)))
         out = torch.empty(len(self), self.n_features, dtype=dtype)
@@ -194,13 +196,13 @@ class ActivationStore:
     def batches(
         self, batch_size: int, shuffle: bool = False, seed: int = 0, dtype: torch.dtype = torch.float32
     ) -> Batches:
-        """Every row once, as an iterable of (B, D) with a length; the last batch may be smaller.
+        """Returns an iterable with a length that gives every row once, in batches (B, D); the last may be smaller.
 
         Args:
             batch_size: B.
-            shuffle: rows in a random order over the whole store (8 bytes of memory per row), else as stored.
-            seed: of that order; iterating again gives the same batches, so give each epoch a seed of its own.
-            dtype: of the batches.
+            shuffle: True for a random order over the whole store (8 bytes of memory per row), False for the stored one.
+            seed: seed of that order; iterating again gives the same batches, so give each epoch a seed of its own.
+            dtype: the dtype of the batches; None: the store's own.
         """
         batch_size, seed = check_integer(batch_size, "batch_size", 1), check_integer(seed, "seed")
         return Batches(self, batch_size, check_flag(shuffle, "shuffle"), seed, check_dtype(dtype))
@@ -208,7 +210,7 @@ class ActivationStore:
     @property
     @door
     def tokens(self) -> Tensor:
-        """The token id of every row, (len(self),) int32."""
+        """Returns the token id of every row, (len(self),) int32."""
         self._open_all(range(len(self.shards)))
         parts = []
         for i in range(len(self.shards)):
@@ -228,9 +230,9 @@ class ActivationStore:
 
     @property
     def texts(self) -> Tensor:
-        """The number of the text that every row is from, (len(self),) int64.
+        """Returns the number of the text of every row, (len(self),) int64.
 
-        Documents that follow one another and are from the same place are windows of one text.
+        Successive documents of the same source are windows of one text.
         """
         self._open_all(range(len(self.shards)))
         shards = [self._shard(i) for i in range(len(self.shards))]
@@ -240,32 +242,32 @@ class ActivationStore:
         return text[torch.cat([torch.empty(0, dtype=torch.int64), *(shard.document.long() for shard in shards)])]
 
     def document(self, row: int) -> int:
-        """The number of the document a row comes from, in [0, n_documents)."""
+        """Returns the number of a row's document, in [0, n_documents)."""
         i, local = self._locate(row)
         return int(self._shard(i).document[local])
 
     def position(self, row: int) -> int:
-        """Where in its document a row's token stands: the row is what the model made of tokens [0, position]."""
+        """Returns the position of a row's token in its document; the model made the row from tokens [0, position]."""
         i, local = self._locate(row)
         return int(self._shard(i).position[local])
 
     def source(self, document: int) -> str:
-        """Where a document is from, such as the name of a file."""
+        """Returns the origin of a document, such as the name of a file."""
         i, local = self._locate_document(document)
         return self._shard(i).sources[local]
 
     def document_tokens(self, document: int) -> Tensor:
-        """All the token ids of a document, (length,) int32, with those whose rows were not kept."""
+        """Returns all the token ids of a document, (length,) int32, also those whose rows were not kept."""
         i, local = self._locate_document(document)
         shard = self._shard(i)
         return shard.tokens[int(shard.ends[local - 1]) if local else 0 : int(shard.ends[local])].clone()
 
     def token(self, row: int) -> int:
-        """The token id at a row."""
+        """Returns the token id at a row."""
         return int(self._tokens_of(row)[0][self.position(row)])
 
     def context(self, row: int, before: int = 10, after: int = 10) -> tuple[list[int], int]:
-        """The tokens around a row, as far as its document reaches.
+        """Returns the tokens around a row, as far as its document reaches.
 
         Returns:
             At most before + 1 + after token ids, and the index of the row's own token among them.
@@ -297,13 +299,13 @@ class ActivationStore:
 
     @door
     def _tokens_of(self, row: int) -> tuple[Tensor, int]:
-        """Those of a row's document, and which of them is the row's."""
+        """Returns the token ids of a row's document, and the index of the row's own."""
         tokens, position = self.document_tokens(self.document(row)), self.position(row)
         self._check_positions(self._locate(row)[0], torch.tensor(position), torch.tensor(len(tokens)))
         return tokens, position
 
     def _check_positions(self, shard: int, positions: Tensor, lengths: Tensor) -> None:
-        """Raises where rows of a shard stand outside of their documents, which another shard may hold."""
+        """Raises ValueError where positions of a shard's rows are outside of their documents."""
         if not bool(((positions >= 0) & (positions < lengths)).all()):
             raise ValueError(
                 f"{self.folder / self.shards[shard]['file']}: rows stand beyond the end of their documents"
@@ -316,13 +318,13 @@ class ActivationStore:
         return int(self._document_ends[shard]) - self.shards[shard]["documents"]
 
     def _locate(self, row: int) -> tuple[int, int]:
-        """A row's shard, and its number there."""
+        """Returns a row's shard, and its number there."""
         row = check_component(row, len(self), "row")
         i = int(np.searchsorted(self._row_ends, row, side="right"))
         return i, row - self._first_row(i)
 
     def _locate_document(self, document: int) -> tuple[int, int]:
-        """The shard where a document begins, and its number there."""
+        """Returns the shard where a document begins, and its number there."""
         document = check_component(document, self.n_documents, "document")
         i = int(np.searchsorted(self._document_ends, document, side="right"))
         return i, document - self._first_document(i)
@@ -333,7 +335,7 @@ class ActivationStore:
         return self._open[i]
 
     def _open_all(self, shards: Iterable[int]) -> None:
-        """Opens shards side by side, since each is read as a whole then."""
+        """Opens shards in parallel, because each is read as a whole then."""
         new = [i for i in shards if i not in self._open]
         if len(new) > 1:
             checksum.threaded(self._shard, new)
@@ -378,7 +380,7 @@ class ActivationStore:
 
 
 def _checked_ends(tensors: dict[str, Tensor], sources: Any, path: Path) -> Tensor:
-    """Where the documents of a shard end in its tokens, (d,) int64; raises ValueError where its parts do not fit."""
+    """Returns the ends of a shard's documents in its tokens, (d,) int64; raises ValueError if its parts do not fit."""
     lengths, rows = tensors["lengths"], len(tensors["activations"])
     for name, size in (("document", rows), ("position", rows), ("tokens", None), ("lengths", len(lengths))):
         tensor = tensors[name]
@@ -396,7 +398,7 @@ def _checked_ends(tensors: dict[str, Tensor], sources: Any, path: Path) -> Tenso
 
 
 class Batches:
-    """What `ActivationStore.batches` gives: iterate as often as needed, `len()` is the number of batches."""
+    """An iterable of batches, for any number of passes; `len()` is their number."""
 
     def __init__(self, store: ActivationStore, batch_size: int, shuffle: bool, seed: int, dtype: torch.dtype):
         self.store, self.batch_size, self.shuffle, self.seed, self.dtype = store, batch_size, shuffle, seed, dtype
@@ -427,24 +429,24 @@ class ActivationStoreWriter:
     Args:
         folder: made if it is missing.
         n_features: D.
-        dtype: on disk: float32, float16 or bfloat16.
-        meta: whatever JSON can hold, kept in the manifest; may be added to until the store is closed.
+        dtype: the dtype on disk: float32, float16 or bfloat16.
+        meta: a dict that JSON can hold, kept in the manifest; may be added to until the store is closed.
         rows_per_shard: rows in each shard but the last; one shard is held in memory while it fills.
         overwrite: replace a store that is already in the folder.
-        resume: go on with a store in the folder that was cut off. The same documents are then added again, from the
-            first or from where `rewind` says; what is on disk of them is not written again, so that the store becomes
-            the one that it would have been. Its shards are read, to find corrupt ones first.
+        resume: resume a store in the folder that was cut off. Add the same documents again, from the first or from the
+            one that `rewind` names; those on disk are not written again, so that the store becomes the one that it
+            would have been. Its shards are read, to find corrupt ones first.
 
     Attributes:
-        progress: whatever JSON can hold, kept in the manifest with each shard until the store is complete; after
-            `resume`, what it was with the last shard.
+        progress: a value that JSON can hold, kept in the manifest with each shard until the store is complete; after
+            `resume`, its value with the last shard.
 
     Raises:
         FileExistsError: when the folder holds a store, and neither `overwrite` nor `resume`.
-        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to go on with, or what of it
-            differs from the arguments.
+        FileNotFoundError, ValueError: naming the missing or corrupt shards of a store to resume, or the settings of it
+            that differ from the arguments.
         TimeoutError: naming the folder that another writer holds.
-        RuntimeError: of a method, naming the folder where somebody who holds no lock has written meanwhile.
+        RuntimeError: from a method, naming the folder, if another program has written there without the lock.
     """
 
     @door
@@ -485,24 +487,24 @@ class ActivationStoreWriter:
         self._documents_on_disk = sum(shard["documents"] for shard in self._shards)
 
     def _begin(self, overwrite: bool, resume: bool) -> None:
-        """Takes the folder over: from then on, what is in it of a store is of this one."""
+        """Takes the folder over: resumes its store or begins one, and removes shards that are not in the manifest."""
         if resume and (self.folder / MANIFEST).exists():
             self._take_over()
         else:
             refuse_existing(self.folder, overwrite)
         self._manifest = self._seen()
-        # First the manifest: what it does not name is no part of the store any more, whenever this is cut off.
+        # The manifest comes first: files that it does not name are no part of the store, whenever this is cut off.
         known = self._manifest is not None
         self._write_manifest(complete=False)
         names = {shard["file"] for shard in self._shards}
-        for path in self.folder.iterdir() if known else ():  # without a manifest, shards may be somebody else's
+        for path in self.folder.iterdir() if known else ():  # without a manifest, shards may belong to another program
             left = re.fullmatch(_SHARD, path.name) and path.name not in names
             if (left or _TEMPORARY.fullmatch(path.name)) and not path.is_dir():
                 path.unlink()
         sweep(self.folder, _NAMES)
 
     def rewind(self, documents: int, rows: int) -> None:
-        """Says which document is added next, and how many rows there are before it; both at most what is on disk."""
+        """Sets the document that is added next, and the number of rows before it; both at most those on disk."""
         if not 0 <= documents <= self._documents_on_disk or not 0 <= rows <= self._rows_on_disk:
             raise ValueError(
                 f"documents and rows must be in [0, {self._documents_on_disk}] and [0, {self._rows_on_disk}], what "
@@ -515,10 +517,14 @@ class ActivationStoreWriter:
         """Adds one document and the rows that are kept of it.
 
         Args:
-            token_ids: (length,) integers, everything the model read.
-            positions: (n,) integers in [0, length), the token each row belongs to.
+            token_ids: (length,) integers, all that the model read.
+            positions: (n,) integers in [0, length), the token of each row.
             activations: (n, D), any float dtype and device; n may be 0.
-            source: where the document is from, such as the name of a file.
+            source: the origin of the document, such as the name of a file.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
+            RuntimeError: another program has written to the folder.
         """
         if self._closed:
             raise ValueError(f"{self.folder}: this store is closed")
@@ -556,7 +562,7 @@ class ActivationStoreWriter:
 
     @door
     def close(self) -> None:
-        """Writes what is left, and a manifest that says the store is complete."""
+        """Writes the rest, and a manifest that says that the store is complete."""
         if self._closed:
             return
         if self._filled or self._tokens:
@@ -579,7 +585,7 @@ class ActivationStoreWriter:
             self._lock.release()
 
     def _take_over(self) -> None:
-        """Goes on with the store in the folder."""
+        """Resumes the store in the folder."""
         store = ActivationStore(self.folder)
         different = differences(store, self.dtype, self.meta)
         if store.n_features != self.n_features:
@@ -597,14 +603,14 @@ class ActivationStoreWriter:
         self._shards, self.progress = store.shards, store.progress
 
     def _seen(self) -> bytes | None:
-        """The manifest on disk; None where there is none."""
+        """Returns the manifest on disk, or None."""
         try:
             return (self.folder / MANIFEST).read_bytes()
         except FileNotFoundError:
             return None
 
     def _check_alone(self) -> None:
-        """Raises where the manifest is not as this writer left it, so that no two stores are mixed.
+        """Raises RuntimeError if the manifest is not as this writer left it, so that no two stores are mixed.
 
         A lock may have been removed with its folder, or hold on one machine only, as on some network file systems.
         """
@@ -659,7 +665,7 @@ def _folder(value: Any) -> Path:
 
 
 def _checked_meta(meta: Any) -> dict[str, Any]:
-    """A copy of what is to be kept in the manifest; raises where that cannot hold it."""
+    """Returns a copy of a value for the manifest; raises where JSON cannot hold it."""
     if meta is not None and not isinstance(meta, Mapping):
         raise TypeError(f"meta must be a dict, got {type(meta).__name__}")
     try:
@@ -670,20 +676,23 @@ def _checked_meta(meta: Any) -> dict[str, Any]:
 
 
 def refuse_existing(folder: Path, overwrite: bool, name: str = "folder") -> None:
-    """Raises FileExistsError where a folder holds a store, unless `overwrite`, or another thing of ours; ValueError for
-    somebody's manifest."""
+    """Raises FileExistsError where a folder holds a store, unless `overwrite`, or another thing of ours.
+
+    Raises:
+        ValueError: a manifest.json there is not of a store.
+    """
     if (folder / MANIFEST).exists():
         if not overwrite:
             raise FileExistsError(f"{folder} already holds {MANIFEST}: give another folder, or overwrite=True")
-        _read_manifest(folder)  # raises when it is somebody else's
+        _read_manifest(folder)  # raises where the manifest is not of a store
     check_place(folder, STORE, name)
 
 
 def differences(store: ActivationStore, dtype: torch.dtype, meta: dict[str, Any]) -> list[str]:
-    """What of a store is not as wanted, one line each."""
+    """Returns one line for each setting of a store that is not as wanted."""
     wanted = {"dtype": str(dtype), **json.loads(json.dumps(meta))}  # a tuple, say, comes back as a list
     found = {"dtype": str(store.dtype), **store.meta}
-    # Stores of earlier versions have paths of models where there are names now, and no fingerprints.
+    # Stores of earlier versions have paths of models in place of names, and no fingerprints.
     found |= {k: shareable(found[k]) for k in ("model", "tokenizer") if isinstance(found.get(k), str)}
     for name in ("model_fingerprint", "weights_fingerprint"):
         if name not in found:
@@ -717,7 +726,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _integers(values: Any, name: str) -> Tensor:
-    """`values` as int64 (n,) on the CPU; raises otherwise."""
+    """Returns `values` as int64 (n,) on the CPU; raises otherwise."""
     tensor = check_tensor(values, name)
     if tensor.is_meta:
         raise ValueError(f"{name} must hold values, got a tensor on the meta device")

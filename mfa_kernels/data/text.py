@@ -1,4 +1,4 @@
-"""Named texts: from files and folders, from what a caller gives for texts, in order or shuffled."""
+"""Named texts from files, folders, sequences and iterables, in order or shuffled."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from mfa_kernels.common.checks import check_iterable, check_path, shown
 from mfa_kernels.common.files import StrPath
 from mfa_kernels.common.places import IN_FOLDERS
 
-# A folder's .json files are mostly settings: name the one that holds texts.
+# Folders are not searched for .json files, which are mostly settings.
 
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,63}")
-# Of columns and splits, as data sets on the Hugging Face hub have them.
+# Names of columns and splits in data sets on the Hugging Face hub.
 _COLUMNS = {
     "text", "texts", "content", "contents", "document", "documents", "body", "article", "sentence", "title", "code",
     "prompt", "prompts", "completion", "response", "instruction", "input", "output", "question", "answer", "messages",
     "conversation", "conversations", "input_ids", "label", "train", "validation", "test",
 }  # fmt: skip
-_FEW = 64  # texts: more words than these are no names of columns
+_FEW = 64  # a list of more words than these does not hold names of columns
 
 
 def named_texts(texts: Any, seed: int | None, buffer_size: int) -> Iterator[tuple[str, str]]:
-    """The (name, text) pairs of what `harvest` takes for texts.
+    """Yields the (name, text) pairs of the texts that `harvest` is given.
 
     Args:
-        texts: what `check_texts` lets pass.
-        seed: of their order; None: as given.
-        buffer_size: where there may be no end of them (`is_finite`), of how many the next is a random one.
+        texts: texts that `check_texts` lets pass.
+        seed: seed of their order; None: as given.
+        buffer_size: for texts that may have no end (`is_finite`), the number from which the next is drawn.
     """
     if seed is None:
         yield from _in_order(texts)
@@ -53,20 +53,20 @@ def named_texts(texts: Any, seed: int | None, buffer_size: int) -> Iterator[tupl
 
 
 def is_finite(texts: Any) -> bool:
-    """Whether texts are a path or a sequence, which can be read to its end before the first is used."""
+    """True for a path or a sequence of texts, which can be read to its end before the first is used."""
     if isinstance(texts, str | os.PathLike | Sequence):
         return True
-    # As arrays, columns of tables and data sets; PyTorch gives an IterableDataset a __getitem__ that it does not have.
+    # Arrays, columns and data sets pass; an IterableDataset of PyTorch only seems to have a __getitem__.
     sequence = hasattr(texts, "__len__") and hasattr(texts, "__getitem__")
     return sequence and not isinstance(texts, torch.utils.data.IterableDataset)
 
 
 def check_texts(texts: Any) -> None:
-    """Raises where what is given for texts is none, or is likely to be meant otherwise; nothing of a stream is read.
+    """Raises for values that are no texts, or are likely to be meant otherwise; reads nothing of a stream.
 
     Raises:
-        TypeError: naming what was given, or the entry of a list, and what to give instead.
-        ValueError: a list with a name in the place of what has that name: of a column, or a file.
+        TypeError: naming the value, or the entry of a list, and what to give instead.
+        ValueError: a list holds the name of a column or of a file in place of texts.
         FileNotFoundError: there is nothing at a path.
     """
     if isinstance(texts, str | os.PathLike):
@@ -119,7 +119,7 @@ def _in_order(texts: Any) -> Iterator[tuple[str, str]]:
 
 
 def _check_text(i: int, text: Any) -> None:
-    """Raises where entry i of texts is none."""
+    """Raises TypeError where entry i of texts is no text."""
     if isinstance(text, str):
         if _is_file(text):
             raise ValueError(
@@ -139,7 +139,7 @@ def _check_text(i: int, text: Any) -> None:
 
 
 def _instead(text: Any) -> str:
-    """An entry that is no text, and what to give where that is known."""
+    """Returns words for an entry that is no text, and what to give where that is known."""
     if isinstance(text, bytes | bytearray | memoryview):
         return f"{type(text).__name__}: decode it"
     turns = text if isinstance(text, list) else text.get("messages") if isinstance(text, Mapping) else None
@@ -154,14 +154,14 @@ def _instead(text: Any) -> str:
 
 
 def _is_file(text: str) -> bool:
-    """Whether a text looks like a path, and there is something at it."""
+    """True for a text that looks like a path at which there is something."""
     if len(text) > 1024 or "\n" in text or "\0" in text:
         return False
     return ("/" in text or os.sep in text or text.endswith((*IN_FOLDERS, ".json"))) and os.path.exists(text)
 
 
 def read_texts(paths: StrPath | Iterable[StrPath]) -> Iterator[tuple[str, str]]:
-    """Reads (name, text) pairs, one file at a time.
+    """Yields (name, text) pairs, one file at a time.
 
     Args:
         paths: files and folders. Of a folder, every file below it that ends in .txt, .md, .rst, .py or .jsonl, in

@@ -1,4 +1,4 @@
-"""What the layers of a language model put out, found out without running it.
+"""Shapes of the outputs of a language model's layers, found without running it.
 
 A twin of the model is made from its configuration on the meta device, where tensors have shapes and no values, and
 called on a few tokens: no weights are read, wherever they are, and no hook, counter, cache or compiled code of the
@@ -26,23 +26,23 @@ _ROWS, _TOKENS = 2, 3  # different, so that an output with its axes in another o
 
 _UNTRIED: Any = object()
 _patching = threading.Lock()
-# By model, path and class: what a layer was found to put out; None where that could not be found out.
+# By model, path and class: the shapes found for a layer; None where the twin could not tell.
 _found: WeakKeyDictionary[nn.Module, dict[tuple[str, type], Any]] = WeakKeyDictionary()
 
 
 def check_output(model: nn.Module, path: str, features: int | None = None) -> None:
-    """Raises where a layer is known not to put out one tensor of hidden states, (batch, tokens, D).
+    """Raises for a layer that is known not to return one tensor of hidden states, (batch, tokens, D).
 
-    What cannot be told, as of a model that is not of transformers, or was changed since it was made, passes; it is
-    found out when the model runs.
+    Models that are not of transformers, or were changed since they were made, pass; their output is checked when they
+    run.
 
     Args:
         model: a language model, wrapped or not.
-        path: of one of its modules.
+        path: the path of one of its modules.
         features: D, where that is known.
 
     Raises:
-        ValueError: naming the model's class, and what the layer puts out.
+        ValueError: naming the model's class, and the output of the layer.
     """
     module, known = model.get_submodule(path), _found.setdefault(model, {})
     kind = type(module)
@@ -60,7 +60,7 @@ def check_output(model: nn.Module, path: str, features: int | None = None) -> No
             raise ValueError(
                 f"{name} is not called as a module when the model runs, so its output cannot be reached; {otherwise}"
             )
-        return  # it may be of images, say
+        return  # it may be a layer for images
     first = shapes[0]
     if not isinstance(first, tuple) or len(first) != 3 or first[:2] != expected:
         found = f"shape {first}" if isinstance(first, tuple) else f"no tensor but {first}"
@@ -75,9 +75,9 @@ def check_output(model: nn.Module, path: str, features: int | None = None) -> No
 
 
 def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
-    """The shapes (or types, of what is no tensor) that a layer puts out for some tokens: those of a tuple's entries.
+    """Returns the shapes of the tensors in a layer's output for a few tokens (the types of other entries).
 
-    An empty list where the layer is not called; None where that cannot be found out.
+    The list is empty where the layer is not called; None where the twin cannot tell.
     """
     kept: list[Any] = []
 
@@ -89,9 +89,9 @@ def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
         prefix, inner = _of_transformers(model)
         layer, own = model.get_submodule(path), path[len(prefix) :]
         config = copy.deepcopy(inner.config)
-        config._attn_implementation = "eager"  # others ask for what may not be here
+        config._attn_implementation = "eager"  # other kinds ask for packages that may not be here
         autocast = patch.object(torch, "autocast", _Autocast)
-        # The lock: of two threads, one might put back what the other had put there.
+        # Without the lock, one of two threads might put back what the other had put there.
         with (
             _patching,
             autocast,
@@ -113,24 +113,24 @@ def _by_twin(model: nn.Module, path: str) -> list[Any] | None:
         output = kept[0]
         entries = list(output) if isinstance(output, tuple | list) else [output]
         return [tuple(entry.shape) if isinstance(entry, Tensor) else type(entry).__name__ for entry in entries]
-    except Exception:  # of whatever kind: it is not made for this
+    except Exception:  # any kind: models are not made for this
         return None
     return []
 
 
 class _Autocast(torch.autocast):
-    """Knows the meta device too, which older models name where they turn autocast off; else as it was."""
+    """Lets `torch.autocast` accept the meta device, which older models name where they turn autocast off."""
 
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
 
 class _Enough(BaseException):
-    """Ends the twin's pass. Not an Exception, so that no handler inside a model takes it for an error."""
+    """Ends the twin's pass; no Exception, so that no handler inside a model takes it for an error."""
 
 
 def _of_transformers(model: nn.Module) -> tuple[str, Any]:
-    """Prefix of the paths in the outermost model of transformers inside a (wrapped) model, and that model."""
+    """Returns the outermost model of transformers inside a (wrapped) model, and the prefix of its paths."""
     transformers = sys.modules.get("transformers")
     for path, module in model.named_modules():
         if transformers is not None and isinstance(module, transformers.PreTrainedModel):
@@ -139,7 +139,7 @@ def _of_transformers(model: nn.Module) -> tuple[str, Any]:
 
 
 def _are_alike(actor: nn.Module, layer: nn.Module) -> bool:
-    """Whether a layer is what its configuration makes of it: it may have been exchanged, or its weights packed."""
+    """True where a layer is as its configuration makes it: it may have been exchanged, or its weights packed."""
     own = dict(layer.named_parameters())
     parts = actor.named_parameters()
     return type(actor) is type(layer) and all(name in own and own[name].shape == p.shape for name, p in parts)
@@ -156,7 +156,7 @@ def _zero(tensor: Tensor) -> Any:
     return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu").tolist()
 
 
-# What models ask of a tensor on the way: whether a mask masks, whether a value overflowed.
+# Models ask for values on the way: whether a mask masks anything, or a value overflowed.
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     Tensor.item: lambda tensor: _zero(tensor.reshape(())),
     Tensor.tolist: _zero,

@@ -1,4 +1,4 @@
-"""How well a mixture describes activations, and what it makes of them."""
+"""Evaluation of a mixture on activations, and the codes that it gives them."""
 
 from mfa_kernels.evaluation.reconstruction import Evaluation, evaluate, score_table
 

@@ -41,7 +41,7 @@ LAYOUT = (
 
 
 class Written(NamedTuple):
-    """How many tokens, their active pairs, and tokens that have none because they have no density."""
+    """Counts of tokens, of their active pairs, and of tokens without pairs because they have no density."""
 
     tokens: int
     pairs: int
@@ -53,7 +53,7 @@ class Written(NamedTuple):
 def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True) -> Written:
     """Encodes activations, batch by batch, and writes what is active.
 
-    On the way, the parts are in files beside `path`, which take as much room again.
+    Meanwhile the parts are in files next to `path`, which take as much room again.
 
     Args:
         mfa: the mixture.
@@ -129,7 +129,7 @@ def _append(file: IO[bytes], values: Tensor, dtype: torch.dtype) -> None:
 
 
 def _mapped(path: Path, dtype: torch.dtype) -> Tensor:
-    """The values in a file, (n,): read when they are looked at."""
+    """Returns the values in a file, (n,), mapped, so that they are read when they are used."""
     empty = torch.empty(0, dtype=dtype)
     if not path.stat().st_size:
         return empty

@@ -1,4 +1,4 @@
-"""How well a mixture describes activations: likelihood, reconstruction beside K-means, live regions, speed."""
+"""Evaluation of a mixture: likelihood, reconstruction compared with K-means, live regions, speed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Evaluation:
     tokens_per_second: float
 
     def as_dict(self) -> dict[str, Any]:
-        """By the names above, as in evaluation.json."""
+        """Returns the numbers by the names above, as in evaluation.json."""
         return asdict(self)
 
 
@@ -62,7 +62,7 @@ On activations that a mixture was fitted to, these numbers are better than on ot
 def score_table(
     score: Evaluation, components: int, of: str, kmeans_seconds: float | None = None, fit_seconds: float | None = None
 ) -> str:
-    """What an evaluation says, for people: each number with its unit, and which direction is better.
+    """Returns an evaluation as a table for people: numbers with units, and which direction is better.
 
     Args:
         score: of a mixture, and of K-means if it has numbers of it.

@@ -1,4 +1,4 @@
-"""What a region is about: the tokens it owns, and the text around them.
+"""Contexts of a region: the tokens that it owns, and the text around them.
 
 The rows of a region are those it is the most responsible for; measured mixtures of real activations are almost
 one-hot. One pass over the activations (`assignments`) finds them, and everything else here reads its result.
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from mfa_kernels.mixture.mfa import MFA
 
 BATCH_SIZE = 8192
-_SCREENED_ROWS = 16384  # from which on a screen, which costs as much as about a thousand rows, pays for itself
-_SAMPLE_ROWS = 256  # that decide how many coordinates the screen looks at
+_SCREENED_ROWS = 16384  # a screen costs as much as about a thousand rows, and pays for itself from so many on
+_SAMPLE_ROWS = 256  # so many rows decide how many coordinates the screen uses
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _LARGEST_ID = (1 << 31) - 1
 _LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
@@ -104,7 +104,7 @@ class Context:
 
 @dataclass(frozen=True, eq=False)
 class Assignments:
-    """Where each of N rows sits, on the CPU.
+    """The region and responsibility of each of N rows, on the CPU.
 
     Attributes:
         components: the most responsible component, (N,) int32; -1 for a row that is not finite.
@@ -389,7 +389,7 @@ def axis_contexts(
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> list[AxisContexts]:
-    """How a region varies along one of its latents: contexts from one extreme of z_axis to the other.
+    """Returns contexts along one latent of a region, from one extreme of z_axis to the other.
 
     Single axes mean something once a rotation is chosen: `mfa.rotate("varimax")` or `mfa.rotate("principal")`.
 
@@ -429,7 +429,7 @@ def along_axis(
     before: int = 10,
     after: int = 10,
 ) -> list[AxisContexts]:
-    """As `axis_contexts`, of the rows of a region (n,) and one of their latents (n,)."""
+    """Returns `axis_contexts` of the rows of a region (n,), given one of their latents (n,)."""
     if not len(rows):
         return []
     z, order = z.sort(stable=True)

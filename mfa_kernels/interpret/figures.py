@@ -52,7 +52,7 @@ _DISTANCES = (2, 10, 20, 32, 46, 62)  # between a label and its dot, in points
 
 
 def token_kind(token: str) -> str:
-    """Which of KINDS a token is, as `show_token` gives it."""
+    """Returns the one of KINDS that a token is, given the result of `show_token`."""
     text = token.strip("·⏎␍⇥")
     if not text:
         return "space"
@@ -206,7 +206,7 @@ def draw_region(
     labels: int = 12,
     title: str = "",
 ) -> Path:
-    """As `region_scatter`, of the rows of a region (n,) and two of their latents (n, 2)."""
+    """Draws `region_scatter` of the rows of a region (n,), given two of their latents (n, 2)."""
     first, second = axes
     count = len(rows)
     if count > _POINTS:
@@ -301,7 +301,7 @@ def _spread(points: Tensor, count: int) -> list[int]:
 
 
 def _label(axes: Any, chosen: Sequence[int], texts: Sequence[str], points: Tensor, radii: Tensor) -> None:
-    """Writes texts beside the chosen dots, where they cover no other label and few dots.
+    """Writes texts next to the chosen dots, where they cover no other label and few dots.
 
     Args:
         points: of all dots, (n, 2), in data coordinates.

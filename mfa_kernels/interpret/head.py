@@ -1,4 +1,4 @@
-"""From the residual stream to logits, as a model itself does it: what it does to them is measured, not looked up.
+"""The head of a model, from the residual stream to logits, measured on the model itself.
 
 Names in configurations are many (logit_scale, logits_scaling, lm_head_multiplier, final_logit_softcapping, ...), what
 they mean differs, and the next architecture brings another. So the model is run once, on a few tokens, with the output
@@ -24,7 +24,7 @@ from mfa_kernels.data.language_model import (
     is_encoder_decoder,
 )
 
-# Names of the last normalisation, beside the decoder layers: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX/OPT, Phi, MPT.
+# Names of the last normalisation, next to the decoder layers: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX/OPT, Phi, MPT.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
 _REACHES = (0.0, 1.0, 8.0, 64.0, 512.0)  # largest unembedded value of each point: caps are between 10 and 100
 _ROWS = 1024  # of the unembedding that are compared
@@ -69,7 +69,7 @@ class Head:
             return self._possible((self.weight @ (first - second).to(self.weight.dtype)).float() * self.scale)
 
     def average(self, points: Tensor, shares: Tensor) -> Tensor:
-        """What `above` takes for sum_i shares_i logits(u_i) of points (n, D).
+        """Returns the argument of `above` that stands for sum_i shares_i logits(u_i) of points (n, D).
 
         That of f(u_i), (D,), which serves as well where logits are linear in it; of logits, (V,), under a cap.
         """
@@ -156,7 +156,7 @@ def _bent(raw: Tensor, cap: float | None) -> Tensor:
 
 
 def _points(weight: Tensor) -> Tensor:
-    """What the output of the final norm is replaced by, (n, D) float32: unembedded, they reach as far as _REACHES."""
+    """Returns the points that replace the output of the final norm, (n, D) float32; their logits reach _REACHES."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(len(_REACHES), weight.shape[1], generator=generator).to(weight.device)
     sample = weight[torch.linspace(0, len(weight) - 1, min(_ROWS, len(weight))).round().long().to(weight.device)]

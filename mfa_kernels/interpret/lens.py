@@ -1,4 +1,4 @@
-"""What a region, an axis or a steering intervention does to the next token."""
+"""Logit lenses: the effect of a region, an axis or a steering intervention on the next token."""
 
 from __future__ import annotations
 

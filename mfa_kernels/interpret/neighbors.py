@@ -1,4 +1,4 @@
-"""Which regions lie next to which: broad concepts are tiled by neighbourhoods of regions (arXiv 2602.02464)."""
+"""Neighbours of regions: broad concepts are tiled by neighbourhoods of regions (arXiv 2602.02464)."""
 
 from __future__ import annotations
 

@@ -250,7 +250,7 @@ class _Overlap:
         self.roots = (counts / sizes[groups]).sqrt()
 
     def __call__(self, group: int) -> Tensor:
-        """With every group, (n_groups,)."""
+        """Returns the sums of every group, (n_groups,)."""
         of_group = torch.zeros(int(self.ids.max()) + 1)
         mine = self.groups == group
         of_group[self.ids[mine]] = self.roots[mine]

@@ -109,7 +109,7 @@ def write_report(
         count = min(_NEIGHBORS, mfa.n_components - 1)
         found = neighbors(mfa, count, components=shown, progress=progress)
         around = {k: dict(zip(near, far)) for k, near, far in zip(shown, *(part.tolist() for part in found))}
-    # Beside those that are shown: their neighbours, by name, and what the map has room for.
+    # Besides the regions shown, their neighbours are named, and as many others as the map has room for.
     drawn = on_map(assigned.counts, shown) if figures else []
     named = dict.fromkeys([*drawn, *(j for nearest in around.values() for j in nearest)])
     others = {s.component: s for s in region_summaries(mfa, store, tokenizer, list(named), 1, 0, **options)}

@@ -4,30 +4,30 @@ interventions   what to do to an activation: `Toward` a region (eq. 14), `Offset
                 `Reconstruct`, `Remove`
 composition     a list of them folded into one affine map per batch row
 gates           where to act: `Responsibility`, `LogDensity`, and what `&`, `|`, `~` make of them
-evidence        what a token's active components are, for gates and for what depends on responsibilities
+evidence        the active components of a token, for gates and for what depends on responsibilities
 latents         latents to give: drawn from the prior, or quantiles of those observed in a region
 apply           that map on hidden states; `intervene` for any framework
 tracking        where in its sequence each token of a forward pass is, under a KV cache and padding
-arguments       what a forward pass was given, recognised by what it is, not by its name
+arguments       the arguments of a forward pass, recognised by their kind, not by their names
 generation      calls to `generate` while they run
-compiled        compiled code, made to notice that hooks come and go
+compiled        compiled code is compiled again when hooks come or go
 positions       which tokens are meant
 handle          `steer`: the hooks, their updating, removal and counts
-functions       the same as a function for TransformerLens hooks and nnsight
-paper           `MFASteerer`, the method names of the paper's code
-live            commands that change the steering while text streams
-budget          `alpha_for_kl`: how far to steer for a given change of the next-token distribution
+function_hook   the same as a function for TransformerLens hooks and nnsight
+paper_api       `MFASteerer`, the method names of the paper's code
+interactive     commands that change the steering while text streams
+calibration     `alpha_for_kl`: how far to steer for a given change of the next-token distribution
 """
 
 from mfa_kernels.common.moved import renamed
 from mfa_kernels.steering.apply import intervene
-from mfa_kernels.steering.budget import alpha_for_kl
-from mfa_kernels.steering.functions import SteeringFunction
+from mfa_kernels.steering.calibration import alpha_for_kl
+from mfa_kernels.steering.function_hook import SteeringFunction
 from mfa_kernels.steering.gates import Gate, LogDensity, Responsibility
 from mfa_kernels.steering.handle import Handle, Stats, steer
 from mfa_kernels.steering.interventions import Add, Offset, Reconstruct, Remove, Toward
 from mfa_kernels.steering.latents import latent_quantiles, prior_latents
-from mfa_kernels.steering.paper import MFASteerer
+from mfa_kernels.steering.paper_api import MFASteerer
 from mfa_kernels.steering.tracking import LostTrackError
 
 __all__ = [

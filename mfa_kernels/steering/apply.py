@@ -29,7 +29,7 @@ from mfa_kernels.steering.evidence import Reader
 from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
 from mfa_kernels.steering.interventions import Row, as_rows
 
-_TOKENS_PER_CHUNK = 4096  # of the evidence, so that a diffuse mixture does not hold N x K of it
+_TOKENS_PER_CHUNK = 4096  # active pairs are found for so many at once, so that they are never N x K in memory
 
 
 def intervene(
@@ -42,7 +42,7 @@ def intervene(
     norm: Any = None,
     step: int = 0,
 ) -> Tensor:
-    """`x` after the interventions, for any framework that hands out activations: TransformerLens, nnsight, hooks.
+    """Returns `x` after the interventions, for any framework that hands out activations (TransformerLens, nnsight).
 
     Args:
         x: (..., D), any float dtype and device; the first dimension is the batch where there are two or more.
@@ -71,7 +71,11 @@ def intervene(
 
 
 def check_hidden(x: Any, features: int, name: str) -> Tensor:
-    """`x` as a float tensor (..., D); raises otherwise."""
+    """Returns `x` as a float tensor (..., D).
+
+    Raises:
+        TypeError, ValueError: naming the argument that is none.
+    """
     x = check_floats(x, name)
     if x.dim() == 0 or x.shape[-1] != features:
         raise ValueError(f"{name} must have shape (..., {features}) to fit the mixture, got {tuple(x.shape)}")
@@ -83,10 +87,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         hidden: (B, T, D).
-        reached: the tokens that were acted on: True for all, or a mask that broadcasts to (B, T); None where the tally
-            says so.
-        tally: of gates, (B, T, 3), as `mfa_kernels.ops.intervene.op.intervene` returns it: what was reached, and
-            responsibilities for the first region that a row's gate looks at. None where positions alone decide.
+        reached: True if all tokens were acted on, or a mask that broadcasts to (B, T); None where the tally has it.
+        tally: (B, T, 3), as `mfa_kernels.ops.intervene.op.intervene` returns it: the tokens that gates let through, and
+            their responsibilities for the first region that a row's gate names. None where positions alone decide.
     """
 
     hidden: Tensor
@@ -95,7 +98,7 @@ class Outcome(NamedTuple):
 
 
 class Program:
-    """Interventions with the mixture they refer to, ready to run on hidden states (B, T, D).
+    """Interventions and the mixture that they refer to, ready to run on hidden states (B, T, D).
 
     With fixed components this is one multiply-add in the dtype of the hidden states, and a select where some tokens
     are left alone. Gates, responsibilities and norms take the operator `intervene`, on the mixture's device, for every
@@ -120,7 +123,7 @@ class Program:
         self._decides = is_gated or self.composition.acts is not None  # which tokens are reached
         self._device, self._mixture_dtype = mfa.means.device, torch.promote_types(mfa.means.dtype, torch.float32)
         self._reader = Reader(mfa, differentiable) if is_gated or self.composition.uses_mixture else None
-        self._folded: Any = (None, None, None)  # for which hidden states, the map, and the operator's argument
+        self._folded: Any = (None, None, None)  # (dtype, device and steps), the map, the operator's argument
         count = math.lcm(*self._sizes.values())
         rules = [
             (*_rule(gates[i * len(gates) // count], bool(rows[i * len(rows) // count])), norms[i * len(norms) // count])
@@ -134,7 +137,7 @@ class Program:
         ]
 
     def __call__(self, hidden: Tensor, chosen: bool | Tensor, steps: tuple[int, ...]) -> Outcome:
-        """The hidden states after the interventions, and which tokens they reached.
+        """Returns the hidden states after the interventions, and which tokens they reached.
 
         Args:
             hidden: (B, T, D).
@@ -156,10 +159,10 @@ class Program:
         return Outcome(steered, None, tally) if self._decides else Outcome(steered, chosen, None)
 
     def prepare(self, dtype: torch.dtype, device: torch.device, steps: tuple[int, ...]) -> tuple[Affine, Edit | None]:
-        """The map folded for hidden states like these, and the operator's argument, None where it is not needed.
+        """Returns the map folded for such hidden states, and the operator's argument (None where it needs none).
 
-        Both are kept until the dtype or device of the hidden states, or the steps change. Other threads may be at
-        other steps: they are handed over, and not read from this object again.
+        Both are kept until the dtype or device of the hidden states, or the steps change. They are returned, not read
+        from this object later, because another thread may have folded them for other steps meanwhile.
         """
         key = (dtype, device, steps)
         kept, affine, edit = self._folded
@@ -174,7 +177,7 @@ class Program:
         if not self._is_plain:
             dtype, device = torch.promote_types(dtype, self._mixture_dtype), self._device
         if isinstance(folded.scale, Tensor):
-            # Half precision would round a scale of 0.6 to 0.6016: here the sum alone is rounded.
+            # Half precision would round a scale of 0.6 to 0.6016, so that only the sum is rounded to it.
             dtype = torch.promote_types(dtype, torch.float32)
 
         def ready(value: Any) -> Any:
@@ -214,7 +217,7 @@ class Program:
     def _columns(
         self, affine: Affine, edit: Edit, hidden: Tensor, chosen: Tensor | None, start: int, stop: int
     ) -> tuple[Tensor, Tensor]:
-        """Columns [start, stop) of the hidden states steered, and their tally."""
+        """Returns columns [start, stop) of the hidden states, steered, and their tally."""
 
         def here(value: Any) -> Any:
             is_long = isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] > 1
@@ -239,7 +242,7 @@ class Program:
         return steer_tokens(hidden, edit, chosen, passed, seen, *mixture)
 
     def _passed(self, seen: ActivePairs, shape: torch.Size) -> Tensor | None:
-        """Where gates made of others let tokens through, True in rows without one, (B, T); None without any."""
+        """Returns True where composed gates let a token through (or a row has none), (B, T); None without any."""
         passed = None
         for gate, elsewhere in self._composed:
             own = (gate.passes(seen) & ~seen.log_prob.isnan()).view(shape)
@@ -253,7 +256,7 @@ _PER_POSITION = ("coefficients", "shift", "latents")
 
 
 def _side_by_side(affine: Affine, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """scale, weight and spread, (B, S, 3)."""
+    """Returns scale, weight and spread, (B, S, 3)."""
     numbers = [affine.scale, affine.weight, affine.spread]
     like = next((n for n in numbers if isinstance(n, Tensor)), None)
     if like is None:
@@ -263,7 +266,7 @@ def _side_by_side(affine: Affine, dtype: torch.dtype, device: torch.device) -> T
 
 
 def _check_norm(norm: Any) -> list[bool]:
-    """Whether a row keeps its norm, for each row that is distinguished."""
+    """Returns True for each distinguished row that keeps its norm."""
     entries = norm if isinstance(norm, list) and norm else [norm]
     for entry in entries:
         if entry is not None:
@@ -272,7 +275,7 @@ def _check_norm(norm: Any) -> list[bool]:
 
 
 def _rule(gate: Gate | None, acts: bool) -> tuple[int, int, float]:
-    """Kind, region and threshold of a row's gate, as `Edit` has them; the gate of a row left alone is looked at."""
+    """Returns kind, region and threshold of a row's gate, as in `Edit`; a row left alone still reports its region."""
     leaves = [] if gate is None else gate.leaves()
     region = next((leaf.component for leaf in leaves if isinstance(leaf, Responsibility)), -1)
     kind, threshold = (None if gate is None else _simple(gate)) or (ALWAYS, 0.0)
@@ -280,7 +283,7 @@ def _rule(gate: Gate | None, acts: bool) -> tuple[int, int, float]:
 
 
 def _simple(gate: Gate) -> tuple[int, float] | None:
-    """Kind and threshold of a gate on one region or on the density, or of its complement; None for others."""
+    """Returns kind and threshold of a gate on one region or on the density, or of its complement; else None."""
     inverted = isinstance(gate, Not)
     leaf = gate.inner if isinstance(gate, Not) else gate
     if isinstance(leaf, Responsibility):

@@ -1,8 +1,8 @@
-"""What a forward pass was given: its tokens, mask, positions and cache, recognised by what they are.
+"""Arguments of a forward pass, recognised by their kind: tokens, mask, positions and cache.
 
-Names of arguments change from one release of transformers to the next (`past_key_values` became `cache`), so a cache is
-whatever says how long it is, and tokens are the first tensor that has their shape. Only what no shape can tell apart,
-a mask or positions from token ids, is told by a word in its name.
+Names of arguments change from one release of transformers to the next (`past_key_values` became `cache`), so any
+object that says how long it is counts as a cache, and the first tensor of their shape as the tokens. A word in the name
+decides only where shapes cannot: masks and positions look like token ids.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch
 from torch import Tensor
 
 _PLAIN = (type(None), bool, int, float, str)
-# Of encoder states and their mask, of image and audio inputs: none of them is of the sequence that is followed.
+# Encoder states and their mask, images and audio are not part of the sequence that is followed.
 _FOREIGN = ("encoder_", "cross_", "pixel_", "image_", "video_", "audio_")
 
 
 class Arguments(NamedTuple):
-    """What a stack of decoder layers, or `generate`, was called with.
+    """The arguments of a stack of decoder layers, or of `generate`.
 
     Attributes:
         inputs: token ids (B, T), or embeddings (B, T, D); None where there are none.
-        mask: of padding or of attention, as it was given.
+        mask: the padding or attention mask, as it was given.
         positions: position ids, (B or 1, T) or (axes, B, T).
-        cache: what earlier passes left.
+        cache: keys and values (or states) of earlier passes.
         packed: the name of an argument that says that a row holds several sequences.
-        unknown: the name of a tensor that might be a mask and is not known as one.
+        unknown: the name of a tensor that might be a mask.
     """
 
     inputs: Tensor | None
@@ -39,7 +39,7 @@ class Arguments(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """T, or 0 where there are no inputs."""
+        """Returns T, or 0 where there are no inputs."""
         return 0 if self.inputs is None else self.inputs.shape[1]
 
     @property
@@ -48,20 +48,19 @@ class Arguments(NamedTuple):
 
     @property
     def before(self) -> int | None:
-        """Columns before those of the pass, by its mask, or by its positions (which asks the device); None where
-        neither is there."""
+        """Returns the columns before the pass, by its mask or its positions (which asks the device), or None."""
         if self.mask_columns:
             return self.mask_columns - self.tokens
         return None if self.positions is None else int(self.positions.max()) + 1 - self.tokens
 
     @property
     def mask_columns(self) -> int:
-        """Columns of a mask of shape (B, columns); 0 where there is no such mask."""
+        """Returns the number of columns of a mask (B, columns); 0 where there is no such mask."""
         return self.mask.shape[1] if isinstance(self.mask, Tensor) and self.mask.dim() == 2 else 0
 
 
 def recognised(given: Mapping[str, Any]) -> Arguments:
-    """The arguments by their kind.
+    """Returns the arguments by their kind.
 
     Args:
         given: values by name, in the order of the signature; those of an encoder-decoder's decoder without "decoder_".
@@ -92,8 +91,10 @@ def recognised(given: Mapping[str, Any]) -> Arguments:
 
 
 def is_cache(name: str, value: Any) -> bool:
-    """Whether a value is what earlier passes left: it says how long it is, or holds keys and values by layer, or its
-    name says so (those of state-space models, and of some older ones, have no length)."""
+    """Returns True where a value is a cache: it has a length, or keys and values by layer, or the name of one.
+
+    Caches of state-space models, and of some older models, have no length.
+    """
     if callable(getattr(value, "get_seq_length", None)) or _is_keys_by_layer(value):
         return True
     if isinstance(value, tuple | list):
@@ -104,7 +105,7 @@ def is_cache(name: str, value: Any) -> bool:
 
 
 def length_of(cache: Any) -> int | Tensor | None:
-    """Tokens in a cache: a tensor where it keeps their number on a device, None where it does not say."""
+    """Returns the number of tokens in a cache: a tensor where it is kept on a device, None where it is not known."""
     if cache is None:
         return 0
     if isinstance(cache, tuple | list):
@@ -119,19 +120,19 @@ def length_of(cache: Any) -> int | Tensor | None:
 
 
 def identity_of(cache: Any) -> Any:
-    """What stays the same of a cache from where one pass leaves it to where it is handed over to the next."""
+    """Returns the object that stays the same when a cache is handed from one pass to the next."""
     return first_tensor(cache) if isinstance(cache, tuple | list) else cache
 
 
 def first_tensor(value: Any) -> Tensor | None:
-    """The first tensor in tuples or lists of tuples or lists."""
+    """Returns the first tensor in nested tuples and lists, or None."""
     while isinstance(value, tuple | list) and value:
         value = value[0]
     return value if isinstance(value, Tensor) else None
 
 
 def _is_keys_by_layer(value: Any) -> bool:
-    """Whether it is a tuple of (keys, values, ...) by layer, keys (B, heads, columns, size)."""
+    """Returns True for a tuple of (keys, values, ...) by layer, keys (B, heads, columns, size)."""
     if not isinstance(value, tuple | list) or not value or not isinstance(value[0], tuple | list):
         return False
     key = first_tensor(value)
@@ -139,6 +140,6 @@ def _is_keys_by_layer(value: Any) -> bool:
 
 
 def cache_of(output: Any) -> Any:
-    """The cache in a model's output; None where there is none."""
+    """Returns the cache in a model's output, or None."""
     items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, tuple) else ()
     return next((value for name, value in items if value is not None and is_cache(str(name), value)), None)

@@ -1,4 +1,4 @@
-"""Compiled code does not notice hooks that come and go: here it is made to."""
+"""Recompilation of compiled code when hooks come or go, which it does not notice by itself."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-# How many notices stand on a module, and the `forward` of its own that it had before the first.
+# By module: the number of notices, the `forward` of its own before the first, and the one that was put there.
 _noticed: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def notice(module: nn.Module) -> None:
-    """Makes code that was compiled with this module in it, by whomever, be compiled again when it next runs.
+    """Makes compiled code that contains this module be compiled again when it next runs.
 
-    Compiled code is guarded by whether a module has a `forward` of its own, and by which; not by its hooks. So it gets
-    one, which does what the module did.
+    Guards of compiled code check whether a module has a `forward` of its own, and which; they do not check its hooks.
+    So the module gets a new `forward`, which does what the module did.
     """
     if module not in _noticed:
         _noticed[module] = [0, vars(module).get("forward"), None]
@@ -27,14 +27,14 @@ def notice(module: nn.Module) -> None:
 
 
 def unnotice(module: nn.Module) -> None:
-    """Takes a notice back; with the last one the module has the `forward` it had."""
+    """Takes a notice back; after the last one the module has the `forward` it had before."""
     entry = _noticed[module]
     entry[0] -= 1
     if entry[0]:
         _renew(module, entry)
         return
     del _noticed[module]
-    if vars(module).get("forward") is entry[2]:  # else somebody has wrapped it since, and calls it
+    if vars(module).get("forward") is entry[2]:  # else another tool has wrapped it since, and calls it
         del module.forward
         if entry[1] is not None:
             module.forward = entry[1]
@@ -49,7 +49,7 @@ def _renew(module: nn.Module, entry: list[Any]) -> None:
 
 
 def forget(model: nn.Module) -> None:
-    """Where a model is known to be compiled, compiled code is dropped: it may be compiled again any number of times."""
+    """Drops compiled code if the model is compiled, so that recompiling often does not reach the limit of PyTorch."""
     if hasattr(model, "_orig_mod") or any(_is_compiled(module) for module in model.modules()):
         torch.compiler.reset()
 

@@ -1,7 +1,7 @@
-"""A list of interventions folded into one map.
+"""Lists of interventions, folded into one affine map per batch row.
 
-Every intervention is affine in x once what the mixture says about x is fixed, and that is taken at the activation as it
-was before the first one. So any list of them, in order, is
+Every intervention is affine in x once responsibilities and latents are fixed, and these are taken at the activation as
+it was before the first intervention. So any list of them, in order, is
 
     x -> scale x + shift + sum_k r_k(x) (weight mu_k + W_k (z + spread E[z | x, k])) + local terms
 
@@ -25,15 +25,15 @@ from mfa_kernels.steering.interventions import Add, Intervention, Offset, Recons
 
 
 class RegionTerm(NamedTuple):
-    """coefficient g(x) (apart + W_k G_k (x - mu_k)), with G_k (x - mu_k) = E[z | x, k]; B is 1 or the number of rows.
+    """The term coefficient g(x) (apart + W_k G_k (x - mu_k)), with G_k (x - mu_k) = E[z | x, k]; B is 1 or the rows.
 
     Attributes:
-        coefficient: a float, or (B, S, 1); 0 for rows that it does not concern.
+        coefficient: a float, or (B, S, 1); 0 for rows without the term.
         component: k where g is the responsibility r_k(x), (B, 1, 1) int32; None where g is 1.
         mean: mu_k, (B, 1, D).
         gain: G_k = M_k^-1 W_k^T Psi^-1, (B, R, D).
         loadings: W_k^T, (B, R, D).
-        apart: (B, 1, D), what is added to W_k E[z | x, k]; None for nothing.
+        apart: (B, 1, D), added to W_k E[z | x, k]; None for nothing.
     """
 
     coefficient: float | Tensor
@@ -50,9 +50,9 @@ class Affine(NamedTuple):
     Attributes:
         scale: a float, or (B, S, 1).
         shift: (B, S, D).
-        weight: of sum_k r_k mu_k; a float, or (B, S, 1).
-        spread: of sum_k r_k W_k E[z | x, k]; a float, or (B, S, 1).
-        latents: z of sum_k r_k W_k z, (B, S, R); None where nothing asks for it.
+        weight: the factor of sum_k r_k mu_k; a float, or (B, S, 1).
+        spread: the factor of sum_k r_k W_k E[z | x, k]; a float, or (B, S, 1).
+        latents: the z of sum_k r_k W_k z, (B, S, R); None where there is no such term.
         local: one term per `Remove` of a single region.
     """
 
@@ -64,7 +64,7 @@ class Affine(NamedTuple):
     local: tuple[RegionTerm, ...]
 
     def each(self, change: Callable[[Any], Any]) -> Affine:
-        """With every tensor or number changed."""
+        """Returns the map with `change` applied to every tensor and number."""
         changed: Any = (*map(change, self[:-1]), tuple(RegionTerm(*map(change, term)) for term in self.local))
         return Affine(*changed)
 
@@ -80,7 +80,7 @@ class _Level(NamedTuple):
         pull, on_means, on_latents: a number per row.
         target, offset: (rows, 1, D).
         latents: (rows, 1, R), or None.
-        local: terms, each with a flag per row for a coefficient.
+        local: terms, each with a flag (1 or 0) per row.
     """
 
     alphas: list[float | Callable[[int], float]]
@@ -94,21 +94,21 @@ class _Level(NamedTuple):
 
 
 class Composition:
-    """Interventions per batch row, ready to be folded for the step that a token belongs to.
+    """Interventions per batch row, ready to be folded for the generation step of a token.
 
     Args:
         mfa: the mixture.
         rows: as from `as_rows`.
-        device: of what is folded.
+        device: where the folded maps are.
 
     Attributes:
-        rows: how many batch rows are distinguished.
-        dtype: of the folded maps.
-        uses_mixture: whether any intervention needs responsibilities.
-        mixes: whether any adds something for every active component.
-        uses_latents: whether any needs the latents of all active components.
-        is_plain: whether the map is one multiply-add.
-        is_scheduled: whether any alpha is a function of the step.
+        rows: the number of batch rows that are distinguished.
+        dtype: the dtype of the folded maps.
+        uses_mixture: True where an intervention needs responsibilities.
+        mixes: True where an intervention adds something for every active component.
+        uses_latents: True where an intervention needs the latents of all active components.
+        is_plain: True where the map is one multiply-add.
+        is_scheduled: True where an alpha is a function of the step.
         acts: (rows,) bool, False for rows that are left alone; None where there are none.
     """
 
@@ -118,20 +118,20 @@ class Composition:
         with no_autocast(mfa.means):
             levels = [[row[i] if i < len(row) else None for row in rows] for i in range(depth)]
             self._levels = [_level(mfa, level, device) for level in levels]
-        entries = [entry for row in rows for entry in row]
-        self.uses_mixture = any(_uses_mixture(entry) for entry in entries)
+        terms = [term for level in self._levels for _, term in level.local]
         self.uses_latents = any(any(level.on_latents) for level in self._levels)
         self.mixes = self.uses_latents or any(
             any(level.on_means) or level.latents is not None for level in self._levels
         )
-        self.is_plain = not self.uses_mixture and not any(level.local for level in self._levels)
+        self.uses_mixture = self.mixes or any(term.component is not None for term in terms)
+        self.is_plain = not self.uses_mixture and not terms
         self.is_scheduled = any(callable(alpha) for level in self._levels for alpha in level.alphas)
         self.acts = None if all(rows) else torch.tensor([bool(row) for row in rows], device=device)
         self.dtype = torch.promote_types(mfa.means.dtype, torch.float32)
         self._features = mfa.n_features
 
     def fold(self, steps: tuple[int, ...] = (0,)) -> Affine:
-        """The map at these steps, in the compute dtype of the mixture; S = len(steps), B = the number of rows."""
+        """Returns the map at these steps, in the compute dtype of the mixture; S = len(steps), and B counts rows."""
         scale: float | Tensor = 1.0
         weight: float | Tensor = 0.0
         spread: float | Tensor = 0.0
@@ -157,24 +157,16 @@ class Composition:
         return Affine(scale, shift, weight, spread, latents, tuple(local))
 
     def _number(self, values: list[list[float]]) -> float | Tensor:
-        """(B, S) numbers as one float where there is one, which keeps it on the host; else as (B, S, 1)."""
+        """Returns numbers (B, S) as one float if there is one, so that it stays on the host; else as (B, S, 1)."""
         if len(values) == len(values[0]) == 1:
             return values[0][0]
         return moved(values, self.dtype, self.device).unsqueeze(-1)
 
 
 def moved(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers on a device, which waits for nothing: on a GPU they come from pinned memory."""
+    """Returns numbers on a device without waiting for it: to a GPU they go from pinned memory."""
     numbers = torch.tensor(values, dtype=dtype, device="cpu")
     return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
-
-
-def _uses_mixture(entry: Intervention) -> bool:
-    if isinstance(entry, Reconstruct):
-        return True
-    return not isinstance(entry, Add) and (
-        entry.component is None or (isinstance(entry, Remove) and entry.part == "region")
-    )
 
 
 def _at(alpha: float | Callable[[int], float], step: int) -> float:
@@ -182,60 +174,69 @@ def _at(alpha: float | Callable[[int], float], step: int) -> float:
 
 
 def _level(mfa: MFA, entries: list[Intervention | None], device: torch.device) -> _Level:
-    dtype = torch.promote_types(mfa.means.dtype, torch.float32)
-    count = len(entries)
-    pull, on_means, on_latents = [0.0] * count, [0.0] * count, [0.0] * count
-    nowhere = mfa.means.new_zeros(mfa.n_features, dtype=dtype)
-    targets, offsets = [nowhere] * count, [nowhere] * count
-    latents = [mfa.means.new_zeros(mfa.rank, dtype=dtype)] * count
-    alone: dict[str, list[int | None]] = {"latents": [None] * count, "region": [None] * count}
-    for i, entry in enumerate(entries):
-        if isinstance(entry, Toward):
-            pull[i], on_means[i] = 1.0, float(entry.component is None)
-            if entry.component is not None:
-                targets[i] = mfa.means[entry.component].to(dtype)
-        elif isinstance(entry, Offset):
-            z = torch.as_tensor(entry.latents).to(mfa.means.device, dtype)
-            if entry.component is None:
-                latents[i] = z
-            else:
-                offsets[i] = mfa.loadings[entry.component].to(dtype) @ z
-        elif isinstance(entry, Add):
-            targets[i] = torch.as_tensor(entry.direction).to(mfa.means.device, dtype)
-        elif isinstance(entry, Reconstruct):
-            pull[i] = on_means[i] = on_latents[i] = 1.0
-        elif isinstance(entry, Remove):
-            if entry.component is not None:
-                alone[entry.part][i] = int(entry.component)  # type: ignore[arg-type]
-                continue
-            on_latents[i] = -1.0
-            if entry.part == "region":
-                on_means[i], targets[i] = -1.0, _mean(mfa)
-    used = any(isinstance(entry, Offset) and entry.component is None for entry in entries)
+    effects = [_effect(mfa, entry) for entry in entries]
+
+    def each(name: str, otherwise: Any = 0.0) -> list[Any]:
+        return [effect.get(name, otherwise) for effect in effects]
+
+    def stacked(name: str, width: int) -> Tensor:
+        dtype = torch.promote_types(mfa.means.dtype, torch.float32)
+        nothing = mfa.means.new_zeros(width, dtype=dtype)
+        return torch.stack(each(name, nothing)).unsqueeze(1).to(device, dtype)
+
+    single = {part: each(part, None) for part in ("remove_latents", "remove_region")}
     return _Level(
-        alphas=[0.0 if entry is None or isinstance(entry, Offset) else entry.alpha for entry in entries],  # type: ignore[misc]
-        pull=pull,
-        on_means=on_means,
-        on_latents=on_latents,
-        target=torch.stack(targets).unsqueeze(1).to(device, dtype),
-        offset=torch.stack(offsets).unsqueeze(1).to(device, dtype),
-        latents=torch.stack(latents).unsqueeze(1).to(device, dtype) if used else None,
+        alphas=each("alpha"),
+        pull=each("pull"),
+        on_means=each("on_means"),
+        on_latents=each("on_latents"),
+        target=stacked("target", mfa.n_features),
+        offset=stacked("offset", mfa.n_features),
+        latents=stacked("latents", mfa.rank) if any("latents" in effect for effect in effects) else None,
         local=[
-            ([float(k is not None) for k in components], _local(mfa, components, part, device))
-            for part, components in alone.items()
+            ([float(k is not None) for k in components], _local(mfa, components, part == "remove_region", device))
+            for part, components in single.items()
             if any(k is not None for k in components)
         ],
     )
 
 
+def _effect(mfa: MFA, entry: Intervention | None) -> dict[str, Any]:
+    """Returns the fields of `_Level` in which a row with this intervention differs from one that is left alone."""
+
+    def vector(values: Any) -> Tensor:
+        return torch.as_tensor(values).to(mfa.means.device, torch.promote_types(mfa.means.dtype, torch.float32))
+
+    match entry:
+        case None:
+            return {}
+        case Offset(component, latents):
+            z = vector(latents)
+            return {"latents": z} if component is None else {"offset": vector(mfa.loadings[component]) @ z}
+        case Toward(None, alpha):
+            return {"alpha": alpha, "pull": 1.0, "on_means": 1.0}
+        case Toward(component, alpha):
+            return {"alpha": alpha, "pull": 1.0, "target": vector(mfa.means[component])}
+        case Add(direction, alpha):
+            return {"alpha": alpha, "target": vector(direction)}
+        case Reconstruct(alpha):
+            return {"alpha": alpha, "pull": 1.0, "on_means": 1.0, "on_latents": 1.0}
+        case Remove(None, "latents", alpha):
+            return {"alpha": alpha, "on_latents": -1.0}
+        case Remove(None, _, alpha):
+            return {"alpha": alpha, "on_latents": -1.0, "on_means": -1.0, "target": _mean(mfa)}
+        case Remove(component, part, alpha):
+            return {"alpha": alpha, f"remove_{part}": component}
+
+
 def _mean(mfa: MFA) -> Tensor:
-    """m = sum_k pi_k mu_k, (D,)."""
+    """Returns m = sum_k pi_k mu_k, (D,)."""
     means, _, _, log_weights = mfa.parameters_in_compute_dtype()
     return log_weights.exp() @ means
 
 
-def _local(mfa: MFA, components: list[int | None], part: str, device: torch.device) -> RegionTerm:
-    """The term of a single region per row, its coefficient still to come; rows without one get any region's."""
+def _local(mfa: MFA, components: list[int | None], is_region: bool, device: torch.device) -> RegionTerm:
+    """Returns the term of a single region per row, without its coefficient; rows without a region get region 0."""
     index = torch.tensor([0 if k is None else k for k in components], device=mfa.means.device)
     means, loadings, noise_variance, _ = mfa.parameters_in_compute_dtype()
     dtype, mean, write = means.dtype, means[index].unsqueeze(1), loadings[index].mT
@@ -243,7 +244,6 @@ def _local(mfa: MFA, components: list[int | None], part: str, device: torch.devi
     weighed = write.double() * (precision if precision.dim() == 1 else precision.unsqueeze(1))
     eye = torch.eye(mfa.rank, dtype=torch.float64, device=mean.device)
     gain = torch.linalg.solve(eye + weighed @ write.double().mT, weighed).to(dtype)
-    is_region = part == "region"
     term = RegionTerm(
         coefficient=0.0,
         component=index.int().reshape(-1, 1, 1) if is_region else None,

@@ -1,4 +1,4 @@
-"""Where to act, as values: conditions on a token's place in the mixture, which combine with `&`, `|` and `~`."""
+"""Conditions on a token's place in the mixture, which combine with `&`, `|` and `~`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Gate:
         return Not(self)
 
     def passes(self, seen: ActivePairs) -> Tensor:
-        """(N,) bool. A token that is not finite passes no gate that `steer` is given, inverted or not."""
+        """Returns True for tokens that pass, (N,); under `steer`, a token that is not finite passes no gate."""
         raise NotImplementedError
 
     def leaves(self) -> Iterator[Gate]:
-        """The conditions it is made of."""
+        """Yields the conditions it is made of."""
         yield self
 
 
@@ -64,6 +64,8 @@ class LogDensity(Gate):
 
 @dataclass(frozen=True)
 class Both(Gate):
+    """Tokens that pass both gates."""
+
     first: Gate
     second: Gate
 
@@ -77,12 +79,16 @@ class Both(Gate):
 
 @dataclass(frozen=True)
 class Either(Both):
+    """Tokens that pass at least one of the gates."""
+
     def passes(self, seen: ActivePairs) -> Tensor:
         return self.first.passes(seen) | self.second.passes(seen)
 
 
 @dataclass(frozen=True)
 class Not(Gate):
+    """Tokens that do not pass the inner gate."""
+
     inner: Gate
 
     def passes(self, seen: ActivePairs) -> Tensor:
@@ -96,7 +102,7 @@ Gates: TypeAlias = "Gate | tuple[int, float] | list[Gate | tuple[int, float] | N
 
 
 def check_gates(gate: Any, mfa: MFA) -> list[Gate | None]:
-    """One checked gate per batch row, a single one where all rows share it; [None] where there is none."""
+    """Returns one checked gate per batch row, a single one where all rows share it; [None] where there is none."""
     if not isinstance(gate, list):
         return [_checked(gate, mfa, "gate")]
     if not gate:

@@ -1,6 +1,6 @@
-"""Calls to `model.generate` while they run: where the prompt ends is known to them alone.
+"""Calls to `model.generate` while they run, which alone know where the prompt ends.
 
-A call is known to the thread that makes it, so that several threads may write with one model at once.
+Each thread knows its own call only, so that several threads may write with one model at once.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Call:
     """One call to `model.generate`.
 
     Attributes:
-        prompt: columns of the decoder's prompt as `generate` was given it, with what a cache already holds; None where
-            the model begins by itself, with a token or several.
-        from_embeddings: whether the prompt came as embeddings.
+        prompt: columns of the decoder's prompt as `generate` was given it, with those that a cache already holds; None
+            where the model begins by itself, with a token or several.
+        from_embeddings: True where the prompt came as embeddings.
         cache: the cache it was given.
-        sequences: what each tracker of the model remembers of it.
+        sequences: by tracker of the model, the sequence that the call writes.
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], encoder_decoder: bool) -> None:
@@ -40,11 +40,11 @@ class Call:
 
 
 class Generate:
-    """`model.generate`, wrapped as long as something wants to know of its calls."""
+    """A wrapper of `model.generate`, which stays as long as it has users."""
 
     @classmethod
     def watch(cls, model: nn.Module, user: object) -> Generate:
-        """The wrapper of this model, installed with the first user."""
+        """Returns the wrapper of this model, installed with the first user."""
         found = vars(model).get(_ATTRIBUTE)
         if found is None:
             found = cls(model)
@@ -61,7 +61,7 @@ class Generate:
             model.generate = self.generate  # type: ignore[assignment]
 
     def release(self, user: object) -> None:
-        """Puts `generate` back when the last user lets go."""
+        """Puts `generate` back when the last user is released."""
         self._users.remove(user)
         if self._users:
             return
@@ -73,11 +73,11 @@ class Generate:
 
     @property
     def call(self) -> Call | None:
-        """The call that is under way in this thread."""
+        """Returns the call that is under way in this thread, or None."""
         return _calls().get(id(self._model))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """`model.generate`, noted for as long as it runs."""
+        """Calls `model.generate`, and notes the call for as long as it runs."""
         calls, key = _calls(), id(self._model)
         outer = calls.get(key)
         calls[key] = Call(args, kwargs, is_encoder_decoder(self._model))
@@ -94,7 +94,7 @@ _local = threading.local()
 
 
 def _calls() -> dict[int, Call]:
-    """Of this thread, by model."""
+    """Returns the calls of this thread, by the id of their model."""
     if not hasattr(_local, "calls"):
         _local.calls = {}
     return _local.calls

@@ -1,4 +1,4 @@
-"""`steer`: interventions on a language model while it runs."""
+"""Interventions on a language model while it runs: `steer`, and the `Handle` that it returns."""
 
 from __future__ import annotations
 
@@ -30,19 +30,20 @@ from mfa_kernels.steering.interventions import Alpha, Intervention, Offset, Towa
 from mfa_kernels.steering.positions import Positions, check_positions, choose
 from mfa_kernels.steering.tracking import Pass, Tracker
 
-_KEEP: Any = object()  # an argument of `update` that was not given
+_KEEP: Any = object()  # stands for an argument of `update` that was not given
 
 
 class Stats(NamedTuple):
-    """Tokens that passed the steered layer, padding excluded; a token read twice (without a KV cache) counts twice.
+    """Counts of tokens that passed the steered layer, without padding.
 
-    What `generate` appends to a row that has ended looks like a token, and is counted.
+    A token that is read twice (without a KV cache) counts twice. The padding that `generate` appends to a row that has
+    ended looks like a token, and is counted.
 
     Attributes:
         tokens_seen: all of them.
         tokens_steered: those that were acted on.
-        mean_responsibility: of the first region that a row's gate looks at, over the tokens that `positions` chose;
-            None where no gate looks at a region, or no token was chosen.
+        mean_responsibility: the mean over the tokens that `positions` chose of their responsibilities for the first
+            region that the row's gate names; None where no gate names a region, or no token was chosen.
     """
 
     tokens_seen: int
@@ -75,8 +76,8 @@ def steer(
         model: a Hugging Face causal language model or encoder-decoder, or one that `torch.compile` returned.
         mfa: a mixture of that layer's output. Its parameters are read now: after changing them, call `update`.
         layer: an index (negative counts from the end; of an encoder-decoder, its decoder's), or the path of a module
-            whose output is (B, T, D). One whose output is another is refused now, as of XLNet, whose layers put time
-            first, where a twin of the model on the meta device can tell; else when the model runs.
+            whose output is (B, T, D). Other outputs, such as those of XLNet's layers, which put time first, are refused
+            now if a twin of the model on the meta device shows them, else when the model runs.
         component: k, or an integer tensor (B,) with one per batch row. None means the responsibility-weighted mixture
             sum_k r_k(x) (mu_k + W_k z), with the responsibilities of the unsteered x.
         alpha: a float, a tensor (B,), or a function of the generation step: 0 for the prompt, 1 for the first generated
@@ -94,29 +95,29 @@ def steer(
             and what `&` and `|` make of them. A list has one gate, or None, per batch row.
         norm: "keep" gives each steered token back the Euclidean norm it had. A list has "keep" or None per batch row.
 
-    Inside `generate` the prompt is what it was given, in however many passes it is read; steps and positions do not
-    depend on the cache. In a decoding loop of one's own, a pass of several tokens is prompt, and a pass of one token
+    Inside `generate` the prompt is the input of `generate`, in however many passes it is read; steps and positions do
+    not depend on the cache. In a decoding loop of your own, a pass of several tokens is prompt, and a pass of one token
     that extends a cache is generated. A learnt prompt, as of PEFT, is prompt, and its virtual tokens count as
-    positions; what an encoder reads is prompt, and nothing is generated there.
+    positions. The input of an encoder is prompt, and nothing is generated there.
 
-    Where a pass stands is read from what it is given, and belongs to its thread and its cache: several threads, and
-    several sequences in turn, may use one model. What was given may not say it, or contradict itself, as with a model
-    or a version of transformers that hands its cache over in a way nobody knows: then the forward pass raises
-    `LostTrackError`, unless positions is "all" and alpha no function, where nothing depends on it.
+    The place of a pass in its sequence is read from its arguments, and kept per thread and cache: several threads, and
+    several sequences in turn, may use one model. If the arguments do not tell the place, or contradict each other (a
+    model or a version of transformers may hand its cache over in an unknown way), the forward pass raises
+    `LostTrackError`, unless positions is "all" and alpha no function, so that nothing depends on the place.
 
-    Where `generate` repeats rows (beams, num_return_sequences), what was given for B rows follows: row i of the
+    If `generate` repeats rows (beams, num_return_sequences), arguments for B rows are repeated with them: row i of the
     repeated batch B' takes entry i // (B' / B).
 
     Several layers, and several mixtures, are steered by as many handles; on one layer they act in the order in which
     they were made. Interventions under different gates are handles too.
 
-    On a CPU, what asks a large mixture for responsibilities goes through certified bounds (`MFA.screen`), which are
+    On a CPU, responsibilities under a large mixture are found through certified bounds (`MFA.screen`), which are
     prepared the first time, in a fraction of a second, and kept with the mixture.
 
-    Code that was compiled before, by whatever means, is compiled again when steering begins and ends. Compiled
-    (`torch.compile`, `fullgraph=True`), a pass of one token compiles whole where alpha is no function and
-    positions is "all", "generated" or "last": such a pass counts as generated, even if it is a prompt of one token.
-    Everything else breaks the graph, and is right.
+    Compiled code that contains the layer is compiled again when steering begins and ends. With `torch.compile(...,
+    fullgraph=True)`, a pass of one token compiles whole if alpha is no function and positions is "all", "generated" or
+    "last": such a pass counts as generated, even if it is a prompt of one token. Every other pass breaks the graph, and
+    gives the same results.
 
     Returns:
         A `Handle`.
@@ -130,11 +131,12 @@ def steer(
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a handle does, as one value: a thread that steers meanwhile sees the old one or the new one.
+    """The settings of a handle as one value, so that a thread that steers meanwhile sees the old or the new ones.
 
     Attributes:
-        given, where: arguments of `steer`: what to do, and at which tokens.
-        program: what they amount to.
+        given: the arguments of `steer` that say what to do.
+        where: the arguments of `steer` that say at which tokens.
+        program: the interventions, ready to run.
     """
 
     given: dict[str, Any]
@@ -143,19 +145,19 @@ class _Plan:
 
     @property
     def asks_where(self) -> bool:
-        """Whether what happens to a generated token depends on its place in the sequence."""
+        """True where steering of a generated token depends on its place in the sequence."""
         positions = self.where["positions"]
         return self.program.composition.is_scheduled or not isinstance(positions, str) or positions == "prompt"
 
     @property
     def is_the_same_everywhere(self) -> bool:
-        """Whether it does not matter where in its sequence a token is, as long as it is none of padding."""
+        """True where steering does not depend on a token's place in its sequence, padding aside."""
         positions = self.where["positions"]
         return not self.program.composition.is_scheduled and isinstance(positions, str) and positions == "all"
 
 
 class Handle:
-    """A model being steered: made by `steer`, a context manager, and good for several `with` blocks in turn."""
+    """A model that is being steered, made by `steer`: a context manager for any number of `with` blocks in turn."""
 
     def __init__(
         self,
@@ -197,9 +199,15 @@ class Handle:
         gate: Gates = _KEEP,
         norm: Any = _KEEP,
     ) -> Handle:
-        """Changes what is given and keeps the rest, without hooking again; also rereads the mixture's parameters.
+        """Changes the arguments that are given and keeps the others; also rereads the mixture's parameters.
 
-        Arguments as for `steer`; one that does not fit leaves everything as it was.
+        Arguments are those of `steer`. Hooks stay where they are.
+
+        Returns:
+            This handle.
+
+        Raises:
+            IndexError, TypeError, ValueError: naming the argument that does not fit; everything stays as it was.
         """
         changes = {"component": component, "alpha": alpha, "latents": latents}
         changes = {name: value for name, value in changes.items() if value is not _KEEP}
@@ -217,7 +225,7 @@ class Handle:
         return self
 
     def remove(self) -> None:
-        """Takes the hooks off; the model is what it was. May be called again."""
+        """Takes the hooks off, so that the model is as it was before. May be called again."""
         if self._tracker is None:
             return
         self._hook.remove()
@@ -228,7 +236,7 @@ class Handle:
 
     @contextmanager
     def paused(self) -> Iterator[Handle]:
-        """Leaves the model alone for the length of a `with` block, without hooking again; nothing is counted."""
+        """Leaves the model alone for the length of a `with` block; hooks stay, and nothing is counted."""
         before, self._is_paused = self._is_paused, True
         try:
             yield self
@@ -237,7 +245,7 @@ class Handle:
 
     @contextmanager
     def restored(self) -> Iterator[Handle]:
-        """Takes back, at the end of a `with` block, what was updated and counted inside it."""
+        """Takes updates and counts of a `with` block back at its end."""
         plan, counts = self._plan, self._counts.totals()
         try:
             yield self
@@ -247,11 +255,11 @@ class Handle:
 
     @property
     def asks_where(self) -> bool:
-        """Whether what happens to a generated token depends on its place in the sequence."""
+        """True where steering of a generated token depends on its place in the sequence."""
         return self._plan.asks_where
 
     def stats(self) -> Stats:
-        """Tokens seen and tokens steered so far; asks the device."""
+        """Returns the counts so far; waits for the device."""
         seen, steered, total, watched = self._counts.totals()
         return Stats(int(seen), int(steered), total / watched if watched else None)
 
@@ -272,7 +280,7 @@ class Handle:
 
     @property
     def is_removed(self) -> bool:
-        """Whether it steers no more."""
+        """True after `remove`, until the next `with` block."""
         return self._tracker is None
 
     def _install(self) -> None:
@@ -286,7 +294,7 @@ class Handle:
     def _build(self, given: dict[str, Any], where: dict[str, Any]) -> _Plan:
         where = {**where, "positions": check_positions(where["positions"])}
         example = _example(self._module, self._mfa.means)
-        with ordinary(), torch.no_grad():  # it may be used in any mode
+        with ordinary(), torch.no_grad():  # the program may be used in any mode later
             rows = as_rows(*_as_lists(given), self._mfa)
             program = Program(self._mfa, rows, example.device, where["gate"], where["norm"])
             if not program.composition.is_scheduled:
@@ -327,7 +335,7 @@ class Handle:
     def _steer(
         self, program: Program, hidden: Tensor, chosen: bool | Tensor, real: Tensor | None, steps: tuple[int, ...]
     ) -> Tensor | None:
-        """The hidden states with the interventions at the chosen tokens, and all of them counted."""
+        """Returns the hidden states after the interventions at the chosen tokens, and counts all tokens."""
         shape = hidden.shape[:2]
         every = shape[0] * shape[1]
         counts: list[int | Tensor] = [every if real is None else real.expand(shape).sum(), 0]
@@ -343,15 +351,16 @@ class Handle:
 
 
 def _example(module: nn.Module, otherwise: Tensor) -> Tensor:
-    """A tensor of the dtype and device that hidden states probably have; quantised and offloaded weights are not."""
+    """Returns a tensor of the dtype and device that hidden states probably have: no quantised or offloaded weight."""
     return next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), otherwise)
 
 
 class _Counts(nn.Module):
-    """Tokens seen, tokens steered, the sum of the responsibilities looked at and their number.
+    """Four totals: tokens seen, tokens steered, the sum of the gates' responsibilities, and their number.
 
-    What is known on the host is counted there; what is not, and everything in compiled code, which would be compiled
-    again for every number, on the device. A module, because a CUDA graph may change its buffers in place.
+    Numbers that the host knows are added there, others on the device. Compiled code adds all of them on the device,
+    because it would be compiled again for every number. This is a module, because a CUDA graph may change its buffers
+    in place.
     """
 
     on_device: Tensor
@@ -373,7 +382,7 @@ class _Counts(nn.Module):
                     self._on_host[i] += count
 
     def add_tally(self, tally: Tensor) -> None:
-        """Adds what `Outcome.tally` says of each token, (B, T, 3)."""
+        """Adds an `Outcome.tally`, (B, T, 3)."""
         with _one_thread():
             self.on_device[1:].add_(tally.detach().sum((0, 1), dtype=torch.float64).to(self.on_device.device))
 
@@ -389,12 +398,12 @@ _lock = threading.Lock()
 
 
 def _one_thread() -> AbstractContextManager[Any]:
-    """Held while counts are added up; compiled code, which cannot take a lock, goes without."""
+    """Returns the lock under which counts are added; compiled code, which cannot take one, goes without."""
     return nullcontext() if torch.compiler.is_compiling() else _lock
 
 
 def _as_lists(given: dict[str, Any]) -> tuple[Any, Any]:
-    """(interventions, rows), one of them None, from the arguments of `steer`."""
+    """Returns (interventions, rows), one of them None, from the arguments of `steer`."""
     interventions, rows = given["interventions"], given["rows"]
     short = [name for name in ("component", "alpha", "latents") if given[name] is not None]
     if interventions is not None or rows is not None:
@@ -413,7 +422,7 @@ def _as_lists(given: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _check_width(model: nn.Module, layer: str, features: int) -> None:
-    """Where the layer is a decoder layer and the configuration says how wide those are, the mixture must fit."""
+    """Raises ValueError where the configuration says that a decoder layer is not as wide as the mixture."""
     width = getattr(text_config(model), "hidden_size", None)
     try:
         stack, _ = decoder_layers(model)
@@ -424,7 +433,7 @@ def _check_width(model: nn.Module, layer: str, features: int) -> None:
 
 
 def _before_recorders(module: nn.Module) -> None:
-    """Lets the hooks by which transformers records hidden states run last: they record what the model goes on with."""
+    """Moves the hooks by which transformers records hidden states to the end, so that they record the steered ones."""
     hooks = module._forward_hooks
     for key, hook in list(hooks.items()):
         if (getattr(hook, "__module__", None) or "").startswith("transformers."):

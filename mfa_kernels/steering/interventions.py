@@ -1,4 +1,4 @@
-"""What to do to an activation, as values; and lists of them, one per batch row."""
+"""Interventions: what to do to an activation, as values, and lists of them, one per batch row."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Add:
 
 @dataclass(frozen=True, eq=False)
 class Reconstruct:
-    """x <- (1 - alpha) x + alpha sum_k r_k(x) (mu_k + W_k E[z | x, k]): what the mixture sees of x (eq. 11-13).
+    """x <- (1 - alpha) x + alpha sum_k r_k(x) (mu_k + W_k E[z | x, k]): the reconstruction of x (eq. 11-13).
 
     Attributes:
         alpha: as in `Toward`; 1 replaces the activation by its reconstruction.
@@ -77,14 +77,14 @@ class Reconstruct:
 
 @dataclass(frozen=True, eq=False)
 class Remove:
-    """Takes out of x what a region put into it, as estimated from the activation before any intervention.
+    """Removes a region's part from x, as estimated from the activation before any intervention.
 
-    part="latents"  x <- x - alpha W_k E[z | x, k]. The variation along the region's own directions; every token loses
-                    it, whichever region it is in, which a gate can change. For None, sum_k r_k(x) W_k E[z | x, k].
-    part="region"   x <- x - alpha r_k(x) (mu_k - m + W_k E[z | x, k]), with m = sum_j pi_j mu_j, the mixture's mean.
-                    The region's term of the reconstruction, exchanged for the mean: a token that is wholly in the
-                    region keeps only what the mixture does not explain of it, around m; one that has no part in the
-                    region keeps everything. It does not depend on where the origin is. For None, the sum over all k.
+    part="latents"  x <- x - alpha W_k E[z | x, k] removes the variation along the region's own directions, from tokens
+                    of every region unless a gate limits it. For None, sum_k r_k(x) W_k E[z | x, k] is removed.
+    part="region"   x <- x - alpha r_k(x) (mu_k - m + W_k E[z | x, k]), with m = sum_j pi_j mu_j, the mixture's mean,
+                    exchanges the region's term of the reconstruction for the mean: a token that is wholly in the
+                    region keeps only its residual, around m, and a token without a part in the region keeps
+                    everything. This does not depend on where the origin is. For None, the sum over all k is removed.
 
     Attributes:
         component: k; an integer tensor (B,) with one per batch row; or None for all of them.
@@ -105,7 +105,7 @@ _KINDS = (Toward, Offset, Add, Reconstruct, Remove)
 
 
 def as_rows(interventions: Any, rows: Any, mfa: MFA) -> list[Row]:
-    """One checked tuple of interventions per batch row, a single one where all rows are treated alike.
+    """Returns one checked tuple of interventions per batch row, a single one where all rows are treated alike.
 
     In the result every component is an int or None, every alpha a float or a function, and vectors are (R,) or (D,).
 
@@ -113,6 +113,9 @@ def as_rows(interventions: Any, rows: Any, mfa: MFA) -> list[Row]:
         interventions: an intervention or a sequence of them, whose tensors may have a batch dimension; or None.
         rows: a sequence with an intervention, a sequence of them, or None (leave the row alone) for each row; or None.
         mfa: the mixture that they refer to.
+
+    Raises:
+        IndexError, TypeError, ValueError: naming the argument that does not fit.
     """
     if (interventions is None) == (rows is None):
         raise ValueError("interventions, rows: give exactly one of them")
@@ -138,7 +141,7 @@ def _as_tuple(value: Any, name: str) -> Row:
 
 
 def _split(interventions: Row, mfa: MFA) -> list[Row]:
-    """The same for each batch row that the tensors distinguish."""
+    """Returns the interventions of each batch row that their tensors distinguish."""
     checked = [_checked(intervention, mfa) for intervention in interventions]
     sizes = {name: len(value) for fields in checked for name, value in fields.items() if len(value) > 1}
     count = max(sizes.values(), default=1)
@@ -154,7 +157,7 @@ def _split(interventions: Row, mfa: MFA) -> list[Row]:
 
 
 def _checked(intervention: Intervention, mfa: MFA) -> dict[str, Any]:
-    """Each field as a sequence over batch rows, of length 1 where all share it."""
+    """Returns each field as a sequence over batch rows, of length 1 where all share it."""
     if isinstance(intervention, Remove):
         check_choice(intervention.part, ("latents", "region"), "part")
         if intervention.part == "latents":
@@ -204,7 +207,7 @@ def _check_rank(mfa: MFA, name: str) -> None:
 
 
 def _vectors(values: Tensor | Sequence[float], width: int, name: str, letter: str) -> Tensor:
-    """(1 or B, width)."""
+    """Returns finite real vectors, (1 or B, width)."""
     vectors = check_tensor(values, name)
     if vectors.dim() not in (1, 2) or vectors.shape[-1] != width or not len(vectors):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Latents to give to `Offset`: drawn from the prior, or as they are found among a region's activations."""
+"""Latents for `Offset`: drawn from the prior, or quantiles of those of a region's activations."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from mfa_kernels.common.checks import (
     check_number,
 )
 from mfa_kernels.common.modes import door
+from mfa_kernels.data.source import as_source
 from mfa_kernels.mixture.mfa import MFA
 
 _BATCH = 8192
 
 
 def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    """Latents drawn from the prior of every region, z ~ N(0, I): (R,), or (rows, R), one for each batch row.
+    """Returns latents drawn from the prior of every region, z ~ N(0, I): (R,), or (rows, R) with one per batch row.
 
     Args:
         mfa: the mixture.
-        rows: how many; None for a single vector.
-        generator: seeded, on the device that the latents shall be on; None draws from the CPU's global one.
+        rows: the number of batch rows; None for a single vector.
+        generator: a seeded generator on the device of the result; None draws from the CPU's global one.
     """
     check_mixture(mfa)
     check_generator(generator)
@@ -42,9 +43,9 @@ def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator 
 @door
 @torch.no_grad()
 def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequence[float] | Tensor) -> Tensor:
-    """Quantiles of a region's latents as observed, axis by axis.
+    """Returns quantiles of a region's observed latents, axis by axis.
 
-    The latents are E[z | x, k] of the activations that the region is the most responsible one for.
+    The latents are E[z | x, k] of the activations for which the region is the most responsible one.
 
     Args:
         mfa: the mixture.
@@ -58,8 +59,6 @@ def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequ
     Raises:
         ValueError: the width or q does not fit, or the region owns none of the activations.
     """
-    from mfa_kernels.data.source import as_source  # steering alone needs nothing of fitting
-
     k = check_component(component, check_mixture(mfa).n_components)
     wanted = (check_floats(q, "q") if is_several(q) else torch.tensor(check_number(q, "q"))).double()
     if wanted.dim() > 1 or not ((wanted >= 0) & (wanted <= 1)).all():
@@ -75,7 +74,7 @@ def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequ
     observed = torch.cat(found) if found else mfa.means.new_empty(0, mfa.rank)
     if not len(observed):
         raise ValueError(f"component {k} is the most responsible one for none of the {len(source)} activations")
-    # Not torch.quantile, which takes at most 2^24 numbers.
+    # torch.quantile takes at most 2^24 numbers.
     ordered = observed.sort(0).values
     at = wanted.to(ordered.device) * (len(ordered) - 1)
     low, high = at.floor().long(), at.ceil().long()

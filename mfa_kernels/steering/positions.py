@@ -1,4 +1,4 @@
-"""Which tokens of a forward pass are meant."""
+"""Choice of the tokens of a forward pass that are steered."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ _NAMES = ("all", "prompt", "generated", "last")
 
 
 def check_positions(positions: Any) -> Positions:
-    """`positions` if it is one of the kinds that `choose` takes; raises otherwise."""
+    """Returns `positions` if it is of a kind that `choose` takes.
+
+    Raises:
+        TypeError, ValueError: naming the argument and the kinds.
+    """
     if isinstance(positions, str):
         return check_choice(positions, _NAMES, "positions")
     if isinstance(positions, slice):
@@ -36,7 +40,7 @@ def check_positions(positions: Any) -> Positions:
 
 
 def choose(positions: Positions, now: Pass, batch: int, device: torch.device) -> bool | Tensor:
-    """The tokens of a pass that are meant: all (True), none (False), or a mask (B or 1, T). Padding never is."""
+    """Returns the tokens of a pass that are chosen: all (True), none (False), or a mask (B or 1, T); never padding."""
     if isinstance(positions, str):
         chosen = _named(positions, now, device)
     elif isinstance(positions, slice):
@@ -66,7 +70,7 @@ def _named(name: str, now: Pass, device: torch.device) -> bool | Tensor:
 
 
 def _from_column(column: int, now: Pass, device: torch.device) -> bool | Tensor:
-    """Columns >= `column`."""
+    """Returns the columns >= `column`, as `choose` does."""
     if now.start >= column:
         return True
     if now.end <= column:
@@ -83,7 +87,7 @@ def _sliced(positions: slice, at: Tensor) -> Tensor:
 
 
 def _masked(mask: Tensor, at: Tensor, batch: int) -> Tensor:
-    """Looks absolute positions up; those past the mask are not meant."""
+    """Returns the mask at absolute positions, False past its end."""
     rows = mask.reshape(-1, mask.shape[-1]).to(at.device)
     if batch % len(rows):
         raise ValueError(f"positions: a mask for {len(rows)} batch rows does not fit a batch of {batch}")

@@ -1,4 +1,4 @@
-"""Where in its sequence each token of a forward pass is: under a KV cache, padding, chunks and recomputation."""
+"""Places of tokens in their sequence, under a KV cache, padding, chunks and recomputation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from mfa_kernels.data.language_model import decoder_layers, stack_of
 from mfa_kernels.steering.arguments import Arguments, cache_of, identity_of, length_of, recognised
 from mfa_kernels.steering.generation import Call, Generate
 
-_UNKNOWN = 2**62  # the end of a prompt nobody has seen
+_UNKNOWN = 2**62  # stands for the end of a prompt that is not known yet
 _ATTRIBUTE = "_mfa_kernels_trackers"
-_REMEMBERED = 256  # passes whose layers may be recomputed in a backward pass
+_REMEMBERED = 256  # so many passes are kept, because a backward pass may recompute their layers
 
 
 class User(Protocol):
-    """A handle. `asks_where` is whether it needs to know where the tokens of a pass are, beyond which are padding."""
+    """A handle; `asks_where` is True if it needs the places of tokens, and not only which are padding."""
 
     @property
     def asks_where(self) -> bool: ...
@@ -53,19 +53,19 @@ class Pass:
         return self.start + self.tokens
 
     def steps(self) -> tuple[int, ...]:
-        """Generation step of each column, 0 for the prompt; one number where all share it."""
+        """Returns the generation step of each column, 0 for the prompt; one number where all share it."""
         if self.end <= self.prompt_end:
             return (0,)
         return tuple(max(0, column - self.prompt_end + 1) for column in range(self.start, self.end))
 
     def columns(self, device: torch.device) -> Tensor:
-        """(1, T)."""
+        """Returns the columns of the pass, (1, T)."""
         return torch.arange(self.start, self.end, device=device).unsqueeze(0)
 
     def positions(self, device: torch.device) -> Tensor:
-        """Absolute positions, which count each row's real tokens from 0: (B, T), or (1, T) without padding.
+        """Returns absolute positions, which count each row's real tokens from 0: (B, T), or (1, T) without padding.
 
-        Those of padding mean nothing.
+        Entries at padding have no meaning.
         """
         positions = self.columns(device)
         if self.padding is not None:
@@ -83,18 +83,18 @@ _LOST = (
 
 
 class LostTrackError(RuntimeError):
-    """What a model was called with does not say where in its sequence its tokens are."""
+    """The arguments of a model do not tell the places of its tokens in their sequence."""
 
 
 @dataclass
 class _Sequence:
-    """What is remembered of a (batch of) sequences between its passes.
+    """The state of a (batch of) sequences between its passes.
 
     Attributes:
         prompt_end: first column that was generated.
         next: column after the last pass.
         padding: columns of padding so far, (B, 1).
-        cache: what its passes share, by which it is known again.
+        cache: a weak reference to the cache of its passes, by which it is recognised.
     """
 
     prompt_end: int = _UNKNOWN
@@ -108,14 +108,14 @@ class _Now:
     """The pass that a thread is in, or was in last.
 
     Attributes:
-        where: the pass; or why it is not known.
-        real: (B, T) bool, False for padding; None where there is none, or why it is not known.
+        where: the pass, or the error that says why it is not known.
+        real: (B, T) bool, False for padding; None where there is none; or the error that says why it is not known.
         tokens: T.
-        sequence: that of the pass.
+        sequence: the sequence of the pass.
         backward: number of the backward pass that it recomputes, -1 outside of one.
-        trains: whether gradients may be asked for, and layers be recomputed for them.
-        runs: whether the stack has not come to its end.
-        steered: hidden states that were given another value, and that value.
+        trains: True where a backward pass may recompute layers.
+        runs: True until the stack has come to its end.
+        steered: pairs of hidden states before and after steering.
     """
 
     where: Pass | Exception
@@ -131,19 +131,19 @@ class _Now:
 class Tracker:
     """Follows the forward passes of one stack of layers, for all the handles that steer it.
 
-    A pre-hook on the module that holds the stack reads its arguments. What they cannot say, where the prompt ends when
-    it comes in chunks or is recomputed at each step, is read from the call to `model.generate`, which is wrapped as
-    long as the model is steered. In a loop of one's own, without `generate`, a pass of several tokens is a prompt (or a
-    further chunk of it), and a pass of one token that extends a cache is generated. So it is for what runs the model
-    on a cache of its own while `generate` does, as the unconditional branch of classifier-free guidance.
+    A pre-hook on the module that holds the stack reads its arguments. They do not tell where a prompt ends that comes
+    in chunks or is recomputed at each step; this is read from the call to `model.generate`, which is wrapped as long as
+    the model is steered. In a loop without `generate`, a pass of several tokens is a prompt (or a further chunk of it),
+    and a pass of one token that extends a cache is generated. The same holds for code that runs the model on a cache of
+    its own inside `generate`, such as the unconditional branch of classifier-free guidance.
 
-    What is known belongs to a thread and its pass, and between passes to the cache: threads, and sequences that take
+    State belongs to a thread during a pass, and to the cache between passes, so that threads, and sequences that take
     turns, do not disturb each other.
     """
 
     @classmethod
     def acquire(cls, model: nn.Module, user: User, layer: str) -> Tracker:
-        """The tracker of the stack that a layer belongs to, installed with the first handle.
+        """Returns the tracker of the stack that a layer belongs to, installed with the first handle.
 
         Args:
             model: a language model.
@@ -164,7 +164,7 @@ class Tracker:
         self._generate = Generate.watch(model, self)
         self._follows = _is_decoder(model, path)
         stack = model.get_submodule(path)
-        # Of the class: tools that wrap the forward of an instance may hide its arguments' names.
+        # The class is asked, because tools that wrap the forward of an instance may hide its arguments' names.
         self._names = list(inspect.signature(type(stack).forward).parameters)[1:]
         self._hooks = (
             stack.register_forward_pre_hook(self._observe, with_kwargs=True),
@@ -173,7 +173,7 @@ class Tracker:
         self._recomputable: dict[Any, _Now] = {}
 
     def release(self, user: User) -> None:
-        """Takes the hooks off when the last handle lets go."""
+        """Takes the hooks off when the last handle is released."""
         self._users.remove(user)
         if self._users:
             return
@@ -186,11 +186,11 @@ class Tracker:
             delattr(self._model, _ATTRIBUTE)
 
     def at(self, hidden: Tensor, given: Any = None) -> Pass:
-        """The pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence.
+        """Returns the pass that hidden states (B, T, D) belong to; a layer called by itself starts a sequence.
 
         Args:
-            hidden: what the layer returned.
-            given: what it was called with, by which a layer that is run again in a backward pass is known.
+            hidden: the output of the layer.
+            given: its arguments, by which a layer that runs again in a backward pass is recognised.
 
         Raises:
             LostTrackError, TypeError, ValueError: the arguments of the pass do not say where it is.
@@ -199,7 +199,7 @@ class Tracker:
         return Pass(0, hidden.shape[1], hidden.shape[1]) if now is None else _known(now.where)
 
     def padding(self, hidden: Tensor, given: Any = None) -> Tensor | None:
-        """Which of the hidden states (B, T, D) are of real tokens, (B, T); None where all are. Arguments as for `at`.
+        """Returns True for hidden states of real tokens, (B, T); None where all are real. Arguments are those of `at`.
 
         Raises:
             LostTrackError, TypeError, ValueError: the mask does not say which are padding.
@@ -210,7 +210,7 @@ class Tracker:
     def _now(self, hidden: Tensor, given: Any) -> _Now | None:
         now, backward = _states().get(self), _backward()
         if backward >= 0 and (now is None or now.backward != backward):
-            # One layer runs again, not the model: the pass is the one in which it was given the same tensors.
+            # One layer runs again, not the model: its pass is the one in which it had the same tensors as arguments.
             now = self._recomputable.get(_fingerprint(given))
             if now is None:
                 raise LostTrackError(
@@ -240,7 +240,7 @@ class Tracker:
 
     @torch.compiler.disable
     def _note(self, name: str, given: Arguments, compiled: bool) -> None:
-        """Sets what this thread is in; what cannot be told is said to those who ask for it."""
+        """Sets the pass of this thread; errors are kept for handles that ask for what is not known."""
         where: Pass | Exception
         real: Tensor | None | Exception
         sequence: _Sequence | None = None
@@ -253,13 +253,13 @@ class Tracker:
                 where = Pass(0, given.tokens, given.tokens, real)
             real = where.real
         except (LostTrackError, TypeError, ValueError) as error:
-            error = error.with_traceback(None)  # it may be kept for long, and would keep what led to it
+            error = error.with_traceback(None)  # a traceback would keep tensors alive as long as the error is kept
             where, real = error, _padding_alone(given, error)
         trains = torch.is_grad_enabled() and _backward() < 0
         _states()[self] = _Now(where, real, given.tokens, sequence, _backward(), trains)
 
     def _followed(self, name: str, given: Arguments, compiled: bool) -> tuple[Pass, _Sequence]:
-        """The pass by its arguments and what is remembered, and the sequence that it belongs to."""
+        """Returns the pass, by its arguments and the state of its sequence, and that sequence."""
         tokens, call = given.tokens, self._generate.call
         _check_inputs(name, given)
         sequence, is_own = self._sequence(name, given, call)
@@ -274,7 +274,7 @@ class Tracker:
             assert call is not None
             sequence.prompt_end = _prompt_end(call, given, start)
         real, padding = None, sequence.padding
-        # What generate() appends is never masked: a mask needs no look after the prompt.
+        # generate() appends only real tokens, so that the mask need not be read after the prompt.
         if is_own or start < sequence.prompt_end:
             real, padding = _read_mask(given.mask, start, tokens, padding)
         now = Pass(start, tokens, sequence.prompt_end, real, padding)
@@ -285,7 +285,7 @@ class Tracker:
         return now, sequence
 
     def _sequence(self, name: str, given: Arguments, call: Call | None) -> tuple[_Sequence, bool]:
-        """The sequence that a pass belongs to, and whether it is another than that of the call to `generate`."""
+        """Returns the sequence of a pass, and True if it is not that of the call to `generate`."""
         cache, ours = given.cache, None
         if call is not None:
             ours = call.sequences.get(self)
@@ -294,7 +294,7 @@ class Tracker:
                 _remember(cache, ours)
                 return ours, False
             if cache is None:
-                # What begins anew with fewer tokens than were read is another sequence.
+                # A pass that begins anew with fewer tokens than were read is of another sequence.
                 is_ours = given.tokens >= ours.next or ours.next < ours.prompt_end or _is_kept(given, ours)
                 if not is_ours and given.before is None:
                     raise LostTrackError(_LOST.format(name, given.tokens, "no mask or positions", "no cache is"))
@@ -313,7 +313,7 @@ class Tracker:
         return sequence, True
 
     def _check(self, name: str, given: Arguments, start: int, call: Call | None) -> None:
-        """Raises where what is known of a pass contradicts itself."""
+        """Raises LostTrackError where the arguments of a pass contradict each other."""
         ours, seen = None if call is None else call.sequences.get(self), start + given.tokens
         is_empty = given.cache is None or start == 0
         is_late = is_empty and ours is not None and call is not None and _is_short(given, ours, call)
@@ -346,13 +346,13 @@ class Tracker:
             now.steered.append((before, after))
 
 
-# By cache: whoever holds it may go on with its sequence, in another thread too.
+# By cache: another thread that holds it may continue its sequence.
 _SEQUENCES = WeakIdKeyDictionary()
 _local = threading.local()
 
 
 def _states() -> WeakKeyDictionary[Tracker, _Now]:
-    """Of this thread, by tracker."""
+    """Returns the passes of this thread, by tracker."""
     if not hasattr(_local, "states"):
         _local.states = WeakKeyDictionary()
     return _local.states
@@ -365,50 +365,54 @@ def _known(value: Any) -> Any:
 
 
 def _remember(cache: Any, sequence: _Sequence) -> None:
-    """Notes that a sequence goes on wherever this cache is handed over."""
+    """Notes that passes with this cache continue the sequence."""
     key = identity_of(cache)
     if key is None or (sequence.cache is not None and sequence.cache() is key):
         return
-    with contextlib.suppress(TypeError):  # no weak reference can be had to it: its sequence is not known again
+    with contextlib.suppress(TypeError):  # without weak references to it, its sequence is not recognised
         sequence.cache = ref(key)
         _SEQUENCES[key] = sequence
 
 
 def _is_short(given: Arguments, sequence: _Sequence, call: Call) -> bool:
-    """Whether a pass of `generate` reads less than a sequence has before its end, so that a cache should hold the rest;
-    what begins a sequence of another kind, or a prompt in chunks, does so too."""
+    """True where a pass of `generate` reads less than its sequence holds, so that a cache should hold the rest.
+
+    The first pass of a prompt in chunks, or of a sequence of another kind, is short too.
+    """
     if sequence.next:
         return given.tokens == 1 < sequence.next
     return call.prompt is not None and given.tokens < call.prompt
 
 
 def _is_kept(given: Arguments, sequence: _Sequence) -> bool:
-    """Whether a pass goes on with a sequence though it is handed no cache that is known as one: the model keeps what it
-    read in a way of its own, and the mask or the positions say the same as what was counted."""
+    """True where a pass continues a sequence without a recognised cache.
+
+    The model then keeps what it has read in a way of its own; the mask or the positions agree with the tokens counted.
+    """
     is_short = given.cache is None and given.tokens < sequence.next
     return is_short and given.before == sequence.next
 
 
 def _start(cache: Any, sequence: _Sequence, asks: bool) -> int:
-    """Tokens in the cache.
+    """Returns the number of tokens in the cache.
 
     Args:
-        cache: as it was handed over, or None.
-        sequence: that it belongs to.
-        asks: whether a length that is on a device is asked for.
+        cache: the cache of the pass, or None.
+        sequence: the sequence that it belongs to.
+        asks: True to ask the device for a length that is kept there.
     """
     length = length_of(cache)
     if length is None:  # as those of state-space models
         return sequence.next
     if isinstance(length, Tensor) and not asks and sequence.next:
-        # A static cache keeps it on the device, and asking would wait for that; but what is compiled may have
-        # passed tokens that nobody asked about.
+        # A static cache keeps its length on the device, and reading it would wait for the device. Compiled code has
+        # to read it (asks), because it may have passed tokens that were not counted here.
         return sequence.next
     return int(length)
 
 
 def _check_inputs(name: str, given: Arguments) -> None:
-    """Raises where a pass has no tokens, or tokens of which it cannot be told which are padding."""
+    """Raises where a pass has no tokens, or does not tell which of them are padding."""
     if given.inputs is None:
         raise ValueError(f"{name} was called without input_ids and inputs_embeds as tensors")
     if given.unknown is not None:
@@ -418,21 +422,21 @@ def _check_inputs(name: str, given: Arguments) -> None:
 
 
 def _padding_alone(given: Arguments, error: Exception) -> Tensor | None | Exception:
-    """Which tokens of a pass are real, (B, T), where `error` keeps from telling where the pass is; or why not."""
+    """Returns the real tokens, (B, T), of a pass whose place is not known; `error`, if they are not known either."""
     if given.inputs is None or given.unknown is not None:
         return error
     if given.mask is None:
         return None
-    if given.mask_columns < given.tokens:  # of another shape, or one that says nothing of some tokens
+    if given.mask_columns < given.tokens:  # the mask has another shape, or does not cover all tokens
         return error
     return given.mask[:, -given.tokens :] != 0  # its last columns are those of the pass
 
 
 def _prompt_end(call: Call, given: Arguments, start: int) -> int:
-    """The column after the prompt of a call to `generate`, from its first pass.
+    """Returns the column after the prompt of a call to `generate`, from its first pass.
 
-    Columns that `generate` was not told of come before the prompt: those of a cache that is none of its arguments
-    (prefix tuning), and embeddings that stand before those of its tokens (prompt tuning).
+    Columns that are not among the arguments of `generate` come before the prompt: those of a cache that the model
+    brings itself (prefix tuning), and embeddings that stand before those of the tokens (prompt tuning).
     """
     seen = start + given.tokens
     if call.prompt is None:  # a token that the model begins with, or several
@@ -444,7 +448,7 @@ def _prompt_end(call: Call, given: Arguments, start: int) -> int:
 
 
 def _exchanged(output: Any, before: Tensor, after: Tensor) -> Any:
-    """A model's output with one tensor in the place of another in its tuples of tensors, as hidden states are."""
+    """Returns a model's output with one tensor replaced in its tuples of tensors, such as the hidden states."""
     if not isinstance(output, Mapping | tuple):
         return output
     for name, value in list(output.items() if isinstance(output, Mapping) else enumerate(output)):
@@ -458,7 +462,7 @@ def _exchanged(output: Any, before: Tensor, after: Tensor) -> Any:
 
 
 def _is_decoder(model: nn.Module, path: str) -> bool:
-    """Whether a stack reads the sequence that is written; others, as encoders, read whole inputs."""
+    """True where a stack reads the sequence that is written; others, such as encoders, read whole inputs."""
     try:
         return decoder_layers(model)[0].rpartition(".")[0] == path
     except ValueError:
@@ -466,12 +470,12 @@ def _is_decoder(model: nn.Module, path: str) -> bool:
 
 
 def _backward() -> int:
-    """Number of the backward pass that this thread is in, -1 outside of one."""
+    """Returns the number of the backward pass that this thread is in, -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 
 def _fingerprint(given: Any) -> tuple[int, ...]:
-    """Addresses of the tensors among arguments, in order; unlike tensors, they survive that a layer is run again."""
+    """Returns the addresses of the tensors among arguments, which stay the same when a layer is run again."""
     if isinstance(given, Tensor):
         try:
             return (given.data_ptr(),)
@@ -485,7 +489,7 @@ def _fingerprint(given: Any) -> tuple[int, ...]:
 
 
 def _read_mask(mask: Any, start: int, tokens: int, padding: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Which of the pass's tokens are real, (B, T), and the columns of padding before it, (B, 1), as far as it says."""
+    """Returns the real tokens of a pass, (B, T), and the columns of padding before it, (B, 1); None where unknown."""
     if isinstance(mask, dict):  # one per kind of attention
         mask = mask.get("full_attention", next((m for m in mask.values() if m is not None), None))
     if mask is None:
@@ -506,9 +510,9 @@ def _read_mask(mask: Any, start: int, tokens: int, padding: Tensor | None) -> tu
         return real[:, first : first + tokens], padding
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
     if known and start and padding is None:
-        # The last token sees every real one before it; where passes were seen before, a sliding window hides nothing.
+        # The last token sees every real one before it: a sliding window hides none where earlier passes were seen.
         padding = (~visible[:, -1, :start]).sum(1, keepdim=True)
-    if visible.shape[1] == 1:  # the same for every token that looks
+    if visible.shape[1] == 1:  # every token of the pass shares this row
         return visible[:, 0, first : first + tokens], padding
     # A real token sees itself.
     return torch.diagonal(visible, offset=first, dim1=-2, dim2=-1), padding

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 import mfa_kernels
 from mfa_kernels import MFA, fit, kmeans
-from mfa_kernels.commands.cli import _parser, main
+from mfa_kernels.commands.cli import main
+from mfa_kernels.commands.options import parser
 from mfa_kernels.common import checksum, locks, sharing
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter, language_model
 from mfa_kernels.fitting.run import Run
@@ -160,14 +161,14 @@ def test_fit_shards_the_components(folder, tmp_path, capsys):
     ],
 )
 def test_sizes_before_and_after_the_store(order, components, rank):
-    found = _parser().parse_args(["fit", "--out", "mfa", *order])
+    found = parser().parse_args(["fit", "--out", "mfa", *order])
     assert (found.store, found.components, found.rank) == (Path("store"), components, rank)
 
 
 def test_sizes_that_are_no_integers(capsys):
     for order in (["-K", "store"], ["store", "-K", "8", "other"], ["-K", "8.5", "store"], ["-K", "8", "one", "two"]):
         with pytest.raises(SystemExit):
-            _parser().parse_args(["fit", "--out", "mfa", *order])
+            parser().parse_args(["fit", "--out", "mfa", *order])
         assert "argument -K/--components: expected integers, got" in capsys.readouterr().err
 
 

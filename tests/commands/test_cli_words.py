@@ -16,6 +16,7 @@ import torch
 from mfa_kernels import fit
 from mfa_kernels.commands import cli
 from mfa_kernels.commands.cli import main
+from mfa_kernels.commands.options import parser
 from mfa_kernels.common.progress import of_libraries, quiet
 from mfa_kernels.common.wording import in_options, of_error, told_warnings
 from mfa_kernels.data.language_model import continuation, load_language_model
@@ -60,7 +61,7 @@ def test_errors_of_the_system_have_no_number(tmp_path) -> None:
 
 
 def test_every_option_that_is_translated_to_is_one(capsys) -> None:
-    parsed = cli._parser().parse_args(["fit", "store", "--out", "x", "-K", "3"])
+    parsed = parser().parse_args(["fit", "store", "--out", "x", "-K", "3"])
     assert parsed.options["components"] == "-K/--components"
     assert parsed.options["max_tokens"] == "--max-tokens"
     assert parsed.options["store"] == "store"

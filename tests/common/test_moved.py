@@ -8,6 +8,7 @@ import warnings
 from importlib import import_module
 
 import pytest
+import torch
 
 from mfa_kernels import MFA
 from mfa_kernels.common import moved
@@ -17,8 +18,9 @@ USED = {
     "demo": "run", "doctor": "report", "files": "atomic_path", "fitting.loop": "fit", "fitting.many": "fit_many",
     "fitting.reservoir": "reservoir", "fitting.sharded": "fit_sharded", "fitting.source": "as_source",
     "fitting.start": "start_from_clusters", "functional": "log_prob", "mfa": "MFA", "models": "load_language_model",
-    "modes": "door", "ranks": "Ranks", "reference_checkpoint": "load_reference", "rotation": "varimax",
-    "sharded": "ShardedMFA", "tuning": "main",
+    "modes": "door", "ranks": "Processes", "reference_checkpoint": "load_reference", "rotation": "varimax",
+    "sharded": "ShardedMFA", "steering.budget": "alpha_for_kl", "steering.functions": "SteeringFunction",
+    "steering.live": "stream", "steering.paper": "MFASteerer", "tuning": "main",
 }  # fmt: skip
 
 
@@ -64,5 +66,5 @@ def test_a_name_of_before_in_a_module(module, old, new):
 
 def test_a_method_of_before():
     mfa = MFA(2, 3, 1)
-    with pytest.warns(FutureWarning, match="this attribute is woodbury now"):
+    with torch.no_grad(), pytest.warns(FutureWarning, match="this attribute is woodbury now"):
         assert mfa.factors() is mfa.woodbury()

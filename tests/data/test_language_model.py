@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfa_kernels.commands.cli import _layer
+from mfa_kernels.commands import options
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.data.language_model import (
     bos_prefix,
@@ -90,7 +90,7 @@ def test_an_index_may_be_of_any_kind_and_may_be_text() -> None:
     model.add_module("2", nn.Linear(2, 2))
     assert resolve_layer(model, "2") == ("2", model.get_submodule("2"))
     assert resolve_layer(model, 2)[0] == "model.layers.2"
-    assert [_layer(text) for text in ("2", "-1", "model.layers.2", "2.0")] == [2, -1, "model.layers.2", "2.0"]
+    assert [options.layer(text) for text in ("2", "-1", "model.layers.2", "2.0")] == [2, -1, "model.layers.2", "2.0"]
 
 
 def test_text_config() -> None:

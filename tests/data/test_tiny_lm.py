@@ -9,7 +9,8 @@ import torch
 from mfa_kernels.common import locks
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.data.language_model import weights_in
-from mfa_kernels.data.tiny_lm import corpus, train
+from mfa_kernels.data.tiny_lm import corpus
+from scripts import train_tiny_lm
 
 CODE = '''class Stack:
     """A last-in, first-out list: \u00e9t\u00e9, \u03bb, \U0001f40d."""
@@ -25,13 +26,13 @@ def loaded():
 
 
 def nats_per_token(model, ids):
-    """Return the mean loss of predicting each of `ids` [tokens] from those before it."""
+    """Returns the mean loss of predicting each of `ids` [tokens] from those before it."""
     with torch.no_grad():
         return float(model(input_ids=ids[None], labels=ids[None]).loss)
 
 
 def held_out_ids(tokenizer, tokens):
-    """Return the first token ids, int64 [tokens], of every held-out text that is long enough."""
+    """Returns the first token ids, int64 [tokens], of every held-out text that is long enough."""
     texts = [text for _, text in corpus.stdlib_texts("held_out")]
     ids = [tokenizer(text, return_tensors="pt", verbose=False).input_ids[0] for text in texts]
     long = [row[:tokens] for row in ids if len(row) >= tokens]
@@ -141,7 +142,7 @@ def test_what_training_writes_is_loaded_again(loaded, tmp_path):
 
     model, tokenizer = loaded
     for _ in range(2):  # the second time over what is there
-        train.save(tmp_path, model, Tokenizer.from_file(str(tiny_lm.path() / "tokenizer.json")), {"steps": 3})
+        train_tiny_lm.save(tmp_path, model, Tokenizer.from_file(str(tiny_lm.path() / "tokenizer.json")), {"steps": 3})
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in tmp_path.iterdir()} == {*names, "training.json"}
     assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask()}
@@ -158,6 +159,6 @@ def umask() -> int:
 
 def test_one_process_trains_into_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    monkeypatch.setattr(train, "stdlib_texts", lambda split: pytest.fail("the folder comes first"))
+    monkeypatch.setattr(train_tiny_lm, "stdlib_texts", lambda split: pytest.fail("the folder comes first"))
     with locks.alone(tmp_path), pytest.raises(TimeoutError, match=f"{tmp_path}: another process"):
-        train.main(["--out", str(tmp_path)])
+        train_tiny_lm.main(["--out", str(tmp_path)])

@@ -11,7 +11,7 @@ from torch import nn
 from mfa_kernels import steer
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.steering import Toward, intervene
-from tests.steering.test_functions import installed
+from tests.steering.test_function_hook import installed
 from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generated, prompts
 
 VIRTUAL = 4

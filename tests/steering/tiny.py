@@ -24,6 +24,9 @@ ARCHITECTURES = tuple(dict.fromkeys(("gpt2", "llama", SLIDING, "qwen2", "qwen3",
 STATIC = "static" if VERSION > (4, 51) else "hybrid"  # until then the name of Gemma's static cache
 # What transformers calls the cache among a model's arguments: another name from 5.24 on.
 CACHE = next(name for name in ("cache", "past_key_values") if name in signature(LlamaModel.forward).parameters)
+Z = torch.tensor([2.0, -3.0, 1.0])
+BOTH: dict[str, Any] = {"component": 2, "alpha": 0.6, "latents": Z}
+MIXTURE: dict[str, Any] = {"component": None, "alpha": 0.6, "latents": Z}
 UNWRITTEN = 64  # outside the vocabulary: where transformers insists on a token that ends the sequence
 
 
@@ -125,3 +128,46 @@ def layer_output(model: nn.Module, inputs: dict[str, Tensor], layer: int = LAYER
 
 def count_hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def traces_on(model: nn.Module) -> tuple[set[str], int]:
+    """The attributes and the number of hooks of a model, which steering leaves as they were."""
+    return set(vars(model)), count_hooks(model)
+
+
+def ramp(step: int) -> float:
+    return 0.9 - 0.1 * step
+
+
+def dense(x: Tensor, component: int | None, alpha: float, latents: Tensor) -> Tensor:
+    """Equations 14 and 15 in fp64."""
+    mfa, x = fitting_mixture(torch.float64), x.double()
+    r = mfa.responsibilities(x)
+    if component is not None:
+        r = torch.zeros_like(r).index_fill_(-1, torch.tensor(component), 1.0)
+    return (1 - alpha) * x + alpha * r @ mfa.means + torch.einsum("btk,kdr,r->btd", r, mfa.loadings, latents.double())
+
+
+def outputs_of(module: nn.Module) -> list[Any]:
+    """The hidden states that a module puts out from now on, after the hooks that it has already."""
+    kept: list[Any] = []
+    module.register_forward_hook(lambda module, args, output: kept.append(hidden_states(output)))
+    return kept
+
+
+def row_of(batch: Any, row: int) -> Any:
+    """A batch row of inputs, or of what `generated` returned, as a batch of one."""
+    if isinstance(batch, dict):
+        return {name: value[row : row + 1] for name, value in batch.items()}
+    return tuple(value[row : row + 1] for value in batch)
+
+
+def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Tokens and logits are the same to the bit."""
+    assert all(map(torch.equal, found, expected))
+
+
+def assert_written_alike(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    """Tokens are the same, and logits within 1e-4."""
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-4)

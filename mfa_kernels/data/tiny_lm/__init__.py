@@ -1,7 +1,7 @@
 """The package's own small language model: a Llama of 3.9 million parameters, and its tokenizer.
 
 It is what the demonstration and the tests read when no hub can be reached: a real `transformers` model,
-trained by `train.py` on real text, the standard library's own sources (`corpus.py`).
+trained by `scripts/train_tiny_lm.py` on real text, the standard library's own sources (`corpus.py`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 
 
 def path() -> Path:
-    """Return the folder with the model's files, which is also a valid name for any `from_pretrained`."""
+    """Returns the folder with the model's files, which is also a valid name for any `from_pretrained`."""
     return Path(__file__).resolve().parent
 
 
 def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """Return (model, tokenizer) on the CPU, the model in eval mode with weights of `dtype`.
+    """Returns (model, tokenizer) on the CPU, the model in eval mode with weights of `dtype`.
 
     The weights are stored as bf16, so float32 and bfloat16 hold the same values.
     """

@@ -25,7 +25,7 @@ _TOPICS = "pydoc_data/topics.py"
 
 
 def _hash(name: str) -> int:
-    """Return 64 bits that depend on the name alone (the same on every machine and Python)."""
+    """Returns 64 bits that depend on the name alone (the same on every machine and Python)."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
 
 
@@ -52,7 +52,7 @@ def _is_skipped(name: str) -> bool:
 
 
 def _topics(source: str) -> Iterator[tuple[str, str]]:
-    """Yield the distinct texts of `help('topics')`: the string values of the one dict literal in the file."""
+    """Yields the distinct texts of `help('topics')`: the string values of the one dict literal in the file."""
     try:
         dicts = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict)]
     except (SyntaxError, ValueError):
@@ -69,7 +69,7 @@ def _topics(source: str) -> Iterator[tuple[str, str]]:
 
 
 def _read(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield (name, text) of the files that are text: UTF-8, not empty, not a data table."""
+    """Yields (name, text) of the files that are text: UTF-8, not empty, not a data table."""
     for name in names:
         try:
             text = (root / name).read_bytes().decode("utf-8").replace("\r\n", "\n")
@@ -82,7 +82,7 @@ def _read(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def stdlib_texts(split: str = "train") -> list[tuple[str, str]]:
-    """Return [(name, text)] of this Python's standard library, sorted by name.
+    """Returns [(name, text)] of this Python's standard library, sorted by name.
 
     `split` is "train", "held_out" (about 5% of the modules, never from the `test` package) or "all" (both).
     A module is in the same split on every machine; which modules there are depends on the installation.

@@ -1,4 +1,4 @@
-"""The steerer of the paper's public code, by its method names, for a plain Hugging Face model."""
+"""A steerer with the method names of the paper's public code, for a plain Hugging Face model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SITES = ("resid_post", "mlp_out", "mlp_act")
 
 
 class MFASteerer:
-    """Steering as in arXiv 2602.02464, for people who come from its code; `steer` does all this and more.
+    """Steering as in arXiv 2602.02464, for users of its code; `steer` does all this and more.
 
     x <- (1 - alpha) x + alpha mu_k, and in two stages then x <- x + W_k z, with z not scaled by alpha; k=None stands
-    for the responsibility-weighted mixture. Method names are those of the paper's code; arguments are ours. What
-    differs: padding is left alone, and z is (R,), or (B, R) with one per batch row, also under a KV cache.
+    for the responsibility-weighted mixture. Method names are those of the paper's code; arguments are ours. Two things
+    differ: padding is left alone, and z is (R,), or (B, R) with one per batch row, also under a KV cache.
 
     Args:
         model: a Hugging Face causal language model, in evaluation mode whenever it is run.
-        mfa: a mixture of what the site puts out.
+        mfa: a mixture of the site's output.
         layer: index of the decoder layer.
         tokenizer: for prompts that are text.
         site: "resid_post", the layer's output; "mlp_out", that of its MLP; "mlp_act", the MLP's activations, where
@@ -43,17 +43,17 @@ class MFASteerer:
         check_output(model, self.layer, mfa.n_features)
 
     def intervene(self, prompts: Any, alpha: float, k: int | None = None) -> Tensor:
-        """Logits (B, T, V) of the prompts, interpolated toward region k."""
+        """Returns logits (B, T, V) of the prompts, interpolated toward region k."""
         return self._logits(prompts, k, alpha, None)
 
     def generate(self, prompts: Any, alpha: float, k: int | None = None, **options: Any) -> Any:
-        """What the model writes after the prompts, interpolated toward region k.
+        """Returns the text that the model writes after the prompts, interpolated toward region k.
 
         Args:
-            prompts: a text, a list of texts, token ids (B, T), or what a tokenizer returns.
+            prompts: a text, a list of texts, token ids (B, T), or the result of a tokenizer.
             alpha: 0 leaves the model alone, 1 replaces activations by the centroid.
             k: the region; None for the responsibility-weighted mixture.
-            options: of `model.generate`.
+            options: arguments of `model.generate`.
 
         Returns:
             Texts, prompt included, one per row, where the prompts are texts; else token ids.
@@ -61,19 +61,19 @@ class MFASteerer:
         return self._generate(prompts, k, alpha, None, options)
 
     def intervene_to_latent_two_stage(self, prompts: Any, alpha: float, z: Any, k: int | None = None) -> Tensor:
-        """Logits (B, T, V), interpolated toward region k and then moved inside it by z."""
+        """Returns logits (B, T, V), interpolated toward region k and then moved inside it by z."""
         return self._logits(prompts, k, alpha, z)
 
     def generate_to_latent_two_stage(
         self, prompts: Any, alpha: float, z: Any, k: int | None = None, **options: Any
     ) -> Any:
-        """As `generate`, interpolated toward region k and then moved inside it by z."""
+        """Returns texts or ids as `generate` does, interpolated toward region k and then moved inside it by z."""
         return self._generate(prompts, k, alpha, z, options)
 
     def generate_to_latent_two_stage_sampling(
         self, prompts: Any, alpha: float, z: Any, k: int | None = None, m: int = 1, **options: Any
     ) -> Any:
-        """As `generate_to_latent_two_stage`, m samples of each prompt, those of a prompt one after the other."""
+        """Returns m samples of each prompt, those of a prompt in succession; see `generate_to_latent_two_stage`."""
         return self._generate(prompts, k, alpha, z, {"do_sample": True, "num_return_sequences": m, **options})
 
     def _steer(self, k: int | None, alpha: float, z: Any) -> Handle:
@@ -116,7 +116,7 @@ def _is_text(prompts: Any) -> bool:
 
 
 def _site(model: nn.Module, layer: int, site: str) -> str:
-    """Module path of the site."""
+    """Returns the module path of the site."""
     path, module = resolve_layer(model, layer)
     if site == "resid_post":
         return path

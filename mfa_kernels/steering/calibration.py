@@ -1,4 +1,4 @@
-"""How far to steer: alpha for a given change of the next-token distribution."""
+"""Calibration of alpha: how far to steer for a given change of the next-token distribution."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mfa_kernels.common.checks import check_callable, check_model, check_positiv
 from mfa_kernels.data.language_model import check_evaluating, check_loaded, is_encoder_decoder, without_notes
 from mfa_kernels.steering.handle import Handle
 
-_HALVINGS = 60  # a float32 alpha has 24 bits; a KL that jumps, as through a gate, is found out
-_FIRST = 2.0**-6  # part of `most` at which the search begins, upwards: far out, KL need not grow with alpha
+_HALVINGS = 60  # more than the 24 bits of a float32 alpha: after so many, KL must jump, as it can at a gate
+_FIRST = 2.0**-6  # the search goes up from this part of `most`, because far out KL need not grow with alpha
 
 
 @torch.no_grad()
@@ -27,10 +27,11 @@ def alpha_for_kl(
     most: float = 1.0,
     tolerance: float = 1e-3,
 ) -> float:
-    """The least alpha in (0, most] that moves the next-token distribution by `kl`, bracketed and then bisected.
+    """Returns the least alpha in (0, most] that moves the next-token distribution by `kl`, bracketed and then bisected.
 
-    KL(steered || unsteered) in nats, of the token after each row's last prompt token, averaged over the rows; against
-    the model with this handle paused, so that others stay as they are. At equal KL, ways to steer can be compared.
+    The measure is KL(steered || unsteered) in nats, of the token after each row's last prompt token, averaged over the
+    rows. "Unsteered" is the model with this handle paused and other handles at work. At equal KL, ways to steer can be
+    compared.
 
     Args:
         model: the model that the handle steers, in evaluation mode.
@@ -38,10 +39,10 @@ def alpha_for_kl(
             encoder-decoder, also decoder_input_ids (B, T), whose last token is the one that counts.
         handle: made by `steer`; it is left as it was.
         kl: nats, positive.
-        spec: interventions as a function of alpha, for a handle that was made from `interventions` or `rows`, as
+        spec: a function from alpha to interventions, for a handle that was made from `interventions` or `rows`, such as
             `lambda alpha: [Toward(3, alpha), Offset(3, z)]`. Without it, the handle's alpha is varied.
         most: largest alpha tried, in doublings; interpolation reaches its target at 1.
-        tolerance: relative, of the KL found.
+        tolerance: relative error allowed of the KL found.
 
     Raises:
         ValueError: the model is in training mode, the KL at `most` is too small, or KL jumps over the value, as it can
@@ -92,7 +93,7 @@ def alpha_for_kl(
 
 
 def _last_tokens(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Column of each row's last real token, (B,); of an encoder-decoder, of what its decoder reads."""
+    """Returns the column of each row's last real token, (B,), among the decoder's where there is an encoder."""
     of = "decoder_" if is_encoder_decoder(model) else ""
     ids, mask = inputs.get(f"{of}input_ids", inputs.get(f"{of}inputs_embeds")), inputs.get(f"{of}attention_mask")
     if ids is None:

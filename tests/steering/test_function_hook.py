@@ -1,6 +1,6 @@
 """Steering through the hooks of other frameworks: the packages themselves where installed, else their calls alone.
 
-    pip install ".[test,interop]" && python -m pytest -rs tests/steering/test_functions.py
+    pip install ".[test,interop]" && python -m pytest -rs tests/steering/test_function_hook.py
 
 `-rs` says what was skipped, and a warning says so without it. Run with nnsight 0.8.1, TransformerLens 4.3.0 (its bridge
 to Hugging Face models) and 2.16.1 (its own transformer, which 4 no longer has).

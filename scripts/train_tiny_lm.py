@@ -1,6 +1,6 @@
-"""Train the package's own small language model on the standard library: tokenizer, model, facts.
+"""Trains the package's own small language model on the standard library: tokenizer, model, facts.
 
-    python -m mfa_kernels.data.tiny_lm.train --minutes 35
+    python scripts/train_tiny_lm.py --minutes 35
 
 A byte-level BPE tokenizer first, then a Llama of 3.9 million parameters by AdamW. The learning rate follows
 the share of the time budget that is spent, so that it always ends at (almost) zero whatever the machine's
@@ -29,8 +29,8 @@ from torch import Tensor
 from mfa_kernels.common.files import atomic_path, atomic_save_safetensors, atomic_write_json
 from mfa_kernels.common.locks import alone
 from mfa_kernels.common.progress import progress_bar
-
-from .corpus import stdlib_texts
+from mfa_kernels.data import tiny_lm
+from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
 
 PAD, BOS, EOS = "<|pad|>", "<|bos|>", "<|eos|>"  # token ids 0, 1, 2
 VOCABULARY = 4096
@@ -43,7 +43,7 @@ SEED = 0
 
 
 def llama_config() -> transformers.LlamaConfig:
-    """Return the architecture: 3,877,632 parameters, 7.76 MB in bf16."""
+    """Returns the architecture: 3,877,632 parameters, 7.76 MB in bf16."""
     return transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -60,7 +60,7 @@ def llama_config() -> transformers.LlamaConfig:
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Return a byte-level BPE tokenizer (any text round-trips) that puts BOS before what it encodes."""
+    """Returns a byte-level BPE tokenizer (any text round-trips) that puts BOS before what it encodes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -79,14 +79,14 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 
 
 def token_stream(tokenizer: Tokenizer, texts: list[str]) -> Tensor:
-    """Return the token ids of all texts, each followed by EOS: int64 [tokens]."""
+    """Returns the token ids of all texts, each followed by EOS: int64 [tokens]."""
     end = [tokenizer.token_to_id(EOS)]
     ids = [np.array(e.ids + end) for e in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     return torch.from_numpy(np.concatenate(ids))
 
 
 def rows_at(stream: Tensor, starts: Tensor, length: int) -> Tensor:
-    """Return rows of BOS and `length` tokens of the stream from each start: int64 [rows, 1 + length].
+    """Returns rows of BOS and `length` tokens of the stream from each start: int64 [rows, 1 + length].
 
     Every row begins with BOS because that is how the tokenizer begins every text, also mid-file.
     """
@@ -95,7 +95,7 @@ def rows_at(stream: Tensor, starts: Tensor, length: int) -> Tensor:
 
 
 def epochs(stream: Tensor, rows: int, generator: torch.Generator) -> Callable[[int], Tensor]:
-    """Return a function that gives the next batch: slices that tile the stream, in a new order every pass."""
+    """Returns a function that gives the next batch: slices that tile the stream, in a new order every pass."""
     starts: dict[int, Tensor] = {}
 
     def next_batch(step: int) -> Tensor:
@@ -112,14 +112,14 @@ def epochs(stream: Tensor, rows: int, generator: torch.Generator) -> Callable[[i
 
 
 def loss_of(model: torch.nn.Module, rows: Tensor) -> Tensor:
-    """Return the mean next-token cross-entropy in nats over rows [rows, 1 + length]; BOS is only an input."""
+    """Returns the mean next-token cross-entropy in nats over rows [rows, 1 + length]; BOS is only an input."""
     logits = model(input_ids=rows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, stream: Tensor, length: int) -> float:
-    """Return nats per token over a stream [tokens] cut into rows of `length` (a shorter end is left out)."""
+    """Returns nats per token over a stream [tokens] cut into rows of `length` (a shorter end is left out)."""
     model.eval()
     starts = torch.arange(0, len(stream) - length + 1, length)
     losses = [loss_of(model, rows_at(stream, part, length)) * len(part) for part in starts.split(16)]
@@ -128,7 +128,7 @@ def held_out_loss(model: torch.nn.Module, stream: Tensor, length: int) -> float:
 
 
 def learning_rate(peak: float, step: int, spent: float) -> float:
-    """Return the rate: a linear warm-up by step times a cosine over `spent`, the budget's part used."""
+    """Returns the rate: a linear warm-up by step times a cosine over `spent`, the budget's part used."""
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * min(spent, 1.0)))
 
 
@@ -148,8 +148,8 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def save(folder: Path, model: transformers.LlamaForCausalLM, tokenizer: Tokenizer, facts: dict) -> None:
-    """Write the tokenizer, the weights as bf16 and the configs that transformers needs, old spellings and new."""
-    save_tokenizer(folder, tokenizer)  # not before: it would stand beside the weights of an earlier run
+    """Writes the tokenizer, the weights as bf16 and the configs that transformers needs, old spellings and new."""
+    save_tokenizer(folder, tokenizer)  # only now, so that it never stands next to the weights of an earlier run
     tied = {"lm_head.weight"}  # the same tensor as the embedding: stored once
     weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k not in tied}
     atomic_save_safetensors(weights, folder / "model.safetensors", {"format": "pt"})
@@ -165,7 +165,7 @@ def save(folder: Path, model: transformers.LlamaForCausalLM, tokenizer: Tokenize
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=35.0, help="wall-clock training budget")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for the files")
+    parser.add_argument("--out", type=Path, default=tiny_lm.path(), help="folder for the files")
     parser.add_argument("--rows", type=int, default=8, help="rows of 256 tokens in a batch")
     parser.add_argument("--peak", type=float, default=2e-3, help="largest learning rate")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="at 1, 2, 4... times that")
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train into a folder that is locked."""
+    """Trains into a folder that is locked."""
     torch.manual_seed(SEED)
 
     train_texts = [text for _, text in stdlib_texts("train")]

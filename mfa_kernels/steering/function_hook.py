@@ -1,4 +1,4 @@
-"""Steering where another framework holds the hooks: a plain function of hidden states."""
+"""Steering as a plain function of hidden states, for frameworks that hold the hooks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mfa_kernels.steering.interventions import as_rows
 
 
 class SteeringFunction:
-    """`intervene` with everything but x given, and prepared once instead of at each call.
+    """The function `intervene` with everything but x given, and prepared once instead of at each call.
 
         fn = SteeringFunction(mfa, Toward(17, 0.4))
         tl_model.run_with_hooks(tokens, fwd_hooks=[("blocks.8.hook_resid_post", fn)])        # TransformerLens
@@ -28,7 +28,7 @@ class SteeringFunction:
     not say which they are. Where that matters, or text is generated from a plain Hugging Face model, use `steer`.
 
     Args:
-        mfa: a mixture of what the hook sees; its parameters are read now.
+        mfa: a mixture of the activations at the hook; its parameters are read now.
         interventions, rows, gate, norm: as for `intervene`.
     """
 
@@ -40,12 +40,15 @@ class SteeringFunction:
             self._program = Program(mfa, as_rows(interventions, rows, mfa), mfa.means.device, gate, norm)
 
     def __call__(self, x: Tensor, hook: Any = None, step: int = 0) -> Tensor:
-        """x (..., D) after the interventions; differentiable in x.
+        """Returns x (..., D) after the interventions; differentiable in x.
 
         Args:
             x: (..., D); the first dimension is the batch where there are two or more.
-            hook: what TransformerLens passes on; not used.
-            step: generation step at which an alpha that is a function is taken.
+            hook: the hook point, which TransformerLens passes; not used.
+            step: generation step for an alpha that is a function.
+
+        Raises:
+            TypeError, ValueError: naming the argument that does not fit.
         """
         x = check_hidden(x, self._features, "x")
         if x.is_meta:

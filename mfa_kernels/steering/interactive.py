@@ -1,4 +1,4 @@
-"""Changing the steering while text streams: commands, read in a thread, take effect between two tokens."""
+"""Commands that change the steering while text streams; they take effect between two tokens."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def stream(
 
     Args:
         model, tokenizer: a Hugging Face causal language model, and its tokenizer.
-        handle: what steers it.
+        handle: the handle that steers the model.
         component: the region steered toward at first.
         prompt: text.
         new_tokens: most tokens to write.
         temperature: 0 is greedy.
         seed: of the samples.
     """
-    check_encoder(tokenizer)  # before anything listens
+    check_encoder(tokenizer)  # now, because a listener takes lines of standard input away
     check_sampling(new_tokens, temperature, seed)
     from transformers import StoppingCriteriaList, TextStreamer
 
@@ -59,11 +59,11 @@ def stream(
 
 
 def parse(line: str, component: int | None) -> dict[str, Any]:
-    """What a command changes, as arguments of `Handle.update`.
+    """Returns the changes that a command asks for, as arguments of `Handle.update`.
 
     Args:
         line: a command of `HELP` other than "stats" and "stop".
-        component: the region steered toward; a gate looks at it from then on, whatever region comes later.
+        component: the region steered toward; a gate keeps to it, even if the region changes later.
 
     Raises:
         ValueError: the command is not one of them.
@@ -93,7 +93,7 @@ def parse(line: str, component: int | None) -> dict[str, Any]:
 
 
 class Commands:
-    """Lines of a file descriptor, read by a thread as they come, so that nobody waits for them; none of None."""
+    """Lines of a file descriptor, which a thread reads, so that `pending` never waits; no lines of None."""
 
     def __init__(self, descriptor: int | None) -> None:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -110,7 +110,7 @@ class Commands:
         self._lines.put(rest.decode(errors="replace").strip())
 
     def pending(self) -> list[str]:
-        """Lines that came since the last call."""
+        """Returns the lines that came since the last call."""
         lines = []
         while True:
             try:
@@ -123,10 +123,10 @@ class Listener:
     """A stopping criterion for `generate` that obeys the commands after each token.
 
     Args:
-        handle: what they change.
-        commands: as from `Commands`.
+        handle: the handle that commands change.
+        commands: the `Commands` to obey.
         component: the region steered toward at first.
-        note: told what was done, or what is wrong with a command.
+        note: is called with a text that says what was done, or what is wrong with a command.
     """
 
     def __init__(

@@ -14,7 +14,7 @@ import torch
 
 from mfa_kernels import steer
 from mfa_kernels.data import tiny_lm
-from mfa_kernels.steering.live import HELP, Commands, Listener, parse
+from mfa_kernels.steering.interactive import HELP, Commands, Listener, parse
 from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generate, prompts
 
 
