@@ -27,7 +27,8 @@ import torch
 from bench.screen_survivors import HELD_OUT, activations
 from mfa_kernels import MFA, fit, steer
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
-from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward, evidence
+from mfa_kernels.mixture import screening
+from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward
 
 LAYER, CONTEXT, HIDDEN, REGIONS, RANK = 6, 128, 768, 2048, 10
 ROWS = 60_000  # activations that the mixture is fitted to
@@ -83,21 +84,21 @@ def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float
 
     context, ids = DynamicCache(), token_ids(batch, CONTEXT + 1, 0)
     model(ids[:, :-1], None, None, context)  # the cache by its place: its name differs between versions
-    screened_at = evidence._SCREENED_VALUES
-    evidence._SCREENED_VALUES = sys.maxsize
+    screened_at = screening._LONE_TOKEN_VALUES
+    screening._LONE_TOKEN_VALUES = sys.maxsize
     dense = copy.deepcopy(mfa)  # the only one without a screen
     steer(model, dense, LAYER, gate=(17, 0.5), component=17, alpha=0.4).remove()
-    evidence._SCREENED_VALUES = screened_at
+    screening._LONE_TOKEN_VALUES = screened_at
     found: dict[str, list[float]] = {way: [] for way in WAYS}
     for _ in range(rounds + 2):
         for way, spec in WAYS.items():
             cache = copy.deepcopy(context)
             with ExitStack() as stack:
                 if way == "gate_dense":
-                    evidence._SCREENED_VALUES = sys.maxsize
+                    screening._LONE_TOKEN_VALUES = sys.maxsize
                 if spec is not None:
                     stack.enter_context(steer(model, dense if way == "gate_dense" else mfa, LAYER, **spec))
-                evidence._SCREENED_VALUES = screened_at
+                screening._LONE_TOKEN_VALUES = screened_at
                 begin = time.perf_counter()
                 model(ids[:, -1:], None, None, cache)
                 found[way].append(time.perf_counter() - begin)

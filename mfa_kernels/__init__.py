@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mfa_kernels.data.harvest import harvest, stream
     from mfa_kernels.fitting.fit import fit
     from mfa_kernels.fitting.fit_many import fit_many
-    from mfa_kernels.fitting.kmeans import kmeans
+    from mfa_kernels.fitting.kmeans.kmeans import kmeans
     from mfa_kernels.mixture.codes import Code
     from mfa_kernels.mixture.mfa import MFA
     from mfa_kernels.steering import steer

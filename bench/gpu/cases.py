@@ -139,11 +139,11 @@ def scan(bench: Bench, results: Results, folder: Path, components: int, features
         timing = bench.median(lambda i: mfa.log_prob(problem.batches[i]))
         found |= _timed(timing, shape.tokens) | _of_matmul(results, shape.scan_flops, timing.median)
         found["temporaries_mb"] = bench.peak(lambda i: mfa.log_prob(problem.batches[i])) / 1e6
-        counts = mfa._active(problem.batches[0]).counts
+        counts = mfa.active_pairs(problem.batches[0]).counts
         found["active_per_token"] = counts.double().mean().item()
 
         def stage_0(i: int) -> None:
-            mfa._cache = None
+            mfa.refresh()
             mfa.woodbury()
 
         found["factors_ms"] = 1e3 * bench.median(stage_0, 0.5).median
@@ -219,7 +219,7 @@ def step(bench: Bench, results: Results, folder: Path, components: int, features
 
     def train(i: int) -> None:
         mfa.zero_grad(set_to_none=True)
-        mfa._cache = None  # an optimiser would have changed the parameters
+        mfa.refresh()  # an optimiser would have changed the parameters
         mfa(problem.batches[i]).backward()
 
     timing = bench.median(train)
@@ -314,7 +314,7 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
     mfa, batches = problem.mfa, problem.batches
     parameters, woodbury = problem.parameters(), mfa.woodbury()
     with torch.no_grad():
-        active = [mfa._active(x) for x in batches]
+        active = [mfa.active_pairs(x) for x in batches]
         tokens = torch.arange(shape.tokens, device=bench.device)
         codes = [mfa.encode(x) for x in batches]
         upstream = torch.full_like(active[0].log_prob, 1 / shape.tokens), torch.zeros_like(active[0].logits)
@@ -349,7 +349,7 @@ def em_pass(bench: Bench, results: Results, folder: Path, components: int, featu
         raise AssertionError("a sum is not finite")
     found = _timed(timing, shape.tokens)
     found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], *parameters, woodbury, out)) / 1e6
-    active = [mfa._active(x) for x in batches]
+    active = [mfa.active_pairs(x) for x in batches]
     weights = [torch.where(a.components >= 0, a.logits.softmax(-1), 0) for a in active]
     timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], woodbury, out), 0.7)
     found["statistics_ms"] = 1e3 * timing.median

@@ -111,8 +111,10 @@ def check_parameters(
 
 def check_mixture(value: Any, name: str = "mfa") -> Any:
     """Returns `value` if it is an `MFA` or a mixture that is spread over processes; raises otherwise."""
-    if not all(hasattr(value, attribute) for attribute in ("n_components", "n_features", "rank", "log_prob")):
-        raise TypeError(f"{name} must be a mixture (mfa_kernels.MFA), got {type(value).__name__}")
+    missing = [part for part in ("n_components", "n_features", "rank", "log_prob") if not hasattr(value, part)]
+    if missing:
+        lacks = f"{type(value).__name__}, which has no {', '.join(missing)}"
+        raise TypeError(f"{name} must be a mixture (mfa_kernels.MFA), got {lacks}")
     return value
 
 

@@ -39,6 +39,7 @@ MOVED = {
     "rotation": "mixture.rotate_loadings",
     "sharded": "mixture.sharded",
     "steering.budget": "steering.calibration",
+    "steering.evidence": "steering.active_pairs",
     "steering.functions": "steering.function_hook",
     "steering.live": "steering.interactive",
     "steering.paper": "steering.paper_api",

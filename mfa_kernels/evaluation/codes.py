@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.arrays import is_array
-from mfa_kernels.common.checks import check_flag, check_integer, check_mixture, check_path
+from mfa_kernels.common.checks import check_flag, check_integer, check_path
 from mfa_kernels.common.files import StrPath, atomic_save_safetensors, check_writable, temporary_folder
 from mfa_kernels.common.modes import door, read
 from mfa_kernels.common.places import CODES, check_place
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.data.source import as_rows, as_source
-from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.decomposition import Decomposition, check_decomposition
+from mfa_kernels.mixture.functional import compute_dtype
 
 _BATCH = 8192
 
@@ -50,13 +51,15 @@ class Written(NamedTuple):
 
 @door
 @torch.no_grad()
-def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True) -> Written:
+def write_codes(
+    mfa: Decomposition, activations: Any, path: StrPath, top_k: int | None = 8, *, progress: bool = True
+) -> Written:
     """Encodes activations, batch by batch, and writes what is active.
 
     Meanwhile the parts are in files next to `path`, which take as much room again.
 
     Args:
-        mfa: the mixture.
+        mfa: the mixture, or another decomposition.
         activations: anything `fit` takes, (N, D), such as a store. An iterable of batches is read once, and none of
             them is held. All are moved to the mixture's device.
         path: of the file; one of codes that is there is replaced.
@@ -71,13 +74,13 @@ def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8
         OSError: naming the file that cannot be written; FileExistsError where something else than codes is there, or
             the folder is a store.
     """
-    check_mixture(mfa)
+    like = check_decomposition(mfa).directions(0)
     top_k, progress = None if top_k is None else check_integer(top_k, "top_k", 1), check_flag(progress, "progress")
     path = check_path(path, "path")
     check_place(path, CODES, "path")
     check_writable(path, "path")
     path.parent.mkdir(parents=True, exist_ok=True)
-    dtype = mfa.parameters_in_compute_dtype()[0].dtype
+    dtype = compute_dtype(like)[0].dtype
     kinds = {"components": torch.int32, "responsibilities": dtype, "latents": dtype, "dropped": dtype}
     counts = [torch.zeros(1, dtype=torch.int64)]
     batches, total = _batches(activations)
@@ -93,7 +96,7 @@ def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8
                 raise ValueError(
                     f"activations: batch {i} has {rows.shape[1]} features, but the mixture has {mfa.n_features}"
                 )
-            code = mfa.encode(rows.to(mfa.means.device), top_k)
+            code = mfa.code(rows.to(like.device), top_k)
             held = code.components >= 0
             counts.append(held.sum(1).cpu())
             for name in ("components", "responsibilities", "latents"):
@@ -104,7 +107,7 @@ def write_codes(mfa: MFA, activations: Any, path: StrPath, top_k: int | None = 8
         for name, file in files.items():
             file.flush()
             tensors[name] = _mapped(folder / name, kinds[name])
-        tensors["latents"] = tensors["latents"].view(-1, mfa.rank) if mfa.rank else torch.empty(
+        tensors["latents"] = tensors["latents"].view(-1, len(like)) if len(like) else torch.empty(
             len(tensors["components"]), 0, dtype=dtype
         )  # fmt: skip
         atomic_save_safetensors(tensors, path, {"layout": LAYOUT})

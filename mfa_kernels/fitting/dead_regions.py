@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 
@@ -99,7 +99,7 @@ class Revival(NamedTuple):
 
 
 @torch.no_grad()
-def find(mfa: AnyMFA, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tensor | None = None) -> Revival:
+def find(mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tensor | None = None) -> Revival:
     """The regions that own next to nothing, or what another one owns too: each is to take half of the largest.
 
     One whose tokens would lose more without it than the largest region's can be expected to gain stays: a token that
@@ -147,7 +147,7 @@ def _merged(mass: Tensor, duplicates: list[tuple[int, int]]) -> tuple[Tensor, li
     return mass, larger
 
 
-def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
+def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
     """What tokens would lose without the dead regions, by the region that owns them, (K,) in nats.
 
     Those of the guard, as many as all regions own; and of the `few` that own next to nothing, in case their tokens are
@@ -165,7 +165,7 @@ def _missed(mfa: AnyMFA, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard)
 
 
 @contextmanager
-def _without(mfa: AnyMFA, regions: Iterable[int]) -> Iterator[None]:
+def _without(mfa: Mixture, regions: Iterable[int]) -> Iterator[None]:
     """The mixture of the other regions, meanwhile."""
     held = range(mfa.first_component, mfa.first_component + len(mfa.means))
     here = [k - mfa.first_component for k in regions if k in held]
@@ -179,7 +179,7 @@ def _without(mfa: AnyMFA, regions: Iterable[int]) -> Iterator[None]:
 
 @torch.no_grad()
 def hand_on(
-    mfa: AnyMFA,
+    mfa: Mixture,
     revival: Revival,
     s: SufficientStatistics,
     expect: Callable[[Tensor, SufficientStatistics, Tensor], ActivePairs],
@@ -224,7 +224,7 @@ def hand_on(
 
 
 @torch.no_grad()
-def move(mfa: AnyMFA, revival: Revival, covariance: Tensor) -> None:
+def move(mfa: Mixture, revival: Revival, covariance: Tensor) -> None:
     """Moves regions, in place.
 
     Args:
@@ -236,7 +236,7 @@ def move(mfa: AnyMFA, revival: Revival, covariance: Tensor) -> None:
         _split(mfa, donor, k, covariance)
 
 
-def _split(mfa: AnyMFA, donor: int, other: int, covariance: Tensor) -> None:
+def _split(mfa: Mixture, donor: int, other: int, covariance: Tensor) -> None:
     """Gives half of a region to another, of any rank, whose own parameters are lost.
 
     It is split across its widest direction u (unit latent variance): the halves of a normal distribution have their

@@ -22,9 +22,9 @@ from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_
 from mfa_kernels.fitting.row_weights import Weighed
 from mfa_kernels.fitting.run import Run, mean_nll, shuffled
 from mfa_kernels.fitting.streaming import Feed, Steps
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.screening import SAMPLE, Screening
-from mfa_kernels.mixture.sharded import AnyMFA
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 
@@ -44,7 +44,7 @@ _REVIVAL_ROWS = 64  # per component, after which online EM looks for regions tha
 
 
 def choose_prior(
-    mfa: AnyMFA,
+    mfa: Mixture,
     s: SufficientStatistics,
     covariance: Tensor,
     held_out: Tensor,

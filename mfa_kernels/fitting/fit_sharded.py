@@ -333,7 +333,7 @@ def expectation(
     finite = log_prob.isfinite()
     share = token_weight * every.softmax(0)[mfa.processes.index].masked_fill(~finite, 0)  # of the responsibility, here
     every_weight = torch.as_tensor(token_weight)
-    least = float(every_weight.min()) * math.exp(-mfa._threshold) if every_weight.numel() else 0.0
+    least = float(every_weight.min()) * math.exp(-mfa.threshold) if every_weight.numel() else 0.0
     weights = collect(x, own, *parameters, woodbury, out, share, least=least)
     out.log_likelihood.add_((token_weight * log_prob.double().masked_fill(~finite, 0)).sum())
     return own._replace(log_prob=log_prob), weights

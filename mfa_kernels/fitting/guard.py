@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.processes import ALONE, Processes
-from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.mixture.base import Mixture
 
 _OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
 _OUTLYING = 1024  # of these, at most
@@ -67,25 +67,25 @@ class Guard:
         self.weights = processes.concatenated(weights)
 
     @torch.no_grad()
-    def look(self, mfa: AnyMFA) -> tuple[Tensor, Tensor]:
+    def look(self, mfa: Mixture) -> tuple[Tensor, Tensor]:
         """Of a process's share of the rows, the region that owns each, -1 where none does, and log p: int64,
         float64."""
-        found = [mfa._active(part) for part in self.processes.share(self.rows).split(_CHUNK)]
+        found = [mfa.active_pairs(part) for part in self.processes.share(self.rows).split(_CHUNK)]
         owners = torch.cat([active.components[:, 0] for active in found]).long()
         return owners, torch.cat([active.log_prob for active in found]).double()
 
-    def settle(self, mfa: AnyMFA) -> None:
+    def settle(self, mfa: Mixture) -> None:
         """Leaves out rows that have no density under the start: nothing can be worse for them, and nothing compared."""
         has_density = self.processes.concatenated(self.look(mfa)[1].isfinite())
         self.weights = torch.where(has_density, self.weights, 0)
 
-    def log_likelihood(self, mfa: AnyMFA) -> float:
+    def log_likelihood(self, mfa: Mixture) -> float:
         """Mean of log p over the rows that the sample stands for, in nats."""
         weights = self.processes.share(self.weights)
         total = float(torch.where(weights > 0, self.look(mfa)[1] * weights, 0).sum())
         return self.processes.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
-    def lost(self, mfa: AnyMFA, owners: Tensor, before: Tensor) -> Tensor:
+    def lost(self, mfa: Mixture, owners: Tensor, before: Tensor) -> Tensor:
         """What the rows lost since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
         known = owners >= 0
         weights = self.processes.share(self.weights)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.fitting.run import standard_deviation
-from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 from mfa_kernels.ops.woodbury.reference import woodbury as exact_factors
 
@@ -46,7 +46,7 @@ class Prior:
     tokens: float = 1.0
 
     @torch.no_grad()
-    def log_density(self, mfa: AnyMFA) -> Tensor:
+    def log_density(self, mfa: Mixture) -> Tensor:
         """log p(parameters) but for a constant, (): -nu/2 sum_k (log|C_k| + tr C_k^-1 S_0) + tokens sum_k log pi_k."""
         noise, total = mfa.noise_variance.double(), self.tokens * mfa.log_weights.double().sum()
         for k in _component_chunks(mfa):
@@ -59,19 +59,19 @@ class Prior:
         return total
 
 
-def _component_chunks(mfa: AnyMFA) -> tuple[Tensor, ...]:
+def _component_chunks(mfa: Mixture) -> tuple[Tensor, ...]:
     """Of those held here."""
     step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * (mfa.rank + 1)))
     return torch.arange(len(mfa.means), device=mfa.means.device).split(step)
 
 
-def covariance_rows(mfa: AnyMFA) -> int:
+def covariance_rows(mfa: Mixture) -> int:
     """Of the rows given to `pooled_covariance`, how many it looks at."""
     return max(_COVARIANCE_ROWS, 8 * mfa.n_features)
 
 
 @torch.no_grad()
-def pooled_covariance(mfa: AnyMFA, x: Tensor, weights: Tensor | None = None) -> Tensor:
+def pooled_covariance(mfa: Mixture, x: Tensor, weights: Tensor | None = None) -> Tensor:
     """Covariance of the residuals of finite rows x (n, D), which weigh (n,), in the regions that own them, (D, D)
     float64."""
     scale = standard_deviation(mfa)
@@ -98,7 +98,7 @@ def pooled_covariance(mfa: AnyMFA, x: Tensor, weights: Tensor | None = None) -> 
 
 
 @torch.no_grad()
-def maximize(mfa: AnyMFA, s: SufficientStatistics, prior: Prior) -> Tensor:
+def maximize(mfa: Mixture, s: SufficientStatistics, prior: Prior) -> Tensor:
     """The M-step: sets the mixture's parameters to those that maximise the expected log posterior.
 
     With the mean moved by delta, W and delta minimise sum E|y - W z - delta|^2 / Psi over the tokens and those of the

@@ -32,11 +32,11 @@ from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.row_weights import Weighed
 from mfa_kernels.fitting.run import Run
 from mfa_kernels.fitting.streaming import Steps
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.functional import PRECISIONS
 from mfa_kernels.mixture.mfa import MFA, NOISES
 from mfa_kernels.mixture.rotate_loadings import sign_
-from mfa_kernels.mixture.sharded import AnyMFA
 from mfa_kernels.ops.common.finite import finite_rows
 
 HELD_OUT_ROWS = 20_000  # at most
@@ -301,7 +301,7 @@ def weighed(
 
 @torch.no_grad()
 def count_live(
-    mfa: AnyMFA, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes
+    mfa: Mixture, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes
 ) -> None:
     """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)

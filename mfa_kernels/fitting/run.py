@@ -23,9 +23,10 @@ from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.notices import going_on
 from mfa_kernels.fitting.row_weights import Weighed, mean_weight
 from mfa_kernels.fitting.streaming import Steps
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
-from mfa_kernels.mixture.sharded import AnyMFA, ShardedMFA
+from mfa_kernels.mixture.sharded import ShardedMFA
 from mfa_kernels.ops.common.finite import finite_rows
 from mfa_kernels.ops.scan.types import ActivePairs
 
@@ -75,7 +76,7 @@ def shuffled(rows: Tensor, batch_size: int, generator: torch.Generator) -> Itera
 
 
 @torch.no_grad()
-def standard_deviation(mfa: AnyMFA) -> Tensor:
+def standard_deviation(mfa: Mixture) -> Tensor:
     """Of x within a component, averaged over the components: (D,)."""
     weights = mfa.log_weights.exp()
     noise = mfa.noise_variance
@@ -87,7 +88,7 @@ def standard_deviation(mfa: AnyMFA) -> Tensor:
 
 
 @torch.no_grad()
-def mean_nll(mfa: AnyMFA, x: Tensor, processes: Processes = ALONE, weights: Tensor | None = None) -> float:
+def mean_nll(mfa: Mixture, x: Tensor, processes: Processes = ALONE, weights: Tensor | None = None) -> float:
     """Mean negative log-likelihood of x (n, D), which weigh (n,), in nats per row; over the rows of all processes."""
     log_prob = torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double()
     return _mean_nll(log_prob, processes, weights)
@@ -101,7 +102,7 @@ def _mean_nll(log_prob: Tensor, processes: Processes, weights: Tensor | None) ->
     return -total / mass
 
 
-def mixture_state(mfa: AnyMFA) -> dict[str, Tensor]:
+def mixture_state(mfa: Mixture) -> dict[str, Tensor]:
     """Parameters of the components that are held here and the centre, by the names they have in a checkpoint."""
     held = mfa.local if isinstance(mfa, ShardedMFA) else mfa
     return {f"mfa.{name}": tensor for name, tensor in held.tensors().items()}
@@ -373,7 +374,7 @@ class Run:
         return {"held_out_nll": nll, "live": int((owned > 0).sum()), "active": active / rows}
 
     def _scan(self, x: Tensor) -> ActivePairs:
-        return self.mfa._active(x)
+        return self.mfa.active_pairs(x)
 
     def _parameters_changed(self) -> None:
         """A callback changed the mixture's parameters."""

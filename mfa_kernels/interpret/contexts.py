@@ -23,20 +23,21 @@ from mfa_kernels.common.checks import (
     check_finite,
     check_flag,
     check_integer,
-    check_mixture,
     check_number,
     check_tensor,
 )
 from mfa_kernels.common.precision import full_precision
 from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.mixture.decomposition import Decomposition, check_decomposition
+from mfa_kernels.mixture.local import LocalMixture
+from mfa_kernels.mixture.screening import pays_for_rows
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mixture.mfa import MFA
+    from mfa_kernels.mixture.codes import Code
 
 BATCH_SIZE = 8192
-_SCREENED_ROWS = 16384  # a screen costs as much as about a thousand rows, and pays for itself from so many on
-_SAMPLE_ROWS = 256  # so many rows decide how many coordinates the screen uses
+_SAMPLE_ROWS = 256  # to tune a screen on
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _LARGEST_ID = (1 << 31) - 1
 _LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
@@ -110,7 +111,8 @@ class Assignments:
         components: the most responsible component, (N,) int32; -1 for a row that is not finite.
         responsibilities: p(component | x), (N,); NaN for a row that is not finite, as below.
         distances: Mahalanobis distance to the centroid, in standard deviations of the component, (N,). Most rows are
-            near sqrt(D).
+            near sqrt(D). For a decomposition that is no `MFA`: Euclidean distance to what the component alone decodes
+            to, which for K-means is the centroid.
         latents: E[z | x, component], (N, R), if asked for.
         n_components: K.
     """
@@ -146,15 +148,20 @@ class Assignments:
 
 @torch.no_grad()
 def assignments(
-    mfa: MFA, store: ActivationStore, *, latents: bool = False, batch_size: int = BATCH_SIZE, progress: bool = True
+    mfa: Decomposition,
+    store: ActivationStore,
+    *,
+    latents: bool = False,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = True,
 ) -> Assignments:
-    """One pass over the activations: the most responsible component of every row.
+    """Reads the activations once, for the most responsible component of every row.
 
     Where the C++ kernels serve the mixture, many rows are screened, as after `mfa.screen()`: the cost of a row then
     hardly depends on K. The mixture is left as it is, screened or not.
 
     Args:
-        mfa: the mixture, on any device.
+        mfa: the mixture, on any device, or another decomposition, such as what `kmeans` returned.
         store: N rows of its width.
         latents: keep the latents of every row too, 4 R bytes each; the rest is 12 bytes a row.
         batch_size: rows at once; changes no result.
@@ -166,38 +173,40 @@ def assignments(
     check_store(store)
     progress = check_flag(progress, "progress")
     batch_size = check_integer(batch_size, "batch_size", 1)
-    if store.n_features != check_mixture(mfa).n_features:
+    if store.n_features != check_decomposition(mfa).n_features:
         raise ValueError(f"store has {store.n_features} features, but the mixture has {mfa.n_features}")
     n = len(store)
     if n == 0:
         raise ValueError("store has no rows")
     components = torch.empty(n, dtype=torch.int32)
     responsibilities, distances = torch.empty(2, n)
-    kept = torch.empty(n, mfa.rank) if latents else None
-    mfa = _screened(mfa, store)
-    means, _, noise, _ = mfa.parameters_in_compute_dtype()
+    like = mfa.directions(0)
+    kept = torch.empty(n, len(like)) if latents else None
+    distances_of = partial(_euclidean, mfa)
+    if isinstance(mfa, LocalMixture):
+        mfa = _screened(mfa, store)
+        distances_of = partial(_mahalanobis, mfa)
     start = 0
     with progress_bar(total=n, desc="assign", unit="row", unit_scale=True, progress=progress) as bar:
         for batch in store.batches(batch_size):
-            x = batch.to(mfa.means.device)
-            code = mfa.encode(x, top_k=1)
-            k, z = code.components[:, 0], code.latents[:, 0]
+            x = batch.to(like.device)
+            code = mfa.code(x, top_k=1)
+            k = code.components[:, 0]
             here = slice(start, start + len(x))
             components[here] = k
             responsibilities[here] = code.responsibilities[:, 0]
-            distance = _distance(x, k.clamp_min(0), z, means, noise, mfa.woodbury().cholesky)
-            distances[here] = distance.masked_fill_(k < 0, torch.nan)
+            distances[here] = distances_of(x, code).masked_fill_(k < 0, torch.nan)
             if kept is not None:
-                kept[here] = z.masked_fill(k.unsqueeze(-1) < 0, torch.nan)
+                kept[here] = code.latents[:, 0].masked_fill(k.unsqueeze(-1) < 0, torch.nan)
             start += len(x)
             bar.update(len(x))
     return Assignments(components, responsibilities, distances, kept, mfa.n_components)
 
 
-def _screened(mfa: MFA, store: ActivationStore) -> MFA:
-    """The mixture as it shall read a whole store: with a screen of its own where there is none yet and it pays."""
+def _screened(mfa: LocalMixture, store: ActivationStore) -> LocalMixture:
+    """The mixture for a pass over the store: a copy with a screen of its own where there is none yet and it pays."""
     n = len(store)
-    if n < _SCREENED_ROWS or not mfa.woodbury().is_cpp or mfa.screened()[0]:
+    if not pays_for_rows(mfa.woodbury(), n) or mfa.screened()[0]:
         return mfa
     own = copy.copy(mfa)  # the same parameters
     sample = store.rows(torch.linspace(0, n - 1, _SAMPLE_ROWS).round().long())
@@ -205,8 +214,15 @@ def _screened(mfa: MFA, store: ActivationStore) -> MFA:
     return own
 
 
-def _distance(x: Tensor, k: Tensor, z: Tensor, means: Tensor, noise: Tensor, cholesky: Tensor) -> Tensor:
+def _euclidean(mfa: Decomposition, x: Tensor, code: Code) -> Tensor:
+    """|x - what the first component of the code alone decodes to|, (B,)."""
+    return (x - mfa.decode(code.hard())).norm(dim=-1)
+
+
+def _mahalanobis(mfa: LocalMixture, x: Tensor, code: Code) -> Tensor:
     """sqrt((x - mu_k)^T C_k^-1 (x - mu_k)), (B,): |lam (x - mu_k)|^2 - |L_k^T z|^2, by the Woodbury identity."""
+    (means, _, noise, _), woodbury = mfa.prepared()
+    k, z, cholesky = code.components[:, 0].clamp_min(0), code.latents[:, 0], woodbury.cholesky
     noise = noise if noise.dim() == 1 else noise[k]
     outside = ((x.to(means.dtype) - means[k]).square() / noise).sum(-1)
     with full_precision(x):
@@ -214,11 +230,13 @@ def _distance(x: Tensor, k: Tensor, z: Tensor, means: Tensor, noise: Tensor, cho
     return (outside - inside).clamp_min(0).sqrt()
 
 
-def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: Assignments) -> Tensor:
+def region_latents(mfa: Decomposition, store: ActivationStore, component: int, assigned: Assignments) -> Tensor:
     """E[z | x, component] of the rows of a component, (n, R), on the CPU; only these rows are read."""
     rows = assigned.rows(component)
     if assigned.latents is not None:
         return assigned.latents[rows]
+    if not isinstance(mfa, LocalMixture):
+        raise TypeError(f"mfa must have a posterior, or assigned latents, got {type(mfa).__name__}, which has none")
     with torch.no_grad():
         parts = [
             mfa.posterior(store.rows(part).to(mfa.means.device), component)[0].cpu() for part in rows.split(BATCH_SIZE)
@@ -226,10 +244,12 @@ def region_latents(mfa: MFA, store: ActivationStore, component: int, assigned: A
     return torch.cat(parts).float() if parts else torch.empty(0, mfa.rank)
 
 
-def ensure_assignments(mfa: MFA, store: ActivationStore, assigned: Assignments | None, progress: bool) -> Assignments:
-    """`assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
+def ensure_assignments(
+    mfa: Decomposition, store: ActivationStore, assigned: Assignments | None, progress: bool
+) -> Assignments:
+    """Returns `assigned` if it can be of this mixture and store, computed when None; raises otherwise."""
     check_store(store)
-    check_mixture(mfa)
+    check_decomposition(mfa)
     if assigned is None:
         return assignments(mfa, store, progress=progress)
     if not isinstance(assigned, Assignments):
@@ -255,9 +275,9 @@ def check_tokenizer(tokenizer: Any) -> None:
         raise TypeError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
 
 
-def check_axis(mfa: MFA, axis: int) -> int:
+def check_axis(mfa: Decomposition, axis: int) -> int:
     """`axis` if the mixture has such a latent; raises otherwise."""
-    return check_component(axis, mfa.rank, "axis")
+    return check_component(axis, len(mfa.directions(0)), "axis")
 
 
 def _read(
@@ -281,18 +301,18 @@ def _read_distinct(read: Callable[[int, float], Context], rows: Tensor, scores: 
 
 @overload
 def top_contexts(
-    mfa: MFA, store: ActivationStore, tokenizer: Any, component: int, n: int = ..., by: str = ..., *,
-    axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
+    mfa: Decomposition, store: ActivationStore, tokenizer: Any, component: int, n: int = ..., by: str = ...,
+    *, axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
     assigned: Assignments | None = ..., progress: bool = ...,
 ) -> list[Context]: ...  # fmt: skip
 @overload
 def top_contexts(
-    mfa: MFA, store: ActivationStore, tokenizer: Any, component: Sequence[int], n: int = ..., by: str = ..., *,
-    axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
+    mfa: Decomposition, store: ActivationStore, tokenizer: Any, component: Sequence[int], n: int = ...,
+    by: str = ..., *, axis: int | None = ..., sign: int = ..., before: int = ..., after: int = ...,
     assigned: Assignments | None = ..., progress: bool = ...,
 ) -> dict[int, list[Context]]: ...  # fmt: skip
 def top_contexts(
-    mfa: MFA,
+    mfa: Decomposition,
     store: ActivationStore,
     tokenizer: Any,
     component: int | Sequence[int],
@@ -309,13 +329,13 @@ def top_contexts(
     """The rows of a region that show it best, in their text; texts that repeat are shown once.
 
     Args:
-        mfa: the mixture.
+        mfa: the mixture, or another decomposition; by="latent" needs one with local directions.
         store: activations with their tokens.
         tokenizer: the Hugging Face tokenizer of these tokens.
         component: a region, or several, all served by one pass over the data.
         n: contexts per region; fewer come back where its best 50 n rows have fewer different ones.
         by: "responsibility" (many rows have a responsibility that rounds to 1: among equals, the nearest first),
-            "distance" (nearest to the centroid in the Mahalanobis sense), or "latent" (largest sign * z_axis).
+            "distance" (as in `Assignments.distances`, the nearest first), or "latent" (largest sign * z_axis).
         axis: of the latent, for by="latent".
         sign: +1 or -1, for by="latent".
         before, after: tokens of text on either side.
@@ -326,7 +346,7 @@ def top_contexts(
         Contexts, best first, with r, the distance or z_axis as score; for several regions, a dict of such lists.
     """
     check_choice(by, ("responsibility", "distance", "latent"), "by")
-    check_mixture(mfa)
+    check_decomposition(mfa)
     check_tokenizer(tokenizer)
     progress, n = check_flag(progress, "progress"), check_integer(n, "n", 1)
     before, after = check_integer(before, "before"), check_integer(after, "after")
@@ -376,7 +396,7 @@ class AxisContexts:
 
 
 def axis_contexts(
-    mfa: MFA,
+    mfa: Decomposition,
     store: ActivationStore,
     tokenizer: Any,
     component: int,
@@ -408,7 +428,7 @@ def axis_contexts(
     Returns:
         One entry per quantile, in the order given; no entries for a region without rows.
     """
-    component, axis = check_component(component, check_mixture(mfa).n_components), check_axis(mfa, axis)
+    component, axis = check_component(component, check_decomposition(mfa).n_components), check_axis(mfa, axis)
     check_tokenizer(tokenizer)
     n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
     given = check_finite(check_tensor(quantiles, "quantiles"), "quantiles").flatten()

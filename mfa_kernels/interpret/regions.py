@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_components, check_integer, check_mixture
+from mfa_kernels.common.checks import check_components, check_integer
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.interpret.contexts import (
     Assignments,
@@ -20,10 +20,10 @@ from mfa_kernels.interpret.contexts import (
     show_token,
     top_contexts,
 )
+from mfa_kernels.mixture.decomposition import Decomposition, check_decomposition
 
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
-    from mfa_kernels.mixture.mfa import MFA
 
 _PRIOR = 10.0  # tokens of the overall distribution mixed into that of a region
 
@@ -74,7 +74,7 @@ def _token_table(groups: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def region_summaries(
-    mfa: MFA,
+    mfa: Decomposition,
     store: ActivationStore,
     tokenizer: Any,
     components: Sequence[int] | None = None,
@@ -92,7 +92,7 @@ def region_summaries(
     KL(region || store) that is theirs. The lift p / q alone would put first whatever occurred once.
 
     Args:
-        mfa: the mixture.
+        mfa: the mixture, or another decomposition.
         store: activations with their tokens.
         tokenizer: the Hugging Face tokenizer of these tokens.
         components: which regions; all when None.
@@ -105,7 +105,7 @@ def region_summaries(
     Returns:
         In the order of `components`.
     """
-    count = check_mixture(mfa).n_components
+    count = check_decomposition(mfa).n_components
     check_tokenizer(tokenizer)
     chosen = list(range(count)) if components is None else check_components(components, count)
     n_tokens, n_contexts = check_integer(n_tokens, "n_tokens"), check_integer(n_contexts, "n_contexts")
@@ -157,7 +157,7 @@ def _gain(groups: Tensor, counts: Tensor, frequencies: Tensor, n_groups: int) ->
 
 
 def interesting_regions(
-    mfa: MFA,
+    mfa: Decomposition,
     store: ActivationStore,
     n: int = 12,
     *,
@@ -173,7 +173,7 @@ def interesting_regions(
     first, each discounted by how much its tokens and preceding tokens overlap with those already taken.
 
     Args:
-        mfa: the mixture.
+        mfa: the mixture, or another decomposition.
         store: activations with their tokens.
         n: how many at most.
         min_rows: rows a region must have; a quarter of the average region and at least 20 when None.

@@ -1,18 +1,16 @@
-"""What `MFA.encode` returns: where tokens sit and how they vary there; and how it is made of the active pairs."""
+"""The sparse code of tokens that `MFA.encode` returns, and how it is made of the active pairs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_floats, check_integer, check_integers, check_mixture, shown
+from mfa_kernels.common.checks import MOST_COMPONENTS, check_floats, check_integer, check_integers, shown
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs
-
-if TYPE_CHECKING:
-    from mfa_kernels.mixture.mfa import MFA
 
 
 @dataclass(frozen=True)
@@ -47,15 +45,23 @@ class Code:
             (1 - first.squeeze(-1)).clamp_min(0),
         )
 
-    def to_dense(self, mfa: MFA) -> Tensor:
-        """Coefficients in the paper's dictionary order, (..., K (1 + R)): per component [r_k, r_k z_k] (eq. 11-13)."""
-        check_mixture(mfa)
+    def to_dense(self, n_components: Any = None, *, mfa: Any = None) -> Tensor:
+        """Coefficients in the paper's dictionary order, (..., K (1 + R)): per component [r_k, r_k z_k] (eq. 11-13).
+
+        Args:
+            n_components: K, or the mixture itself.
+            mfa: the name that the argument had before; either will do.
+        """
+        given = mfa if n_components is None else n_components
+        count = check_integer(getattr(given, "n_components", given), "n_components", 1, MOST_COMPONENTS)
+        if not torch.compiler.is_compiling() and bool((self.components >= count).any()):
+            raise ValueError(f"n_components must be above all components of the code, got {count}")
         shape, rank = self.components.shape[:-1], self.latents.shape[-1]
         blocks = torch.cat([torch.ones_like(self.latents[..., :1]), self.latents], dim=-1)
         blocks = blocks * self.responsibilities.unsqueeze(-1)
         # Empty slots go to a component past the last, which is cut off.
-        index = torch.where(self.components < 0, mfa.n_components, self.components)
-        dense = blocks.new_zeros(*shape, mfa.n_components + 1, 1 + rank)
+        index = torch.where(self.components < 0, count, self.components)
+        dense = blocks.new_zeros(*shape, count + 1, 1 + rank)
         dense = dense.scatter_add(-2, index.unsqueeze(-1).expand_as(blocks), blocks)
         return dense[..., :-1, :].flatten(-2)
 
@@ -82,24 +88,19 @@ def checked_code(code: Any, rank: int, device: torch.device) -> Code:
     return checked
 
 
-def encoded(mixture: Any, x: Tensor, top_k: int | None) -> Code:
-    """What `encode` returns, of an `MFA` or of a mixture that is spread over processes
-    (`mfa_kernels.mixture.sharded`)."""
-    top_k = None if top_k is None else check_integer(top_k, "top_k", 1)
-    (flat, lead), components = mixture._flat(x), mixture.n_components
-    slots = min(components, max(top_k or SLOTS, SLOTS))
-    active = mixture._active(flat, slots)
-    if top_k is None:
-        if slots < components and bool((active.counts > slots).any()):
-            slots = components
-            active = mixture._active(flat, slots)
-        held = max(1, int(active.counts.clamp_max(slots).max())) if flat.shape[0] else 1
-    else:
-        held = min(top_k, components)
-    return _code_of(active, mixture._latents(flat, active.components[:, :held]), lead)
+def every_active_pair(scan: Callable[[int], ActivePairs], components: int) -> ActivePairs:
+    """Returns what `scan` finds with so many slots that the active components of no token overflow them.
+
+    Args:
+        scan: takes slots, and returns the active pairs of some tokens.
+        components: K, the most slots that a token can need.
+    """
+    slots = min(SLOTS, components)
+    active = scan(slots)
+    return scan(components) if slots < components and bool((active.counts > slots).any()) else active
 
 
-def _code_of(active: ActivePairs, latents: Tensor, lead: torch.Size) -> Code:
+def code_of(active: ActivePairs, latents: Tensor, lead: torch.Size) -> Code:
     """The code (*lead, C) of tokens from all of their slots (N, S) and the latents (N, C, R) of the first C."""
     slots, held = active.logits.shape[-1], latents.shape[1]
     responsibilities = active.responsibilities()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,20 +56,29 @@ def log_prob(
             device. What does not fit gives NaN there, or the density times the sum of the weights.
     """
     means, loadings, noise_variance, log_weights = check_parameters(means, loadings, noise_variance, log_weights)
-    x = check_activations(x, means.shape[1], means.device)
+    flat, lead = flattened(x, means.shape[1], means.device)
     check_choice(precision, PRECISIONS, "precision")
     if means.is_cpu and not torch.compiler.is_compiling():
         _check_values(noise_variance.detach(), log_weights.detach())
     means, loadings, noise_variance, log_weights = compute_dtype(means, loadings, noise_variance, log_weights)
-    flat = x.reshape(-1, x.shape[-1])
     if precision == "reference":
-        with no_autocast(means):
-            out = reference.log_prob(flat.to(means.dtype), means, loadings, noise_variance, log_weights)
-        return out.reshape(x.shape[:-1])
+        return plain(reference.log_prob, flat, means, loadings, noise_variance, log_weights).reshape(lead)
     center = torch.zeros_like(means[0]) if center is None else _checked_center(center, means)
     woodbury = ops.factorize(means, loadings, noise_variance, center)
     active = ops.log_prob(flat, means, loadings, noise_variance, log_weights, woodbury, exact=precision != "fast")
-    return active.log_prob.reshape(x.shape[:-1])
+    return active.log_prob.reshape(lead)
+
+
+def flattened(x: Any, features: int, device: torch.device) -> tuple[Tensor, torch.Size]:
+    """Returns tokens (N, D) of x (..., D), and the shape before D; raises where x is not of this width and device."""
+    x = check_activations(x, features, device)
+    return x.reshape(-1, features), x.shape[:-1]
+
+
+def plain(formula: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    """Returns what a formula of `mfa_kernels.ops.scan.reference` makes of x (N, D), in the dtype of the parameters."""
+    with no_autocast(x):
+        return formula(x.to(parameters[0].dtype), *parameters)
 
 
 def _check_values(noise_variance: Tensor, log_weights: Tensor) -> None:

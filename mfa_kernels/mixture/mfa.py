@@ -1,58 +1,40 @@
-"""The mixture of factor analyzers as a thin torch.nn.Module: parameters, and methods that call the operators."""
+"""The mixture of factor analyzers as a torch.nn.Module: its parameters, and the ways to make one."""
 
 from __future__ import annotations
 
 import inspect
 import os
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels import ops
 from mfa_kernels.common.arrays import is_several
 from mfa_kernels.common.checks import (
     MOST_COMPONENTS,
-    check_activations,
     check_centroids,
     check_choice,
-    check_component,
     check_device,
     check_dtype,
     check_finite,
-    check_flag,
     check_floats,
     check_generator,
     check_integer,
-    check_integers,
     check_number,
     check_parameters,
     check_positive,
 )
 from mfa_kernels.common.modes import door
-from mfa_kernels.common.moved import renamed_attribute
 from mfa_kernels.common.precision import no_autocast
-from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture import functional
-from mfa_kernels.mixture.codes import Code, checked_code, encoded
-from mfa_kernels.ops.scan import reference
-from mfa_kernels.ops.scan.types import SLOTS, activity_threshold
-from mfa_kernels.ops.screen.cost import modelled_cost
-from mfa_kernels.ops.screen.types import Screen
+from mfa_kernels.mixture.local import LocalMixture
 
-if TYPE_CHECKING:
-    from mfa_kernels.ops.screen.types import AnyScreen
-
-_Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
-_TOKENS_PER_CHUNK = 4096  # of `reconstruct`, so that a diffuse mixture does not hold N x K x R latents
-_SCREEN_TOKENS = 256  # draws that stand for the tokens to come
-
-_EXTRA_STATE = "_extra_state"  # its name in a state dict, which PyTorch gives it
+_EXTRA_STATE = "_extra_state"  # PyTorch's name for it in a state dict
 
 NOISES = ("shared", "per_component")
 
 
-class MFA(nn.Module):
+class MFA(LocalMixture):
     """p(x) = sum_k pi_k N(x; mu_k, W_k W_k^T + Psi): K Gaussian regions, each with R local directions.
 
     Source: "From Directions to Regions", arXiv 2602.02464, eq. 5-13.
@@ -78,10 +60,6 @@ class MFA(nn.Module):
         evaluated: after a call that was screened (see `screen`), components per token whose logit was computed, int32;
             -1 where the token took the dense scan. None otherwise.
     """
-
-    fit_report: Any = None  # `mfa_kernels.fit` leaves its `FitReport` here, which is saved and loaded with the mixture
-    processes: Processes = ALONE  # over which the components are spread: see `mfa_kernels.mixture.sharded`
-    first_component = 0  # its number, of those held here
 
     def __init__(
         self,
@@ -113,12 +91,8 @@ class MFA(nn.Module):
         noise_shape = (n_features,) if noise == "shared" else (n_components, n_features)
         self.log_noise = nn.Parameter(torch.empty(noise_shape, **where))
         self.weight_logits = nn.Parameter(torch.empty(n_components, **where))
-        self.center: Tensor
         self.register_buffer("center", torch.zeros(n_features, **where))
         self.extra: dict[str, Any] = {}  # kept in config.json: model, layer, whatever the user wants to remember
-        self._cache: tuple[Any, tuple[Tensor, ...], _Parameters, ops.Woodbury] | None = None
-        self._screen: tuple[ops.Woodbury, AnyScreen | None, Tensor | None] | None = None  # of what, and how it did last
-        self.evaluated: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -226,142 +200,6 @@ class MFA(nn.Module):
         with no_autocast(self.weight_logits):
             return self.weight_logits.log_softmax(-1)
 
-    def parameters_in_compute_dtype(self) -> _Parameters:
-        """means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""
-        means, loadings = functional.compute_dtype(self.means, self.loadings)
-        noise_variance, log_weights = functional.compute_dtype(self.noise_variance, self.log_weights)
-        return means, loadings, noise_variance, log_weights
-
-    def woodbury(self) -> ops.Woodbury:
-        """Stage 0 of these parameters, outside autograd; kept until a parameter changes (see `refresh`)."""
-        return self._prepared()[1]
-
-    factors = renamed_attribute("woodbury")
-
-    def refresh(self) -> None:
-        """Forgets the Woodbury terms. Needed only after a change that PyTorch does not count, as through
-        `parameter.data`."""
-        self._cache = None
-
-    @door
-    @torch.no_grad()
-    def screen(self, x: Tensor | None = None, *, neighbors: bool | None = None) -> bool:
-        """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
-
-        Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`), gradients too. It serves
-        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. While parameters stand
-        still, what is prepared here is used; it takes about as long as the dense scan of a thousand tokens. When they
-        have moved, as in training, a batch that is large enough to pay for it prepares it again, on the same
-        coordinates; other batches, and all once too few components are ruled out, take the dense scan.
-
-        Args:
-            x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None
-                draws them from the mixture itself.
-            neighbors: whether to list, for every component, those that can be active beside it: the work of a token
-                then hardly grows with K, while parameters stand still. On a CPU; takes K^2 steps, one or two seconds
-                at K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components, where it can.
-
-        Raises:
-            ValueError: neighbors are asked for where the C++ kernels do not serve the mixture.
-
-        Returns:
-            Whether screening is on: False where the dense scan costs less on x (diffuse mixtures), for noise per
-            component, and where neither the C++ kernels nor Triton serve the mixture. On a GPU, training steps take
-            the dense scan.
-        """
-        from mfa_kernels.ops.screen import neighbors as lists
-        from mfa_kernels.ops.screen import op as screening
-
-        if neighbors is not None:
-            neighbors = check_flag(neighbors, "neighbors")
-        self._screen = self.evaluated = None
-        (means, loadings, noise, log_weights), woodbury = self._prepared()
-        if neighbors and not woodbury.is_cpp:
-            raise ValueError(
-                "neighbors must be None or False here: only the C++ kernels, on a CPU, have lists of neighbors"
-            )
-        chosen = evaluated = None
-        if neighbors is None:
-            neighbors = lists.LEAST_COMPONENTS <= self.n_components <= lists.AT_ONCE
-        if screening.serves(woodbury):
-            if x is None:
-                x = self.sample(_SCREEN_TOKENS, torch.Generator(means.device).manual_seed(0))
-            flat = self._flat(x)[0].to(means.dtype).contiguous()
-            if flat.shape[0]:
-                least = lists.FEATURES if neighbors else 16
-                chosen = screening.choose(flat, means, loadings, noise, log_weights, woodbury, least)
-            if chosen is not None:
-                threshold = activity_threshold(self.n_components, means.dtype)
-                constants = woodbury.constants(log_weights)
-                if neighbors and isinstance(chosen, Screen):
-                    chosen = screening.with_neighbors(chosen, means, loadings, noise, log_weights, woodbury)
-                evaluated = screening.scan(flat, woodbury, constants, chosen, threshold, SLOTS).evaluated
-        self._screen = woodbury, chosen, evaluated
-        return chosen is not None
-
-    @torch.no_grad()
-    def screened(self) -> tuple[bool, AnyScreen | None]:
-        """Whether screening was tried for the parameters as they are, and what it prepared."""
-        if self._screen is None or self._screen[0] is not self._prepared()[1]:
-            return False, None
-        return True, self._screen[1]
-
-    def _screen_for(self, parameters: _Parameters, woodbury: ops.Woodbury, x: Tensor) -> AnyScreen | None:
-        """The screen of these parameters, prepared again if they have moved and that pays for so many tokens."""
-        if self._screen is None:
-            return None
-        seen, screen, evaluated = self._screen
-        if x.is_cuda and self._training_step():  # stage 0, in float64 there, would cost more than the scan saves
-            return None
-        tokens = x.shape[0]
-        if seen is not woodbury and screen is not None and evaluated is not None:
-            from mfa_kernels.ops.screen import op as screening
-
-            shape = self.n_components, self.n_features, self.rank, screen.basis.shape[1]
-            if not tokens or modelled_cost(evaluated, *shape, tokens) >= 1:
-                return None
-            screen = screening.refresh(screen, *parameters, woodbury)
-            self._screen = woodbury, screen, evaluated
-        return screen
-
-    def _prepared(self) -> tuple[_Parameters, ops.Woodbury]:
-        """Detached parameters in the compute dtype, and their factors."""
-        sources = (self.means, self.loadings, self.log_noise, self.weight_logits, self.center)
-        if torch.compiler.is_compiling():
-            return self._factorize()
-        if self._training_step() or any(t.is_inference() for t in sources):
-            # Parameters are about to change, and not every optimiser counts its steps (fused ones do not).
-            self.refresh()
-            return self._factorize()
-        key = (self.noise_floor, *(t._version for t in sources))
-        if self._cache is None or self._cache[0] != key or any(a is not b for a, b in zip(self._cache[1], sources)):
-            self._cache = (key, sources, *self._factorize())
-        return self._cache[2:]
-
-    def _training_step(self) -> bool:
-        """Whether gradients to the parameters are wanted."""
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-
-    def _factorize(self) -> tuple[_Parameters, ops.Woodbury]:
-        if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # they may be used, and saved for a gradient, outside of it
-                return self._factorize()
-        with torch.no_grad():
-            parameters = self.parameters_in_compute_dtype()
-            return parameters, ops.factorize(*parameters[:3], self.center)
-
-    def __getstate__(self) -> dict[str, Any]:
-        derived = {"_cache": None, "_screen": None, "evaluated": None}  # neither copied nor pickled
-        return {**super().__getstate__(), **derived}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        with torch.inference_mode(False), torch.no_grad():  # what was copied or unpickled in inference mode is of it
-            for name, tensor in [*self.named_parameters(recurse=False), *self.named_buffers(recurse=False)]:
-                if tensor.is_inference():
-                    own = tensor.clone()
-                    setattr(self, name, nn.Parameter(own, tensor.requires_grad) if name in self._parameters else own)
-
     @door
     def get_extra_state(self) -> Tensor:
         """The noise floor, a float64 number on the CPU: what `state_dict` has besides parameters and centre."""
@@ -379,189 +217,6 @@ class MFA(nn.Module):
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and centre by name, without gradients: what is in a file of weights, beside its config."""
         return {name: tensor for name, tensor in self.state_dict().items() if name != _EXTRA_STATE}
-
-    def _active(self, x: Tensor, slots: int = SLOTS) -> ops.ActivePairs:
-        """Stage 1 on (N, D); differentiable when gradients are on."""
-        return self._scan(x, slots)[0]
-
-    def _scan(self, x: Tensor, slots: int) -> tuple[ops.ActivePairs, Tensor | None]:
-        """Stage 1, and the bound (N,) on what a screen left out, where one was used."""
-        detached, woodbury = self._prepared()
-        parameters = self.parameters_in_compute_dtype() if self._training_step() else detached
-        if not torch.compiler.is_compiling():
-            self.evaluated = None
-            screen = self._screen_for(detached, woodbury, x)
-            if screen is not None:
-                from mfa_kernels.ops.screen import differentiable
-
-                screened = differentiable.log_prob(x, *parameters, woodbury, screen, slots)
-                self.evaluated = screened.evaluated
-                if x.shape[0]:
-                    self._screen = woodbury, screen, screened.evaluated
-                return screened.active, screened.dropped
-        return ops.log_prob(x, *parameters, woodbury, slots, exact=self.precision != "fast"), None
-
-    def _flat(self, x: Any) -> tuple[Tensor, torch.Size]:
-        """Tokens (N, D) of x (..., D), and the shape before D."""
-        checked = check_activations(x, self.n_features, self.means.device)
-        return checked.reshape(-1, self.n_features), checked.shape[:-1]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss.
-
-        Of no tokens it is NaN, as `torch.mean` and `cross_entropy` have it, and its gradients are 0.
-        """
-        return -self.log_prob(x).mean()
-
-    @overload
-    def log_prob(self, x: Tensor, return_error_bound: Literal[False] = False) -> Tensor: ...
-    @overload
-    def log_prob(self, x: Tensor, return_error_bound: Literal[True]) -> tuple[Tensor, Tensor]: ...
-    def log_prob(self, x: Tensor, return_error_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, or so far out that the dtype holds
-        no density, and for that one alone.
-
-        Args:
-            x: (..., D).
-            return_error_bound: whether to return a certificate too: (...) float64, in nats, a bound on how far log p(x)
-                is from that of the parameters as they are, for rounding and for components that were left out
-                (`mfa_kernels/ops/scan/README.md`). For precision "exact". It is a guarantee, not an estimate: it
-                holds if every rounding were as large as can be and in one direction, and grows with the squared
-                Mahalanobis distance under the noise; errors are typically some hundred times less. Two values of
-                log p(x) that differ by more than the sum of their bounds are certain to differ.
-        """
-        flat, lead = self._flat(x)
-        if return_error_bound:
-            if self.precision != "exact":
-                raise ValueError(f'return_error_bound needs precision "exact", the mixture has {self.precision!r}')
-            from mfa_kernels.ops.scan.error_bound import error_bound
-
-            active, dropped = self._scan(flat, SLOTS)
-            (means, _, noise_variance, log_weights), woodbury = self._prepared()
-            bound = error_bound(flat, means, noise_variance, log_weights, woodbury, active, dropped)
-            return active.log_prob.reshape(lead), bound.reshape(lead)
-        if self.precision == "reference":
-            parameters = self.parameters_in_compute_dtype()
-            with no_autocast(flat):
-                return reference.log_prob(flat.to(parameters[0].dtype), *parameters).reshape(lead)
-        return self._active(flat).log_prob.reshape(lead)
-
-    def component_log_prob(self, x: Tensor) -> Tensor:
-        """log p(x | k) for every component: (..., D) -> (..., K). Dense; the weights are not included."""
-        flat, lead = self._flat(x)
-        parameters = self.parameters_in_compute_dtype()[:3]
-        if self.precision == "reference":
-            with no_autocast(flat):
-                out = reference.component_log_prob(flat.to(parameters[0].dtype), *parameters)
-        else:
-            out = ops.component_log_prob(flat, *parameters, self.woodbury())
-        return out.reshape(*lead, self.n_components)
-
-    def responsibilities(self, x: Tensor, temperature: float = 1.0) -> Tensor:
-        """p(k | x), dense: (..., D) -> (..., K). softmax((log pi + log p(x|k)) / temperature), eq. 8."""
-        if not torch.compiler.is_compiling():
-            temperature = check_positive(temperature, "temperature")
-        log_weights = self.parameters_in_compute_dtype()[3]
-        return ((self.component_log_prob(x) + log_weights) / temperature).softmax(-1)
-
-    def assign(self, x: Tensor) -> Tensor:
-        """The most responsible component: (..., D) -> (...) int64; -1 for a token that is not finite."""
-        flat, lead = self._flat(x)
-        with torch.no_grad():
-            return self._active(flat).components[:, 0].long().reshape(lead)
-
-    def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
-        """The components that matter for each token, and the latents inside them.
-
-        Args:
-            x: (..., D).
-            top_k: most components per token; None keeps every active one.
-
-        Returns:
-            A `Code` with C = min(top_k, K) slots, or as many as the most ambiguous token needs when top_k is None.
-            Differentiable in x and the parameters.
-        """
-        return encoded(self, x, top_k)
-
-    def _latents(self, x: Tensor, components: Tensor) -> Tensor:
-        """E[z | x, k] for the held slots of components (N, C): (N, C, R), 0 elsewhere."""
-        count, slots = components.shape
-        tokens = torch.arange(count * slots, device=x.device) // slots
-        parameters = self.parameters_in_compute_dtype()[:3]
-        pairs = ops.latents(x, tokens, components.flatten(), *parameters, self.woodbury())
-        return pairs.view(count, slots, self.rank)
-
-    def decode(self, code: Code) -> Tensor:
-        """sum_k r_k (mu_k + W_k z_k): (..., D); eq. 11-13 with the code's components."""
-        code = checked_code(code, self.rank, self.means.device)
-        means, loadings = functional.compute_dtype(self.means, self.loadings)
-        components = code.components.flatten(0, -2) if code.components.dim() > 1 else code.components.unsqueeze(0)
-        out = ops.decode(
-            components.clamp(-2, MOST_COMPONENTS).int(),  # 2^32 shall not become 0
-            code.responsibilities.reshape(components.shape).to(means.dtype),
-            code.latents.reshape(*components.shape, self.rank).to(means.dtype),
-            means,
-            loadings,
-        )
-        return out.reshape(*code.components.shape[:-1], self.n_features)
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[the noise-free x | x] = sum_k r_k (mu_k + W_k E[z | x, k]): (..., D) -> (..., D)."""
-        flat, lead = self._flat(x)
-        parts = [self.decode(self.encode(chunk, top_k=None)) for chunk in flat.split(_TOKENS_PER_CHUNK)]
-        return (torch.cat(parts) if parts else flat).reshape(*lead, self.n_features)
-
-    def posterior(self, x: Tensor, component: int | Tensor) -> tuple[Tensor, Tensor]:
-        """p(z | x, k) = N(mean, covariance).
-
-        Args:
-            x: (..., D).
-            component: an int, or an integer tensor that broadcasts to (...).
-
-        Returns:
-            mean (..., R) and covariance M_k^-1, (R, R) for an int, else (..., R, R).
-        """
-        flat, lead = self._flat(x)
-        cholesky = self.woodbury().cholesky
-        if isinstance(component, Tensor) or is_several(component):
-            component = check_integers(component, "component")
-            try:
-                index = component.to(flat.device).expand(lead).reshape(-1).long()
-            except (RuntimeError, NotImplementedError) as error:  # values that are not there, on the meta device
-                raise ValueError(
-                    f"component must broadcast to {tuple(lead)}, as x has it, got {tuple(component.shape)} on "
-                    f"{component.device}"
-                ) from error
-            if index.numel() and (int(index.min()) < 0 or int(index.max()) >= self.n_components):
-                raise IndexError(
-                    f"component must be in [0, {self.n_components}), got values from {int(index.min())} to "
-                    f"{int(index.max())}"
-                )
-            covariance = torch.cholesky_inverse(cholesky[index]).reshape(*lead, self.rank, self.rank)
-        else:
-            k = check_component(component, self.n_components)
-            index = torch.full((flat.shape[0],), k, device=flat.device)
-            covariance = torch.cholesky_inverse(cholesky[k])
-        mean = self._latents(flat, index.int().unsqueeze(-1)).squeeze(1)
-        return mean.reshape(*lead, self.rank), covariance
-
-    @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """n draws from the mixture, (n, D). ValueError where so many do not fit into memory."""
-        n, generator = check_integer(n, "n"), check_generator(generator)
-        means, loadings, noise_variance, log_weights = self.parameters_in_compute_dtype()
-        like: dict[str, Any] = {"generator": generator, "device": means.device, "dtype": means.dtype}
-        try:
-            uniform = torch.rand(n, **like)
-            z, noise = torch.randn(n, self.rank, **like), torch.randn(n, self.n_features, **like)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # so says the allocator of a CPU
-            raise ValueError(f"n must be a number of draws that fit into memory, got {n}") from error
-        components = torch.searchsorted(log_weights.exp().cumsum(0), uniform).clamp_max(self.n_components - 1)
-        noise *= noise_variance.expand_as(means)[components].sqrt()
-        ones = torch.ones(n, 1, dtype=means.dtype, device=means.device)
-        return ops.decode(components.int().unsqueeze(-1), ones, z.unsqueeze(1), means, loadings) + noise
 
     @door
     @torch.no_grad()

@@ -11,7 +11,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,8 @@ from mfa_kernels.common.modes import door
 from mfa_kernels.common.places import PAPER, check_place
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.common.reading import SHARE, check_file, naming, optional, shown
-from mfa_kernels.mixture.saving import _allocate, _extra, checked_place
-
-if TYPE_CHECKING:
-    from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.mixture.saving import M, allocated, checked_extra, checked_place
 
 _REFERENCE_TENSORS = ("mu", "dir_raw", "scale_rho", "psi_rho", "pi_logits")
 _BARE_EPS_FLOOR = 1e-8  # what the paper's loader takes where a file does not say
@@ -39,14 +37,14 @@ _OBLIQUE = 1e-2  # farther from orthogonal than the rounding of bfloat16 explain
 @door
 @torch.no_grad()
 def load_reference(
-    cls: type[MFA],
+    cls: type[M],
     path: StrPath,
     *,
     eps_floor: float | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-) -> MFA:
+) -> M:
     """A mixture from a .pt or .ckpt file of the paper's own code, read without running code from it.
 
     Both of its containers are read, {"state_dict", "meta"} with the rank under "q" or "rank", and the bare state dict;
@@ -91,7 +89,7 @@ def load_reference(
             file_dtype = torch.promote_types(file_dtype, tensor.dtype)
         noise = "per_component" if state["psi_rho"].dim() == 2 else "shared"
         mfa = cls(components, features, rank, noise, noise_floor=eps_floor, device="meta", dtype=file_dtype)
-    mfa = _allocate(mfa, device, dtype)
+    mfa = allocated(mfa, device, dtype)
 
     mfa.means.copy_(state["mu"])
     mfa.center.copy_(state["mu"].mean(0, dtype=torch.float64))
@@ -245,7 +243,7 @@ def _read_rotation(path: StrPath, state: Mapping[str, Tensor], meta: Mapping[str
     return rotation
 
 
-def _parts(mfa: MFA, description: str, progress: bool) -> Iterator[slice]:
+def _parts(mfa: Mixture, description: str, progress: bool) -> Iterator[slice]:
     """Slices of components whose loadings take 64 MiB in float64."""
     step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * max(mfa.rank, 1)))
     with progress_bar(total=mfa.n_components, desc=description, unit="component", delay=2, progress=progress) as bar:
@@ -271,7 +269,7 @@ def _inverse_softplus(value: Tensor) -> Tensor:
 
 @door
 @torch.no_grad()
-def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool = True) -> None:
+def save_reference(mfa: Mixture, path: StrPath, *, format: int = 1, progress: bool = True) -> None:
     """Writes a .pt file that the paper's own code loads, to a temporary name and then renamed.
 
     The file is float64 for a float64 mixture, else float32. `center` has no place in it (`load_reference` takes the
@@ -323,7 +321,7 @@ def save_reference(mfa: MFA, path: StrPath, *, format: int = 1, progress: bool =
     meta: dict[str, Any] = {**shared, "eps_floor": eps_floor, "version": 1}
     if format == 1:
         meta |= {"q": rank, "dtype": str(dtype), "rotation_on": False, "rotation_kind": None, "rotation_params": {}}
-        if extra := _extra(mfa, None):
+        if extra := checked_extra(mfa, None):
             meta["extra"] = extra
     else:
         meta |= {"cls": "MFA", "rank": rank}

@@ -19,7 +19,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -46,13 +46,14 @@ from mfa_kernels.common.reading import (
 )
 from mfa_kernels.common.sharing import local_paths
 from mfa_kernels.common.version import __version__
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.functional import PRECISIONS
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
-    from mfa_kernels.mixture.mfa import MFA
+M = TypeVar("M", bound=Mixture)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MODEL_TYPE = "mfa_kernels"
@@ -74,7 +75,7 @@ _KINDS = {
 
 
 @door
-def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | None = None) -> None:
+def save_pretrained(mfa: Mixture, folder: StrPath, *, extra: Mapping[str, Any] | None = None) -> None:
     """Writes config.json and model.safetensors; a reload is bitwise equal.
 
     Whenever it is read, or if the save is cut off, the folder holds the old mixture or the new one, whole: both files
@@ -91,7 +92,7 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
     Raises:
         FileExistsError: the folder has a config.json of something else, such as a language model.
     """
-    folder, config = check_path(folder, "folder"), _sealed(_config(mfa, extra, mfa.fit_report))
+    folder, config = check_path(folder, "folder"), sealed(config_of(mfa, extra, mfa.fit_report))
     if mfa.means.is_meta:
         raise ValueError("the mixture must hold values to be saved, its parameters are on the meta device")
     if folder.is_file():
@@ -100,12 +101,12 @@ def save_pretrained(mfa: MFA, folder: StrPath, *, extra: Mapping[str, Any] | Non
     with atomic_path(folder / CONFIG) as config_file, atomic_path(folder / WEIGHTS) as weights_file:
         atomic_write_json(config_file, config)
         tensors = {name: tensor.detach().cpu() for name, tensor in mfa.tensors().items()}
-        metadata = _metadata(config)
+        metadata = header_metadata(config)
         metadata[checksum.KEY] = checksum.of_tensors(tensors, metadata)
         atomic_save_safetensors(tensors, weights_file, metadata)
 
 
-def _extra(mfa: MFA, extra: Mapping[str, Any] | None) -> dict[str, Any]:
+def checked_extra(mfa: Mixture, extra: Mapping[str, Any] | None) -> dict[str, Any]:
     extra = getattr(mfa, "extra", {}) if extra is None else extra
     if not isinstance(extra, Mapping):
         raise TypeError(f"extra must be a dict, got {type(extra).__name__}")
@@ -131,7 +132,7 @@ def fit_report_of(config: Mapping[str, Any], path: Path) -> FitReport | None:
     return None if fit is None else FitReport.from_dict(fit, f"{path}: fit")
 
 
-def _config(mfa: MFA, extra: Mapping[str, Any] | None, report: Any) -> dict[str, Any]:
+def config_of(mfa: Mixture, extra: Mapping[str, Any] | None, report: Any) -> dict[str, Any]:
     return {
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
@@ -143,25 +144,25 @@ def _config(mfa: MFA, extra: Mapping[str, Any] | None, report: Any) -> dict[str,
         "precision": mfa.precision,
         "noise_floor": mfa.noise_floor,
         "dtype": str(mfa.means.dtype).removeprefix("torch."),
-        "extra": _extra(mfa, extra),
+        "extra": checked_extra(mfa, extra),
         **_fit_report(report),
     }
 
 
-def _sealed(config: dict[str, Any]) -> dict[str, Any]:
+def sealed(config: dict[str, Any]) -> dict[str, Any]:
     """With a key that tells the configs of two saves apart, and stays when one is edited by hand."""
     text = json.dumps(config, sort_keys=True)
     return {**config, "saved_as": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
-def _metadata(config: dict[str, Any]) -> dict[str, str]:
+def header_metadata(config: dict[str, Any]) -> dict[str, str]:
     """What the header of the weights says, besides their checksum."""
     return {"format": "pt", "config": json.dumps(config)}
 
 
 @door
 def load_pretrained(
-    cls: type[MFA],
+    cls: type[M],
     folder_or_hub_id: StrPath,
     *,
     device: torch.device | str | None = None,
@@ -172,7 +173,7 @@ def load_pretrained(
     token: str | bool | None = None,
     cache_dir: StrPath | None = None,
     local_files_only: bool = False,
-) -> MFA:
+) -> M:
     """A mixture from what `save_pretrained` or `push_to_hub` wrote.
 
     Args:
@@ -199,7 +200,7 @@ def load_pretrained(
     device, dtype = checked_place(device, dtype)
     if subfolder is not None:
         check_text(subfolder, "subfolder")
-    config_path, weights_path = _find(
+    config_path, weights_path = find_files(
         folder_or_hub_id,
         subfolder,
         revision=revision,
@@ -207,13 +208,13 @@ def load_pretrained(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    config = _read_config(config_path)
+    config = read_config(config_path)
     saved, metadata = read_safetensors(weights_path)
     if checksum.KEY in metadata:
         checksum.compare(checksum.of_tensors(saved, metadata), metadata[checksum.KEY], weights_path, "its header")
-    config = _of_the_weights(config, metadata, weights_path)
+    config = config_beside(config, metadata, weights_path)
     # On the meta device nothing is allocated before the shapes are known to fit, and no random numbers are drawn.
-    mfa = _blank(cls, config, config["n_components"], precision, config_path)
+    mfa = blank_mixture(cls, config, config["n_components"], precision, config_path)
     expected = mfa.tensors()
     if set(saved) != set(expected):
         raise ValueError(f"{weights_path} holds the tensors {sorted(saved)}, expected {sorted(expected)}")
@@ -224,7 +225,7 @@ def load_pretrained(
                 f"{weights_path}: {name} is {found[1]} of shape {found[0]}, expected {wanted[1]} of shape {wanted[0]} "
                 f"by {CONFIG}"
             )
-    mfa = _allocate(mfa, device, dtype)
+    mfa = allocated(mfa, device, dtype)
     mfa.load_state_dict(saved)
     mfa.extra, mfa.fit_report = config.get("extra", {}), fit_report_of(config, config_path)
     return mfa
@@ -235,7 +236,7 @@ def checked_place(device: Any, dtype: Any) -> tuple[torch.device | None, torch.d
     return None if device is None else check_device(device), None if dtype is None else check_dtype(dtype)
 
 
-def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> MFA:
+def blank_mixture(cls: type[M], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> M:
     """A mixture of so many components on the meta device; where the config does not make one, an error names it."""
     with naming(path, "the config of a mixture"):
         return cls(
@@ -250,7 +251,7 @@ def _blank(cls: type[MFA], config: Mapping[str, Any], components: int, precision
         )
 
 
-def _allocate(mfa: MFA, device: torch.device | str | None, dtype: torch.dtype | None) -> MFA:
+def allocated(mfa: M, device: torch.device | str | None, dtype: torch.dtype | None) -> M:
     """Memory for a mixture on the meta device; the values are yet to be written."""
     if device is None:
         with of_the_caller():
@@ -258,7 +259,7 @@ def _allocate(mfa: MFA, device: torch.device | str | None, dtype: torch.dtype | 
     return mfa.to(dtype=dtype or mfa.means.dtype).to_empty(device=device)
 
 
-def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Path]:
+def find_files(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Path]:
     """Local paths of config.json and model.safetensors."""
     path = check_path(source, "folder_or_hub_id")
     if path.is_dir():
@@ -293,11 +294,11 @@ def _find(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Pat
     return config, weights
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
     return _checked(read_json(path), path)
 
 
-def _of_the_weights(config: dict[str, Any], metadata: dict[str, str], path: Path) -> dict[str, Any]:
+def config_beside(config: dict[str, Any], metadata: dict[str, str], path: Path) -> dict[str, Any]:
     """`config`, read from config.json, if it was saved with the weights of this header; else the header's copy."""
     if "config" not in metadata:  # saved without one, perhaps with the floor, or by another program
         with naming(path, "a file of weights with a noise floor"):
@@ -327,7 +328,7 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
 
 
 def push_to_hub(
-    mfa: MFA,
+    mfa: Mixture,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -360,7 +361,7 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
-    where, path = next(local_paths(_extra(mfa, extra), "extra"), (None, None))
+    where, path = next(local_paths(checked_extra(mfa, extra), "extra"), (None, None))
     if where is not None:
         raise ValueError(f"{where} is the path {path!r} of this machine, which is not uploaded: give another extra")
     api = HfApi(token=token, library_name=MODEL_TYPE, library_version=__version__)
@@ -370,7 +371,7 @@ def push_to_hub(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            atomic_write_text(Path(folder) / "README.md", _model_card(mfa, repo_id, _extra(mfa, extra)))
+            atomic_write_text(Path(folder) / "README.md", _model_card(mfa, repo_id, checked_extra(mfa, extra)))
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
@@ -379,7 +380,7 @@ def push_to_hub(
         )
 
 
-def _model_card(mfa: MFA, repo_id: str, extra: Mapping[str, Any]) -> str:
+def _model_card(mfa: Mixture, repo_id: str, extra: Mapping[str, Any]) -> str:
     notes = "".join(f"- {key}: {value}\n" for key, value in {**extra, **_fit_in_words(mfa.fit_report)}.items())
     return f"""---
 library_name: {MODEL_TYPE}

@@ -1,15 +1,26 @@
-"""Scans of many rows under parameters that stand still, through certified bounds where these pay (`ops.screen`)."""
+"""When components are ruled out by bounds instead of being computed: one policy for models, EM and steering.
+
+`mfa_kernels.ops.screen` makes the bounds; this file decides whether they pay. Counts decide, never times: the same
+tokens and parameters give the same decision on any machine.
+
+    model      `MFA.screen` tunes the bounds once; a batch under parameters that have moved prepares them again, where
+               `modelled_cost` of the last batch, stage 0 included, is below that of the dense scan
+    EM         `Screening` knows how many rows are to come under the same parameters, and tunes again after a drift
+    steering   a mixture whose rows no cache holds is screened unasked, since tokens come one by one
+    interpret  a store of many rows is screened unasked
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mfa_kernels.common.checks import check_flag
 from mfa_kernels.common.processes import ALONE, Processes
-from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.scan.op import log_prob
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
@@ -18,12 +29,105 @@ from mfa_kernels.ops.screen.cost import modelled_cost
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
-SAMPLE = 512
-"""Rows that `choose` looks at."""
+DRAWS = 256
+"""Samples of the mixture that `MFA.screen` tunes itself on when no tokens are given."""
 
-_STAGE_0 = 5  # what stage 0 costs at most per coordinate, in rows of the dense scan
-_APART = 1 << 16  # rows between two choices, each of which costs as much as a dense scan of some thousands
-_DRIFT = 0.25  # of what a scan cost when its screen was chosen, from which on another choice is due
+SAMPLE = 512
+"""Rows that EM tunes the bounds on."""
+
+_LONE_TOKEN_VALUES = 1 << 22  # 16 MB of component rows in float32 are more than a cache holds
+_MANY_ROWS = 16384  # tuning costs as much as the dense scan of about a thousand rows
+_STAGE_0 = 5  # EM charges stage 0, per coordinate of the bounds, as many rows of the dense scan: the most it costs
+_APART = 1 << 16  # EM tunes at most once per this many rows: tuning costs a dense scan of a few thousand
+_DRIFT = 0.25  # EM tunes again when the measured cost differs from the cost at tuning time by this fraction
+
+
+def pays_for_lone_tokens(woodbury: Woodbury) -> bool:
+    """True where tokens that come one by one are worth screening unasked."""
+    return woodbury.is_cpp and woodbury.rows.numel() >= _LONE_TOKEN_VALUES
+
+
+def pays_for_rows(woodbury: Woodbury, rows: int) -> bool:
+    """True where so many rows under the same parameters are worth screening unasked."""
+    return woodbury.is_cpp and rows >= _MANY_ROWS
+
+
+def cost(mfa: Mixture, evaluated: Tensor, coordinates: int, tokens: int | None = None) -> float:
+    """Cost of a token through bounds of so many coordinates, in units of its dense scan; below 1, bounds pay.
+
+    Args:
+        mfa: the mixture.
+        evaluated: components computed for each of some tokens like it, (N,) int32.
+        coordinates: p.
+        tokens: among which stage 0 is shared; None leaves it out.
+    """
+    return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, coordinates, tokens)
+
+
+class ModelScreen(NamedTuple):
+    """The bounds of a mixture after `MFA.screen`.
+
+    Attributes:
+        woodbury: terms of the parameters that they were made from.
+        screen: the bounds; None where the dense scan costs less.
+        evaluated: components computed per token of the last batch, (N,) int32; None without bounds.
+    """
+
+    woodbury: Woodbury
+    screen: AnyScreen | None = None
+    evaluated: Tensor | None = None
+
+    def following(self, mfa: Mixture, woodbury: Woodbury, tokens: int) -> AnyScreen | None:
+        """Returns the bounds of the parameters as they are; None where the dense scan of so many tokens costs less."""
+        if self.woodbury is woodbury or self.screen is None or self.evaluated is None:
+            return self.screen
+        if not tokens or cost(mfa, self.evaluated, self.screen.basis.shape[1], tokens) >= 1:
+            return None
+        return op.refresh(self.screen, *mfa.prepared()[0], woodbury)
+
+
+def wants_lists(mfa: Mixture, neighbors: bool | None) -> bool:
+    """Returns `neighbors`, or for None whether lists of neighbors pay at this K; raises where they cannot be made."""
+    if neighbors is None:
+        return lists.LEAST_COMPONENTS <= mfa.n_components <= lists.AT_ONCE
+    if check_flag(neighbors, "neighbors") and not mfa.woodbury().is_cpp:
+        raise ValueError(
+            "neighbors must be None or False here: only the C++ kernels, on a CPU, have lists of neighbors"
+        )
+    return bool(neighbors)
+
+
+def tuned(mfa: Mixture, x: Tensor, listed: bool) -> ModelScreen:
+    """Returns the bounds that cost least on tokens x (N, D).
+
+    Args:
+        mfa: the mixture; the call is made under `torch.no_grad`.
+        x: (N, D), a few hundred tokens like those to come.
+        listed: whether lists of neighbors are made too.
+    """
+    parameters, woodbury = mfa.prepared()
+    x = x.to(parameters[0].dtype).contiguous()
+    chosen = op.choose(x, *parameters, woodbury, _least(listed)) if len(x) else None
+    if chosen is None:
+        return ModelScreen(woodbury)
+    chosen = _listed(mfa, chosen) if listed else chosen
+    return ModelScreen(woodbury, chosen, _scan(mfa, x, chosen).evaluated)
+
+
+def _least(listed: bool) -> int:
+    """The fewest coordinates of bounds."""
+    return lists.FEATURES if listed else 16
+
+
+def _listed(mfa: Mixture, screen: AnyScreen) -> AnyScreen:
+    parameters, woodbury = mfa.prepared()
+    return op.with_neighbors(screen, *parameters, woodbury) if isinstance(screen, Screen) else screen
+
+
+def _scan(mfa: Mixture, x: Tensor, screen: AnyScreen) -> ScreenedPairs:
+    parameters, woodbury = mfa.prepared()
+    constants = woodbury.constants(parameters[3])
+    return op.scan(x, woodbury, constants, screen, activity_threshold(mfa.n_components, x.dtype), SLOTS)
 
 
 class Screening:
@@ -31,32 +135,32 @@ class Screening:
 
     Stage 0 of screening runs whenever the parameters change, if the rows to come under the new ones pay for it. Which
     coordinates the bounds use is chosen on a sample, and kept until the counts of what they leave have changed. Counts
-    decide, not times, and `state` holds them: a run that goes on from there takes the same scans. Results are those of
+    decide, not times, and `state` holds them: a run that resumes from there takes the same scans. Results are those of
     the dense scan, to rounding, which noise per component and a GPU always take.
 
     Args:
-        mfa: whose parameters they are.
+        mfa: the mixture, or this process's components.
         sample: rows (n, D) like those to come, on its device; those of process 0 count.
-        processes: who else scans; all of them call `prepare` and `state` together.
+        processes: the processes that scan; all of them call `prepare` and `state` together.
     """
 
-    def __init__(self, mfa: MFA, sample: Tensor, processes: Processes = ALONE) -> None:
+    def __init__(self, mfa: Mixture, sample: Tensor, processes: Processes = ALONE) -> None:
         self.mfa, self.processes = mfa, processes
         dtype, device = mfa.woodbury().scale.dtype, mfa.means.device
         self.sample = processes.agree(lambda: sample[:SAMPLE].to("cpu", dtype)).to(device).contiguous()
-        self.basis: Tensor | None = None  # (D, p), where a choice was for screening
-        self.cost = 1.0  # of a scan when it was chosen, in units of the dense scan
-        self.since: float = _APART  # rows since the last choice
-        self.decided = self.used = False  # for the parameters as they are
-        self.rows, self.work = 0.0, 0.0  # scanned through bounds since they changed; in dense ones
+        self.basis: Tensor | None = None  # (D, p); None where the dense scan costs less
+        self.cost = 1.0  # per row at tuning time, in units of the dense scan
+        self.since: float = _APART  # rows scanned since the bounds were tuned
+        self.decided = self.used = False  # about the parameters as they are
+        self.rows, self.work = 0.0, 0.0  # rows through bounds since the last decision, and their cost
         self._screen: tuple[Woodbury, AnyScreen] | None = None
 
     def parameters_moved(self) -> None:
-        """Parameters are others now: what was decided for the old ones is over."""
+        """Discards the bounds, and the decision made for the parameters before the change."""
         self.decided = self.used = False
         self._screen = None
 
-    @torch.no_grad()  # with gradients, a mixture gives new factors at every call
+    @torch.no_grad()  # with gradients, a mixture computes its Woodbury terms anew at every call
     def prepare(self, rows: int, total: float) -> None:
         """Decides how rows are scanned until the parameters move; at most once for each state of them.
 
@@ -69,51 +173,47 @@ class Screening:
         if not self.decided:
             self.decided = True
             self._level()
-            # Only the C++ kernels know bounds; those of noise per component are not used here.
-            exact = self.mfa.precision != "reference"
-            if woodbury.rows.dim() == 4 and not woodbury.per_component and exact and rows:
+            # On a GPU, and for noise per component, EM takes the dense scan.
+            if woodbury.is_cpp and not woodbury.per_component and self.mfa.precision != "reference" and rows:
                 if total >= _APART <= self.since and (self.basis is None or self._drifted()):
-                    self._choose(woodbury, lists.FEATURES if listed else 16)
+                    self._choose(_least(listed))
                 saved = rows * (1 - self.cost)
                 self.used = self.basis is not None and saved > _STAGE_0 * self.basis.shape[1]
             self.rows, self.work = 0.0, 0.0
         if not self.used:
             self._screen = None
         elif self._screen is None or self._screen[0] is not woodbury:
-            parameters = self._parameters()
-            screen = op.screen(*parameters, woodbury, basis=self.basis)
-            if listed and isinstance(screen, Screen):
-                screen = op.with_neighbors(screen, *parameters, woodbury)
-            self._screen = woodbury, screen
+            screen = op.screen(*self.mfa.prepared()[0], woodbury, basis=self.basis)
+            self._screen = woodbury, _listed(self.mfa, screen) if listed else screen
 
     @torch.no_grad()
     def ready(self) -> bool:
-        """Whether `scan` goes through bounds."""
+        """True where `scan` goes through bounds."""
         return self._screen is not None and self._screen[0] is self.mfa.woodbury()
 
     @torch.no_grad()
     def scan(self, x: Tensor) -> ActivePairs:
-        """log p(x) and the active pairs of rows x (n, D)."""
-        woodbury = self.mfa.woodbury()
+        """Returns log p(x) and the active pairs of rows x (n, D)."""
+        parameters, woodbury = self.mfa.prepared()
         x = x.to(woodbury.scale.dtype).contiguous()
         self.since += len(x)
         if self._screen is None or not self.ready():
-            return log_prob(x, *self._parameters(), woodbury)
-        screened = self._scan(x, woodbury, self._screen[1])
+            return log_prob(x, *parameters, woodbury)
+        screened = _scan(self.mfa, x, self._screen[1])
         if len(x):
             self.rows += len(x)
             self.work += self._cost(screened) * len(x)
         return screened.active
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What later decisions depend on, for a checkpoint."""
+        """Returns what later decisions depend on, for a checkpoint."""
         self._level()
         names = ("cost", "since", "decided", "used", "rows", "work")
         tensors = {} if self.basis is None else {"screening.basis": self.basis}
         return tensors, {"screening": {name: getattr(self, name) for name in names}}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave; nothing, where that was of another number of processes."""
+        """Takes over what `state` gave; nothing where that was of another number of processes."""
         for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
         self.basis = tensors["screening.basis"].clone() if "screening.basis" in tensors else None
@@ -129,26 +229,18 @@ class Screening:
             counts = self.processes.totals(self.since, self.rows, self.work)
             self.since, self.rows, self.work = (count / self.processes.count for count in counts)
 
-    def _parameters(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        means, loadings, noise, log_weights = (p.detach() for p in self.mfa.parameters_in_compute_dtype())
-        return means, loadings, noise, log_weights
-
-    def _scan(self, x: Tensor, woodbury: Woodbury, screen: AnyScreen) -> ScreenedPairs:
-        constants = woodbury.constants(self._parameters()[3])
-        return op.scan(x, woodbury, constants, screen, activity_threshold(self.mfa.n_components, x.dtype), SLOTS)
-
     def _cost(self, screened: ScreenedPairs) -> float:
         assert self.basis is not None
-        shape = self.mfa.n_components, self.mfa.n_features, self.mfa.rank, self.basis.shape[1]
-        return modelled_cost(screened.evaluated, *shape)
+        return cost(self.mfa, screened.evaluated, self.basis.shape[1])
 
     def _drifted(self) -> bool:
-        """Whether the bounds left much more, or much less, under the parameters before these than when chosen."""
+        """True where the bounds left much more, or much less, under the parameters before these than when tuned."""
         return self.rows > 0 and abs(self.work / self.rows - self.cost) > _DRIFT * self.cost
 
-    def _choose(self, woodbury: Woodbury, least: int) -> None:
-        chosen = op.choose(self.sample, *self._parameters(), woodbury, least)
+    def _choose(self, least: int) -> None:
+        parameters, woodbury = self.mfa.prepared()
+        chosen = op.choose(self.sample, *parameters, woodbury, least)
         self.since, self.cost = 0, 1.0
         self.basis = None if chosen is None else chosen.basis.contiguous()
-        if chosen is not None:  # it is not kept: a run that goes on from a checkpoint can only prepare it anew
-            self.cost = self._cost(self._scan(self.sample, woodbury, chosen))
+        if chosen is not None:  # a run that resumes from a checkpoint can only prepare the bounds anew, so all do
+            self.cost = self._cost(_scan(self.mfa, self.sample, chosen))

@@ -1,10 +1,8 @@
 """A mixture whose components are spread over the processes of a process group, for K that does not fit on one device.
 
 Every process scans the tokens against its own components; log p(x) is the logsumexp over the processes of what each
-finds.
-Gradients and statistics of a component stay where it is: what travels per token is one log-density from each process,
-    and
-for codes its slots.
+finds. Gradients and statistics of a component stay where it is: what travels per token is one log-density from each
+process, and for codes its slots.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfa_kernels import ops
 from mfa_kernels.common import checksum
@@ -27,18 +25,18 @@ from mfa_kernels.common.places import MIXTURE, check_replaced
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.common.reading import opened
 from mfa_kernels.mixture import saving
-from mfa_kernels.mixture.codes import Code, checked_code, encoded
+from mfa_kernels.mixture.base import Mixture, Parameters
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 
 _PIECE_ELEMENTS = 1 << 24  # of a tensor on its way to the file
 _SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# What the processes compute alike from alike tensors is called common. Its gradient is the same on every process.
+# A tensor is common where every process holds the same values; its gradient is then the same on every process.
 
 
 class _Stack(torch.autograd.Function):
-    """A tensor of each process's own -> all of them (size, ...), common."""
+    """Stacks the processes' own tensors: (...) -> (size, ...), common."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, processes: Processes) -> Tensor:
@@ -51,7 +49,7 @@ class _Stack(torch.autograd.Function):
 
 
 class _Use(torch.autograd.Function):
-    """A common tensor, for the use of each process's own components: its gradient is the sum of theirs."""
+    """Hands a common tensor to each process's own components: its gradient is the sum of theirs."""
 
     @staticmethod
     def forward(ctx: Any, common: Tensor, processes: Processes) -> Tensor:
@@ -66,7 +64,7 @@ class _Use(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """A tensor of each process's own -> their sum, common."""
+    """Sums the processes' own tensors: the sum is common."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, processes: Processes) -> Tensor:
@@ -79,14 +77,18 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-class ShardedMFA(nn.Module):
+def _of_local(name: str) -> Any:
+    """A property that is the attribute of this name of `local`."""
+    return property(lambda self: getattr(self.local, name))
+
+
+class ShardedMFA(Mixture):
     """One mixture, each process with some of its components: component-parallel. `fitting.fit_sharded` fits one to
     data.
 
     The methods are collective: every process calls them, with the same tokens, and gets the same result. So is
-        backward;
-    afterwards a process has the gradients of its own components, and all have that of a shared noise and of x. An
-    optimiser on every process then moves the parameters as one process would move them.
+    backward; afterwards a process has the gradients of its own components, and all have that of a shared noise and of
+    x. An optimiser on every process then moves the parameters as one process would move them.
 
     Args:
         local: this process's components, a mixture on this process's device; component k of process r is number
@@ -98,12 +100,22 @@ class ShardedMFA(nn.Module):
         local: as given; its own methods see its components alone.
         n_components: K, of all processes.
         first_component: number of this process's first component.
+        threshold: nats below a token's best logit at which a component stops being active.
+        means, loadings, log_noise, noise_variance, weight_logits: of this process's components.
 
     Raises:
         ValueError: on every process, where the mixtures do not fit each other.
     """
 
-    fit_report: Any = None  # `mfa_kernels.fitting.fit_sharded` leaves its `FitReport` here
+    means: Tensor = _of_local("means")
+    loadings: Tensor = _of_local("loadings")
+    log_noise: Tensor = _of_local("log_noise")
+    noise_variance = _of_local("noise_variance")
+    weight_logits: Tensor = _of_local("weight_logits")
+    center: Tensor = _of_local("center")
+    noise_floor: float = _of_local("noise_floor")
+    precision: str = _of_local("precision")
+    extra: dict[str, Any] = _of_local("extra")
 
     def __init__(self, local: MFA, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
@@ -117,14 +129,14 @@ class ShardedMFA(nn.Module):
         counts = self.processes.objects(local.n_components)
         self.n_components, self.first_component = sum(counts), sum(counts[: self.processes.index])
         self.n_features, self.rank, self.noise = local.n_features, local.rank, local.noise
-        self._threshold = activity_threshold(self.n_components, local.parameters_in_compute_dtype()[0].dtype)
+        self.threshold = activity_threshold(self.n_components, local.parameters_in_compute_dtype()[0].dtype)
         with torch.no_grad():
             self.processes.broadcast_(local.center, *([local.log_noise] if self.noise == "shared" else []))
 
     @classmethod
     @door
     def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:
-        """Each process's part of a mixture that every process holds; parameters are copied."""
+        """Returns each process's part of a mixture that every process holds; parameters are copied."""
         start, stop = part_of(mfa.n_components, Processes(group))
         local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
         local.extra = dict(mfa.extra)
@@ -136,71 +148,45 @@ class ShardedMFA(nn.Module):
         return sharded
 
     @property
-    def means(self) -> Tensor:
-        """Of this process's components, (K_local, D), as are `loadings`, `weight_logits` and a noise per component."""
-        return self.local.means
-
-    @property
-    def loadings(self) -> Tensor:
-        """(K_local, D, R)."""
-        return self.local.loadings
-
-    @property
-    def log_noise(self) -> Tensor:
-        """log(Psi - noise_floor), (D,) or (K_local, D)."""
-        return self.local.log_noise
-
-    @property
-    def noise_variance(self) -> Tensor:
-        """Psi, (D,) or (K_local, D)."""
-        return self.local.noise_variance
-
-    @property
-    def noise_floor(self) -> float:
-        return self.local.noise_floor
-
-    @property
-    def weight_logits(self) -> Tensor:
-        """(K_local,)."""
-        return self.local.weight_logits
-
-    @property
     def log_weights(self) -> Tensor:
         """log pi of this process's components, (K_local,): they add up to 1 over all processes."""
         logits = self.local.weight_logits
-        total = _Stack.apply(logits.logsumexp(0), self.processes).logsumexp(0)
-        return logits - _Use.apply(total, self.processes)
+        return logits - self._shared(_Stack.apply(logits.logsumexp(0), self.processes).logsumexp(0))
 
-    def parameters_in_compute_dtype(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """means, loadings, noise_variance, log_weights of this process's components, as the kernels take them."""
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns parameters and centre of this process's components by name, without gradients."""
+        return self.local.tensors()
+
+    def parameters_in_compute_dtype(self) -> Parameters:
+        """Returns means, loadings, noise_variance, log_weights of this process's components, as the kernels take
+        them."""
         means, loadings, noise, _ = self.local.parameters_in_compute_dtype()
         if self.noise == "shared":
-            noise = _Use.apply(noise, self.processes)
+            noise = self._shared(noise)
         return means, loadings, noise, self.log_weights.to(means.dtype)
 
-    def scan(self, x: Tensor, slots: int = SLOTS) -> ActivePairs:
-        """Active pairs of x (N, D) among this process's components alone, numbered from 0; the weights are global."""
-        x = _Use.apply(x, self.processes) if x.requires_grad else x
-        return ops.log_prob(
-            x,
-            *self.parameters_in_compute_dtype(),
-            self.local.woodbury(),
-            slots,
-            exact=self.local.precision != "fast",
-        )
+    def woodbury(self) -> ops.Woodbury:
+        """Returns the Woodbury terms of this process's components."""
+        return self.local.woodbury()
 
-    def _active(self, x: Tensor, slots: int = SLOTS) -> ActivePairs:
-        """Active pairs of x (N, D) among all components."""
+    def scan(self, x: Tensor, slots: int = SLOTS) -> ActivePairs:
+        """Returns the active pairs of x (N, D) among this process's components alone, numbered from 0; the weights are
+        global."""
+        exact = self.precision != "fast"
+        return ops.log_prob(self._shared(x), *self.parameters_in_compute_dtype(), self.woodbury(), slots, exact=exact)
+
+    def active_pairs(self, x: Tensor, slots: int = SLOTS) -> ActivePairs:
+        """Returns log p(x) and the active pairs of x (N, D) among all components."""
         return self.merged(self.scan(x, slots))
 
     def merged(self, own: ActivePairs) -> ActivePairs:
-        """Active pairs among all components, from what the scan of each process's own has found."""
+        """Returns the active pairs among all components, from what the scan of each process's own has found."""
         slots = own.logits.shape[1]
         log_prob = _Stack.apply(own.log_prob, self.processes).logsumexp(0)
         every = _Stack.apply(own.logits, self.processes)  # (size, N, slots), as is what follows
         numbers = self.processes.stacked(torch.where(own.components >= 0, own.components + self.first_component, -1))
         counts = self.processes.stacked(own.counts)
-        least = every.detach().amax((0, 2)) - self._threshold
+        least = every.detach().amax((0, 2)) - self.threshold
         active = (every.detach() >= least.unsqueeze(-1)) & (numbers >= 0)
         cut = ((counts > slots) & active[..., -1]).any(0)  # some process has more of them than slots
         count = active.sum((0, 2))
@@ -208,64 +194,19 @@ class ShardedMFA(nn.Module):
         components = numbers.transpose(0, 1).flatten(1).gather(1, order).masked_fill(logits == -torch.inf, -1)
         return ActivePairs(log_prob, components, logits, torch.where(cut, slots + 1, count).clamp_max(slots + 1).int())
 
-    def _flat(self, x: Any) -> tuple[Tensor, torch.Size]:
-        """Tokens (N, D) of x (..., D), and the shape before D."""
-        return self.local._flat(x)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Mean negative log-likelihood of x (..., D), in nats per token: a training loss."""
-        return -self.log_prob(x).mean()
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, and for that one alone."""
-        flat, lead = self._flat(x)
-        return _Stack.apply(self.scan(flat).log_prob, self.processes).logsumexp(0).reshape(lead)
-
-    @torch.no_grad()
-    def assign(self, x: Tensor) -> Tensor:
-        """The most responsible component of all: (..., D) -> (...) int64; -1 for a token that is not finite."""
-        flat, lead = self._flat(x)
-        own = self.scan(flat)
-        best = self.processes.stacked(own.logits[:, 0].nan_to_num(-torch.inf, -torch.inf, -torch.inf)).argmax(0)
-        number = torch.where(own.components[:, 0] >= 0, own.components[:, 0] + self.first_component, -1)
-        number = self.processes.stacked(number).gather(0, best.unsqueeze(0)).squeeze(0)
-        return number.long().reshape(lead)
-
-    def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
-        """The components of all processes that matter for each token, and the latents inside them: as `MFA.encode`."""
-        return encoded(self, x, top_k)
+    def _log_density(self, x: Tensor) -> Tensor:
+        """log p(x) of x (N, D), (N,): no slots travel for it."""
+        return _Stack.apply(self.scan(x).log_prob, self.processes).logsumexp(0)
 
     def _own(self, components: Tensor) -> Tensor:
-        """Numbers within this process's components, int32; -1 where they are not among them."""
         own = components - self.first_component
         return torch.where((components >= 0) & (own >= 0) & (own < self.local.n_components), own, -1).int()
 
-    def _latents(self, x: Tensor, components: Tensor) -> Tensor:
-        """E[z | x, k] for components (N, C) of all processes: (N, C, R)."""
-        count, slots = components.shape
-        tokens = torch.arange(count * slots, device=x.device) // slots
-        x = _Use.apply(x, self.processes) if x.requires_grad else x
-        parameters = self.parameters_in_compute_dtype()[:3]
-        own = ops.latents(x, tokens, self._own(components).flatten(), *parameters, self.local.woodbury())
-        return _Sum.apply(own, self.processes).view(count, slots, self.rank)
+    def _shared(self, tensor: Tensor) -> Tensor:
+        return _Use.apply(tensor, self.processes) if tensor.requires_grad else tensor
 
-    def decode(self, code: Code) -> Tensor:
-        """sum_k r_k (mu_k + W_k z_k): (..., D)."""
-        code = checked_code(code, self.rank, self.local.means.device)
-        means, loadings = self.local.parameters_in_compute_dtype()[:2]
-        lead, shape = code.components.shape[:-1], (code.components[..., 0].numel(), code.components.shape[-1])
-        own = ops.decode(
-            self._own(code.components).reshape(shape),
-            _Use.apply(code.responsibilities.reshape(shape).to(means.dtype), self.processes),
-            _Use.apply(code.latents.reshape(*shape, self.rank).to(means.dtype), self.processes),
-            means,
-            loadings,
-        )
-        return _Sum.apply(own, self.processes).reshape(*lead, self.n_features)
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """E[the noise-free x | x]: (..., D) -> (..., D)."""
-        return self.decode(self.encode(x, top_k=None))
+    def _summed(self, own: Tensor) -> Tensor:
+        return _Sum.apply(own, self.processes)
 
     # On disk: an ordinary mixture
 
@@ -281,11 +222,11 @@ class ShardedMFA(nn.Module):
         processes, local = self.processes, self.local
         processes.agree(lambda: check_replaced(Path(folder) / saving.CONFIG, MIXTURE, "folder"))
         config = {
-            **processes.agree(lambda: saving._config(local, extra, self.fit_report)),
+            **processes.agree(lambda: saving.config_of(local, extra, self.fit_report)),
             "n_components": self.n_components,
         }
-        config = saving._sealed(config)
-        metadata, of = saving._metadata(config), self._facts()
+        config = saving.sealed(config)
+        metadata, of = saving.header_metadata(config), self._facts()
         digests: dict[str, list[bytes]] = {}
         with ExitStack() as files:
             weights = None
@@ -321,7 +262,7 @@ class ShardedMFA(nn.Module):
         }
 
     def _header(self, metadata: Mapping[str, str], of: Mapping[str, checksum.Fact]) -> bytes:
-        """Of the safetensors file."""
+        """The header of the safetensors file."""
         header: dict[str, Any] = {"__metadata__": metadata}
         end = 0
         for name, tensor in self.local.tensors().items():
@@ -362,7 +303,7 @@ class ShardedMFA(nn.Module):
         subfolder: str | None = None,
         **hub: Any,
     ) -> ShardedMFA:
-        """A saved mixture, of which every process reads its own components alone.
+        """Loads a saved mixture, of which every process reads its own components alone.
 
         Args:
             folder_or_hub_id: what `MFA.save_pretrained` or `save_pretrained` wrote, where every process sees it.
@@ -373,14 +314,14 @@ class ShardedMFA(nn.Module):
         Raises:
             FileNotFoundError, ValueError: as `MFA.from_pretrained`; fewer components than processes among it.
         """
-        config_path, weights_path = saving._find(folder_or_hub_id, subfolder, **hub)
-        config = saving._read_config(config_path)
+        config_path, weights_path = saving.find_files(folder_or_hub_id, subfolder, **hub)
+        config = saving.read_config(config_path)
         processes, tensors = Processes(group), {}
         with opened(weights_path) as file:
             _verify(file, weights_path, processes)
-            config = saving._of_the_weights(config, file.metadata() or {}, weights_path)
+            config = saving.config_beside(config, file.metadata() or {}, weights_path)
             start, stop = part_of(config["n_components"], processes)
-            local = saving._blank(MFA, config, stop - start, precision, config_path)
+            local = saving.blank_mixture(MFA, config, stop - start, precision, config_path)
             expected = local.tensors()
             if set(file.keys()) != set(expected):
                 raise ValueError(f"{weights_path} holds the tensors {sorted(file.keys())}, expected {sorted(expected)}")
@@ -391,7 +332,7 @@ class ShardedMFA(nn.Module):
                 if list(found.get_shape()) != shape:
                     raise ValueError(f"{weights_path}: {name} has shape {found.get_shape()}, expected {shape}")
                 tensors[name] = found[start:stop] if split else found[:]
-        local = saving._allocate(local, device, dtype)
+        local = saving.allocated(local, device, dtype)
         local.load_state_dict(tensors)
         local.extra = config.get("extra", {})
         mfa = cls(local, group)
@@ -413,17 +354,13 @@ def _verify(file: Any, path: Path, processes: Processes) -> None:
     checksum.compare(found, metadata[checksum.KEY], path, "its header")
 
 
-AnyMFA = MFA | ShardedMFA
-"""What fitting changes: parameters of components that are held here, and the processes that hold the others."""
-
-
 def is_split(name: str, noise: str) -> bool:
-    """Whether a parameter of this name has a row for every component."""
+    """True where a parameter of this name has a row for every component."""
     return name in ("means", "loadings", "weight_logits") or (name == "log_noise" and noise == "per_component")
 
 
 def part_of(components: int, processes: Processes) -> tuple[int, int]:
-    """The first component of this process, and the first one after its last."""
+    """Returns the first component of this process, and the first one after its last."""
     if components < processes.count:
         raise ValueError(f"a mixture of {components} components cannot be spread over {processes.count} processes")
     return processes.span(components)

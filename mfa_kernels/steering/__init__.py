@@ -4,7 +4,7 @@ interventions   what to do to an activation: `Toward` a region (eq. 14), `Offset
                 `Reconstruct`, `Remove`
 composition     a list of them folded into one affine map per batch row
 gates           where to act: `Responsibility`, `LogDensity`, and what `&`, `|`, `~` make of them
-evidence        the active components of a token, for gates and for what depends on responsibilities
+active_pairs    the active components of a token, for gates and for what depends on responsibilities
 latents         latents to give: drawn from the prior, or quantiles of those observed in a region
 apply           that map on hidden states; `intervene` for any framework
 tracking        where in its sequence each token of a forward pass is, under a KV cache and padding

@@ -24,8 +24,8 @@ from mfa_kernels.ops.intervene.portable import (
     per_row,
 )
 from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.steering.active_pairs import Reader
 from mfa_kernels.steering.composition import Affine, Composition, RegionTerm, moved
-from mfa_kernels.steering.evidence import Reader
 from mfa_kernels.steering.gates import Gate, Gates, LogDensity, Not, Responsibility, check_gates
 from mfa_kernels.steering.interventions import Row, as_rows
 

@@ -12,6 +12,7 @@ import torch
 
 from mfa_kernels import MFA
 from mfa_kernels.common import moved
+from mfa_kernels.mixture.sharded import ShardedMFA
 
 USED = {
     "checkpoint": "save_pretrained", "checks": "check_integer", "cli": "main", "code": "Code", "codes": "write_codes",
@@ -19,8 +20,9 @@ USED = {
     "fitting.reservoir": "reservoir", "fitting.sharded": "fit_sharded", "fitting.source": "as_source",
     "fitting.start": "start_from_clusters", "functional": "log_prob", "mfa": "MFA", "models": "load_language_model",
     "modes": "door", "ranks": "Processes", "reference_checkpoint": "load_reference", "rotation": "varimax",
-    "sharded": "ShardedMFA", "steering.budget": "alpha_for_kl", "steering.functions": "SteeringFunction",
-    "steering.live": "stream", "steering.paper": "MFASteerer", "tuning": "main",
+    "sharded": "ShardedMFA", "steering.budget": "alpha_for_kl", "steering.evidence": "Reader",
+    "steering.functions": "SteeringFunction", "steering.live": "stream", "steering.paper": "MFASteerer",
+    "tuning": "main",
 }  # fmt: skip
 
 
@@ -68,3 +70,11 @@ def test_a_method_of_before():
     mfa = MFA(2, 3, 1)
     with torch.no_grad(), pytest.warns(FutureWarning, match="this attribute is woodbury now"):
         assert mfa.factors() is mfa.woodbury()
+
+
+@pytest.mark.parametrize("make", [lambda mfa: mfa, ShardedMFA], ids=["MFA", "ShardedMFA"])
+@pytest.mark.parametrize(("old", "new"), [("ranks", "processes"), ("start", "first_component")])
+def test_an_attribute_of_before(old, new, make):
+    mfa = make(MFA(2, 3, 1))
+    with pytest.warns(FutureWarning, match=f"this attribute is {new} now"):
+        assert getattr(mfa, old) is getattr(mfa, new)

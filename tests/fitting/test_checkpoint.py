@@ -20,7 +20,7 @@ from mfa_kernels import MFA
 from mfa_kernels.common import files, locks
 from mfa_kernels.fitting import adam, checkpoint, em, fit, preparation
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
-from mfa_kernels.mixture.sharded import AnyMFA
+from mfa_kernels.mixture.base import Mixture
 from tests.fitting.planted import Store, draw, planted
 
 ROWS = draw(planted(), 3000)
@@ -62,7 +62,7 @@ def run(x: Any = ROWS, **options: Any) -> MFA:
     return fit(x, **chosen)
 
 
-def result(mfa: AnyMFA) -> tuple[list[bytes], dict[str, Any]]:
+def result(mfa: Mixture) -> tuple[list[bytes], dict[str, Any]]:
     """All bits of a mixture, and of its report all but the times."""
     report = asdict(mfa.fit_report)
     report["seconds"] = sorted(report["seconds"])

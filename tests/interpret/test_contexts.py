@@ -8,7 +8,6 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.data import tiny_lm
-from mfa_kernels.interpret import contexts as context_module
 from mfa_kernels.interpret.contexts import (
     assignments,
     axis_contexts,
@@ -18,6 +17,7 @@ from mfa_kernels.interpret.contexts import (
     top_contexts,
 )
 from mfa_kernels.interpret.regions import region_summaries
+from mfa_kernels.mixture import screening
 from tests.interpret.planted import MemoryStore, Words, planted
 
 WORDS = Words()
@@ -134,7 +134,7 @@ def test_many_rows_are_screened_and_nothing_changes(spread: float, monkeypatch: 
     reading: list[MFA] = []
     screen = MFA.screen
     monkeypatch.setattr(MFA, "screen", lambda self, *a, **k: reading.append(self) or screen(self, *a, **k))
-    monkeypatch.setattr(context_module, "_SCREENED_ROWS", 3000)
+    monkeypatch.setattr(screening, "_MANY_ROWS", 3000)
     found = assignments(mfa, store, latents=True, progress=False)
     if mfa.woodbury().is_cpp:
         assert mfa.screened() == (False, None)  # the mixture is as it was
@@ -150,7 +150,7 @@ def test_many_rows_are_screened_and_nothing_changes(spread: float, monkeypatch: 
 
 def test_a_screen_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     mfa, store, _ = planted(features=32)
-    monkeypatch.setattr(context_module, "_SCREENED_ROWS", 1)
+    monkeypatch.setattr(screening, "_MANY_ROWS", 1)
     before = mfa.screen(store.activations[10:50]), mfa.screened()[1]
     assignments(mfa, store, progress=False)
     assert (before[0], mfa.screened()[1]) == before

@@ -358,7 +358,7 @@ def test_dropped_is_a_bound_in_fp32(backend):
     """Log-densities of thousands of nats are rounded to 1e-4; the certificate holds for the logits all the same."""
     mfa = module(64, 768, 4, dtype=torch.float32, spread=0.05)
     x = mfa.sample(64, generator=torch.Generator().manual_seed(0))
-    truth = mfa._active(x, 64).logits.double().softmax(-1)  # every logit as computed, the largest first
+    truth = mfa.active_pairs(x, 64).logits.double().softmax(-1)  # every logit as computed, the largest first
     assert (truth[:, 16] > 1e-6).any()  # more than the slots hold
     for top_k in (1, 3, 8, 16, 40):
         code = mfa.encode(x, top_k=top_k)

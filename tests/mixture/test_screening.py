@@ -46,9 +46,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         counts["screened" if self.ready() else "dense"] += len(x)
         return scan(self, x)
 
-    def counting_choose(self, woodbury, least):
+    def counting_choose(self, least):
         counts["choices"] += 1
-        choose(self, woodbury, least)
+        choose(self, least)
 
     def counting_stage(*args, **kwargs):
         counts["stages"] += 1

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfa_kernels.mixture import codes
 from mfa_kernels.steering import (
     Add,
     LogDensity,
@@ -20,7 +21,7 @@ from mfa_kernels.steering import (
     Remove,
     Responsibility,
     Toward,
-    evidence,
+    active_pairs,
     intervene,
     steer,
 )
@@ -83,7 +84,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(torch, name)
 
-    monkeypatch.setattr(evidence, "torch", Torch())
+    monkeypatch.setattr(active_pairs, "torch", Torch())
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def test_generation_reads_nothing_back(name: str, monkeypatch: pytest.MonkeyPatc
 
 def test_the_watch_sees_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU the evidence does ask: the test above can fail."""
-    monkeypatch.setattr(evidence, "SLOTS", 2)  # fewer than the mixture has components
+    monkeypatch.setattr(codes, "SLOTS", 2)  # fewer than the mixture has components
     model = causal_lm()
     waits = pytest.raises(AssertionError, match="_local_scalar_dense waits for the device")
     with watching(monkeypatch), steer(model, fitting_mixture(), LAYER, None, 0.5), waits:

@@ -26,6 +26,7 @@ from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.data.reservoir import numbered
 from mfa_kernels.data.source import Source, as_source, home, picked
 from mfa_kernels.fitting.kmeans.lloyd import Partition, chunks, lloyd
+from mfa_kernels.fitting.kmeans.nearest_centroid import NearestCentroid
 from mfa_kernels.fitting.kmeans.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.row_weights import check_weights
 from mfa_kernels.ops.common.finite import finite_rows
@@ -38,7 +39,7 @@ _EXCHANGES = 4  # at most, on the sample
 
 
 @dataclass(frozen=True)
-class KMeansResult:
+class KMeansResult(NearestCentroid):
     """Clusters of N rows; of a stream, those of the sample that was kept.
 
     Attributes:

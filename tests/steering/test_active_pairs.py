@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mfa_kernels import MFA
-from mfa_kernels.steering import evidence
-from mfa_kernels.steering.evidence import Reader
+from mfa_kernels.mixture import screening
+from mfa_kernels.steering.active_pairs import Reader
 from tests.helpers.mixtures import mixture, tokens
 
 
@@ -37,9 +37,9 @@ def test_a_screened_mixture_is_read_through_its_screen(problem, count):
 
 def test_a_large_mixture_is_screened_unasked(problem, monkeypatch):
     mfa, _ = problem
-    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.woodbury().rows.numel())
+    monkeypatch.setattr(screening, "_LONE_TOKEN_VALUES", mfa.woodbury().rows.numel())
     assert Reader(mfa, False)._screen is not None
-    monkeypatch.setattr(evidence, "_SCREENED_VALUES", mfa.woodbury().rows.numel() + 1)
+    monkeypatch.setattr(screening, "_LONE_TOKEN_VALUES", mfa.woodbury().rows.numel() + 1)
     assert Reader(copy.deepcopy(mfa), False)._screen is None
     assert Reader(mfa, True)._screen is None
 

@@ -1,29 +1,29 @@
-"""What a mixture says about tokens, for gates and for interventions that depend on responsibilities.
+"""The active pairs of tokens, for gates and for interventions that depend on responsibilities.
 
-`MFA.encode` finds the same, but looks up its cached factors at each call, and under `torch.compile` computes them each
-time. Steering runs at every generated token: here the factors are held.
+`MFA.encode` finds the same, but looks up its Woodbury terms at each call, and under `torch.compile` computes them each
+time. Steering runs at every generated token: here the terms are held.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfa_kernels import ops
+from mfa_kernels.mixture.codes import every_active_pair
 from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.screening import pays_for_lone_tokens
 from mfa_kernels.ops.scan.types import SLOTS, activity_threshold
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.screen.types import AnyScreen
 
-_SCREENED_VALUES = 1 << 22
-"""Values of the rows, K (R + 1) D, from which on a token is screened: 16 MB in float32, more than a cache holds."""
-
 
 class Reader(nn.Module):
-    """A mixture's parameters and factors, as they are now.
+    """A mixture's parameters and Woodbury terms, as they are now.
 
     On a CPU every active component of a token is kept. On other devices, and under `torch.compile`, asking how many
     there are would wait for the answer: there the SLOTS most responsible ones are, which is all of them but for
@@ -45,7 +45,7 @@ class Reader(nn.Module):
         names = ("means", "loadings", "noise_variance", "log_weights")
         for name, value in zip(names, mfa.parameters_in_compute_dtype()):
             self.register_buffer(name, value if differentiable else value.detach(), persistent=False)
-        with torch.no_grad():  # factors of a training step would not be kept
+        with torch.no_grad():  # the terms of a training step would not be kept
             woodbury = mfa.woodbury()
             screen = None if differentiable else _screen(mfa, woodbury)
             self._screen = None if screen is None else (screen, woodbury.constants(self.log_weights))
@@ -57,7 +57,7 @@ class Reader(nn.Module):
         return self.means.device
 
     def _keep(self, name: str, value: Any) -> Any:
-        """A field of the factors with buffers' names in the place of tensors."""
+        """A field of the Woodbury terms with buffers' names in the place of tensors."""
         if isinstance(value, tuple):
             return tuple(self._keep(f"{name}_{i}", entry) for i, entry in enumerate(value))
         if not isinstance(value, Tensor):
@@ -74,15 +74,10 @@ class Reader(nn.Module):
         return ops.Woodbury(*(self._kept(part) for part in self._parts))
 
     def read(self, x: Tensor) -> ops.ActivePairs:
-        """The active pairs of tokens (N, D)."""
-        count = self.means.shape[0]
-        slots = min(SLOTS, count)
-        active = self._active(x, slots)
+        """Returns the active pairs of tokens (N, D)."""
+        scan, count = partial(self._active, x), self.means.shape[0]
         waits = x.is_cuda or torch.compiler.is_compiling()
-        if not waits and slots < count and bool((active.counts > slots).any()):
-            slots = count
-            active = self._active(x, slots)
-        return active
+        return scan(min(SLOTS, count)) if waits else every_active_pair(scan, count)
 
     def _active(self, x: Tensor, slots: int) -> ops.ActivePairs:
         if self._screen is not None and not (torch.is_grad_enabled() and x.requires_grad):
@@ -93,7 +88,7 @@ class Reader(nn.Module):
         return ops.log_prob(x, *parameters, self._factors(), slots, self._exact)
 
     def mixture(self) -> tuple[tuple[Tensor, Tensor, Tensor], ops.Woodbury]:
-        """Means, loadings and noise variance, and their factors."""
+        """Returns means, loadings and noise variance, and their Woodbury terms."""
         return (self.means, self.loadings, self.noise_variance), self._factors()
 
 
@@ -101,8 +96,6 @@ def _screen(mfa: MFA, woodbury: ops.Woodbury) -> AnyScreen | None:
     """The mixture's screen; prepared here for a large mixture, where the rows of every token are read from memory."""
     if not woodbury.is_cpp:  # on a GPU a few tokens read all rows faster
         return None
-    tried, screen = mfa.screened()
-    if not tried and woodbury.rows.numel() >= _SCREENED_VALUES:
+    if not mfa.screened()[0] and pays_for_lone_tokens(woodbury):
         mfa.screen()
-        _, screen = mfa.screened()
-    return screen
+    return mfa.screened()[1]

@@ -1,0 +1,54 @@
+"""The protocol that everything which decomposes activations meets: mixtures, K-means, and what is to come."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from mfa_kernels.common.checks import check_mixture
+from mfa_kernels.mixture.codes import Code
+
+
+@runtime_checkable
+class Decomposition(Protocol):
+    """K components of activations of width D, each with R local directions.
+
+    `MFA`, `ShardedMFA` and the result of `kmeans` are decompositions. Interpretation and evaluation ask for no more
+    wherever this is enough; what needs densities or posteriors asks for a mixture.
+    """
+
+    @property
+    def n_components(self) -> int:
+        """K."""
+
+    @property
+    def n_features(self) -> int:
+        """D."""
+
+    def assign(self, x: Tensor) -> Tensor:
+        """The component that each token belongs to: (..., D) -> (...) int64; -1 for a token that is not finite."""
+
+    def code(self, x: Tensor, top_k: int | None = 8) -> Code:
+        """The components that make up each token, and the latents inside them.
+
+        Args:
+            x: (..., D), any float dtype.
+            top_k: most components per token; None keeps every one that matters.
+
+        Returns:
+            components (..., C) int64, the largest responsibility first, responsibilities (..., C), latents
+            (..., C, R) and dropped (...).
+        """
+
+    def decode(self, code: Code) -> Tensor:
+        """The activations that a code stands for: (..., D), in the dtype of the decomposition."""
+
+    def directions(self, k: int) -> Tensor:
+        """The local directions of component k: (R, D), on the device and in the dtype of the decomposition; R may be
+        0."""
+
+
+def check_decomposition(value: Any, name: str = "mfa") -> Any:
+    """Returns `value` if it meets the protocol, or is a mixture; raises TypeError otherwise."""
+    return value if isinstance(value, Decomposition) else check_mixture(value, name)
