@@ -1,25 +1,19 @@
 """python -m bench.aot: every Triton kernel compiled ahead of time, without a GPU, and what its machine code holds.
 
-Each `mfa_kernels/ops/**/triton_*.py` lists its kernels in
+The calls of bench/launches.py run the package's own code on tensors without memory. Each launch that they come to is
+compiled as Triton would compile it on a GPU: with the same types, constants, and sizes that are 1 or divisible by 16.
 
-    ahead_of_time(config) -> [(name, kernel, {argument: type}, {argument: constexpr value}, {"num_warps": ...}), ...]
-
-for typical arguments (x in bfloat16, R=10, D=4096). `config` is the default configuration of the kind that its
-annotation names (or the module's AHEAD_OF_TIME); a parameter named `architecture` gets 80, 90 or 100. Types are
-Triton's: "*bf16", "i32", "i64"; pointers are aligned to 16 bytes, as torch allocates them, and "i32:16" is an integer
-divisible by 16.
-
-Exits with 1 and says why where a kernel that a module launches is not in its list, does not compile, spills, needs more
-shared memory than the chip has, or is called scan... and does not use the chip's newest matrix instructions.
+Exits with 1 and says why where a kernel (a function of a module that is named *_kernel) is never launched, does not
+compile, spills, needs more shared memory than the chip has, or is one of the scans and does not use the chip's newest
+matrix instructions.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import collections
+import functools
 import importlib
-import inspect
 import json
 import multiprocessing
 import os
@@ -27,23 +21,26 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
-from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common import configs, cuda
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 """Shared memory that one program may ask for, bytes (CUDA C++ programming guide, compute capabilities)."""
-SHAPE = (16384, 8192)
-"""N and K whose default configurations are compiled."""
+SHAPE = (16384, 8192, 4096, 10)
+"""N, K, D and R of the launches."""
+ONES = (1, 1, 1, 1)
 _SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)", re.M)
 _TENSOR = re.compile(r"(?:H|Q|I|D|O)MMA|[HQI]GMMA|UTC\w*MMA")
 _SCAN_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma, wgmma, tcgen05
+_SCANS = ("scan", "nearest")  # how the names of kernels begin that the matrix units must do
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
 
 
@@ -84,7 +81,7 @@ class Row:
 
     @property
     def problems(self) -> list[str]:
-        """What must not ship: no code, spills, more shared memory than there is, a scan beside the matrix units."""
+        """What must not ship: no code, spills, more shared memory than there is, a scan off the matrix units."""
         if self.error:
             return [self.error]
         found = []
@@ -92,7 +89,7 @@ class Row:
             found.append(f"{self.spills} accesses to local memory, {self.stack} bytes of it per thread")
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"{self.shared} bytes of shared memory; the chip has {SHARED_LIMIT[self.architecture]}")
-        if self.kernel.startswith("scan"):
+        if self.kernel.startswith(_SCANS):
             wanted = _SCAN_INSTRUCTION[self.architecture]
             if wanted not in self.tensor_cores:
                 found.append(f"no {wanted}: {self.tensor_cores or 'no matrix instruction at all'}")
@@ -106,72 +103,75 @@ def modules() -> list[str]:
     return [".".join(("mfa_kernels", "ops", *part)) for part in parts]
 
 
-def _jitted(value: Any) -> Any:
-    """The JITFunction under @heuristics and @autotune, or None."""
+class _Driver:
+    """Stands for a GPU of an architecture where Triton asks for the one that it compiles for."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self.architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+
+class Launch(NamedTuple):
+    """A launch by the names of its kernel and of the call that comes to it; `compile()` returns its machine code."""
+
+    name: str
+    module: str
+    kernel: str
+    compile: Callable[[], Any]
+
+
+@functools.cache
+def launches(calls: str, architecture: int, shape: tuple[int, ...] = SHAPE) -> list[Launch]:
+    """Every launch of the calls of a module, each once: the first of those that are the same machine code."""
+    from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    while value is not None and not isinstance(value, JITFunction):
-        value = getattr(value, "fn", None)
-    return value
+    driver.set_active(_Driver(architecture))
+    run, found, launched = JITFunction.run, {}, []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launched.append((kernel, args, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(configs, "architecture", return_value=architecture),
+        mock.patch.object(cuda, "library", return_value=None),
+    ):
+        for call, launch in importlib.import_module(calls).calls(*shape).items():
+            launched.clear()
+            launch()
+            for kernel, args, kwargs in launched:
+                name = f"{kernel.__name__}, {call}" if call else kernel.__name__
+                _, specialization, options = kernel.device_caches[architecture][-1](*args, **kwargs)
+                machine_code = functools.partial(run, kernel, *args, grid=None, warmup=True, **kwargs)
+                key = (kernel.module, kernel.__name__, str(specialization), str(options))
+                found.setdefault(key, Launch(name, kernel.module, kernel.__name__, machine_code))
+    return list(found.values())
 
 
-def launched(module: ModuleType) -> set[str]:
-    """Names of the kernels that a module launches itself: `kernel[grid](...)` in its source."""
-    calls = (node.func for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call))
-    names = {f.value.id for f in calls if isinstance(f, ast.Subscript) and isinstance(f.value, ast.Name)}
-    kernels = (_jitted(getattr(module, name, None)) for name in names)
-    return {kernel.__name__ for kernel in kernels if kernel is not None}
+def compiled(calls: str, index: int, architecture: int, shape: tuple[int, ...]) -> Row:
+    """Compiles one launch and reads its machine code."""
+    from triton.runtime import driver
 
-
-_SIZES = {"N", "K", "D", "R", "P", "C", "S", "tiles"}  # arguments that can be 1
-
-
-def entries(module: ModuleType, architecture: int) -> list[tuple[str, Any, dict, dict, dict]]:
-    """(name, kernel, signature, constexprs, options) of a module's kernels for an architecture."""
-    if not hasattr(module, "ahead_of_time"):
-        return []
-    arguments = []
-    for parameter in inspect.signature(module.ahead_of_time).parameters.values():
-        annotation = getattr(parameter.annotation, "__name__", str(parameter.annotation))
-        kind = getattr(configs, annotation.rsplit(".", 1)[-1], None) or getattr(module, "AHEAD_OF_TIME", None)
-        if parameter.name in ("architecture", "arch"):
-            arguments.append(architecture)
-        elif kind is not None:
-            arguments.append(configs.default(kind, architecture, *SHAPE))
-        else:
-            raise TypeError(f"{module.__name__}.ahead_of_time: no configuration is known for {parameter}")
-    return [(name, _jitted(kernel), *rest) for name, kernel, *rest in module.ahead_of_time(*arguments)]
-
-
-def compile_entry(module_name: str, index: int, architecture: int) -> Row:
-    """Compiles one kernel and reads its machine code."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    name, kernel, types, constexprs, options = entries(importlib.import_module(module_name), architecture)[index]
-    row: dict[str, Any] = {"kernel": name, "module": module_name, "architecture": architecture}
-    signature, attrs = {}, {}
-    for i, argument in enumerate(kernel.arg_names):
-        kind = "constexpr" if argument in constexprs else types[argument]
-        signature[argument], _, divisor = kind.partition(":")
-        if divisor or kind.startswith("*"):
-            attrs[(i,)] = [["tt.divisibility", int(divisor or 16)]]
-
-    def compiled_for(signature: dict[str, str], constexprs: dict[str, Any], attrs: dict[tuple[int], list]) -> Any:
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs, attrs=attrs)
-        return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=dict(options))
-
+    launch = launches(calls, architecture, shape)[index]
+    driver.set_active(_Driver(architecture))
+    row: dict[str, Any] = {"kernel": launch.name, "module": launch.module, "architecture": architecture}
     try:
-        compiled = compiled_for(signature, constexprs, attrs)
-        if architecture == ARCHITECTURES[0]:  # a launch turns a size of 1 into a constant, which has no dtype
-            ones = {argument: 1 for argument in _SIZES & set(signature) - set(constexprs)}
-            sized = {i: hints for i, hints in attrs.items() if kernel.arg_names[i[0]] not in ones}
-            compiled_for(signature | dict.fromkeys(ones, "constexpr"), constexprs | ones, sized)
+        code = launch.compile()
     except Exception as error:  # one kernel that does not compile must not hide the others
         return Row(**row, error=f"{type(error).__name__}: {error}".strip()[-2000:])
-    row |= resources(compiled.asm["cubin"])
-    row |= {"warps": compiled.metadata.num_warps, "shared": compiled.metadata.shared}
+    row |= resources(code.asm["cubin"])
+    row |= {"warps": code.metadata.num_warps, "shared": code.metadata.shared}
     threads = 32 * row["warps"]
     row["resident"] = min(
         65536 // (threads * -(-row["registers"] // 8) * 8),
@@ -207,24 +207,35 @@ def resources(cubin: bytes) -> dict[str, Any]:
     return {"registers": int(found["REG"]), "stack": stack, "instructions": dict(counts)}
 
 
-def rows(module_names: list[str], architectures: tuple[int, ...] = ARCHITECTURES, processes: int = 2) -> list[Row]:
-    """Every kernel of these modules on every architecture; kernels that are launched but not listed are rows too."""
-    jobs, missing = [], []
-    for name in module_names:
-        module = importlib.import_module(name)
-        listed: set[str] = set()
-        for architecture in architectures:
-            found = entries(module, architecture)
-            listed |= {kernel.__name__ for _, kernel, *_ in found}
-            jobs += [(name, i, architecture) for i in range(len(found))]
-        missing += [Row(kernel, name, 0, error="not in ahead_of_time") for kernel in sorted(launched(module) - listed)]
-    if not jobs:
-        return missing
+def rows(
+    module_names: list[str],
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    processes: int = 2,
+    calls: str = "bench.launches",
+) -> list[Row]:
+    """Every launch of the kernels of these modules on every architecture; kernels never launched are rows too."""
+    shapes = [(architecture, SHAPE) for architecture in architectures]
+    # A size of 1 becomes a constant, which has no dtype: only whether that compiles is of interest.
+    shapes += [(architecture, ONES) for architecture in architectures if architecture == ARCHITECTURES[0]]
+    jobs, missing = [], defined(module_names)
+    for architecture, shape in shapes:
+        for index, launch in enumerate(launches(calls, architecture, shape)):
+            if launch.module in module_names:
+                jobs.append((calls, index, architecture, shape))
+                missing.discard((launch.module, launch.kernel))
     if processes == 1:
-        return [*map(compile_entry, *zip(*jobs)), *missing]
-    # New interpreters: the compiler's threads do not survive a fork.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return [*pool.map(compile_entry, *zip(*jobs)), *missing]
+        found = [compiled(*job) for job in jobs]
+    else:  # New interpreters: the compiler's threads do not survive a fork.
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(compiled, *zip(*jobs)))
+    found = [row for row, job in zip(found, jobs) if row.error or job[-1] == SHAPE]
+    return found + [Row(kernel, name, 0, error="never launched") for name, kernel in sorted(missing)]
+
+
+def defined(module_names: list[str]) -> set[tuple[str, str]]:
+    """(module, name) of the kernels that these modules define: their functions named *_kernel."""
+    names = ((name, vars(importlib.import_module(name))) for name in module_names)
+    return {(name, key) for name, of in names for key in of if key.endswith("_kernel") and of[key].module == name}
 
 
 def table(found: list[Row]) -> str:
@@ -255,13 +266,14 @@ def main(argv: list[str] | None = None) -> int:
     """Prints the table and the problems; 1 where there are any."""
     parser = argparse.ArgumentParser(prog="python -m bench.aot", description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", help="module names; every module with Triton kernels if left out")
+    parser.add_argument("--calls", default="bench.launches", help="module whose calls launch them")
     parser.add_argument("--json", type=Path, help="also write all counts here")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
-    found = rows(arguments.modules or modules(), tuple(arguments.sm), arguments.processes)
+    found = rows(arguments.modules or modules(), tuple(arguments.sm), arguments.processes, arguments.calls)
     if arguments.json:
         derived = ("spills", "tensor_cores", "problems")
         full = [{**asdict(row), **{name: getattr(row, name) for name in derived}} for row in found]

@@ -63,21 +63,22 @@ def test_no_module_and_no_architecture_is_skipped(package, architectures):
 
 
 def test_what_it_sees_in_known_kernels(tmp_path):
-    status, rows = compiled("tests.ops.aot_kernels", "--sm", "90", "--processes", "1", folder=tmp_path)
+    module = "tests.ops.aot_kernels"
+    status, rows = compiled(module, "--calls", module, "--sm", "90", "--processes", "1", folder=tmp_path)
     found = {row["kernel"]: row for row in rows}
     assert status == 1
-    good = found["scan_product"]
+    good = found["scan_kernel"]
     assert good["problems"] == []
     assert good["tensor_cores"]["HGMMA"] > 0
     assert 0 < good["registers"] <= 255
     assert 64 << 10 <= good["shared"] <= 227 << 10  # at least two stages of two tiles of 16 KB
     assert good["instructions"]["LDGSTS.128"] == good["instructions"]["LDGSTS"] > 0
-    assert "no HGMMA" in found["scan_in_fp32"]["problems"][0]
-    assert found["spilling"]["spills"] > 0
-    assert "accesses to local memory" in found["spilling"]["problems"][0]
-    assert any("shared memory" in problem for problem in found["too_large"]["problems"])
-    assert "arange" in found["broken"]["error"]
-    assert found["unlisted"]["problems"] == ["not in ahead_of_time"]
+    assert "no HGMMA" in found["scan_in_fp32_kernel, float32"]["problems"][0]
+    assert found["scan_kernel, spilling"]["spills"] > 0
+    assert "accesses to local memory" in found["scan_kernel, spilling"]["problems"][0]
+    assert any("shared memory" in problem for problem in found["scan_kernel, too large"]["problems"])
+    assert "arange" in found["scan_kernel, broken"]["error"]
+    assert found["forgotten_kernel"]["problems"] == ["never launched"]
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mfa_kernels.ops.common import configs
 
 FEATURES = 64  # rows are padded to a multiple of this, so that the scan's inner loop needs no mask
 
@@ -16,6 +22,25 @@ def power_of_two(largest):
     """The power of two that brings the largest value into [32, 64); 1 for zero and for what is not finite."""
     exponent = tl.floor(tl.log2(largest)) - 5
     return tl.where((largest > 0) & (largest < float("inf")), tl.exp2(tl.clamp(exponent, -100.0, 100.0)), 1.0)
+
+
+def descriptors(
+    matrices: Sequence[Tensor], heights: Sequence[int], width: int, wanted: bool
+) -> tuple[Sequence[Any], bool]:
+    """The matrices, or where the chip has them and they are wanted their tensor descriptors, and True then.
+
+    Args:
+        matrices: (rows, features), contiguous, on one device.
+        heights: rows of the tiles that a kernel loads of each.
+        width: features of a tile.
+        wanted: False takes the matrices.
+    """
+    if not wanted or configs.architecture(matrices[0].device, 90) < 90:  # the interpreter has descriptors too
+        return matrices, False
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    tiles = zip(matrices, heights)
+    return [TensorDescriptor(t, list(t.shape), list(t.stride()), [height, width]) for t, height in tiles], True
 
 
 def slack(features: int) -> float:

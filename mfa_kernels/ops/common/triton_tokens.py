@@ -9,7 +9,7 @@ scales and conversions. A token that is not finite gets a_n = NaN.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -103,17 +103,9 @@ def scan_tokens(x: Tensor, scale: Tensor, center: Tensor, padded: int, squares: 
         new(3, count),
         new(count),
     )
-    block = min(1024, triton.next_power_of_2(padded))
+    sizes = {"N": count, "D": features, "PADDED": padded, "BD": min(1024, triton.next_power_of_2(padded))}
+    room = (out.tokens, out.squares if squares else out.tokens, *out[2:])
     tokens_kernel[(count,)](
-        x, scale, center, out.tokens, out.squares if squares else out.tokens, *out[2:], count, features, padded,
-        SLACK=slack(features), TINY=TINY, BD=block, SQUARES=squares, num_warps=4,
-    )  # fmt: skip
+        x, scale, center, *room, **sizes, SLACK=slack(features), TINY=TINY, SQUARES=squares, num_warps=4
+    )
     return out
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    types = ["*bf16", "*fp32", "*fp32", "*fp16", "*fp16", "*fp32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
-    signature = dict(zip(tokens_kernel.arg_names, types))
-    flags = {"SLACK": slack(4096), "TINY": TINY, "BD": 1024, "SQUARES": False}
-    return [("tokens", tokens_kernel, signature, flags, {"num_warps": 4})]

@@ -12,8 +12,6 @@ Floor: hidden states read and written once, the rows of the active components re
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -256,17 +254,16 @@ def intervene(
     whole = spreads or keeps_norm
     tiles = _tiles(slots, rank, features)
     grid = batch * tokens * (1 if whole else triton.cdiv(features, tiles["BD"]))
-    of_latents = (1, 1) if latents is None else latents.shape[:2]
-    of_chosen = (1, 1) if chosen is None else chosen.shape
+    sizes = {"B": batch, "T": tokens, "K": count, "C": slots, "D": features, "rule_rows": rules.shape[0]}
+    for name, tensor in {"coefficient": coefficients, "shift": shift, "latent": latents, "chosen": chosen}.items():
+        sizes[f"{name}_rows"], sizes[f"{name}_steps"] = (1, 1) if tensor is None else tensor.shape[:2]
+    rule = (coefficients, shift, rules, thresholds, latents, chosen, passed)
+    flags = {"CHOSEN": chosen is not None, "PASSED": passed is not None, "SEEN": log_prob is not None}
+    flags |= {"MIXES": rows is not None, "LATENTS": latents is not None, "SPREADS": spreads, "NORM": keeps_norm}
+    evidence = (log_prob, components, logits, counts, rows, cholesky, scale)
+    shape = {"R": rank, "PER_COMPONENT": per_component, **tiles}
     with torch.cuda.device_of(hidden):
-        intervene_kernel[(grid,)](
-            hidden, out, tally, coefficients, shift, rules, thresholds, latents, chosen, passed, log_prob,
-            components, logits, counts, rows, cholesky, scale, batch, tokens, count, slots, features,
-            *coefficients.shape[:2], *shift.shape[:2], rules.shape[0], *of_latents, *of_chosen,
-            R=rank, PER_COMPONENT=per_component, CHOSEN=chosen is not None, PASSED=passed is not None,
-            SEEN=log_prob is not None, MIXES=rows is not None, LATENTS=latents is not None, SPREADS=spreads,
-            NORM=keeps_norm, **tiles, num_warps=_WARPS,
-        )  # fmt: skip
+        intervene_kernel[(grid,)](hidden, out, tally, *rule, *evidence, **sizes, **flags, **shape, num_warps=_WARPS)
     return out, tally
 
 
@@ -275,25 +272,3 @@ def _tiles(slots: int, rank: int, features: int) -> dict[str, int]:
     rows = triton.next_power_of_2(max(1, rank))
     width = min(_FEATURES, triton.next_power_of_2(features), max(32, 32 * _WARPS * _ACCUMULATORS // rows))
     return {"BC": triton.next_power_of_2(max(1, slots)), "BR": rows, "BD": width, "VEC": vector(width, _WARPS)}
-
-
-def ahead_of_time() -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options): hidden states in bfloat16, R = 10, D = 4096."""
-    types = {name: "*fp32" for name in intervene_kernel.arg_names if name.startswith("p_")} | {
-        "p_hidden": "*bf16", "p_out": "*bf16", "p_rules": "*i32", "p_chosen": "*i1", "p_passed": "*i1",
-        "p_components": "*i32", "p_counts": "*i32",
-    }  # fmt: skip
-    sizes = [name for name in intervene_kernel.arg_names if name not in types and not name.isupper()]
-    types |= dict.fromkeys([*sizes, "B", "T", "K", "C"], "i32") | {"D": "i32:16"}
-    flags = {"R": 10, "PER_COMPONENT": False, "CHOSEN": True, "PASSED": False, "SEEN": True, **_tiles(16, 10, 4096)}
-    ways = {
-        "intervene, gate": (False, False, False, False),
-        "intervene, gate and norm": (False, False, False, True),
-        "intervene, mixture": (True, True, False, False),
-        "intervene, reconstruction and norm": (True, True, True, True),
-    }
-    names = ("MIXES", "LATENTS", "SPREADS", "NORM")
-    return [
-        (name, intervene_kernel, types, flags | dict(zip(names, way)), {"num_warps": _WARPS})
-        for name, way in ways.items()
-    ]

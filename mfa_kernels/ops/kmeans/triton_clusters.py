@@ -11,8 +11,6 @@ GPU yet. The worst case is one cluster that owns every row: it has D / BD progra
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -118,24 +116,9 @@ def cluster_sums(
     if rows == 0:
         return
     groups = group(owner.clamp(-1, clusters).int(), clusters, 1)
+    rows_of = (x, center, distance.contiguous(), None if weights is None else weights.contiguous())
+    tiles = {"BP": _ROWS, "BD": _FEATURES, "VEC": vector(_FEATURES, _WARPS), "num_warps": _WARPS}
     with torch.cuda.device_of(x):
         cluster_kernel[(clusters * triton.cdiv(features, _FEATURES),)](
-            x, center, distance.contiguous(), weights if weights is None else weights.contiguous(),
-            groups.order, groups.starts, sums, mass, inertia, features, **_tiles(), num_warps=_WARPS,
-        )  # fmt: skip
-
-
-def _tiles() -> dict[str, int]:
-    return {"BP": _ROWS, "BD": _FEATURES, "VEC": vector(_FEATURES, _WARPS)}
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16."""
-    types = {
-        "p_x": "*bf16", "p_center": "*fp32", "p_distance": "*fp32", "p_weights": "*fp64", "p_order": "*i64",
-        "p_starts": "*i32", "p_sums": "*fp64", "p_mass": "*fp64", "p_inertia": "*fp64", "D": "i32:16",
-    }  # fmt: skip
-    return [
-        ("cluster sums", cluster_kernel, types, _tiles() | {"p_weights": None}, {"num_warps": _WARPS}),
-        ("cluster sums, weighted", cluster_kernel, types, _tiles(), {"num_warps": _WARPS}),
-    ]
+            *rows_of, groups.order, groups.starts, sums, mass, inertia, D=features, **tiles
+        )

@@ -25,15 +25,13 @@ on a GPU yet.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.triton_fp16 import FEATURES, sum_error
+from mfa_kernels.ops.common.triton_fp16 import FEATURES, descriptors, sum_error
 from mfa_kernels.ops.common.triton_tokens import scan_tokens
 
 BANDS = 8
@@ -266,32 +264,24 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
         new = centroids.new_empty
         found, upper = new(rows, slots, dtype=torch.int32), new(rows, slots)
         lower, missed = new(rows, bands), new(rows, bands)
-        operands: list[Any] = [y.tokens, c.tokens]
-        if _descriptors(config, x):
-            from triton.tools.tensor_descriptor import TensorDescriptor
-
-            heights = (config.tokens, config.centroids)
-            operands = [
-                TensorDescriptor(t, list(t.shape), list(t.stride()), [h, config.features])
-                for t, h in zip(operands, heights)
-            ]
+        heights = (config.tokens, config.centroids)
+        operands, used = descriptors((y.tokens, c.tokens), heights, config.features, config.descriptors)
+        tiles = {"BN": config.tokens, "BK": config.centroids, "BD": config.features, "SWIZZLE": config.swizzle}
+        sizes = {"N": rows, "K": count, "PADDED": padded, "BANDS": bands, "C": CONTENDERS, "DESCRIPTOR": used}
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        scales = (y.scales, y.norms, c.scales, half, worst)
         nearest_kernel[(triton.cdiv(rows, config.tokens) * bands,)](
-            *operands, y.scales, y.norms, c.scales, half, worst, found, upper, lower, missed,
-            rows, count, padded, BANDS=bands, C=CONTENDERS, BN=config.tokens, BK=config.centroids, BD=config.features,
-            SWIZZLE=config.swizzle, DESCRIPTOR=_descriptors(config, x),
-            num_warps=config.warps, num_stages=config.stages,
-        )  # fmt: skip
+            *operands, *scales, found, upper, lower, missed, **sizes, **tiles, **options
+        )
         floor = lower.amax(1)
         crowded = (missed.amax(1) >= floor) & (floor > -torch.inf)  # a row that is not finite has no bounds
         index = crowded.int().argsort(descending=True, stable=True)
+        sizes = {"K": count, "D": features, "SLOTS": slots, "num_warps": 4}
         every_kernel[(min(_PROGRAMS, triton.cdiv(rows, _EVERY["BN"]) * slots),)](
-            x, center, centroids, index, crowded.sum(), found, upper, count, features, SLOTS=slots, **_EVERY,
-            num_warps=4,
-        )  # fmt: skip
-        finish_kernel[(rows,)](
-            x, center, centroids, found, upper, floor, owner, distance, count, features, SLOTS=slots,
-            BD=min(_LARGEST_BLOCK, triton.next_power_of_2(features)), num_warps=4,
-        )  # fmt: skip
+            x, center, centroids, index, crowded.sum(), found, upper, **sizes, **_EVERY
+        )
+        block = min(_LARGEST_BLOCK, triton.next_power_of_2(features))
+        finish_kernel[(rows,)](x, center, centroids, found, upper, floor, owner, distance, **sizes, BD=block)
     return owner, distance
 
 
@@ -303,32 +293,3 @@ def _bounds(norms: Tensor, length: Tensor, features: int) -> tuple[Tensor, Tenso
     ratios = (1 + 2.0**-10) * bounds / half.sqrt()  # the roundings of all this
     # A centroid that is not finite is nobody's, and must not spoil the others' bounds.
     return half, torch.where(ratios.isfinite(), ratios, 0).amax(1)
-
-
-def _descriptors(config: configs.Nearest, like: Tensor) -> bool:
-    """Whether tensor descriptors are used; the interpreter has them too."""
-    return config.descriptors and configs.architecture(like.device, 90) >= 90
-
-
-def ahead_of_time(
-    config: configs.Nearest, architecture: int
-) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16."""
-    descriptor = config.descriptors and architecture >= 90
-    heights = {"p_rows": config.tokens, "p_centroids": config.centroids}
-    floats = "p_row_scales p_norms p_scales p_half p_worst p_upper p_lower p_missed p_center p_floor p_distance"
-    types = dict.fromkeys(floats.split(), "*fp32")
-    types |= {"p_found": "*i32", "p_index": "*i64", "p_total": "*i64", "p_owner": "*i64", "p_x": "*bf16"}
-    types |= {"p_centroids": "*fp32", "N": "i32", "K": "i32:16", "D": "i32:16", "PADDED": "i32:16"}
-    halves = {n: f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for n, h in heights.items()}
-    scan = {
-        "BANDS": BANDS, "C": CONTENDERS, "BN": config.tokens, "BK": config.centroids, "BD": config.features,
-        "SWIZZLE": config.swizzle, "DESCRIPTOR": descriptor,
-    }  # fmt: skip
-    slots = {"SLOTS": BANDS * CONTENDERS}
-    options = {"num_warps": config.warps, "num_stages": config.stages}
-    return [
-        ("scan of centroids", nearest_kernel, types | halves, scan, options),
-        ("every centroid", every_kernel, types, slots | _EVERY, {"num_warps": 4}),
-        ("nearest centroid", finish_kernel, types, slots | {"BD": _LARGEST_BLOCK}, {"num_warps": 4}),
-    ]

@@ -19,8 +19,6 @@ times three loads that wait for one another; at a microsecond each time, 16 ms f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -209,22 +207,23 @@ def backward(
     noise = grad_noise if shared is None else shared
     if rank == 0:
         grad_loadings = None
+    sizes = {"D": features, "R": rank, "PER_COMPONENT": woodbury.per_component, "ADD": add}
     with torch.cuda.device_of(x):
         if any(g is not None for g in (grad_means, grad_loadings, noise, grad_log_weights)):
             tiles = _gradient_tiles(config, rank)
+            by_component = (x, tokens, weights, t, groups.order, groups.starts)
+            terms = (woodbury.rows, woodbury.scale, woodbury.cholesky)
             gradient_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
-                x, tokens, weights, t, groups.order, groups.starts, woodbury.rows, woodbury.scale, woodbury.cholesky,
-                grad_means, grad_loadings, noise, grad_log_weights,
-                features, rank, woodbury.per_component, add, **tiles, num_warps=config.warps,
-            )  # fmt: skip
+                *by_component, *terms, grad_means, grad_loadings, noise, grad_log_weights, **sizes, **tiles
+            )
         if grad_x is not None:
             edges = torch.arange(x.shape[0] + 1, dtype=tokens.dtype, device=tokens.device)
             ranges = torch.searchsorted(tokens, edges, out_int32=True)
             tiles = _token_tiles(config, rank)
+            by_token = (x, components, weights, t, ranges)
             token_kernel[(x.shape[0] * triton.cdiv(features, tiles["BD"]),)](
-                x, components, weights, t, ranges, woodbury.rows, woodbury.scale, grad_x,
-                woodbury.rows.shape[0], features, rank, woodbury.per_component, add, **tiles, num_warps=config.warps,
-            )  # fmt: skip
+                *by_token, woodbury.rows, woodbury.scale, grad_x, K=count, **sizes, **tiles
+            )
     if grad_noise is not None and shared is not None:
         grad_noise.copy_(grad_noise + shared.sum(0) if add else shared.sum(0))
 
@@ -234,27 +233,11 @@ def _gradient_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
     rows = triton.next_power_of_2(max(1, rank))
     features = min(config.features, 32 * config.warps * max(1, 32 // rows))
     pairs = max(1, min(config.pairs, 64 // rows))
-    return {
-        "BP": pairs, "BR": rows, "BD": features, "VEC": vector(features, config.warps), "STAGES": config.stages
-    }  # fmt: skip
+    tiles = {"BP": pairs, "BR": rows, "BD": features, "VEC": vector(features, config.warps)}
+    return {**tiles, "STAGES": config.stages, "num_warps": config.warps}
 
 
 def _token_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
     rows = rank_tile(rank, 1, config.features, config.warps)
-    return {"BR": rows, "BD": config.features, "VEC": vector(config.features, config.warps)}
-
-
-def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10."""
-    rank = 10
-    floats = "p_weights p_t p_rows p_scale p_cholesky p_means p_loadings p_noise p_log_weights"
-    types = dict.fromkeys(floats.split(), "*fp32") | {
-        "p_x": "*bf16", "p_tokens": "*i64", "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32",
-        "p_ranges": "*i32", "p_grad_x": "*fp32", "K": "i32:16", "D": "i32:16",
-    }  # fmt: skip
-    shape = {"R": rank, "PER_COMPONENT": False, "ADD": False}
-    options = {"num_warps": config.warps}
-    return [
-        ("gradient", gradient_kernel, types, shape | _gradient_tiles(config, rank), options),
-        ("gradient of tokens", token_kernel, types, shape | _token_tiles(config, rank), options),
-    ]
+    width = vector(config.features, config.warps)
+    return {"BR": rows, "BD": config.features, "VEC": width, "num_warps": config.warps}

@@ -9,8 +9,6 @@ Floor: the loadings of every slot, read once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -159,10 +157,10 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
     if out.numel():
         config = configs.configured(configs.Gradient, means, tokens, means.shape[0])
         with torch.cuda.device_of(means):
+            sizes = {"K": means.shape[0], "C": slots, "D": features, "R": rank}
             decode_kernel[(tokens * triton.cdiv(features, config.features),)](
-                components, responsibilities, latents, means, loadings, out,
-                means.shape[0], slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
-            )  # fmt: skip
+                components, responsibilities, latents, means, loadings, out, **sizes, **_tiles(config, rank)
+            )
     return out
 
 
@@ -175,22 +173,23 @@ def decode_backward(
     slots = components.shape[-1]
     config = configs.configured(configs.Gradient, means, components.shape[0], count)
     groups = group(components.flatten(), count, 1)
+    sizes = {"C": slots, "D": features, "R": rank}
     with torch.cuda.device_of(means):
         if components.numel():
+            code = (components, responsibilities, latents, means, loadings)
             slots_kernel[(components.numel(),)](
-                grad, components, responsibilities, latents, means, loadings, groups.order, *grads[:2],
-                count, slots, features, rank, **_tiles(config, rank), num_warps=config.warps,
-            )  # fmt: skip
+                grad, *code, groups.order, *grads[:2], K=count, **sizes, **_tiles(config, rank)
+            )
         tiles = _parameter_tiles(config, rank)
         parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
-            grad, responsibilities, latents, groups.order, groups.starts, *grads[2:],
-            slots, features, rank, **tiles, num_warps=config.warps,
-        )  # fmt: skip
+            grad, responsibilities, latents, groups.order, groups.starts, *grads[2:], **sizes, **tiles
+        )
     return grads  # type: ignore[return-value]
 
 
 def _tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
-    return {"BR": min(_RANK_TILE, triton.next_power_of_2(max(1, rank))), "BD": config.features}
+    columns = min(_RANK_TILE, triton.next_power_of_2(max(1, rank)))
+    return {"BR": columns, "BD": config.features, "num_warps": config.warps}
 
 
 def _parameter_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
@@ -198,25 +197,5 @@ def _parameter_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
     columns = triton.next_power_of_2(max(1, rank))
     features = min(config.features, 32 * config.warps * max(1, 32 // columns))
     pairs = max(1, min(config.pairs, 64 // columns))
-    return {"BP": pairs, "BR": columns, "BD": features, "VEC": vector(features, config.warps)}
-
-
-def ahead_of_time(config: configs.Gradient) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: R = 10."""
-    rank = 10
-    names = {name for kernel in (decode_kernel, slots_kernel, parameters_kernel) for name in kernel.arg_names}
-    types = {name: "*fp32" for name in names if name.startswith("p_")} | {
-        "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32", "K": "i32", "C": "i32", "D": "i32:16",
-    }  # fmt: skip
-    options = {"num_warps": config.warps}
-    return [
-        ("decode", decode_kernel, types, {"R": rank, **_tiles(config, rank)}, options),
-        ("decode, gradient of slots", slots_kernel, types, {"R": rank, **_tiles(config, rank)}, options),
-        (
-            "decode, gradient of parameters",
-            parameters_kernel,
-            types,
-            {"R": rank, **_parameter_tiles(config, rank)},
-            options,
-        ),
-    ]
+    tiles = {"BP": pairs, "BR": columns, "BD": features, "VEC": vector(features, config.warps)}
+    return {**tiles, "num_warps": config.warps}

@@ -13,8 +13,6 @@ Floor: the rows of the components that own a pair, read once (README.md).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -72,13 +70,13 @@ def explain_kernel(
         o_p = tl.load(p_order + o_i, mask=m_p, other=0)
         o_n = tl.load(p_tokens + o_p, mask=m_p, other=0).to(tl.int64)
         p_own = p_rows + i_k.to(tl.int64) * (R + 1 + PER_COMPONENT) * D
+        p_n, m_n = p_x + o_n[:, None, None] * D, m_p[:, None, None]  # [BP, 1, 1]
         b_square = tl.zeros([BP], dtype=tl.float32)
         b_explained = tl.zeros([BP], dtype=tl.float32)
         for r0 in range(0, R if R > 0 else 1, BR):
-            b_square, b_t = project(
-                p_x + o_n[:, None, None] * D, m_p[:, None, None], p_own, p_scale,
-                r0, D, R, PER_COMPONENT, BP, BR, BD, VEC, STAGES,
-            )  # [BP], [BP, BR]  # fmt: skip
+            b_square, b_t = project(  # [BP], [BP, BR]
+                p_n, m_n, p_own, p_scale, r0, D, R, PER_COMPONENT, BP, BR, BD, VEC, STAGES
+            )
             b_explained += tl.sum(b_t * b_t, axis=1)
             if p_t is not None:
                 o_r = r0 + tl.arange(0, BR)[None, :]  # [1, BR]
@@ -142,10 +140,10 @@ def explain(
         groups = group(components, count, config.pairs) if groups is None else groups
         with torch.cuda.device_of(x):
             explain_kernel[(min(groups.grid, _PROGRAMS),)](
-                x, tokens.contiguous(), *groups[:3], woodbury.rows, woodbury.scale, constants, logits, t,
-                count, features, rank, woodbury.per_component, **_tiles(config, rank),
-                num_warps=config.warps,
-            )  # fmt: skip
+                *(x, tokens.contiguous(), *groups[:3], woodbury.rows, woodbury.scale, constants, logits, t),
+                **{"K": count, "D": features, "R": rank, "PER_COMPONENT": woodbury.per_component},
+                **_tiles(config, rank),
+            )
     return logits, t
 
 
@@ -158,11 +156,11 @@ def latents(
     pairs, rank = t.shape
     if pairs and rank:
         with torch.cuda.device_of(x):
+            sizes = {"K": woodbury.cholesky.shape[0], "P": pairs, "R": rank}
+            tiles = {"BP": _SOLVED, "BR": triton.next_power_of_2(rank), "num_warps": 1}
             latents_kernel[(triton.cdiv(pairs, _SOLVED),)](
-                components.contiguous(), woodbury.cholesky, t, woodbury.cholesky.shape[0], pairs, rank, _SOLVED,
-                triton.next_power_of_2(rank),
-                num_warps=1,
-            )  # fmt: skip
+                components.contiguous(), woodbury.cholesky, t, **sizes, **tiles
+            )
     return t
 
 
@@ -173,21 +171,5 @@ def _tiles(config: configs.Pairs, rank: int) -> dict[str, int]:
         "BD": config.features,
         "VEC": vector(config.features, config.warps),
         "STAGES": config.stages,
+        "num_warps": config.warps,
     }
-
-
-def ahead_of_time(config: configs.Pairs) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10."""
-    rank = 10
-    types = {
-        "p_x": "*bf16", "p_tokens": "*i64", "p_components": "*i32", "p_order": "*i64", "p_starts": "*i32",
-        "p_blocks": "*i32", "p_rows": "*fp32", "p_scale": "*fp32", "p_constants": "*fp32", "p_logits": "*fp32",
-        "p_t": "*fp32", "p_cholesky": "*fp32", "P": "i32:16", "K": "i32:16", "D": "i32:16",
-    }  # fmt: skip
-    constants = {"R": rank, "PER_COMPONENT": False, **_tiles(config, rank)}
-    options = {"num_warps": config.warps}
-    solved = {"R": rank, "BP": _SOLVED, "BR": triton.next_power_of_2(rank)}
-    return [
-        ("explain", explain_kernel, types, constants, options),
-        ("latents", latents_kernel, types, solved, {"num_warps": 1}),
-    ]

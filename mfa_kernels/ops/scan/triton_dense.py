@@ -12,8 +12,6 @@ in bands of BK components, whose rows stay in the second-level cache while the t
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -60,13 +58,11 @@ def dense_kernel(
             o_n = tl.load(p_index + o_i, mask=m_i, other=0).to(tl.int64)
         i_k = tl.minimum(i_k, K - 1)
         p_own = p_rows + i_k.to(tl.int64) * (R + 1 + PER_COMPONENT) * D
+        p_n, m_n = p_x + o_n[:, None, None] * D, m_i[:, None, None]  # [BN, 1, 1]
         b_square = tl.zeros([BN], dtype=tl.float32)
         b_explained = tl.zeros([BN], dtype=tl.float32)
         for r0 in range(0, R if R > 0 else 1, BR):
-            b_square, b_t = project(
-                p_x + o_n[:, None, None] * D, m_i[:, None, None], p_own, p_scale,
-                r0, D, R, PER_COMPONENT, BN, BR, BD, VEC, STAGES,
-            )  # fmt: skip
+            b_square, b_t = project(p_n, m_n, p_own, p_scale, r0, D, R, PER_COMPONENT, BN, BR, BD, VEC, STAGES)
             b_explained += tl.sum(b_t * b_t, axis=1)
         b_logits = tl.load(p_constants + i_k) - 0.5 * (b_square - b_explained)  # [BN]
         tl.store(p_out + o_i.to(tl.int64) * K + i_k, b_logits, mask=m_i)
@@ -99,11 +95,10 @@ def dense(
     tiles = triton.cdiv(rows, config.tokens) * triton.cdiv(count_k, config.components)
     if tiles:
         with torch.cuda.device_of(x):
+            sizes = {"N": rows, "K": count_k, "D": x.shape[1], "R": rank, "PER_COMPONENT": woodbury.per_component}
             dense_kernel[(min(tiles, _PROGRAMS),)](
-                x, index, count, woodbury.rows, woodbury.scale, constants, out,
-                rows, count_k, x.shape[1], rank, woodbury.per_component, **_tiles(config, rank),
-                num_warps=config.warps,
-            )  # fmt: skip
+                x, index, count, woodbury.rows, woodbury.scale, constants, out, **sizes, **_tiles(config, rank)
+            )
     return out
 
 
@@ -115,14 +110,5 @@ def _tiles(config: configs.Dense, rank: int) -> dict[str, int]:
         "BD": config.features,
         "VEC": vector(config.features, config.warps),
         "STAGES": config.stages,
+        "num_warps": config.warps,
     }
-
-
-def ahead_of_time(config: configs.Dense) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10."""
-    types = {
-        "p_x": "*bf16", "p_index": "*i32", "p_count": "*i32", "p_rows": "*fp32", "p_scale": "*fp32",
-        "p_constants": "*fp32", "p_out": "*fp32", "N": "i32:16", "K": "i32:16", "D": "i32:16",
-    }  # fmt: skip
-    constants = {"R": 10, "PER_COMPONENT": False, **_tiles(config, 10)}
-    return [("dense", dense_kernel, types, constants, {"num_warps": config.warps})]

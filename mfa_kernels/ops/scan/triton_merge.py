@@ -12,7 +12,6 @@ reported, or they are more than the slots for candidates, the token is *crowded*
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -101,6 +100,11 @@ def candidates_kernel(
             first += tl.sum(b_in.to(tl.int32), 0)
 
 
+def _entries(tiles: int) -> dict[str, int]:
+    """How kernels read the entries of a token's partials."""
+    return {"TILE": TILE, "TOP": TOP, "BT": min(1024, triton.next_power_of_2(tiles * TOP)), "num_warps": 4}
+
+
 def candidates(
     partials: Partials,
     norms: Tensor,
@@ -117,10 +121,8 @@ def candidates(
     count, tiles = partials.lower.shape
     found = partials.components.new_empty(count, slots)
     crowded = partials.components.new_empty(count)
-    candidates_kernel[(count,)](
-        partials.upper, partials.components, partials.lower, norms, found, crowded, left, components, tiles,
-        TILE=TILE, TOP=TOP, C=slots, LOG_EPS=log_eps, BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
-    )  # fmt: skip
+    sizes = {"K": components, "tiles": tiles, "C": slots, "LOG_EPS": log_eps, **_entries(tiles)}
+    candidates_kernel[(count,)](*partials[:3], norms, found, crowded, left, **sizes)
     return found, crowded
 
 
@@ -309,7 +311,7 @@ def finish_fast_kernel(
 def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
     """Indices (N,) int32 of the tokens whose flag (N,) int32 is 1, and their number (1,): the rest is 0."""
     index, total = torch.zeros_like(flags), flags.new_empty(1)
-    gather_kernel[(1,)](flags, index, total, flags.shape[0], BN=4096, num_warps=8)
+    gather_kernel[(1,)](flags, index, total, N=flags.shape[0], BN=4096, num_warps=8)
     return index, total
 
 
@@ -318,10 +320,8 @@ def finish(
 ) -> None:
     """Writes the tokens that are not crowded."""
     count, slots = out.components.shape
-    finish_kernel[(count,)](
-        found, exact, crowded, *out, components, slots,
-        C=found.shape[1], BS=triton.next_power_of_2(slots), LOG_EPS=log_eps, num_warps=1,
-    )  # fmt: skip
+    sizes = {"K": components, "S": slots, "C": found.shape[1], "BS": triton.next_power_of_2(slots)}
+    finish_kernel[(count,)](found, exact, crowded, *out, **sizes, LOG_EPS=log_eps, num_warps=1)
 
 
 def finish_dense(
@@ -332,10 +332,8 @@ def finish_dense(
     if slots > MANY:
         _finish_many(logits, index, count, out, log_eps)
         return
-    block = min(2048, triton.next_power_of_2(components))
-    finish_dense_kernel[(index.shape[0],)](
-        logits, index, count, *out, components, slots, LOG_EPS=log_eps, BK=block, num_warps=4
-    )  # fmt: skip
+    sizes = {"K": components, "S": slots, "BK": min(2048, triton.next_power_of_2(components))}
+    finish_dense_kernel[(index.shape[0],)](logits, index, count, *out, **sizes, LOG_EPS=log_eps, num_warps=4)
 
 
 def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: ActivePairs, log_eps: float) -> None:
@@ -363,31 +361,5 @@ def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: ActivePairs,
 def finish_fast(partials: Partials, length: Tensor, shared: bool, components: int, out: ActivePairs) -> None:
     """Writes every token from a scan without bounds."""
     count, tiles = partials.lower.shape
-    finish_fast_kernel[(count,)](
-        partials.upper, partials.components, partials.lower, partials.sums, length, *out,
-        components, tiles, out.components.shape[1], TILE=TILE, TOP=TOP, LOG_EPS=LOG_EPS, SHARED=shared,
-        BT=min(1024, triton.next_power_of_2(tiles * TOP)), num_warps=4,
-    )  # fmt: skip
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    types = {
-        "p_found": "*i32", "p_components": "*i32", "p_crowded": "*i32", "p_counts": "*i32", "p_index": "*i32",
-        "p_count": "*i32", "p_flags": "*i32", "p_total": "*i32", "N": "i32", "K": "i32", "S": "i32", "tiles": "i32",
-    }  # fmt: skip
-    common = {"LOG_EPS": LOG_EPS}
-    partials = {**common, "TILE": TILE, "TOP": TOP, "BT": 512}
-    kernels: list[tuple[str, Any, dict[str, Any], int]] = [
-        ("candidates", candidates_kernel, {**partials, "C": 16, "p_left": None}, 4),
-        ("candidates, screened", candidates_kernel, {**partials, "C": 32}, 4),
-        ("gather", gather_kernel, {"BN": 4096}, 8),
-        ("finish", finish_kernel, {**common, "C": 16, "BS": 16}, 1),
-        ("finish, screened", finish_kernel, {**common, "C": 32, "BS": 16}, 1),
-        ("finish, dense", finish_dense_kernel, {**common, "BK": 2048}, 4),
-        ("finish, fast", finish_fast_kernel, {**partials, "SHARED": True}, 4),
-    ]
-    return [
-        (name, kernel, {a: types.get(a, "*fp32") for a in kernel.arg_names if a not in flags}, flags, {"num_warps": w})
-        for name, kernel, flags, w in kernels
-    ]
+    sizes = {"K": components, "tiles": tiles, "S": out.components.shape[1], **_entries(tiles)}
+    finish_fast_kernel[(count,)](*partials, length, *out, **sizes, LOG_EPS=LOG_EPS, SHARED=shared)

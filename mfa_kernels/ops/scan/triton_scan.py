@@ -38,7 +38,7 @@ Measured: not yet on a GPU; see bench/RESULTS.md. Checked by tests/ops/scan/test
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -47,6 +47,7 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.configs import Scan
+from mfa_kernels.ops.common.triton_fp16 import descriptors
 from mfa_kernels.ops.common.triton_tokens import Tokens
 from mfa_kernels.ops.woodbury.triton_rows import TILE
 from mfa_kernels.ops.woodbury.types import ScanRows
@@ -237,25 +238,20 @@ def scan_tiles(
     rest = (2.0**-17 * torch.where(constants.isfinite(), constants, 0).abs().amax()).view(1)
     matrix = rows.rows.view(-1, padded)
     squares = tokens.tokens if tokens.squares is None else tokens.squares
-    operands: list[Any] = [tokens.tokens, squares, matrix, matrix, matrix]
-    architecture = configs.architecture(constants.device, 90)  # the interpreter has descriptors too
     per_component = groups == rank + 2
+    architecture = configs.architecture(constants.device, 90)
     config = fitted(config, architecture, rank, per_component or in_use is not None)
-    descriptors = config.descriptors and architecture >= 90
-    if descriptors:
-        from triton.tools.tensor_descriptor import TensorDescriptor
-
-        heights = _heights(config)
-        operands = [
-            TensorDescriptor(t, list(t.shape), list(t.stride()), [h, config.features])
-            for t, h in zip(operands, heights)
-        ]
+    heights = (config.tokens, config.tokens, config.width * TILE, 2 * TILE, TILE)
+    matrices = (tokens.tokens, squares, matrix, matrix, matrix)
+    operands, used = descriptors(matrices, heights, config.features, config.descriptors)
+    sizes = {"N": count, "K": components, "PADDED": padded, "R": rank, "TOP": TOP}
+    tiles_of = {"BN": config.tokens, "BK": TILE, "BD": config.features, "WIDTH": config.width}
+    flags = {"PER_COMPONENT": per_component, "BOUNDS": bounds, "DESCRIPTOR": used, "SWIZZLE": config.swizzle}
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    scales = (tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst)
     scan_kernel[(triton.cdiv(count, config.tokens) * tiles,)](
-        *operands, tokens.scales, tokens.norms, rows.scales, rows.offsets, rows.bounds, rows.worst, base, rest, in_use,
-        *out, count, components, padded, R=rank, BN=config.tokens, BK=TILE, BD=config.features, WIDTH=config.width,
-        SWIZZLE=config.swizzle, TOP=TOP, PER_COMPONENT=per_component, BOUNDS=bounds, DESCRIPTOR=descriptors,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
+        *operands, *scales, base, rest, in_use, *out, **sizes, **tiles_of, **flags, **options
+    )
     return out
 
 
@@ -268,39 +264,3 @@ def fitted(config: Scan, architecture: int, rank: int, more: bool) -> Scan:
     if 4 <= rank < 8:
         config = replace(config, width=min(config.width, 2))
     return replace(config, tokens=min(config.tokens, 64)) if more and architecture >= 100 else config
-
-
-def _heights(config: Scan) -> list[int]:
-    """Rows of the tiles that the kernel loads of each operand."""
-    return [config.tokens, config.tokens, config.width * TILE, 2 * TILE, TILE]
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    entries = []
-    variants: dict[str, dict[str, Any]] = {
-        "scan": {},
-        "scan, fast": {"BOUNDS": False},
-        "scan, noise per component": {"PER_COMPONENT": True},
-        "scan, rank 5": {"R": 5},
-        "scan, rank 7": {"R": 7},
-        "scan, rank 16": {"R": 16},
-        "scan, some tokens": {"p_count": "*i32"},
-    }
-    for name, change in variants.items():
-        default = configs.default(Scan, architecture, 16384, 8192)
-        config = fitted(default, architecture, change.get("R", 10), bool({"PER_COMPONENT", "p_count"} & set(change)))
-        descriptor = config.descriptors and architecture >= 90
-        matrices = [f"tensordesc<fp16[{h}, {config.features}]>" if descriptor else "*fp16" for h in _heights(config)]
-        types = [*matrices, *["*fp32"] * 8, "*i32", "*fp32", "*i32", "*fp32", "*fp32", "i32", "i32", "i32:16"]
-        flags = {
-            "R": 10, "BN": config.tokens, "BK": TILE, "BD": config.features, "WIDTH": config.width,
-            "SWIZZLE": config.swizzle, "TOP": TOP, "PER_COMPONENT": False, "BOUNDS": True, "DESCRIPTOR": descriptor,
-            "p_count": None,
-        }  # fmt: skip
-        if "p_count" in change:  # no constant then
-            del flags["p_count"], change["p_count"]
-        options = {"num_warps": config.warps, "num_stages": config.stages}
-        signature = dict(zip(scan_kernel.arg_names, types, strict=False))
-        entries.append((name, scan_kernel, signature, {**flags, **change}, options))
-    return entries

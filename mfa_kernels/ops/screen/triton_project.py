@@ -13,8 +13,6 @@ Measured: not yet on a GPU.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,21 +61,13 @@ def project(tokens: Tokens, basis: Tensor, sigma: Tensor) -> Tensor:
     kept = basis.shape[0]
     y = tokens.scales.new_empty(count, kept)
     block = min(_TOKENS, max(16, triton.next_power_of_2(count)))
+    sizes = {"N": count, "PADDED": padded, "KEPT": kept, "BN": block, "BP": FEATURES, "BD": FEATURES}
     project_kernel[(triton.cdiv(count, block), kept // FEATURES)](
-        tokens.tokens, basis, tokens.scales, sigma, y, count, padded, kept,
-        BN=block, BP=FEATURES, BD=FEATURES, num_warps=4, num_stages=3,
-    )  # fmt: skip
+        tokens.tokens, basis, tokens.scales, sigma, y, **sizes, num_warps=4, num_stages=3
+    )
     return y
 
 
 def sum_error(padded: int) -> float:
     """What a coordinate is off by, relative to |Q|_F (a + eta): additions, of at most 2^-23 each, and the scaling."""
     return (FEATURES + padded // FEATURES + 8) * 2.0**-23
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    types = ["*fp16", "*fp16", "*fp32", "*fp32", "*fp32", "i32", "i32:16", "i32:16"]
-    flags = {"BN": _TOKENS, "BP": FEATURES, "BD": FEATURES}
-    signature = dict(zip(project_kernel.arg_names, types))
-    return [("project", project_kernel, signature, flags, {"num_warps": 4, "num_stages": 3})]

@@ -79,11 +79,9 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Wo
     marginal, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
     # B is off by at most `worst` times |y| + |m|: E1 is of |y|, and E3 of |m| <= M2.
     more = torch.stack([0 * worst, worst, 0 * worst, worst, 0 * worst]).float() * (1 + 2.0**-20)
-    return GpuScreen(
-        basis, projection, (shrink / largest).float().view(1), wide.norm(),
-        marginal._replace(worst=marginal.worst + more),
-        torch.where(known, off.square() / EPSILON, torch.inf), worst,
-    )  # fmt: skip
+    sigma, marginal = (shrink / largest).float().view(1), marginal._replace(worst=marginal.worst + more)
+    slack_of = torch.where(known, off.square() / EPSILON, torch.inf)
+    return GpuScreen(basis, projection, sigma, wide.norm(), marginal, slack_of, worst)
 
 
 def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,6 @@ Floor: the sums of the components that own a pair, read and written once (README
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -191,11 +189,9 @@ def accumulate(
         ValueError, TypeError: naming the argument that does not fit: raw memory is written.
     """
     (count, _, features), rank = woodbury.rows.shape, woodbury.cholesky.shape[-1]
-    outputs = {
-        "mass": (mass, (count,)), "shift": (shift, (count, features)), "latent": (latent, (count, rank)),
-        "second": (second, (count, rank, rank)), "cross": (cross, (count, rank, features)),
-        "squares": (squares, (count, features) if woodbury.per_component else (features,)),
-    }  # fmt: skip
+    outputs = {"mass": (mass, (count,)), "shift": (shift, (count, features)), "latent": (latent, (count, rank))}
+    outputs |= {"second": (second, (count, rank, rank)), "cross": (cross, (count, rank, features))}
+    outputs["squares"] = (squares, (count, features) if woodbury.per_component else (features,))
     _check(x, components, weights, features, outputs)
     pairs = components.numel()
     if pairs == 0:
@@ -210,14 +206,10 @@ def accumulate(
     parts = squares if woodbury.per_component else squares.new_empty(own, features)
     blocks = own * triton.cdiv(features, tiles["BD"]) * triton.cdiv(max(1, rank), tiles["BR"])
     with torch.cuda.device_of(x):
-        feature_kernel[(blocks,)](
-            x, tokens, weights, z, groups.order, groups.starts, woodbury.rows, shift, cross, parts,
-            count, features, rank, woodbury.per_component, **tiles, num_warps=config.warps,
-        )  # fmt: skip
-        latent_kernel[(count,)](
-            weights, z, groups.order, groups.starts, woodbury.cholesky, mass, latent, second,
-            rank, **_latent_tiles(rank), num_warps=_latent_warps(rank),
-        )  # fmt: skip
+        of = (weights, z, groups.order, groups.starts)
+        sizes = {"K": count, "D": features, "R": rank, "PER_COMPONENT": woodbury.per_component}
+        feature_kernel[(blocks,)](x, tokens, *of, woodbury.rows, shift, cross, parts, **sizes, **tiles)
+        latent_kernel[(count,)](*of, woodbury.cholesky, mass, latent, second, R=rank, **_latent_tiles(rank))
     if not woodbury.per_component:
         squares += parts.sum(0)
 
@@ -242,38 +234,13 @@ def _check(
 
 def _feature_tiles(config: configs.Statistics, count: int, rank: int, per_component: bool) -> dict[str, int]:
     rows = min(_LATENTS, triton.next_power_of_2(max(1, rank)))
-    return {
-        "OWN": _SHARED if count >= _MANY and not per_component else 1,
-        "BP": config.pairs, "BR": rows, "BD": config.features, "VEC": vector(config.features, config.warps),
-        "STAGES": config.stages,
-    }  # fmt: skip
+    own, width = _SHARED if count >= _MANY and not per_component else 1, vector(config.features, config.warps)
+    tiles = {"OWN": own, "BP": config.pairs, "BR": rows, "BD": config.features, "VEC": width}
+    return {**tiles, "STAGES": config.stages, "num_warps": config.warps}
 
 
 def _latent_tiles(rank: int) -> dict[str, int]:
     """As many pairs at a time as their z z^T leave room for."""
     rows = triton.next_power_of_2(max(1, rank))
-    return {"BP": max(1, min(16, 1024 // rows**2)), "BR": rows}
-
-
-def _latent_warps(rank: int) -> int:
-    return 1 if rank <= 16 else 4 if rank <= 32 else 8
-
-
-def ahead_of_time(config: configs.Statistics) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """(name, kernel, argument types, constexpr values, options) as a launch has them: x in bfloat16, R = 10 or 64."""
-    types = {
-        "p_x": "*bf16", "p_tokens": "*i32", "p_weights": "*fp32", "p_z": "*fp32", "p_order": "*i64", "p_starts": "*i32",
-        "p_rows": "*fp32", "p_cholesky": "*fp32", "p_shift": "*fp64", "p_cross": "*fp64", "p_squares": "*fp64",
-        "p_mass": "*fp64", "p_latent": "*fp64", "p_second": "*fp64", "K": "i32:16", "D": "i32:16",
-    }  # fmt: skip
-    entries = []
-    for rank in (10, 64):
-        for name, per_component in (("statistics", False), ("statistics, noise per component", True)):
-            shape = {"R": rank, "PER_COMPONENT": per_component}
-            shape |= _feature_tiles(config, _MANY, rank, per_component)
-            entries.append((f"{name}, rank {rank}", feature_kernel, types, shape, {"num_warps": config.warps}))
-        shape = {"R": rank, **_latent_tiles(rank)}
-        entries.append(
-            (f"second moments, rank {rank}", latent_kernel, types, shape, {"num_warps": _latent_warps(rank)})
-        )
-    return entries
+    warps = 1 if rank <= 16 else 4 if rank <= 32 else 8
+    return {"BP": max(1, min(16, 1024 // rows**2)), "BR": rows, "num_warps": warps}

@@ -20,8 +20,6 @@ Floor: the rows read as fp32 and written as fp16.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -152,11 +150,12 @@ def scan_rows(woodbury: Woodbury) -> ScanRows:
     products, lengths = rows.new_empty(groups, components, dtype=torch.float64), rows.new_empty(components)
     out.rows[-1, :, components % TILE or TILE :] = 0
     with torch.cuda.device_of(rows):
+        operands = (rows, scale, scale.reciprocal(), woodbury.center, beta)
+        shape = {"K": components, "D": features, "PADDED": padded, "R": rank, "PER_COMPONENT": per_component}
+        tiles = {"TILE": TILE, "BK": _BLOCK, "BD": min(128, triton.next_power_of_2(padded)), "num_warps": 4}
         rows_kernel[(triton.cdiv(components, _BLOCK) * groups,)](
-            rows, scale, scale.reciprocal(), woodbury.center, beta, out.rows, scales, errors, sizes, products, lengths,
-            components, features, padded, TILE=TILE, R=rank, BK=_BLOCK, BD=min(128, triton.next_power_of_2(padded)),
-            PER_COMPONENT=per_component, num_warps=4,
-        )  # fmt: skip
+            *operands, out.rows, scales, errors, sizes, products, lengths, **shape, **tiles
+        )
 
     def pad(values: Tensor) -> Tensor:  # what pads the last tile of components must be finite
         return torch.nn.functional.pad(values, (0, out.scales.shape[1] - components))
@@ -179,11 +178,3 @@ def scan_rows(woodbury: Woodbury) -> ScanRows:
     worst = torch.stack([m1 / m2, e1, phi + e1, e3 / m2, n1 / n2])
     out.worst.copy_(torch.where(worst.isfinite(), worst, 0).amax(-1))
     return out
-
-
-def ahead_of_time(architecture: int) -> list[tuple[str, Any, dict[str, str], dict[str, Any], dict[str, int]]]:
-    """What bench/aot.py compiles: (name, kernel, signature, constexprs, options)."""
-    types = {"p_out": "*fp16", "p_products": "*fp64", "K": "i32", "D": "i32:16", "PADDED": "i32:16"}
-    flags = {"TILE": TILE, "R": 10, "BK": _BLOCK, "BD": 128, "PER_COMPONENT": False}
-    signature = {name: types.get(name, "*fp32") for name in rows_kernel.arg_names if name not in flags}
-    return [("rows", rows_kernel, signature, flags, {"num_warps": 4})]
