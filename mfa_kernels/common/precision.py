@@ -71,12 +71,3 @@ def no_tangents(name: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"{name} has no forward-mode derivative (jvp, jacfwd): take backward(), or precision='reference'"
         )
-
-
-def once_differentiable(name: str) -> None:
-    """Makes a second derivative through mfa_kernels::`name`, a backward operator, an error instead of silent zeros."""
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"mfa_kernels::{name} has no second derivative: use precision='reference' for one")
-
-    torch.library.register_autograd(f"mfa_kernels::{name}", refuse, setup_context=lambda ctx, inputs, output: None)

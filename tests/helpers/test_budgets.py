@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.pairs import dense
+from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.scan import reference
 from tests.helpers import budgets
 from tests.helpers.budgets import ROUNDINGS, Terms, roundings
@@ -110,14 +110,14 @@ def test_faults_in_gradients_are_caught(monkeypatch):
     # By products of blocks, whose budget knows the centre they are expanded about.
     def by_gemm(center: Tensor) -> list[Tensor]:
         found = [torch.zeros_like(t) for t in (x, *m[:3])]
-        dense.accumulate(x, weight.float(), m.woodbury(), center, found)
+        overflow.accumulate(x, weight.float(), m.woodbury(), center, found)
         return found
 
     sizes = Terms(m, x, x.mean(0)).gradients(weight)
     assert max(off(by_gemm(x.mean(0)))) < ROUNDINGS / 2
     assert max(off(by_gemm(x.mean(0) + 1000))) > 2 * ROUNDINGS, "a centre that is none"
-    product = dense._product
-    monkeypatch.setattr(dense, "_product", lambda a, b: product(truncated(a, 10), truncated(b, 10)))
+    product = overflow._product
+    monkeypatch.setattr(overflow, "_product", lambda a, b: product(truncated(a, 10), truncated(b, 10)))
     assert min(off(by_gemm(x.mean(0)))) > 2 * ROUNDINGS, "products in tf32"
 
 

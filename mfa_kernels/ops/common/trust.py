@@ -47,7 +47,7 @@ ROWS = (
 )
 
 
-def checker(
+def checks(
     operator: str,
     arguments: dict[str, str],
     *,
@@ -56,8 +56,10 @@ def checker(
     written: tuple[str, ...] = (),
     where: dict[str, str] | None = None,
     together: dict[str, tuple[str, ...]] | None = None,
-) -> Callable[..., None]:
-    """A function of an operator's arguments, in this order, that raises where a tensor is not what it has to be.
+) -> str:
+    """Returns Python lines that raise where an argument of an operator is not what it has to be; `compiled` takes them.
+
+    They raise TypeError or ValueError, naming the operator and the argument, what was found and what was expected.
 
     Args:
         operator: its name, for messages.
@@ -67,21 +69,13 @@ def checker(
             is a number, a capital letter, which stands for the same wherever it is (the first tensor with it says
             what), or an expression of these, of earlier arguments, of their `<name>_dims` where they have several
             alternatives, and of `lanes[<name>_dtype]`, the C++ kernels' vectors. "" is an argument that is no tensor,
-            and "positive" a number of at least 1.
-        last: tensors that are looked at after the others, so that it is they that do not fit.
+            "positive" a number of at least 1, and "5 gradients" a list of five entries, one for each gradient.
+        last: tensors that are checked after the others, so that an error names them and not the others.
         optional: tensors that may be None.
         written: tensors that results are added to, which must be contiguous.
-        together: optional tensors of which all are given or none, by what they are together.
         where: by name of a tensor, what must hold of its sizes beyond their being equal; an expression of letters.
-
-    Returns:
-        The function. It raises TypeError or ValueError, naming the operator and the tensor, what was found and what was
-        expected. On which device they are is looked at elsewhere (`register`).
+        together: optional tensors of which all are given or none, by what they are together.
     """
-    scope: dict[str, Any] = {"refuse": _refuse, "refuse_sizes": _refuse_sizes, "refuse_missing": _refuse_missing}
-    scope["lanes"] = _lanes
-    scope |= {f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()}
-    scope |= {f"{kind}_dtype": dtypes[0] for kind, dtypes in _KINDS.items() if len(dtypes) == 1}
     known, lines, missing = set[str](), list[str](), list[str]()
     leader = {name: names[0] for names in (together or {}).values() for name in names}
     for what, names in (together or {}).items():
@@ -95,6 +89,9 @@ def checker(
             continue
         if text == "positive":
             lines.append(f"if {name} < 1: raise ValueError(f'{operator}: {name} must be at least 1, got {{{name}}}')")
+            continue
+        if text.endswith(" gradients"):
+            lines.append(f"if len({name}) != {text.split()[0]}: refuse_count({operator!r}, {name!r}, {name}, {text!r})")
             continue
         refusal = f"refuse({operator!r}, {name!r}, {name}, {text!r}, locals())"
         own = _sizes(name, text, known, refusal)
@@ -117,40 +114,19 @@ def checker(
         if _forms(arguments[name]) and name not in optional:
             missing.append(f"if {name} is None: refuse({operator!r}, {name!r}, None, {arguments[name]!r}, locals())")
     body, found = "\n        ".join(lines), "\n        ".join([*missing, "raise"])
-    exec(
-        f"def check({', '.join(arguments)}):\n    try:\n        {body}\n    except AttributeError:\n        {found}",
-        scope,
-    )
-    return scope["check"]
+    return f"    try:\n        {body or 'pass'}\n    except AttributeError:\n        {found}"
 
 
-def register(operator: str, function: Callable[..., Any]) -> None:
-    """Makes a function the implementation of an operator, on a CPU and on GPUs.
-
-    PyTorch calls that of the CPU only where every tensor is on it; on GPUs they are compared here first.
-    """
-    name = f"mfa_kernels::{operator}"
-    torch.library.impl(name, "CPU")(function)
-    torch.library.impl(name, "CUDA")(on_one_device(operator, function))
+def compiled(name: str, signature: str, body: str, scope: dict[str, Any] | None = None) -> Callable[..., Any]:
+    """The function of this name, these parameters and these lines, which see `scope` and what `checks` needs."""
+    seen: dict[str, Any] = _SCOPE | (scope or {})
+    exec(f"def {name}({signature}):\n{body}", seen)
+    return seen[name]
 
 
-def on_one_device(operator: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, for tensors that are all on one device; ValueError for others, naming the first that is not where
-    the one before it is."""
-    names = [argument.name for argument in getattr(torch.ops.mfa_kernels, operator).default._schema.arguments]
-
-    def checked(*arguments: Any) -> Any:
-        device = None
-        for name, tensor in zip(names, arguments):
-            if isinstance(tensor, Tensor):
-                if device is not None and tensor.device != device:
-                    raise ValueError(
-                        f"{operator}: {name} must be on the device of the other tensors, {device}, got {tensor.device}"
-                    )
-                device = tensor.device
-        return function(*arguments)
-
-    return checked
+def checker(operator: str, arguments: dict[str, str], **rules: Any) -> Callable[..., None]:
+    """A function of these arguments that only checks them, as `checks` says."""
+    return compiled("check", ", ".join(arguments), checks(operator, arguments, **rules))
 
 
 def check_range(operator: str, name: str, index: Tensor, low: int, high: int) -> None:
@@ -253,3 +229,16 @@ def _said(size: str, seen: dict[str, Any]) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _refuse_count(operator: str, name: str, entries: list[bool], wanted: str) -> NoReturn:
+    """Says how many entries a list had to have."""
+    count = wanted.split()[0]
+    raise ValueError(f"{operator}: {name} must have {count} entries, one for each gradient, got {len(entries)}")
+
+
+_SCOPE: dict[str, Any] = {
+    "refuse": _refuse, "refuse_sizes": _refuse_sizes, "refuse_missing": _refuse_missing, "refuse_count": _refuse_count,
+    "lanes": _lanes, **{f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()},
+    **{f"{kind}_dtype": dtypes[0] for kind, dtypes in _KINDS.items() if len(dtypes) == 1},
+}  # fmt: skip

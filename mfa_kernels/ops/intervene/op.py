@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision, no_tangents
 from mfa_kernels.ops.common import backends, cpp, trust
+from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.intervene import portable
+from mfa_kernels.ops.intervene.types import Edit, Mixture
 from mfa_kernels.ops.pairs import op as pairs
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.woodbury.types import Woodbury
-
-
-class Edit(NamedTuple):
-    """What is done to the tokens of each batch row. B' divides B, S is 1 or T; row i of B takes entry i // (B / B').
-
-    Attributes:
-        coefficients: scale, weight and spread, (B', S, 3), in the dtype that x is steered in: the wider of its own and
-            the mixture's, float32 or float64.
-        shift: (B', S, D), in that dtype.
-        rules: (B', 3) int32. The kind of gate, a number of portable.py: ALWAYS, RESPONSIBILITY and NOT_RESPONSIBILITY
-            (of the region, against the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region looked at,
-            -1 for none. Whether the norm is kept, 0 or 1.
-        thresholds: of the gates, (B',), in the dtype of the mixture.
-        keeps_norm: whether any row keeps its norm.
-        latents: z, (B', S, R), in the dtype of the mixture; None for 0.
-        spreads: whether spread may differ from 0.
-    """
-
-    coefficients: Tensor
-    shift: Tensor
-    rules: Tensor
-    thresholds: Tensor
-    keeps_norm: bool = False
-    latents: Tensor | None = None
-    spreads: bool = False
 
 
 def intervene(
@@ -80,9 +57,7 @@ def intervene(
             return pairs.latents(x, tokens, components, *parameters, woodbury)
 
         map_ = None if parameters is None else parameters[:2]
-        return portable.intervene(
-            hidden, *edit[:5], chosen, passed, active, edit.latents, edit.spreads, map_, latents
-        )  # fmt: skip
+        return portable.intervene(hidden, edit, chosen, passed, active, map_, latents)
     mixture: tuple[Tensor | None, ...] = (None,) * 5
     if parameters is not None and woodbury is not None:
         mixture = (*parameters[:2], woodbury.rows, woodbury.cholesky, woodbury.scale)
@@ -92,24 +67,16 @@ def intervene(
     )
 
 
-torch.library.define(
-    "mfa_kernels::intervene",
-    "(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor thresholds, bool keeps_norm,"
-    " Tensor? latents, bool spreads, Tensor? chosen, Tensor? passed, Tensor? log_prob, Tensor? components,"
-    " Tensor? logits, Tensor? counts, Tensor? means, Tensor? loadings, Tensor? rows, Tensor? cholesky, Tensor? scale,"
-    " bool per_component) -> (Tensor steered, Tensor tally)",
-)
-
-
-_check = trust.checker(
+@operator(
     "intervene",
+    "-> (Tensor steered, Tensor tally)",
     {
         "hidden": "any(B, T, D)", "coefficients": "real(E, S, 3)", "shift": "coefficients(F, U, D)",
-        "rules": "int32(G, 3)", "thresholds": "real(H)", "keeps_norm": "", "latents": "thresholds(I, J, R)",
-        "spreads": "", "chosen": "bool(L, M)", "passed": "bool(B, T)", "log_prob": "thresholds(B * T)",
+        "rules": "int32(G, 3)", "thresholds": "real(H)", "latents": "thresholds(I, J, R)",
+        "chosen": "bool(L, M)", "passed": "bool(B, T)", "log_prob": "thresholds(B * T)",
         "components": "int32(B * T, C)", "logits": "thresholds(B * T, C)", "counts": "int32(B * T)",
         "means": "thresholds(K, D)", "loadings": "thresholds(K, D, R)", "rows": trust.ROWS,
-        "cholesky": "thresholds(K, R, R)", "scale": "thresholds(D)", "per_component": "",
+        "cholesky": "thresholds(K, R, R)", "scale": "thresholds(D)",
     },
     last=("rows", "latents"),
     optional=(
@@ -127,61 +94,39 @@ _check = trust.checker(
         "latents": "I > 0 and B % I == 0 and (J == 1 or J == T)",
         "chosen": "L > 0 and B % L == 0 and (M == 1 or M == T)",
     },
+    fake=lambda given: (
+        torch.empty_like(given.hidden, memory_format=torch.contiguous_format),
+        given.thresholds.new_empty(*given.hidden.shape[:2], 3),
+    ),
+    gradient="torch.ops.mfa_kernels.intervene has no gradient; the function ops.intervene.op.intervene has",
 )  # fmt: skip
-
-
 def _intervene(
-    hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-    log_prob, components, logits, counts, means, loadings, rows, cholesky, scale, per_component,
-):  # fmt: skip
-    _check(
-        hidden, coefficients, shift, rules, thresholds, keeps_norm, latents, spreads, chosen, passed,
-        log_prob, components, logits, counts, means, loadings, rows, cholesky, scale, per_component,
-    )  # fmt: skip
-    if log_prob is None and means is not None:
+    hidden: Tensor, edit: Edit, chosen: Tensor | None, passed: Tensor | None, active: ActivePairs | None,
+    mixture: Mixture | None, per_component: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if active is None and mixture is not None:
         raise ValueError("intervene: log_prob must be given where the mixture is, got None")
-    rank = 0 if cholesky is None else cholesky.shape[-1]
-    serving = backends.serving(thresholds, rank)
-    if means is not None and serving != "cpp":  # which looks itself
-        trust.check_range("intervene", "components", components, -1, len(means))
-    if serving == "portable" or (serving == "triton" and coefficients.dtype == torch.float64):
-        active = None if log_prob is None else ActivePairs(log_prob, components, logits, counts)
-        parameters = None if means is None else (means, loadings)
+    serving = backends.serving(edit.thresholds, 0 if mixture is None else mixture.cholesky.shape[-1])
+    if mixture is not None and active is not None and serving != "cpp":  # which looks itself
+        trust.check_range("intervene", "components", active.components, -1, len(mixture.means))
+    if serving == "portable" or (serving == "triton" and edit.coefficients.dtype == torch.float64):
 
         def explain(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
-            none = cholesky.new_empty(0)
-            return pairs.explain(x, tokens, components, Woodbury(rows, cholesky, none, scale, none, per_component))
+            assert mixture is not None
+            rows, cholesky, scale = mixture[2:]
+            woodbury = Woodbury.without_log_det(rows, cholesky, scale, scale, per_component)
+            return pairs.explain(x, tokens, components, woodbury)
 
-        with full_precision(thresholds):
-            steered, tally = portable.intervene(
-                hidden, coefficients, shift, rules, thresholds, keeps_norm, chosen, passed, active, latents, spreads,
-                parameters, explain,
-            )  # fmt: skip
+        with full_precision(edit.thresholds):
+            map_ = None if mixture is None else mixture[:2]
+            steered, tally = portable.intervene(hidden, edit, chosen, passed, active, map_, explain)
         return steered.contiguous(), tally
-
-    def ready(t: Tensor | None) -> Tensor | None:
-        return None if t is None else t.contiguous()
-
-    tensors = [ready(t) for t in (hidden, coefficients, shift, rules, thresholds, latents, chosen, passed, log_prob,
-                                  components, logits, counts, rows, cholesky, scale)]  # fmt: skip
+    pairs_, terms = active or (None,) * 4, (None,) * 3 if mixture is None else mixture[2:]
+    operands = (hidden, *edit[:4], edit.latents, chosen, passed, *pairs_, *terms)
+    tensors = [None if t is None else t.contiguous() for t in operands]
     if serving == "cpp":
-        return cpp.library().intervene(*tensors, per_component, spreads)
+        return cpp.library().intervene(*tensors, per_component, edit.spreads)
     from mfa_kernels.ops.intervene import triton_intervene
 
-    return triton_intervene.intervene(*tensors, per_component, keeps_norm, spreads)
-
-
-trust.register("intervene", _intervene)
-
-
-@torch.library.register_fake("mfa_kernels::intervene")
-def _(hidden, coefficients, shift, rules, thresholds, *rest):
-    steered = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    return steered, thresholds.new_empty(*hidden.shape[:2], 3)
-
-
-def _refuse(ctx, *grads):
-    raise RuntimeError("torch.ops.mfa_kernels.intervene has no gradient; the function ops.intervene.op.intervene has")
-
-
-torch.library.register_autograd("mfa_kernels::intervene", _refuse, setup_context=lambda ctx, inputs, output: None)
+    given: Any = (*tensors, per_component, edit.keeps_norm, edit.spreads)
+    return triton_intervene.intervene(*given)

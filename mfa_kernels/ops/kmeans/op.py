@@ -8,18 +8,10 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
-from mfa_kernels.ops.common import backends, cpp, trust
+from mfa_kernels.ops.common import backends, cpp
+from mfa_kernels.ops.common.register import operator
+from mfa_kernels.ops.common.trust import check_range
 from mfa_kernels.ops.kmeans import portable
-
-torch.library.define(
-    "mfa_kernels::nearest",
-    "(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tensor owner, Tensor distance)",
-)
-torch.library.define(
-    "mfa_kernels::cluster_sums",
-    "(Tensor x, Tensor center, Tensor owner, Tensor distance, Tensor? weights, Tensor(a!) sums, Tensor(b!) mass,"
-    " Tensor(c!) inertia) -> ()",
-)
 
 
 @torch.no_grad()
@@ -108,27 +100,16 @@ def _rounding(centroids: Tensor, coordinates: int) -> float:
     return 8 * torch.finfo(centroids.dtype).eps * (256 + features / 256 + features / 8 + coordinates / 256 + 64)
 
 
-_check_nearest = trust.checker(
+@operator(
     "nearest",
+    "-> (Tensor owner, Tensor distance)",
     {"x": "any(N, D)", "centroids": "real(K, D)", "center": "any(D)", "basis": "any(D, P)"},
     last=("x",),
     optional=("basis",),
     where={"centroids": "K > 0"},
+    fake=lambda given: (given.x.new_empty(len(given.x), dtype=torch.long), given.centroids.new_empty(len(given.x))),
 )
-_check_cluster_sums = trust.checker(
-    "cluster_sums",
-    {
-        "x": "any(N, D)", "center": "real(D)", "owner": "int64(N)", "distance": "any(N)", "weights": "any(N)",
-        "sums": "double(K, D)", "mass": "double(K)", "inertia": "double(K)",
-    },
-    last=("x", "owner", "distance", "weights"),
-    optional=("weights",),
-    written=("sums", "mass", "inertia"),
-)  # fmt: skip
-
-
-def _nearest(x, centroids, center, basis=None):
-    _check_nearest(x, centroids, center, basis)
+def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if backends.serving(centroids, 0) == "cpp":
         return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
@@ -140,8 +121,21 @@ def _nearest(x, centroids, center, basis=None):
         return portable.nearest(x, centroids, center.to(centroids.dtype))
 
 
-def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
-    _check_cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
+@operator(
+    "cluster_sums",
+    "-> ()",
+    {
+        "x": "any(N, D)", "center": "real(D)", "owner": "int64(N)", "distance": "any(N)", "weights": "any(N)",
+        "sums": "double(K, D)", "mass": "double(K)", "inertia": "double(K)",
+    },
+    last=("x", "owner", "distance", "weights"),
+    optional=("weights",),
+    written=("sums", "mass", "inertia"),
+)  # fmt: skip
+def _cluster_sums(
+    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None,
+    sums: Tensor, mass: Tensor, inertia: Tensor,
+) -> None:  # fmt: skip
     weights = None if weights is None else weights.double()
     if backends.serving(center, 0) == "cpp":
         x, distance = x.to(center.dtype).contiguous(), distance.to(center.dtype).contiguous()
@@ -149,7 +143,7 @@ def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
         out = (sums, mass, inertia)
         cpp.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
         return
-    trust.check_range("cluster_sums", "owner", owner, 0, len(mass) + 1)
+    check_range("cluster_sums", "owner", owner, 0, len(mass) + 1)
     if backends.serving(center, 0) == "triton":
         from mfa_kernels.ops.kmeans import triton_clusters
 
@@ -157,17 +151,3 @@ def _cluster_sums(x, center, owner, distance, weights, sums, mass, inertia):
         triton_clusters.cluster_sums(x.contiguous(), center.contiguous(), owner, distance, weights, sums, mass, inertia)
     else:
         portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
-
-
-trust.register("nearest", _nearest)
-trust.register("cluster_sums", _cluster_sums)
-
-
-@torch.library.register_fake("mfa_kernels::nearest")
-def _(x, centroids, center, basis=None):
-    return x.new_empty(len(x), dtype=torch.long), centroids.new_empty(len(x))
-
-
-@torch.library.register_fake("mfa_kernels::cluster_sums")
-def _(x, center, owner, distance, weights, sums, mass, inertia):
-    return None

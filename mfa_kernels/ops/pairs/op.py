@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.precision import full_precision, no_tangents, once_differentiable
+from mfa_kernels.common.precision import full_precision, no_tangents
 from mfa_kernels.ops.common import backends, cpp, trust
+from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import portable
-from mfa_kernels.ops.woodbury.types import WOODBURY, Woodbury
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 def latents(
@@ -67,14 +68,14 @@ def accumulate_gradients(
         gradients: in the shapes of what they belong to; None is not computed.
         add: on the Triton backend, False writes the gradients instead of adding to them.
     """
-    if woodbury.is_cpp:
+    if woodbury.backend == "cpp":
         cpp.library().backward(
             x, tokens, components, weights, woodbury.rows, woodbury.cholesky, woodbury.scale,
             woodbury.per_component, *gradients,
         )  # fmt: skip
         return
     with full_precision(x):
-        if woodbury.is_triton:
+        if woodbury.backend == "triton":
             from mfa_kernels.ops.pairs import triton_backward
 
             triton_backward.backward(x, tokens, components, weights, woodbury, gradients, add)
@@ -82,44 +83,10 @@ def accumulate_gradients(
             portable.backward(x, tokens, components, weights, woodbury, *gradients)
 
 
-_PARAMETERS = "Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance"
-_CODE = "Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings"
-
-torch.library.define("mfa_kernels::latents", f"({_PARAMETERS}, {WOODBURY}) -> Tensor")
-torch.library.define(
-    "mfa_kernels::latents_backward",
-    f"(Tensor grad, Tensor latents, {_PARAMETERS}, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.define("mfa_kernels::decode", f"({_CODE}) -> Tensor")
-torch.library.define("mfa_kernels::decode_backward", f"(Tensor grad, {_CODE}) -> (Tensor, Tensor, Tensor, Tensor)")
-
-
-_PAIRS = {"x": "any(N, D)", "tokens": "int64(P)", "components": "int32(P)"}
-_check_latents = trust.checker(
-    "latents", {**_PAIRS, **trust.PARAMETERS, **trust.WOODBURY}, last=("x", "tokens", "components")
-)
-_check_latents_backward = trust.checker(
-    "latents_backward",
-    {"grad": "means(P, R)", "latents": "means(P, R)", **_PAIRS, **trust.PARAMETERS, "cholesky": "means(K, R, R)"},
-    last=("x", "tokens", "components", "grad", "latents"),
-)
-_SLOTS = {"components": "int32(N, C)", "responsibilities": "means(N, C)", "latents": "means(N, C, R)"}
-_MAP = {"means": "real(K, D)", "loadings": "means(K, D, R)"}
-_check_decode = trust.checker("decode", {**_SLOTS, **_MAP}, last=tuple(_SLOTS))
-_check_decode_backward = trust.checker(
-    "decode_backward", {"grad": "means(N, D)", **_SLOTS, **_MAP}, last=(*_SLOTS, "grad")
-)
-
-
-def _latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
-    _check_latents(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
-    return explain(x, tokens, components, Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2))
-
-
 def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -> Tensor:
     """`latents` without gradients, of tensors that an operator has checked."""
     rows, cholesky, scale = woodbury.rows, woodbury.cholesky, woodbury.scale
-    if woodbury.is_cpp:
+    if woodbury.backend == "cpp":
         out = cholesky.new_zeros(tokens.shape[0], cholesky.shape[-1])
         held = (components != -1).nonzero().squeeze(-1)
         out[held] = cpp.library().latents(
@@ -130,7 +97,7 @@ def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -
     trust.check_range("latents", "tokens", tokens, 0, len(x))
     trust.check_range("latents", "components", components, -1, len(cholesky))
     with full_precision(cholesky):
-        if woodbury.is_triton:
+        if woodbury.backend == "triton":
             from mfa_kernels.ops.pairs import triton_pairs
 
             x = x if x.dtype != torch.float64 else x.float()
@@ -140,8 +107,65 @@ def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -
         return out.masked_fill((components == -1).unsqueeze(-1), 0)
 
 
-def _decode(components, responsibilities, latents, means, loadings):
-    _check_decode(components, responsibilities, latents, means, loadings)
+_PAIRS = {"x": "any(N, D)", "tokens": "int64(P)", "components": "int32(P)"}
+_SLOTS = {"components": "int32(N, C)", "responsibilities": "means(N, C)", "latents": "means(N, C, R)"}
+_MAP = {"means": "real(K, D)", "loadings": "means(K, D, R)"}
+
+
+def _latents_gradient(saved, needs, grad):
+    grad_x, *parameters = torch.ops.mfa_kernels.latents_backward(grad, *saved)
+    return grad_x, None, None, *parameters
+
+
+@operator(
+    "latents",
+    "-> Tensor",
+    {**_PAIRS, **trust.PARAMETERS, **trust.WOODBURY},
+    last=("x", "tokens", "components"),
+    fake=lambda given: given.means.new_empty(given.tokens.shape[0], given.loadings.shape[2]),
+    gradient=_latents_gradient,
+    saves=lambda inputs, output: (output, *inputs[:6], inputs[7]),
+)
+def _latents(
+    x: Tensor, tokens: Tensor, components: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor,
+    woodbury: Woodbury,
+) -> Tensor:  # fmt: skip
+    return explain(x, tokens, components, woodbury)
+
+
+@operator(
+    "latents_backward",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    {"grad": "means(P, R)", "latents": "means(P, R)", **_PAIRS, **trust.PARAMETERS, "cholesky": "means(K, R, R)"},
+    last=("x", "tokens", "components", "grad", "latents"),
+    fake=lambda given: tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (given.x, given.means, given.loadings, given.noise_variance)
+    ),
+    gradient=NO_SECOND_DERIVATIVE,
+)
+def _latents_backward(
+    grad: Tensor, latents: Tensor, x: Tensor, tokens: Tensor, components: Tensor,
+    means: Tensor, loadings: Tensor, noise_variance: Tensor, cholesky: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    trust.check_range("latents_backward", "tokens", tokens, 0, len(x))
+    trust.check_range("latents_backward", "components", components, -1, len(means))
+    with full_precision(means):
+        return portable.latents_backward(
+            grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky
+        )
+
+
+@operator(
+    "decode",
+    "-> Tensor",
+    {**_SLOTS, **_MAP},
+    last=tuple(_SLOTS),
+    fake=lambda given: given.means.new_empty(given.components.shape[0], given.means.shape[1]),
+    gradient=lambda saved, needs, grad: (None, *torch.ops.mfa_kernels.decode_backward(grad, *saved)),
+    saves=lambda inputs, output: inputs,
+)
+def _decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
     tensors = [t.contiguous() for t in (components, responsibilities, latents, means, loadings)]
     serving = backends.serving(means, loadings.shape[2])
     if serving == "cpp":
@@ -155,18 +179,19 @@ def _decode(components, responsibilities, latents, means, loadings):
         return portable.decode(components, responsibilities, latents, means, loadings)
 
 
-def _latents_backward(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky):
-    _check_latents_backward(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky)
-    trust.check_range("latents_backward", "tokens", tokens, 0, len(x))
-    trust.check_range("latents_backward", "components", components, -1, len(means))
-    with full_precision(means):
-        return portable.latents_backward(
-            grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky
-        )
-
-
-def _decode_backward(grad, components, responsibilities, latents, means, loadings):
-    _check_decode_backward(grad, components, responsibilities, latents, means, loadings)
+@operator(
+    "decode_backward",
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    {"grad": "means(N, D)", **_SLOTS, **_MAP},
+    last=(*_SLOTS, "grad"),
+    fake=lambda given: tuple(
+        torch.empty_like(t) for t in (given.responsibilities, given.latents, given.means, given.loadings)
+    ),
+    gradient=NO_SECOND_DERIVATIVE,
+)
+def _decode_backward(
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
+) -> tuple[Tensor, ...]:
     trust.check_range("decode_backward", "components", components, -1, len(means))
     with full_precision(means):
         if backends.serving(means, loadings.shape[2]) == "triton":
@@ -175,53 +200,3 @@ def _decode_backward(grad, components, responsibilities, latents, means, loading
             tensors = (grad, components, responsibilities, latents, means, loadings)
             return triton_decode.decode_backward(*(t.contiguous() for t in tensors))
         return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)
-
-
-trust.register("latents", _latents)
-trust.register("decode", _decode)
-trust.register("latents_backward", _latents_backward)
-trust.register("decode_backward", _decode_backward)
-
-
-@torch.library.register_fake("mfa_kernels::latents")
-def _(x, tokens, components, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
-    return means.new_empty(tokens.shape[0], loadings.shape[2])
-
-
-@torch.library.register_fake("mfa_kernels::decode")
-def _(components, responsibilities, latents, means, loadings):
-    return means.new_empty(components.shape[0], means.shape[1])
-
-
-@torch.library.register_fake("mfa_kernels::latents_backward")
-def _(grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky):
-    contiguous = torch.contiguous_format
-    return tuple(torch.empty_like(t, memory_format=contiguous) for t in (x, means, loadings, noise_variance))
-
-
-@torch.library.register_fake("mfa_kernels::decode_backward")
-def _(grad, components, responsibilities, latents, means, loadings):
-    return tuple(torch.empty_like(t) for t in (responsibilities, latents, means, loadings))
-
-
-def _latents_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(output, *inputs[:6], inputs[7])
-
-
-def _latents_gradient(ctx, grad):
-    x, means, loadings, noise = torch.ops.mfa_kernels.latents_backward(grad, *ctx.saved_tensors)
-    return x, None, None, means, loadings, noise, None, None, None, None, None
-
-
-def _decode_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _decode_gradient(ctx, grad):
-    return None, *torch.ops.mfa_kernels.decode_backward(grad, *ctx.saved_tensors)
-
-
-torch.library.register_autograd("mfa_kernels::latents", _latents_gradient, setup_context=_latents_context)
-torch.library.register_autograd("mfa_kernels::decode", _decode_gradient, setup_context=_decode_context)
-once_differentiable("latents_backward")
-once_differentiable("decode_backward")

@@ -1,31 +1,28 @@
 """Stage 1 registered: ``torch.ops.mfa_kernels.log_prob`` and ``.component_log_prob``, with their gradients.
 
 The factors come in as tensors that carry no gradient: backward reaches x, means, loadings, noise and weights in
-closed form, on the active pairs alone (stage 2). A token whose active components overflow its slots (a diffuse
-mixture) is treated densely, that token only, in chunks.
+closed form, on the active pairs alone (stage 2). A token that overflows, which has more active components than slots,
+gets its gradients from all the components (pairs/overflow.py).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.precision import full_precision, no_tangents, once_differentiable
+from mfa_kernels.common.precision import full_precision, no_tangents
 from mfa_kernels.ops.common import cpp, trust
 from mfa_kernels.ops.common.out_of_memory import explained
-from mfa_kernels.ops.pairs import dense
+from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
+from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.scan import portable
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.woodbury.portable import CHUNK
-from mfa_kernels.ops.woodbury.types import WOODBURY, ScanRows, Woodbury
-
-_PARAMETERS = "Tensor x, Tensor means, Tensor loadings, Tensor noise_variance"
-_SCAN = ", ".join(
-    f"Tensor? {name}=None" for name in ("rows16", "scales", "offsets", "squares", "bounds", "worst", "reference")
-)
+from mfa_kernels.ops.woodbury.types import NO_SCAN, Parameters, ScanRows, Woodbury
 
 
 def log_prob(
@@ -65,30 +62,90 @@ def component_log_prob(
     return torch.ops.mfa_kernels.component_log_prob(x, means, loadings, noise_variance, *woodbury.tensors())
 
 
-torch.library.define(
-    "mfa_kernels::log_prob",
-    f"({_PARAMETERS}, Tensor log_weights, {WOODBURY}, int slots, bool exact=True, {_SCAN})"
-    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)",
-)
-torch.library.define(
-    "mfa_kernels::log_prob_backward",
-    f"(Tensor grad_log_prob, Tensor grad_logits, {_PARAMETERS}, Tensor log_weights, {WOODBURY},"
-    " Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs)"
-    " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)",
-)
-torch.library.define("mfa_kernels::component_log_prob", f"({_PARAMETERS}, {WOODBURY}) -> Tensor")
-torch.library.define(
-    "mfa_kernels::component_log_prob_backward",
-    f"(Tensor grad, {_PARAMETERS}, {WOODBURY}, bool[] needs)"
-    " -> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise)",
-)
+def _prepared(x: Tensor, means: Tensor, woodbury: Woodbury) -> Tensor:
+    """x as the backend reads it: only Triton converts the halves as it loads them."""
+    keep = woodbury.backend == "triton" and x.dtype in (torch.bfloat16, torch.float16)
+    return x.contiguous() if keep else x.to(means.dtype).contiguous()
 
 
-check_log_prob = trust.checker(
+def dense_logits(x: Tensor, woodbury: Woodbury, constants: Tensor) -> Tensor:
+    """Every logit (N, K)."""
+    if woodbury.backend == "cpp":
+        library = cpp.library()
+        return library.dense(x, woodbury.rows, constants, woodbury.scale, woodbury.per_component).t()
+    with full_precision(x):
+        if woodbury.backend != "triton":
+            return portable.dense(x, woodbury, constants)
+        from mfa_kernels.ops.scan import triton_dense
+
+        return triton_dense.dense(x, woodbury, constants)
+
+
+def gradients_of(
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    grad_log_prob: Tensor | None,
+    grad_components: None,
+    grad_logits: Tensor | None,
+    *others: Tensor | None,
+) -> list[Tensor | None]:
+    """Gradients of x and the parameters, where they are needed.
+
+    Args:
+        saved: x, the parameters, `Woodbury.tensors` and the `ActivePairs` that were found, one tensor after the other.
+        needs: whether each of the first five needs a gradient; further entries are ignored.
+        grad_log_prob, grad_logits: of the `ActivePairs`; None where there is none.
+        grad_components, others: of what has no gradient.
+    """
+    flags, log_prob, logits = list(needs[:5]), saved[10], saved[12]
+    grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
+    grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
+    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, flags)
+    return [g if n else None for g, n in zip(gradients, flags)]
+
+
+def _component_gradients(saved, needs, grad):
+    gradients = torch.ops.mfa_kernels.component_log_prob_backward(grad.contiguous(), *saved, list(needs[:4]))
+    return [g if n else None for g, n in zip(gradients, needs)]
+
+
+PARAMETERS = {**trust.PARAMETERS, "log_weights": "means(K)", **trust.WOODBURY}
+
+
+@operator(
     "log_prob",
-    {"x": "any(N, D)", **trust.PARAMETERS, "log_weights": "means(K)", **trust.WOODBURY, "slots": "positive"},
+    "-> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)",
+    {"x": "any(N, D)", **PARAMETERS, "slots": "positive"},
     last=("x",),
+    fake=lambda given: tuple(ActivePairs.empty(given.x.shape[0], given.slots, given.means)),
+    gradient=gradients_of,
+    saves=lambda inputs, output: (*inputs[:10], *output),
 )
+def _log_prob(
+    x: Tensor, parameters: Parameters, woodbury: Woodbury, slots: int, exact: bool = True, scan: ScanRows = NO_SCAN
+) -> tuple[Tensor, ...]:
+    means, loadings, noise_variance, log_weights = parameters
+    x = _prepared(x, means, woodbury)
+    threshold = activity_threshold(means.shape[0], means.dtype)
+    constants = woodbury.constants(log_weights)
+    if woodbury.backend == "cpp":
+        return cpp.library().scan(x, woodbury.rows, constants, woodbury.scale, woodbury.per_component, threshold, slots)
+    size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
+    shrink = "pass fewer tokens x at a time"
+    with full_precision(means), explained(f"the scan of {x.shape[0]} tokens", size, means.element_size(), shrink):
+        if woodbury.backend != "triton":
+            return portable.scan(x, woodbury, constants, threshold, slots)
+        from mfa_kernels.ops.scan import triton_pipeline
+        from mfa_kernels.ops.woodbury import triton_rows
+
+        if scan.rows is not None and scan.rows.numel():
+            _check_scan(loadings, noise_variance, *scan)
+            view = ScanRows(*(t.contiguous() for t in scan))
+        else:
+            view = triton_rows.scan_rows(woodbury)
+        return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
+
+
 _check_scan = trust.checker(
     "log_prob",
     {
@@ -99,84 +156,31 @@ _check_scan = trust.checker(
         "reference": "loadings(D)",
     },
 )  # fmt: skip
-_check_component_log_prob = trust.checker(
-    "component_log_prob", {"x": "any(N, D)", **trust.PARAMETERS, **trust.WOODBURY}, last=("x",)
+
+
+@operator(
+    "component_log_prob",
+    "-> Tensor",
+    {"x": "any(N, D)", **trust.PARAMETERS, **trust.WOODBURY},
+    last=("x",),
+    fake=lambda given: given.means.new_empty(given.x.shape[0], given.means.shape[0]),
+    gradient=_component_gradients,
+    saves=lambda inputs, output: inputs,
 )
-_check_log_prob_backward = trust.checker(
-    "log_prob_backward",
-    {
-        "grad_log_prob": "means(N)", "grad_logits": "means(N, S)", "x": "any(N, D)", **trust.PARAMETERS,
-        "log_weights": "means(K)", **trust.WOODBURY, "log_prob": "means(N)", "components": "int32(N, S)",
-        "logits": "means(N, S)", "counts": "int32(N)",
-    },
-    last=("x", "components", "grad_log_prob", "grad_logits", "log_prob", "logits", "counts"),
-)  # fmt: skip
-_check_component_log_prob_backward = trust.checker(
-    "component_log_prob_backward",
-    {"grad": "means(N, K)", "x": "any(N, D)", **trust.PARAMETERS, **trust.WOODBURY},
-    last=("x", "grad"),
-)
-
-
-def _prepared(x: Tensor, means: Tensor, woodbury: Woodbury) -> Tensor:
-    """x as the backend reads it: only Triton converts the halves as it loads them."""
-    keep = woodbury.is_triton and x.dtype in (torch.bfloat16, torch.float16)
-    return x.contiguous() if keep else x.to(means.dtype).contiguous()
-
-
-def _log_prob(
-    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
-):
-    check_log_prob(x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots)
-    woodbury = Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x = _prepared(x, means, woodbury)
-    threshold = activity_threshold(means.shape[0], means.dtype)
-    constants = woodbury.constants(log_weights)
-    if woodbury.is_cpp:
-        return cpp.library().scan(x, rows, constants, scale, woodbury.per_component, threshold, slots)
-    size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
-    shrink = "pass fewer tokens x at a time"
-    with full_precision(means), explained(f"the scan of {x.shape[0]} tokens", size, means.element_size(), shrink):
-        if not woodbury.is_triton:
-            return portable.scan(x, woodbury, constants, threshold, slots)
-        from mfa_kernels.ops.scan import triton_pipeline
-        from mfa_kernels.ops.woodbury import triton_rows
-
-        if scan and scan[0] is not None and scan[0].numel():
-            _check_scan(loadings, noise_variance, *scan)
-            view = ScanRows(*(t.contiguous() for t in scan))
-        else:
-            view = triton_rows.scan_rows(woodbury)
-        return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
-
-
-def _component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
-    _check_component_log_prob(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
-    woodbury = Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x = _prepared(x, means, woodbury)
-    return dense_logits(x, woodbury, woodbury.constants(torch.zeros_like(log_det))).contiguous()
-
-
-def dense_logits(x: Tensor, woodbury: Woodbury, constants: Tensor) -> Tensor:
-    """Every logit (N, K)."""
-    if woodbury.is_cpp:
-        library = cpp.library()
-        return library.dense(x, woodbury.rows, constants, woodbury.scale, woodbury.per_component).t()
-    with full_precision(x):
-        if not woodbury.is_triton:
-            return portable.dense(x, woodbury, constants)
-        from mfa_kernels.ops.scan import triton_dense
-
-        return triton_dense.dense(x, woodbury, constants)
+def _component_log_prob(
+    x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury
+) -> Tensor:
+    constants = woodbury.constants(torch.zeros_like(woodbury.log_det))
+    return dense_logits(_prepared(x, means, woodbury), woodbury, constants).contiguous()
 
 
 def _new_gradients(
-    woodbury: Woodbury, inputs: list[Tensor], needs: list[bool], written: bool = False
+    woodbury: Woodbury, inputs: Sequence[Tensor], needs: list[bool], written: bool = False
 ) -> list[Tensor | None]:
     """Room for the gradients: zeros, unless all of it is going to be written."""
 
     def new(t: Tensor) -> Tensor:
-        if woodbury.is_cpp:
+        if woodbury.backend == "cpp":
             return cpp.library().zeros_like(t)
         make = torch.empty if written else torch.zeros
         return make(t.shape, dtype=woodbury.rows.dtype, device=t.device)
@@ -184,148 +188,85 @@ def _new_gradients(
     return [new(t) if needed else None for t, needed in zip(inputs, needs)]
 
 
-def _filled(gradients: list[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    """Operators return tensors: an empty one stands for a gradient that nobody asked for."""
-    return tuple(like.new_empty(0) if g is None else g for g in gradients)
+def _results(gradients: list[Tensor | None], x_dtype: torch.dtype, like: Tensor) -> tuple[Tensor, ...]:
+    """The gradients as an operator returns them: an empty tensor stands for one that is not needed."""
+    grad_x, *others = (like.new_empty(0) if g is None else g for g in gradients)
+    return grad_x if gradients[0] is None else grad_x.to(x_dtype), *others
 
 
-def _log_prob_backward(
-    grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
-    rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
-):  # fmt: skip
-    _check_log_prob_backward(
-        grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
-        rows, cholesky, log_det, scale, center, log_prob, components, logits, counts,
-    )  # fmt: skip
-    _check_needs("log_prob_backward", needs, 5)
-    woodbury = Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    if not woodbury.is_cpp:  # those kernels look themselves
-        trust.check_range("log_prob_backward", "components", components, -1, len(means))
-    x_dtype, x = x.dtype, _prepared(x, means, woodbury)
-    fused = woodbury.is_triton
-    gradients = _new_gradients(woodbury, [x, means, loadings, noise_variance, log_weights], needs, written=fused)
-    slots = components.shape[1]
-    held = components >= 0
-    overflow = counts > slots
-    # Softmax, not exp(logits - log_prob): log_prob is rounded, and at thousands of nats that costs four digits.
-    responsibility = logits.softmax(-1).masked_fill(overflow.unsqueeze(-1), 0)
-    # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
-    weight = torch.where(held, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
-    if fused:  # every slot, the empty ones too: nothing waits for the device
-        tokens = torch.arange(weight.numel(), device=x.device) // slots
-        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), woodbury, gradients, add=False)
-    else:
-        tokens, columns = weight.nonzero(as_tuple=True)
-        accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], woodbury, gradients)
-    diffuse = overflow.nonzero().squeeze(-1)
-    if diffuse.numel():
-        constants = woodbury.constants(log_weights)
-        least = math.exp(-activity_threshold(means.shape[0], means.dtype))
-        for chunk in diffuse.split(_dense_step(means)):
-            r = dense_logits(x[chunk], woodbury, constants).softmax(-1)
-            weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
-            dense.backward(x, chunk, weight, woodbury, gradients)
-    if gradients[0] is not None:
-        gradients[0] = gradients[0].to(x_dtype)
-    return _filled(gradients, means)
-
-
-def _check_needs(operator: str, needs: list[bool], count: int) -> None:
-    if len(needs) != count:
-        raise ValueError(f"{operator}: needs must have {count} entries, one for each gradient, got {len(needs)}")
-
-
-def _dense_step(means: Tensor) -> int:
-    """Tokens at a time of a dense backward: logits, weights and tokens each within bounds."""
-    return max(1, CHUNK // max(2 * means.shape[0], means.shape[1]))
-
-
-def _component_log_prob_backward(
-    grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center, needs
-):
-    _check_component_log_prob_backward(grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center)
-    _check_needs("component_log_prob_backward", needs, 4)
-    woodbury = Woodbury(rows, cholesky, log_det, scale, center, noise_variance.dim() == 2)
-    x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
-    gradients = [*_new_gradients(woodbury, [x, means, loadings, noise_variance], needs), None]
-    for chunk in torch.arange(x.shape[0], device=x.device).split(_dense_step(means)):
-        dense.backward(x, chunk, grad[chunk], woodbury, gradients)
-    if gradients[0] is not None:
-        gradients[0] = gradients[0].to(x_dtype)
-    return _filled(gradients[:4], means)
-
-
-trust.register("log_prob", _log_prob)
-trust.register("log_prob_backward", _log_prob_backward)
-trust.register("component_log_prob", _component_log_prob)
-trust.register("component_log_prob_backward", _component_log_prob_backward)
-
-
-@torch.library.register_fake("mfa_kernels::log_prob")
-def _(
-    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center, slots, exact=True, *scan
-):
-    return tuple(ActivePairs.empty(x.shape[0], slots, means))
-
-
-@torch.library.register_fake("mfa_kernels::component_log_prob")
-def _(x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center):
-    return means.new_empty(x.shape[0], means.shape[0])
-
-
-def _fake_gradients(inputs: list[Tensor], needs: list[bool]) -> tuple[Tensor, ...]:
+def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
     return tuple(
         torch.empty_like(t, memory_format=torch.contiguous_format) if n else inputs[1].new_empty(0)
         for t, n in zip(inputs, needs)
     )
 
 
-@torch.library.register_fake("mfa_kernels::log_prob_backward")
-def _(
-    grad_log_prob, grad_logits, x, means, loadings, noise_variance, log_weights,
-    rows, cholesky, log_det, scale, center, log_prob, components, logits, counts, needs,
-):  # fmt: skip
-    return _fake_gradients([x, means, loadings, noise_variance, log_weights], needs)
+@operator(
+    "log_prob_backward",
+    "-> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)",
+    {
+        "grad_log_prob": "means(N)", "grad_logits": "means(N, S)", "x": "any(N, D)", **PARAMETERS,
+        "log_prob": "means(N)", "components": "int32(N, S)", "logits": "means(N, S)", "counts": "int32(N)",
+        "needs": "5 gradients",
+    },
+    last=("x", "components", "grad_log_prob", "grad_logits", "log_prob", "logits", "counts", "needs"),
+    fake=lambda given: _fake_gradients(
+        [given.x, given.means, given.loadings, given.noise_variance, given.log_weights], given.needs
+    ),
+    gradient=NO_SECOND_DERIVATIVE,
+)  # fmt: skip
+def _log_prob_backward(
+    grad_log_prob: Tensor, grad_logits: Tensor, x: Tensor, parameters: Parameters, woodbury: Woodbury,
+    active: ActivePairs, needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    means, components = parameters.means, active.components
+    if woodbury.backend != "cpp":  # those kernels look themselves
+        trust.check_range("log_prob_backward", "components", components, -1, len(means))
+    x_dtype, x = x.dtype, _prepared(x, means, woodbury)
+    fused = woodbury.backend == "triton"
+    gradients = _new_gradients(woodbury, [x, *parameters], needs, written=fused)
+    slots = components.shape[1]
+    overflow_ = active.counts > slots
+    # Softmax, not exp(logits - log_prob): log_prob is rounded, and at thousands of nats that costs four digits.
+    responsibility = active.logits.softmax(-1).masked_fill(overflow_.unsqueeze(-1), 0)
+    # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
+    weight = torch.where(components >= 0, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
+    if fused:  # every slot, the empty ones too: nothing waits for the device
+        tokens = torch.arange(weight.numel(), device=x.device) // slots
+        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), woodbury, gradients, add=False)
+    else:
+        tokens, columns = weight.nonzero(as_tuple=True)
+        accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], woodbury, gradients)
+    overflowing = overflow_.nonzero().squeeze(-1)
+    if overflowing.numel():
+        constants = woodbury.constants(parameters.log_weights)
+        least = math.exp(-activity_threshold(means.shape[0], means.dtype))
+        for chunk in overflowing.split(_at_once(means)):
+            r = dense_logits(x[chunk], woodbury, constants).softmax(-1)
+            weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
+            overflow.backward(x, chunk, weight, woodbury, gradients)
+    return _results(gradients, x_dtype, means)
 
 
-@torch.library.register_fake("mfa_kernels::component_log_prob_backward")
-def _(grad, x, means, loadings, noise_variance, rows, cholesky, log_det, scale, center, needs):
-    return _fake_gradients([x, means, loadings, noise_variance], needs)
+def _at_once(means: Tensor) -> int:
+    """Tokens whose gradients with every component are computed at a time: their logits and x within `CHUNK`."""
+    return max(1, CHUNK // max(2 * means.shape[0], means.shape[1]))
 
 
-def _log_prob_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:10], *output)
-
-
-def _log_prob_gradient(ctx, grad_log_prob, grad_components, grad_logits, grad_counts):
-    return *gradients_of(ctx, grad_log_prob, grad_logits), *[None] * 14
-
-
-def gradients_of(ctx, grad_log_prob: Tensor | None, grad_logits: Tensor | None) -> list[Tensor | None]:
-    """Those of x and the parameters, where wanted: `ctx` has saved these, the factors' tensors and the
-    `ActivePairs`."""
-    saved = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:5])
-    log_prob, logits = saved[10], saved[12]
-    grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
-    grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
-    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, needs)
-    return [g if n else None for g, n in zip(gradients, needs)]
-
-
-def _component_log_prob_context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _component_log_prob_gradient(ctx, grad):
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = torch.ops.mfa_kernels.component_log_prob_backward(grad.contiguous(), *ctx.saved_tensors, needs)
-    return *(g if n else None for g, n in zip(gradients, needs)), None, None, None, None, None
-
-
-torch.library.register_autograd("mfa_kernels::log_prob", _log_prob_gradient, setup_context=_log_prob_context)
-torch.library.register_autograd(
-    "mfa_kernels::component_log_prob", _component_log_prob_gradient, setup_context=_component_log_prob_context
+@operator(
+    "component_log_prob_backward",
+    "-> (Tensor grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise)",
+    {"grad": "means(N, K)", "x": "any(N, D)", **trust.PARAMETERS, **trust.WOODBURY, "needs": "4 gradients"},
+    last=("x", "grad", "needs"),
+    fake=lambda given: _fake_gradients([given.x, given.means, given.loadings, given.noise_variance], given.needs),
+    gradient=NO_SECOND_DERIVATIVE,
 )
-once_differentiable("log_prob_backward")
-once_differentiable("component_log_prob_backward")
+def _component_log_prob_backward(
+    grad: Tensor, x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    x_dtype, x = x.dtype, x.to(means.dtype).contiguous()
+    gradients = _new_gradients(woodbury, [x, means, loadings, noise_variance], needs)
+    for chunk in torch.arange(x.shape[0], device=x.device).split(_at_once(means)):
+        overflow.backward(x, chunk, grad[chunk], woodbury, [*gradients, None])
+    return _results(gradients, x_dtype, means)

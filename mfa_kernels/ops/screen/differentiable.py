@@ -5,16 +5,19 @@ Backward works on the active pairs and does not know how they were found: it is 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import no_tangents
-from mfa_kernels.ops.scan.op import check_log_prob, gradients_of
+from mfa_kernels.ops.common.register import operator
+from mfa_kernels.ops.scan.op import PARAMETERS, gradients_of
 from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import scan
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import WOODBURY, Woodbury
+from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 def log_prob(
@@ -48,44 +51,31 @@ def log_prob(
     return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
 
 
-torch.library.define(
-    "mfa_kernels::screened_log_prob",
-    f"(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, {WOODBURY}, Tensor basis,"
+def _fake(given):
+    return _screened(*vars(given).values())
+
+
+@operator(
+    "screened_log_prob",
+    "(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows, Tensor cholesky,"
+    " Tensor log_det, Tensor scale, Tensor center, Tensor basis,"
     " Tensor marginal_rows, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,"
     " Tensor[] neighbors, float neighbor_threshold, float exact_slack, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
+    {"x": "any(N, D)", **PARAMETERS, "slots": "positive"},
+    last=("x",),
+    fake=_fake,
+    gradient=gradients_of,
+    saves=lambda inputs, output: (*inputs[:10], *output[:4]),
+    devices=("CPU",),
 )
-
-
-def _screened_log_prob(
-    x, means, loadings, noise_variance, log_weights, rows, cholesky, log_det, scale, center,
-    basis, marginal_rows, radii, slack, lines, line_terms, batches_by_lines, neighbors, neighbor_threshold,
-    exact_slack, slots,
-):  # fmt: skip
-    constants = Woodbury(rows, cholesky, log_det, scale, center, False).constants(log_weights)
+def _screened(*given: Any) -> tuple[Tensor, ...]:
+    x, means, _, _, log_weights, rows, _, log_det, scale, center, basis, marginal_rows, radii, *others, slots = given
+    constants = Woodbury.of_tensors(*given[5:10]).constants(log_weights)
     threshold = activity_threshold(means.shape[0], means.dtype)
     return torch.ops.mfa_kernels.select_screened(
-        x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
-        batches_by_lines, neighbors, neighbor_threshold, exact_slack, threshold, slots,
-    )  # fmt: skip
-
-
-@torch.library.impl("mfa_kernels::screened_log_prob", "CPU")
-def _checked(*arguments):
-    check_log_prob(*arguments[:10], arguments[-1])
-    return _screened_log_prob(*arguments)
-
-
-torch.library.register_fake("mfa_kernels::screened_log_prob")(_screened_log_prob)
-
-
-def _context(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:10], *output[:4])
-    ctx.rest = [[None] * len(i) if isinstance(i, (list, tuple)) else None for i in inputs[5:]]  # no gradient
-
-
-def _gradient(ctx, grad_log_prob, grad_components, grad_logits, *grad_rest):
-    return *gradients_of(ctx, grad_log_prob, grad_logits), *ctx.rest
+        x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, *others, threshold, slots
+    )
 
 
 class _Screened(torch.autograd.Function):
@@ -97,14 +87,10 @@ class _Screened(torch.autograd.Function):
         active, dropped, evaluated = scan(x, woodbury, woodbury.constants(log_weights), screen, threshold, slots)
         parameters = means, loadings, noise_variance, log_weights
         ctx.save_for_backward(x, *parameters, *woodbury.tensors(), *active)
-        ctx.rest = [None] * 3
         ctx.mark_non_differentiable(active.components, active.counts, dropped, evaluated)
         return *active, dropped, evaluated
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *gradients):
-        return _gradient(ctx, *gradients)
-
-
-torch.library.register_autograd("mfa_kernels::screened_log_prob", _gradient, setup_context=_context)
+        return *gradients_of(ctx.saved_tensors, ctx.needs_input_grad, *gradients), None, None, None

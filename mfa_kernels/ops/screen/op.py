@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.basis import basis as choose_basis
@@ -17,10 +17,6 @@ from mfa_kernels.ops.screen.cost import modelled_cost
 from mfa_kernels.ops.screen.rounding import bound_slack, logit_slack, skew, stage_0_rounding
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import Woodbury
-
-if TYPE_CHECKING:
-    pass
-
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """What `choose` tries for p."""
@@ -285,42 +281,37 @@ def bounds(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen, by_
     )  # fmt: skip
 
 
-torch.library.define(
-    "mfa_kernels::select_screened",
-    "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows,"
-    " Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms,"
-    " bool batches_by_lines, Tensor[] neighbors, float neighbor_threshold, float exact_slack, float threshold,"
-    " int slots)"
-    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
-)
-
-
-_check_scan_screened = trust.checker(
+_check = trust.checker(
     "select_screened",
     {
         "x": "any(N, D)", "rows": "scale(K, -(-D // lanes[scale_dtype]), Q, lanes[scale_dtype])",
-        "constants": "scale(K)",
-        "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
+        "constants": "scale(K)", "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
         "marginal_rows": "scale(K, P // lanes[scale_dtype], Q, lanes[scale_dtype])", "log_det": "scale(K)",
-        "radii": "scale(K)",
-        "slack": "scale(K)", "lines": "scale(K * (len(lines) > 0), P)", "line_terms": "scale(2, len(lines))",
+        "radii": "scale(K)", "slack": "scale(K)", "lines": "scale(K * (len(lines) > 0), P)",
+        "line_terms": "scale(2, len(lines))",
     },
     last=("rows", "constants", "marginal_rows", "x"),
 )  # fmt: skip
 
 
-@torch.library.impl("mfa_kernels::select_screened", "CPU")
-def _scan_screened(x, rows, *rest):
+def _fake_scan(given):
+    active = ActivePairs.empty(given.x.shape[0], given.slots, given.rows)
+    return *active, torch.empty_like(active.log_prob), torch.empty_like(active.counts)
+
+
+@operator(
+    "select_screened",
+    "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows,"
+    " Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms,"
+    " bool batches_by_lines, Tensor[] neighbors, float neighbor_threshold, float exact_slack, float threshold,"
+    " int slots)"
+    " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
+    {},
+    fake=_fake_scan,
+    devices=("CPU",),
+)
+def _scan_screened(x, rows, *others):
     if cpp.library() is None:
         raise RuntimeError("select_screened: the C++ kernels, which alone have it, are not built here")
-    _check_scan_screened(x, rows, *rest[:10])
-    return cpp.library().scan_screened(x.to(rows.dtype).contiguous(), rows, *rest)
-
-
-@torch.library.register_fake("mfa_kernels::select_screened")
-def _(
-    x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, slack, lines, line_terms,
-    batches_by_lines, neighbors, neighbor_threshold, exact_slack, threshold, slots,
-):  # fmt: skip
-    active = ActivePairs.empty(x.shape[0], slots, rows)
-    return *active, torch.empty_like(active.log_prob), torch.empty_like(active.counts)
+    _check(x, rows, *others[:10])
+    return cpp.library().scan_screened(x.to(rows.dtype).contiguous(), rows, *others)

@@ -6,23 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from mfa_kernels.ops.statistics.types import Sums
 from mfa_kernels.ops.woodbury.portable import CHUNK, explained, residuals
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 
-def accumulate(
-    x: Tensor,
-    components: Tensor,
-    weights: Tensor,
-    woodbury: Woodbury,
-    mass: Tensor,
-    shift: Tensor,
-    latent: Tensor,
-    second: Tensor,
-    cross: Tensor,
-    squares: Tensor,
-) -> None:
-    """Adds the sums over the pairs in the slots of components (N, S) to the outputs."""
+def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: Sums) -> None:
+    """Adds the sums over the pairs in the slots of components (N, S) to `out`."""
     features, rank = x.shape[1], woodbury.cholesky.shape[-1]
     tokens, columns = ((components >= 0) & (weights != 0)).nonzero(as_tuple=True)
     order = components[tokens, columns].argsort(stable=True)
@@ -37,15 +27,15 @@ def accumulate(
         owners, counts = k.unique_consecutive(return_counts=True)
         posterior = torch.cholesky_inverse(woodbury.cholesky[owners].double()).repeat_interleave(counts, 0)  # M^-1
         firsts = counts.cumsum(0) - counts
-        _add(mass, w, owners, firsts)
-        _add(shift, w * y, owners, firsts)
-        _add(latent, w * z, owners, firsts)
-        _add(second, w.unsqueeze(-1) * (z.unsqueeze(-1) * z.unsqueeze(1) + posterior), owners, firsts)
-        _add(cross, (w * z).unsqueeze(-1) * y.unsqueeze(1), owners, firsts)
+        _add(out.mass, w, owners, firsts)
+        _add(out.shift, w * y, owners, firsts)
+        _add(out.latent, w * z, owners, firsts)
+        _add(out.second, w.unsqueeze(-1) * (z.unsqueeze(-1) * z.unsqueeze(1) + posterior), owners, firsts)
+        _add(out.cross, (w * z).unsqueeze(-1) * y.unsqueeze(1), owners, firsts)
         if woodbury.per_component:
-            _add(squares, w * y.square(), owners, firsts)
+            _add(out.squares, w * y.square(), owners, firsts)
         else:
-            squares += (w * y.square()).sum(0)
+            out.squares.add_((w * y.square()).sum(0))
 
 
 def _add(out: Tensor, terms: Tensor, owners: Tensor, firsts: Tensor) -> None:

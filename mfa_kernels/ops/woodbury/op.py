@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from mfa_kernels.common.precision import full_precision
 from mfa_kernels.ops.common import backends, cpp, cuda, trust
 from mfa_kernels.ops.common.out_of_memory import explained
+from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.woodbury.portable import portable
 from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
@@ -38,102 +40,10 @@ def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: T
         return Woodbury(rows, cholesky, log_det, scale, center, per_component, tuple(scan))
 
 
-torch.library.define(
-    "mfa_kernels::factors",
-    "(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)",
-)
-
-
-_check_woodbury = trust.checker("factors", trust.PARAMETERS)
-_check_scan_rows = trust.checker(
-    "scan_rows",
-    {
-        "rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)",
-        "per_component": "",
-    },
-    last=("rows",),
-)  # fmt: skip
-
-
-def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    _check_woodbury(means, loadings, noise_variance)
-    with full_precision(means), _room(means, loadings.shape[2], 2):
-        serving = backends.serving(means, loadings.shape[2])
-        library = cpp.library() if serving == "cpp" else cuda.library() if serving == "triton" else None
-        if library is None:
-            return portable(means, loadings, noise_variance)
-        return library.woodbury(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
-
-
-def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
-    """Says how large the factors are where they do not fit."""
-    components, features = means.shape
-    what = f"the factors of {components} components of rank {rank}"
-    size = copies * components * (rank + 1) * features
-    return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
-
-
-trust.register("factors", _factors)
-
-
-@torch.library.register_fake("mfa_kernels::factors")
-def _fake(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    components, features, rank = loadings.shape
-    row_count = rank + noise_variance.dim()
-    if backends.serving(means, rank) != "cpp":
-        rows = means.new_empty(components, row_count, features)
-    else:
-        width = cpp.library().vector_bytes // means.element_size()
-        rows = means.new_empty(components, -(-features // width), row_count, width)
-    return rows, means.new_empty(components, rank, rank), means.new_empty(components)
-
-
-torch.library.define(
-    "mfa_kernels::scan_rows",
-    "(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component)"
-    " -> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)",
-)
-
-
-def _scan_rows(rows, cholesky, scale, center, per_component):
-    _check_scan_rows(rows, cholesky, scale, center, per_component)
-    woodbury = Woodbury(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
-    if not woodbury.is_triton:
-        return _no_scan(rows)
-    from mfa_kernels.ops.woodbury import triton_rows
-
-    with _room(rows[:, 0], cholesky.shape[-1], 1):
-        return tuple(triton_rows.scan_rows(woodbury))
-
-
-def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(rows.new_empty(0) for _ in range(7))
-
-
-trust.register("scan_rows", _scan_rows)
-
-
-@torch.library.register_fake("mfa_kernels::scan_rows")
-def _(rows, cholesky, scale, center, per_component):
-    if not Woodbury(rows, cholesky, cholesky.new_empty(0), scale, center, per_component).is_triton:
-        return _no_scan(rows)
-    from mfa_kernels.ops.woodbury import triton_rows
-
-    return tuple(triton_rows.allocate(rows, cholesky.shape[-1], per_component))
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    rows, cholesky, _ = output
-    ctx.save_for_backward(*inputs, rows, cholesky)
-
-
-def _backward(ctx, *gradients: Tensor):
-    with full_precision(gradients[0]):
-        return _gradients(ctx, *gradients)
-
-
-def _gradients(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor):
-    means, loadings, noise, rows, cholesky = ctx.saved_tensors
+def _gradients(
+    saved: Sequence[Tensor], grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    means, loadings, noise, rows, cholesky = saved
     features, rank = loadings.shape[1:]
     scale = noise.rsqrt().expand_as(means)  # lam_k
     grad_rows = unpack_rows(grad_rows, features)
@@ -159,4 +69,73 @@ def _gradients(ctx, grad_rows: Tensor, grad_cholesky: Tensor, grad_log_det: Tens
     return grad_rows[:, 0], grad_loadings, grad_noise
 
 
-torch.library.register_autograd("mfa_kernels::factors", _backward, setup_context=_setup_context)
+def _fake_factors(given):
+    means, (components, features, rank) = given.means, given.loadings.shape
+    row_count = rank + given.noise_variance.dim()
+    if backends.serving(means, rank) != "cpp":
+        rows = means.new_empty(components, row_count, features)
+    else:
+        width = cpp.library().vector_bytes // means.element_size()
+        rows = means.new_empty(components, -(-features // width), row_count, width)
+    return rows, means.new_empty(components, rank, rank), means.new_empty(components)
+
+
+def _backward(saved, needs, *gradients):
+    with full_precision(gradients[0]):
+        return _gradients(saved, *gradients)
+
+
+@operator(
+    "factors",
+    "-> (Tensor rows, Tensor cholesky, Tensor log_det)",
+    trust.PARAMETERS,
+    fake=_fake_factors,
+    gradient=_backward,
+    saves=lambda inputs, output: (*inputs, *output[:2]),
+)
+def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with full_precision(means), _room(means, loadings.shape[2], 2):
+        serving = backends.serving(means, loadings.shape[2])
+        library = cpp.library() if serving == "cpp" else cuda.library() if serving == "triton" else None
+        if library is None:
+            return portable(means, loadings, noise_variance)
+        return library.woodbury(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
+
+
+def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
+    """Says how large the factors are where they do not fit."""
+    components, features = means.shape
+    what = f"the factors of {components} components of rank {rank}"
+    size = copies * components * (rank + 1) * features
+    return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
+
+
+def _fake_scan_rows(given):
+    if Woodbury.without_log_det(*vars(given).values()).backend != "triton":
+        return _no_scan(given.rows)
+    from mfa_kernels.ops.woodbury import triton_rows
+
+    return tuple(triton_rows.allocate(given.rows, given.cholesky.shape[-1], given.per_component))
+
+
+@operator(
+    "scan_rows",
+    "-> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)",
+    {"rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)"},
+    last=("rows",),
+    fake=_fake_scan_rows,
+)
+def _scan_rows(
+    rows: Tensor, cholesky: Tensor, scale: Tensor, center: Tensor, per_component: bool
+) -> tuple[Tensor, ...]:
+    woodbury = Woodbury.without_log_det(rows, cholesky, scale, center, per_component)
+    if woodbury.backend != "triton":
+        return _no_scan(rows)
+    from mfa_kernels.ops.woodbury import triton_rows
+
+    with _room(rows[:, 0], cholesky.shape[-1], 1):
+        return tuple(triton_rows.scan_rows(woodbury))
+
+
+def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
+    return tuple(rows.new_empty(0) for _ in range(7))

@@ -1,9 +1,10 @@
-"""What stage 0 hands on: the precomputed terms of the components."""
+"""The parameters of a mixture, and the terms that stage 0 computes from them."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,9 +12,25 @@ from torch import Tensor
 from mfa_kernels.ops.common import backends
 
 
+class Parameters(NamedTuple):
+    """A mixture of factor analyzers: p(x) = sum_k exp(log_weights_k) N(x; mu_k, W_k W_k^T + diag(Psi)).
+
+    Attributes:
+        means: mu, (K, D), float32 or float64 as the others.
+        loadings: W, (K, D, R).
+        noise_variance: Psi, (D,), or (K, D) for noise per component.
+        log_weights: log pi, (K,).
+    """
+
+    means: Tensor
+    loadings: Tensor
+    noise_variance: Tensor
+    log_weights: Tensor
+
+
 @dataclass(frozen=True)
 class Woodbury:
-    """What stages 1 and 2 need of the parameters, in one dtype and on one device.
+    """The precomputed terms that stages 1 and 2 read, in one dtype and on one device.
 
     Attributes:
         rows: the backend's own layout of {mu_k, A_k}: (K, R+1, D) in plain PyTorch (a further row
@@ -34,26 +51,40 @@ class Woodbury:
     per_component: bool
     scan: tuple[Tensor, ...] = ()
 
+    @classmethod
+    def of_tensors(cls, rows: Tensor, cholesky: Tensor, log_det: Tensor, scale: Tensor, center: Tensor) -> Woodbury:
+        """The same from `tensors` alone, as an operator is given them: the rest shows in their sizes."""
+        return cls(rows, cholesky, log_det, scale, center, rows.shape[-2] == cholesky.shape[-1] + 2)
+
+    @classmethod
+    def without_log_det(
+        cls, rows: Tensor, cholesky: Tensor, scale: Tensor, center: Tensor, per_component: bool
+    ) -> Woodbury:
+        """The terms for what needs no log-determinants."""
+        return cls(rows, cholesky, cholesky.new_empty(0), scale, center, per_component)
+
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Those that operators take, as `FACTORS` names them in a schema."""
+        """The tensors that operators take."""
         return self.rows, self.cholesky, self.log_det, self.scale, self.center
+
+    @cached_property
+    def backend(self) -> str:
+        """ "cpp", "triton" or "portable": the kernels that serve the rows. Only those of the C++ kernels are tiled."""
+        return "cpp" if self.rows.dim() == 4 else backends.serving(self.rows, self.cholesky.shape[-1])
 
     @property
     def is_cpp(self) -> bool:
-        """Whether the rows are those of the C++ kernels."""
-        return self.rows.dim() == 4
+        """True where the C++ kernels serve the rows."""
+        return self.backend == "cpp"
 
     @property
     def is_triton(self) -> bool:
-        """Whether the Triton kernels serve the rows."""
-        return not self.is_cpp and backends.serving(self.rows, self.cholesky.shape[-1]) == "triton"
+        """True where the Triton kernels serve the rows."""
+        return self.backend == "triton"
 
     def constants(self, log_weights: Tensor) -> Tensor:
         """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
         return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)
-
-
-WOODBURY = "Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center"
 
 
 def unpack_rows(rows: Tensor, features: int) -> Tensor:
@@ -62,7 +93,7 @@ def unpack_rows(rows: Tensor, features: int) -> Tensor:
 
 
 class ScanRows(NamedTuple):
-    """The scan's view of the factors.
+    """The terms in the layout that the GPU scan reads.
 
     Attributes:
         rows: (tiles, G, 64, D') fp16: component k is row k % 64 of tile k // 64; G = R + 1 (R + 2 with w, for noise
@@ -84,3 +115,14 @@ class ScanRows(NamedTuple):
     bounds: Tensor
     worst: Tensor
     scale: Tensor
+
+    @classmethod
+    def of_tensors(
+        cls, rows16=None, scales=None, offsets=None, squares=None, bounds=None, worst=None, reference=None
+    ) -> ScanRows:
+        """The same under the names that operators have for them; their tensors may be missing, or of size 0."""
+        return cls(rows16, scales, offsets, squares, bounds, worst, reference)
+
+
+NO_SCAN = ScanRows.of_tensors()
+"""The scan rows where none were made."""

@@ -43,29 +43,6 @@ def test_refusals_say_what_was_found_and_expected(tensors, error, message):
         check("op", a="real(N, D)", b="a(D, N) or a(N)")(*tensors)
 
 
-def test_one_device():
-    fits = trust.on_one_device("decode", lambda *tensors: "called")
-    tensors = [
-        torch.zeros(1, 1).int(),
-        torch.zeros(1, 1),
-        torch.zeros(1, 1, 3),
-        torch.zeros(9, 5),
-        torch.zeros(9, 5, 3),
-    ]
-    assert fits(*tensors) == "called"
-    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors, cpu, got meta"):
-        fits(*tensors[:3], *(t.to("meta") for t in tensors[3:]))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensors on two devices need a GPU")
-def test_one_device_of_two():
-    m = mixture(9, 21, 3)
-    slots = torch.zeros(1, 1).int().cuda(), torch.zeros(1, 1).cuda(), torch.zeros(1, 1, 3).cuda()
-    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors"):
-        torch.ops.mfa_kernels.decode(*slots, *m[:2])
-
-
 def test_optional_written_and_last():
     fits = check("op", last="any(N)", a="real(N, D)", maybe="a(N)", out="a(D)", flag="", count="positive")
     a = torch.zeros(3, 4)

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfa_kernels import ops
-from mfa_kernels.ops.pairs import dense
+from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.scan import portable, reference
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
@@ -31,7 +31,7 @@ def zeros(m: Mixture, x: Tensor) -> list[Tensor]:
 
 def by_gemm(m: Mixture, x: Tensor, weight: Tensor) -> list[Tensor]:
     found = zeros(m, x)[:4]
-    dense.accumulate(x, weight, m.woodbury(), x.mean(0), found)
+    overflow.accumulate(x, weight, m.woodbury(), x.mean(0), found)
     return found
 
 
@@ -53,15 +53,15 @@ def check(found: list[Tensor], wanted: list[Tensor], terms: list[Tensor]) -> Non
 
 def seven_to_a_block(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int, int, int]) -> None:
     n, _, d, r = shape
-    monkeypatch.setattr(dense, "BLOCK", 7 * (r + 1) * max(n, d))
+    monkeypatch.setattr(overflow, "BLOCK", 7 * (r + 1) * max(n, d))
 
 
 @pytest.fixture
 def all_by_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even a single token is too few, too sparse or too near for the GEMMs."""
-    monkeypatch.setattr(dense, "DENSITY", 0.0)
-    monkeypatch.setattr(dense, "OVERHEAD", 0)
-    monkeypatch.setattr(dense, "CANCELLATION", torch.inf)
+    monkeypatch.setattr(overflow, "DENSITY", 0.0)
+    monkeypatch.setattr(overflow, "OVERHEAD", 0)
+    monkeypatch.setattr(overflow, "CANCELLATION", torch.inf)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -74,7 +74,7 @@ def test_accumulates_the_gradients_of_autograd(backend, monkeypatch, shape, per_
     x, weight = tokens(m, n), upstream(n, k)
     before = [torch.randn_like(t) for t in (x, *m[:3])]
     found = [t.clone() for t in before]
-    dense.accumulate(x, weight, m.woodbury(), x.mean(0), found)
+    overflow.accumulate(x, weight, m.woodbury(), x.mean(0), found)
     for name, a, b, c in zip(NAMES, found, before, by_autograd(m, x, weight, torch.float64)):
         scale = c.abs().amax().item() if c.numel() else 1.0
         torch.testing.assert_close(a - b, c, rtol=1e-9, atol=1e-9 * (1 + scale), msg=name)
@@ -107,7 +107,7 @@ def test_fp32_error_is_a_few_roundings_of_the_terms(backend, case, per_component
 def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the tokens that go by GEMM and the pairs that go as pairs."""
     seen = {"tokens": 0, "pairs": 0}
-    accumulate, accumulate_gradients = dense.accumulate, dense.accumulate_gradients
+    accumulate, accumulate_gradients = overflow.accumulate, overflow.accumulate_gradients
 
     def by_gemm(x, *rest):
         seen["tokens"] += x.shape[0]
@@ -117,8 +117,8 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seen["pairs"] += tokens.numel()
         accumulate_gradients(x, tokens, *rest)
 
-    monkeypatch.setattr(dense, "accumulate", by_gemm)
-    monkeypatch.setattr(dense, "accumulate_gradients", by_pairs)
+    monkeypatch.setattr(overflow, "accumulate", by_gemm)
+    monkeypatch.setattr(overflow, "accumulate_gradients", by_pairs)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_tokens_with_few_components_stay_pairs(backend, paths, per_component):
     index = torch.arange(n) + 5  # the tokens of a longer x
     x = torch.cat([torch.full((5, 30), torch.nan, dtype=x.dtype), x])
     found = zeros(m, x)
-    dense.backward(x, index, weight, m.woodbury(), found)
+    overflow.backward(x, index, weight, m.woodbury(), found)
     assert paths == {"tokens": n - len(weight[::3]), "pairs": few}
     wanted = by_autograd(m, x[5:], weight, torch.float64)
     assert (found[0][:5] == 0).all()
@@ -145,7 +145,7 @@ def test_few_tokens_stay_pairs(backend, paths, n):
     m = mixture(40, 30, 3, spread=0.2, dtype=torch.float64)
     x, weight = tokens(m, n), torch.ones(n, 40, dtype=torch.float64)
     found = zeros(m, x)
-    dense.backward(x, torch.arange(n), weight, m.woodbury(), found)
+    overflow.backward(x, torch.arange(n), weight, m.woodbury(), found)
     assert paths == {"tokens": 0, "pairs": n * 40}
     assert max(errors(found, by_autograd(m, x, weight, torch.float64))) < 1e-13
 
@@ -161,7 +161,7 @@ def test_groups_far_apart_keep_their_digits(backend, paths, per_component):
     weight = (m.logits_fp64(x).mul(0.05)).softmax(-1).float()
     assert (weight.count_nonzero(-1) == k // 2).all()
     found = zeros(m, x)
-    dense.backward(x, torch.arange(n), weight, m.woodbury(), found)
+    overflow.backward(x, torch.arange(n), weight, m.woodbury(), found)
     assert paths == {"tokens": 0, "pairs": n * k // 2}
     wanted, terms = by_autograd(m, x, weight, torch.float64), Terms(m, x).gradients(weight)
     check(found, wanted, terms)
@@ -176,7 +176,7 @@ def test_a_bad_token_without_weight_changes_nothing(backend):
     for bad in (0.0, torch.nan, torch.inf):
         x[17, 3] = bad
         runs.append(zeros(m, x))
-        dense.backward(x, torch.arange(300), weight, m.woodbury(), runs[-1])
+        overflow.backward(x, torch.arange(300), weight, m.woodbury(), runs[-1])
         assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[-1], strict=True))
 
 
@@ -189,7 +189,7 @@ def test_only_the_gradients_asked_for(backend, monkeypatch, wanted, per_componen
     x, weight = tokens(m, 40), upstream(40, 24, torch.float32)
     every = by_gemm(m, x, weight)
     one: list[Tensor | None] = [torch.zeros_like(t) if i == wanted else None for i, t in enumerate((x, *m[:3]))]
-    dense.accumulate(x, weight, m.woodbury(), x.mean(0), one)
+    overflow.accumulate(x, weight, m.woodbury(), x.mean(0), one)
     assert torch.equal(one[wanted], every[wanted])
 
 
@@ -228,11 +228,11 @@ def test_no_temporary_passes_its_bound(monkeypatch, per_component):
     m = mixture(k, d, r, per_component=per_component, spread=0.3)
     x, weight, woodbury = tokens(m, n), upstream(n, k, torch.float32), m.woodbury()
     found = zeros(m, x)[:4]
-    monkeypatch.setattr(dense, "BLOCK", 5 * (r + 1) * n)
+    monkeypatch.setattr(overflow, "BLOCK", 5 * (r + 1) * n)
     rows = woodbury.rows.numel()  # views of it are no temporaries
     with Largest() as largest:
-        dense.accumulate(x, weight, woodbury, x.mean(0), found)
-    assert largest.values <= max(n * d, dense.BLOCK, rows) < n * k * r
+        overflow.accumulate(x, weight, woodbury, x.mean(0), found)
+    assert largest.values <= max(n * d, overflow.BLOCK, rows) < n * k * r
 
 
 @NOISE

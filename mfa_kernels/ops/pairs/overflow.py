@@ -1,4 +1,4 @@
-"""Stage 2 for diffuse tokens: weighted gradients of whole blocks of tokens x components, by GEMMs.
+"""Gradients of the tokens that overflow, which have more active pairs than slots: with all components, by GEMMs.
 
 Symbols   y = (x - c) lam and m_k = (mu_k - c) lam for a centre c among the tokens, t = A_k (y - m_k), weights w (n, K).
           With noise per component lam_k cannot leave the sum over k: then y = x - c, m_k = mu_k - c, A_k is A_k lam_k.

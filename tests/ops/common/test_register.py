@@ -1,0 +1,88 @@
+"""Operators are registered under the schemas that they have had, and refuse tensors of several devices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mfa_kernels.ops.common import register
+from mfa_kernels.ops.intervene import op as intervene  # noqa: F401  (registers an operator)
+from mfa_kernels.ops.kmeans import op as kmeans  # noqa: F401
+from mfa_kernels.ops.screen import differentiable  # noqa: F401
+from mfa_kernels.ops.statistics import op as statistics  # noqa: F401
+from tests.helpers.mixtures import mixture
+
+NAMES = ("components", "responsibilities", "latents", "means", "loadings")
+
+SCHEMAS = """
+cluster_sums(Tensor x, Tensor center, Tensor owner, Tensor distance, Tensor? weights, Tensor(a!) sums, Tensor(b!)
+  mass, Tensor(c!) inertia) -> ()
+component_log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor rows, Tensor cholesky,
+  Tensor log_det, Tensor scale, Tensor center) -> Tensor
+component_log_prob_backward(Tensor grad, Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor rows,
+  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center, bool[] needs) -> (Tensor grad_x, Tensor grad_means,
+  Tensor grad_loadings, Tensor grad_noise)
+decode(Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings) -> Tensor
+decode_backward(Tensor grad, Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor
+  loadings) -> (Tensor, Tensor, Tensor, Tensor)
+factors(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)
+intervene(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor thresholds, bool keeps_norm, Tensor?
+  latents, bool spreads, Tensor? chosen, Tensor? passed, Tensor? log_prob, Tensor? components, Tensor? logits, Tensor?
+  counts, Tensor? means, Tensor? loadings, Tensor? rows, Tensor? cholesky, Tensor? scale, bool per_component) ->
+  (Tensor steered, Tensor tally)
+latents(Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance, Tensor rows,
+  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center) -> Tensor
+latents_backward(Tensor grad, Tensor latents, Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor
+  loadings, Tensor noise_variance, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)
+log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows, Tensor
+  cholesky, Tensor log_det, Tensor scale, Tensor center, int slots, bool exact=True, Tensor? rows16=None, Tensor?
+  scales=None, Tensor? offsets=None, Tensor? squares=None, Tensor? bounds=None, Tensor? worst=None, Tensor?
+  reference=None) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)
+log_prob_backward(Tensor grad_log_prob, Tensor grad_logits, Tensor x, Tensor means, Tensor loadings, Tensor
+  noise_variance, Tensor log_weights, Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center,
+  Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs) -> (Tensor grad_x, Tensor
+  grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)
+nearest(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tensor owner, Tensor distance)
+scan_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows16, Tensor
+  scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)
+screened_log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows,
+  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows, Tensor radii,
+  Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines, Tensor[] neighbors, float neighbor_threshold,
+  float exact_slack, int slots) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped,
+  Tensor evaluated)
+select_screened(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor
+  marginal_rows, Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,
+  Tensor[] neighbors, float neighbor_threshold, float exact_slack, float threshold, int slots) -> (Tensor log_prob,
+  Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)
+statistics(Tensor x, Tensor components, Tensor weights, Tensor rows, Tensor cholesky, Tensor scale, Tensor center,
+  bool per_component, Tensor(a!) mass, Tensor(b!) shift, Tensor(c!) latent, Tensor(d!) second, Tensor(e!) cross,
+  Tensor(f!) squares) -> ()
+"""
+
+
+def test_schemas_are_those_that_saved_programs_were_made_with():
+    found = [str(getattr(torch.ops.mfa_kernels, name).default._schema) for name in register.KERNELS]
+    assert sorted(found) == [f"mfa_kernels::{schema}" for schema in SCHEMAS.replace("\n  ", " ").split("\n") if schema]
+
+
+def test_one_device():
+    fits = register.on_one_device("decode", lambda *tensors: "called", NAMES)
+    tensors = [
+        torch.zeros(1, 1).int(),
+        torch.zeros(1, 1),
+        torch.zeros(1, 1, 3),
+        torch.zeros(9, 5),
+        torch.zeros(9, 5, 3),
+    ]
+    assert fits(*tensors) == "called"
+    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors, cpu, got meta"):
+        fits(*tensors[:3], *(t.to("meta") for t in tensors[3:]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="tensors on two devices need a GPU")
+def test_one_device_of_two():
+    m = mixture(9, 21, 3)
+    slots = torch.zeros(1, 1).int().cuda(), torch.zeros(1, 1).cuda(), torch.zeros(1, 1, 3).cuda()
+    with pytest.raises(ValueError, match="decode: means must be on the device of the other tensors"):
+        torch.ops.mfa_kernels.decode(*slots, *m[:2])
