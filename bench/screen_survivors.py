@@ -9,7 +9,7 @@ them; the bounds (ops/screen/reference.py) on the others. Three bounds are compa
 
     triangle    |A v| <= |A P'P v| + |A (I - P'P)| s, maximised over the norm s that the triangle inequality allows
     rows        the same with the rows of A (I - P'P) told apart: |A v|^2 <= |h|^2 + 2 s sqrt(sum g h^2) + g_max s^2
-    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen/panels.h
+    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen/bounds.h
 """
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
-// Torch tensors in, raw pointers out. A source file per stage, so that they compile side by side: these know Torch, the
-// kernels' headers do not, and only bindings.cpp reads pybind11. Shapes are checked by the Python callers.
+// Bindings of the CPU kernels: Torch tensors in, raw pointers out.
+//
+// Every stage has a source file, so that they compile side by side. These know Torch, the kernels' headers do not, and
+// only bindings.cpp includes pybind11.
 #pragma once
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -18,15 +20,19 @@ namespace binding {
 
 using at::Tensor;
 
-template <class Body>
-void parallel(int64_t count, const Body& body) {
+// Calls body(begin, end) on parts of [0, count), on PyTorch's threads.
+struct ParallelFor {
+  static int64_t threads() { return at::get_num_threads(); }
+  template <class Body>
+  void operator()(int64_t count, const Body& body) const {
 #ifdef _OPENMP
-  // Clang's OpenMP runtime is another one than PyTorch's, and does not know what torch.set_num_threads said.
-  omp_set_num_threads(at::get_num_threads());
+    // Clang's OpenMP runtime is another one than PyTorch's, and does not know what torch.set_num_threads said.
+    omp_set_num_threads(at::get_num_threads());
 #endif
-  at::parallel_for(0, count, 1, body);
-}
-inline constexpr auto parallel_for = [](int64_t count, auto&& body) { parallel(count, body); };
+    at::parallel_for(0, count, 1, body);
+  }
+};
+inline constexpr ParallelFor parallel_for;
 
 template <class T>
 T* data(const Tensor& t) {
@@ -52,10 +58,9 @@ int64_t width(const Tensor& like);
 Tensor zeros_like(const Tensor& like);
 std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& loadings, const Tensor& noise);
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
-                                                  const Tensor& lam, bool per_component,
-                                                  double threshold, int64_t slots);
-Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam,
-             bool per_component);
+                                                const Tensor& lam, bool per_component, double threshold,
+                                                int64_t slots);
+Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component);
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
                const Tensor& lam, bool per_component);
 void backward(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& weights,

@@ -1,4 +1,4 @@
-// One component and a few tokens, vectorised along the features: what the pairs and the scan of a few tokens share.
+// Distances of a few tokens to one component, vectorised along the features: the pairs and the scans share them.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -7,15 +7,15 @@
 
 namespace mfa {
 
-// What t is multiplied by to be taken from |v|^2: t itself; 1 where |v|^2 overflowed. Such a component is far away on
-// every processor, while inf - t^2 depends on whether t^2, which overflows too, is rounded before it is subtracted.
-// Where t is not finite either, the difference is NaN.
+// Returns the second factor of t t, the product that is subtracted from |v|^2: t; 1 where |v|^2 overflowed. Such a
+// component is far away on every processor, while inf - t^2 depends on whether t^2, which overflows too, is rounded
+// before it is subtracted. Where t is not finite either, the difference is NaN.
 template <class T>
 Vec<T> once_if_infinite(Vec<T> square, Vec<T> t) {
   return square == std::numeric_limits<T>::infinity() ? Vec<T>{} + T(1) : t;
 }
 
-// The same for one token: takes |t|^2 [R] from *square.
+// Subtracts |t|^2, t [R], from *square, with the same care.
 template <class T>
 void take_explained(const T* t, int64_t rank, T* square) {
   for (int64_t r = 0; r < rank; ++r) *square -= t[r] * (*square == std::numeric_limits<T>::infinity() ? T(1) : t[r]);
@@ -71,11 +71,11 @@ void project(const Shape& shape, const T* rows, const T* v, T* t) {
   for (; r < shape.rank; ++r) project_rows<T, G, 1>(shape, rows, v, r, t);
 }
 
-// |v|^2 - |t|^2 for G tokens x [G, D] of one component; v [G, D padded] and t [G, R] are scratch.
+// out [G] = |v|^2 - |t|^2 for G tokens, each x[g] [D], and one component; v [G, D padded] and t [G, R] are scratch.
 template <class T, int G>
-void distances(const Shape& shape, const T* x, const T* rows, const T* lam, T* v, T* t, T* out) {
+void distances(const Shape& shape, const T* const* x, const T* rows, const T* lam, T* v, T* t, T* out) {
   const int64_t padded = shape.padded<T>();
-  for (int g = 0; g < G; ++g) residual(shape, x + g * shape.features, rows, lam, v + g * padded);
+  for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, v + g * padded);
   project<T, G>(shape, rows, v, t);
   for (int g = 0; g < G; ++g) {
     Vec<T> square = {};

@@ -21,6 +21,7 @@ using Doubles = std::vector<double>;
 // at::parallel_for on so many threads, one after the other, the last first: nothing may depend on their order.
 struct Threads {
   int64_t count;
+  int64_t threads() const { return count; }
   template <class Body>
   void operator()(int64_t size, Body&& body) const {
     const int64_t chunk = size > 0 ? mfa::ceil_div(size, std::min(count, size)) : 0;
@@ -92,12 +93,14 @@ struct Problem {
       for (int64_t d = 0; d < D; ++d) x[n * D + d] = T(means[n % K * D + d] + normal());
     if (!own_noise)
       for (int64_t d = 0; d < D; ++d) lam[d] = T(1 / std::sqrt(noise[d]));
-    mfa::factors<T>(shape, means.data(), loadings.data(), noise.data(), rows.data(), chol.data(), log_det.data(),
+    mfa::woodbury<T>(shape, means.data(), loadings.data(), noise.data(), rows.data(), chol.data(), log_det.data(),
                     Threads{3});
     for (int64_t k = 0; k < K; ++k) constants[k] = T(-std::log(double(K)) - 0.5 * (D * std::log(2 * M_PI) + log_det[k]));
     formula();
   }
 
+  mfa::ScanInput<T> input() const { return {shape, x.data(), N, rows.data(), lam.data(), constants.data()}; }
+  double threshold() const { return std::log(double(K) / std::numeric_limits<T>::epsilon()); }
   double scale(int64_t k, int64_t d) const { return 1 / std::sqrt(double(noise[shape.per_component ? k * D + d : d])); }
 
   void formula() {
@@ -182,11 +185,13 @@ struct Found {
   std::vector<T> log_prob, logits, dropped;
   std::vector<int32_t> components, counts, evaluated;
   Found(int64_t N, int64_t S) : log_prob(N), logits(N * S), dropped(N), components(N * S), counts(N), evaluated(N) {}
-  mfa::Selection<T> out() { return {log_prob.data(), components.data(), logits.data(), counts.data()}; }
-  bool operator==(const Found& other) const {
-    return log_prob == other.log_prob && logits == other.logits && components == other.components &&
-           counts == other.counts && dropped == other.dropped && evaluated == other.evaluated;
+  mfa::ScreenedPairs<T> out(double threshold) {
+    return {{T(threshold), int64_t(logits.size() / counts.size()), log_prob.data(), components.data(), logits.data(),
+             counts.data()},
+            dropped.data(),
+            evaluated.data()};
   }
+  bool operator==(const Found& other) const = default;
 };
 
 constexpr int64_t kThreads[] = {1, 2, 3, 5, 6, 7, 8, 16, 33};
@@ -201,10 +206,7 @@ auto same(const std::string& what, Run&& run) {
 }
 
 template <class T>
-double threshold_of(int64_t K) { return std::log(double(K) / std::numeric_limits<T>::epsilon()); }
-
-template <class T>
-void check_selection(const Problem<T>& p, const Found<T>& found, int64_t slots, const std::string& what) {
+void check_active(const Problem<T>& p, const Found<T>& found, int64_t slots, const std::string& what) {
   Doubles exact(p.N), terms(p.N);
   for (int64_t n = 0; n < p.N; ++n) exact[n] = p.log_prob(n, &terms[n]);
   within(found.log_prob.data(), exact, terms, what + ", log p(x)");
@@ -213,8 +215,8 @@ void check_selection(const Problem<T>& p, const Found<T>& found, int64_t slots, 
     const double best = *std::max_element(own, own + p.K), room = 1e-3;
     int64_t surely = 0, possibly = 0;
     for (int64_t k = 0; k < p.K; ++k) {
-      surely += own[k] > best - threshold_of<T>(p.K) + room;
-      possibly += own[k] > best - threshold_of<T>(p.K) - room;
+      surely += own[k] > best - p.threshold() + room;
+      possibly += own[k] > best - p.threshold() - room;
     }
     that(found.counts[n] >= std::min(surely, slots + 1) && found.counts[n] <= std::min(possibly, slots + 1),
          what + ": wrong number of active components");
@@ -227,19 +229,16 @@ void check_selection(const Problem<T>& p, const Found<T>& found, int64_t slots, 
 template <class T>
 void scans(const Problem<T>& p) {
   for (const int64_t slots : {int64_t(2), int64_t(16)}) {
-    const auto found = same("select", [&](const Threads& threads) {
+    const auto found = same("scan", [&](const Threads& threads) {
       Found<T> f(p.N, slots);
-      mfa::select<T>(p.shape, p.x.data(), p.N, p.rows.data(), p.constants.data(), p.lam.data(),
-                     T(threshold_of<T>(p.K)), slots, f.log_prob.data(), f.components.data(), f.logits.data(),
-                     f.counts.data(), threads.count, threads);
+      mfa::scan<T>(p.input(), f.out(p.threshold()), threads);
       return f;
     });
-    check_selection(p, found, slots, "select");
+    check_active(p, found, slots, "scan");
   }
   const auto logits = same("dense", [&](const Threads& threads) {
     std::vector<T> out(p.K * p.N);
-    mfa::dense<T>(p.shape, p.x.data(), p.N, p.rows.data(), p.constants.data(), p.lam.data(), out.data(), threads.count,
-                  threads);
+    mfa::dense(p.input(), out.data(), threads);
     return out;
   });
   Doubles exact(p.K * p.N), terms(exact);
@@ -249,20 +248,20 @@ void scans(const Problem<T>& p) {
   within(logits.data(), exact, terms, "dense");
 }
 
-// The value of a pair, whoever its neighbours are: what the stretches of a thread, and so its number, may change.
+// The value of a pair does not depend on the pairs beside it, which the number of threads may change.
 template <class T>
 void neighbours(const Problem<T>& p) {
   constexpr int G = 8;
   if (p.N < G) return;
   std::vector<T> v(p.shape.template padded<T>() * G), t(p.R * G + 1);
   T together[G], alone[G], of_two[2];
-  const int64_t every[G] = {0, 1, 2, 3, 4, 5, 6, 7};
+  const T* x[G];
+  for (int g = 0; g < G; ++g) x[g] = p.x.data() + g * p.D;
   for (int64_t k = 0; k < p.K; ++k) {
-    const T* own = p.rows.data() + k * p.shape.template component_stride<T>();
-    mfa::distances_of<T, G>(p.shape, p.x.data(), every, own, p.lam.data(), v.data(), t.data(), together);
-    for (int g = 0; g < G; ++g)
-      mfa::distances_of<T, 1>(p.shape, p.x.data(), every + g, own, p.lam.data(), v.data(), t.data(), alone + g);
-    mfa::distances_of<T, 2>(p.shape, p.x.data(), every + 2, own, p.lam.data(), v.data(), t.data(), of_two);
+    const T* own = p.input().rows_of(k);
+    mfa::distances<T, G>(p.shape, x, own, p.lam.data(), v.data(), t.data(), together);
+    for (int g = 0; g < G; ++g) mfa::distances<T, 1>(p.shape, x + g, own, p.lam.data(), v.data(), t.data(), alone + g);
+    mfa::distances<T, 2>(p.shape, x + 2, own, p.lam.data(), v.data(), t.data(), of_two);
     that(std::equal(alone, alone + G, together) && of_two[0] == alone[2] && of_two[1] == alone[3],
          "a distance depends on the tokens beside it");
   }
@@ -486,35 +485,24 @@ void screening(const Problem<T>& m, int64_t p) {
                       threads);
     return s;
   });
-  const mfa::Screen<T> with_lines{p,
-                                  basis.data(),
-                                  center.data(),
-                                  made[0].data(),
-                                  m.constants.data(),
-                                  m.log_det.data(),
-                                  made[1].data(),
-                                  made[2].data(),
-                                  made[3].data(),
-                                  made[4].data(),
-                                  made[5].data(),
-                                  T(exact_slack * up)};
+  const mfa::Screen<T> with_lines{
+      {K, p, R, false}, D, basis.data(), center.data(), made[0].data(), m.constants.data(), m.log_det.data(),
+      made[1].data(), made[2].data(), made[3].data(), made[4].data(), made[5].data(), T(exact_slack * up)};
   mfa::Screen<T> without = with_lines;
   without.lines = nullptr;
   for (const bool lines : {false, true}) {
     const auto bounds = same("bounds", [&](const Threads& threads) {
       std::vector<T> out(N * K);
-      mfa::bounds<T>(m.shape, with_lines, m.x.data(), N, m.lam.data(), lines, out.data(), threads.count, threads);
+      mfa::bounds(m.input(), with_lines, lines, out.data(), threads);
       return out;
     });
     for (int64_t i = 0; i < N * K; ++i) that(bounds[i] >= m.logit[i], lines ? "a line's bound" : "a bound");
-    const auto found = same("select_screened", [&](const Threads& threads) {
+    const auto found = same("scan_screened", [&](const Threads& threads) {
       Found<T> f(N, slots);
-      mfa::select_screened<T>(m.shape, lines ? with_lines : without, m.x.data(), N, m.rows.data(), m.constants.data(),
-                              m.lam.data(), T(threshold_of<T>(K)), slots, f.out(), f.dropped.data(),
-                              f.evaluated.data(), threads.count, threads);
+      mfa::scan_screened(m.input(), lines ? with_lines : without, f.out(m.threshold()), threads);
       return f;
     });
-    check_selection(m, found, slots, "select_screened");
+    check_active(m, found, slots, "scan_screened");
   }
   if (K < 4) return;
 
@@ -551,7 +539,7 @@ void screening(const Problem<T>& m, int64_t p) {
   const auto lists = same("lists of neighbors", [&](const Threads& threads) {
     Lists out{std::vector<int32_t>(K * M), {std::vector<T>(K * M), std::vector<T>(K)}};
     mfa::find_neighbors<T>({K, p, R, means.data(), whitened.data(), lower.data(), constants.data(), offs.data(), 1.0,
-                            threshold_of<T>(K), M, out.first.data(), out.second[0].data(), out.second[1].data()},
+                            m.threshold(), M, out.first.data(), out.second[0].data(), out.second[1].data()},
                            threads);
     return out;
   });
@@ -559,27 +547,15 @@ void screening(const Problem<T>& m, int64_t p) {
   std::iota(members.begin(), members.end(), 0);
   const int32_t starts[] = {0, int32_t(K)};
   const std::vector<T> centers(p, T(0)), zero(1, T(0));
-  const mfa::Near<T> near{K,
-                          1,
-                          centers.data(),
-                          zero.data(),
-                          starts,
-                          members.data(),
-                          means.data(),
-                          halves.data(),
-                          M,
-                          lists.first.data(),
-                          lists.second[0].data(),
-                          lists.second[1].data(),
-                          threshold_of<T>(K)};
-  const auto found = same("select_near", [&](const Threads& threads) {
+  const mfa::NeighborLists<T> near{
+      K, 1, centers.data(), zero.data(), starts, members.data(), means.data(), halves.data(), M, lists.first.data(),
+      lists.second[0].data(), lists.second[1].data(), m.threshold()};
+  const auto found = same("scan_by_neighbors", [&](const Threads& threads) {
     Found<T> f(N, slots);
-    mfa::select_near<T>(m.shape, with_lines, near, m.x.data(), N, m.rows.data(), m.constants.data(), m.lam.data(),
-                        T(threshold_of<T>(K)), slots, f.out(), f.dropped.data(), f.evaluated.data(), threads.count,
-                        threads);
+    mfa::scan_by_neighbors(m.input(), with_lines, near, f.out(m.threshold()), threads);
     return f;
   });
-  check_selection(m, found, slots, "select_near");
+  check_active(m, found, slots, "scan_by_neighbors");
 }
 
 // x <- 0.8 x + shift + sum r (0.3 mu + W (z + 0.5 E[z | x, k])), all slots with a responsibility of their softmax.

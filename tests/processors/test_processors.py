@@ -77,8 +77,11 @@ def test_kernels_on_arm(tmp_path):
     check(tmp_path, "aarch64-linux-gnu-g++", "-static", emulator=(emulator,))
 
 
-OPERATORS = ["test_threads", "test_select", "test_pairs", "test_dense_backward", "test_factors", "test_statistics",
-             "test_kmeans", "test_intervene", "test_screen", "test_screen_lines", "test_screen_neighbors"]  # fmt: skip
+OPERATORS = [f"tests/ops/{name}.py" for name in (
+    "test_threads", "scan/test_scan", "pairs/test_pairs", "pairs/test_dense_backward", "woodbury/test_woodbury",
+    "statistics/test_statistics", "kmeans/test_kmeans", "intervene/test_intervene", "screen/test_screen",
+    "screen/test_lines", "screen/test_neighbors",
+)]  # fmt: skip
 
 
 def run_tests(tests: list[str], **environment: str) -> None:
@@ -94,8 +97,7 @@ def run_tests(tests: list[str], **environment: str) -> None:
 def test_operators(tmp_path, compiler, march):
     """The library itself, in PyTorch."""
     skip_beyond_this_processor(march)
-    tests = [f"tests/ops/{name}.py" for name in OPERATORS]
-    run_tests(tests, CXX=skip_without(compiler), MFA_KERNELS_MARCH=march, MFA_KERNELS_CACHE=str(tmp_path))
+    run_tests(OPERATORS, CXX=skip_without(compiler), MFA_KERNELS_MARCH=march, MFA_KERNELS_CACHE=str(tmp_path))
 
 
 @pytest.mark.parametrize("mode", [
@@ -104,6 +106,7 @@ def test_operators(tmp_path, compiler, march):
 ], ids=lambda mode: "=".join(*mode.items()))  # fmt: skip
 def test_budgets_beside_another_blas(mode):
     """What PyTorch computes rounds otherwise on other processors: no budget depends on how."""
-    names = ["test_budgets.py", "ops/test_dense_backward.py", "ops/test_select.py", "ops/test_screen.py",
-             "ops/test_triton_pairs.py", "ops/test_triton_dense.py"]  # fmt: skip
+    names = ["helpers/test_budgets.py", "ops/pairs/test_dense_backward.py", "ops/scan/test_scan.py",
+             "ops/screen/test_screen.py", "ops/pairs/test_triton_pairs.py",
+             "ops/scan/test_triton_dense.py"]  # fmt: skip
     run_tests([f"tests/{name}" for name in names], **mode)

@@ -41,8 +41,8 @@ def test_a_fault_is_reported(run):
 
 
 def test_operators(run):
-    tests = [f"tests/ops/{name}.py" for name in [*OPERATORS, "test_trust"]]
-    run("-m", "pytest", "-p", "tests.helpers.sanitized", "-x", "-p", "no:cacheprovider", "-k", "not portable", *tests)
+    plugins = ("-p", "tests.helpers.sanitized", "-p", "no:cacheprovider")
+    run("-m", "pytest", "-x", *plugins, "-k", "not portable", *OPERATORS, "tests/ops/common/test_trust.py")
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -1,28 +1,26 @@
-// The first level of screening: every component projected on one direction of its own.
+// The first level of screening: distances to every component along one direction of its own, its line.
 //
 // Symbols   u_k [p], a_k = u_k . m_k, and w_k = 1 / (variance of u_k . y under component k), so that
 //             w_k (u_k . y - a_k)^2 <= F_k
 //           for any u_k: it is the Mahalanobis distance of a projection of y. With u_k = S_k^-1 (m_k - middle), the
-//           discriminant between component k and the middle of them all, it tells most components from most tokens, for p
-//           multiply-adds instead of p (R + 3). Its rounding is within the slack of the bound (README.md of ops/screen).
-// Never materialised: {m, B} of a component beside the tokens that its line leaves.
+//           discriminant between component k and the middle of them all, it rules most components out for most tokens,
+//           for p multiply-adds instead of p (R + 3). Its rounding is within the slack of the bound
+//           (mfa_kernels/ops/screen/README.md).
 // Exact     no sum in a lane is longer than kFlush before it is added to another; and the value of a pair does not
-//           depend on which pairs it is computed with.
+//           depend on the other pairs that it is computed with.
 // Floor     N K p vector operations; for one token, one read of the lines. Measured by bench/bench_screen.py.
 #pragma once
 #include "few_tokens.h"
 
 namespace mfa {
 
-constexpr int64_t kLineComponents = 64;  // whose lines stay in L1 while panels pass
-constexpr int64_t kFewestCandidates = 8, kMostCandidates = 32;  // K / 128 in between (Stretch::bound_lines)
-constexpr int64_t kLineShare = 12;       // a pair computed alone, in units of one in a panel: where lines stop paying
+constexpr int64_t kLineComponents = 64;  // their lines stay in L1 while panels pass
 
-// emit(component, distances [kPanel]) for the lines of components [k0, k1); y [p, kPanel].
+// Calls emit(component, distances [kPanel]) for the lines of components [k0, k1) and one panel y [p, kPanel].
 template <class T, class Emit>
 void scan_lines(const Screen<T>& screen, int64_t k0, int64_t k1, const T* y, Emit&& emit) {
   constexpr int V = kWidth<T>, NV = kTokenVectors, J = kRegisters >= 32 ? 8 : 4;
-  const int64_t p = screen.features;
+  const int64_t p = screen.coordinates();
   for (int64_t k = k0; k < k1; k += J) {
     const T* lines[J];
     for (int i = 0; i < J; ++i) lines[i] = screen.lines + std::min(k + i, k1 - 1) * p;
@@ -48,11 +46,11 @@ void scan_lines(const Screen<T>& screen, int64_t k0, int64_t k1, const T* y, Emi
   }
 }
 
-// The same for L tokens y [L, p], vectorised along the coordinates.
+// Does the same for L tokens y [L, p], vectorised along the coordinates.
 template <class T, int L, class Emit>
 void scan_lines_of_few(const Screen<T>& screen, int64_t k0, int64_t k1, const T* y, Emit&& emit) {
   constexpr int V = kWidth<T>;
-  const int64_t p = screen.features, blocks = p / V;
+  const int64_t p = screen.coordinates(), blocks = p / V;
   std::vector<T> sums(L * V * V);
   T products[L][V];
   for (int64_t k = k0; k < k1; k += V) {
@@ -80,11 +78,11 @@ void scan_lines_of_few(const Screen<T>& screen, int64_t k0, int64_t k1, const T*
   }
 }
 
-// The same for one token y [p] and at most V components, anywhere in memory.
+// Writes the distances [count] of one token y [p] along the lines of at most V components, in any order.
 template <class T>
 void distances_on_lines(const Screen<T>& screen, const int32_t* components, int64_t count, const T* y, T* distances) {
   constexpr int V = kWidth<T>;
-  const int64_t p = screen.features, blocks = p / V;
+  const int64_t p = screen.coordinates(), blocks = p / V;
   T sums[V * V];
   for (int64_t i = 0; i < V; ++i) {
     const T* line = screen.lines + components[std::min(i, count - 1)] * p;

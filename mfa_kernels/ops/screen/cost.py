@@ -69,5 +69,5 @@ def bytes_read(evaluated: Tensor, woodbury: Woodbury, screen: Screen, lines: Ten
 
 
 def candidates(components: int) -> int:
-    """Components per token whose marginal bounds choose the first logit, as in csrc/cpu/screen/panels.h."""
+    """Components per token whose marginal bounds choose the first logit, as in csrc/cpu/screen/bounds.h."""
     return min(max(8, components // 128), 32)

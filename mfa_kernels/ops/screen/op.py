@@ -127,7 +127,7 @@ def with_neighbors(
         constants = woodbury.constants(log_weights)
         size = constants.abs() + screen.log_det.abs() + 2 * means.shape[1]
         known = screen.slack.isfinite()
-        # Raised by their rounding, as `Screen::raised` in csrc/cpu/screen/few_tokens.h does, and by the slack, which
+        # Raised by their rounding, as `Screen::raised` in csrc/cpu/screen/screen.h does, and by the slack, which
         # covers the error of log|C_k| in float64.
         raised = constants + 2 * torch.finfo(means.dtype).eps * size + torch.where(known, screen.slack, 0)
         raised = torch.where(constants == -math.inf, constants, raised)  # of no weight: nobody's neighbor

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-_FLUSH = 64  # features between flushes of a sum, csrc/cpu/scan.h
+_FLUSH = 64  # features between flushes of a sum, csrc/cpu/panel_distances.h
 
 
 def stage_0_rounding(features: int, rank: int, kept: int) -> float:

@@ -1,0 +1,33 @@
+// Tensors of the scans as their kernels take them: inputs checked, outputs allocated.
+#pragma once
+#include "bindings.h"
+#include "scan.h"
+
+namespace binding {
+
+template <class T>
+mfa::ScanInput<T> scan_input(const mfa::Shape& shape, const Tensor& x, const Tensor& rows, const Tensor& constants,
+                             const Tensor& lam) {
+  check_scan(shape, x, rows, lam);
+  check(constants, {shape.components}, x.scalar_type(), "constants");
+  return {shape, data<T>(x), x.size(0), data<T>(rows), data<T>(lam), data<T>(constants)};
+}
+
+struct ActiveTensors {
+  Tensor log_prob, components, logits, counts;
+
+  ActiveTensors(const Tensor& x, int64_t slots) {
+    TORCH_CHECK_VALUE(slots >= 1, "slots must be at least 1, got ", slots);
+    log_prob = empty({x.size(0)}, x.options());
+    components = empty({x.size(0), slots}, x.options().dtype(at::kInt));
+    logits = empty({x.size(0), slots}, x.options());
+    counts = empty({x.size(0)}, x.options().dtype(at::kInt));
+  }
+  template <class T>
+  mfa::ActivePairs<T> pairs(double threshold) const {
+    return {static_cast<T>(threshold), logits.size(1),  data<T>(log_prob), data<int32_t>(components),
+            data<T>(logits),           data<int32_t>(counts)};
+  }
+};
+
+}  // namespace binding
