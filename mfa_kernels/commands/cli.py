@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from mfa_kernels import MFA
     from mfa_kernels.data import ActivationStore
     from mfa_kernels.fitting import FitReport
-    from mfa_kernels.mixture.sharded import ShardedMFA
 
 
 INTERRUPTED = 130
@@ -371,30 +370,15 @@ def _fit_to_store(
     most = max(own["n_components"] for own in fits.values())
     if most > len(store):  # now, not when the others are done
         raise ValueError(f"--components must be at most the {len(store):,} rows of {arguments.store}, got {most}")
+    options, spread = _fit_options(arguments), arguments.shard_components
+    if spread and (options["init"], options["polish"]) != ("pca", 0):
+        raise ValueError("--shard-components starts from --init pca, and goes without --polish")
     for name, own in fits.items():
-        mfa: Any
-        if arguments.shard_components:
-            mfa = _fit_sharded(arguments, store, device, own)
-            mfa.local.extra.update(extra)
-        else:
-            mfa = fit(store, device=device, **own, **_fit_options(arguments))
-            mfa.extra.update(extra)
+        mfa: Any = fit(store, split="components" if spread else "rows", device=device, **own, **options)
+        (mfa.local if spread else mfa).extra.update(extra)
         yield name, mfa
         if mfa.fit_report.interrupted:
             break
-
-
-def _fit_sharded(
-    arguments: argparse.Namespace, store: ActivationStore, device: torch.device, own: dict[str, Any]
-) -> ShardedMFA:
-    from mfa_kernels.fitting import fit_sharded
-
-    options = _fit_options(arguments)
-    if (options.pop("init"), options.pop("polish")) != ("pca", 0):
-        raise ValueError("--shard-components starts from --init pca, and goes without --polish")
-    del options["schedule"], options["lr"]
-    options["noise"] = options["noise"] or "shared"
-    return fit_sharded(store, device=device, **own, **options)
 
 
 def _fit_while_harvesting(

@@ -15,7 +15,7 @@ _ELEMENTS = 1 << 24  # of a tensor that is summed at once
 
 
 class Processes:
-    """A process group as the fitting sees it; one that works alone has size 1 and talks to nobody.
+    """A process group as the fitting sees it; a process that works alone has count 1 and sends nothing.
 
     Sums add the processes up in their order, 0 first, whatever the backend would do: every process holds the same bits
     afterwards, two runs of one size agree, and so do decisions that are taken on such sums.
@@ -26,7 +26,7 @@ class Processes:
     Attributes:
         index: of this process in the group; torch.distributed calls it the rank.
         count: processes.
-        first: whether this is process 0, which logs and writes.
+        first: true for process 0, which logs and writes.
     """
 
     def __init__(self, group: dist.ProcessGroup | bool | None = None) -> None:
@@ -45,7 +45,7 @@ class Processes:
         self.device: torch.device | None = None
 
     def on(self, device: torch.device) -> Processes:
-        """The same, whose small messages are made on `device`: for NCCL, a GPU of the process's own."""
+        """Makes small messages on `device`, which for NCCL is a GPU of the process's own; returns itself."""
         if self.count > 1 and dist.get_backend(self.group) == "nccl" and device.type != "cuda":
             raise ValueError(f"device must be a GPU of this process's own for the backend nccl, got {device}")
         self.device = device
@@ -66,7 +66,7 @@ class Processes:
         return count * self.index // self.count, count * (self.index + 1) // self.count
 
     def stacked(self, tensor: Tensor) -> Tensor:
-        """The tensors of all processes, of one shape and dtype: (size, ...)."""
+        """The tensors of all processes, of one shape and dtype: (count, ...)."""
         out = tensor.new_empty(self.count, *tensor.shape)
         if self.count == 1:
             out[0] = tensor
@@ -85,7 +85,7 @@ class Processes:
     def sum_(self, *tensors: Tensor) -> None:
         """Replaces contiguous tensors by their sums over the processes.
 
-        A process adds up its slice of everybody's numbers and hands the result round: the traffic of a ring all-reduce,
+        A process adds up its slice of all numbers and sends the result round: the traffic of a ring all-reduce,
         and an order of additions that does not depend on the backend.
         """
         if self.count == 1:
@@ -112,8 +112,7 @@ class Processes:
                 tensor.copy_(buffer)  # which, unlike a broadcast, tells autograd and the cached factors
 
     def agree(self, work: Callable[[], Any]) -> Any:
-        """What `work` returns on process 0, the only one that runs it; pickled. Raises on every process where it
-        does."""
+        """Runs `work` on process 0 alone; returns its result, pickled, or raises its error, on every process."""
         if self.count == 1:
             return work()
         told: list[Any] = [None, None]
@@ -149,9 +148,9 @@ class Processes:
         out = tensor.new_empty(sum(counts), *tensor.shape[1:])
         parts = out.split(counts)
         parts[0].copy_(tensor)
-        for rank in range(1, self.count):
-            if counts[rank]:
-                dist.recv(parts[rank], group_src=rank, group=self.group)
+        for index in range(1, self.count):
+            if counts[index]:
+                dist.recv(parts[index], group_src=index, group=self.group)
         return out
 
     def concatenated(self, tensor: Tensor) -> Tensor:

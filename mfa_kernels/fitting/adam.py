@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.fitting.row_weights import Weighed
 from mfa_kernels.fitting.run import Run, Settings, shuffled, standard_deviation
 from mfa_kernels.mixture.mfa import MFA
@@ -53,7 +52,7 @@ class StandardizedAdam:
             own.copy_((parameter - offset) / scale)
 
     def state(self) -> dict[str, Tensor]:
-        """What the next steps depend on besides the mixture and `typical`, by name."""
+        """The tensors that the next steps depend on besides the mixture and `typical`, by name."""
         out = {"scale": self.scaled[0][2]}
         for i, parameter in enumerate(self.all):
             out[f"{i}.parameter"] = parameter.detach()
@@ -111,7 +110,7 @@ class Training(Run):
         super().__init__(*args, **kwargs)
         self.adam = StandardizedAdam(self.mfa, standard_deviation(self.mfa), self.settings.lr)
         self.bad_steps = 0
-        self.epoch = self.batch = 0  # passes done, and batches of the one going on
+        self.epoch = self.batch = 0  # passes done, and batches done in this pass
         self.order = self.generator.get_state()  # that its order is drawn from
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -141,8 +140,7 @@ class Training(Run):
         per_epoch = -(-len(self.rows) // settings.batch_size)
         steps, step = per_epoch * settings.epochs, per_epoch * self.epoch + self.batch
         every = settings.eval_every or per_epoch
-        desc = f"{settings.label}fit"
-        with progress_bar(total=steps, initial=step, desc=desc, unit="step", progress=settings.progress) as bar:
+        with self._bar("fit", steps, step, "step") as bar:
             if not self.report.history:
                 self._evaluate(0, 0, bar)
             for epoch in range(self.epoch, settings.epochs):

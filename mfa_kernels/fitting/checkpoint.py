@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: what a run needs to go on bit for bit.
+"""Checkpoints of a fit: what a run needs to resume bit for bit.
 
 A checkpoint is a folder:
 
@@ -9,7 +9,7 @@ The tensors are complete on disk before the rename of checkpoint.json makes them
 after it: a crash at any moment leaves one complete checkpoint, or none when there was none.
 
 checkpoint.json has a checksum of its own content and those of the tensors, which are compared when it is read: a fit
-goes on to its own bits, or not at all. Checkpoints of earlier versions have none, and are read as they are.
+resumes to its own bits, or not at all. Checkpoints of earlier versions have none, and are read as they are.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Checkpoints:
     Args:
         folder: made if it is missing.
         seconds: at least, between two of them.
-        settings: of the fit, what JSON can hold, or numbers of NumPy; a fit with others cannot go on from here.
+        settings: of the fit, what JSON can hold, or numbers of NumPy; a fit with others cannot resume from here.
     """
 
     format = FORMAT
@@ -118,7 +118,7 @@ class Checkpoints:
         self.published: str | None = None  # what this one has written
 
     def due(self) -> bool:
-        """Whether it is time for one."""
+        """True where it is time for one."""
         return time.monotonic() - self.written >= self.seconds
 
     def save(self, state: State) -> None:
@@ -134,21 +134,16 @@ class Checkpoints:
         return {"tensors": name, "bytes": size, "sha256": checksum.of_tensors(tensors)}
 
     def _number(self) -> int:
-        """Of the next state."""
+        """The number of the next state."""
         found = (re.fullmatch(_STATE, path.name) for path in self.folder.glob("state-*"))
         return max((int(match[1]) for match in found if match), default=-1) + 1
 
     def _publish(self, state: State, tensors: Mapping[str, Any], names: set[str]) -> None:
         """Makes the files `names` count, which hold the tensors, and removes those before."""
         content = {
-            "format": self.format,
-            "version": VERSION,
-            **tensors,
-            "stage": state.stage,
-            "settings": self.settings,
-            "report": asdict(state.report),
-            "values": state.values,
-        }
+            "format": self.format, "version": VERSION, **tensors, "stage": state.stage, "settings": self.settings,
+            "report": asdict(state.report), "values": state.values,
+        }  # fmt: skip
         # Not `atomic_write_json`: a likelihood on the way may be NaN, and has to come back as it was.
         path, text = self.folder / FILE, json.dumps(checksum.sealed(content), indent=2) + "\n"
         if self.published is not None and path.exists() and path.read_text(encoding="utf-8") != self.published:
@@ -191,7 +186,7 @@ class Checkpoints:
             yield
 
     def _content(self, folder: StrPath) -> dict[str, Any]:
-        """What checkpoint.json holds, of a fit with the same settings."""
+        """The content of checkpoint.json, of a fit with the same settings."""
         path = self.source = Path(folder) / FILE
         if not path.exists():
             raise FileNotFoundError(f"resume: {folder} holds no {FILE}")
@@ -243,18 +238,18 @@ def load_on_all(checkpoints: Checkpoints, folder: StrPath, processes: Processes)
     """`Checkpoints.load` on every process, of a folder that process 0 alone has to see; raises on every process."""
     if processes.count == 1:
         return checkpoints.load(folder)
-    held: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
 
     def shapes() -> State:
         state = checkpoints.load(folder)
-        held.update(state.tensors)
-        return state._replace(tensors={name: t.to("meta") for name, t in held.items()})
+        own.update(state.tensors)
+        return state._replace(tensors={name: t.to("meta") for name, t in own.items()})
 
     state = processes.agree(shapes)
     checkpoints.source = Path(folder) / FILE
     tensors = {}
     for name, like in state.tensors.items():
-        there = held[name] if processes.first else torch.empty_like(like, device="cpu")
+        there = own[name] if processes.first else torch.empty_like(like, device="cpu")
         tensor = there.to(processes.device, copy=True)
         if tensor.numel():
             processes.broadcast_(tensor)
@@ -263,6 +258,6 @@ def load_on_all(checkpoints: Checkpoints, folder: StrPath, processes: Processes)
 
 
 def fingerprint(tensor: Tensor) -> str:
-    """Of the bits of a tensor of any dtype and device, and of its shape."""
+    """A hash of the bits of a tensor of any dtype and device, and of its shape: 16 hexadecimal digits."""
     bits = tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode() + bits).hexdigest()[:16]

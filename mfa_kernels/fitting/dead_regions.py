@@ -18,11 +18,11 @@ from mfa_kernels.ops.statistics.op import SufficientStatistics
 
 _DEAD = 2.0  # tokens that a region owns, below which it is moved
 _WORTH = 1.0  # nats that each token of a region can be expected to gain where another one takes half of it
-_DUPLICATE = 0.4  # of a region's tokens shared with another (0.5 and more: always both), from which on it is moved
+_DUPLICATE = 0.4  # share of a region's tokens that another one owns too, above which it is moved (twins: 0.5)
 
 
 class Overlap:
-    """How much of their tokens pairs of regions share: sum_n r_ni r_nj over the two largest responsibilities."""
+    """Counts the tokens that pairs of regions share: sum_n r_ni r_nj over the two largest responsibilities."""
 
     def __init__(self, components: int) -> None:
         self.components = components
@@ -83,11 +83,11 @@ class Overlap:
 
 
 class Revival(NamedTuple):
-    """Which regions are to be moved.
+    """The regions that are to be moved.
 
     Attributes:
         moves: of each, its number and that of the region that it takes half of, one move after the other.
-        lost: those of them that own a few tokens, which perhaps nobody else explains.
+        lost: those of them that own a few tokens, which perhaps no other region explains.
         touched: all regions that have other parameters or tokens afterwards.
         mass: tokens of each region, (K,), as they are expected then.
     """
@@ -107,7 +107,7 @@ def find(mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tens
 
     Args:
         mfa: the mixture, after the M-step.
-        mass: tokens of each region held here, (K,).
+        mass: tokens of each region of this process, (K,).
         overlap: of the same tokens, between all regions.
         guard: tokens that say what would be missed.
         owned: tokens that each may own after all, (K,), where `mass` counts few; None: `mass`.
@@ -148,7 +148,7 @@ def _merged(mass: Tensor, duplicates: list[tuple[int, int]]) -> tuple[Tensor, li
 
 
 def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
-    """What tokens would lose without the dead regions, by the region that owns them, (K,) in nats.
+    """The loss of the tokens of each region if the dead regions were gone, (K,) in nats.
 
     Those of the guard, as many as all regions own; and of the `few` that own next to nothing, in case their tokens are
     not among these, as many copies of their mean as they own.
@@ -160,15 +160,19 @@ def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard
     likelihood, before = mfa.log_prob(rows).double(), guard.look(mfa)
     with _without(mfa, dead.tolist()):
         cost[few] = owned[few] * (likelihood - mfa.log_prob(rows).double())
-        seen = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum().clamp_min(1)
-    return torch.maximum(cost, seen)
+        lost = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum().clamp_min(1)
+    return torch.maximum(cost, lost)
+
+
+def _here(mfa: Mixture) -> range:
+    """The numbers of this process's components."""
+    return range(mfa.first_component, mfa.first_component + len(mfa.means))
 
 
 @contextmanager
 def _without(mfa: Mixture, regions: Iterable[int]) -> Iterator[None]:
     """The mixture of the other regions, meanwhile."""
-    held = range(mfa.first_component, mfa.first_component + len(mfa.means))
-    here = [k - mfa.first_component for k in regions if k in held]
+    here = [k - mfa.first_component for k in regions if k in _here(mfa)]
     logits = mfa.weight_logits[here]
     mfa.weight_logits[here] = -torch.inf
     try:
@@ -193,16 +197,14 @@ def hand_on(
     Args:
         mfa: what the statistics were collected under.
         revival: what is to be moved.
-        s: the statistics, of the components held here; changed in place.
+        s: the statistics, of this process's components; changed in place.
         expect: adds the statistics of tokens (n, D) with weights (n,) under the mixture as it is.
 
     Returns:
         Whether the others have a density for all of these tokens; if not, nothing was changed.
     """
-    held = range(mfa.first_component, mfa.first_component + len(mfa.means))
-    lost = torch.tensor(
-        [k - mfa.first_component for k in revival.lost if k in held], dtype=torch.long, device=s.mass.device
-    )
+    here = [k - mfa.first_component for k in revival.lost if k in _here(mfa)]
+    lost = torch.tensor(here, dtype=torch.long, device=s.mass.device)
     lost = lost[s.mass[lost] > 0]
     mass, shift = s.mass[lost], s.shift[lost]
     rows = mfa.means[lost].double() + shift / mass.unsqueeze(1)
@@ -244,7 +246,7 @@ def _split(mfa: Mixture, donor: int, other: int, covariance: Tensor) -> None:
     """
     parts = [mfa.means, mfa.loadings, mfa.weight_logits, *([mfa.log_noise] if mfa.log_noise.dim() == 2 else [])]
     half = torch.zeros(sum(part[0].numel() for part in parts), dtype=mfa.means.dtype, device=mfa.means.device)
-    here = range(mfa.first_component, mfa.first_component + len(mfa.means))
+    here = _here(mfa)
     if donor in here:
         k = donor - mfa.first_component
         if mfa.rank:

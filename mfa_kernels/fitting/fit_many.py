@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,23 @@ import numpy as np
 from torch import Tensor
 
 from mfa_kernels.common.checks import is_flag, shown
+from mfa_kernels.common.modes import door
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.fitting.fit import fit
-from mfa_kernels.fitting.streaming import Fitting, drive, told_of
+from mfa_kernels.fitting.stream_fit import feed_all, naming
 from mfa_kernels.mixture.mfa import MFA
 
 _WRITTEN = {"checkpoint": "{}", "log": "{}.jsonl"}  # arguments that name a path, and what it is called in a folder
 
 
+@door
 def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **options: Any) -> dict[str, MFA]:
     """Fits several mixtures online, in one pass over a stream: to several layers, of several sizes, in several ways.
 
     Each of them is, to the bit, what `fit` alone makes of the stream of its layer. Every batch goes to all of them
     before the next one is read, so that nothing is stored: what is held does not grow with the stream. It is what the
     fits hold (`fit`), and while they wait for the rows that they start from, these rows, once. A fit that runs out of
-    patience ends and leaves the others to go on; the stream is read until it ends or all have.
+    patience ends before the others; the stream is read until it ends or all have.
 
         mixtures = fit_many(
             stream(model, tokenizer, texts, layer=[4, 8]),
@@ -45,9 +48,9 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
             errors, and files bear the name.
         options: arguments of `fit` for all that do not have them of their own; but a `checkpoint` here is a folder with
             a checkpoint of each fit in a folder of its own, and a `log` a folder with a file `<name>.jsonl` of each.
-            With `resume=True`, each goes on from its checkpoint, or from the beginning where it has none yet: the
+            With `resume=True`, each resumes from its checkpoint, or from the beginning where it has none yet: the
             stream is given again from its beginning, to the same fits, to some of them, or to more. A checkpoint of a
-            fit alone can be gone on with here, and the other way round. Callbacks that are the same for all are called
+            fit alone can be resumed from here, and the other way round. Callbacks that are the same for all are called
             with the mixture of each.
 
     Returns:
@@ -70,9 +73,8 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
         raise TypeError(f"fits must be a mapping of names to arguments of `fit`, got {shown(fits)}")
     if not fits:
         raise ValueError("fits must name at least one fit, got none")
-    stream = iter(batches)
     layers: dict[str, Any] = {}
-    begun: dict[str, Fitting] = {}
+    bound: dict[str, dict[str, Any]] = {}
     written: dict[Path, str] = {}
     for name, own in fits.items():
         arguments = _arguments(name, own, options)
@@ -81,9 +83,11 @@ def fit_many(batches: Iterable[Any], fits: Mapping[str, Mapping[str, Any]], **op
                 raise ValueError(f"{name}: {path} is written to by {written[path]} already")
             written[path] = name
         layers[name] = arguments.pop("layer", None)
-        with told_of(name):
-            begun[name] = fit.__wrapped__(stream, **arguments)  # type: ignore[attr-defined]
-    return drive(begun, stream, lambda name, batch: _part(batch, layers[name]))
+        with naming(name):
+            call = inspect.signature(fit).bind(None, **arguments)
+        call.apply_defaults()
+        bound[name] = call.arguments
+    return feed_all(bound, batches, lambda name, batch: _part(batch, layers[name]))
 
 
 def _arguments(name: str, own: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,7 +108,7 @@ def _arguments(name: str, own: Mapping[str, Any], options: Mapping[str, Any]) ->
 
 
 def _part(batch: Any, layer: Any) -> Any:
-    """Of a batch, what a fit of that layer is sent."""
+    """The part of a batch that a fit of that layer is fed with."""
     if not isinstance(batch, Mapping):
         if layer is not None:
             raise ValueError(f"layer must be left out, batches are of one layer alone, got {layer!r}")

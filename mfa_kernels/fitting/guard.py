@@ -2,7 +2,7 @@
 
 Held-out rows choose among the states of a fit, and do not see what happens to a row of which there is but one. So the
 sample is stratified: the rows that stick out most in some dimension are all in it, each for itself; of the others
-some, each for many, and where possible such as the start has not seen, which it would favour.
+some, each for many, and where possible such as the start was not made of, which it would favour.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
 _OUTLYING = 1024  # of these, at most
 OTHERS = 4096
 ROWS = _OUTLYING + OTHERS
-_CHUNK = 4096  # rows looked at, or scanned, at once
+_CHUNK = 4096  # rows that are read, or scanned, at once
 
 
 class Guard:
@@ -40,14 +40,9 @@ class Guard:
 
     @torch.no_grad()
     def __init__(
-        self,
-        rows: Tensor,
-        device: torch.device,
-        others: Tensor | None = None,
-        processes: Processes = ALONE,
-        weights: Tensor | None = None,
-        other_weights: Tensor | None = None,
-    ) -> None:
+        self, rows: Tensor, device: torch.device, others: Tensor | None = None, processes: Processes = ALONE,
+        weights: Tensor | None = None, other_weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.processes = processes
         own = _ones(rows, device) if weights is None else weights.to(device)
         deviation, outlying = _deviations(rows, processes).topk(min(len(rows), -(-_OUTLYING // processes.count)))
@@ -68,8 +63,7 @@ class Guard:
 
     @torch.no_grad()
     def look(self, mfa: Mixture) -> tuple[Tensor, Tensor]:
-        """Of a process's share of the rows, the region that owns each, -1 where none does, and log p: int64,
-        float64."""
+        """The region that owns each row of this process's share, -1 where none does, and log p: int64, float64."""
         found = [mfa.active_pairs(part) for part in self.processes.share(self.rows).split(_CHUNK)]
         owners = torch.cat([active.components[:, 0] for active in found]).long()
         return owners, torch.cat([active.log_prob for active in found]).double()
@@ -86,12 +80,12 @@ class Guard:
         return self.processes.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
     def lost(self, mfa: Mixture, owners: Tensor, before: Tensor) -> Tensor:
-        """What the rows lost since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
-        known = owners >= 0
+        """The loss of the rows since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
+        is_owned = owners >= 0
         weights = self.processes.share(self.weights)
         change = torch.where(weights > 0, weights * (before - self.look(mfa)[1]), 0)
         out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)
-        out.index_put_((owners[known],), change[known], accumulate=True)
+        out.index_put_((owners[is_owned],), change[is_owned], accumulate=True)
         self.processes.sum_(out)
         return out
 
@@ -114,7 +108,7 @@ def _ones(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def _deviations(rows: Tensor, processes: Processes) -> Tensor:
-    """Of each row (n, D), the largest in any dimension, in standard deviations of that dimension (of all processes)."""
+    """The largest deviation of each row (n, D) in any dimension, in standard deviations over all processes: (n,)."""
     count = max(1.0, processes.totals(len(rows))[0])
     mean = torch.zeros(rows.shape[1], dtype=torch.float64, device=rows.device)
     variance = torch.zeros_like(mean)

@@ -9,22 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import (
-    check_centroids,
-    check_choice,
-    check_device,
-    check_dtype,
-    check_finite,
-    check_flag,
-    check_integer,
-)
+from mfa_kernels.common import checks
 from mfa_kernels.common.modes import door
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.common.progress import progress_bar
-from mfa_kernels.data.source import Source, as_source
+from mfa_kernels.data.source import as_source
 from mfa_kernels.fitting.kmeans import KMeansResult
-from mfa_kernels.fitting.kmeans.lloyd import Partition, chunks, partition
+from mfa_kernels.fitting.kmeans.lloyd import Partition, Rows, chunks, partition
 from mfa_kernels.fitting.row_weights import check_weights
+from mfa_kernels.fitting.start_from_mixture import blank_mixture
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.rotate_loadings import sign_
 from mfa_kernels.mixture.sharded import part_of
@@ -34,7 +27,7 @@ INITS = ("pca", "random")
 _NOISE_FLOOR = 1e-6  # of the median noise variance (a mean would follow outliers): constant dimensions keep a density
 _LEAST_UNIQUE = 0.01  # of a dimension's variance within clusters is noise, whatever the directions explain
 _PRIOR_ROWS = 30  # of the pooled noise, in the noise of one component (of 10 to 100, the best on held-out rows)
-_ROWS_PER_CLUSTER = 4096  # looked at by the PCA of a cluster
+_ROWS_PER_CLUSTER = 4096  # that the PCA of a cluster reads
 _GROUP_ELEMENTS = 1 << 23  # of the rows of the clusters whose PCA runs at once
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 3
@@ -85,35 +78,27 @@ def start_from_clusters(
     Raises:
         TypeError, ValueError: naming the argument; activations that are all equal among it.
     """
-    check_choice(init, INITS, "init")
+    checks.check_choice(init, INITS, "init")
     if init == "random" and processes.count > 1:
         raise ValueError("init must be 'pca' where processes share the components, got 'random'")
-    seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
-    device = None if device is None else check_device(device)
+    seed, progress = checks.check_integer(seed, "seed"), checks.check_flag(progress, "progress")
+    device = None if device is None else checks.check_device(device)
     if device is not None and device.type == "meta":
         raise ValueError("device must hold values, got meta")
-    dtype = None if dtype is None else check_dtype(dtype)
+    dtype = None if dtype is None else checks.check_dtype(dtype)
     source = as_source(activations)
     centroids = centroids_of(clusters, source.n_features)
     centroids = centroids.to(device=device or centroids.device, dtype=source.dtype)
     first, stop = part_of(len(centroids), processes)
-    # Not initialised: that would draw from the global generator, and every parameter is set below.
-    mfa: MFA = torch.nn.utils.skip_init(
-        MFA,
-        stop - first,
-        source.n_features,
-        rank,
-        noise,
-        precision=precision,
-        device=centroids.device,
-        dtype=dtype or centroids.dtype,
-    )
+    shape = stop - first, source.n_features, rank, noise
+    mfa = blank_mixture(*shape, precision, centroids.device, dtype or centroids.dtype)
     generator = torch.Generator().manual_seed(seed)
 
     center = centroids.mean(0)
     if weights is not None:
         weights = check_weights(weights, len(source), "weights").to(centroids.device)
-    part = partition(source, centroids - center, center, weights, processes=processes, dtype=mfa.means.dtype)
+    rows = Rows(source, center, weights, processes)
+    part = partition(rows, centroids - center, dtype=mfa.means.dtype)
     if weights is not None:
         part.owner.masked_fill_(weights == 0, len(centroids))
     mass = part.mass
@@ -123,9 +108,7 @@ def start_from_clusters(
     means = torch.where(mass.unsqueeze(1) > 0, part.sums / mass.unsqueeze(1), (centroids - center).double())
     data_mean = part.sums.sum(0) / total
     means = means.to(centroids)
-    variance, own_variance = _residual_variance(
-        source, part, means, center, noise == "per_component", weights, processes
-    )
+    variance, own_variance = _residual_variance(rows, part, means, noise == "per_component")
     between = float(((means - data_mean).square() * mass.unsqueeze(1)).sum()) / (total * source.n_features)
     varying = variance[variance > 0]
     level = float(varying.median()) if len(varying) else between
@@ -138,9 +121,7 @@ def start_from_clusters(
     variance = variance.clamp_min(2 * floor)
     if init == "pca" and rank:
         try:
-            loadings = _cluster_pca(
-                source, part, means, center, variance, rank, generator, progress, weights, processes
-            )
+            loadings = _cluster_pca(rows, part, means, variance, rank, generator, progress)
         except torch.linalg.LinAlgError as error:
             raise ValueError(
                 f"activations are too small or too large for {means.dtype}: look at their scale"
@@ -163,20 +144,19 @@ def start_from_clusters(
 
 def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components: int | None = None) -> Tensor:
     """The centroids (K, D) of clusters; raises where they do not fit."""
-    centroids = check_centroids(clusters, "clusters")
+    centroids = checks.check_centroids(clusters, "clusters")
     expected = (len(centroids) if n_components is None else n_components, n_features)
     if tuple(centroids.shape) != expected:
         raise ValueError(f"clusters must have centroids (K, D) = {expected}, got {tuple(centroids.shape)}")
-    return check_finite(centroids, "clusters")
+    return checks.check_finite(centroids, "clusters")
 
 
-def _residuals(
-    source: Source, part: Partition, means: Tensor, center: Tensor, weights: Tensor | None, processes: Processes
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _residuals(rows: Rows, part: Partition, means: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """A process's rows less the mean of their cluster (n, D), and their clusters (n,), by chunks; those that are owned.
 
     Times the root of their weights: their products are then what so many rows add up to.
     """
+    source, center, weights, processes = rows
     for start, stop in chunks(source, len(means), means.device, processes):
         owner = part.owner[start:stop]
         x = source.chunk(start, stop).to(means)
@@ -189,31 +169,23 @@ def _residuals(
         yield gap, owner
 
 
-def _residual_variance(
-    source: Source,
-    part: Partition,
-    means: Tensor,
-    center: Tensor,
-    per_component: bool,
-    weights: Tensor | None,
-    processes: Processes,
-) -> tuple[Tensor, Tensor | None]:
+def _residual_variance(rows: Rows, part: Partition, means: Tensor, per_component: bool) -> tuple[Tensor, Tensor | None]:
     """Variance within the clusters: pooled (D,), and of each of the process's own clusters (K, D) where wanted."""
     clusters = len(means)
     squares = torch.zeros((clusters if per_component else 1, means.shape[1]), dtype=torch.float64, device=means.device)
-    for gap, owner in _residuals(source, part, means, center, weights, processes):
+    for gap, owner in _residuals(rows, part, means):
         gap.square_()
         squares += segment_sums(gap, owner, clusters) if per_component else gap.sum(0, keepdim=True)
-    processes.sum_(squares)
-    rows = part.mass.unsqueeze(1)
-    total = float(rows.sum())
+    rows.processes.sum_(squares)
+    mass = part.mass.unsqueeze(1)
+    total = float(mass.sum())
     # Of weights, unlike of rows, a cluster may have next to none too many.
-    least = 1.0 if weights is None else total / 2
-    pooled = squares.sum(0) / max(least, total - int((rows > 0).sum()))
+    least = 1.0 if rows.weights is None else total / 2
+    pooled = squares.sum(0) / max(least, total - int((mass > 0).sum()))
     if not per_component:
         return pooled.to(means), None
-    own = slice(*processes.span(clusters))
-    return pooled.to(means), torch.where(rows[own] > 1, squares[own] / _freedom(rows[own]), pooled).to(means)
+    own = slice(*rows.processes.span(clusters))
+    return pooled.to(means), torch.where(mass[own] > 1, squares[own] / _freedom(mass[own]), pooled).to(means)
 
 
 def _freedom(mass: Tensor) -> Tensor:
@@ -222,13 +194,9 @@ def _freedom(mass: Tensor) -> Tensor:
 
 
 def _noise(
-    variance: Tensor,
-    own_variance: Tensor | None,
-    loadings: Tensor | None,
-    mass: Tensor,
-    least: float,
+    variance: Tensor, own_variance: Tensor | None, loadings: Tensor | None, mass: Tensor, least: float,
     processes: Processes,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The noise variance (D,) or (K, D): what the loadings, where there are any, leave of the variance in clusters.
 
     That of one component is its own as far as its rows outnumber a prior of the pooled noise: a few rows lie all along
@@ -263,19 +231,11 @@ def _groups(counts: Tensor, features: int) -> Iterator[Tensor]:
 
 
 def _cluster_pca(
-    source: Source,
-    part: Partition,
-    means: Tensor,
-    center: Tensor,
-    variance: Tensor,
-    rank: int,
-    generator: torch.Generator,
-    progress: bool,
-    weights: Tensor | None,
-    processes: Processes,
+    rows: Rows, part: Partition, means: Tensor, variance: Tensor, rank: int, generator: torch.Generator, bars: bool
 ) -> Tensor:
     """Loadings (K, D, R) of the process's own clusters, by randomised PCA of the rows of each, whitened by
     `variance`."""
+    source, center, weights, processes = rows
     like: dict[str, Any] = {"dtype": means.dtype, "device": means.device}
     order = part.owner.argsort(stable=True)
     totals = part.owner.bincount(minlength=len(means) + 1)
@@ -289,23 +249,23 @@ def _cluster_pca(
     directions = torch.zeros(clusters, features, rank, **like)
     eigenvalues = torch.zeros(clusters, rank, **like)
     trace = torch.zeros(clusters, **like)
-    looked_at = counts.double()  # rows, or what they weigh
+    observed = counts.double()  # rows, or what they weigh
     scale = variance.rsqrt()
-    with progress_bar(total=clusters, desc="cluster PCA", unit="cluster", progress=progress) as bar:
+    with progress_bar(total=clusters, desc="cluster PCA", unit="cluster", progress=bars) as bar:
         for group in _groups(counts, features):
-            rows = torch.arange(int(counts[group[0]]), device=order.device)
-            held = rows < counts[group].unsqueeze(1)
-            # A cluster with more rows than are looked at is sampled evenly.
-            within = torch.where(held, rows * totals[group].unsqueeze(1) // counts[group].unsqueeze(1), 0)
+            numbers = torch.arange(int(counts[group[0]]), device=order.device)
+            is_row = numbers < counts[group].unsqueeze(1)
+            # A cluster with more rows than are read is sampled evenly.
+            within = torch.where(is_row, numbers * totals[group].unsqueeze(1) // counts[group].unsqueeze(1), 0)
             index = order[firsts[group].unsqueeze(1) + within]
             x = source.rows(index.flatten()).to(means).view(*index.shape, features)
             x = (x - (means[group] + center).unsqueeze(1)) * scale
-            x.masked_fill_(~held.unsqueeze(-1), 0)
+            x.masked_fill_(~is_row.unsqueeze(-1), 0)
             if weights is not None:
-                weight = weights[index].masked_fill(~held, 0)
+                weight = weights[index].masked_fill(~is_row, 0)
                 x *= weight.sqrt().to(x).unsqueeze(-1)
-                looked_at[group] = weight.sum(1)
-            freedom = _freedom(looked_at[group]).to(x)
+                observed[group] = weight.sum(1)
+            freedom = _freedom(observed[group]).to(x)
             found, values = _leading(x, probe, rank)
             directions[group] = found
             eigenvalues[group] = values / freedom.unsqueeze(1)
@@ -313,7 +273,7 @@ def _cluster_pca(
             bar.update(len(group))
         bar.update(clusters - bar.n)
 
-    freedom = _freedom(looked_at).clamp_min(1).to(means).unsqueeze(1)
+    freedom = _freedom(observed).clamp_min(1).to(means).unsqueeze(1)
     # At most one direction for two rows: the others of a small cluster are its rows themselves.
     shown = torch.arange(rank, device=means.device) < counts.unsqueeze(1) // 2
     eigenvalues = eigenvalues * shown
@@ -356,6 +316,6 @@ def _shrink(eigenvalues: Tensor, aspect: Tensor) -> Tensor:
     shifted = eigenvalues + 1 - aspect
     spike = (shifted + (shifted.square() - 4 * eigenvalues).clamp_min(0).sqrt()) / 2
     above = spike - 1
-    seen = eigenvalues > (1 + aspect.sqrt()).square()
+    visible = eigenvalues > (1 + aspect.sqrt()).square()
     cosine = (1 - aspect / above.square()) / (1 + aspect / above)
-    return torch.where(seen, above * cosine, 0).clamp_min(0)
+    return torch.where(visible, above * cosine, 0).clamp_min(0)

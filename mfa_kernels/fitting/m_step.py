@@ -18,7 +18,7 @@ from mfa_kernels.ops.statistics.op import SufficientStatistics
 from mfa_kernels.ops.woodbury.reference import woodbury as exact_factors
 
 DEFAULT_STRENGTH = 10.0
-"""Of the prior on covariances, in tokens per region, where nothing is held out to choose it by."""
+"""Strength of the prior on covariances, in tokens per region, where nothing is held out to choose it by."""
 
 _COVARIANCE_ROWS = 20_000  # of the pooled covariance, at least, and 8 D
 _COVARIANCE_CHUNK = 4096  # rows at once
@@ -28,7 +28,7 @@ _CHUNK_ELEMENTS = 1 << 23  # of the loadings of the components whose M-step runs
 
 @dataclass(frozen=True)
 class Prior:
-    """What the likelihood is weighed against; conjugate, so that the M-step stays in closed form.
+    """A prior on the parameters, conjugate, so that the M-step stays in closed form.
 
     Every region has seen `strength` further tokens whose residuals have the covariance that regions have on average
     (an inverse Wishart prior on C_k = W_k W_k^T + Psi): a region that owns many tokens hardly notices, one that owns
@@ -60,13 +60,13 @@ class Prior:
 
 
 def _component_chunks(mfa: Mixture) -> tuple[Tensor, ...]:
-    """Of those held here."""
+    """Numbers of this process's components, in chunks whose M-step runs at once."""
     step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * (mfa.rank + 1)))
     return torch.arange(len(mfa.means), device=mfa.means.device).split(step)
 
 
 def covariance_rows(mfa: Mixture) -> int:
-    """Of the rows given to `pooled_covariance`, how many it looks at."""
+    """The number of rows that `pooled_covariance` reads of those it is given."""
     return max(_COVARIANCE_ROWS, 8 * mfa.n_features)
 
 
@@ -107,11 +107,11 @@ def maximize(mfa: Mixture, s: SufficientStatistics, prior: Prior) -> Tensor:
 
     Args:
         mfa: what the statistics were collected under.
-        s: the statistics, of the components held here.
+        s: the statistics, of this process's components.
         prior: its strengths in the units of `s.mass`.
 
     Returns:
-        How far the means moved, (K, D) float64; of the components held here.
+        How far the means moved, (K, D) float64; of this process's components.
     """
     rank, nu = mfa.rank, prior.strength
     noise = mfa.noise_variance.double()

@@ -1,4 +1,4 @@
-"""What a fit needs of memory, before it starts and while it runs."""
+"""The memory that a fit needs, as planned before it starts and as measured while it runs."""
 
 from __future__ import annotations
 
@@ -50,8 +50,15 @@ def line(planned: dict[str, int], what: str) -> str | None:
     return f"fit: {what} needs about {total / 1e9:.1f} GB: {parts}"
 
 
+def tell(planned: dict[str, int], what: str) -> None:
+    """Prints the line of a large plan on standard error."""
+    told = line(planned, what)
+    if told:
+        print(told, file=sys.stderr)
+
+
 def peak(device: torch.device) -> int | None:
-    """Most bytes that this process has held so far: on a GPU those of its tensors there, else resident ones."""
+    """The most bytes that this process has had so far: on a GPU those of its tensors there, else resident ones."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

@@ -1,4 +1,4 @@
-"""What a fit says on its way that is no reason to end it."""
+"""Warnings of a fit, which do not end it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 def warn(message: str) -> None:
-    """Of the line that called the fit: the first one outside of this package and of torch, whose decorators it has."""
+    """Warns of the line that called the fit: the first outside of this package and of torch, which decorates it."""
     frame, level = inspect.currentframe(), 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("mfa_kernels", "torch"):
         frame, level = frame.f_back, level + 1
@@ -17,8 +17,8 @@ def warn(message: str) -> None:
 
 
 @contextmanager
-def going_on(what: str, then: str = "the fit goes on, and tries again") -> Iterator[None]:
-    """For writing something: a full disk, or one that is gone, costs the file and not the fit."""
+def write_or_warn(what: str, then: str = "the fit goes on, and tries again") -> Iterator[None]:
+    """Turns an OSError into a warning: a full disk, or one that is gone, costs the file and not the fit."""
     try:
         yield
     except OSError as error:

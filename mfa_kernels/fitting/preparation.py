@@ -1,4 +1,4 @@
-"""What a fit does before and around its training: arguments, places, the rows it takes, the state it begins with."""
+"""Steps of a fit before and after its training: places to write to, the rows it takes, the state it begins with."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from torch import Tensor
 
 from mfa_kernels.common import locks
 from mfa_kernels.common.checks import (
-    check_choice,
-    check_dtype,
-    check_integer,
     check_number,
     check_path,
     is_flag,
@@ -26,17 +23,14 @@ from mfa_kernels.common.files import StrPath, check_writable
 from mfa_kernels.common.places import CHECKPOINT, CURVE, check_apart, check_place
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.data.source import Source
-from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, State, fingerprint
-from mfa_kernels.fitting.em import online_rows
+from mfa_kernels.fitting.checkpoint import FILE, State, fingerprint
 from mfa_kernels.fitting.notices import warn
+from mfa_kernels.fitting.online_em import online_rows
 from mfa_kernels.fitting.row_weights import Weighed
-from mfa_kernels.fitting.run import Run
-from mfa_kernels.fitting.streaming import Steps
+from mfa_kernels.fitting.start_from_mixture import blank_mixture
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
-from mfa_kernels.mixture.functional import PRECISIONS
-from mfa_kernels.mixture.mfa import MFA, NOISES
-from mfa_kernels.mixture.rotate_loadings import sign_
+from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.common.finite import finite_rows
 
 HELD_OUT_ROWS = 20_000  # at most
@@ -63,28 +57,13 @@ LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM
 LIVE_ROWS_PER_COMPONENT = 64
 
 
-CHUNK_ROWS = 4096  # of these that are assigned at once
+CHUNK_ROWS = 4096  # rows that are assigned at once
 
 
 FINGERPRINT_ROWS = 256
 
 
-DEAD_SHARE = 0.1  # of the components, from which on a warning is due
-
-
-def run_stage(run: Run, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> Steps:
-    run.enter(stage, checkpoints, saved)
-    try:
-        yield from run.run() or ()
-    except KeyboardInterrupt:
-        if max(run.processes.count, run.mfa.processes.count) > 1:  # the others are elsewhere
-            raise
-        run.report.interrupted = True
-        warn("fit: interrupted; the mixture is the best so far")
-    run.report_skipped()
-    run.note_time()
-    run.restore_best()
-    sign_(run.mfa.loadings)
+DEAD_SHARE = 0.1  # of the components, above which there is a warning
 
 
 @contextmanager
@@ -115,7 +94,7 @@ def holding(folder: Path | None, log: StrPath | None, processes: Processes) -> I
 def checkpoint_folders(
     checkpoint: StrPath | None, seconds: float, resume: StrPath | bool
 ) -> tuple[Path | None, Path | None]:
-    """Where checkpoints go, and the folder to go on from, where there is one."""
+    """The folder that checkpoints go to, and the one to resume from; None where there is none."""
     check_number(seconds, "checkpoint_seconds", 0)
     if not is_flag(resume) and not isinstance(resume, str | os.PathLike):
         raise TypeError(f"resume must be a folder or a bool, got {type(resume).__name__}")
@@ -123,19 +102,19 @@ def checkpoint_folders(
     checkpoint = None if checkpoint is None else check_path(checkpoint, "checkpoint")
     if checkpoint is not None and Path(checkpoint).is_file():
         raise NotADirectoryError(f"checkpoint must name a folder, {checkpoint} is a file")
-    held = checkpoint is not None and (Path(checkpoint) / FILE).exists()
+    is_there = checkpoint is not None and (Path(checkpoint) / FILE).exists()
     if resume is True:
         if checkpoint is None:
             raise ValueError("resume = True needs a checkpoint folder to go on from")
-        return Path(checkpoint), Path(checkpoint) if held else None
+        return Path(checkpoint), Path(checkpoint) if is_there else None
     if resume is False:
-        if held:
+        if is_there:
             raise FileExistsError(
                 f"checkpoint: {checkpoint} holds the {FILE} of a fit: resume=True goes on with it; else name another"
             )
         return None if checkpoint is None else Path(checkpoint), None
     folder = Path(resume if checkpoint is None else checkpoint)
-    if held and folder.resolve() != Path(resume).resolve():
+    if is_there and folder.resolve() != Path(resume).resolve():
         raise FileExistsError(f"checkpoint: {checkpoint} holds the {FILE} of another fit than resume: {resume}")
     return folder, Path(resume)
 
@@ -155,15 +134,6 @@ def restored_mixture(
     mfa.noise_floor = saved.values["noise_floor"]
     mfa.load_state_dict(tensors)
     return mfa
-
-
-def blank_mixture(
-    components: int, features: int, rank: int, noise: str, precision: str, device: torch.device, dtype: torch.dtype
-) -> MFA:
-    """A mixture whose parameters are yet to be written."""
-    return torch.nn.utils.skip_init(
-        MFA, components, features, rank, noise, precision=precision, device=device, dtype=dtype
-    )
 
 
 @torch.no_grad()
@@ -224,7 +194,7 @@ def split_rows(source: Source, held_out: float, generator: torch.Generator, repo
 
 
 def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tensor:
-    """Which texts, of so many rows each, are held out: in random order, as far as they fit; none, if only few would."""
+    """A mask of the texts to hold out, of so many rows each: in random order as far as they fit; none, if few would."""
     held = torch.zeros(len(sizes), dtype=torch.bool)
     left, count = wanted, 0
     for text in torch.randperm(len(sizes), generator=generator).tolist():
@@ -238,40 +208,18 @@ def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tenso
     return held
 
 
-def checked_arguments(
-    noise: Any,
-    precision: Any,
-    dtype: Any,
-    held_out: Any,
-    log: Any,
-    **counts: tuple[Any, int],  # a value, and its least
-) -> list[Any]:
-    """`held_out` and the counts, in their order, as Python's own numbers.
-
-    Raises where an argument is not what a fit can be given; now, and not when K-means is done.
-    """
-    check_choice(noise, NOISES, "noise")
-    check_choice(precision, PRECISIONS, "precision")
-    if check_dtype(dtype) not in (torch.float32, torch.float64):
-        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    checked: list[Any] = [check_number(held_out, "held_out")]
-    if not 0 <= checked[0] < 1:
-        raise ValueError(f"held_out must be a share in [0, 1), got {held_out!r}")
-    for name, (value, least) in counts.items():
-        is_left_out = value is None and name in ("eval_every", "patience")
-        checked.append(None if is_left_out else check_integer(value, name, least))
-    if log is not None and check_path(log, "log").is_dir():
-        raise IsADirectoryError(f"log must name a file, {log} is a folder")
-    return checked
+def start_rows(components: int) -> int:
+    """The number of rows that K-means and the start read."""
+    return max(LEAST_START_ROWS, START_ROWS_PER_COMPONENT * components)
 
 
 def chosen_method(rows: float, components: int, batch_size: int) -> str:
-    """The method of "auto" for data that is held, of so many rows to train on."""
+    """The method of "auto" for data, other than a stream, of so many rows to train on."""
     return "online" if rows / online_rows(components, batch_size) >= LEAST_ONLINE_STEPS else "em"
 
 
 def data_fingerprint(source: Source, streamed: bool = False) -> str:
-    """What tells whether the data is the same: rows from all over, or the first of a stream."""
+    """A fingerprint of some rows, by which data is known again: of rows from all over, or of the first of a stream."""
     every = 1 if streamed else max(1, len(source) // FINGERPRINT_ROWS)
     return fingerprint(source.rows(torch.arange(0, len(source), every)[:FINGERPRINT_ROWS]))
 
@@ -286,7 +234,7 @@ def finite(
 def weighed(
     source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
 ) -> Weighed:
-    """The same, with their weights."""
+    """`finite`, with the weights of the rows."""
     weights = None if source.weights is None else source.weights[index].to(device)
     if not len(index):
         return Weighed(torch.empty(0, source.n_features, dtype=source.dtype, device=device), weights)
@@ -303,7 +251,7 @@ def weighed(
 def count_live(
     mfa: Mixture, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes
 ) -> None:
-    """Counts the components that own a held-out row or one at `index`, of any rank, and warns where many own none."""
+    """Counts the components that own a held-out row or one at `index`, of any process; warns where many own none."""
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
     rows = 0
     others = (finite(source, part, mfa.means.device, mfa.means.dtype) for part in index.split(CHUNK_ROWS))

@@ -1,4 +1,4 @@
-"""What a fit is: its settings, data, versions and machine, for `FitReport.run`."""
+"""The record of a fit: its settings, data, versions and machine, for `FitReport.run`."""
 
 from __future__ import annotations
 
@@ -58,25 +58,16 @@ def run_of(
     machine = {
         "device": device.type, "name": _name(device), "processes": processes.count, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    return plain(
-        {
-            "began": began,
-            "settings": {"method_asked": asked, "spread": spread, **settings},
-            "data": data,
-            "versions": versions(),
-            "machine": machine,
-        }
-    )
+    settings = {"method_asked": asked, "spread": spread, **settings}
+    return plain({"began": began, "settings": settings, "data": data, "versions": versions(), "machine": machine})
 
 
 def versions() -> dict[str, str]:
-    """Of what computes: this package, Python, PyTorch, NumPy, and Triton where it is installed."""
+    """The versions of what computes: this package, Python, PyTorch, NumPy, and Triton where it is installed."""
     found = {
-        "mfa_kernels": __version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
+        "mfa_kernels": __version__, "python": platform.python_version(), "torch": str(torch.__version__),
         "numpy": np.__version__,
-    }
+    }  # fmt: skip
     try:
         return {**found, "triton": importlib.metadata.version("triton")}
     except importlib.metadata.PackageNotFoundError:
@@ -84,7 +75,7 @@ def versions() -> dict[str, str]:
 
 
 def _name(device: torch.device) -> str:
-    """Of a GPU, or of the processor."""
+    """The name of a GPU, or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

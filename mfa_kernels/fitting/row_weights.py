@@ -22,7 +22,7 @@ class Weighed(NamedTuple):
 
     @property
     def mass(self) -> float:
-        """What they weigh together."""
+        """The sum of the weights."""
         return float(len(self.rows)) if self.weights is None else float(self.weights.sum())
 
 
@@ -59,5 +59,5 @@ def weighted(source: Source, row_weights: Any) -> Source:
 
 
 def mean_weight(source: Source, rows: Tensor) -> float:
-    """Of the rows with these numbers."""
+    """The mean weight of the rows with these numbers."""
     return 1.0 if source.weights is None or not len(rows) else float(source.weights[rows].mean())

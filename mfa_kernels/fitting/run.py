@@ -1,4 +1,4 @@
-"""What all methods of training share: settings, batches, and a run that keeps the best state on held-out rows."""
+"""The base of all methods of training: settings, batches, and a run that keeps the best state on held-out rows."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from torch import Tensor
 from mfa_kernels.common.files import StrPath
 from mfa_kernels.common.modes import of_the_caller
 from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.data.source import Source
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.notices import going_on
+from mfa_kernels.fitting.notices import warn, write_or_warn
 from mfa_kernels.fitting.row_weights import Weighed, mean_weight
-from mfa_kernels.fitting.streaming import Steps
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.rotate_loadings import sign_
 from mfa_kernels.mixture.sharded import ShardedMFA
 from mfa_kernels.ops.common.finite import finite_rows
 from mfa_kernels.ops.scan.types import ActivePairs
@@ -38,7 +39,7 @@ _EVALUATION_ROWS = 4096  # at once
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train; `fit` documents the fields."""
+    """Settings of the training; `fit` documents the fields."""
 
     epochs: int
     batch_size: int
@@ -77,7 +78,7 @@ def shuffled(rows: Tensor, batch_size: int, generator: torch.Generator) -> Itera
 
 @torch.no_grad()
 def standard_deviation(mfa: Mixture) -> Tensor:
-    """Of x within a component, averaged over the components: (D,)."""
+    """The standard deviation of x within a component, averaged over the components: (D,)."""
     weights = mfa.log_weights.exp()
     noise = mfa.noise_variance
     variance = torch.einsum("k,kdr,kdr->d", weights, mfa.loadings, mfa.loadings)
@@ -103,15 +104,15 @@ def _mean_nll(log_prob: Tensor, processes: Processes, weights: Tensor | None) ->
 
 
 def mixture_state(mfa: Mixture) -> dict[str, Tensor]:
-    """Parameters of the components that are held here and the centre, by the names they have in a checkpoint."""
-    held = mfa.local if isinstance(mfa, ShardedMFA) else mfa
-    return {f"mfa.{name}": tensor for name, tensor in held.tensors().items()}
+    """The parameters of this process's components and the centre, by the names they have in a checkpoint."""
+    own = mfa.local if isinstance(mfa, ShardedMFA) else mfa
+    return {f"mfa.{name}": tensor for name, tensor in own.tensors().items()}
 
 
 class Run:
-    """What all methods share: they change a mixture in place, and keep the parameters that are best on held-out rows.
+    """A training of a mixture in place, which keeps the parameters that are best on held-out rows.
 
-    A run whose report has a history goes on from there: with the mixture as the best so far.
+    A run whose report has a history continues it: with the mixture as the best so far.
 
     Args:
         mfa: the start.
@@ -127,18 +128,9 @@ class Run:
     """
 
     def __init__(
-        self,
-        mfa: MFA,
-        source: Source,
-        rows: Tensor,
-        held_out: Tensor,
-        settings: Settings,
-        generator: torch.Generator,
-        report: FitReport,
-        guard: Guard,
-        *,
-        held_out_weights: Tensor | None = None,
-    ) -> None:
+        self, mfa: MFA, source: Source, rows: Tensor, held_out: Tensor, settings: Settings,
+        generator: torch.Generator, report: FitReport, guard: Guard, *, held_out_weights: Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.mfa, self.source, self.rows, self.held_out, self.guard = mfa, source, rows, held_out, guard
         self.held_out_weights, self.mean_weight = held_out_weights, mean_weight(source, rows)
         self.settings, self.generator, self.report = settings, generator, report
@@ -149,7 +141,7 @@ class Run:
         self.best = self._copy() if report.history else None
         self.start: tuple[float, float] | None = None  # the guard's likelihood, and what it is weighed against
         self.evaluations_since_best = 0
-        self.losses: list[float] = []  # since the last evaluation, as the two below
+        self.losses: list[float] = []  # since the last evaluation, as are the two counts below
         self.tokens = 0  # of this process
         self.skipped = 0  # rows of this process, to be told to the report
         self.began = time.perf_counter()
@@ -157,15 +149,30 @@ class Run:
         self.stage = ""  # of the fit, for the report and the checkpoints
         self.created, self.spent_before = self.began, 0.0
 
+    def _bar(self, name: str, total: int | None, done: int, unit: str = "token") -> Any:
+        """A progress bar of this run, of so many units in all."""
+        label, progress = f"{self.settings.label}{name}", self.settings.progress
+        large = unit == "token"
+        return progress_bar(total=total, initial=done, desc=label, unit=unit, unit_scale=large, progress=progress)
+
     def _copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.mfa.parameters()]
 
-    def run(self) -> Steps | None:
-        """Changes the mixture, evaluating on the way; of a run that is fed, in steps."""
+    def train(self, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:
+        """Does one stage of a fit, until its end or Ctrl-C; the mixture is then the best of its states."""
+        self.enter(stage, checkpoints, saved)
+        try:
+            self.run()
+        except KeyboardInterrupt:
+            self.interrupt()
+        self.leave()
+
+    def run(self) -> None:
+        """Changes the mixture, evaluating on the way."""
         raise NotImplementedError
 
     def enter(self, stage: str, checkpoints: Checkpoints | None, saved: State | None) -> None:
-        """Says which stage of the fit this is and where its checkpoints go; goes on from one of this stage."""
+        """Begins a stage of the fit, or resumes it from a checkpoint of this stage."""
         self.stage, self.checkpoints = stage, checkpoints
         self.spent_before = self.report.seconds.get(stage, 0.0)
         if saved is not None:
@@ -175,6 +182,21 @@ class Run:
                 self._load(saved.tensors, saved.values)
         elif checkpoints is not None:
             self._save(checkpoints)
+
+    def interrupt(self) -> None:
+        """Notes Ctrl-C, which ends the training; with several processes it ends the fit, as the others work on."""
+        if max(self.processes.count, self.mfa.processes.count) > 1:
+            raise KeyboardInterrupt
+        self.report.interrupted = True
+        warn("fit: interrupted; the mixture is the best so far")
+
+    def leave(self) -> None:
+        """Ends the stage: completes the report, and leaves the best parameters in the mixture."""
+        self.report_skipped()
+        self.note_time()
+        if self.best is not None and (self.selects or self.report.interrupted or self._gain() < 0):
+            self._put(self.best)
+        sign_(self.mfa.loadings)
 
     def _check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises where a saved tensor has another shape or dtype than what it is to replace: kernels rely on both."""
@@ -204,8 +226,7 @@ class Run:
         self.report.seconds[self.stage] = self.spent_before + time.perf_counter() - self.created
 
     def _save_if_due(self) -> None:
-        """To be called between two batches, where a run can go on from: by all processes; the first one has the
-        clock."""
+        """Saves a checkpoint where one is due; all processes call it, between two batches, where a run can resume."""
         if self.checkpoints is not None and self.processes.totals(self.processes.first and self.checkpoints.due())[0]:
             self._save(self.checkpoints)
 
@@ -214,7 +235,7 @@ class Run:
         self.report_skipped()
         state = self._state()  # which may take all processes
         if self.processes.first:
-            with going_on(f"a checkpoint in {checkpoints.folder}"):
+            with write_or_warn(f"a checkpoint in {checkpoints.folder}"):
                 checkpoints.save(State(self.stage, *state, self.report))
             checkpoints.note_time()
 
@@ -236,19 +257,16 @@ class Run:
             yield Weighed(x, None if weights is None else weights[self.processes.share(batch)])
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What the rest of the run depends on: tensors, and what JSON can hold."""
+        """The state that the rest of the run depends on: tensors, and values that JSON can hold."""
         tensors = mixture_state(self.mfa)
         tensors |= {f"best.{i}": kept for i, kept in enumerate(self.best or ())}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors |= self.guard.state()
         return tensors, {
-            "start": self.start,
-            "noise_floor": self.mfa.noise_floor,
-            "first_step": self.first_step,
-            "first_epoch": self.first_epoch,
-            "seconds": self.seconds + time.perf_counter() - self.began,
+            "start": self.start, "noise_floor": self.mfa.noise_floor, "first_step": self.first_step,
+            "first_epoch": self.first_epoch, "seconds": self.seconds + time.perf_counter() - self.began,
             "evaluations_since_best": self.evaluations_since_best,
-        }
+        }  # fmt: skip
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Takes over what `_state` gave; the mixture's own part is in it already."""
@@ -267,11 +285,6 @@ class Run:
         for parameter, kept in zip(self.mfa.parameters(), parameters):
             parameter.copy_(kept)
 
-    def restore_best(self) -> None:
-        """Puts the best parameters back into the mixture; without held-out rows, the last ones of a finished step."""
-        if self.best is not None and (self.selects or self.report.interrupted or self._gain() < 0):
-            self._put(self.best)
-
     def _finite(self, batch: Weighed, count_skipped: bool) -> Weighed:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
         x, weights = (None if part is None else part.to(self.mfa.means.device) for part in batch)
@@ -284,7 +297,7 @@ class Run:
         return Weighed(x[finite], None if weights is None else weights[finite])
 
     def _out_of_patience(self, finished: bool) -> bool:
-        """Whether to stop for want of improvement; the report says so, unless the run has `finished` anyway."""
+        """True where nothing improved for too long; the report says so, unless the run has `finished` anyway."""
         if self.settings.patience is None or self.evaluations_since_best < self.settings.patience:
             return False
         self.report.stopped_early = not finished
@@ -298,16 +311,12 @@ class Run:
         self.report_skipped()
         step, epoch = step + self.first_step, epoch + self.first_epoch
         tokens = self.processes.totals(self.tokens)[0]
+        train_nll = sum(self.losses) / len(self.losses) if self.losses else None
         record = {
-            "step": step,
-            "epoch": epoch,
-            "train_nll": sum(self.losses) / len(self.losses) if self.losses else None,
-            **found,
-            "gain": self._gain(),
-            "seconds": self.seconds,
-            "tokens_per_second": tokens / spent if tokens else None,
+            "step": step, "epoch": epoch, "train_nll": train_nll, **found, "gain": self._gain(),
+            "seconds": self.seconds, "tokens_per_second": tokens / spent if tokens else None,
             "memory": memory.peak(self.mfa.means.device),
-        }
+        }  # fmt: skip
         report = self.report
         report.history.append(record)
         self.evaluations_since_best += 1
@@ -321,8 +330,8 @@ class Run:
         if held_out is None:
             self.evaluations_since_best = 0  # there is nothing to lose patience with
         bar.set_postfix(nll=f"{held_out if held_out is not None else record['train_nll'] or math.nan:.4f}")
-        if self.settings.log is not None and self.processes.first:
-            with going_on(f"the log {self.settings.log}"):
+        if self.settings.log is not None:
+            with write_or_warn(f"the log {self.settings.log}"):
                 report.write_history(self.settings.log)
         versions = [p._version for p in self.mfa.parameters()]
         for callback in self.settings.callbacks:
@@ -336,7 +345,7 @@ class Run:
         self.began = time.perf_counter()
 
     def _gain(self) -> float:
-        """Of the objective over the start's, on the guard's rows, in nats per row."""
+        """The gain of the objective over the start's, on the guard's rows, in nats per row."""
         if self.start is None:
             self.guard.settle(self.mfa)
         likelihood, against = self.guard.log_likelihood(self.mfa), self._log_prior()
@@ -351,7 +360,7 @@ class Run:
             self.start = min(start[0], self.guard.log_likelihood(self.mfa)), 0.0
 
     def _log_prior(self) -> float:
-        """What the likelihood of all rows is weighed against, in nats."""
+        """The log prior that the likelihood of all rows is weighed against, in nats."""
         return 0.0
 
     def _rows_behind(self) -> float:
@@ -360,8 +369,7 @@ class Run:
 
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, Any]:
-        """What the held-out rows of all processes say: their likelihood, regions that own some, active pairs per
-        row."""
+        """Measures held-out rows of all processes: their likelihood, regions that own some, active pairs per row."""
         parts = [self._scan(part) for part in self.held_out.split(_EVALUATION_ROWS)]
         owners = torch.cat([part.components[:, 0] for part in parts]).long()
         owned = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=owners.device)

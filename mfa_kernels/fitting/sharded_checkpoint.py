@@ -1,4 +1,4 @@
-"""Checkpoints of a fit whose components are spread over the processes: each writes its own, and any number can go on.
+"""Checkpoints of a fit whose components are spread over the processes: each writes its own, any number resumes.
 
 A checkpoint is a folder:
 
@@ -24,10 +24,10 @@ from mfa_kernels.fitting.checkpoint import FILE, FILE_FIELDS, Checkpoints, State
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.sharded import is_split, part_of
 
-# What other numbers of processes make of a tensor: a row for every component; a sum over the components, of which each
-# process has its own; what all processes hold alike; what only this process can use.
+# How a tensor is redistributed when the number of processes changes: split by component; summed, as each process has a
+# part of the sum; the same everywhere; or dropped.
 _SPLIT, _SUMMED, _COMMON, _OWN = range(4)
-_RANK = {**FILE_FIELDS, "components": every(COUNT, 2), "screening": optional(OBJECT)}
+_PART = {**FILE_FIELDS, "components": every(COUNT, 2), "screening": optional(OBJECT)}
 _PARAMETERS = ("means", "loadings", "log_noise", "weight_logits")  # as a module lists them
 
 
@@ -57,20 +57,15 @@ class ShardedCheckpoints(Checkpoints):
     format = "mfa_kernels.fit_sharded"
 
     def __init__(
-        self,
-        folder: StrPath,
-        seconds: float,
-        settings: Mapping[str, Any],
-        components: int,
-        noise: str,
+        self, folder: StrPath, seconds: float, settings: Mapping[str, Any], components: int, noise: str,
         processes: Processes,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(folder, seconds, settings)
         self.components, self.noise, self.processes = components, noise, processes
         self.span = part_of(components, processes)
 
     def due(self) -> bool:
-        """Whether it is time for one, by the clock of process 0."""
+        """True where it is time for one, by the clock of process 0."""
         return self.processes.totals(self.processes.first and super().due())[0] > 0
 
     def save(self, state: State) -> None:
@@ -105,7 +100,7 @@ class ShardedCheckpoints(Checkpoints):
             raise OSError(unpublished)
 
     def load(self, folder: StrPath) -> State:
-        """What this process goes on from; raises what that of one process does."""
+        """The checkpoint that this process resumes from; raises what that of one process does."""
 
         where = Path(folder) / FILE
 
@@ -113,15 +108,15 @@ class ShardedCheckpoints(Checkpoints):
             content = self._content(folder)
             check_fields(content, {"ranks": every(OBJECT)}, f"resume: {where}")
             if not content["ranks"]:
-                raise ValueError(f"resume: {where}: processes must name at least one file, got none")
+                raise ValueError(f"resume: {where}: ranks must name at least one file, got none")
             after = 0
             for i, one in enumerate(content["ranks"]):
-                check_fields(one, _RANK, f"resume: {where}: processes[{i}]")
+                check_fields(one, _PART, f"resume: {where}: ranks[{i}]")
                 check_size(member(Path(folder), one["tensors"], where), one["bytes"])
                 first, stop = one["components"]
                 if first != after or stop <= first:
                     raise ValueError(
-                        f"resume: {where}: processes[{i}] has components [{first}, {stop}), expected [{after},"
+                        f"resume: {where}: ranks[{i}] has components [{first}, {stop}), expected [{after},"
                     )
                 after = stop
             if after != self.components:
@@ -157,7 +152,7 @@ class ShardedCheckpoints(Checkpoints):
             raise ValueError(f"resume: {told[0]}")
 
     def _regrouped(self, every: list[tuple[list[int], Path]]) -> dict[str, Tensor]:
-        """What this process holds of the tensors of another number of processes."""
+        """This process's part of tensors that another number of processes wrote."""
         found: dict[str, list[Tensor]] = defaultdict(list)
         for i, ((first, after), path) in enumerate(every):
             start, stop = (min(max(k, first), after) - first for k in self.span)

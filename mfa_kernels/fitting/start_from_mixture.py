@@ -1,4 +1,4 @@
-"""A start from a mixture that is given: `fit` goes on from its parameters, and leaves it as it is."""
+"""A start from a mixture that is given: `fit` continues from its parameters, and leaves it as it is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ from mfa_kernels.mixture.mfa import MFA
 
 _NOISE_FLOOR = 1e-6  # of the median noise variance, where a mixture has none
 _LEAST_WEIGHT = 64.0  # nats below the largest: next to nothing, and a logarithm that can be added up
+
+
+def blank_mixture(
+    components: int, features: int, rank: int, noise: str, precision: str, device: torch.device, dtype: torch.dtype
+) -> MFA:
+    """A mixture whose parameters are yet to be written: to initialise them would draw from the global generator."""
+    return torch.nn.utils.skip_init(
+        MFA, components, features, rank, noise, precision=precision, device=device, dtype=dtype
+    )
 
 
 def shape_given(
@@ -62,7 +71,7 @@ def _check(start: Any) -> None:
 
 
 def fingerprint_of(start: MFA | None) -> str | None:
-    """Of all that the density depends on."""
+    """A fingerprint of all that the density depends on; None without a start."""
     if start is None:
         return None
     parts = " ".join(fingerprint(tensor) for tensor in start.state_dict().values())
@@ -77,9 +86,8 @@ def start_from_mixture(start: MFA, precision: str, dtype: torch.dtype, device: t
     without a noise floor gets one below all of its noise, so that no dimension collapses in training; and a region of
     weight 0 a weight that is next to nothing, as a prior on weights has no density at 0.
     """
-    where: dict[str, Any] = {"device": device, "dtype": dtype}
     shape = start.n_components, start.n_features, start.rank, start.noise
-    mfa: MFA = torch.nn.utils.skip_init(MFA, *shape, precision=precision, **where)
+    mfa = blank_mixture(*shape, precision, device, dtype)
     for name, parameter in mfa.named_parameters():
         parameter.copy_(start.get_parameter(name))
     mfa.noise_floor = start.noise_floor

@@ -88,7 +88,7 @@ def test_fit_exposes_all_of_fit(folder, tmp_path, monkeypatch):
     command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--out", str(tmp_path / "mfa"), "--overwrite"]
     assert main([*command, "--resume", *words]) == 0
     expected = {name[2:].replace("-", "_"): value for name, value in given.items()}
-    expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True, "start": None}
+    expected |= {"n_components": 4, "rank": 1, "polish": 0, "resume": True, "start": None, "split": "rows"}
     assert seen == {**expected, "dtype": torch.float64, "device": torch.device("cpu")}
     assert set(inspect.signature(fit).parameters) - set(seen) == {
         "activations", "clusters", "row_weights", "callbacks", "progress", "group",
@@ -569,7 +569,7 @@ def test_a_place_that_cannot_be_written_to_is_found_before_the_work(command, fol
         "harvest": ["--text", str(folder / "text"), "--layer", "1", "--out", out],
     }
     monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *_, **__: pytest.fail("work had begun")
+        import_module("mfa_kernels.fitting.stages"), "kmeans", lambda *_, **__: pytest.fail("work had begun")
     )
     monkeypatch.setattr("mfa_kernels.data.harvest.hidden_states", lambda *_, **__: pytest.fail("work had begun"))
     assert main([command, *arguments[command]]) == 1
@@ -603,7 +603,7 @@ def test_ctrl_c_before_there_is_anything_to_keep(folder, tmp_path, capsys, monke
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", interrupted)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.stages"), "kmeans", interrupted)
     more = ["--checkpoint", str(tmp_path / "checkpoint")] if checkpoint else []
     assert main(["fit", str(folder / "store"), "-K", "4", "--out", str(tmp_path / "out"), *more]) == 130
     assert capsys.readouterr().err.endswith("mfa-kernels fit: interrupted\n")
@@ -622,7 +622,7 @@ def test_of_several_fits_each_is_saved_when_it_is_there(folder, tmp_path, capsys
             raise KeyboardInterrupt
         return kmeans(x, n_components, **options)
 
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", interrupted)
+    monkeypatch.setattr(import_module("mfa_kernels.fitting.stages"), "kmeans", interrupted)
     command = ["fit", str(folder / "store"), "-R", "1", "--epochs", "1", "--out", str(tmp_path), "-K", "4"]
     assert main([*command, "8"]) == 130
     assert f"the best so far, {tmp_path / 'K8-R1'} missing" in capsys.readouterr().err

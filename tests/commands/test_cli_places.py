@@ -49,7 +49,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr("mfa_kernels.data.tiny_lm.load", lambda *_, **__: pytest.fail("work had begun"))
     monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *_, **__: pytest.fail("work had begun")
+        import_module("mfa_kernels.fitting.stages"), "kmeans", lambda *_, **__: pytest.fail("work had begun")
     )
 
 
@@ -181,7 +181,7 @@ def test_resume_is_offered_where_there_is_something_to_go_on_with(places, capsys
     command = f"{FIT} --out new --method em --checkpoint-seconds 0 --checkpoint"
     with monkeypatch.context() as patch:
         patch.setattr(
-            import_module("mfa_kernels.fitting.fit"),
+            import_module("mfa_kernels.fitting.stages"),
             "kmeans",
             lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
         )

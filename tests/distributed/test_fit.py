@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfa_kernels.commands.cli import main
 from mfa_kernels.data import ActivationStoreWriter
-from mfa_kernels.fitting import em
+from mfa_kernels.fitting import em_base
 from tests.distributed.worker import FITS, RESUMED, SIZES, module, outcome, run, several_batches, small, streamed
 from tests.fitting.planted import draw, planted
 
@@ -26,7 +26,7 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 @pytest.fixture(autouse=True)
 def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_LEAST_BATCH", "_BATCH_ELEMENTS"):  # set by the call, and set back
-        monkeypatch.setattr(em, name, getattr(em, name))
+        monkeypatch.setattr(em_base, name, getattr(em_base, name))
     several_batches()
 
 
@@ -135,7 +135,7 @@ def test_errors_reach_every_rank(found, size):
     for rank in range(size):
         mine = load(found, size, rank)
         assert mine["other data"].startswith("ValueError: the processes that fit together have different data")
-        assert "rank 1 has data = " in mine["other data"]
+        assert "process 1 has data = " in mine["other data"]
         assert "of a fit with other settings: here data = " in mine["other stream"]
         assert "process 1 has seed = 1, process 0 0" in mine["other settings"]
         assert ("RuntimeError: process 0 failed with ValueError: " if rank else "ValueError: ") in mine["no start"]

@@ -9,7 +9,7 @@ import pytest
 
 from mfa_kernels import MFA
 from mfa_kernels.common.processes import ALONE
-from mfa_kernels.fitting import em
+from mfa_kernels.fitting import em_base
 from tests.distributed.test_fit import assert_close, assert_same_bits, load
 from tests.distributed.worker import (
     LARGE,
@@ -31,8 +31,8 @@ from tests.distributed.worker import (
 @pytest.fixture(autouse=True)
 def batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three to a pass, the last one shorter, as in the processes."""
-    monkeypatch.setattr(em, "_LEAST_BATCH", 600)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 600)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 1)
 
 
 def processes(found, size):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting.em import maximize
+from mfa_kernels.fitting.m_step import maximize
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 from tests.distributed.test_fit import CLOSE, assert_close, load
 from tests.distributed.worker import SHARDED, SIZES, prior, problem, use

@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 
 from mfa_kernels import MFA, fit, kmeans
 from mfa_kernels.common.processes import Processes
-from mfa_kernels.fitting import em, fit_sharded, guard
+from mfa_kernels.fitting import em_base, guard
 from mfa_kernels.fitting import initialization as cluster_start
-from mfa_kernels.fitting.em import Prior
-from mfa_kernels.fitting.fit_sharded import em_step
+from mfa_kernels.fitting.m_step import Prior
+from mfa_kernels.fitting.sharded_em import em_step
 from mfa_kernels.mixture.sharded import ShardedMFA
 from tests.fitting.planted import draw, planted
 from tests.helpers.mixtures import Mixture, mixture, tokens
@@ -70,7 +70,7 @@ def run(x: Any = ROWS, **options: Any) -> MFA:
 
 def several_batches() -> None:
     """Passes of EM in several batches, whatever the number of processes."""
-    em._LEAST_BATCH, em._BATCH_ELEMENTS = 150, 1
+    em_base._LEAST_BATCH, em_base._BATCH_ELEMENTS = 150, 1
 
 
 def cut_off(options: dict[str, Any], folder: Path, group: Any, run: Callable[..., Any] = run) -> None:
@@ -89,11 +89,11 @@ def cut_off(options: dict[str, Any], folder: Path, group: Any, run: Callable[...
 
 def save_checkpoints_of_one_process(folder: Path) -> None:
     """Those that the group goes on with."""
-    least = em._LEAST_BATCH, em._BATCH_ELEMENTS
+    least = em_base._LEAST_BATCH, em_base._BATCH_ELEMENTS
     several_batches()
     for name in RESUMED:
         cut_off(FITS[name], folder / f"one, {name}", False)
-    em._LEAST_BATCH, em._BATCH_ELEMENTS = least
+    em_base._LEAST_BATCH, em_base._BATCH_ELEMENTS = least
 
 
 def outcome(mfa: MFA) -> dict[str, Any]:
@@ -331,7 +331,8 @@ LARGE_FEATURES = 64
 
 
 def run_sharded(x: Any = ROWS, **options: Any) -> ShardedMFA:
-    return fit_sharded(x, **{"rank": 2, "progress": False, "dtype": torch.float64, **options})
+    mfa: Any = fit(x, split="components", **{"rank": 2, "progress": False, "dtype": torch.float64, **options})
+    return mfa
 
 
 def sharded_outcome(mfa: ShardedMFA) -> dict[str, Any]:
@@ -387,7 +388,7 @@ def largest_tensor(group: Any) -> tuple[int, tuple[int, ...]]:
 
 
 def sharded_fits(rank: int, size: int, folder: Path, group: Any) -> dict[str, Any]:
-    em._LEAST_BATCH = 600
+    em_base._LEAST_BATCH = 600
     out: dict[str, Any] = {}
     seen: list[int] = []
     saved = folder / f"{size}, saved"
@@ -420,5 +421,5 @@ def sharded_fits(rank: int, size: int, folder: Path, group: Any) -> dict[str, An
     out["other data"] = message(lambda: run_sharded(ROWS + (rank == 1), n_components=6, group=group))
     out["too many"] = message(lambda: run_sharded(n_components=1, group=group))
     out["other start"] = message(lambda: run_sharded(n_components=8, start=twins(group), group=group))
-    em._LEAST_BATCH = 150
+    em_base._LEAST_BATCH = 150
     return out

@@ -8,7 +8,6 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 
 from mfa_kernels import MFA
 from mfa_kernels.common import files, locks
-from mfa_kernels.fitting import adam, checkpoint, em, fit, preparation
+from mfa_kernels.fitting import adam, checkpoint, em, em_base, fit, preparation, stages
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
 from mfa_kernels.mixture.base import Mixture
 from tests.fitting.planted import Store, draw, planted
@@ -77,8 +76,8 @@ def eventful(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of EM in several batches, to be cut off in their middle too, that settle soon; gradients are clipped."""
     monkeypatch.setattr(adam, "_CLIP", 0.7)
     monkeypatch.setattr(em, "_TOLERANCE", 1e-3)
-    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 1)
 
 
 def cut_off_after(saves: int, monkeypatch: pytest.MonkeyPatch, kind: type[Checkpoints] = Checkpoints) -> None:
@@ -135,8 +134,8 @@ def test_checkpoints_change_nothing(method, tmp_path):
 
 def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
     expected = result(run(checkpoint=tmp_path))
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", None)
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "Training", None)
+    monkeypatch.setattr(stages, "kmeans", None)
+    monkeypatch.setattr(stages, "Training", None)
     assert result(run(resume=tmp_path)) == expected
     assert result(run(checkpoint=tmp_path, resume=True)) == expected
 
@@ -285,9 +284,7 @@ def test_fingerprint():
 
 @pytest.fixture
 def no_k_means(monkeypatch):
-    monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *args, **kwargs: pytest.fail("work had begun")
-    )
+    monkeypatch.setattr(stages, "kmeans", lambda *args, **kwargs: pytest.fail("work had begun"))
 
 
 @pytest.mark.parametrize(("argument", "why"), [("log", "File exists"), ("checkpoint", "Not a directory")])
@@ -301,9 +298,7 @@ def test_paths_are_tried_before_work_begins(argument, why, tmp_path, no_k_means)
 def test_a_log_that_is_there_stays_until_there_is_another(tmp_path, monkeypatch):
     before = '{"step": 0, "epoch": 0, "held_out_nll": 1.0}\n'
     (tmp_path / "log.jsonl").write_text(before)
-    monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff())
-    )
+    monkeypatch.setattr(stages, "kmeans", lambda *args, **kwargs: (_ for _ in ()).throw(CutOff()))
     with pytest.raises(CutOff):
         run(log=tmp_path / "log.jsonl")
     assert (tmp_path / "log.jsonl").read_text() == before

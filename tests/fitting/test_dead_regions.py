@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA, fit
-from mfa_kernels.fitting import dead_regions, em
+from mfa_kernels.fitting import dead_regions
+from mfa_kernels.fitting.dead_regions import Overlap
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 
@@ -108,8 +109,11 @@ def case(noise: str) -> tuple[MFA, Tensor]:
     return mfa, x.double()
 
 
-def collect(mfa: MFA, x: Tensor) -> tuple[SufficientStatistics, em.Overlap]:
-    s, overlap = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2), em.Overlap(mfa.n_components)
+def collect(mfa: MFA, x: Tensor) -> tuple[SufficientStatistics, Overlap]:
+    s, overlap = (
+        SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2),
+        Overlap(mfa.n_components),
+    )
     with torch.no_grad():
         active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
     overlap.add(active.components, r)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting import as_source, em, fit, m_step
+from mfa_kernels.fitting import as_source, dead_regions, em, em_base, fit, m_step, online_em
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
@@ -54,12 +54,12 @@ def covariance_of(x: Tensor) -> Tensor:
 def test_the_log_posterior_never_falls(noise, rank, strength):
     x = ROWS[:600].double()
     mfa = poor(6, rank, noise, x)
-    prior = em.Prior(covariance_of(x), strength)
+    prior = m_step.Prior(covariance_of(x), strength)
     posterior = []
     for _ in range(60):
         s = collect(mfa, x)
         posterior.append(float(s.log_likelihood + prior.log_density(mfa)))
-        em.maximize(mfa, s, prior)
+        m_step.maximize(mfa, s, prior)
     gains = torch.tensor(posterior).double().diff()
     assert gains.min() > -1e-11 * abs(posterior[-1])
     assert gains.sum() > 1000
@@ -70,7 +70,7 @@ def test_where_it_settles_the_gradient_is_zero(noise):
     """The log posterior written out anew: a wrong M-step, or a wrong density of the prior, would settle elsewhere."""
     x = draw(planted(3, 6, 2), 300).double()
     mfa = poor(3, 2, noise, x)
-    prior = em.Prior(covariance_of(x), 5.0, 2.0)
+    prior = m_step.Prior(covariance_of(x), 5.0, 2.0)
 
     def steepness() -> dict[str, float]:
         covariance = mfa.loadings @ mfa.loadings.mT + torch.diag_embed(mfa.noise_variance.expand_as(mfa.means))
@@ -81,10 +81,10 @@ def test_where_it_settles_the_gradient_is_zero(noise):
         (mfa.log_prob(x).sum() + log_prior).backward()
         return {name: float(parameter.grad.abs().max()) for name, parameter in mfa.named_parameters()}
 
-    em.maximize(mfa, collect(mfa, x), prior)
+    m_step.maximize(mfa, collect(mfa, x), prior)
     before = steepness()
     for _ in range(1500):
-        em.maximize(mfa, collect(mfa, x), prior)
+        m_step.maximize(mfa, collect(mfa, x), prior)
     assert all(after < 1e-3 * before[name] for name, after in steepness().items())
 
 
@@ -107,7 +107,7 @@ def test_a_region_without_tokens_stays_and_hurts_nobody(noise):
     before = copy.deepcopy(mfa)
     s = collect(mfa, ROWS.double())
     assert s.mass[2] == 0
-    change = em.maximize(mfa, s, em.Prior(covariance_of(ROWS)))
+    change = m_step.maximize(mfa, s, m_step.Prior(covariance_of(ROWS)))
     assert (change[2] == 0).all()
     assert torch.equal(mfa.means[2], before.means[2])
     assert torch.equal(mfa.loadings[2], before.loadings[2])
@@ -120,12 +120,12 @@ def test_the_m_step_does_not_depend_on_its_chunks(monkeypatch):
     x = ROWS.double()
     mfa = poor(6, 2, "per_component", x)
     other = copy.deepcopy(mfa)
-    s, prior = collect(mfa, x), em.Prior(covariance_of(x))
+    s, prior = collect(mfa, x), m_step.Prior(covariance_of(x))
     density = prior.log_density(mfa)
-    em.maximize(mfa, s, prior)
+    m_step.maximize(mfa, s, prior)
     monkeypatch.setattr(m_step, "_CHUNK_ELEMENTS", 2 * 12 * 3)  # three chunks of two components
     torch.testing.assert_close(prior.log_density(other), density)
-    em.maximize(other, s, prior)
+    m_step.maximize(other, s, prior)
     assert all(torch.allclose(p, q, rtol=1e-12) for p, q in zip(mfa.parameters(), other.parameters()))
 
 
@@ -144,7 +144,7 @@ def test_pooled_covariance(monkeypatch):
     owner = TRUE.assign(ROWS)
     y = (ROWS - TRUE.means.detach()[owner]).double()
     x = torch.cat([ROWS, torch.full((3, 12), 1e6)])
-    torch.testing.assert_close(em.pooled_covariance(TRUE, x), y.mT @ y / 6000, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(m_step.pooled_covariance(TRUE, x), y.mT @ y / 6000, rtol=1e-4, atol=1e-3)
 
 
 def test_the_prior_is_chosen_by_the_rows_held_out():
@@ -154,10 +154,12 @@ def test_the_prior_is_chosen_by_the_rows_held_out():
         x, mfa = draw(true, rows), copy.deepcopy(true)
         s = collect(mfa, x)
         before = [p.detach().clone() for p in mfa.parameters()]
-        strength[name] = em.choose_prior(mfa, s, em.pooled_covariance(mfa, x), draw(true, 2000, seed=5)).strength
+        strength[name] = em_base.choose_prior(
+            mfa, s, m_step.pooled_covariance(mfa, x), draw(true, 2000, seed=5)
+        ).strength
         assert all(torch.equal(p, b) for p, b in zip(mfa.parameters(), before))
     assert strength["many"] < strength["few"]
-    assert em.choose_prior(many, collect(many, ROWS[:50]), torch.eye(12).double(), ROWS[:0]).strength == 10
+    assert em_base.choose_prior(many, collect(many, ROWS[:50]), torch.eye(12).double(), ROWS[:0]).strength == 10
 
 
 def test_overlap_finds_duplicates_alone():
@@ -167,7 +169,7 @@ def test_overlap_finds_duplicates_alone():
         TRUE.noise_variance.detach(),
         torch.tensor([0.9, 1, 1, 1, 1, 1, 0.1]),
     )
-    overlap, mass = em.Overlap(7), torch.zeros(7, dtype=torch.float64)
+    overlap, mass = dead_regions.Overlap(7), torch.zeros(7, dtype=torch.float64)
     for part in ROWS.split(1700):
         s = SufficientStatistics.zeros(mfa.means, 2, False)
         with torch.no_grad():
@@ -184,9 +186,9 @@ def test_revived_regions_take_half_of_the_largest(rank):
         mfa.loadings[1] *= torch.linspace(1, 3, rank)
     before = copy.deepcopy(mfa)
     mass = torch.tensor([500.0, 3000.0, 0.0, 600.0]).double()
-    found = em.find(mfa, mass, em.Overlap(4), Guard(ROWS[mfa.assign(ROWS) != 2], ROWS.device))
+    found = dead_regions.find(mfa, mass, dead_regions.Overlap(4), Guard(ROWS[mfa.assign(ROWS) != 2], ROWS.device))
     assert (found.moves, found.lost, found.touched) == ([(2, 1)], [], [1, 2])
-    em.move(mfa, found, covariance_of(ROWS))
+    dead_regions.move(mfa, found, covariance_of(ROWS))
     assert found.mass.tolist() == [500, 1500, 1500, 600]
     halves = mfa.means[[1, 2]].mean(0)
     torch.testing.assert_close(halves, before.means[1])
@@ -223,9 +225,9 @@ def test_online_statistics_agree_with_revived_regions(noise):
     )
     guard = Guard(x, x.device)
     arguments = mfa, as_source(x), torch.arange(len(x)), x[:0], settings(), torch.Generator(), FitReport(), guard
-    online = em.OnlineEM(*arguments, start_rows=x)
+    online = online_em.OnlineEM(*arguments, start_rows=x)
     online.start_rows = None
-    none = em.Prior(torch.zeros(12, 12).double(), 0.0, 0.0)
+    none = m_step.Prior(torch.zeros(12, 12).double(), 0.0, 0.0)
     for _ in range(2):
         online._maximize(collect(mfa, x), none)
     before, s = copy.deepcopy(mfa), online.statistics
@@ -234,11 +236,11 @@ def test_online_statistics_agree_with_revived_regions(noise):
         active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), zeros)
     online.overlap.add(active.components, r)
     online.counted = s.mass.clone()
-    online._revive(none, tokens=float(len(x)))
+    online.revive(none, tokens=float(len(x)))
     assert online.report.revived_components == 2
     assert not torch.equal(mfa.means[6:], before.means[6:])
     moved = copy.deepcopy(mfa)
-    em.maximize(mfa, s, none)
+    m_step.maximize(mfa, s, none)
     changed = [k for k in range(8) if not torch.equal(before.means[k], moved.means[k]) or k == 0]
     assert {6, 7} < set(changed)
     for a, b in ((mfa.means, moved.means), (mfa.loadings, moved.loadings), (mfa.noise_variance, moved.noise_variance)):
@@ -269,7 +271,7 @@ def test_the_held_out_curve_does_not_rise(method, noise, monkeypatch):
     found = curve()
     assert max(b - min(found[: i + 1]) for i, b in enumerate(found)) < 0.5
     assert found[-1] < found[0] - 1
-    monkeypatch.setattr(em, "STRENGTHS", (1e-3,))
+    monkeypatch.setattr(em_base, "STRENGTHS", (1e-3,))
     without = curve()
     assert without[-1] > min(without) + 5
 
@@ -285,8 +287,8 @@ def test_same_seed_same_bits_and_global_generator_untouched(method):
 
 @pytest.mark.parametrize("method", ["em", "online"])
 def test_kinds_of_data_agree(method, monkeypatch):
-    monkeypatch.setattr(em, "_LEAST_BATCH", 1000)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1000)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 1000)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 1000)
     expected = run(method=method, epochs=2)
     for data in (ROWS.numpy(), Store(ROWS), list(ROWS.split(700))):
         assert same(run(data, method=method, epochs=2), expected), type(data)
@@ -294,8 +296,8 @@ def test_kinds_of_data_agree(method, monkeypatch):
 
 def test_passes_do_not_depend_on_the_batches(monkeypatch):
     whole = run(epochs=3)
-    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 700)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 700)
     parts = run(epochs=3)
     for p, q in zip(whole.parameters(), parts.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4)
@@ -316,7 +318,7 @@ def test_report():
     train = [record["train_nll"] for record in report.history[1:]]
     assert train == sorted(train, reverse=True)
     assert set(report.seconds) == {"kmeans", "start", "em"}
-    assert report.prior_strength in em.STRENGTHS
+    assert report.prior_strength in em_base.STRENGTHS
     assert report.revived_components == 0
     assert not report.interrupted
     assert report.held_out_nll == min(record["held_out_nll"] for record in report.history)
@@ -340,14 +342,14 @@ def test_a_step_that_went_too_far_is_taken_back(monkeypatch):
     """The log posterior falls from no step of EM's own to the next."""
     monkeypatch.setattr(em, "_OVERRELAXED", 6.0)
     posteriors = []
-    step = em.BatchEM._step
+    step = em.BatchEM.m_step
 
-    def watched(self, s, overlap, prior, log_posterior, last):
-        done = step(self, s, overlap, prior, log_posterior, last)
+    def watched(self, s, overlap, log_posterior, last):
+        done = step(self, s, overlap, log_posterior, last)
         posteriors.append((log_posterior, self.log_posteriors[-1]))
         return done
 
-    monkeypatch.setattr(em.BatchEM, "_step", watched)
+    monkeypatch.setattr(em.BatchEM, "m_step", watched)
     mfa = run(planted(6, 12, 2, spread=1.0).sample(3000, torch.Generator().manual_seed(1)), epochs=20, patience=None)
     assert any(seen != kept for seen, kept in posteriors), "some were taken back"
     kept = [k for _, k in posteriors]
@@ -438,7 +440,7 @@ def test_a_row_that_is_met_too_far_out_changes_nothing():
     mfa = MFA.from_parameters(centroids, TRUE.loadings, TRUE.noise_variance, TRUE.log_weights.exp())
     s, clean = collect(mfa, dirty), collect(mfa, ROWS[:-1])
     assert s.mass.sum() == pytest.approx(5999)
-    assert em.pooled_covariance(mfa, dirty).isfinite().all()
+    assert m_step.pooled_covariance(mfa, dirty).isfinite().all()
     torch.testing.assert_close(s.cross, clean.cross, rtol=1e-6, atol=1e-6)
 
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import import_module
 from itertools import permutations, product
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 import mfa_kernels
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import FitReport, as_source, fit, fit_sharded, kmeans, preparation
+from mfa_kernels.fitting import FitReport, as_source, fit, fit_sharded, kmeans, preparation, stages
 from tests.fitting.planted import Store, draw, nll, planted
 from tests.fitting.test_initialization import overlap
 
@@ -196,7 +195,7 @@ def test_held_out_rows_are_not_trained_on():
     store.rows = lambda index: (read.append(index), rows(index))[1]
     run(store, epochs=1, held_out=0.25, clusters=TRUE.means.detach())
     # The first three find the dtype, and whether it is one buffer; some from all over are for the fingerprint.
-    held, start, some, *batches, live = read[3:]
+    some, held, start, *batches, live = read[3:]
     assert len(held) == 1500
     assert len(some) == 256
     assert torch.equal(torch.cat(batches).sort().values, start.sort().values)
@@ -319,15 +318,15 @@ def test_no_epochs_is_the_start():
 
 def test_clusters_are_reused(monkeypatch):
     result = kmeans(ROWS, 6, progress=False)
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit"), "kmeans", lambda *a, **k: pytest.fail("K-means ran"))
+    monkeypatch.setattr(stages, "kmeans", lambda *a, **k: pytest.fail("K-means ran"))
     assert same(run(clusters=result, epochs=1), run(clusters=result.centroids, epochs=1))
 
 
-@pytest.mark.parametrize("fitting", [fit, fit_sharded])
-def test_dead_components_are_warned_of(fitting):
+@pytest.mark.parametrize("split", ["rows", "components"])
+def test_dead_components_are_warned_of(split):
     far = torch.cat([TRUE.means.detach(), torch.full((6, 12), 1e3) + torch.arange(6.0).unsqueeze(1)])
     with pytest.warns(UserWarning, match="6 of 12 components are not the most responsible for any") as told:
-        mfa = fitting(ROWS, 12, 2, clusters=far, epochs=0, progress=False)
+        mfa = fit(ROWS, 12, 2, split=split, clusters=far, epochs=0, progress=False)
     assert mfa.fit_report.live_components == 6
     assert [warning.filename for warning in told] == [__file__], "it is told of the line that fits"
 
@@ -427,3 +426,28 @@ def test_a_fit_that_came_to_rest_says_so(epochs, settled):
     mfa = fit(draw(planted(), 1200), 6, 2, method="em", epochs=epochs, patience=None, progress=False)
     assert mfa.fit_report.settled == settled
     assert (mfa.fit_report.history[-1]["step"] < epochs) == settled
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sgd"}, "method must be one of 'em', 'online', 'auto', got 'sgd'"),
+        ({"row_weights": torch.ones(6000)}, r"row_weights must be left out with split = 'components', got a tensor"),
+        ({"init": "random"}, "init must be left out with split = 'components', got 'random'"),
+        ({"polish": 2}, "polish must be left out with split = 'components', got 2"),
+        ({"split": "columns"}, "split must be one of 'rows', 'components', got 'columns'"),
+    ],
+)
+def test_what_a_split_into_components_cannot_do_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(ROWS, 6, 2, **{"split": "components", "epochs": 1, "progress": False, **options})
+
+
+def test_the_name_that_a_split_into_components_had():
+    options = {"method": "em", "epochs": 2, "progress": False}
+    with pytest.warns(FutureWarning, match=r"fit_sharded is fit\(..., split='components'\) now") as told:
+        found = fit_sharded(ROWS, 6, 2, **options)
+    assert [warning.filename for warning in told] == [__file__]
+    assert same(found, fit(ROWS, 6, 2, split="components", **options))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
+        fit_sharded(ROWS, 6, 2, lr=0.1)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import mfa_kernels
 from mfa_kernels import MFA
-from mfa_kernels.fitting import fit, fit_many, preparation
+from mfa_kernels.fitting import fit, fit_many, preparation, stages
 from mfa_kernels.fitting.checkpoint import FILE
 from tests.fitting.planted import Store, draw, planted
 from tests.fitting.test_checkpoint import in_lives, result
@@ -38,9 +38,7 @@ OPTIONS: dict[str, Any] = {"batch_size": 200, "eval_every": 4, "progress": False
 def short_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preparation, "LEAST_START_ROWS", 900)
     monkeypatch.setattr(preparation, "START_ROWS_PER_COMPONENT", 100)
-    monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.fit"), "OTHERS", 100
-    )  # that are looked at before they are trained on
+    monkeypatch.setattr(stages, "OTHERS", 100)  # that are looked at before they are trained on
 
 
 def batches() -> Iterator[dict[Any, Tensor]]:
@@ -268,7 +266,7 @@ def test_several_processes_are_refused(tmp_path: Path):
     import torch.distributed as dist
 
     class Two:
-        size = 2
+        count = 2
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("mfa_kernels.fitting.fit_many"), "Processes", lambda group: Two())

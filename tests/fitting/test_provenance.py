@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from datetime import datetime, timezone
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from mfa_kernels import MFA, __version__, fit, fit_many
-from mfa_kernels.fitting import as_source, fit_sharded, preparation
+from mfa_kernels.fitting import as_source, preparation
 from mfa_kernels.fitting.provenance import now
 from tests.fitting.planted import Store, draw, planted
 
@@ -89,7 +90,7 @@ def test_what_a_store_says_of_itself_without_paths():
 
 
 def test_a_fit_that_is_spread(tmp_path):
-    mfa = fit_sharded(ROWS, 3, **OPTIONS)
+    mfa: Any = fit(ROWS, 3, split="components", **OPTIONS)
     run = mfa.fit_report.run
     assert (run["settings"]["method_asked"], run["settings"]["method"], run["settings"]["spread"]) == (
         "auto", "em", True,
@@ -101,9 +102,9 @@ def test_a_fit_that_is_spread(tmp_path):
     assert type(mfa).from_mfa(MFA.from_pretrained(tmp_path)).fit_report == mfa.fit_report
 
 
-@pytest.mark.parametrize("spread", [False, True])
-def test_a_fit_that_is_resumed_keeps_its_record(tmp_path, spread, monkeypatch):
-    work: Any = fit_sharded if spread else fit
+@pytest.mark.parametrize("split", ["rows", "components"])
+def test_a_fit_that_is_resumed_keeps_its_record(tmp_path, split, monkeypatch):
+    work = partial(fit, split=split)
     first = work(ROWS, 3, checkpoint=tmp_path, **OPTIONS).fit_report
     content = json.loads((tmp_path / "checkpoint.json").read_text())
     assert content["report"]["run"] == first.run

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from importlib import import_module
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import FitReport, adam, as_source, em, fit, start_from_clusters
+from mfa_kernels.fitting import FitReport, adam, as_source, em_base, fit, stages, start_from_clusters
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.m_step import DEFAULT_STRENGTH, Prior, maximize
+from mfa_kernels.fitting.m_step import DEFAULT_STRENGTH, Prior, maximize, pooled_covariance
 from mfa_kernels.fitting.row_weights import Weighed, weighted
 from mfa_kernels.fitting.run import Settings, mean_nll
-from mfa_kernels.ops.statistics.op import SufficientStatistics
+from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 from tests.fitting.planted import Store, draw, nll, planted
 
 TRUE = planted(4, 8, spread=4.0).double()
@@ -101,10 +100,10 @@ def test_the_scale_of_weights_changes_nothing_but_what_the_prior_is_worth():
     assert max(float((a - b).detach().abs().max()) for a, b in zip(few.parameters(), many.parameters())) > 1e-3
     assert (few.log_weights - many.log_weights).abs().max() < 0.05
     # 64 times the rows are worth 64 times the prior's tokens.
-    s = em.SufficientStatistics.zeros(TRUE.means, 2, False)
-    covariance = em.pooled_covariance(TRUE, ROWS)
+    s = SufficientStatistics.zeros(TRUE.means, 2, False)
+    covariance = pooled_covariance(TRUE, ROWS)
     x, woodbury = ROWS, TRUE.woodbury()
-    em.expectation(x, *TRUE.parameters_in_compute_dtype(), woodbury, s, WEIGHTS.double())
+    expectation(x, *TRUE.parameters_in_compute_dtype(), woodbury, s, WEIGHTS.double())
     one, other = copy.deepcopy(TRUE), copy.deepcopy(TRUE)
     maximize(one, s, Prior(covariance, 10.0, 1.0))
     s.scale_(64)
@@ -218,8 +217,8 @@ def test_held_out_rows_weigh():
     expected = -float((TRUE.log_prob(ROWS[held]) * w).sum() / w.sum())
     assert mfa.fit_report.held_out_nll == pytest.approx(expected, rel=1e-9)
     s = dense_statistics(TRUE, ROWS, WEIGHTS.double())
-    prior = em.choose_prior(copy.deepcopy(TRUE), s, torch.eye(8, dtype=torch.float64), ROWS[held], weights=w * 3)
-    assert prior.strength in em.STRENGTHS
+    prior = em_base.choose_prior(copy.deepcopy(TRUE), s, torch.eye(8, dtype=torch.float64), ROWS[held], weights=w * 3)
+    assert prior.strength in em_base.STRENGTHS
     assert mean_nll(TRUE, ROWS[held], weights=w * 3) == pytest.approx(expected, rel=1e-9)
 
 
@@ -253,14 +252,13 @@ def test_kmeans_and_the_start_get_them(monkeypatch):
 
     def spy(made):
         def inside(x, *args, weights, **kwargs):
-            seen.append(torch.cat([x, weights.unsqueeze(1)], 1))
+            seen.append(torch.cat([x.chunk(0, len(x)), weights.unsqueeze(1)], 1))
             return made(x, *args, weights=weights, **kwargs)
 
         return inside
 
     for name in ("kmeans", "start_from_clusters"):
-        module = import_module("mfa_kernels.fitting.fit")  # as the function has its name
-        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+        monkeypatch.setattr(stages, name, spy(getattr(stages, name)))
     run(weights=WEIGHTS, epochs=0, held_out=0.0)
     expected = torch.cat([ROWS, WEIGHTS.double().unsqueeze(1)], 1)
     for found in seen:

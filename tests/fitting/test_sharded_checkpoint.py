@@ -4,7 +4,6 @@ tests/distributed."""
 from __future__ import annotations
 
 import json
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from mfa_kernels.common.processes import ALONE, Processes
-from mfa_kernels.fitting import em, fit, fit_sharded
+from mfa_kernels.fitting import em_base, fit, sharded_stages, stages
 from mfa_kernels.fitting.checkpoint import FILE, State
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.mixture.fit_report import FitReport
@@ -32,13 +31,14 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def run(x: Any = ROWS, **options: Any) -> ShardedMFA:
     chosen = {"n_components": 6, "rank": 2, "epochs": 3, "checkpoint_seconds": 0, "progress": False, **options}
-    return fit_sharded(x, **chosen)
+    mfa: Any = fit(x, split="components", **chosen)
+    return mfa
 
 
 @pytest.mark.parametrize("options", METHODS.values(), ids=METHODS)
 def test_cut_off_at_every_checkpoint(options, monkeypatch, tmp_path):
-    monkeypatch.setattr(em, "_LEAST_BATCH", 700)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 700)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 1)
     expected = result(run(**options))
     mfa, cuts = in_lives(lambda: run(checkpoint=tmp_path, resume=True, **options), monkeypatch, kind=ShardedCheckpoints)
     assert result(mfa) == expected
@@ -53,15 +53,15 @@ def test_cut_off_at_every_checkpoint(options, monkeypatch, tmp_path):
 class OneOfTwo(Processes):
     """As a process that reads what another number has written; what process 0 sees, it sees too."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, index: int) -> None:
         super().__init__(False)
-        self.rank, self.size = rank, 2
+        self.index, self.count = index, 2
 
     def agree(self, work: Any) -> Any:
         return work()
 
     def objects(self, value: Any) -> list[Any]:
-        return [value] * self.size
+        return [value] * self.count
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_component"])
@@ -113,8 +113,8 @@ def test_what_becomes_of_each_tensor(noise, tmp_path):
 
 def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
     expected = result(run(checkpoint=tmp_path))
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit_sharded"), "kmeans", None)
-    monkeypatch.setattr(import_module("mfa_kernels.fitting.fit_sharded"), "_ShardedBatchEM", None)
+    monkeypatch.setattr(stages, "kmeans", None)
+    monkeypatch.setattr(sharded_stages, "ShardedBatchEM", None)
     assert result(run(resume=tmp_path)) == expected
 
 

@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import copy
 import math
-from importlib import import_module
 
 import pytest
 import torch
 from torch import Tensor
 
 from mfa_kernels import MFA, fit_many
-from mfa_kernels.fitting import fit, fit_sharded
+from mfa_kernels.fitting import fit, stages
 from mfa_kernels.fitting.start_from_mixture import start_from_mixture
 from tests.fitting.planted import draw, nll, planted
 
 TRUE = planted()
 ROWS = draw(TRUE, 3000)
-FIT = import_module("mfa_kernels.fitting.fit")  # the module, as the function has its name
-FIT_SHARDED = import_module("mfa_kernels.fitting.fit_sharded")
-KEPT = {name: getattr(FIT, name) for name in ("kmeans", "start_from_clusters")}
+KEPT = {name: getattr(stages, name) for name in ("kmeans", "start_from_clusters")}
 WAYS = [(method, noise) for method in ("em", "online", "sgd") for noise in ("shared", "per_component")]
 
 
 @pytest.fixture(autouse=True)
 def no_clusters(monkeypatch):
     """Whoever makes clusters does so by `first`."""
-    for module in (FIT, FIT_SHARDED):
-        monkeypatch.setattr(module, "kmeans", lambda *_, **__: pytest.fail("K-means ran"))
-        monkeypatch.setattr(module, "start_from_clusters", lambda *_, **__: pytest.fail("clusters were looked at"))
+    for name in KEPT:
+        monkeypatch.setattr(stages, name, lambda *_, **__: pytest.fail("clusters were looked at"))
 
 
 def first(**options) -> MFA:
     """A fit of 2 epochs from clusters that are far from settled."""
     with pytest.MonkeyPatch.context() as patch:
         for name, made in KEPT.items():
-            patch.setattr(FIT, name, made)
+            patch.setattr(stages, name, made)
         options = {"method": "em", "epochs": 2, "progress": False, "init": "random", **options}
         return fit(ROWS, 6, 2, **options)
 
@@ -193,11 +189,11 @@ def test_streams_and_fit_many():
 def test_a_sharded_fit_goes_on_from_a_mixture():
     start = first()
     whole = on(start, method="em")
-    found = fit_sharded(ROWS, 6, 2, method="em", start=start, epochs=3, progress=False)
+    found = fit(ROWS, 6, 2, split="components", method="em", start=start, epochs=3, progress=False)
     for name in ("means", "loadings", "log_noise", "weight_logits"):
         torch.testing.assert_close(getattr(found, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="rank must be that of start, 2, or left out, got 3"):
-        fit_sharded(ROWS, 6, 3, start=start, progress=False)
+        fit(ROWS, 6, 3, split="components", start=start, progress=False)
 
 
 def test_extra_is_kept():

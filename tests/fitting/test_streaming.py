@@ -9,45 +9,46 @@ import torch
 
 from mfa_kernels import fit
 from mfa_kernels.fitting import preparation, streaming
-from mfa_kernels.fitting.streaming import Feed
+from mfa_kernels.fitting.stream_fit import StreamFit
+from mfa_kernels.fitting.streaming import RowQueue
 from tests.data.test_source import refilled
 
 
-def fed(*batches) -> Feed:
-    streaming = Feed()
+def fed(*batches) -> RowQueue:
+    queue = RowQueue()
     for batch in batches:
-        streaming.put(batch)
-    return streaming
+        queue.put(batch)
+    return queue
 
 
 @pytest.mark.parametrize("split", [[3, 1, 10, 1], [15], [1] * 15, [0, 7, 0, 8, 0]])
 @pytest.mark.parametrize("wanted", [4, 1, 15])
 def test_rows_come_out_in_order(split, wanted):
     x = torch.arange(30.0).view(15, 2)
-    streaming, out = Feed(), []
+    queue, out = RowQueue(), []
     for batch in x.split(split):
-        streaming.put(batch)
-        while streaming.holds(wanted):
-            out.append(streaming.take(wanted))
+        queue.put(batch)
+        while queue.holds(wanted):
+            out.append(queue.take(wanted))
     assert all(len(rows) == wanted for rows in out)
-    streaming.put(None)
-    assert streaming.holds(wanted)
-    while len(rows := streaming.take(wanted)):
+    queue.ended = True
+    assert queue.holds(wanted)
+    while len(rows := queue.take(wanted)):
         out.append(rows)
     assert torch.equal(torch.cat(out), x)
-    assert streaming.take(wanted).shape == (0, 2)
+    assert queue.take(wanted).shape == (0, 2)
 
 
 def test_the_rows_of_the_head_are_handed_over():
     x = torch.randn(10, 3)
-    streaming = fed(x[:4], x[4:6].numpy(), (x[6:], "tokens"))
-    assert streaming.holds(10)
-    assert not streaming.holds(11)
-    source = streaming.source()
+    queue = fed(x[:4], x[4:6].numpy(), (x[6:], "tokens"))
+    assert queue.holds(10)
+    assert not queue.holds(11)
+    source = queue.source()
     assert torch.equal(source.chunk(0, 10), x)
-    assert not streaming.holds(1)
-    streaming.put(x[:2])
-    assert torch.equal(streaming.take(2), x[:2])
+    assert not queue.holds(1)
+    queue.put(x[:2])
+    assert torch.equal(queue.take(2), x[:2])
 
 
 @pytest.mark.parametrize(
@@ -55,9 +56,9 @@ def test_the_rows_of_the_head_are_handed_over():
 )
 def test_dtypes(dtype, expected):
     x = torch.randn(6, 2, 3).to(dtype)
-    streaming = fed(x, None)
-    rows = streaming.take(12)
-    assert rows.dtype == streaming.take(12).dtype == expected
+    queue = fed(x)
+    rows = queue.take(12)
+    assert rows.dtype == queue.take(12).dtype == expected
     assert torch.equal(rows, x.view(12, 3).to(expected))
 
 
@@ -77,7 +78,7 @@ def test_bad_batches_are_named(batches, error, message):
 
 def test_nothing_to_begin_with():
     with pytest.raises(ValueError, match="activations is an iterable without batches"):
-        fed(None).source()
+        fed().source()
 
 
 def test_a_fit_looks_like_a_function():
@@ -122,3 +123,30 @@ def test_a_stream_that_ends_with_its_head(held_out, more, monkeypatch):
     x = torch.randn(math.ceil(400 / (1 - held_out)) + more, 5, generator=torch.Generator().manual_seed(0))
     mfa = fit(iter(x.split(200)), 3, 1, held_out=held_out, progress=False)
     assert mfa.log_prob(x).isfinite().all()
+
+
+def test_a_fit_is_fed_until_it_is_over(monkeypatch):
+    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 400)
+    given = inspect.signature(fit).bind(None, 2, 1, eval_every=1, patience=1, progress=False)
+    given.apply_defaults()
+    rows = torch.randn(9000, 4, generator=torch.Generator().manual_seed(0))
+    fitting, used = StreamFit(given.arguments), 0
+    for batch in rows.split(500):
+        fitting.feed(batch)
+        used += 1
+        if fitting.over:
+            break
+    mfa = fitting.finish()
+    assert fitting.over
+    assert used < 18
+    expected = fit(iter(rows.split(500)), 2, 1, eval_every=1, patience=1, progress=False)
+    assert all(torch.equal(a, b) for a, b in zip(mfa.parameters(), expected.parameters()))
+
+
+def test_ctrl_c_before_the_training_is_passed_on():
+    given = inspect.signature(fit).bind(None, 2, 1, progress=False)
+    given.apply_defaults()
+    fitting = StreamFit(given.arguments)
+    fitting.feed(torch.randn(50, 4))
+    with pytest.raises(KeyboardInterrupt):
+        fitting.finish(interrupted=True)

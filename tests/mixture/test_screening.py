@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting import em, fit
+from mfa_kernels.fitting import em_base, fit
 from mfa_kernels.mixture import screening
 from mfa_kernels.mixture.screening import Screening
 from mfa_kernels.ops.common import cpp
@@ -27,8 +27,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds that a small fit passes, and batches that cut its passes up."""
     monkeypatch.setattr(screening, "_APART", 2500)
     monkeypatch.setattr(screening, "_STAGE_0", 1)
-    monkeypatch.setattr(em, "_LEAST_BATCH", 900)
-    monkeypatch.setattr(em, "_BATCH_ELEMENTS", 1)
+    monkeypatch.setattr(em_base, "_LEAST_BATCH", 900)
+    monkeypatch.setattr(em_base, "_BATCH_ELEMENTS", 1)
 
 
 def run(x=ROWS, **options) -> MFA:

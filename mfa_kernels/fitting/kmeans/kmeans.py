@@ -11,21 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import (
-    MOST_COMPONENTS,
-    check_centroids,
-    check_choice,
-    check_device,
-    check_finite,
-    check_flag,
-    check_integer,
-    check_number,
-)
+from mfa_kernels.common import checks
 from mfa_kernels.common.modes import door
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.data.reservoir import numbered
 from mfa_kernels.data.source import Source, as_source, home, picked
-from mfa_kernels.fitting.kmeans.lloyd import Partition, chunks, lloyd
+from mfa_kernels.fitting.kmeans.lloyd import Partition, Rows, chunks, lloyd
 from mfa_kernels.fitting.kmeans.nearest_centroid import NearestCentroid
 from mfa_kernels.fitting.kmeans.seeding import draw, k_means_parallel
 from mfa_kernels.fitting.row_weights import check_weights
@@ -110,13 +101,13 @@ def kmeans(
     Raises:
         TypeError, ValueError: naming the argument, among them fewer than K finite rows (of positive weight).
     """
-    n_clusters = check_integer(n_clusters, "n_clusters", 1, MOST_COMPONENTS)
-    iterations = check_integer(iterations, "iterations")
-    sample = None if sample is None else check_integer(sample, "sample", 1)
+    n_clusters = checks.check_integer(n_clusters, "n_clusters", 1, checks.MOST_COMPONENTS)
+    iterations = checks.check_integer(iterations, "iterations")
+    sample = None if sample is None else checks.check_integer(sample, "sample", 1)
     if sample is not None and sample < n_clusters:
         raise ValueError(f"sample must be at least n_clusters = {n_clusters}, got {sample}")
-    tol = check_number(tol, "tol", 0)
-    seed, progress = check_integer(seed, "seed"), check_flag(progress, "progress")
+    tol = checks.check_number(tol, "tol", 0)
+    seed, progress = checks.check_integer(seed, "seed"), checks.check_flag(progress, "progress")
     sample = max(_LEAST_SAMPLE, _SAMPLE_PER_CLUSTER * n_clusters) if sample is None else sample
     rows = None
     if isinstance(x, Iterator):
@@ -126,31 +117,30 @@ def kmeans(
             )
         x, rows = numbered(x, sample, seed, "x")
     source = as_source(x, "x")
-    init = init if isinstance(init, str) else check_centroids(init, "init")
-    device = check_device(device) if device is not None else source.device
+    init = init if isinstance(init, str) else checks.check_centroids(init, "init")
+    device = checks.check_device(device) if device is not None else source.device
     weights, unit = _check_weights(weights, len(source), device)
     generator = torch.Generator().manual_seed(seed)
-    options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress, "processes": processes}
+    options: dict[str, Any] = {"tol": tol, "generator": generator, "progress": progress}
 
     subset, index = _finite_sample(source, sample, weights, generator, device, processes)
     if len(index) < n_clusters:
         positive = "" if weights is None else " of positive weight"
-        sampled = f" in a sample of {sample}" if sample < len(source) else ""
+        among = f" in a sample of {sample}" if sample < len(source) else ""
         raise ValueError(
             f"n_clusters = {n_clusters} needs at least as many finite rows{positive}, "
-            f"got {len(index)} of {len(source)}{sampled}"
+            f"got {len(index)} of {len(source)}{among}"
         )
-    subset_weights = None if weights is None else weights[index]
     center = _mean(subset, device, processes)
-    centroids = _start(subset, subset_weights, center, n_clusters, init, generator, processes)
+    sampled = Rows(subset, center, None if weights is None else weights[index], processes)
+    centroids = _start(sampled, n_clusters, init, generator)
     exchanges = 0 if isinstance(init, Tensor) else _EXCHANGES
-    centroids, part, updates = lloyd(
-        subset, centroids, center, subset_weights, iterations=iterations, exchanges=exchanges, **options
-    )
+    centroids, part, updates = lloyd(sampled, centroids, iterations=iterations, exchanges=exchanges, **options)
     if len(subset) < len(source):
         full = min(_FULL_PASSES, iterations) if sample < len(source) else 0
         options["name"] = "k-means, all rows"
-        centroids, part, more = lloyd(source, centroids, center, weights, iterations=full, **options)
+        every = Rows(source, center, weights, processes)
+        centroids, part, more = lloyd(every, centroids, iterations=full, **options)
         updates += more
     return _result(part, centroids + center, unit, updates, rows)
 
@@ -165,13 +155,9 @@ def _check_weights(weights: Tensor | None, rows: int, device: torch.device) -> t
 
 
 def _finite_sample(
-    source: Source,
-    sample: int,
-    weights: Tensor | None,
-    generator: torch.Generator,
-    device: torch.device,
+    source: Source, sample: int, weights: Tensor | None, generator: torch.Generator, device: torch.device,
     processes: Processes,
-) -> tuple[Source, Tensor]:
+) -> tuple[Source, Tensor]:  # fmt: skip
     """The finite rows (of positive weight) of a random sample of the source, and their row numbers."""
     whole = sample >= len(source)
     index = torch.arange(len(source)) if weights is None or whole else (weights > 0).nonzero().squeeze(1).cpu()
@@ -204,23 +190,16 @@ def _mean(source: Source, device: torch.device, processes: Processes) -> Tensor:
     return (total / len(source)).to(source.dtype)
 
 
-def _start(
-    subset: Source,
-    weights: Tensor | None,
-    center: Tensor,
-    clusters: int,
-    init: str | Tensor,
-    generator: torch.Generator,
-    processes: Processes,
-) -> Tensor:
+def _start(sampled: Rows, clusters: int, init: str | Tensor, generator: torch.Generator) -> Tensor:
     """First centroids, less the centre."""
+    subset, center, weights, processes = sampled
     if isinstance(init, Tensor):
         if init.shape != (clusters, subset.n_features):
             raise ValueError(
                 f"init must have shape (K, D) = ({clusters}, {subset.n_features}), got {tuple(init.shape)}"
             )
-        return check_finite(init, "init").to(center) - center
-    check_choice(init, ("k-means||", "random"), "init")
+        return checks.check_finite(init, "init").to(center) - center
+    checks.check_choice(init, ("k-means||", "random"), "init")
     mass = torch.ones(len(subset), device=center.device) if weights is None else weights
     if init == "random":
         return subset.rows(draw(mass, clusters, generator)).to(center) - center
@@ -240,12 +219,7 @@ def _result(part: Partition, centroids: Tensor, unit: float | None, updates: int
         )
     assignment = part.owner.cpu()
     lost = assignment == clusters
-    return KMeansResult(
-        centroids,
-        assignment.masked_fill_(lost, -1),
-        float(part.inertia.sum()) * (unit or 1),
-        part.mass.long() if unit is None else part.mass * unit,
-        updates,
-        int(lost.sum()),
-        rows,
-    )
+    inertia = float(part.inertia.sum()) * (unit or 1)
+    counts = part.mass.long() if unit is None else part.mass * unit
+    assignment.masked_fill_(lost, -1)
+    return KMeansResult(centroids, assignment, inertia, counts, updates, int(lost.sum()), rows)

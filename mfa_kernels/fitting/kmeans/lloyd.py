@@ -1,7 +1,7 @@
 """Lloyd's iterations in chunks: assign, average by sorted segments, split where a cluster lost its rows.
 
-Never held: the N x K distances, or a copy of the data. Every sum runs over rows in one fixed order: two runs on as
-many threads agree to the bit.
+Neither the N x K distances nor a copy of the data is ever in memory. Every sum runs over rows in one fixed order: two
+runs on as many threads agree to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _EXCHANGE_ROWS = 128  # of each cluster, on which merges and splits are decided
 _EXCHANGE_ELEMENTS = 1 << 28  # of them at most
 _EXCHANGE_WIDTH = 48  # directions among which the widest of a cluster is looked for
 _SAME_POINT = 1e-10  # squared distance over squared norm at which two float32 rows count as one
-_SPLIT_ROWS = 1 << 16  # members of a cluster looked at to split it
+_SPLIT_ROWS = 1 << 16  # members of a cluster that are read to split it
 _EXTRA_PASSES = 10  # to settle clusters that are still empty when the iterations are over
 
 
@@ -49,6 +49,22 @@ class Partition(NamedTuple):
     inertia: Tensor
 
 
+class Rows(NamedTuple):
+    """The rows of a pass, of which processes share the work: all of them have all rows.
+
+    Attributes:
+        source: N rows.
+        center: (D,), which centroids are less of, on the device that computes.
+        weights: (N,) non-negative, or None.
+        processes: each takes its part of the rows; all have the same centroids, and the result.
+    """
+
+    source: Source
+    center: Tensor
+    weights: Tensor | None = None
+    processes: Processes = ALONE
+
+
 def chunks(source: Source, clusters: int, device: torch.device, processes: Processes = ALONE) -> list[tuple[int, int]]:
     """Ranges of a process's rows that bound the memory of a pass; long enough to outweigh the K x D sums of each."""
     first, last = processes.span(len(source))
@@ -58,27 +74,18 @@ def chunks(source: Source, clusters: int, device: torch.device, processes: Proce
 
 @torch.no_grad()
 def partition(
-    source: Source,
-    centroids: Tensor,
-    center: Tensor,
-    weights: Tensor | None,
-    bar: Any = None,
-    basis: Tensor | None = None,
-    processes: Processes = ALONE,
-    dtype: torch.dtype | None = None,
+    rows: Rows, centroids: Tensor, bar: Any = None, basis: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Partition:
     """One pass over the data.
 
     Args:
-        source: N rows.
+        rows: of the data.
         centroids: less the centre, (K, D), on the device that computes.
-        center: (D,).
-        weights: (N,) non-negative, or None.
         bar: a progress bar of rows.
         basis: of `nearest`: it makes the pass faster and changes nothing else.
-        processes: each of which takes its part of the rows; all have all of them, the same centroids, and the result.
         dtype: in which a row must be finite to be owned (`finite_rows`).
     """
+    source, center, weights, processes = rows
     clusters, features = centroids.shape
     like: dict[str, Any] = {"device": centroids.device}
     owner = torch.empty(len(source), dtype=torch.long, **like)
@@ -102,19 +109,13 @@ def partition(
 
 
 @torch.no_grad()
-def split_empty(
-    source: Source,
-    part: Partition,
-    centroids: Tensor,
-    center: Tensor,
-    weights: Tensor | None,
-    generator: torch.Generator,
-) -> Tensor | None:
+def split_empty(rows: Rows, part: Partition, centroids: Tensor, generator: torch.Generator) -> Tensor | None:
     """Centroids whose empty clusters have been moved to rows of the clusters with the largest inertia.
 
     A row is drawn with a probability proportional to its squared distance (k-means++ within the cluster), so that no
     two centroids coincide. None where nothing is empty, or nothing is left to split: fewer distinct rows than clusters.
     """
+    source, center, weights, _ = rows
     empty = (part.mass == 0).nonzero().squeeze(1).tolist()
     inertia = part.inertia.clone()
     members: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # rows, their norms, their share of the inertia
@@ -158,17 +159,12 @@ def _spaced(length: int, count: int, device: torch.device) -> Tensor:
 
 
 def _exchanged(
-    source: Source,
-    part: Partition,
-    means: Tensor,
-    center: Tensor,
-    weights: Tensor | None,
-    generator: torch.Generator,
-    basis: Tensor | None,
+    rows: Rows, part: Partition, means: Tensor, generator: torch.Generator, basis: Tensor | None
 ) -> tuple[Tensor, int]:
-    """`exchange`, seen on some of the rows."""
-    rows = min(max(_BASIS_ROWS, _EXCHANGE_ROWS * len(means)), _EXCHANGE_ELEMENTS // source.n_features)
-    index = _spaced(len(source), rows, means.device)
+    """`exchange`, decided on some of the rows."""
+    source, center, weights, _ = rows
+    count = min(max(_BASIS_ROWS, _EXCHANGE_ROWS * len(means)), _EXCHANGE_ELEMENTS // source.n_features)
+    index = _spaced(len(source), count, means.device)
     x = source.rows(index).to(means) - center
     basis = None if basis is None else basis[:, :_EXCHANGE_WIDTH]
     weight = None if weights is None else weights[index]
@@ -176,10 +172,8 @@ def _exchanged(
 
 
 def lloyd(
-    source: Source,
+    rows: Rows,
     centroids: Tensor,
-    center: Tensor,
-    weights: Tensor | None,
     *,
     iterations: int,
     tol: float,
@@ -187,7 +181,6 @@ def lloyd(
     progress: bool,
     name: str = "k-means",
     exchanges: int = 0,
-    processes: Processes = ALONE,
 ) -> tuple[Tensor, Partition, int]:
     """Lloyd's iterations until the inertia falls by less than `tol` of itself.
 
@@ -197,6 +190,7 @@ def lloyd(
     Returns:
         Centroids less the centre (K, D), the partition they make, and the updates that were done.
     """
+    source, center = rows.source, rows.center
     few = source.rows(_spaced(len(source), _BASIS_ROWS, centroids.device)).to(centroids)
     basis = leading_directions(few, center)
     previous = math.inf
@@ -205,9 +199,9 @@ def lloyd(
         total=(iterations + 1) * len(source), desc=name, unit="row", unit_scale=True, progress=progress
     ) as bar:
         while True:
-            processes.broadcast_(centroids)  # the same already on machines of one kind
+            rows.processes.broadcast_(centroids)  # on other hardware the processes could differ by a rounding
             width = fitting_width(basis, few, centroids, center)
-            part = partition(source, centroids, center, weights, bar, width, processes)
+            part = partition(rows, centroids, bar, width)
             total = float(part.inertia.sum())
             bar.set_postfix(inertia=f"{total:.5g}", refresh=False)
             last, settled = updates >= iterations, total >= previous * (1 - tol)
@@ -216,10 +210,10 @@ def lloyd(
                 mass = part.mass.unsqueeze(1)
                 means = torch.where(mass > 0, part.sums / mass, centroids.double()).to(centroids)
             if updates < iterations + _EXTRA_PASSES and iterations:
-                split = split_empty(source, part, means, center, weights, generator)
+                split = split_empty(rows, part, means, generator)
             due = settled or updates % _EXCHANGE_EVERY == _EXCHANGE_EVERY - 1
             if exchanges and due and split is None and iterations - updates > 2:
-                means, moves = _exchanged(source, part, means, center, weights, generator, basis)
+                means, moves = _exchanged(rows, part, means, generator, basis)
                 exchanges = exchanges - 1 if moves > len(means) // 100 else 0
             if (last or settled) and split is None and not moves:
                 return centroids, part, updates

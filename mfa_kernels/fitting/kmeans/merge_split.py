@@ -1,4 +1,4 @@
-"""Where a cluster is worth more: two that lie together become one, and one that is wide becomes two.
+"""Merges of clusters that lie together and splits of wide ones, where that lowers the inertia.
 
 Lloyd's iterations move centroids, never from one crowd of rows to another. Here the exact change of the inertia decides
 (Ward's formula, for the rows as they are owned): merging clusters of masses m, n adds m n / (m + n) |c - d|^2, and
@@ -21,13 +21,9 @@ _LEAST_ROWS = 16  # a cluster of fewer is not split: its widest direction is an 
 
 @torch.no_grad()
 def exchange(
-    x: Tensor,
-    owner: Tensor,
-    means: Tensor,
-    generator: torch.Generator,
-    weights: Tensor | None = None,
+    x: Tensor, owner: Tensor, means: Tensor, generator: torch.Generator, weights: Tensor | None = None,
     basis: Tensor | None = None,
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, int]:  # fmt: skip
     """The means (K, D) of the clusters after the merges and splits that pay, and how many of each there were.
 
     The inertia of these rows, owned as they are, falls by what the splits gain less what the merges cost.
@@ -73,14 +69,9 @@ def _positive(mass: Tensor) -> Tensor:
 
 
 def _halves(
-    x: Tensor,
-    owner: Tensor,
-    means: Tensor,
-    weight: Tensor,
-    mass: Tensor,
-    generator: torch.Generator,
+    x: Tensor, owner: Tensor, means: Tensor, weight: Tensor, mass: Tensor, generator: torch.Generator,
     basis: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The means (K, D) of the two halves of every cluster across its widest direction, and what splitting it gains."""
     clusters = len(means)
     here = owner.clamp_max(clusters - 1)  # rows without a cluster: no segment takes them
@@ -103,7 +94,7 @@ def _halves(
 
 
 def _partners(means: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """With which cluster each would merge at the least cost, and that cost: (K,), (K,) float64."""
+    """The cluster that each would merge with at the least cost (K,), and that cost (K,) float64."""
     clusters = len(means)
     partner = torch.zeros(clusters, dtype=torch.long, device=means.device)
     if clusters == 1:

@@ -12,7 +12,7 @@ from mfa_kernels.ops.common.segments import segment_sums
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import nearest
 
-_DRAWS = 1 << 14  # in all, beside one a cluster: each is a pass over the 4 K candidates
+_DRAWS = 1 << 14  # extra draws of greedy k-means++ in all; each costs a pass over the 4 K candidates
 _ROUNDS = 4  # passes over the rows, each of which draws K candidates
 _COORDINATES = 64  # that candidates are compared in
 _BASIS_ROWS = 4096  # that show along which directions rows differ: they come in random order

@@ -15,9 +15,10 @@ def test_partition_does_not_depend_on_the_chunks(monkeypatch):
     x[17, 2] = float("nan")
     x[999, 0] = float("inf")
     weights = torch.rand(1000, generator=torch.Generator().manual_seed(2)).double()
-    whole = lloyd.partition(as_source(x), centroids, center, weights)
+    rows_of = lloyd.Rows(as_source(x), center, weights)
+    whole = lloyd.partition(rows_of, centroids)
     monkeypatch.setitem(lloyd._CHUNK_ELEMENTS, "cpu", 4 * 129)
-    parts = lloyd.partition(as_source(x), centroids, center, weights)
+    parts = lloyd.partition(rows_of, centroids)
     assert torch.equal(whole.owner, parts.owner)
     assert (whole.owner == 5).nonzero().squeeze(1).tolist() == [17, 999]
     assert torch.equal(whole.distance, parts.distance)
@@ -30,9 +31,9 @@ def test_partition_does_not_depend_on_the_chunks(monkeypatch):
 
 
 def split(x: torch.Tensor, centroids: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor | None:
-    source, center = as_source(x), torch.zeros(x.shape[1])
-    part = lloyd.partition(source, centroids, center, weights)
-    return lloyd.split_empty(source, part, centroids, center, weights, torch.Generator().manual_seed(0))
+    rows_of = lloyd.Rows(as_source(x), torch.zeros(x.shape[1]), weights)
+    part = lloyd.partition(rows_of, centroids)
+    return lloyd.split_empty(rows_of, part, centroids, torch.Generator().manual_seed(0))
 
 
 def test_an_empty_cluster_moves_into_the_one_with_the_largest_inertia():

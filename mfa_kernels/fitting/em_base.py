@@ -1,0 +1,164 @@
+"""The base of EM in batches and EM online: the E-step of a batch, the choice of the prior, and checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.fitting.dead_regions import Overlap
+from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_covariance
+from mfa_kernels.fitting.row_weights import Weighed
+from mfa_kernels.fitting.run import Run, mean_nll
+from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.mixture.screening import SAMPLE, Screening
+from mfa_kernels.ops.scan.types import ActivePairs
+from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
+
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+"""Strengths of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
+
+_CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
+_BATCH_ELEMENTS = 1 << 22  # of the rows of an E-step; or
+_LEAST_BATCH = 4096  # rows, which share one visit to the statistics
+
+
+class EM(Run):
+    """EM on the active pairs, for a maximum a posteriori; see `Run` for the other arguments.
+
+    Args:
+        start_rows: (n, D), finite, on any device: this process's share of the rows that the start was made of.
+        start_weights: of these, (n,) float64 on their device, where the source's rows have weights.
+    """
+
+    def __init__(self, *args: Any, start_rows: Tensor, start_weights: Tensor | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first = slice(covariance_rows(self.mfa))
+        weights = None if start_weights is None else self.processes.gathered(start_weights[first])
+        self.covariance = pooled_covariance(self.mfa, self.processes.gathered(start_rows[first]), weights)
+        self.processes.broadcast_(self.covariance)
+        # clone(): a view would keep the whole sample in memory for the length of the fit.
+        self.screening = Screening(self._own(), start_rows[:SAMPLE].clone(), self.processes)
+        self.prior: Prior | None = None  # until the first statistics are there to choose it by
+        self.step = self.batch = 0  # M-steps done, and batches done in this pass
+
+    # The E-step
+
+    def expect(self, batch: Weighed, out: SufficientStatistics, unit: float | None = None) -> tuple[Any, Tensor]:
+        """Adds the statistics of a batch, in whose weights 1 is `unit`.
+
+        Returns:
+            The active pairs of the rows, and the responsibilities of their slots times the weights, (n, S).
+        """
+        with torch.no_grad():
+            x, weights = batch
+            means, loadings, noise, log_weights = self.mfa.parameters_in_compute_dtype()
+            if weights is not None:
+                weights = weights * (1.0 if unit is None else unit)
+            elif unit is not None:
+                weights = torch.full_like(x[:, 0], unit, dtype=means.dtype)
+            active = self.screening.scan(x)
+            return expectation(x, means, loadings, noise, log_weights, self.mfa.woodbury(), out, weights, active)
+
+    def expect_alone(self, x: Tensor, out: SufficientStatistics, weights: Tensor) -> ActivePairs:
+        """Adds the statistics of a few tokens that weigh (n,), by a scan that goes through no bounds."""
+        parameters = self.mfa.parameters_in_compute_dtype()
+        return expectation(x, *parameters, self.mfa.woodbury(), out, weights)[0]
+
+    def _scan(self, x: Tensor) -> ActivePairs:
+        return self.screening.scan(x)
+
+    def _own(self) -> MFA:
+        """The components that this process scans."""
+        return self.mfa
+
+    def rows_at_once(self) -> int:
+        """Rows that an E-step reads at once."""
+        return max(_LEAST_BATCH, _BATCH_ELEMENTS // self.mfa.n_features)
+
+    def zeros(self) -> SufficientStatistics:
+        """The statistics of no token."""
+        return SufficientStatistics.zeros(self.mfa.means, self.mfa.rank, self.mfa.log_noise.dim() == 2)
+
+    def mass_of(self, s: SufficientStatistics) -> float:
+        """Tokens behind the statistics."""
+        return self.mfa.processes.totals(float(s.mass.sum()))[0]
+
+    # The prior
+
+    def choose_prior(self, s: SufficientStatistics) -> Prior:
+        """Chooses the prior by the first statistics; the parameters are still those of the start."""
+        if not self.mass_of(s) > 0:
+            raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
+        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.processes, self.held_out_weights)
+        self.report.prior_strength = self.prior.strength
+        assert self.start is not None
+        self.start = self.start[0], self._log_prior()
+        return self.prior
+
+    def _log_prior(self) -> float:
+        return 0.0 if self.prior is None else float(self.prior.log_density(self.mfa))
+
+    # Checkpoints
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, values = super()._state()
+        basis, screening = self.screening.state()
+        tensors |= {"covariance": self.covariance} | basis
+        strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
+        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening
+
+    def _like(self) -> dict[str, Tensor]:
+        nowhere = self.mfa.means.detach().to("meta")
+        statistics = SufficientStatistics.zeros(nowhere, self.mfa.rank, self.mfa.log_noise.dim() == 2)
+        return super()._like() | statistics_state(statistics) | {"covariance": self.covariance}
+
+    def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        super()._load(tensors, values)
+        self.covariance = tensors["covariance"].to(self.covariance, copy=True)
+        self.prior = None if values["prior"] is None else Prior(self.covariance, *values["prior"])
+        self.step, self.batch = values["step"], values["batch"]
+        self.screening.load(tensors, values)
+
+    def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> SufficientStatistics:
+        device = self.mfa.means.device
+        return SufficientStatistics(
+            *(tensors[f"statistics.{f.name}"].to(device, copy=True) for f in fields(SufficientStatistics))
+        )
+
+    def _saved_overlap(self, tensors: Mapping[str, Tensor]) -> Overlap:
+        overlap = Overlap(self.mfa.n_components)
+        overlap.load(tensors, self.mfa.means.device)
+        return overlap
+
+
+def choose_prior(
+    mfa: Mixture, s: SufficientStatistics, covariance: Tensor, held_out: Tensor, processes: Processes = ALONE,
+    weights: Tensor | None = None,
+) -> Prior:  # fmt: skip
+    """The prior whose M-step is best for held-out rows (n, D) of all processes, which weigh (n,); the mixture is left
+    as it was."""
+    if not processes.totals(len(held_out))[0]:
+        return Prior(covariance)
+    before = [p.detach().clone() for p in mfa.parameters()]
+    few = slice(-(-_CHOICE_ROWS // processes.count))
+    scores = {}
+    for strength in STRENGTHS:
+        maximize(mfa, s, Prior(covariance, strength))
+        nll = mean_nll(mfa, held_out[few], processes, None if weights is None else weights[few])
+        scores[strength] = nll if math.isfinite(nll) else math.inf
+        with torch.no_grad():
+            for parameter, kept in zip(mfa.parameters(), before):
+                parameter.copy_(kept)
+    return Prior(covariance, mfa.processes.agree(lambda: min(scores, key=scores.__getitem__)))
+
+
+def statistics_state(s: SufficientStatistics) -> dict[str, Tensor]:
+    """Statistics by the names they have in a checkpoint."""
+    return {f"statistics.{field.name}": getattr(s, field.name) for field in fields(SufficientStatistics)}
