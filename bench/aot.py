@@ -1,11 +1,11 @@
-"""python -m bench.aot: every Triton kernel compiled ahead of time, without a GPU, and what its machine code holds.
+"""Compiles every Triton kernel ahead of time, without a GPU, and counts its machine code: python -m bench.aot.
 
-The calls of bench/launches.py run the package's own code on tensors without memory. Each launch that they come to is
-compiled as Triton would compile it on a GPU: with the same types, constants, and sizes that are 1 or divisible by 16.
+The calls of bench/launches.py run the package's own code on tensors without memory. Each launch that they make is
+compiled as Triton would compile it on a GPU: for the same types and constants, and for sizes that are 1 or divisible
+by 16.
 
-Exits with 1 and says why where a kernel (a function of a module that is named *_kernel) is never launched, does not
-compile, spills, needs more shared memory than the chip has, or is one of the scans and does not use the chip's newest
-matrix instructions.
+Exits with 1 and says why where a kernel (a function named *_kernel) is never launched, does not compile, spills, needs
+more shared memory than the chip has, or is one of the scans and does not use the chip's newest matrix instructions.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def problems(self) -> list[str]:
-        """What must not ship: no code, spills, more shared memory than there is, a scan off the matrix units."""
+        """Reasons not to ship: no code, spills, more shared memory than there is, a scan off the matrix units."""
         if self.error:
             return [self.error]
         found = []
@@ -122,7 +122,7 @@ class _Driver:
 
 
 class Launch(NamedTuple):
-    """A launch by the names of its kernel and of the call that comes to it; `compile()` returns its machine code."""
+    """A launch, named by its kernel and by the call that makes it; `compile()` returns its machine code."""
 
     name: str
     module: str
@@ -132,7 +132,7 @@ class Launch(NamedTuple):
 
 @functools.cache
 def launches(calls: str, architecture: int, shape: tuple[int, ...] = SHAPE) -> list[Launch]:
-    """Every launch of the calls of a module, each once: the first of those that are the same machine code."""
+    """Every launch of the calls of a module, without those that repeat the machine code of an earlier one."""
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 

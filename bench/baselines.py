@@ -1,4 +1,4 @@
-"""What people run today, and the floor: the plain formula as the paper's code writes it, and the GEMM of its flops."""
+"""Baselines: the plain formula as the paper's code writes it, and the floor, the GEMM of its flops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators spend on looking at their tensors: `python -m bench.bench_checks`, us per call, one token."""
+"""Cost of the operators' checks of their tensors: `python -m bench.bench_checks`, us per call, one token."""
 
 from __future__ import annotations
 

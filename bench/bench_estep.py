@@ -1,4 +1,4 @@
-"""What an E-step costs per token against K: dense, through certified bounds, by lists of neighbors, and the least that
+"""Cost of an E-step per token against K: dense, through certified bounds, by lists of neighbors, and the least that
 candidate sets could.
 
     python -m bench.bench_estep [--only 512 2048 8192 32768] [--figure estep.svg]
@@ -45,7 +45,7 @@ def measure(mfa: MFA, x: Tensor, repeats: int) -> dict[str, float]:
     """Prints a row of the table; microseconds per token by method."""
     prepared = Prepared.of(mfa)
     sample, x = x[:CHOOSING].contiguous(), x[CHOOSING:].contiguous()
-    chosen = op.choose(sample, *prepared.parameters, prepared.woodbury, neighbors.FEATURES)
+    chosen = op.choose(sample, prepared.parameters, prepared.woodbury, neighbors.FEATURES)
     if chosen is None:
         print(f"| {mfa.n_components} | the dense scan wins |")
         return {}

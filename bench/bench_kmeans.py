@@ -62,7 +62,7 @@ def plain(x: Tensor, clusters: int) -> Tensor:
 
 
 def others(threads: int) -> dict[str, Callable[[Tensor, int], Tensor]]:
-    """What we are compared with: (N, D) and K -> centroids (K, D)."""
+    """Returns the libraries to compare with: (N, D) and K -> centroids (K, D)."""
     from sklearn.cluster import KMeans, MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 

@@ -84,7 +84,7 @@ class Prepared(NamedTuple):
 
     def listed(self, screen: Screen) -> Screen:
         """The same with lists of neighbors."""
-        return op.with_neighbors(screen, *self.parameters, self.woodbury)
+        return op.with_neighbors(screen, self.parameters, self.woodbury)
 
     def lines_left(self, x: Tensor, found: ScreenedPairs, screen: Screen) -> Tensor:
         """Share of the components whose marginal bound a token needs."""
@@ -99,7 +99,7 @@ class Prepared(NamedTuple):
         return (distance >= screen.neighbors.horizons[component]).double().mean().item()
 
     def share_of_bytes(self, x: Tensor, found: ScreenedPairs, screen: Screen) -> Tensor:
-        """Of all parameters, what each token reads when it comes alone."""
+        """Returns the share of all parameters that a token reads when it comes alone."""
         read = bytes_read(found.evaluated, self.woodbury, screen, self.lines_left(x, found, screen))
         return read / (self.woodbury.rows.nbytes + self.constants.nbytes)
 
@@ -122,7 +122,6 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     """Prints a line for each of three p; of a large mixture, whose lists take minutes, for one."""
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
-    means, loadings, noise, log_weights = prepared.parameters
     woodbury = prepared.woodbury
     gemm, dense = gemm_of(len(x), count, features, rank), partial(prepared.dense, x)
 
@@ -130,9 +129,9 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
     widths = {op.default_features(features), -(-features // 192) * 16, -(-features // 64) * 16}
     for kept in [lists.FEATURES] if count > 2 * lists.AT_ONCE else sorted(widths):
-        screen, seconds = timed(lambda: op.screen(means, loadings, noise, log_weights, woodbury, kept))  # noqa: B023
+        screen, seconds = timed(lambda: op.screen(prepared.parameters, woodbury, kept))  # noqa: B023
         basis = screen.basis
-        _, again = timed(lambda: op.screen(means, loadings, noise, log_weights, woodbury, basis=basis))  # noqa: B023
+        _, again = timed(lambda: op.screen(prepared.parameters, woodbury, basis=basis))  # noqa: B023
         screened = partial(prepared.screened, x, screen)
         listed, seconds_listed = timed(lambda: prepared.listed(screen))  # noqa: B023
         by_lists = partial(prepared.screened, x, listed)
@@ -165,7 +164,7 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
 def one_token(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     """Prints what a few tokens cost: time against the dense scan, and the share of all parameters that one reads."""
     prepared = Prepared.of(mfa)
-    screen = op.choose(x[:CHOOSING], *prepared.parameters, prepared.woodbury, lists.FEATURES)
+    screen = op.choose(x[:CHOOSING], prepared.parameters, prepared.woodbury, lists.FEATURES)
     if screen is None:
         print(f"\n{name}: nothing to screen")
         return
@@ -191,9 +190,9 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     x, sample = (part.contiguous() for part in x.split([CURVE_TOKENS, CHOOSING]))
-    screen = op.choose(sample, *prepared.parameters, prepared.woodbury, lists.FEATURES)
+    screen = op.choose(sample, prepared.parameters, prepared.woodbury, lists.FEATURES)
     if screen is None:
-        screen = op.screen(*prepared.parameters, prepared.woodbury)
+        screen = op.screen(prepared.parameters, prepared.woodbury)
     kept = screen.basis.shape[1]
     listed, list_seconds = timed(lambda: prepared.listed(screen))
     one, found = x[:1].contiguous(), prepared.screened(x, screen)

@@ -1,4 +1,4 @@
-"""What steering costs a decode step: a Llama of 12 layers, hidden size 768, float32, with a KV cache, at batch 1 and 8.
+"""Cost of steering per decode step: a Llama of 12 layers, hidden size 768, float32, with a KV cache, at batch 1 and 8.
 
     python -m bench.bench_steering [--rounds 60]
 
@@ -65,7 +65,7 @@ def make_mixture() -> tuple[MFA, torch.Tensor]:
 
 
 def exchange(model: Any, tokens: Iterator[torch.Tensor]) -> None:
-    """From now on, the layer's output are these, one batch a pass."""
+    """Makes these the layer's outputs from now on, one batch a pass."""
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)

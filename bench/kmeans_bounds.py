@@ -28,7 +28,7 @@ def coordinates_left(y: Tensor, centers: Tensor, best: Tensor, p: int, rest: boo
 
 
 def carried_left(x: Tensor, old: Tensor, new: Tensor, distances: Tensor, groups: int) -> dict[str, float]:
-    """What is left after the centroids (K, D) moved from old to new; distances (N, K) to the old ones."""
+    """Returns the bounds left after the centroids (K, D) moved from old to new; distances (N, K) to the old ones."""
     count = len(old)
     owner = distances.argmin(1)
     own, move = (x - new[owner]).norm(dim=1), (new - old).norm(dim=1)

@@ -1,4 +1,4 @@
-"""How many components screening leaves per token, in plain PyTorch, on mixtures of real activations.
+"""Number of components that screening leaves per token, in plain PyTorch, on mixtures of real activations.
 
     python -m bench.screen_survivors [--components 512] [--width 256] [--split 8]
     python -m bench.screen_survivors --check 100000    # the bounds as computed in float32, against logits in float64
@@ -31,6 +31,7 @@ from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.basis import basis as choose_basis
 from mfa_kernels.ops.screen.reference import bounds
 from mfa_kernels.ops.woodbury.reference import woodbury as factors_fp64
+from mfa_kernels.ops.woodbury.types import Parameters
 
 HELD_OUT = 4096
 """Activations kept from the fit, for measuring."""
@@ -118,8 +119,9 @@ def check(x: Tensor, mfa: MFA, kept: int) -> None:
     means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
     woodbury = mfa.woodbury()
     constants = woodbury.constants(log_weights)
-    screen = op.screen(means, loadings, noise, log_weights, woodbury, kept)
-    lists = op.with_neighbors(screen, means, loadings, noise, log_weights, woodbury).neighbors
+    parameters = Parameters(means, loadings, noise, log_weights)
+    screen = op.screen(parameters, woodbury, kept)
+    lists = op.with_neighbors(screen, parameters, woodbury).neighbors
     assert lists is not None
     onsets = lists.horizons.unsqueeze(-1).repeat(1, mfa.n_components)
     onsets = onsets.scatter(1, lists.neighbors.long(), lists.onsets).double().fill_diagonal_(0)

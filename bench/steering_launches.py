@@ -54,7 +54,7 @@ class Counting(TorchDispatchMode):
 def operations(
     interventions: Any, gate: Any = None, norm: Any = None
 ) -> tuple[collections.Counter, collections.Counter]:
-    """Of steering one token in bfloat16, and of counting it for `stats()`."""
+    """Returns the operations of steering one token in bfloat16, and of counting it for `stats()`."""
     mfa = MFA(COMPONENTS, FEATURES, RANK).requires_grad_(False)
     program = Program(mfa, as_rows(interventions, None, mfa), mfa.means.device, gate, norm)
     hidden, tally = torch.zeros(1, 1, FEATURES, dtype=torch.bfloat16), _Counts(mfa.means.device)

@@ -155,7 +155,7 @@ def regions(
 
 
 def vocabulary(tokens: Tensor, inside: Tensor) -> Tensor:
-    """Which token ids are LIFT times as frequent among the rows `inside` as overall, (V,) bool."""
+    """Returns True for token ids that are LIFT times as frequent among the rows `inside` as overall, (V,) bool."""
     totals = torch.bincount(tokens)
     held = torch.bincount(tokens[inside], minlength=len(totals))
     lift = (held / inside.sum()) / (totals.clamp_min(1) / len(tokens))

@@ -158,7 +158,7 @@ class Baseline:
         return True
 
     def flat(self, least_epochs: int, flat: float) -> bool:
-        """Whether enough epochs are over, and the last one gained less than so many nats."""
+        """True where enough epochs are over, and the last one gained less than so many nats."""
         before = [point["nll"] for point in self.curve if point["passes"] <= self.epoch - 1]
         if self.step or self.epoch < least_epochs or not before:
             return False

@@ -45,18 +45,10 @@ SEED = 0
 def llama_config() -> transformers.LlamaConfig:
     """Returns the architecture: 3,877,632 parameters, 7.76 MB in bf16."""
     return transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=480,
-        max_position_embeddings=LONG_CONTEXT,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+        vocab_size=VOCABULARY, hidden_size=256, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=480, max_position_embeddings=LONG_CONTEXT, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
@@ -136,14 +128,10 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     with atomic_path(folder / "tokenizer.json") as path:
         tokenizer.save(str(path))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "pad_token": PAD,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "model_max_length": LONG_CONTEXT,
-        "model_input_names": ["input_ids", "attention_mask"],
+        "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "bos_token": BOS, "eos_token": EOS,
+        "model_max_length": LONG_CONTEXT, "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
-    }
+    }  # fmt: skip
     atomic_write_json(folder / "tokenizer_config.json", config)
 
 
@@ -202,23 +190,14 @@ def train(args: argparse.Namespace) -> None:
         minutes = (time.monotonic() - start) / 60
         nats = held_out_loss(model, held_out, CONTEXT)
         return {
-            "parameters": parameters,
-            "minutes": round(minutes, 1),
-            "steps": steps,
-            "tokens_seen": tokens,
-            "tokens_in_corpus": len(stream),
-            "passes": round(tokens / len(stream), 2),
-            "held_out_tokens": len(held_out),
-            "held_out_nats_per_token": round(nats, 4),
+            "parameters": parameters, "minutes": round(minutes, 1), "steps": steps, "tokens_seen": tokens,
+            "tokens_in_corpus": len(stream), "passes": round(tokens / len(stream), 2),
+            "held_out_tokens": len(held_out), "held_out_nats_per_token": round(nats, 4),
             "held_out_bits_per_byte": round(nats / math.log(2) * len(held_out) / held_bytes, 4),
-            "uniform_nats_per_token": round(math.log(VOCABULARY), 4),
-            "batch_tokens": args.rows * CONTEXT,
-            "peak_learning_rate": args.peak,
-            "seed": SEED,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        }
+            "uniform_nats_per_token": round(math.log(VOCABULARY), 4), "batch_tokens": args.rows * CONTEXT,
+            "peak_learning_rate": args.peak, "seed": SEED, "python": platform.python_version(),
+            "torch": torch.__version__, "transformers": transformers.__version__,
+        }  # fmt: skip
 
     start = time.monotonic()
     next_checkpoint, step, tokens, smooth = args.checkpoint_minutes, 0, 0, float("nan")

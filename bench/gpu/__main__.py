@@ -61,7 +61,7 @@ def table(results: Results, device: str) -> str:
 
 
 def one_line(found: dict[str, Any]) -> str:
-    """What a case found, short enough for a terminal."""
+    """Returns the findings of a case, short enough for a terminal."""
     few = {key: value for key, value in found.items() if key not in _HIDDEN and value not in (None, "")}
     return ", ".join(
         f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {str(v).splitlines()[0]}" for k, v in few.items()

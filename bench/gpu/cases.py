@@ -1,4 +1,4 @@
-"""What is measured, the most important first. Each case returns what it found, a flat dictionary for the JSON file."""
+"""Cases to measure, the most important first. Each case returns what it found, a flat dictionary for the JSON file."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def screened_scan(bench: Bench, results: Results, folder: Path, components: int,
                 scan = screening.scan
 
                 def prepare(i: int, own: Tensor = own) -> Any:
-                    return screening.screen(*parameters, woodbury, basis=own)
+                    return screening.screen(parameters, woodbury, basis=own)
 
             screen = prepare(0)
             found[f"p{kept}_screen_ms"] = 1e3 * bench.median(prepare, 0.5).median
@@ -308,7 +308,7 @@ def steered_step(bench: Bench, results: Results, folder: Path, components: int, 
 
 
 def pairs(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
-    """What runs on the active pairs: latents, decoding, the backward of log p(x), and encode as a whole."""
+    """Measures work on the active pairs: latents, decoding, the backward of log p(x), and encode as a whole."""
     shape = _shape(bench, components, features)
     problem = problems.make(bench, shape)
     mfa, batches = problem.mfa, problem.batches
@@ -344,11 +344,11 @@ def em_pass(bench: Bench, results: Results, folder: Path, components: int, featu
     problem = problems.make(bench, shape)
     mfa, batches, parameters, woodbury = problem.mfa, problem.batches, problem.parameters(), problem.mfa.woodbury()
     out = SufficientStatistics.zeros(parameters[0], shape.rank, False)
-    timing = bench.median(lambda i: expectation(batches[i], *parameters, woodbury, out))
+    timing = bench.median(lambda i: expectation(batches[i], parameters, woodbury, out))
     if not all(bool(t.isfinite().all()) for t in out.tensors()):
         raise AssertionError("a sum is not finite")
     found = _timed(timing, shape.tokens)
-    found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], *parameters, woodbury, out)) / 1e6
+    found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], parameters, woodbury, out)) / 1e6
     active = [mfa.active_pairs(x) for x in batches]
     weights = [torch.where(a.components >= 0, a.logits.softmax(-1), 0) for a in active]
     timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], woodbury, out), 0.7)

@@ -52,7 +52,7 @@ class Bench:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the second-level cache; 0 where nobody knows."""
+        """Returns the size of the second-level cache; 0 where it is not known."""
         return 0 if self.rehearsal else getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0)
 
     def median(self, call: Callable[[int], Any], seconds: float = 1.5) -> Timing:

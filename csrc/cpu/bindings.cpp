@@ -1,3 +1,4 @@
+// The Python module, and the checks that all bindings share.
 #include "bindings.h"
 
 #include <ATen/ops/aminmax.h>
@@ -23,12 +24,16 @@ Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr uintptr_t kHugePage = uintptr_t(1) << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + kHugePage - 1) & ~(kHugePage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.nbytes()) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: it may not be taken
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // failure does not matter
 #endif
   return t;
 }
 
 Tensor zeros_like(const Tensor& like) { return allocate(like.sizes(), like.options()).zero_(); }
+
+std::vector<int64_t> noise_sizes(const mfa::Shape& shape) {
+  return shape.per_component ? std::vector{shape.components, shape.features} : std::vector{shape.features};
+}
 
 int64_t width(const Tensor& like) { return mfa::kVectorBytes / like.element_size(); }
 
@@ -58,22 +63,34 @@ void check_scan(const mfa::Shape& shape, const Tensor& x, const Tensor& rows, co
 
 }  // namespace binding
 
+using GilReleased = pybind11::call_guard<pybind11::gil_scoped_release>;
+
+// Defines a function of one struct by the types of its fields.
+template <class... Fields, class Result, class Struct>
+void def_by_fields(pybind11::module_& m, const char* name, Result (*function)(const Struct&)) {
+  m.def(name, [function](Fields... fields) { return function({std::move(fields)...}); }, GilReleased());
+}
+
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  using T = at::Tensor;
+  using Maybe = std::optional<T>;
   m.attr("vector_bytes") = mfa::kVectorBytes;
-  const auto no_gil = pybind11::call_guard<pybind11::gil_scoped_release>();
-  m.def("zeros_like", &binding::zeros_like, no_gil);
-  m.def("woodbury", &binding::woodbury, no_gil);
-  m.def("scan", &binding::scan, no_gil);
-  m.def("screen_marginals", &binding::screen_marginals, no_gil);
-  m.def("scan_screened", &binding::scan_screened, no_gil);
-  m.def("screen_neighbors", &binding::screen_neighbors, no_gil);
-  m.def("screen_bounds", &binding::screen_bounds, no_gil);
-  m.def("dense", &binding::dense, no_gil);
-  m.def("latents", &binding::latents, no_gil);
-  m.def("backward", &binding::backward, no_gil);
-  m.def("decode", &binding::decode, no_gil);
-  m.def("statistics", &binding::statistics, no_gil);
-  m.def("nearest", &binding::nearest, no_gil);
-  m.def("cluster_sums", &binding::cluster_sums, no_gil);
-  m.def("intervene", &binding::intervene, no_gil);
+  m.def("zeros_like", &binding::zeros_like, GilReleased());
+  m.def("woodbury", &binding::woodbury, GilReleased());
+  m.def("scan", &binding::scan, GilReleased());
+  m.def("screen_neighbors", &binding::screen_neighbors, GilReleased());
+  m.def("dense", &binding::dense, GilReleased());
+  m.def("latents", &binding::latents, GilReleased());
+  m.def("decode", &binding::decode, GilReleased());
+  m.def("nearest", &binding::nearest, GilReleased());
+  m.def("cluster_sums", &binding::cluster_sums, GilReleased());
+  def_by_fields<T, T, T, T, T, T, T, bool, Maybe, Maybe, Maybe, Maybe, Maybe>(m, "backward", &binding::backward);
+  def_by_fields<T, T, T, T, T, T, bool, T, T, T, T, T, T>(m, "statistics", &binding::statistics);
+  def_by_fields<T, T, T, T, T, T, Maybe, bool, double, double, double, T, double>(m, "screen_marginals",
+                                                                                 &binding::screen_marginals);
+  def_by_fields<T, T, T, T, T, T, T, T, T, T, T, T, bool, std::vector<T>, double, double, double, int64_t>(
+      m, "scan_screened", &binding::scan_screened);
+  def_by_fields<T, T, T, T, T, T, T, T, T, T, T, bool>(m, "screen_bounds", &binding::screen_bounds);
+  def_by_fields<T, T, T, T, T, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, bool, bool>(
+      m, "intervene", &binding::intervene);
 }

@@ -39,22 +39,24 @@ T* data(const Tensor& t) {
   return t.defined() ? t.data_ptr<T>() : nullptr;
 }
 
-// at::empty, whose header alone takes a compiler longer than most of the kernels do.
+// Calls at::empty, whose header alone takes a compiler longer than most of the kernels do.
 Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// Fresh memory costs a page fault per 4 kB, as much as writing it several times over: ask for huge pages.
+// Asks for huge pages: fresh memory costs a page fault per 4 kB, as much as writing it several times over.
 Tensor allocate(at::IntArrayRef sizes, const at::TensorOptions& options);
 
-// The kernels read raw memory: whatever is handed over must be what they take it for.
+// Raises where a tensor is not what a kernel, which reads raw memory, takes it for.
 void check(const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const char* name);
 void check_range(const Tensor& index, int64_t low, int64_t high, const char* name);
 void check_scan(const mfa::Shape& shape, const Tensor& x, const Tensor& rows, const Tensor& lam);
 
 mfa::Shape shape_of(const Tensor& means, int64_t rank, bool per_component);
 mfa::Shape shape_of_rows(const Tensor& rows, int64_t features, bool per_component);
+std::vector<int64_t> noise_sizes(const mfa::Shape& shape);
 int64_t width(const Tensor& like);
 
-// What Python calls.
+// The functions of the Python module. Where arguments are many they are a struct, whose fields Python hands over one by
+// one, in their order.
 Tensor zeros_like(const Tensor& like);
 std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& loadings, const Tensor& noise);
 std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
@@ -63,43 +65,63 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& r
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component);
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
                const Tensor& lam, bool per_component);
-void backward(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& weights,
-              const Tensor& rows, const Tensor& chol, const Tensor& lam, bool per_component,
-              const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_means,
-              const std::optional<Tensor>& grad_loadings, const std::optional<Tensor>& grad_noise,
-              const std::optional<Tensor>& grad_log_weights);
 Tensor decode(const Tensor& components, const Tensor& responsibilities, const Tensor& latents, const Tensor& means,
               const Tensor& loadings);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(
-    const Tensor& means, const Tensor& loadings, const Tensor& cholesky, const Tensor& center, const Tensor& scale,
-    const Tensor& projection, const std::optional<Tensor>& known, bool keep, double rounding, double base, double norm,
-    const Tensor& middle, double up);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_screened(
-    const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, const Tensor& center,
-    const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii, const Tensor& slack,
-    const Tensor& lines, const Tensor& line_terms, bool batches_by_lines, const std::vector<Tensor>& neighbors,
-    double neighbor_threshold, double exact_slack, double threshold, int64_t slots);
-std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const Tensor& whitened, const Tensor& cholesky,
-                                                    const Tensor& constants, const Tensor& offs, double norm,
-                                                    double threshold, int64_t length);
-Tensor screen_bounds(const Tensor& x, const Tensor& constants, const Tensor& lam, const Tensor& center,
-                     const Tensor& basis, const Tensor& marginal_rows, const Tensor& log_det, const Tensor& radii,
-                     const Tensor& slack, const Tensor& lines, const Tensor& line_terms, bool by_lines);
 std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centroids, const Tensor& center,
                                             const std::optional<Tensor>& basis, const std::optional<Tensor>& projected,
                                             double slack);
 void cluster_sums(const Tensor& x, const Tensor& center, const Tensor& owner, const Tensor& distance,
                   const std::optional<Tensor>& weights, const Tensor& sums, const Tensor& mass, const Tensor& inertia);
-void statistics(const Tensor& x, const Tensor& components, const Tensor& weights, const Tensor& rows,
-                const Tensor& chol, const Tensor& lam, bool per_component, const Tensor& mass, const Tensor& shift,
-                const Tensor& latent, const Tensor& second, const Tensor& cross, const Tensor& squares);
-std::tuple<Tensor, Tensor> intervene(const Tensor& hidden, const Tensor& coefficients, const Tensor& shift,
-                                     const Tensor& rules, const Tensor& thresholds,
-                                     const std::optional<Tensor>& latents, const std::optional<Tensor>& chosen,
-                                     const std::optional<Tensor>& passed, const std::optional<Tensor>& log_prob,
-                                     const std::optional<Tensor>& components, const std::optional<Tensor>& logits,
-                                     const std::optional<Tensor>& counts, const std::optional<Tensor>& rows,
-                                     const std::optional<Tensor>& chol, const std::optional<Tensor>& lam,
-                                     bool per_component, bool spreads);
+std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const Tensor& whitened, const Tensor& cholesky,
+                                                    const Tensor& constants, const Tensor& offs, double norm,
+                                                    double threshold, int64_t length);
+
+struct Backward {
+  Tensor x, tokens, components, weights, rows, chol, lam;
+  bool per_component;
+  std::optional<Tensor> grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights;
+};
+void backward(const Backward& a);
+
+struct Statistics {
+  Tensor x, components, weights, rows, chol, lam;
+  bool per_component;
+  Tensor mass, shift, latent, second, cross, squares;
+};
+void statistics(const Statistics& a);
+
+struct ScreenMarginals {
+  Tensor means, loadings, cholesky, center, scale, projection;
+  std::optional<Tensor> known;
+  bool keep;
+  double rounding, base, norm;
+  Tensor middle;
+  double up;
+};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(const ScreenMarginals& a);
+
+struct ScanScreened {
+  Tensor x, rows, constants, lam;
+  Tensor center, basis, marginal_rows, log_det, radii, slack, lines, line_terms;  // of a Screen (ops/screen/types.py)
+  bool batches_by_lines;
+  std::vector<Tensor> neighbors;
+  double neighbor_threshold, exact_slack, threshold;
+  int64_t slots;
+};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_screened(const ScanScreened& a);
+
+struct ScreenBounds {
+  Tensor x, constants, lam;
+  Tensor center, basis, marginal_rows, log_det, radii, slack, lines, line_terms;
+  bool by_lines;
+};
+Tensor screen_bounds(const ScreenBounds& a);
+
+struct Intervene {
+  Tensor hidden, coefficients, shift, rules, thresholds;
+  std::optional<Tensor> latents, chosen, passed, log_prob, components, logits, counts, rows, chol, lam;
+  bool per_component, spreads;
+};
+std::tuple<Tensor, Tensor> intervene(const Intervene& a);
 
 }  // namespace binding

@@ -1,14 +1,14 @@
-// Steering: one pass over the hidden states, from the evidence of the scan to the rounded result.
+// Steering: one pass over the hidden states, from the active pairs to the rounded result.
 //
 //   x -> scale x + shift + sum_c r_c (weight mu_k + W_k (z + spread E[z | x, k])),   k the component of slot c
 //
-// where the row's gate lets the token through; elsewhere its bits. H: dtype of the hidden states, T: of the mixture,
-// A: the wider of the two, at least float, in which a token is added up; it is rounded to H once.
+// for every token that the gate of its batch row lets through; the others keep their bits. H: dtype of the hidden
+// states, T: of the mixture, A: the wider of the two, at least float. A token is added up in A and rounded to H once.
 //
 // Both terms of W_k come from the rows that the scan reads, with u = spread t + L^T z:
 //   W E[z | x, k] = lam^-1 W~ L^-T t = lam^-1 A^T t,   W z = lam^-1 A^T L^T z      (W~ = lam W = A^T L^T)
 // so there is no substitution, and one block of memory per active component, its features contiguous.
-// Never materialised: E[z | x, k], W_k z, responsibilities, masks: a token's are on the stack of its thread.
+// Never materialised: E[z | x, k], W_k z, responsibilities, masks: those of a token are on the stack of its thread.
 // Floor: hidden states read and written once, the rows of the active components once (they stay in cache).
 #pragma once
 #include <cmath>
@@ -21,10 +21,11 @@
 
 namespace mfa {
 
-// (rows, steps, width): row b of a batch takes entry b / (batch / rows), token t step t, or the only one.
+// Values [rows, steps, width] for a batch of tokens: row b of the batch takes entry b / (batch / rows), and token t
+// takes step t, or the only one.
 template <class U>
 struct PerToken {
-  const U* data;
+  const U* data;  // may be null
   int64_t rows, steps, width;
   const U* at(int64_t b, int64_t batch, int64_t t) const {
     return data + ((b * rows / batch) * steps + (steps > 1 ? t : 0)) * width;
@@ -33,26 +34,29 @@ struct PerToken {
 
 enum GateKind { kAlways, kResponsibility, kNotResponsibility, kDensity, kNotDensity, kNever };
 
+// The edit of each token.
 template <class T, class A>
 struct Edit {
   int64_t batch, tokens;
-  PerToken<A> coefficients, shift;  // width 3 and D
-  PerToken<int32_t> rules;          // kind, region, whether the norm is kept
-  PerToken<T> thresholds, latents;  // latents.data may be null
-  PerToken<bool> chosen, passed;    // data may be null
-  bool spreads;
+  PerToken<A> coefficients, shift;  // [3] scale, weight, spread; [D]
+  PerToken<int32_t> rules;          // [3] kind of gate, region, 1 where the norm is kept
+  PerToken<T> thresholds, latents;  // [1]; z [R], or null
+  PerToken<bool> chosen, passed;    // [1] each, or null
+  bool spreads;                     // some spread is not 0
 };
 
+// The active pairs of the tokens, and the mixture that they are of.
 template <class T>
-struct Seen {  // log_prob is null where nothing was looked at, rows where nothing is weighed by responsibilities
-  int64_t slots;
-  const T* log_prob;
-  const int32_t* components;
-  const T* logits;
-  const int32_t* counts;
-  const T *rows, *chol, *lam;
+struct Evidence {
+  int64_t slots;              // S
+  const T* log_prob;          // [N], or null where no token was scanned
+  const int32_t* components;  // [N, S]
+  const T* logits;            // [N, S]
+  const int32_t* counts;      // [N]
+  const T *rows, *chol, *lam;  // null where no responsibility weighs anything
 };
 
+// True where a gate of this kind lets a token through.
 template <class T>
 bool passes(int32_t kind, T responsibility, T log_prob, T threshold) {
   if (kind == kAlways) return true;
@@ -61,18 +65,19 @@ bool passes(int32_t kind, T responsibility, T log_prob, T threshold) {
   return over == (kind == kResponsibility || kind == kDensity);
 }
 
-// r_c of one token: a softmax, but where slots are missing; log_prob carries its own rounding.
+// Writes r_c of one token: a softmax, because log_prob carries its own rounding; only where slots overflow is log_prob
+// needed as the normaliser.
 template <class T>
-void responsibilities(const Seen<T>& seen, int64_t n, T* r) {
-  const T* logits = seen.logits + n * seen.slots;
-  if (seen.counts[n] > seen.slots) {
-    for (int64_t c = 0; c < seen.slots; ++c) r[c] = std::exp(logits[c] - seen.log_prob[n]);
+void responsibilities(const Evidence<T>& found, int64_t n, T* r) {
+  const T* logits = found.logits + n * found.slots;
+  if (found.counts[n] > found.slots) {
+    for (int64_t c = 0; c < found.slots; ++c) r[c] = std::exp(logits[c] - found.log_prob[n]);
     return;
   }
   T best = -std::numeric_limits<T>::infinity(), sum = 0;
-  for (int64_t c = 0; c < seen.slots; ++c) best = std::max(best, logits[c]);
-  for (int64_t c = 0; c < seen.slots; ++c) sum += r[c] = std::exp(logits[c] - best);  // NaN where none is active
-  for (int64_t c = 0; c < seen.slots; ++c) r[c] /= sum;
+  for (int64_t c = 0; c < found.slots; ++c) best = std::max(best, logits[c]);
+  for (int64_t c = 0; c < found.slots; ++c) sum += r[c] = std::exp(logits[c] - best);  // NaN where none is active
+  for (int64_t c = 0; c < found.slots; ++c) r[c] /= sum;
 }
 
 // Adds r (weight mu_k + lam^-1 A_k^T u) to a token; u may be null.
@@ -91,6 +96,7 @@ void add_component(const Shape& shape, const T* own, const T* lam, A weight, T r
   }
 }
 
+// Returns |values|^2, added in eight lanes.
 template <class A>
 double squared_length(const A* values, int64_t count) {
   double lane[8] = {};
@@ -101,33 +107,34 @@ double squared_length(const A* values, int64_t count) {
   return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
-// hidden [B, T, D] -> out [B, T, D], tally [B, T, 3]: reached, the region's responsibility, whether it was looked at.
+// hidden [B, T, D] -> out [B, T, D] and tally [B, T, 3]: 1 where the token is changed; the responsibility of its
+// region; 1 where that is known.
 template <class H, class T, class A, class ParallelFor>
-void intervene(const Shape& shape, const Edit<T, A>& edit, const Seen<T>& seen, const H* hidden, H* out, T* tally,
+void intervene(const Shape& shape, const Edit<T, A>& edit, const Evidence<T>& found, const H* hidden, H* out, T* tally,
                ParallelFor&& parallel_for) {
-  const int64_t D = shape.features, R = shape.rank, C = seen.slots, B = edit.batch;
+  const int64_t D = shape.features, R = shape.rank, C = found.slots, B = edit.batch;
   parallel_for(B * edit.tokens, [&](int64_t begin, int64_t end) {
-    std::vector<T> r(C), x, v(seen.rows ? shape.padded<T>() : 0), t(R), u(R);
+    std::vector<T> r(C), x, v(found.rows ? shape.padded<T>() : 0), t(R), u(R);
     std::vector<A> sum(D), before(D);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t b = n / edit.tokens, at = n % edit.tokens;
       const int32_t* rule = edit.rules.at(b, B, 0);
-      const int32_t* components = seen.components + n * C;
+      const int32_t* components = found.components + n * C;
       const bool chosen = !edit.chosen.data || *edit.chosen.at(b, B, at);
       T responsibility = 0, log_prob = 0;
-      if (seen.log_prob) {
-        responsibilities(seen, n, r.data());
-        log_prob = seen.log_prob[n];
+      if (found.log_prob) {
+        responsibilities(found, n, r.data());
+        log_prob = found.log_prob[n];
         if (C && r[0] != r[0]) responsibility = r[0];
         for (int64_t c = 0; c < C; ++c)
           if (components[c] == rule[1]) responsibility += r[c];
       }
-      const bool looked = chosen && seen.log_prob && rule[1] >= 0 && responsibility == responsibility;
+      const bool known = chosen && found.log_prob && rule[1] >= 0 && responsibility == responsibility;
       const bool reached = chosen && (!edit.passed.data || *edit.passed.at(b, B, at)) &&
                            passes(rule[0], responsibility, log_prob, *edit.thresholds.at(b, B, 0));
       tally[3 * n] = reached;
-      tally[3 * n + 1] = looked ? responsibility : T(0);
-      tally[3 * n + 2] = looked;
+      tally[3 * n + 1] = known ? responsibility : T(0);
+      tally[3 * n + 2] = known;
       const H* token = hidden + n * D;
       if (!reached) {
         std::memcpy(out + n * D, token, D * sizeof(H));
@@ -138,23 +145,23 @@ void intervene(const Shape& shape, const Edit<T, A>& edit, const Seen<T>& seen, 
         before[d] = static_cast<A>(token[d]);
         sum[d] = c[0] * before[d] + shift[d];
       }
-      if (seen.rows) {
+      if (found.rows) {
         const T* z = edit.latents.data ? edit.latents.at(b, B, at) : nullptr;
         if (edit.spreads) x.assign(before.begin(), before.end());
         for (int64_t i = 0; i < C; ++i) {
           if (r[i] != r[i]) std::fill(sum.begin(), sum.end(), A(r[i]));  // a token that is not finite
           if (components[i] < 0 || r[i] == 0) continue;
-          const T* own = seen.rows + components[i] * shape.component_stride<T>();
+          const T* own = found.rows + components[i] * shape.component_stride<T>();
           std::fill(u.begin(), u.end(), T(0));
           if (edit.spreads) {
-            residual(shape, x.data(), own, seen.lam, v.data());
+            residual(shape, x.data(), own, found.lam, v.data());
             project<T, 1>(shape, own, v.data(), t.data());
             for (int64_t j = 0; j < R; ++j) u[j] = static_cast<T>(c[2]) * t[j];
           }
-          const T* L = seen.chol + components[i] * R * R;
+          const T* L = found.chol + components[i] * R * R;
           for (int64_t row = 0; z && row < R; ++row)
             for (int64_t j = 0; j <= row; ++j) u[j] += L[row * R + j] * z[row];
-          add_component(shape, own, seen.lam, c[1], r[i], edit.spreads || z ? u.data() : nullptr, sum.data());
+          add_component(shape, own, found.lam, c[1], r[i], edit.spreads || z ? u.data() : nullptr, sum.data());
         }
       }
       if (rule[2]) {

@@ -1,10 +1,11 @@
+// Binds kmeans.h to PyTorch.
 #include "kmeans.h"
 
 #include "bindings.h"
 
 namespace binding {
 
-// K-means: x [N, D] against centroids [K, D]; basis [D, P] with projected [K, P], or neither.
+// x [N, D] against centroids [K, D]; basis [D, P] with projected [K, P], or neither.
 std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centroids, const Tensor& center,
                                             const std::optional<Tensor>& basis, const std::optional<Tensor>& projected,
                                             double slack) {

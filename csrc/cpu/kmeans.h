@@ -1,4 +1,4 @@
-// K-means on the CPU: the nearest centroid of every row, and the sums over the rows of each cluster.
+// K-means: the nearest centroid of every row, and the sums over the rows of each cluster.
 //
 // Symbols   v = x - center, c_k centroid (less the centre too), y = Q^T v and m_k = Q^T c_k their P coordinates,
 //           r and r_k bounds on what is left of v and c_k besides. By Cauchy and Schwarz v . c_k <= y . m_k + r r_k, so
@@ -26,13 +26,13 @@ namespace mfa {
 
 constexpr int kDotRows = kRegisters >= 32 ? 8 : 4;     // rows of x per micro-tile
 constexpr int kDotVectors = kRegisters >= 32 ? 3 : 2;  // SIMD vectors of centroids per micro-tile
-constexpr int64_t kRowsPerTask = 4 * kDotRows;         // that share what is read of the centroids
+constexpr int64_t kRowsPerTask = 4 * kDotRows;         // they share what is read of the centroids
 constexpr int64_t kDotFlush = 256;                      // features between flushes of a sum
 template <class T>
 constexpr int kDotWidth = kDotVectors * kWidth<T>;
 
-// out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V]. `out` is aligned to whole vectors:
-// by reference, clang forgets that these may stand anywhere.
+// out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V]. `out` must be aligned to whole
+// vectors: clang assumes it of what it gets by reference.
 template <class T, int NV>
 void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[kDotRows][NV]) {
   constexpr int V = kWidth<T>, R = kDotRows;
@@ -61,7 +61,7 @@ Vec<T> load_tail(const T* p, int64_t count) {
   return load(lane);
 }
 
-// |a - b|^2, always added in the same order: the distance of a pair does not depend on who asks.
+// Returns |a - b|^2, always added in the same order: the distance of a pair is the same for every caller.
 template <class T>
 T distance_by_difference(const T* a, const T* b, int64_t features) {
   constexpr int V = kWidth<T>, A = 4;
@@ -97,7 +97,7 @@ T squared_norm(const T* a, int64_t features) {
   return horizontal_sum<T>(sum);
 }
 
-// Bit i: values[i] is not above the bar, or NaN.
+// Returns a mask, whose bit i is set where values[i] is not above the bar, or NaN.
 template <class T>
 uint32_t not_above(const T* values, T bar) {
 #ifdef __AVX512F__
@@ -112,7 +112,7 @@ uint32_t not_above(const T* values, T bar) {
 #endif
 }
 
-// What the scores are made from.
+// Centroids, and their coordinates, which the scores are made from.
 template <class T>
 struct Centroids {
   int64_t count, features;  // K, D
@@ -125,9 +125,9 @@ struct Centroids {
 };
 
 template <class T>
-class Nearest {
+class NearestCentroid {
  public:
-  explicit Nearest(const Centroids<T>& c) : c_(c), blocks_(ceil_div(c.count, kDotWidth<T>)) {
+  explicit NearestCentroid(const Centroids<T>& c) : c_(c), blocks_(ceil_div(c.count, kDotWidth<T>)) {
     const int64_t P = c.coordinates, W = kDotWidth<T>;
     columns_.assign(blocks_ * (P + 1) * W, T(0));
     halves_.assign(blocks_ * W, std::numeric_limits<T>::infinity());
@@ -145,7 +145,7 @@ class Nearest {
       }
       column[P * W] = rest(square, inside);
       halves_[k] = static_cast<T>(square / 2);
-      // Where the square overflows nothing is known: NaN is measured for every row.
+      // A square that overflows says nothing: NaN makes every row measure this centroid.
       if (!std::isfinite(halves_[k])) halves_[k] = std::numeric_limits<T>::quiet_NaN();
     }
     if (c.basis == nullptr) return;
@@ -185,7 +185,7 @@ class Nearest {
   }
 
  private:
-  // A bound on the norm of what the coordinates leave, rounding included.
+  // Returns a bound on the norm of what the coordinates leave, rounding included.
   T rest(double square, double inside) const {
     return static_cast<T>(std::sqrt(std::max(square - inside, 0.0) + static_cast<double>(c_.slack) * square));
   }
@@ -200,12 +200,7 @@ class Nearest {
       for (int i = 0; i < kDotRows; ++i) rows[i] = v + i * D;
       for (int64_t p = 0; p < P;) {
         const int64_t left = std::min<int64_t>(kDotVectors, (P - p) / kWidth<T>);
-        if (left == 3)
-          project<3>(rows, p, y);
-        else if (left == 2)
-          project<2>(rows, p, y);
-        else
-          project<1>(rows, p, y);
+        with_constant<kDotVectors>(left, [&]<int NV>(std::integral_constant<int, NV>) { project<NV>(rows, p, y); });
         p += left * kWidth<T>;
       }
     }
@@ -223,7 +218,7 @@ class Nearest {
       for (int n = 0; n < NV; ++n) store<T>(y + i * (c_.coordinates + 1) + p + n * kWidth<T>, out[i][n]);
   }
 
-  // Scores of a tile of rows and block b of centroids; out [kDotRows, all centroids].
+  // Scores a tile of rows and block b of centroids; out [kDotRows, all centroids].
   void score(const T* y, int64_t b, T* out) const {
     constexpr int V = kWidth<T>;
     const int64_t P = c_.coordinates, W = kDotWidth<T>;
@@ -237,7 +232,7 @@ class Nearest {
     }
   }
 
-  // The argmin over the distances that the scores leave open. Returns how many were measured.
+  // Measures the distances that the scores leave open, for their argmin. Returns how many were measured.
   int64_t settle(const T* v, T square, const T* scores, int64_t* owner, T* distance) const {
     constexpr int V = kWidth<T>;
     const int64_t D = c_.features, K = c_.count;
@@ -266,7 +261,7 @@ class Nearest {
     return measured;
   }
 
-  // Index of the least score, K or beyond where all are NaN or infinite.
+  // Returns the index of the least score, K or beyond where all are NaN or infinite.
   int64_t lowest(const T* scores) const {
     constexpr int V = kWidth<T>;
     Vec<T> least = Vec<T>{} + std::numeric_limits<T>::infinity();
@@ -296,7 +291,7 @@ class Nearest {
 template <class T, class ParallelFor>
 int64_t nearest(const Centroids<T>& centroids, const T* x, int64_t rows, int64_t* owner, T* distance,
                 ParallelFor&& parallel_for) {
-  const Nearest<T> to(centroids);
+  const NearestCentroid<T> to(centroids);
   const int64_t tasks = ceil_div(rows, kRowsPerTask);
   std::vector<int64_t> pairs(tasks);
   parallel_for(tasks, [&](int64_t begin, int64_t end) {

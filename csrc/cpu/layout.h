@@ -1,4 +1,4 @@
-// Where stage 0 puts what stages 1 and 2 read.
+// The layout of a mixture's rows, which stage 0 writes and stages 1 and 2 read.
 //
 //   rows  [K, D/V, row_count, V]   V = SIMD width; features padded with zeros to a multiple of V
 //     row 0          mu        as it is: x - mu is then as exact as the dtype allows

@@ -1,3 +1,4 @@
+// Binds pairs.h to PyTorch.
 #include "pairs.h"
 
 #include "bindings.h"
@@ -27,35 +28,28 @@ Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, 
   return out;
 }
 
-// Adds to the tensors given; an undefined one (None) is not computed.
-void backward(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& weights,
-              const Tensor& rows, const Tensor& chol, const Tensor& lam, bool per_component,
-              const std::optional<Tensor>& grad_x, const std::optional<Tensor>& grad_means,
-              const std::optional<Tensor>& grad_loadings, const std::optional<Tensor>& grad_noise,
-              const std::optional<Tensor>& grad_log_weights) {
-  const auto shape = shape_of_rows(rows, x.size(1), per_component);
-  check_scan(shape, x, rows, lam);
-  check_pairs(shape, x, tokens, components, chol);
-  check(weights, {tokens.size(0)}, x.scalar_type(), "weights");
+// Adds to the gradients that are given; None is not computed.
+void backward(const Backward& a) {
+  const auto shape = shape_of_rows(a.rows, a.x.size(1), a.per_component);
+  check_scan(shape, a.x, a.rows, a.lam);
+  check_pairs(shape, a.x, a.tokens, a.components, a.chol);
+  check(a.weights, {a.tokens.size(0)}, a.x.scalar_type(), "weights");
   auto written = [&](const std::optional<Tensor>& t, at::IntArrayRef sizes, const char* name) {
-    if (t) check(*t, sizes, x.scalar_type(), name);
+    if (t) check(*t, sizes, a.x.scalar_type(), name);
   };
   const int64_t K = shape.components, D = shape.features;
-  written(grad_x, {x.size(0), D}, "grad_x");
-  written(grad_means, {K, D}, "grad_means");
-  written(grad_loadings, {K, D, shape.rank}, "grad_loadings");
-  if (per_component)
-    written(grad_noise, {K, D}, "grad_noise");
-  else
-    written(grad_noise, {D}, "grad_noise");
-  written(grad_log_weights, {K}, "grad_log_weights");
-  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "backward", [&] {
+  written(a.grad_x, {a.x.size(0), D}, "grad_x");
+  written(a.grad_means, {K, D}, "grad_means");
+  written(a.grad_loadings, {K, D, shape.rank}, "grad_loadings");
+  written(a.grad_noise, noise_sizes(shape), "grad_noise");
+  written(a.grad_log_weights, {K}, "grad_log_weights");
+  AT_DISPATCH_FLOATING_TYPES(a.x.scalar_type(), "backward", [&] {
     auto pointer = [](const std::optional<Tensor>& t) { return t ? t->data_ptr<scalar_t>() : nullptr; };
-    const mfa::Gradients<scalar_t> grad{pointer(grad_x), pointer(grad_means), pointer(grad_loadings),
-                                        pointer(grad_noise), pointer(grad_log_weights)};
-    mfa::backward<scalar_t>(shape, data<scalar_t>(x), data<int64_t>(tokens), data<int32_t>(components),
-                            data<scalar_t>(weights), tokens.size(0), data<scalar_t>(rows), data<scalar_t>(chol),
-                            data<scalar_t>(lam), grad, parallel_for);
+    const mfa::Gradients<scalar_t> grad{pointer(a.grad_x), pointer(a.grad_means), pointer(a.grad_loadings),
+                                        pointer(a.grad_noise), pointer(a.grad_log_weights)};
+    mfa::backward<scalar_t>(shape, data<scalar_t>(a.x), data<int64_t>(a.tokens), data<int32_t>(a.components),
+                            data<scalar_t>(a.weights), a.tokens.size(0), data<scalar_t>(a.rows), data<scalar_t>(a.chol),
+                            data<scalar_t>(a.lam), grad, parallel_for);
   });
 }
 

@@ -1,4 +1,4 @@
-// Stage 2, pairs: everything that is left to do once the active pairs are known. Work is proportional to pairs.
+// Stage 2, pairs: latents, gradients and decoding, for work in proportion to the active pairs.
 //
 // A pair is (token n, component k, weight w). With v = lam (x - mu), t = A v, q = v - A^T t = C~^-1 v, z = L^-T t:
 //   d logit / d mu   =  lam q                                d logit / d x = -lam q
@@ -18,7 +18,7 @@
 
 namespace mfa {
 
-// Pairs ordered by component: those of k are order[offsets[k]] ... order[offsets[k + 1] - 1], tokens ascending.
+// Pairs sorted by component: those of k are order[offsets[k]] ... order[offsets[k + 1] - 1], tokens ascending.
 struct ByComponent {
   std::vector<int64_t> offsets, order;
   ByComponent(const int32_t* components, int64_t pairs, int64_t component_count)
@@ -28,7 +28,22 @@ struct ByComponent {
     std::vector<int64_t> next(offsets.begin(), offsets.end() - 1);
     for (int64_t p = 0; p < pairs; ++p) order[next[components[p]]++] = p;  // a stable counting sort
   }
+
+  // Calls add(group size as a constant, &order[i]) for the pairs of component k, in groups of 8, of 4, and of 1.
+  template <class Add>
+  void for_groups(int64_t k, Add&& add) const {
+    for (int64_t i = offsets[k], left; (left = offsets[k + 1] - i) > 0; i += left >= 8 ? 8 : left >= 4 ? 4 : 1) {
+      if (left >= 8)
+        add(std::integral_constant<int, 8>{}, &order[i]);
+      else if (left >= 4)
+        add(std::integral_constant<int, 4>{}, &order[i]);
+      else
+        add(std::integral_constant<int, 1>{}, &order[i]);
+    }
+  }
 };
+
+constexpr int kGroup = 8;  // tokens that are added to the sums of a component together, at most
 
 // z = L^-T t by back substitution: the posterior mean of the latents.
 template <class T>
@@ -71,7 +86,7 @@ void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_
 }
 
 template <class T>
-struct Gradients {  // any may be null: then it is not computed
+struct Gradients {  // one that is null is not computed
   T* x;             // [N, D]
   T* means;         // [K, D]
   T* loadings;      // [K, D, R]
@@ -79,13 +94,12 @@ struct Gradients {  // any may be null: then it is not computed
   T* log_weights;   // [K]
 };
 
-// What one component's pairs add up to: S = sum w, sum w q [D], sum w q^2 [D], sum w q z^T [D/V, R, V].
+// Sums over the pairs of one component: w, w q [D], w q^2 [D], w q z^T [D/V, R, V].
 template <class T>
 struct GradientSums {
   T weight;
   std::vector<T> q, q2, qz;
   std::vector<T> v, t, z;  // scratch of a group of tokens
-  static constexpr int kGroup = 8;
 
   explicit GradientSums(const Shape& shape)
       : q(shape.padded<T>()), q2(shape.padded<T>()), qz(shape.padded<T>() * shape.rank),
@@ -136,7 +150,7 @@ struct GradientSums {
   }
 };
 
-// Adds one component's sums to the gradients of its parameters. noise is its own row, or a chunk's partial sum.
+// Adds one component's sums to the gradients of its parameters; `noise` is its own row, or a chunk's partial sum.
 template <class T>
 void add_gradients(const Shape& shape, const GradientSums<T>& s, const T* rows, const T* chol, const T* lam, T* means,
                    T* loadings, T* noise, std::vector<T>& inverse) {
@@ -180,34 +194,21 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
     const bool shared_noise = grad.noise && !shape.per_component;
     std::vector<T> partial(shared_noise ? chunks * D : 0);
     parallel_for(chunks, [&](int64_t begin, int64_t end) {
-      constexpr int kGroup = GradientSums<T>::kGroup;
       GradientSums<T> sums(shape);
       std::vector<T> inverse;
       for (int64_t chunk = begin; chunk < end; ++chunk)
         for (int64_t k = K * chunk / chunks; k < K * (chunk + 1) / chunks; ++k) {
-          const int64_t first = by.offsets[k], last = by.offsets[k + 1];
-          if (first == last) continue;
-          const T* own = rows + k * shape.component_stride<T>();
+          if (by.offsets[k] == by.offsets[k + 1]) continue;
+          const T *own = rows + k * shape.component_stride<T>(), *own_chol = chol + k * R * R;
           sums.clear();
-          const T* token[kGroup];
-          T weight[kGroup];
-          for (int64_t i = first; i < last;) {
-            const int64_t group = last - i >= kGroup ? kGroup : last - i >= 4 ? 4 : 1;
-            for (int64_t g = 0; g < group; ++g) {
-              const int64_t p = by.order[i + g];
-              token[g] = x + tokens[p] * D;
-              weight[g] = weights[p];
-            }
-            if (group == 1)
-              sums.template add<1>(shape, own, chol + k * R * R, token, weight, lam);
-            else if (group == 4)
-              sums.template add<4>(shape, own, chol + k * R * R, token, weight, lam);
-            else
-              sums.template add<kGroup>(shape, own, chol + k * R * R, token, weight, lam);
-            i += group;
-          }
+          by.for_groups(k, [&]<int G>(std::integral_constant<int, G>, const int64_t* some) {
+            const T* token[G];
+            T weight[G];
+            for (int g = 0; g < G; ++g) token[g] = x + tokens[some[g]] * D, weight[g] = weights[some[g]];
+            sums.template add<G>(shape, own, own_chol, token, weight, lam);
+          });
           T* noise = !grad.noise ? nullptr : shape.per_component ? grad.noise + k * D : partial.data() + chunk * D;
-          add_gradients(shape, sums, own, chol + k * R * R, lam, grad.means ? grad.means + k * D : nullptr,
+          add_gradients(shape, sums, own, own_chol, lam, grad.means ? grad.means + k * D : nullptr,
                         grad.loadings ? grad.loadings + k * D * R : nullptr, noise, inverse);
           if (grad.log_weights) grad.log_weights[k] += sums.weight;
         }
@@ -243,8 +244,8 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
   }
 }
 
-// sum_c r_c (mu_c + W_c z_c): components [N, C] (-1: an empty slot), responsibilities [N, C], latents [N, C, R]
-// -> [N, D]
+// components [N, S] (-1: an empty slot), responsibilities [N, S], latents [N, S, R]
+//   -> sum_c r_c (mu_c + W_c z_c) [N, D]
 template <class T, class ParallelFor>
 void decode(const Shape& shape, const int32_t* components, const T* responsibilities, const T* latents, int64_t tokens,
             int64_t slots, const T* means, const T* loadings, T* out, ParallelFor&& parallel_for) {

@@ -3,8 +3,7 @@
 // Never materialised: v and t. A micro-tile of a few components by two SIMD vectors of tokens holds |v|^2 and the R
 //           values of t in registers.
 // Exact because x - mu is formed before anything is scaled or squared: the rounding error is that of the true distance,
-//           never that of |x|^2 - 2 x.mu + |mu|^2, wherever the origin lies. Sums over features are flushed every kFlush
-//           of them.
+//           never that of |x|^2 - 2 x.mu + |mu|^2, wherever the origin lies. Sums are flushed every kFlush features.
 #pragma once
 #include <algorithm>
 #include <utility>

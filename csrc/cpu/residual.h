@@ -1,4 +1,4 @@
-// Distances of a few tokens to one component, vectorised along the features: the pairs and the scans share them.
+// Distances of a few tokens to one component, vectorised along the features.
 #pragma once
 #include <algorithm>
 #include <limits>
@@ -13,12 +13,6 @@ namespace mfa {
 template <class T>
 Vec<T> once_if_infinite(Vec<T> square, Vec<T> t) {
   return square == std::numeric_limits<T>::infinity() ? Vec<T>{} + T(1) : t;
-}
-
-// Subtracts |t|^2, t [R], from *square, with the same care.
-template <class T>
-void take_explained(const T* t, int64_t rank, T* square) {
-  for (int64_t r = 0; r < rank; ++r) *square -= t[r] * (*square == std::numeric_limits<T>::infinity() ? T(1) : t[r]);
 }
 
 // v [D padded] of one token for one component.
@@ -81,7 +75,8 @@ void distances(const Shape& shape, const T* const* x, const T* rows, const T* la
     Vec<T> square = {};
     for (int64_t d = 0; d < padded; d += kWidth<T>) square += load(v + g * padded + d) * load(v + g * padded + d);
     out[g] = horizontal_sum<T>(square);
-    take_explained(t + g * shape.rank, shape.rank, &out[g]);
+    for (const T* own = t + g * shape.rank; own < t + (g + 1) * shape.rank; ++own)
+      out[g] -= *own * (out[g] == std::numeric_limits<T>::infinity() ? T(1) : *own);
   }
 }
 

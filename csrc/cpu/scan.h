@@ -27,7 +27,7 @@ struct ScanInput {
   const T* rows_of(int64_t k) const { return rows + k * shape.component_stride<T>(); }
 };
 
-constexpr int64_t kTasks = 64;             // panels times ranges of components, at least, so that few tokens feed threads
+constexpr int64_t kTasks = 64;             // least panels times ranges of components, so that few tokens feed threads
 constexpr int64_t kRangeComponents = 32;   // least components in a range
 constexpr int64_t kRangeValues = 1 << 18;  // least values in the rows of a range: fewer are not worth a thread
 constexpr int64_t kRangeStep = 12;         // ranges begin at its multiples, so that no micro-tile of 1 to 4 is cut
@@ -61,8 +61,8 @@ struct Schedule {
 
 constexpr int64_t kFewTokens = 4;
 
-// Visits every component with at most kFewTokens tokens: rows stream past once, at the speed of memory, vectorised along
-// the features. visit(split, first token, tokens here, component, distances), as below.
+// Visits every component with at most kFewTokens tokens, vectorised along the features, so that rows stream past once,
+// at the speed of memory: visit(split, first token, tokens here, component, distances).
 template <class T, class Visit, class ParallelFor>
 void scan_few(const ScanInput<T>& in, const Schedule& plan, Visit&& visit, ParallelFor&& parallel_for) {
   const T* tokens[kFewTokens];

@@ -1,9 +1,9 @@
-// Stage 2, statistics: what EM needs of the tokens, summed over the active pairs, per component.
+// Stage 2, statistics: the sums over active pairs that EM needs, per component.
 //
 // A pair is (token n, component k, weight w). With y = x - mu, v = lam y, t = A v, z = L^-T t = E[z | x, k]:
 //   mass sum w      shift sum w y      latent sum w z      second sum w (z z^T + M^-1)
 //   cross sum w z y^T                  squares sum w y^2   (one row for all components where they share the noise)
-// Added to what the outputs hold, in double precision: batches, and shards of the data, add up.
+// They are added to what the outputs hold, in double precision: batches, and shards of the data, add up.
 // Never materialised: anything with P x R, or with P x D beyond a group of eight tokens.
 // Deterministic: pairs are sorted by component, tokens in order; a component has one writer; what all components share
 //           is reduced over a fixed number of chunks.
@@ -23,10 +23,9 @@ struct Sums {
   double* squares;  // [D] or [K, D]
 };
 
-// One component's sums, features padded and whitened (v in place of y): `flush` undoes it once a component.
+// Sums over the pairs of one component, features padded and whitened (v in place of y), which `flush` undoes.
 template <class T>
 struct ComponentSums {
-  static constexpr int kGroup = 8;
   using Double = typename Wide<T>::Vec;
   double mass = 0;
   std::vector<double> latent, outer, weighted;
@@ -123,32 +122,22 @@ void statistics(const Shape& shape, const T* x, const int32_t* components, const
   const int64_t chunks = std::min<int64_t>(K, 64);  // fixed, so that sums do not depend on the thread count
   std::vector<double> partial(shape.per_component ? 0 : chunks * D);
   parallel_for(chunks, [&](int64_t begin, int64_t end) {
-    constexpr int kGroup = ComponentSums<T>::kGroup;
     ComponentSums<T> sums(shape);
     std::vector<double> inverse;
     for (int64_t chunk = begin; chunk < end; ++chunk)
       for (int64_t k = K * chunk / chunks; k < K * (chunk + 1) / chunks; ++k) {
-        const int64_t last = by.offsets[k + 1];
-        if (by.offsets[k] == last) continue;
+        if (by.offsets[k] == by.offsets[k + 1]) continue;
         const T *own = rows + k * shape.component_stride<T>(), *own_chol = chol + k * R * R;
         sums.clear();
-        for (int64_t i = by.offsets[k]; i < last;) {
-          const int64_t group = last - i >= kGroup ? kGroup : last - i >= 4 ? 4 : 1;
-          const T* token[kGroup];
-          double weight[kGroup];
-          for (int64_t g = 0; g < group; ++g) {
-            const int64_t s = slot[by.order[i + g]];
-            token[g] = x + s / slots * D;
-            weight[g] = weights[s];
+        by.for_groups(k, [&]<int G>(std::integral_constant<int, G>, const int64_t* some) {
+          const T* token[G];
+          double weight[G];
+          for (int g = 0; g < G; ++g) {
+            token[g] = x + slot[some[g]] / slots * D;
+            weight[g] = weights[slot[some[g]]];
           }
-          if (group == 1)
-            sums.template add<1>(shape, own, own_chol, token, weight, lam);
-          else if (group == 4)
-            sums.template add<4>(shape, own, own_chol, token, weight, lam);
-          else
-            sums.template add<kGroup>(shape, own, own_chol, token, weight, lam);
-          i += group;
-        }
+          sums.template add<G>(shape, own, own_chol, token, weight, lam);
+        });
         double* noise_sums = shape.per_component ? out.squares + k * D : partial.data() + chunk * D;
         sums.flush(shape, k, own, own_chol, lam, out, noise_sums, inverse);
       }

@@ -1,4 +1,4 @@
-// The active pairs of one token, found while the logits of its components stream by.
+// The active pairs of one token, found while the logits of the components stream by.
 //
 // Active    logit >= best - threshold, with threshold = log(K / eps): all components left out weigh, together, less
 //           than eps of the responsibility. A token with more than S active components overflows its slots: it keeps
@@ -23,7 +23,7 @@ struct Slots {
   T* logits;            // [S]
 };
 
-// What a scan finds, a row per token.
+// The active pairs that a scan finds, a row per token.
 template <class T>
 struct ActivePairs {
   T threshold;          // of every token
@@ -36,7 +36,7 @@ struct ActivePairs {
   Slots<T> of(int64_t n) const { return {threshold, slots, components + n * slots, logits + n * slots}; }
 };
 
-// What is known of a token so far; the caller hands over its slots with every call.
+// The state of one token between logits; the caller hands over its slots with every call.
 template <class T>
 struct TokenState {
   static constexpr T kNone = -std::numeric_limits<T>::infinity();

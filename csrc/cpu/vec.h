@@ -1,4 +1,4 @@
-// SIMD vectors by the compiler's own vector extension: one source for AVX-512, AVX2, NEON and SSE.
+// SIMD vectors by the compiler's vector extension: one source for AVX-512, AVX2, NEON and SSE.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -19,7 +19,7 @@ constexpr int kVectorBytes = 16, kRegisters = 16;
 
 template <class T>
 struct Simd {
-  // Reduced alignment: tensors handed over by the caller may start anywhere.
+  // Alignment is that of T, because a caller's tensors may start anywhere.
   typedef T Vec __attribute__((vector_size(kVectorBytes), aligned(sizeof(T)), may_alias));
   static constexpr int width = kVectorBytes / sizeof(T);
 };
@@ -40,7 +40,7 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
-// The same lanes in double precision.
+// Vectors of as many lanes in double precision.
 template <class T>
 struct Wide {
   typedef double Vec __attribute__((vector_size(kWidth<T> * sizeof(double))));
@@ -64,7 +64,7 @@ inline T horizontal_sum(Vec<T> v) {
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define MFA_SHUFFLES
-// Lanes of a and b that differ in bit `Step` of their index, added: those of a where the bit is clear, of b where set.
+// Adds lanes that differ in bit `Step` of their index: those of a where the bit is clear, those of b where it is set.
 template <class T, int Step, int... J>
 inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, J...>) {
   constexpr int V = kWidth<T>;
@@ -94,6 +94,14 @@ inline void sums_of_lanes(const T* vectors, T* out) {
 #else
   for (int i = 0; i < V; ++i) out[i] = horizontal_sum<T>(load(vectors + i * V));
 #endif
+}
+
+// Calls body with n, 1 to N, as a constant.
+template <int N, class Body>
+void with_constant(int64_t n, Body&& body) {
+  [&]<int... I>(std::integer_sequence<int, I...>) {
+    ((n == I + 1 ? body(std::integral_constant<int, I + 1>{}) : void()), ...);
+  }(std::make_integer_sequence<int, N>{});
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,3 +1,4 @@
+// Binds woodbury.h to PyTorch.
 #include "woodbury.h"
 
 #include "bindings.h"
@@ -10,10 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& l
   const auto type = means.scalar_type();
   check(means, {shape.components, shape.features}, type, "means");
   check(loadings, {shape.components, shape.features, shape.rank}, type, "loadings");
-  if (shape.per_component)
-    check(noise, {shape.components, shape.features}, type, "noise_variance");
-  else
-    check(noise, {shape.features}, type, "noise_variance");
+  check(noise, noise_sizes(shape), type, "noise_variance");
   Tensor rows = allocate({shape.components, mfa::ceil_div(shape.features, V), shape.row_count(), V}, means.options());
   Tensor chol = empty({shape.components, shape.rank, shape.rank}, means.options());
   Tensor log_det = empty({shape.components}, means.options());

@@ -2,8 +2,8 @@
 //
 //   W~ = lam W,  M = I + W~^T W~ = L L^T,  A = L^-1 W~^T,  log|C| = sum log Psi + 2 sum log diag L
 //
-// A component's W~ stays in a thread's scratch from the first read to the last; nothing of size K*D*R is written but
-// `rows`.
+// A component's W~ stays in a thread's scratch from the first read to the last, so that of all that has the size K*D*R
+// only `rows` is written.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,8 +13,9 @@
 
 namespace mfa {
 
-// Lower Cholesky factor of m [n, n], the identity plus a Gram matrix, in place; the upper triangle becomes zero. No pivot
-// of such a matrix is below 1: where rounding says so (collinear loadings), it is 1, and no machine finds it indefinite.
+// Replaces m [n, n], the identity plus a Gram matrix, by its lower Cholesky factor; the upper triangle becomes zero. No
+// pivot of such a matrix is below 1: one that rounding makes smaller (of collinear loadings) is set to 1, so that no
+// machine finds the matrix indefinite.
 inline void cholesky(double* m, int64_t n) {
   for (int64_t j = 0; j < n; ++j) {
     for (int64_t i = j; i < n; ++i) {
@@ -26,7 +27,7 @@ inline void cholesky(double* m, int64_t n) {
   }
 }
 
-// lam = Psi^-1/2 for one noise row [D]; returns sum log Psi.
+// Writes lam = Psi^-1/2 for one noise row [D]; returns sum log Psi.
 template <class T>
 double inverse_scale(const T* noise, int64_t features, double* lam) {
   double log_noise = 0;
@@ -38,14 +39,14 @@ double inverse_scale(const T* noise, int64_t features, double* lam) {
   return log_noise;
 }
 
-// Of the scratch: rows a power of two apart would fall on the same lines of a cache.
+// Returns the stride of the scratch: rows a power of two apart would fall on the same lines of a cache.
 template <class T>
 int64_t white_stride(const Shape& shape) {
   return shape.padded<T>() + kWidth<T>;
 }
 
-// Writes one component's rows and Cholesky factor; returns log|M|. All in double precision: nearly collinear loadings
-// cost M its definiteness otherwise, and every row is rounded once, when it is written.
+// Writes one component's rows and Cholesky factor; returns log|M|. It computes in double precision, because M of nearly
+// collinear loadings would not stay definite otherwise; every row is rounded once, when it is written.
 // white [R, white_stride] is scratch, zero in the padding.
 template <class T>
 double factor_component(const Shape& shape, const T* mean, const T* loadings, const double* lam, T* rows, T* chol,

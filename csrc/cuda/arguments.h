@@ -1,5 +1,6 @@
-// What the kernels take: plain C++, for nvcc, for the host's compiler and for the emulation alike. All pointers are
-// to contiguous device memory.
+// Arguments of the kernels, as structs of pointers to contiguous device memory.
+//
+// They are plain C++, for nvcc, for the host's compiler and for the emulation alike.
 #pragma once
 #include <cstdint>
 

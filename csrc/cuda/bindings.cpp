@@ -1,4 +1,4 @@
-// Torch tensors in, raw pointers out: the only file here that knows Torch, and none that nvcc sees.
+// Bindings of the CUDA kernels: the only file here that knows Torch, and one that nvcc does not see.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <c10/cuda/CUDAException.h>
@@ -15,7 +15,7 @@ namespace binding {
 using at::Tensor;
 using namespace mfa::gpu;
 
-// The kernels read raw memory: whatever is handed over must be what they take it for.
+// Raises where a tensor is not what a kernel, which reads raw memory, takes it for.
 void check(const Tensor& t, at::IntArrayRef sizes, at::ScalarType type, const Tensor& like, const char* name) {
   TORCH_CHECK_VALUE(t.sizes() == sizes, name, " must have shape ", sizes, ", got ", t.sizes());
   TORCH_CHECK_TYPE(t.scalar_type() == type, name, " must be ", type, ", got ", t.scalar_type());

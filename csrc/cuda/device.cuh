@@ -1,4 +1,4 @@
-// The one place with PTX and with CUDA's runtime: what the kernels here need of the device and C++ has no word for.
+// PTX and CUDA's runtime: what the kernels need of the device and plain C++ does not have.
 //
 // tests/cuda_emulation/cuda_on_cpu.h defines the same names for g++, so that the kernels' own sources run on a CPU;
 // it takes this include guard. Everything else in the kernel headers is plain C++.
@@ -20,7 +20,7 @@ __device__ __forceinline__ float from_half(uint16_t bits) { return __half2float(
 __device__ __forceinline__ uint16_t to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
 __device__ __forceinline__ float from_bfloat16(uint16_t bits) { return __uint_as_float(uint32_t(bits) << 16); }
 
-// 16 bytes that this kernel reads once: past the first-level cache, whole lines into the second.
+// Loads 16 bytes that this kernel reads once: past the first-level cache, whole lines into the second.
 __device__ __forceinline__ uint4 load_streaming(const uint16_t* source) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -29,13 +29,14 @@ __device__ __forceinline__ uint4 load_streaming(const uint16_t* source) {
   return v;
 }
 
-// A value that no one reads soon: leaves the caches first.
+// Stores a value that is not read soon, so that it leaves the caches first.
 __device__ __forceinline__ void store_streaming(float* target, float value) { __stcs(target, value); }
 
-// What another block wrote to global memory: not from this processor's own cache.
+// Loads a value that another block wrote to global memory, past this processor's own cache.
 __device__ __forceinline__ float load_shared_between_blocks(const float* source) { return __ldcg(source); }
 
-// 4 bytes from global to shared memory, without a register; there after copy_async_wait() and __syncthreads().
+// Copies 4 bytes from global to shared memory, without a register; they are there after copy_async_wait() and
+// __syncthreads().
 __device__ __forceinline__ void copy_async(float* target, const float* source) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(uint32_t(__cvta_generic_to_shared(target))),
                "l"(source)
@@ -65,7 +66,7 @@ __device__ __forceinline__ void team_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// What launches are planned by.
+// The sizes by which launches are planned.
 struct Chip {
   int processors;            // streaming multiprocessors
   int shared_per_block;      // bytes a block may ask for

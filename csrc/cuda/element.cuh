@@ -1,4 +1,4 @@
-// The dtypes in which tokens arrive. Kernels read them as they are; no converted copy is made.
+// The dtypes in which tokens arrive. Kernels read them as they are, without a converted copy.
 #pragma once
 #include "arguments.h"
 #include "device.cuh"

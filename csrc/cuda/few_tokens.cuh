@@ -1,4 +1,4 @@
-// Stage 1 for a few tokens (steering: one at a time): the scan. Bound by memory: every row is read once, as fp16.
+// Stage 1 for a few tokens, the scan: bound by memory, so every row is read once, as fp16.
 //
 // Symbols   y_n = s (x_n - c), y^ its fp16 rounding times a power of two s_n; groups of rows g of component k:
 //           g < R: B_r, times beta_k;  g = R: the mean m_k, times sigma_k (woodbury/triton_rows.py; with shared noise
@@ -32,7 +32,7 @@ constexpr int kBatch = 4;           // chunks that a warp has in flight, for two
 constexpr int kScanWarps = 16;
 constexpr int kTokenPadding = 32;   // halves between tokens in shared memory: neighbouring tokens in different banks
 
-// What a block knows of its tokens.
+// Scales and norms of the tokens of a block.
 struct TokenNorms {
   float scale[kFewTokens];  // s_n
   float a[kFewTokens];      // >= |y|
@@ -40,14 +40,15 @@ struct TokenNorms {
   float partial[2][kScanWarps];
 };
 
-// [32, 64) for the largest: far below overflow, and what underflows is 2^-29 of it.
+// Returns the scale that brings the largest value into [32, 64): far below overflow, while values that underflow are
+// below 2^-29 of it.
 __device__ __forceinline__ float power_of_two_scale(float largest) {
   if (!(largest > 0) || largest == INFINITY) return 1;
   const int exponent = int(__float_as_uint(largest) >> 23) - 127 - 5;
   return __uint_as_float(uint32_t(min(max(exponent, -100), 100) + 127) << 23);
 }
 
-// How much float32 sums of D products, or squares, can be off by (woodbury/triton_rows.py: sum_error).
+// Returns the relative error of float32 sums of D products, or squares, at most (common/triton_fp16.py: sum_error).
 __device__ __forceinline__ float sum_error(int features) {
   int power = 64;
   while (power < features) power *= 2;
@@ -108,17 +109,17 @@ __device__ __forceinline__ void stage_tokens(const ScanArguments& args, const Lo
   __syncthreads();
 }
 
-// Of the row of group g and component k: tiles of 64 components, a group's 64 rows together.
+// Returns the index of the row of group g and component k: tiles of 64 components, a group's 64 rows together.
 __device__ __forceinline__ int64_t row_index(int k, int g, int groups) {
   return (int64_t(k / kComponentTile) * groups + g) * kComponentTile + k % kComponentTile;
 }
 
-// Components, rounded up to whole tiles: what scales and bounds have of each kind.
+// Returns the components, rounded up to whole tiles: scales and bounds have as many of each kind.
 __device__ __forceinline__ int64_t padded_components(const ScanArguments& args) {
   return int64_t(args.components + kComponentTile - 1) / kComponentTile * kComponentTile;
 }
 
-// How far the computed logit can be from the exact one: the derivation is in scan/triton_scan.py.
+// Bounds the distance of the computed logit from the exact one: the derivation is in scan/triton_scan.py.
 __device__ __forceinline__ float rounding_bound(const ScanArguments& args, int k, float a, float eta, float p,
                                                 float square) {
   const int64_t K = padded_components(args);
@@ -132,14 +133,14 @@ __device__ __forceinline__ float rounding_bound(const ScanArguments& args, int k
   return delta * (1 + 0x1p-10f);  // the roundings of delta itself
 }
 
-// Rows of a component in a tile: a power of two up to 16.
+// Returns the rows of a component in a tile: a power of two up to 16.
 __host__ __device__ inline int rows_per_component(int rank) {
   int rows = 1;
   while (rows < rank + 1 && rows < kRowTile) rows *= 2;
   return rows;
 }
 
-// Where a team is in its work: component by component, tile by tile of rows, batch by batch of features.
+// The place of a team in its work: component by component, tile by tile of rows, batch by batch of features.
 struct Cursor {
   int item, tile, chunk;
 };

@@ -1,9 +1,9 @@
-// Stage 1 for a few tokens, the end: from logits and their bounds to log p(x) and the active pairs, in full precision.
+// Stage 1 for a few tokens, the end: from logits and their bounds to log p(x) and the active pairs.
 //
-// Symbols   best = max_k (logit - bound); a candidate has logit + bound >= best - T: whoever is not one is not active.
+// Symbols   best = max_k (logit - bound); a candidate has logit + bound >= best - T; no other component is active.
 //           v = (x - mu_k) lam,  t = A_k v,  logit_k = constant_k - (|v|^2 - |t|^2) / 2 in float32, from differences.
 // Blocks    (candidate, token): each finds its token's candidates (one read of 2 K values) and computes one of them.
-//           The last one of a token to arrive sorts and sums; what it computes depends on the values, not on who it is.
+//           The last block of a token to arrive sorts and sums; its results depend on the values alone.
 // Undecided more than 16 candidates: counts = -1, and the caller treats that token densely.
 // Never materialised: v and t outside a block.
 // Measured: not yet on a GPU. Checked by tests/ops/common/test_cuda.py.
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kFinishThreads, 1) finish_kernel(const FinishA
   if (thread == 0) state.counter = 0;
   best = block_reduce(best, Max(), state.scratch);
   strided<8>(thread, kFinishThreads, a.count, [&](int k) { return logits[k] + bounds[k]; }, [&](int k, float upper) {
-    // What cannot be told (overflow) counts as possible: the exact logit decides.
+    // A logit that overflowed counts as possible: the exact one decides.
     if (!(upper < best - a.threshold)) {
       const int at = atomicAdd(&state.counter, 1);
       if (at < kCandidates) state.found[at] = k;

@@ -1,4 +1,4 @@
-// The launches of every kernel: compiled by nvcc in kernels.cu, called by bindings.cpp. They use the current device.
+// The launches of every kernel, on the current device: kernels.cu has them, bindings.cpp calls them.
 #pragma once
 #include <cuda_runtime_api.h>
 

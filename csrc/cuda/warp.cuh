@@ -1,5 +1,6 @@
-// What threads do together: loads in flight, and sums and maxima over a warp or a block, in a fixed order: the same
-// input gives the same bits.
+// Loads in flight, and sums and maxima over a warp or a block, in a fixed order.
+//
+// The same input gives the same bits.
 #pragma once
 #include "device.cuh"
 
@@ -19,7 +20,7 @@ struct Max {  // ignores NaN
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-// The total, in every lane.
+// Returns the total, in every lane.
 template <class T, class Combine>
 __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
 #pragma unroll
@@ -27,7 +28,8 @@ __device__ __forceinline__ T warp_reduce(T value, Combine combine) {
   return value;
 }
 
-// The total, in every thread. `scratch` holds one T per warp, and may be written again after the next __syncthreads().
+// Returns the total, in every thread. `scratch` holds one T per warp, and may be written again after the next
+// __syncthreads().
 template <class T, class Combine>
 __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) {
   value = warp_reduce(value, combine);
@@ -38,7 +40,7 @@ __device__ __forceinline__ T block_reduce(T value, Combine combine, T* scratch) 
   return value;
 }
 
-// use(d, load(d)) for d = first, first + step, ... < end: U loads are on their way together, where a plain loop, even
+// Calls use(d, load(d)) for d = first, first + step, ... < end, with U loads on their way together: a plain loop, even
 // unrolled, waits for each before it knows whether there is another.
 template <int U, class Load, class Use>
 __device__ __forceinline__ void strided(int first, int step, int end, const Load& load, const Use& use) {

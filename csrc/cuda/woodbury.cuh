@@ -22,7 +22,7 @@ constexpr int kGram = 8;  // side of an output tile of the Gram matrix
 
 __host__ __device__ constexpr int max_factor_threads(int gram_tiles) { return gram_tiles > 3 ? 128 : 256; }
 
-// Where things lie in a block's shared memory.
+// The layout of a block's shared memory.
 struct WoodburyLayout {
   int rank;
   // Row stride of M and L: even, so that two values load at once; not a multiple of 4, so that lanes on neighbouring

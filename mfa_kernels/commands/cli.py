@@ -216,20 +216,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     outputs = [("--out", arguments.out / name, kind) for name, kind in kinds.items()]
     _check_outputs(arguments, outputs, texts=arguments.text)
     _text_files(arguments)
+    same = ("out", "model", "layer", "tokens", "components", "rank", "epochs", "alpha", "component")
     options = demo.Options(
-        out=arguments.out,
-        model=arguments.model,
-        layer=arguments.layer,
-        text=tuple(arguments.text),
-        tokens=arguments.tokens,
-        components=arguments.components,
-        rank=arguments.rank,
-        epochs=arguments.epochs,
-        alpha=arguments.alpha,
-        component=arguments.component,
-        prompts=tuple(arguments.prompt or demo.PROMPTS),
-        device=_device(arguments.device),
-    )
+        **{name: getattr(arguments, name) for name in same},
+        text=tuple(arguments.text), prompts=tuple(arguments.prompt or demo.PROMPTS), device=_device(arguments.device),
+    )  # fmt: skip
     demo.check(options)
     with alone(arguments.out):  # two at once would mix what they write
         demo.run(options)

@@ -93,19 +93,19 @@ def tune(
     path = configs.tuned_folder() / configs.file_name(name)
     _entries(path)  # raises now where they cannot be read
     for shape in shapes:
-        problem = _problem(shape, device)
+        problem = workloads(shape, device)
         for kind in kinds:
             start = configs.default(KINDS[kind], configs.architecture(device), *shape[:2])
             report(f"{kind}, (N, K, D, R) = {tuple(shape)}")
             best = search(start, problem[kind], device, report)
-            key = configs._key(KINDS[kind], *shape[:2])
+            key = configs.key(KINDS[kind], *shape[:2])
             with alone(path.parent):  # after every kernel: what is measured is not lost, here and by another process
                 entries = _entries(path)
                 entries.pop(key, None)
                 if best != start:
                     entries[key] = dataclasses.asdict(best)
                 atomic_write_json(path, entries)
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
     return path
 
 
@@ -116,14 +116,14 @@ def _entries(path: Path) -> dict[str, Any]:
 def search(
     start: Any, workload: Callable[[], list[Tensor]], device: torch.device, report: Callable[[str], None]
 ) -> Any:
-    """The fastest configuration found by varying one field at a time; `start` where nothing beats it clearly."""
+    """Returns the fastest configuration when one field varies at a time; `start` where nothing beats it clearly."""
     with configs.override(start):
         expected = [t.clone() for t in workload()]
     best = measure(start, workload, expected, device)
     if best.error:
         raise RuntimeError(f"the default configuration {start} does not run: {best.error}")
     report(f"  {1e3 * best.seconds:.3f} ms, the default {start}")
-    for field, values in CHOICES[type(start).__name__.lower()].items():
+    for field, values in CHOICES[configs.name_of(type(start))].items():
         if not hasattr(start, field):
             continue
         for value in values:
@@ -138,7 +138,7 @@ def search(
 
 
 def measure(config: Any, workload: Callable[[], list[Tensor]], expected: list[Tensor], device: torch.device) -> Trial:
-    """The time of a workload with a cold second-level cache, if it computes what it should."""
+    """Returns the time of a workload with a cold second-level cache, if it computes what it should."""
     with configs.override(config):
         try:
             found = workload()
@@ -147,7 +147,7 @@ def measure(config: Any, workload: Callable[[], list[Tensor]], expected: list[Te
             return Trial(config, math.inf, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
         if wrong is not None:
             return Trial(config, math.inf, f"wrong: output {wrong} differs from the default's")
-        return Trial(config, _median(workload, device), "")
+        return Trial(config, median_seconds(workload, device), "")
 
 
 def _same(found: Tensor, expected: Tensor) -> bool:
@@ -155,8 +155,8 @@ def _same(found: Tensor, expected: Tensor) -> bool:
     return bool(difference <= _SAME * size)  # NaN is not
 
 
-def _median(workload: Callable[[], Any], device: torch.device) -> float:
-    """Seconds per call; by CUDA events on a GPU."""
+def median_seconds(workload: Callable[[], Any], device: torch.device) -> float:
+    """Returns the median seconds of a call, by CUDA events on a GPU; on a CPU, those of one call."""
     if device.type != "cuda":
         before = time.perf_counter()
         workload()
@@ -176,7 +176,7 @@ def _median(workload: Callable[[], Any], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def _problem(shape: tuple[int, int, int, int], device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
+def workloads(shape: tuple[int, int, int, int], device: torch.device) -> dict[str, Callable[[], list[Tensor]]]:
     """Returns calls that launch each kind of kernel, on a mixture that responds near one-hot: kind -> call."""
     n, k, d, r = shape
     generator = torch.Generator(device).manual_seed(0)

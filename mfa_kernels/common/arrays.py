@@ -66,7 +66,7 @@ def as_tensor(value: Any, name: str) -> Tensor:
         with suppress(Exception):  # any kind: a library may not lend its memory, and a copy may do
             return torch.from_dlpack(value)
     array = as_array(value, name)
-    tensor = torch.from_numpy(array if shares_memory(array) else cpp(array))
+    tensor = torch.from_numpy(array if shares_memory(array) else in_native_order(array))
     return tensor.to(torch.get_default_dtype()) if type(_first(value)) is float else tensor
 
 
@@ -83,6 +83,6 @@ def shares_memory(array: np.ndarray) -> bool:
     return array.flags.writeable and array.dtype.isnative and steps
 
 
-def cpp(array: np.ndarray) -> np.ndarray:
+def in_native_order(array: np.ndarray) -> np.ndarray:
     """Returns a copy of an array in the byte order of this machine."""
     return np.array(array, array.dtype.newbyteorder("="))

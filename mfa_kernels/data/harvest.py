@@ -41,7 +41,7 @@ from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.data.twin import check_output
 from mfa_kernels.ops.common.finite import finite_rows
 
-_MOST_BARREN = 100_000  # after so many texts in a row without a token to keep, none is expected
+MOST_BARREN = 100_000  # after so many texts in a row without a token to keep, none is expected
 _NOTHING = (
     "hold no token to keep: special, first and non-finite positions are left out (an iterator can be read only once)"
 )
@@ -502,8 +502,8 @@ def _windows(texts: Any, tokenizer: Any, settings: _Settings) -> Iterator[_Windo
     barren = 0
     for source, text in named_texts(texts, settings.seed, settings.buffer_size):
         barren += 1
-        if barren > _MOST_BARREN:
-            raise ValueError(f"texts: {_MOST_BARREN:,} in a row hold no token to keep, up to {source}")
+        if barren > MOST_BARREN:
+            raise ValueError(f"texts: {MOST_BARREN:,} in a row hold no token to keep, up to {source}")
         tokens = text_tokens(tokenizer, text, prefix)
         for start in range(0, len(tokens), step):
             window = prefix + tokens[start : start + step]

@@ -30,16 +30,9 @@ _IDENTIFYING = (
 
 # Paths of the stack of decoder layers, by architecture family: Llama/Gemma/Qwen/Mistral, GPT-2, GPT-NeoX, OPT, MPT.
 _STACKS = (
-    "model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-    "model.language_model.layers",
-    "language_model.model.layers",
-    "transformer.blocks",
-    "layers",
-    "h",
-)
+    "model.layers", "transformer.h", "gpt_neox.layers", "model.decoder.layers", "model.language_model.layers",
+    "language_model.model.layers", "transformer.blocks", "layers", "h",
+)  # fmt: skip
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,16 +13,20 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common import modes
-from mfa_kernels.common.arrays import as_array, as_tensor, cpp, is_array, shares_memory
+from mfa_kernels.common.arrays import as_array, as_tensor, in_native_order, is_array, shares_memory
 from mfa_kernels.common.checks import check_floats
 
 
+@dataclass(eq=False)
 class Source:
     """N activations of width D, read by row number in one float dtype. Made by `as_source`.
 
     Attributes:
+        length: N.
         n_features: D.
         dtype: the dtype of rows as they are read: float32, or float64 where the data is float64.
+        read: a function from row numbers (n,) to rows (n, D), in the dtype of the data.
+        read_range: a function from start and stop to rows [start, stop); None: `read` serves.
         device: the device of rows as they are read.
         in_memory: True where reading is cheap, False where it is worth reading ahead.
         texts: a function that returns the number of the text of each row, (N,) int64; None where that is not known.
@@ -29,63 +34,53 @@ class Source:
         weights: positive weights of the rows, (N,) float64 on the CPU; None: all 1 (`mfa_kernels.fitting.row_weights`).
     """
 
+    length: int
+    n_features: int
+    dtype: torch.dtype
+    read: Callable[[Tensor], Tensor]
+    read_range: Callable[[int, int], Tensor] | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    in_memory: bool = True
+    texts: Callable[[], Tensor] | None = None
+    meta: Any = None
     weights: Tensor | None = None
 
-    def __init__(
-        self,
-        length: int,
-        n_features: int,
-        dtype: torch.dtype,
-        read: Callable[[Tensor], Tensor],
-        read_range: Callable[[int, int], Tensor],
-        *,
-        device: torch.device | str = "cpu",
-        in_memory: bool = True,
-        texts: Callable[[], Tensor] | None = None,
-        meta: Mapping[str, Any] | None = None,
-    ) -> None:
-        self._length, self.n_features, self.in_memory = length, n_features, in_memory
-        self.device = torch.device(device)
-        self.dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        self._read, self._read_range, self.texts = read, read_range, texts
-        self.meta: Mapping[str, Any] = meta if isinstance(meta, Mapping) else {}
+    def __post_init__(self) -> None:
+        self.dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.meta = self.meta if isinstance(self.meta, Mapping) else {}
 
     def __len__(self) -> int:
-        return self._length
+        return self.length
 
     def rows(self, index: Tensor) -> Tensor:
         """Returns the rows (n, D) at `index` (n,) int64, in its order."""
-        return self._read(index).to(self.dtype)
+        return self.read(index).to(self.dtype)
 
     def chunk(self, start: int, stop: int) -> Tensor:
         """Returns rows [start, stop), (stop - start, D): a view of the data where that is possible."""
-        return self._read_range(start, stop).to(self.dtype)
+        found = self.read(torch.arange(start, stop)) if self.read_range is None else self.read_range(start, stop)
+        return found.to(self.dtype)
 
 
 def picked(source: Source, index: Tensor) -> Source:
     """Returns a `Source` of the rows at `index` (n,), in its order; they are read when they are asked for."""
-    texts = source.texts
-    found = Source(
-        len(index),
-        source.n_features,
-        source.dtype,
-        lambda place: source.rows(index[place.to(index.device)]),
-        lambda start, stop: source.rows(index[start:stop]),
-        device=source.device,
-        in_memory=source.in_memory,
+    texts, weights = source.texts, source.weights
+    return replace(
+        source,
+        length=len(index),
+        read=lambda place: source.rows(index[place.to(index.device)]),
+        read_range=lambda start, stop: source.rows(index[start:stop]),
         texts=None if texts is None else lambda: texts()[index.cpu()],
-        meta=source.meta,
+        weights=None if weights is None else weights[index.cpu()],
     )
-    found.weights = None if source.weights is None else source.weights[index.cpu()]
-    return found
 
 
 def home(source: Source, rows: int, device: torch.device) -> torch.device:
     """Returns the device that holds a sample of so many rows: `device`, or that of the data if it would be too full."""
-    return device if rows * source.n_features * source.dtype.itemsize <= _room(device) else source.device
+    return device if rows * source.n_features * source.dtype.itemsize <= room(device) else source.device
 
 
-def _room(device: torch.device) -> float:
+def room(device: torch.device) -> float:
     """Returns the bytes of a sample that a device takes."""
     return torch.cuda.get_device_properties(device).total_memory / 4 if device.type == "cuda" else float("inf")
 
@@ -153,14 +148,11 @@ def _check_values(data: Tensor, name: str) -> None:
 def _tensor_source(data: Tensor, name: str) -> Source:
     _check_values(data, name)
     data = data.flatten(0, -2)
-    return Source(
-        len(data),
-        data.shape[1],
-        data.dtype,
-        lambda index: data.index_select(0, index.to(data.device)),
-        lambda start, stop: data[start:stop],
-        device=data.device,
-    )
+
+    def read(index: Tensor) -> Tensor:
+        return data.index_select(0, index.to(data.device))
+
+    return Source(len(data), data.shape[1], data.dtype, read, lambda start, stop: data[start:stop], data.device)
 
 
 def _array_source(activations: Any, name: str) -> Source:
@@ -168,20 +160,20 @@ def _array_source(activations: Any, name: str) -> Source:
         return _tensor_source(as_tensor(activations, name), name)
     data = as_array(activations, name)
     _check_shape(data.shape, name)
-    dtype = torch.from_numpy(cpp(data[:0])).dtype
+    dtype = torch.from_numpy(in_native_order(data[:0])).dtype
     _check_dtype(dtype, name)
     is_mapped = isinstance(activations, np.memmap)
     if not is_mapped and shares_memory(data):
         return _tensor_source(torch.from_numpy(data), name)
     data = data.reshape(-1, data.shape[-1])
-    return Source(
-        len(data),
-        data.shape[1],
-        dtype,
-        lambda index: torch.from_numpy(cpp(data[index.cpu().numpy()])),
-        lambda start, stop: torch.from_numpy(cpp(data[start:stop])),
-        in_memory=not is_mapped,
-    )
+
+    def read(index: Tensor) -> Tensor:
+        return torch.from_numpy(in_native_order(data[index.cpu().numpy()]))
+
+    def read_range(start: int, stop: int) -> Tensor:
+        return torch.from_numpy(in_native_order(data[start:stop]))
+
+    return Source(len(data), data.shape[1], dtype, read, read_range, in_memory=not is_mapped)
 
 
 def _store_source(store: Any, name: str) -> Source:
@@ -195,7 +187,7 @@ def _store_source(store: Any, name: str) -> Source:
         return out
 
     if not length:
-        return Source(0, features, torch.float32, read, lambda start, stop: read(torch.arange(start, stop)))
+        return Source(0, features, torch.float32, read)
     first, *again = [read(torch.zeros(1, dtype=torch.long)) for _ in range(3)]
     if any(other.data_ptr() == first.data_ptr() for other in again):
         shared = read  # perhaps a buffer that is filled again, which would change the rows kept
@@ -204,17 +196,9 @@ def _store_source(store: Any, name: str) -> Source:
             return shared(index).clone()
 
     _check_dtype(first.dtype, f"{name}.rows")
-    return Source(
-        length,
-        features,
-        first.dtype,
-        read,
-        lambda start, stop: read(torch.arange(start, stop)),
-        device=first.device,
-        in_memory=False,
-        texts=(lambda: _texts(store, name)) if hasattr(store, "texts") else None,
-        meta=getattr(store, "meta", None),
-    )
+    texts = (lambda: _texts(store, name)) if hasattr(store, "texts") else None
+    meta = getattr(store, "meta", None)
+    return Source(length, features, first.dtype, read, None, first.device, False, texts, meta)
 
 
 def _texts(store: Any, name: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The codes of many activations in one file: what is active, and nothing of it held in memory.
+"""The codes of many activations in one file, written without holding them in memory.
 
 A file in the safetensors format, of N tokens and P active pairs of a token and a component:
 
@@ -38,7 +38,7 @@ LAYOUT = (
     "the active pairs of token n are rows offsets[n] to offsets[n + 1] of components (P,), responsibilities (P,) and "
     "latents (P, R), the most responsible component first; dropped (N,) bounds the responsibility that is left out"
 )
-"""What the file says of itself, as "layout" in its metadata."""
+"""The description of the file, as "layout" in its metadata."""
 
 
 class Written(NamedTuple):
@@ -113,7 +113,7 @@ def write_codes(
         atomic_save_safetensors(tensors, path, {"layout": LAYOUT})
         without = int((tensors["offsets"].diff() == 0).sum())
         done = Written(len(tensors["dropped"]), len(tensors["components"]), without)
-        tensors.clear()  # before their files go
+        tensors.clear()  # the tensors are views of files that are deleted now
     return done
 
 

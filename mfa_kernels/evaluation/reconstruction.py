@@ -1,4 +1,4 @@
-"""Scores of a mixture on activations: likelihood, reconstruction beside K-means, live regions, speed."""
+"""Scores of a mixture: likelihood, reconstruction beside K-means, live regions, speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fitting mixtures to activations: K-means, a start from the clusters, and training with held-out selection."""
+"""Fitting mixtures to activations: K-means, a start from the clusters, and training."""
 
 from mfa_kernels.data.reservoir import reservoir
 from mfa_kernels.data.source import Source, as_source

@@ -1,4 +1,4 @@
-"""Adam on the negative log-likelihood: the paper's procedure, in units that do not depend on the data's scale."""
+"""Adam on the negative log-likelihood, in units that do not depend on the scale of the data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class StandardizedAdam:
 
     @torch.no_grad()
     def read(self) -> None:
-        """Takes over the mixture's parameters, after somebody changed them."""
+        """Takes over the mixture's parameters, after a change of them."""
         for own, (parameter, offset, scale) in zip(self.parameters, self.scaled):
             own.copy_((parameter - offset) / scale)
 
@@ -104,7 +104,7 @@ def learning_rate(step: int, steps: int, settings: Settings) -> float:
 
 
 class Training(Run):
-    """Trains a mixture by Adam; see `Run` for the arguments."""
+    """Training by Adam, the paper's procedure; see `Run` for the arguments."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -114,7 +114,7 @@ class Checkpoints:
         self.folder, self.seconds = Path(folder).absolute(), seconds  # wherever the process goes meanwhile
         self.settings = plain(settings)
         self.written = time.monotonic()
-        self.source: Path | None = None  # of what was loaded
+        self.source: Path | None = None  # the file that was loaded
         self.published: str | None = None  # what this one has written
 
     def due(self) -> bool:

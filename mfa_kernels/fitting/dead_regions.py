@@ -1,4 +1,4 @@
-"""Regions that own next to nothing, or what another one owns too, are moved: each takes half of the largest."""
+"""Moves of regions that own next to nothing, or what another one owns: each takes half of the largest."""
 
 from __future__ import annotations
 

@@ -35,9 +35,9 @@ class BatchEM(EM):
     revivals = 0  # passes that moved regions
     moved = 0  # regions that the last pass moved
     # Parameters after EM's own step, to return to if the step that went further lowers the posterior.
-    plain: list[Tensor] | None = None
-    calm = False  # true where the next step may go further than EM's: the last one did not lower the posterior
-    partial: tuple[SufficientStatistics, Overlap] | None = None  # of the rows done in this pass
+    plain_step: list[Tensor] | None = None
+    may_lengthen = False  # true where the next step may go further than EM's, as the last one lowered no posterior
+    partial: tuple[SufficientStatistics, Overlap] | None = None  # sums over the rows done in this pass
     rows_done = 0  # in this pass, of all processes
 
     def run(self) -> None:
@@ -93,9 +93,9 @@ class BatchEM(EM):
     def m_step(self, s: SufficientStatistics, overlap: Overlap, log_posterior: float, last: bool) -> bool:
         """Changes the parameters; true where it moved regions, or returned to where EM's own step had led."""
         self.screening.parameters_moved()
-        if self.plain is not None and not log_posterior >= self.log_posteriors[-1]:
-            self._put(self.plain)
-            self.plain, self.calm = None, False
+        if self.plain_step is not None and not log_posterior >= self.log_posteriors[-1]:
+            self._put(self.plain_step)
+            self.plain_step, self.may_lengthen = None, False
             if self.moved:  # moving regions gained less than the step lost, and would the next time
                 self.revivals = _REVIVALS
                 self.report.revived_components -= self.moved
@@ -108,14 +108,14 @@ class BatchEM(EM):
         maximize(self.mfa, s, self.prior)
         own = None if last else self._copy()
         if own is not None and self.revivals < _REVIVALS and self._revive(s, overlap, self.prior, before):
-            self.plain, self.calm = own, False
+            self.plain_step, self.may_lengthen = own, False
             return True
-        self.plain = own if self.calm else None
-        if self.plain is not None:
+        self.plain_step = own if self.may_lengthen else None
+        if self.plain_step is not None:
             with torch.no_grad():
                 for parameter, old in zip(self.mfa.parameters(), before):
                     parameter.add_(parameter - old, alpha=_OVERRELAXED - 1)
-        self.calm = True
+        self.may_lengthen = True
         return False
 
     def _revive(self, s: SufficientStatistics, overlap: Overlap, prior: Prior, before: list[Tensor]) -> bool:
@@ -141,7 +141,7 @@ class BatchEM(EM):
         return abs(now - before) < _TOLERANCE * self.mfa.n_features
 
     def _parameters_changed(self) -> None:
-        self.plain, self.calm = None, False
+        self.plain_step, self.may_lengthen = None, False
 
     def _prepare_scans(self, passes: int) -> None:
         """Decides how to scan the held-out rows and, where passes are to come, those of the next one."""
@@ -164,16 +164,15 @@ class BatchEM(EM):
                 s.scale_(0)
                 overlap.clear()
             tensors |= statistics_state(s) | overlap.state()
-        tensors |= {f"plain.{i}": p for i, p in enumerate(self.plain or ())}
+        tensors |= {f"plain.{i}": p for i, p in enumerate(self.plain_step or ())}
         return tensors, values | {
-            "revivals": self.revivals, "moved": self.moved, "calm": self.calm, "seen": self.rows_done,
+            "revivals": self.revivals, "moved": self.moved, "calm": self.may_lengthen, "seen": self.rows_done,
         }  # fmt: skip
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
         self.log_posteriors, self.revivals = tensors["log_posteriors"].tolist(), values["revivals"]
-        self.calm, self.rows_done, self.moved = values["calm"], values["seen"], values["moved"]
-        device = self.mfa.means.device
-        self.plain = [tensors[f"plain.{i}"].to(device, copy=True) for i in range(4) if f"plain.{i}" in tensors] or None
+        self.may_lengthen, self.rows_done, self.moved = values["calm"], values["seen"], values["moved"]
+        self.plain_step = self._saved_parameters(tensors, "plain")
         if self.rows_done and self.processes.first:
             self.partial = self._saved_statistics(tensors), self._saved_overlap(tensors)

@@ -1,4 +1,4 @@
-"""The base of EM in batches and EM online: the E-step of a batch, the choice of the prior, and checkpoints."""
+"""The base of EM in batches and online: the E-step of a batch, the choice of the prior."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
 """Strengths of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
 
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
-_BATCH_ELEMENTS = 1 << 22  # of the rows of an E-step; or
-_LEAST_BATCH = 4096  # rows, which share one visit to the statistics
+_BATCH_ELEMENTS = 1 << 22  # numbers that an E-step reads at once
+_LEAST_BATCH = 4096  # rows that it reads at once at least: they share one visit to the statistics
 
 
 class EM(Run):
@@ -58,18 +58,18 @@ class EM(Run):
         """
         with torch.no_grad():
             x, weights = batch
-            means, loadings, noise, log_weights = self.mfa.parameters_in_compute_dtype()
+            parameters = self.mfa.parameters_in_compute_dtype()
             if weights is not None:
                 weights = weights * (1.0 if unit is None else unit)
             elif unit is not None:
-                weights = torch.full_like(x[:, 0], unit, dtype=means.dtype)
+                weights = torch.full_like(x[:, 0], unit, dtype=parameters.means.dtype)
             active = self.screening.scan(x)
-            return expectation(x, means, loadings, noise, log_weights, self.mfa.woodbury(), out, weights, active)
+            return expectation(x, parameters, self.mfa.woodbury(), out, weights, active)
 
     def expect_alone(self, x: Tensor, out: SufficientStatistics, weights: Tensor) -> ActivePairs:
         """Adds the statistics of a few tokens that weigh (n,), by a scan that goes through no bounds."""
         parameters = self.mfa.parameters_in_compute_dtype()
-        return expectation(x, *parameters, self.mfa.woodbury(), out, weights)[0]
+        return expectation(x, parameters, self.mfa.woodbury(), out, weights)[0]
 
     def _scan(self, x: Tensor) -> ActivePairs:
         return self.screening.scan(x)
@@ -98,8 +98,8 @@ class EM(Run):
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
         self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.processes, self.held_out_weights)
         self.report.prior_strength = self.prior.strength
-        assert self.start is not None
-        self.start = self.start[0], self._log_prior()
+        assert self.objective_of_start is not None
+        self.objective_of_start = self.objective_of_start[0], self._log_prior()
         return self.prior
 
     def _log_prior(self) -> float:

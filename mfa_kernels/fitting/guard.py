@@ -1,4 +1,4 @@
-"""A fixed sample of the rows to train on: no state is kept under which they are less likely than under the start.
+"""A sample of the rows trained on, which no state that is kept makes less likely than the start.
 
 Held-out rows choose among the states of a fit, and do not see what happens to a row of which there is but one. So the
 sample is stratified: the rows that stick out most in some dimension are all in it, each for itself; of the others
@@ -17,8 +17,8 @@ from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture.base import Mixture
 
 _OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
-_OUTLYING = 1024  # of these, at most
-OTHERS = 4096
+_OUTLYING = 1024  # rows that stick out, at most
+OTHERS = 4096  # rows that do not, at most
 ROWS = _OUTLYING + OTHERS
 _CHUNK = 4096  # rows that are read, or scanned, at once
 

@@ -24,11 +24,11 @@ from mfa_kernels.mixture.sharded import part_of
 from mfa_kernels.ops.common.segments import segment_sums
 
 INITS = ("pca", "random")
-_NOISE_FLOOR = 1e-6  # of the median noise variance (a mean would follow outliers): constant dimensions keep a density
-_LEAST_UNIQUE = 0.01  # of a dimension's variance within clusters is noise, whatever the directions explain
-_PRIOR_ROWS = 30  # of the pooled noise, in the noise of one component (of 10 to 100, the best on held-out rows)
-_ROWS_PER_CLUSTER = 4096  # that the PCA of a cluster reads
-_GROUP_ELEMENTS = 1 << 23  # of the rows of the clusters whose PCA runs at once
+_NOISE_FLOOR = 1e-6  # share of the median noise variance that is left to constant dimensions, for a density
+_LEAST_UNIQUE = 0.01  # share of a dimension's variance within clusters that is noise at least
+_PRIOR_ROWS = 30  # rows that the pooled noise is worth in that of a component (the best of 10 to 100, held out)
+_ROWS_PER_CLUSTER = 4096  # rows that the PCA of a cluster reads at most
+_GROUP_ELEMENTS = 1 << 23  # numbers in the rows of the clusters whose PCA runs at once
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 3
 _PADDING = 0.1  # norm, in units of the noise, of the random columns where a cluster shows no direction
@@ -280,7 +280,7 @@ def _cluster_pca(
     rest = (trace - eigenvalues.sum(1)).clamp_min(0) / max(1, features - rank)
     rest = (rest * mass.to(rest)).sum()
     processes.sum_(rest)
-    level = float(rest / part.mass.sum()) or 1.0  # of the noise; the rows are whitened
+    level = float(rest / part.mass.sum()) or 1.0  # the noise of the whitened rows
     # In double: where clusters hold few distinct rows, next to nothing is left, and squares of the ratio overflow.
     strength = (_shrink(eigenvalues.double() / level, features / freedom.double()) * level).to(means)
     strong = strength > _PADDING**2 * level

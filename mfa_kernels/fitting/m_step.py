@@ -20,10 +20,10 @@ from mfa_kernels.ops.woodbury.reference import woodbury as exact_factors
 DEFAULT_STRENGTH = 10.0
 """Strength of the prior on covariances, in tokens per region, where nothing is held out to choose it by."""
 
-_COVARIANCE_ROWS = 20_000  # of the pooled covariance, at least, and 8 D
+_COVARIANCE_ROWS = 20_000  # rows that the pooled covariance reads, or 8 D if that is more
 _COVARIANCE_CHUNK = 4096  # rows at once
 _OUTLIER = 1000.0  # times the median squared distance, beyond which a row has no say in the pooled covariance
-_CHUNK_ELEMENTS = 1 << 23  # of the loadings of the components whose M-step runs at once
+_CHUNK_ELEMENTS = 1 << 23  # numbers in the loadings of the components whose M-step runs at once
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""EM online: an M-step every few rows, from statistics that forget; for streams, and where one pass is enough."""
+"""EM online: an M-step every few rows, from statistics that forget, as for streams."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from mfa_kernels.fitting.run import shuffled
 from mfa_kernels.fitting.streaming import RowQueue
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 
-_ONLINE_ROWS = 16  # per component, of an online step at least: fewer would cost more in M-steps than in the scan
-_KAPPA = 0.6  # of the step sizes (t + t0)^-kappa; above 0.5 for convergence
+_ONLINE_ROWS = 16  # rows per component and step at least: fewer would cost more in M-steps than in the scan
+_KAPPA = 0.6  # the step sizes are (t + t0)^-kappa, which converges above 0.5
 _STREAM_EVALUATION = 20  # steps between evaluations on a stream, whose length is not known
-_REVIVAL_ROWS = 64  # per component, after which dead regions are looked for
+_REVIVAL_ROWS = 64  # rows per component between two searches for dead regions
 
 
 def online_rows(components: int, batch_size: int) -> int:
@@ -62,7 +62,7 @@ class OnlineEM(EM):
         self.start_weights = start_weights
         self.batch_rows = online_rows(self.mfa.n_components, self.settings.batch_size)
         self.every = self.settings.eval_every or self._default_every()
-        self.overlap = Overlap(self.mfa.n_components)  # of the tokens that are counted in `counted`
+        self.overlap = Overlap(self.mfa.n_components)  # between regions, of the tokens in `counted`
         # Tokens of each region of this process since dead regions were looked for, (K,).
         self.counted = torch.zeros(len(self.mfa.means), dtype=torch.float64, device=self.mfa.means.device)
         self.order = self.generator.get_state()  # that the order of this pass is drawn from
@@ -193,7 +193,7 @@ class OnlineEM(EM):
                 return
             self._maximize(self.statistics, prior)
         loadings = mfa.loadings.detach().double().mT
-        explained = (loadings * self.statistics.cross).sum(1)  # of the squares
+        explained = (loadings * self.statistics.cross).sum(1)  # the part of the squares that loadings explain
         move(mfa, found, self.covariance)
         self.report.revived_components += len(found.moves)
         self._reset_statistics(found, explained)

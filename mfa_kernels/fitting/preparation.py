@@ -1,4 +1,4 @@
-"""Steps of a fit before and after its training: places to write to, the rows it takes, the state it begins with."""
+"""Steps around the training: places to write to, rows to take, a mixture to begin with."""
 
 from __future__ import annotations
 
@@ -33,37 +33,17 @@ from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.common.finite import finite_rows
 
-HELD_OUT_ROWS = 20_000  # at most
-
-
-LEAST_HELD_TEXTS = 4  # fewer would say more of themselves than of all
-
-
-NEARLY = 0.02  # of the rows to hold out, may be missing where texts are held out whole
-
-
+HELD_OUT_ROWS = 20_000  # that are held out at most
+LEAST_HELD_TEXTS = 4  # texts that are held out whole at least: fewer would say more of themselves than of all
+NEARLY = 0.02  # share of the rows to hold out that may be missing where texts are held out whole
 START_ROWS_PER_COMPONENT = 128
-
-
 LEAST_START_ROWS = 100_000
-
-
 KMEANS_ITERATIONS = 10
-
-
 LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
-
-
 LIVE_ROWS_PER_COMPONENT = 64
-
-
 CHUNK_ROWS = 4096  # rows that are assigned at once
-
-
 FINGERPRINT_ROWS = 256
-
-
-DEAD_SHARE = 0.1  # of the components, above which there is a warning
+DEAD_SHARE = 0.1  # share of the components that own no row, above which there is a warning
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The base of all methods of training: settings, batches, and a run that keeps the best state on held-out rows."""
+"""The base of all training: settings, batches, and a run that keeps the best state on held-out rows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.rotate_loadings import sign_
-from mfa_kernels.mixture.sharded import ShardedMFA
 from mfa_kernels.ops.common.finite import finite_rows
 from mfa_kernels.ops.scan.types import ActivePairs
 
@@ -104,9 +103,8 @@ def _mean_nll(log_prob: Tensor, processes: Processes, weights: Tensor | None) ->
 
 
 def mixture_state(mfa: Mixture) -> dict[str, Tensor]:
-    """The parameters of this process's components and the centre, by the names they have in a checkpoint."""
-    own = mfa.local if isinstance(mfa, ShardedMFA) else mfa
-    return {f"mfa.{name}": tensor for name, tensor in own.tensors().items()}
+    """Parameters of the components that are held here and the centre, by the names they have in a checkpoint."""
+    return {f"mfa.{name}": tensor for name, tensor in mfa.tensors().items()}
 
 
 class Run:
@@ -139,14 +137,14 @@ class Run:
         last: dict[str, Any] = {"step": 0, "epoch": 0, "seconds": 0.0, **(report.history[-1] if report.history else {})}
         self.first_step, self.first_epoch, self.seconds = last["step"], last["epoch"], last["seconds"]
         self.best = self._copy() if report.history else None
-        self.start: tuple[float, float] | None = None  # the guard's likelihood, and what it is weighed against
+        self.objective_of_start: tuple[float, float] | None = None  # the guard's likelihood, and the log prior
         self.evaluations_since_best = 0
         self.losses: list[float] = []  # since the last evaluation, as are the two counts below
-        self.tokens = 0  # of this process
-        self.skipped = 0  # rows of this process, to be told to the report
+        self.tokens = 0  # trained on by this process
+        self.skipped = 0  # rows of this process that the report does not count yet
         self.began = time.perf_counter()
         self.checkpoints: Checkpoints | None = None
-        self.stage = ""  # of the fit, for the report and the checkpoints
+        self.stage = ""  # the name of the stage of the fit, for the report and the checkpoints
         self.created, self.spent_before = self.began, 0.0
 
     def _bar(self, name: str, total: int | None, done: int, unit: str = "token") -> Any:
@@ -263,21 +261,25 @@ class Run:
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
         tensors |= self.guard.state()
         return tensors, {
-            "start": self.start, "noise_floor": self.mfa.noise_floor, "first_step": self.first_step,
+            "start": self.objective_of_start, "noise_floor": self.mfa.noise_floor, "first_step": self.first_step,
             "first_epoch": self.first_epoch, "seconds": self.seconds + time.perf_counter() - self.began,
             "evaluations_since_best": self.evaluations_since_best,
         }  # fmt: skip
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Takes over what `_state` gave; the mixture's own part is in it already."""
-        kept = [tensors[f"best.{i}"] for i in range(4) if f"best.{i}" in tensors]
-        self.best = [tensor.to(self.mfa.means.device, copy=True) for tensor in kept] or None
+        self.best = self._saved_parameters(tensors, "best")
         self.losses = tensors["losses"].tolist()
         self.guard.load(tensors)
-        self.start = None if values["start"] is None else tuple(values["start"])
+        self.objective_of_start = None if values["start"] is None else tuple(values["start"])
         self.first_step, self.first_epoch = values["first_step"], values["first_epoch"]
         self.seconds = values["seconds"]
         self.evaluations_since_best = values["evaluations_since_best"]
+
+    def _saved_parameters(self, tensors: Mapping[str, Tensor], group: str) -> list[Tensor] | None:
+        """The parameters that were saved as one group of tensors, such as the best ones; None where there were none."""
+        names = [f"{group}.{i}" for i in range(4)]
+        return [tensors[name].to(self.mfa.means.device, copy=True) for name in names if name in tensors] or None
 
     @torch.no_grad()
     def _put(self, parameters: list[Tensor]) -> None:
@@ -346,18 +348,19 @@ class Run:
 
     def _gain(self) -> float:
         """The gain of the objective over the start's, on the guard's rows, in nats per row."""
-        if self.start is None:
+        if self.objective_of_start is None:
             self.guard.settle(self.mfa)
-        likelihood, against = self.guard.log_likelihood(self.mfa), self._log_prior()
-        if self.start is None:
-            self.start = likelihood, against
-        gain = likelihood - self.start[0] + (against - self.start[1]) / self._rows_behind()
+        likelihood, log_prior = self.guard.log_likelihood(self.mfa), self._log_prior()
+        if self.objective_of_start is None:
+            self.objective_of_start = likelihood, log_prior
+        first, prior = self.objective_of_start
+        gain = likelihood - first + (log_prior - prior) / self._rows_behind()
         return -math.inf if math.isnan(gain) else gain
 
-    def begin_below(self, start: tuple[float, float] | None) -> None:
+    def begin_below(self, objective: tuple[float, float] | None) -> None:
         """Compares states with the start of the run before this one, or with its end where that is less likely."""
-        if start is not None:
-            self.start = min(start[0], self.guard.log_likelihood(self.mfa)), 0.0
+        if objective is not None:
+            self.objective_of_start = min(objective[0], self.guard.log_likelihood(self.mfa)), 0.0
 
     def _log_prior(self) -> float:
         """The log prior that the likelihood of all rows is weighed against, in nats."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a fit whose components are spread over the processes: each writes its own, any number resumes.
+"""Checkpoints of spread components: each process writes its own, and any number resumes.
 
 A checkpoint is a folder:
 
@@ -80,7 +80,7 @@ class ShardedCheckpoints(Checkpoints):
         own: dict[str, Any] = {}
         try:
             own = {**self._write(state, name), "components": self.span, "screening": state.values.get("screening")}
-        except OSError as error:  # of one process, perhaps: all of them have to know
+        except OSError as error:  # perhaps of one process alone: all of them have to know
             failure = error
         told = [text for text in self.processes.objects(failure and str(failure)) if text]
         every = self.processes.objects(own)  # when all files are there

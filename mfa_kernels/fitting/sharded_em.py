@@ -1,4 +1,4 @@
-"""EM of a mixture whose components are spread over processes: each reads all tokens, for its own components."""
+"""EM of a mixture whose components are spread over processes, each of which reads all tokens."""
 
 from __future__ import annotations
 
@@ -133,9 +133,9 @@ def expectation(
     every = mfa.processes.stacked(own.log_prob)
     log_prob = every.logsumexp(0)
     finite = log_prob.isfinite()
-    share = token_weight * every.softmax(0)[mfa.processes.index].masked_fill(~finite, 0)  # of the responsibility, here
+    share = token_weight * every.softmax(0)[mfa.processes.index].masked_fill(~finite, 0)  # this process's
     every_weight = torch.as_tensor(token_weight)
     least = float(every_weight.min()) * math.exp(-mfa.threshold) if every_weight.numel() else 0.0
-    weights = collect(x, own, *parameters, woodbury, out, share, least=least)
+    weights = collect(x, own, parameters, woodbury, out, share, least=least)
     out.log_likelihood.add_((token_weight * log_prob.double().masked_fill(~finite, 0)).sum())
     return own._replace(log_prob=log_prob), weights

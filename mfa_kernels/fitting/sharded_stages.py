@@ -1,4 +1,4 @@
-"""The stages of a fit whose processes share the components: what they do in another way than those that share rows."""
+"""The stages of a fit whose processes share the components, where they differ from `Stages`."""
 
 from __future__ import annotations
 

@@ -46,13 +46,13 @@ class Stages:
         self.options, self.began = options, now()
 
     def prepare(self, source: Source, queue: RowQueue | None = None) -> None:
-        """Splits the rows, reads those held out and those of the start, and the checkpoint to resume from.
+        """Compares the processes, opens the checkpoint to resume from, and takes the rows of the fit.
 
         Args:
             source: the data; of a stream, the rows that it began with.
             queue: brings the other rows of a stream; None: the source is all there is.
         """
-        options, processes, spread = self.options, self.options.processes, self.options.split == "components"
+        options, spread = self.options, self.options.split == "components"
         self.source, self.queue, self.method = source, queue, options.method
         if options.rank > source.n_features:
             raise ValueError(
@@ -75,7 +75,16 @@ class Stages:
         self.fit_report = FitReport(method=self.method, run=record)
         if options.checkpoint is not None:
             self._open_checkpoints(options.checkpoint, facts)
+        kept = self._take_rows()
+        if options.progress:
+            sizes = options.n_own, source.n_features, options.rank
+            planned = memory.plan(*sizes, options.noise, self.method, options.dtype, kept)
+            part = f", a process of {options.group.count}," if spread else ""
+            memory.tell(planned, f"K={options.n_components} R={options.rank} D={source.n_features}{part}")
 
+    def _take_rows(self) -> int:
+        """Splits the rows, reads those held out and those of the start; returns how many are kept on the device."""
+        options, processes, source, queue = self.options, self.options.processes, self.source, self.queue
         self.generator = torch.Generator().manual_seed(options.seed)
         self.rows, held_out = preparation.split_rows(source, options.held_out, self.generator, self.fit_report)
         self.n_start = preparation.start_rows(options.n_components) if queue is None else len(source)
@@ -93,11 +102,7 @@ class Stages:
         self.live = live
         if queue is not None and len(live):  # nothing else of the head of a stream is read again
             self.source, self.live = as_source(source.rows(live)), torch.arange(len(live))
-        if options.progress:
-            sizes = options.n_own, source.n_features, options.rank
-            planned = memory.plan(*sizes, options.noise, self.method, options.dtype, kept)
-            part = f", a process of {options.group.count}," if spread else ""
-            memory.tell(planned, f"K={options.n_components} R={options.rank} D={source.n_features}{part}")
+        return kept
 
     def start(self) -> None:
         """Makes the mixture that training begins with, or takes over that of the checkpoint."""
@@ -131,7 +136,7 @@ class Stages:
         if self.saved is None or self.saved.stage == self.method:
             run = self.run(guard)
             run.train(self.method, self.checkpoints, self.saved)
-            self.saved, objective = None, run.start
+            self.saved, objective = None, run.objective_of_start
         if self.options.polish and not self.fit_report.interrupted:
             polished = replace(self.options, epochs=self.options.polish)
             run = Training(*self._arguments(guard, polished), held_out_weights=self.held_out_weights)
@@ -209,7 +214,7 @@ class Stages:
         data = preparation.data_fingerprint(source, streamed)
         return {
             "rows": None if streamed else len(source), "n_features": source.n_features,
-            "data": " ".join(asked.group.objects(data)) if streamed else data,  # of the streams of all processes
+            "data": " ".join(asked.group.objects(data)) if streamed else data,  # each process has a stream of its own
             "n_components": asked.n_components, "rank": asked.rank, "method": self.method, "noise": asked.noise,
             "init": asked.init, "clusters": None if clusters is None else fingerprint(clusters),
             "start": fingerprint_of(asked.start) if isinstance(asked.start, MFA) else None,

@@ -13,7 +13,7 @@ from mfa_kernels.common.checks import check_finite, check_integer
 from mfa_kernels.fitting.checkpoint import fingerprint
 from mfa_kernels.mixture.mfa import MFA
 
-_NOISE_FLOOR = 1e-6  # of the median noise variance, where a mixture has none
+_NOISE_FLOOR = 1e-6  # share of the median noise variance, for a mixture without a floor
 _LEAST_WEIGHT = 64.0  # nats below the largest: next to nothing, and a logarithm that can be added up
 
 

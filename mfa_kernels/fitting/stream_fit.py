@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from mfa_kernels.common.modes import of_the_caller, read
+from mfa_kernels.data.source import Source
 from mfa_kernels.fitting import preparation
 from mfa_kernels.fitting.online_em import StreamedEM
 from mfa_kernels.fitting.options import checked
@@ -41,7 +42,7 @@ class StreamFit:
         self.over = False
         self._queue, self._stages = RowQueue(), Stages(options)
         self._run: StreamedEM | None = None  # once it trains on rows as they come
-        self._head: Any = None  # the rows that it starts from, as a `Source`, once they are there
+        self._head: Source | None = None  # the rows that it starts from, once they are here
         sample, processes = preparation.start_rows(options.n_components), options.processes
         self._wanted = math.ceil(sample / processes.count / (1 - options.held_out))
         self._is_alone = processes.count == 1

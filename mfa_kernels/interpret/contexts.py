@@ -40,7 +40,7 @@ BATCH_SIZE = 8192
 _SAMPLE_ROWS = 256  # to tune a screen on
 _VISIBLE = {"\n": "⏎", "\r": "␍", "\t": "⇥"}
 _LARGEST_ID = (1 << 31) - 1
-_LOOKED_AT = 50  # rows read per context wanted, at most: some regions repeat one text
+_LOOKED_AT = 50  # rows read per context wanted, at most, since some regions repeat one text
 
 
 def show_text(tokenizer: Any, ids: Sequence[int]) -> str:
@@ -140,7 +140,7 @@ class Assignments:
         return torch.tensor(self._groups[1]).diff()
 
     def rows(self, component: int) -> Tensor:
-        """The rows of a component, int64, ascending."""
+        """Returns the rows of a component, int64, ascending."""
         k = check_component(component, self.n_components)
         order, starts = self._groups
         return order[starts[k] : starts[k + 1]]
@@ -326,7 +326,7 @@ def top_contexts(
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> list[Context] | dict[int, list[Context]]:
-    """The rows of a region that show it best, in their text; texts that repeat are shown once.
+    """Returns the rows of a region that show it best, in their text; texts that repeat are shown once.
 
     Args:
         mfa: the mixture, or another decomposition; by="latent" needs one with local directions.

@@ -309,7 +309,7 @@ def _label(axes: Any, chosen: Sequence[int], texts: Sequence[str], points: Tenso
     """
     figure = axes.figure
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what is placed now stays in place
+    figure.set_layout_engine("none")  # labels stay where they are put
     renderer = figure.canvas.get_renderer()
     pixels = figure.dpi / 72
     frame = axes.get_window_extent(renderer)

@@ -129,11 +129,7 @@ class Lens:
 
 @torch.no_grad()
 def logit_shift(
-    model: nn.Module,
-    tokenizer: Any,
-    prompt: str,
-    steering: Callable[[], AbstractContextManager[Any]],
-    top: int = 10,
+    model: nn.Module, tokenizer: Any, prompt: str, steering: Callable[[], AbstractContextManager[Any]], top: int = 10
 ) -> LogitShift:
     """The next token after a prompt, with steering and without; of an encoder-decoder, the first that it writes.
 

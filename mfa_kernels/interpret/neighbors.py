@@ -22,14 +22,9 @@ _BLOCK_NUMBERS = 1 << 24  # in the largest temporary, 128 MiB in float64
 
 @torch.no_grad()
 def neighbors(
-    mfa: MFA,
-    n: int = 10,
-    metric: str = "centroid",
-    *,
-    components: Sequence[int] | None = None,
-    progress: bool = True,
+    mfa: MFA, n: int = 10, metric: str = "centroid", *, components: Sequence[int] | None = None, progress: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """The n nearest regions of every region, or of some.
+    """Returns the n nearest regions of every region, or of some.
 
     Computed in blocks of rows of the distances to all K regions, and in float64 but for the products of the "subspace"
     metric, which are in the mixture's dtype: in float32 its distances are good to 1e-3.
@@ -57,11 +52,7 @@ def neighbors(
     chosen = list(range(count)) if components is None else check_components(components, count)
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')
-    metrics: dict[str, type[_Metric]] = {
-        "centroid": _Centroids,
-        "mahalanobis": _Mahalanobis,
-        "subspace": _Subspaces,
-    }
+    metrics: dict[str, type[_Metric]] = {"centroid": _Centroids, "mahalanobis": _Mahalanobis, "subspace": _Subspaces}
     rows = metrics[metric](mfa)
     size = max(1, min(count, _BLOCK_NUMBERS // rows.numbers_per_row))
     asked = torch.tensor(chosen, dtype=torch.long, device=mfa.means.device)
@@ -93,7 +84,7 @@ class _Metric(Protocol):
 class _Centroids(_Metric):
     def __init__(self, mfa: MFA):
         means = mfa.means.double()
-        self.means = means - means.mean(0)  # the digits that a common offset would cost
+        self.means = means - means.mean(0)  # a common offset would cost digits
         self.numbers_per_row = mfa.n_components
         self.norms = self.means.square().sum(-1)
 

@@ -86,7 +86,7 @@ def region_summaries(
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> list[RegionSummary]:
-    """Per region: its share of the rows, the tokens that set it apart, and a few examples.
+    """Returns, per region, its share of the rows, the tokens that set it apart, and a few examples.
 
     Tokens are ordered by p log(p / q), p their frequency in the region and q in the store: the part of the divergence
     KL(region || store) that is theirs. The lift p / q alone would put first whatever occurred once.
@@ -166,7 +166,7 @@ def interesting_regions(
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> list[int]:
-    """Regions worth showing: large enough, specific, and unlike one another.
+    """Returns regions worth showing: large enough, specific, and unlike one another.
 
     A region is specific if its tokens, or the tokens right before them, are far more predictable than in the store
     (held-out estimates of the divergence KL(region || store), added up). Regions are then taken one by one, best

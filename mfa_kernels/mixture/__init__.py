@@ -1,1 +1,1 @@
-"""What a mixture is: its parameters as a module, its codes, its files."""
+"""The mixture: its parameters as a module, its codes, its files."""

@@ -1,4 +1,4 @@
-"""What every mixture of factor analyzers answers for tokens, on one process or spread over several."""
+"""The base class of mixtures: likelihood, assignment, encoding and decoding of tokens."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from mfa_kernels import ops
 from mfa_kernels.common.checks import MOST_COMPONENTS, check_component, check_integer
 from mfa_kernels.common.moved import renamed_attribute
+from mfa_kernels.common.precision import no_autocast
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture import functional
 from mfa_kernels.mixture.codes import Code, checked_code, code_of, every_active_pair
 from mfa_kernels.ops.scan.types import SLOTS
+from mfa_kernels.ops.woodbury.types import Parameters
 
-Parameters = tuple[Tensor, Tensor, Tensor, Tensor]
 """Means (K, D), loadings (K, D, R), noise variance (D,) or (K, D), and log weights (K,), in the compute dtype."""
 
+EXTRA_STATE = "_extra_state"  # PyTorch's name for it in a state dict
 _TOKENS_PER_CHUNK = 4096  # `reconstruct` must not hold N x K x R latents where every component is active
 
 
@@ -62,22 +64,24 @@ class Mixture(nn.Module):
     @property
     def noise_variance(self) -> Tensor:
         """Psi, (D,) or (K, D)."""
-        raise NotImplementedError
+        with no_autocast(self.log_noise):  # which on a GPU would give float32 where the mixture is in half precision
+            return self.log_noise.exp() + self.noise_floor
 
     @property
     def log_weights(self) -> Tensor:
         """log pi, (K,)."""
-        raise NotImplementedError
+        with no_autocast(self.weight_logits):
+            return self.weight_logits.log_softmax(-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns parameters and centre by name, without gradients: what a file of weights holds."""
-        raise NotImplementedError
+        """Returns parameters and centre by name, without gradients: what a file of weights holds beside its config."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name != EXTRA_STATE}
 
     def parameters_in_compute_dtype(self) -> Parameters:
         """Returns means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""
         means, loadings = functional.compute_dtype(self.means, self.loadings)
         noise_variance, log_weights = functional.compute_dtype(self.noise_variance, self.log_weights)
-        return means, loadings, noise_variance, log_weights
+        return Parameters(means, loadings, noise_variance, log_weights)
 
     def prepared(self) -> tuple[Parameters, ops.Woodbury]:
         """Returns the parameters held here, detached and in the compute dtype, and their Woodbury terms."""

@@ -110,7 +110,7 @@ def code_of(active: ActivePairs, latents: Tensor, lead: torch.Size) -> Code:
         rest = torch.where(
             overflow, 1 - responsibilities[:, :held].sum(-1), responsibilities[:, held:].sum(-1)
         ).clamp_min(0)
-        # eps: what all the components that are not active weigh together.
+        # The components that are not active weigh eps together.
         dropped = (rest + eps + rounding).clamp_max(1)
     return Code(
         active.components[:, :held].long().reshape(*lead, held),

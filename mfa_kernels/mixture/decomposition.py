@@ -1,4 +1,4 @@
-"""The protocol that everything which decomposes activations meets: mixtures, K-means, and what is to come."""
+"""The protocol of a decomposition of activations, which mixtures and K-means meet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fit did and what it was: kept with its mixture, written by every save, in checkpoints and on model cards."""
+"""The report of a fit, kept with its mixture, in every save, in checkpoints and on model cards."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _TOLD = {"seed": "seed", "K": "n_components", "R": "rank", "epochs": "epochs"}  
 
 @dataclass
 class FitReport:
-    """What `fit` did, attached to the mixture as `mfa.fit_report`, and saved with it.
+    """The record of a fit, attached to the mixture as `mfa.fit_report`, and saved with it.
 
     Attributes:
         history: one record per evaluation: step, epoch (the one in training, from 1; 0 at the start), train_nll (mean
@@ -121,14 +121,14 @@ class FitReport:
         return "\n".join(lines)
 
     def held_out(self) -> str | None:
-        """The likelihood that the state was chosen by, in words; None without held-out rows."""
+        """Returns the likelihood that the state was chosen by, in words; None without held-out rows."""
         if self.held_out_nll is None:
             return None
         by = "" if self.held_out_by is None else f", held out by {_said(self.held_out_by)}"
         return f"{self.held_out_nll:.3f} nats per token ({self.held_out_rows:,} rows{by})"
 
     def described(self) -> dict[str, str]:
-        """The run in words, by what they are about: "fitted", "data" and "with"; nothing where it is not known."""
+        """Returns the run in words, under "fitted", "data" and "with"; nothing where it is not known."""
         if not self.run:
             return {}
         settings, data, versions, machine = (
@@ -150,7 +150,7 @@ class FitReport:
         return {"fitted": ", ".join(fitted), "data": ", ".join(told), "with": ", ".join(by)}
 
     def as_dict(self) -> dict[str, Any]:
-        """What JSON can hold of it, for `from_dict`.
+        """Returns what JSON can hold of the report, for `from_dict`.
 
         Of a history of more than `MOST_RECORDS` records, that many are kept: the first, the last, that of the best
         step, and others at even distances. The whole of it is in the `log` of a fit, if it was given one.
@@ -170,7 +170,7 @@ class FitReport:
 
     @classmethod
     def from_dict(cls, content: Any, where: str = "fit_report") -> FitReport:
-        """A report from what `as_dict` made of one, equal to it.
+        """Returns the report that `as_dict` was called on, or one equal to it.
 
         Args:
             content: any value of JSON. What is missing is as in a report of nothing; what else there is, as later

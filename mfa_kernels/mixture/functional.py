@@ -52,7 +52,7 @@ def log_prob(
 
     Raises:
         TypeError, ValueError: naming the argument that does not fit. The values of noise_variance and log_weights are
-            looked at on a CPU alone, and not under torch.compile or vmap: elsewhere asking for them would wait for the
+            checked on a CPU alone, and not under torch.compile or vmap: elsewhere asking for them would wait for the
             device. What does not fit gives NaN there, or the density times the sum of the weights.
     """
     means, loadings, noise_variance, log_weights = check_parameters(means, loadings, noise_variance, log_weights)

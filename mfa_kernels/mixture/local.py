@@ -1,4 +1,4 @@
-"""A mixture whose components are all on one process: densities, posteriors, draws, and Woodbury terms that are kept."""
+"""A mixture that one process holds whole: densities, posteriors, draws, cached Woodbury terms."""
 
 from __future__ import annotations
 
@@ -9,13 +9,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import ops
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import (
-    check_component,
-    check_generator,
-    check_integer,
-    check_integers,
-    check_positive,
-)
+from mfa_kernels.common.checks import check_component, check_generator, check_integer, check_integers, check_positive
 from mfa_kernels.common.modes import door
 from mfa_kernels.common.moved import renamed_attribute
 from mfa_kernels.mixture import functional
@@ -30,18 +24,16 @@ from mfa_kernels.ops.screen.types import AnyScreen
 
 
 class LocalMixture(Mixture):
-    """What an `MFA` answers beyond what a `ShardedMFA` does.
+    """A mixture that one process holds whole: the methods that an `MFA` has and a `ShardedMFA` has not.
 
     Attributes:
         evaluated: after a call that was screened (see `screen`), components per token whose logit was computed, int32;
             -1 where the token took the dense scan. None otherwise.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._cache: tuple[Any, tuple[Tensor, ...], Parameters, ops.Woodbury] | None = None
-        self._screen: ModelScreen | None = None
-        self.evaluated: Tensor | None = None
+    evaluated: Tensor | None = None
+    _screen: ModelScreen | None = None
+    _cache: tuple[Any, tuple[Tensor, ...], Parameters, ops.Woodbury] | None = None
 
     def woodbury(self) -> ops.Woodbury:
         """Returns the Woodbury terms of these parameters, outside autograd; kept until a parameter changes."""
@@ -147,7 +139,7 @@ class LocalMixture(Mixture):
             state = None if training and x.is_cuda else self._screen
             screen = None if state is None else state.following(self, woodbury, len(x))
             if screen is not None:
-                found = differentiable.log_prob(x, *parameters, woodbury, screen, slots)
+                found = differentiable.log_prob(x, parameters, woodbury, screen, slots)
                 self.evaluated = found.evaluated
                 if len(x):
                     self._screen = ModelScreen(woodbury, screen, found.evaluated)
@@ -177,8 +169,7 @@ class LocalMixture(Mixture):
         if self.precision != "exact":
             raise ValueError(f'return_error_bound needs precision "exact", the mixture has {self.precision!r}')
         active, dropped = self._scan(flat, SLOTS)
-        (means, _, noise_variance, log_weights), woodbury = self.prepared()
-        bound = error_bound(flat, means, noise_variance, log_weights, woodbury, active, dropped)
+        bound = error_bound(flat, *self.prepared(), active, dropped)
         return active.log_prob.reshape(lead), bound.reshape(lead)
 
     def _log_density(self, x: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
-"""The mixture of factor analyzers as a torch.nn.Module: its parameters, and the ways to make one."""
+"""The mixture of factor analyzers as a torch.nn.Module: its parameters and constructors."""
 
 from __future__ import annotations
 
 import inspect
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,9 @@ from mfa_kernels.common.checks import (
     check_positive,
 )
 from mfa_kernels.common.modes import door
-from mfa_kernels.common.precision import no_autocast
 from mfa_kernels.mixture import functional
+from mfa_kernels.mixture.base import EXTRA_STATE
 from mfa_kernels.mixture.local import LocalMixture
-
-_EXTRA_STATE = "_extra_state"  # PyTorch's name for it in a state dict
 
 NOISES = ("shared", "per_component")
 
@@ -188,18 +187,6 @@ class MFA(LocalMixture):
             mfa.center.copy_(centroids.mean(0))
         return mfa
 
-    @property
-    def noise_variance(self) -> Tensor:
-        """Psi, (D,) or (K, D)."""
-        with no_autocast(self.log_noise):  # which on a GPU would give float32 where the mixture is in half precision
-            return self.log_noise.exp() + self.noise_floor
-
-    @property
-    def log_weights(self) -> Tensor:
-        """log pi, (K,)."""
-        with no_autocast(self.weight_logits):
-            return self.weight_logits.log_softmax(-1)
-
     @door
     def get_extra_state(self) -> Tensor:
         """The noise floor, a float64 number on the CPU: what `state_dict` has besides parameters and centre."""
@@ -211,12 +198,8 @@ class MFA(LocalMixture):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # One of earlier versions has no floor, and is complete all the same.
-        state_dict.setdefault(prefix + _EXTRA_STATE, self.get_extra_state())
+        state_dict.setdefault(prefix + EXTRA_STATE, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Parameters and centre by name, without gradients: what is in a file of weights, beside its config."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name != _EXTRA_STATE}
 
     @door
     @torch.no_grad()
@@ -230,12 +213,8 @@ class MFA(LocalMixture):
 
         check_choice(method, ("varimax", "principal"), "method")
         iterations = check_integer(iterations, "iterations", 1)
-        rotated = (
-            rotate_loadings.varimax(self.loadings, iterations)
-            if method == "varimax"
-            else rotate_loadings.principal(self.loadings)
-        )
-        self.loadings.copy_(rotated)
+        loadings, of = self.loadings, rotate_loadings
+        loadings.copy_(of.varimax(loadings, iterations) if method == "varimax" else of.principal(loadings))
         return self
 
     @classmethod
@@ -246,46 +225,43 @@ class MFA(LocalMixture):
         """
         from mfa_kernels.mixture import saving
 
-        _check_options("from_pretrained", saving.load_pretrained, kwargs)
-        return saving.load_pretrained(cls, folder_or_hub_id, **kwargs)
+        return _with_options(saving.load_pretrained, "from_pretrained", kwargs)(cls, folder_or_hub_id)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes config.json and model.safetensors, each to a temporary name and then renamed."""
         from mfa_kernels.mixture import saving
 
-        _check_options("save_pretrained", saving.save_pretrained, kwargs)
-        saving.save_pretrained(self, folder, **kwargs)
+        _with_options(saving.save_pretrained, "save_pretrained", kwargs)(self, folder)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
         """Uploads what `save_pretrained` writes to a Hugging Face hub repository."""
         from mfa_kernels.mixture import saving
 
-        _check_options("push_to_hub", saving.push_to_hub, kwargs)
-        return saving.push_to_hub(self, repo_id, **kwargs)
+        return _with_options(saving.push_to_hub, "push_to_hub", kwargs)(self, repo_id)
 
     @classmethod
     def from_reference_checkpoint(cls, path: str | os.PathLike[str], **kwargs: Any) -> MFA:
         """Reads the paper's own .pt formats, without running code from the file."""
         from mfa_kernels.mixture import paper_format
 
-        _check_options("from_reference_checkpoint", paper_format.load_reference, kwargs)
-        return paper_format.load_reference(cls, path, **kwargs)
+        return _with_options(paper_format.load_reference, "from_reference_checkpoint", kwargs)(cls, path)
 
     def to_reference_checkpoint(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the paper's own .pt format."""
         from mfa_kernels.mixture import paper_format
 
-        _check_options("to_reference_checkpoint", paper_format.save_reference, kwargs)
-        paper_format.save_reference(self, path, **kwargs)
+        _with_options(paper_format.save_reference, "to_reference_checkpoint", kwargs)(self, path)
 
 
-def _check_options(method: str, function: Any, given: dict[str, Any]) -> None:
-    """Raises for a keyword that the function behind a method does not take, by the name that was called."""
+def _with_options(function: Any, method: str, given: dict[str, Any]) -> Any:
+    """The function behind a method, with the keywords given; raises for one that it does not take, naming the
+    method."""
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for name in given:
         if name not in known:
             raise TypeError(f"MFA.{method}() takes the keywords {', '.join(known)}, got {name!r}")
+    return partial(function, **given)
 
 
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:

@@ -26,12 +26,12 @@ from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.saving import M, allocated, checked_extra, checked_place
 
 _REFERENCE_TENSORS = ("mu", "dir_raw", "scale_rho", "psi_rho", "pi_logits")
-_BARE_EPS_FLOOR = 1e-8  # what the paper's loader takes where a file does not say
-_TRAINING_EPS_FLOOR = 1e-5  # what the paper's trainer starts with
+_BARE_EPS_FLOOR = 1e-8  # of the paper's loader, for a file that does not say
+_TRAINING_EPS_FLOOR = 1e-5  # of the paper's trainer
 _META = ("K", "D", "q", "rank", "cls", "version", "eps_floor", "rotation_on")
-_RECORD_BYTES = 1 << 20  # read at once where only their checksum matters
+_RECORD_BYTES = 1 << 20  # read at once to compare their checksum
 _CHUNK_ELEMENTS = 1 << 23  # 64 MiB of float64
-_OBLIQUE = 1e-2  # farther from orthogonal than the rounding of bfloat16 explains
+_OBLIQUE = 1e-2  # a rotation this far from orthogonal is no rounding of bfloat16
 
 
 @door
@@ -45,7 +45,7 @@ def load_reference(
     dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> M:
-    """A mixture from a .pt or .ckpt file of the paper's own code, read without running code from it.
+    """Loads a mixture from a .pt or .ckpt file of the paper's own code, without running code from it.
 
     Both of its containers are read, {"state_dict", "meta"} with the rank under "q" or "rank", and the bare state dict;
     names may begin with "module." or "_orig_mod."; tensors and meta keys of other names are ignored.
@@ -111,7 +111,7 @@ def load_reference(
 
 
 def _is_archive(path: Path) -> bool:
-    """Whether a file is of torch's own format since 1.6, a zip archive; raises where that is damaged.
+    """True where a file is of torch's own format since 1.6, a zip archive; raises where that is damaged.
 
     Its readers, unlike `zipfile`, do not compare the checksums in it.
     """
@@ -121,10 +121,10 @@ def _is_archive(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         size = path.stat().st_size
         for entry in archive.infolist():
-            # torch compresses nothing: what claims to be larger than the file is would be made in memory.
+            # torch compresses nothing: an entry that claims to be larger than the file would be made in memory.
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size > size:
                 raise zipfile.BadZipFile(f"{shown(entry.filename)} claims {entry.file_size} bytes")
-            if entry.CRC:  # 0: written without, as torch.serialization.set_crc32_options asks for
+            if entry.CRC:  # torch.serialization.set_crc32_options can leave it out, which writes 0
                 with archive.open(entry) as record:
                     while record.read(_RECORD_BYTES):
                         pass
@@ -135,7 +135,7 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name, of shapes that fit together, and the meta dict (empty for a bare state dict)."""
     check_file(path)
     try:
-        # Mapped, a tensor can be no larger than what there is of the file.
+        # A mapped tensor can be no larger than the file.
         content = torch.load(str(path), map_location="cpu", weights_only=True, mmap=_is_archive(path))
     except (OSError, MemoryError):
         raise
@@ -164,7 +164,7 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if meta.get("version", 1) != 1:
         raise ValueError(f"{path} is of version {shown(meta['version'])} of the paper's format, expected 1")
     if not optional(SHARE).holds(meta.get("eps_floor")):
-        # The mixture's word for it is the noise floor.
+        # A mixture calls it the noise floor.
         raise ValueError(f"{path}: meta: noise_floor must be >= 0, got eps_floor {shown(meta['eps_floor'])}")
 
     tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in tensors.items()}
@@ -202,7 +202,7 @@ def _read_reference(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: its tensors claim {size} bytes and rank {rank}, more than the file has and {features}"
         )
     for name, tensor in state.items():
-        if not (tensor < torch.inf).all():  # -inf is a weight or a noise of 0
+        if not (tensor < torch.inf).all():  # a weight or a noise of 0 is -inf here
             raise ValueError(f"{path}: {name} has NaN or infinite values")
     for key, size in (("K", components), ("D", features), ("q", rank), ("rank", rank)):
         if meta.get(key, size) != size:

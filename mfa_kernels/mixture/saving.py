@@ -87,7 +87,7 @@ def save_pretrained(mfa: Mixture, folder: StrPath, *, extra: Mapping[str, Any] |
         folder: made if it is missing; a mixture that is there is replaced.
         extra: what JSON can hold, kept under a key of its own in config.json (the language model, the layer, the data
             ...) and given back as `mfa.extra`. None keeps the `extra` the mixture was loaded with. It is the user's
-            own and written as it is: a path in it is in the files, for whoever gets them to read.
+            own and written as it is: a path in it can be read by all who get the files.
 
     Raises:
         FileExistsError: the folder has a config.json of something else, such as a language model.
@@ -118,7 +118,7 @@ def checked_extra(mfa: Mixture, extra: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _fit_report(report: Any) -> dict[str, Any]:
-    """What of a config says how the mixture was fitted, where that is known."""
+    """The part of a config that says how the mixture was fitted; empty where that is not known."""
     if report is None:
         return {}
     if not isinstance(report, FitReport):
@@ -127,7 +127,7 @@ def _fit_report(report: Any) -> dict[str, Any]:
 
 
 def fit_report_of(config: Mapping[str, Any], path: Path) -> FitReport | None:
-    """What a config that was read from `path` says of the fit; None where it says nothing, as of earlier versions."""
+    """Returns the fit report of a config that was read from `path`; None where it has none, as of earlier versions."""
     fit = config.get("fit")
     return None if fit is None else FitReport.from_dict(fit, f"{path}: fit")
 
@@ -137,12 +137,7 @@ def config_of(mfa: Mixture, extra: Mapping[str, Any] | None, report: Any) -> dic
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,
         "mfa_kernels_version": __version__,
-        "n_components": mfa.n_components,
-        "n_features": mfa.n_features,
-        "rank": mfa.rank,
-        "noise": mfa.noise,
-        "precision": mfa.precision,
-        "noise_floor": mfa.noise_floor,
+        **{name: getattr(mfa, name) for name in _KINDS if name != "dtype"},
         "dtype": str(mfa.means.dtype).removeprefix("torch."),
         "extra": checked_extra(mfa, extra),
         **_fit_report(report),
@@ -150,13 +145,13 @@ def config_of(mfa: Mixture, extra: Mapping[str, Any] | None, report: Any) -> dic
 
 
 def sealed(config: dict[str, Any]) -> dict[str, Any]:
-    """With a key that tells the configs of two saves apart, and stays when one is edited by hand."""
+    """Returns a config with a key that tells two saves apart, and stays when the file is edited by hand."""
     text = json.dumps(config, sort_keys=True)
     return {**config, "saved_as": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
 
 def header_metadata(config: dict[str, Any]) -> dict[str, str]:
-    """What the header of the weights says, besides their checksum."""
+    """Returns the metadata in the header of the weights, without their checksum."""
     return {"format": "pt", "config": json.dumps(config)}
 
 
@@ -174,7 +169,7 @@ def load_pretrained(
     cache_dir: StrPath | None = None,
     local_files_only: bool = False,
 ) -> M:
-    """A mixture from what `save_pretrained` or `push_to_hub` wrote.
+    """Loads a mixture that `save_pretrained` or `push_to_hub` wrote.
 
     Args:
         cls: `MFA`, or a subclass with its constructor.
@@ -232,12 +227,12 @@ def load_pretrained(
 
 
 def checked_place(device: Any, dtype: Any) -> tuple[torch.device | None, torch.dtype | None]:
-    """Where a mixture is to be put, if that is said; raises where it cannot be."""
+    """Returns the device and dtype for a mixture, None where not given; raises where it cannot be put there."""
     return None if device is None else check_device(device), None if dtype is None else check_dtype(dtype)
 
 
 def blank_mixture(cls: type[M], config: Mapping[str, Any], components: int, precision: str | None, path: Path) -> M:
-    """A mixture of so many components on the meta device; where the config does not make one, an error names it."""
+    """Returns a mixture of so many components on the meta device; where the config makes none, an error names it."""
     with naming(path, "the config of a mixture"):
         return cls(
             components,
@@ -252,7 +247,7 @@ def blank_mixture(cls: type[M], config: Mapping[str, Any], components: int, prec
 
 
 def allocated(mfa: M, device: torch.device | str | None, dtype: torch.dtype | None) -> M:
-    """Memory for a mixture on the meta device; the values are yet to be written."""
+    """Returns a mixture on the meta device with memory of its own; the values are yet to be written."""
     if device is None:
         with of_the_caller():
             device = torch.get_default_device()
@@ -260,7 +255,7 @@ def allocated(mfa: M, device: torch.device | str | None, dtype: torch.dtype | No
 
 
 def find_files(source: StrPath, subfolder: str | None, **hub: Any) -> tuple[Path, Path]:
-    """Local paths of config.json and model.safetensors."""
+    """Returns the local paths of config.json and model.safetensors."""
     path = check_path(source, "folder_or_hub_id")
     if path.is_dir():
         path = path / (subfolder or "")
@@ -299,7 +294,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def config_beside(config: dict[str, Any], metadata: dict[str, str], path: Path) -> dict[str, Any]:
-    """`config`, read from config.json, if it was saved with the weights of this header; else the header's copy."""
+    """Returns `config`, read from config.json, if it was saved with these weights; else the copy in their header."""
     if "config" not in metadata:  # saved without one, perhaps with the floor, or by another program
         with naming(path, "a file of weights with a noise floor"):
             config = {**config, "noise_floor": float(metadata.get("noise_floor", config["noise_floor"]))}
@@ -323,7 +318,7 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
         )
     check_fields(config, _KINDS, str(path))
     check_fields(config, {"extra": OBJECT, "fit": optional(OBJECT)}, str(path), needed=False)
-    fit_report_of(config, path)  # is one, or raises
+    fit_report_of(config, path)  # raises where it is none
     return config
 
 
@@ -366,7 +361,7 @@ def push_to_hub(
         raise ValueError(f"{where} is the path {path!r} of this machine, which is not uploaded: give another extra")
     api = HfApi(token=token, library_name=MODEL_TYPE, library_version=__version__)
     with tempfile.TemporaryDirectory() as folder, of_the_hub():
-        save_pretrained(mfa, folder, extra=extra)  # first: it may object to extra
+        save_pretrained(mfa, folder, extra=extra)  # first, since it may refuse extra
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -404,7 +399,7 @@ mfa = MFA.from_pretrained("{repo_id}")
 
 
 def _fit_in_words(report: FitReport | None) -> dict[str, str]:
-    """What a model card says of a fit."""
+    """The lines of a model card on a fit."""
     if report is None:
         return {}
     held_out = report.held_out()

@@ -1,4 +1,4 @@
-"""When components are ruled out by bounds instead of being computed: one policy for models, EM and steering.
+"""The policy of screening, for models, EM and steering: when bounds rule components out.
 
 `mfa_kernels.ops.screen` makes the bounds; this file decides whether they pay. Counts decide, never times: the same
 tokens and parameters give the same decision on any machine.
@@ -52,16 +52,16 @@ def pays_for_rows(woodbury: Woodbury, rows: int) -> bool:
     return woodbury.is_cpp and rows >= _MANY_ROWS
 
 
-def cost(mfa: Mixture, evaluated: Tensor, coordinates: int, tokens: int | None = None) -> float:
-    """Cost of a token through bounds of so many coordinates, in units of its dense scan; below 1, bounds pay.
+def cost(mfa: Mixture, evaluated: Tensor, screen: AnyScreen, tokens: int | None = None) -> float:
+    """Cost of a token through the bounds, in units of its dense scan; below 1, bounds pay.
 
     Args:
         mfa: the mixture.
         evaluated: components computed for each of some tokens like it, (N,) int32.
-        coordinates: p.
+        screen: the bounds, or others on as many coordinates.
         tokens: among which stage 0 is shared; None leaves it out.
     """
-    return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, coordinates, tokens)
+    return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, screen.basis.shape[1], tokens)
 
 
 class ModelScreen(NamedTuple):
@@ -81,9 +81,9 @@ class ModelScreen(NamedTuple):
         """Returns the bounds of the parameters as they are; None where the dense scan of so many tokens costs less."""
         if self.woodbury is woodbury or self.screen is None or self.evaluated is None:
             return self.screen
-        if not tokens or cost(mfa, self.evaluated, self.screen.basis.shape[1], tokens) >= 1:
+        if not tokens or cost(mfa, self.evaluated, self.screen, tokens) >= 1:
             return None
-        return op.refresh(self.screen, *mfa.prepared()[0], woodbury)
+        return op.refresh(self.screen, mfa.prepared()[0], woodbury)
 
 
 def wants_lists(mfa: Mixture, neighbors: bool | None) -> bool:
@@ -107,7 +107,7 @@ def tuned(mfa: Mixture, x: Tensor, listed: bool) -> ModelScreen:
     """
     parameters, woodbury = mfa.prepared()
     x = x.to(parameters[0].dtype).contiguous()
-    chosen = op.choose(x, *parameters, woodbury, _least(listed)) if len(x) else None
+    chosen = op.choose(x, parameters, woodbury, _least(listed)) if len(x) else None
     if chosen is None:
         return ModelScreen(woodbury)
     chosen = _listed(mfa, chosen) if listed else chosen
@@ -121,7 +121,7 @@ def _least(listed: bool) -> int:
 
 def _listed(mfa: Mixture, screen: AnyScreen) -> AnyScreen:
     parameters, woodbury = mfa.prepared()
-    return op.with_neighbors(screen, *parameters, woodbury) if isinstance(screen, Screen) else screen
+    return op.with_neighbors(screen, parameters, woodbury) if isinstance(screen, Screen) else screen
 
 
 def _scan(mfa: Mixture, x: Tensor, screen: AnyScreen) -> ScreenedPairs:
@@ -183,7 +183,7 @@ class Screening:
         if not self.used:
             self._screen = None
         elif self._screen is None or self._screen[0] is not woodbury:
-            screen = op.screen(*self.mfa.prepared()[0], woodbury, basis=self.basis)
+            screen = op.screen(self.mfa.prepared()[0], woodbury, basis=self.basis)
             self._screen = woodbury, _listed(self.mfa, screen) if listed else screen
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class Screening:
         screened = _scan(self.mfa, x, self._screen[1])
         if len(x):
             self.rows += len(x)
-            self.work += self._cost(screened) * len(x)
+            self.work += cost(self.mfa, screened.evaluated, self._screen[1]) * len(x)
         return screened.active
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -229,18 +229,14 @@ class Screening:
             counts = self.processes.totals(self.since, self.rows, self.work)
             self.since, self.rows, self.work = (count / self.processes.count for count in counts)
 
-    def _cost(self, screened: ScreenedPairs) -> float:
-        assert self.basis is not None
-        return cost(self.mfa, screened.evaluated, self.basis.shape[1])
-
     def _drifted(self) -> bool:
         """True where the bounds left much more, or much less, under the parameters before these than when tuned."""
         return self.rows > 0 and abs(self.work / self.rows - self.cost) > _DRIFT * self.cost
 
     def _choose(self, least: int) -> None:
         parameters, woodbury = self.mfa.prepared()
-        chosen = op.choose(self.sample, *parameters, woodbury, least)
+        chosen = op.choose(self.sample, parameters, woodbury, least)
         self.since, self.cost = 0, 1.0
         self.basis = None if chosen is None else chosen.basis.contiguous()
         if chosen is not None:  # a run that resumes from a checkpoint can only prepare the bounds anew, so all do
-            self.cost = self._cost(_scan(self.mfa, self.sample, chosen))
+            self.cost = cost(self.mfa, _scan(self.mfa, self.sample, chosen).evaluated, chosen)

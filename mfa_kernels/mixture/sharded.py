@@ -1,4 +1,4 @@
-"""A mixture whose components are spread over the processes of a process group, for K that does not fit on one device.
+"""A mixture spread over the processes of a group, for K that does not fit on one device.
 
 Every process scans the tokens against its own components; log p(x) is the logsumexp over the processes of what each
 finds. Gradients and statistics of a component stay where it is: what travels per token is one log-density from each
@@ -77,9 +77,7 @@ class _Sum(torch.autograd.Function):
         return grad, None
 
 
-def _of_local(name: str) -> Any:
-    """A property that is the attribute of this name of `local`."""
-    return property(lambda self: getattr(self.local, name))
+_OF_LOCAL = {"means", "loadings", "log_noise", "weight_logits", "center", "noise_floor", "precision", "extra"}
 
 
 class ShardedMFA(Mixture):
@@ -107,16 +105,6 @@ class ShardedMFA(Mixture):
         ValueError: on every process, where the mixtures do not fit each other.
     """
 
-    means: Tensor = _of_local("means")
-    loadings: Tensor = _of_local("loadings")
-    log_noise: Tensor = _of_local("log_noise")
-    noise_variance = _of_local("noise_variance")
-    weight_logits: Tensor = _of_local("weight_logits")
-    center: Tensor = _of_local("center")
-    noise_floor: float = _of_local("noise_floor")
-    precision: str = _of_local("precision")
-    extra: dict[str, Any] = _of_local("extra")
-
     def __init__(self, local: MFA, group: dist.ProcessGroup | None = None) -> None:
         super().__init__()
         self.processes = Processes(group).on(local.means.device)
@@ -133,12 +121,17 @@ class ShardedMFA(Mixture):
         with torch.no_grad():
             self.processes.broadcast_(local.center, *([local.log_noise] if self.noise == "shared" else []))
 
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and settings of this process's components are those of `local`."""
+        return getattr(self.local, name) if name in _OF_LOCAL else super().__getattr__(name)
+
     @classmethod
     @door
     def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:
         """Returns each process's part of a mixture that every process holds; parameters are copied."""
         start, stop = part_of(mfa.n_components, Processes(group))
-        local = _blank_like(mfa, stop - start).to_empty(device=mfa.means.device)
+        config = saving.config_of(mfa, None, None)
+        local = saving.blank_mixture(MFA, config, stop - start, None, Path()).to_empty(device=mfa.means.device)
         local.extra = dict(mfa.extra)
         local.load_state_dict(
             {name: t[start:stop] if is_split(name, mfa.noise) else t for name, t in mfa.tensors().items()}
@@ -163,7 +156,7 @@ class ShardedMFA(Mixture):
         means, loadings, noise, _ = self.local.parameters_in_compute_dtype()
         if self.noise == "shared":
             noise = self._shared(noise)
-        return means, loadings, noise, self.log_weights.to(means.dtype)
+        return Parameters(means, loadings, noise, self.log_weights.to(means.dtype))
 
     def woodbury(self) -> ops.Woodbury:
         """Returns the Woodbury terms of this process's components."""
@@ -183,7 +176,7 @@ class ShardedMFA(Mixture):
         """Returns the active pairs among all components, from what the scan of each process's own has found."""
         slots = own.logits.shape[1]
         log_prob = _Stack.apply(own.log_prob, self.processes).logsumexp(0)
-        every = _Stack.apply(own.logits, self.processes)  # (size, N, slots), as is what follows
+        every = _Stack.apply(own.logits, self.processes)  # (size, N, slots), like the tensors that follow
         numbers = self.processes.stacked(torch.where(own.components >= 0, own.components + self.first_component, -1))
         counts = self.processes.stacked(own.counts)
         least = every.detach().amax((0, 2)) - self.threshold
@@ -245,18 +238,17 @@ class ShardedMFA(Mixture):
                         written.add(data)
                         weights.write(data)
                 digests[name] = written.digests()
-            if weights is not None:  # the header had room for what is known only now
+            if weights is not None:  # the header has room for the checksum, which is known only now
                 total = checksum.combined(of, [one for name in sorted(digests) for one in digests[name]], metadata)
                 weights.seek(0)
                 weights.write(self._header({**metadata, checksum.KEY: total}, of))
         processes.totals(0)  # waits for process 0
 
     def _facts(self) -> dict[str, checksum.Fact]:
-        """Dtype and shape of each tensor of the whole mixture, in the order of the state dict."""
+        """The dtype and shape of each tensor of the whole mixture, in the order of the state dict."""
         return {
             name: checksum.fact(
-                tensor.dtype,
-                [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]],
+                tensor.dtype, [self.n_components if is_split(name, self.noise) else len(tensor), *tensor.shape[1:]]
             )
             for name, tensor in self.local.tensors().items()
         }
@@ -364,17 +356,3 @@ def part_of(components: int, processes: Processes) -> tuple[int, int]:
     if components < processes.count:
         raise ValueError(f"a mixture of {components} components cannot be spread over {processes.count} processes")
     return processes.span(components)
-
-
-def _blank_like(mfa: MFA, components: int) -> MFA:
-    """The mixture with another number of components, on the meta device."""
-    return MFA(
-        components,
-        mfa.n_features,
-        mfa.rank,
-        mfa.noise,
-        precision=mfa.precision,
-        noise_floor=mfa.noise_floor,
-        device="meta",
-        dtype=mfa.means.dtype,
-    )

@@ -209,16 +209,11 @@ class Handle:
         Raises:
             IndexError, TypeError, ValueError: naming the argument that does not fit; everything stays as it was.
         """
-        changes = {"component": component, "alpha": alpha, "latents": latents}
-        changes = {name: value for name, value in changes.items() if value is not _KEEP}
-        lists = {
-            name: value for name, value in (("interventions", interventions), ("rows", rows)) if value is not _KEEP
-        }
-        if lists:
-            given = {"component": None, "alpha": None, "latents": None, "interventions": None, "rows": None}
-            given.update(lists, **changes)
-        else:
-            given = {**self._plan.given, **changes}
+        given = {"component": component, "alpha": alpha, "latents": latents}
+        given |= {"interventions": interventions, "rows": rows}
+        changes = {name: value for name, value in given.items() if value is not _KEEP}
+        begins_anew = "interventions" in changes or "rows" in changes
+        given = {**(dict.fromkeys(given) if begins_anew else self._plan.given), **changes}
         where = {"positions": positions, "gate": gate, "norm": norm}
         where = {name: self._plan.where[name] if value is _KEEP else value for name, value in where.items()}
         self._plan = self._build(given, where)

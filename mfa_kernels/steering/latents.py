@@ -21,7 +21,7 @@ from mfa_kernels.common.modes import door
 from mfa_kernels.data.source import as_source
 from mfa_kernels.mixture.mfa import MFA
 
-_BATCH = 8192
+BATCH = 8192  # rows that are assigned at once
 
 
 def prior_latents(mfa: MFA, rows: int | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -67,8 +67,8 @@ def latent_quantiles(mfa: MFA, activations: Any, component: int, q: float | Sequ
     if source.n_features != mfa.n_features:
         raise ValueError(f"activations have {source.n_features} features, but the mixture has {mfa.n_features}")
     found = []
-    for start in range(0, len(source), _BATCH):
-        x = source.chunk(start, min(start + _BATCH, len(source))).to(mfa.means.device)
+    for start in range(0, len(source), BATCH):
+        x = source.chunk(start, min(start + BATCH, len(source))).to(mfa.means.device)
         own = x[mfa.assign(x) == k]
         found.append(mfa.posterior(own, k)[0])
     observed = torch.cat(found) if found else mfa.means.new_empty(0, mfa.rank)

@@ -1,4 +1,4 @@
-"""What commands write takes no place of anything else, and what is wrong is found before the work."""
+"""Outputs of commands take no place of anything else, and wrong places are found before the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says: in the words of its options, on one line, and only where somebody watches."""
+"""Messages of the command line: in the words of its options, on one line, bars only on a terminal."""
 
 from __future__ import annotations
 

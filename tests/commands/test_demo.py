@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,12 +22,13 @@ def test_what_is_said_has_a_name_and_a_unit(
 ) -> None:
     pytest.importorskip("matplotlib")
     pictured: list[int] = []
-    scatter = figures.region_scatter
-    monkeypatch.setattr(
-        figures, "region_scatter", lambda mfa, store, k, *given, **named: pictured.append(k) or scatter(
-            mfa, store, k, *given, **named
-        )
-    )  # fmt: skip
+    scatter = demo.region_scatter
+
+    def noted(mfa: Any, store: Any, component: int, *given: Any, **named: Any) -> Any:
+        pictured.append(component)
+        return scatter(mfa, store, component, *given, **named)
+
+    monkeypatch.setattr(demo, "region_scatter", noted)
     options = demo.Options(
         tmp_path, tokens=1500, components=4, rank=2, epochs=1, component=3, prompts=("def f",), new_tokens=2,
         text=(demo.__file__, figures.__file__),

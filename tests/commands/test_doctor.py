@@ -1,4 +1,4 @@
-"""What the doctor says is what the kernels' own choice is."""
+"""The doctor reports the choice of the kernels themselves."""
 
 from __future__ import annotations
 

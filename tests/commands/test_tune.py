@@ -20,9 +20,9 @@ START = Pairs(pairs=16, features=64, warps=4, stages=2)
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("MFA_KERNELS_CONFIGS", str(tmp_path / "tuned"))
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
     yield tmp_path / "tuned"
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
 
 
 def current() -> Pairs:
@@ -34,7 +34,7 @@ def search(monkeypatch, seconds, result=lambda config: 1.0) -> tuple[Pairs, list
     lines: list[str] = []
     choices = {"pairs": (16, 32), "features": (64, 128, 256), "warps": (2, 4, 8), "stages": (1, 2, 3)}
     monkeypatch.setitem(tune.CHOICES, "pairs", choices)
-    monkeypatch.setattr(tune, "_median", lambda workload, device: seconds(current()))
+    monkeypatch.setattr(tune, "median_seconds", lambda workload, device: seconds(current()))
     workload = lambda: [torch.tensor([result(current())])]  # noqa: E731
     return tune.search(START, workload, torch.device("cpu"), lines.append), lines
 
@@ -67,14 +67,14 @@ def test_a_default_that_does_not_run_is_an_error(monkeypatch):
     def median(workload, device):
         raise AssertionError("measured all the same")
 
-    monkeypatch.setattr(tune, "_median", median)
+    monkeypatch.setattr(tune, "median_seconds", median)
     runs = iter([1.0, 2.0])
     with pytest.raises(RuntimeError, match="the default configuration .* does not run: wrong"):
         tune.search(START, lambda: [torch.tensor([next(runs)])], torch.device("cpu"), print)
 
 
 def test_every_choice_is_a_field_and_the_defaults_are_among_them():
-    assert {kind.__name__.lower() for kind, _ in configs._ANALYSED} == set(tune.KINDS) == set(tune.CHOICES)
+    assert {configs.name_of(kind) for kind, _ in configs._ANALYSED} == set(tune.KINDS) == set(tune.CHOICES)
     for name, kind in tune.KINDS.items():
         assert {field.name for field in dataclasses.fields(kind)} == set(tune.CHOICES[name])
         for architecture in (80, 90, 100):
@@ -104,24 +104,24 @@ def test_rehearsal_with_the_real_kernels(folder, small, monkeypatch):
         seen.append(kind.__name__)
         return float(configs._overrides[kind].stages)
 
-    monkeypatch.setattr(tune, "_median", median)
+    monkeypatch.setattr(tune, "median_seconds", median)
     lines: list[str] = []
     path = tune.tune(shapes=[(9, 12, 70, 1)], device=DEVICE, report=lines.append)
     assert path == folder / configs.file_name(name)
     assert not any("Error" in line or "wrong" in line for line in lines), lines
-    assert set(seen) == {"Scan", "Pairs", "Gradient", "Dense", "Statistics", "Nearest"}
+    assert set(seen) == {"Scan", "Pairs", "Gradient", "AllLogits", "Statistics", "Nearest"}
     written = json.loads(path.read_text())
     assert written.pop("pairs/8/8") == dataclasses.asdict(START)
     for key, fields in written.items():
         kind = tune.KINDS[key.split("/")[0]]
-        assert key == configs._key(kind, 9, 12)
+        assert key == configs.key(kind, 9, 12)
         assert kind(**fields) == dataclasses.replace(configs.default(kind, 80, 9, 12), stages=1) or DEVICE.type != "cpu"
     assert written
 
 
 def test_what_another_process_measures_meanwhile_is_kept(folder, monkeypatch):
     monkeypatch.setattr(tune.backends, "serving", lambda *_: "triton")
-    monkeypatch.setattr(tune, "_problem", lambda *_: dict.fromkeys(tune.KINDS))
+    monkeypatch.setattr(tune, "workloads", lambda *_: dict.fromkeys(tune.KINDS))
     path = folder / configs.file_name("cpu")
 
     def search(start, workload, device, report):
@@ -136,7 +136,7 @@ def test_what_another_process_measures_meanwhile_is_kept(folder, monkeypatch):
 
 
 def test_a_clock_that_moves(small):
-    assert tune._median(lambda: torch.zeros(10, device=DEVICE), DEVICE) > 0
+    assert tune.median_seconds(lambda: torch.zeros(10, device=DEVICE), DEVICE) > 0
 
 
 def test_command_line(folder, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from tests.helpers.mixtures import mixture, tokens
 
 
 class Frame:
-    """What pandas' frames are to others: their items are the names of columns, and NumPy can read them."""
+    """A stand-in for pandas' frames: their items are the names of columns, and NumPy can read them."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array, self.shape = array, array.shape

@@ -84,7 +84,7 @@ def _same(found: Any, expected: Any) -> None:
 
 
 class _Gradients:
-    """Of an output in some leaves; taken outside of autocast, as PyTorch asks for."""
+    """Gradients of an output in some leaves; taken outside of autocast, as PyTorch asks for."""
 
     def __init__(self, output: Tensor, *leaves: Tensor) -> None:
         self.output, self.leaves = output.double().square().sum(), leaves

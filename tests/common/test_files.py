@@ -83,7 +83,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
 
 
 def abandoned(folder: Path, name: str) -> Path:
-    """What a writer leaves that is killed."""
+    """Returns the folder that a killed writer leaves."""
     before = set(folder.iterdir())
     child = os.fork()
     if not child:

@@ -22,8 +22,8 @@ from mfa_kernels.evaluation.reconstruction import evaluate
 from mfa_kernels.fitting import fit_sharded, start_from_clusters
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.steering import Add, Reconstruct, Remove, Toward, intervene
-from tests.data.test_harvest import make_model, make_tokenizer, words
 from tests.fitting.planted import draw, planted
+from tests.helpers.language import make_model, make_tokenizer, words
 from tests.steering.tiny import causal_lm, fitting_mixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,7 +108,7 @@ def fitted(**arguments: Any) -> dict[str, Any]:
 
 
 def result(mfa: Any) -> dict[str, Any]:
-    """What a fit returned; it can be trained on, under whatever mode it was made."""
+    """A result of a fit; it can be trained on, under whatever mode it was made."""
     assert all(p.requires_grad and p.is_leaf and not p.is_inference() for p in mfa.parameters())
     return {**mfa.state_dict(), "history": [record["held_out_nll"] for record in mfa.fit_report.history]}
 
@@ -148,7 +148,7 @@ def evaluated() -> dict[str, float]:
 
 
 def gradients(**options: Any) -> dict[str, Tensor]:
-    """Of a training step; whoever wants one wants gradients."""
+    """Returns the gradients of a training step."""
     mfa = fresh(**options)
     with torch.inference_mode(False), torch.enable_grad():
         loss = mfa(rows())
@@ -319,7 +319,7 @@ def check(name: str, backend: str, *names: str) -> None:
 
 
 def is_the_models(name: str, mode: str) -> bool:
-    """Whether it is the language model, which is the caller's, that does something else in this mode."""
+    """True where the language model, which is the caller's, does something else in this mode."""
     return name == "generate" and mode.startswith("autocast")
 
 

@@ -1,4 +1,4 @@
-"""What is written takes the place of its own kind only, and never of what is read; from Python."""
+"""An output replaces its own kind only, and never an input; from Python."""
 
 from __future__ import annotations
 

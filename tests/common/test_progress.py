@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
 
 
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """To be called in a test: pytest sets standard error anew before it."""
+    """A function to call in a test: pytest sets standard error anew before it."""
     monkeypatch.setattr(sys, "stderr", Terminal())
     return sys.stderr  # type: ignore[return-value]
 

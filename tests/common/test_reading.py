@@ -1,4 +1,4 @@
-"""What every reader of files shares: errors that name the file and what was expected."""
+"""Reading of files: errors that name the file and what was expected."""
 
 from __future__ import annotations
 

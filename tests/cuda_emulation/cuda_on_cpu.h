@@ -1,5 +1,5 @@
-// The CUDA that csrc/cuda uses, on a CPU: it takes the place of device.cuh, so that g++ compiles the kernels' own
-// sources.
+// The CUDA that csrc/cuda uses, on a CPU, in place of device.cuh: g++ compiles the kernels' own sources.
+//
 //  A block is a set of fibers (ucontext), one per thread: deterministic, and a barrier or an exchange between lanes
 // that not all come to is found and reported, not hung on. Three things make mistakes visible: shared memory is filled
 // with NaN before every block; a warp runs as far ahead of the others as barriers let it; and warps and blocks take
@@ -54,7 +54,7 @@ constexpr size_t kStack = 128 << 10;
   std::abort();
 }
 
-// Where `expected` threads meet.
+// A place where `expected` threads meet.
 struct Meeting {
   int arrived = 0;
   int64_t round = 0;

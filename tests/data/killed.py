@@ -21,8 +21,8 @@ from mfa_kernels import harvest
 from mfa_kernels.common.locks import LOCK
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.store import MANIFEST
-from tests.data.test_harvest import make_model, make_tokenizer, words
 from tests.helpers.killed import Job, begin, contents, live
+from tests.helpers.language import make_model, make_tokenizer, words
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 WIDTH = 64
@@ -135,7 +135,7 @@ def check_replaced(name: str, folder: Path, kills: int) -> None:
 
 
 def check_left(folder: Path) -> None:
-    """What is left of a file, by whom it would have been named, is removed by the next writer."""
+    """Checks that the next writer of a file removes the temporary files of killed ones."""
     assert live(writing, folder / "whole", False, None)
 
     def killed_at(rename: int) -> Job:

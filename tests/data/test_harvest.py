@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from itertools import accumulate, count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,74 +12,15 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from mfa_kernels import harvest
-from mfa_kernels.common import locks
-from mfa_kernels.common.locks import LOCK
-from mfa_kernels.data import ActivationStore, ActivationStoreWriter, language_model
+from mfa_kernels.data import ActivationStore, language_model, tiny_lm
 from mfa_kernels.data.harvest import stream
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
+from tests.data.harvesting import TEXTS, hooks, quiet
+from tests.helpers.language import BOS, EOS, UNKNOWN, VOCABULARY, make_model, make_tokenizer, templated, words
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
-
-BOS, EOS, UNKNOWN, WORDS = 0, 1, 2, 40
-VOCABULARY = 3 + WORDS
-
-
-def make_tokenizer(bos: bool) -> PreTrainedTokenizerFast:
-    """One token per word w0 ... w39; with `bos`, "<s>" in front of every text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    vocabulary = {"<s>": BOS, "</s>": EOS, "<unk>": UNKNOWN, **{f"w{i}": 3 + i for i in range(WORDS)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def templated(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
-    """A conversation of one turn, as a template writes it: with the BOS token's text."""
-    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False)
-
-
-def make_model(kind: str, seed: int = 0) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        if kind == "llama":
-            config: Any = LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=16,
-                intermediate_size=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                max_position_embeddings=64,
-            )
-            return LlamaForCausalLM(config)
-        config = GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=4, n_head=2, n_positions=64)
-        return GPT2LMHeadModel(config)
-
-
-def words(*numbers: int) -> str:
-    return " ".join(f"w{n % WORDS}" for n in numbers)
-
-
-TEXTS = [words(*range(i, i + 3 + 5 * i)) for i in range(6)]  # 3 to 28 words
-FOUR = (("llama", True), ("llama", False), ("gpt2", True), ("gpt2", False))
-
-
-@pytest.fixture(params=FOUR, ids=[f"{kind}-{'bos' if bos else 'plain'}" for kind, bos in FOUR])
-def lm(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFast, bool]:
-    kind, bos = request.param
-    return make_model(kind), make_tokenizer(bos), bos
-
-
-@pytest.fixture
-def llama() -> tuple[Any, PreTrainedTokenizerFast]:
-    return make_model("llama"), make_tokenizer(bos=True)
 
 
 def hidden_states_of(model: Any, documents: list[Tensor], layer: int) -> list[Tensor]:
@@ -100,10 +37,6 @@ def hidden_states_of(model: Any, documents: list[Tensor], layer: int) -> list[Te
         states = model(input_ids=tokens, attention_mask=mask, output_hidden_states=True).hidden_states[layer + 1]
     model.train(was)
     return [states[i, : len(document)] for i, document in enumerate(documents)]
-
-
-def quiet(*args: Any, **options: Any) -> Any:
-    return harvest(*args, progress=False, **options)
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -287,10 +220,6 @@ def test_overflow_of_the_dtype_on_disk_counts_as_not_finite(llama: tuple) -> Non
     assert store.tokens.tolist() == [3 + 1, 3 + 3]
 
 
-def hooks(model: nn.Module) -> list[int]:
-    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
-
-
 def test_the_model_is_left_as_it_was(llama: tuple) -> None:
     model, tokenizer = llama
     model.train()
@@ -420,8 +349,6 @@ def test_a_tokenizer_that_does_not_fit(llama: tuple) -> None:
 
 
 def test_the_tokens_of_a_real_model_decode_to_the_text() -> None:
-    from mfa_kernels.data import tiny_lm
-
     model, tokenizer = tiny_lm.load()
     text = "def read(path):\n    with open(path) as file:\n        return file.read()\n"
     store = quiet(model, tokenizer, [("reader.py", text)], 2)
@@ -432,301 +359,6 @@ def test_the_tokens_of_a_real_model_decode_to_the_text() -> None:
     assert tokenizer.decode(tokens) in text
     assert store.source(store.document(row)) == "reader.py"
     assert store.n_features == model.config.hidden_size
-
-
-LONG = [words(*range(i, i + 20 + i % 7)) for i in range(30)]
-CUT = {"context": 9, "batch_size": 3, "rows_per_shard": 40}
-
-
-class CutOff(Exception):
-    pass
-
-
-def cut_off_after(writes: int, patch: pytest.MonkeyPatch) -> None:
-    """The process 'dies' before it writes another manifest; a shard that the manifest lacks may be there."""
-    whole, left = ActivationStoreWriter._write_manifest, [writes]
-
-    def write(self: ActivationStoreWriter, complete: bool) -> None:
-        if not left[0]:
-            raise CutOff
-        left[0] -= 1
-        whole(self, complete)
-
-    patch.setattr(ActivationStoreWriter, "_write_manifest", write)
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("max_tokens", [None, 333])
-def test_cut_off_anywhere_it_goes_on_to_the_same_files(
-    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_tokens: int | None
-) -> None:
-    model, tokenizer = llama
-    options = {**CUT, "max_tokens": max_tokens}
-    whole = quiet(model, tokenizer, LONG, [0, 2], tmp_path / "whole", **options)
-    assert len(whole[0].shards) > 8
-    assert max_tokens is None or len(whole[0]) == 333
-    cuts = 0
-    while True:
-        with monkeypatch.context() as patch:
-            cut_off_after(3, patch)  # two stores begin with a manifest each: one more shard in each life
-            try:
-                quiet(model, tokenizer, LONG, [0, 2], tmp_path / "cut", resume=True, **options)
-            except CutOff:
-                cuts += 1
-                continue
-        break
-    assert cuts > 8
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
-    assert "progress" not in (tmp_path / "cut" / "model.layers.0" / "manifest.json").read_text()
-
-
-def test_going_on_the_model_reads_only_what_is_missing(
-    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = llama
-    passes: list[int] = []
-    model.register_forward_pre_hook(lambda *_: passes.append(1))
-    quiet(model, tokenizer, LONG, 1, tmp_path / "whole", **CUT)
-    total = len(passes)
-    with monkeypatch.context() as patch:
-        cut_off_after(7, patch)
-        with pytest.raises(CutOff):
-            quiet(model, tokenizer, LONG, 1, tmp_path / "cut", **CUT)
-    passes.clear()
-    quiet(model, tokenizer, LONG, 1, tmp_path / "cut", resume=True, **CUT)
-    assert 0 < len(passes) < total * 3 // 4
-    passes.clear()
-    quiet(model, tokenizer, LONG, 1, tmp_path / "cut", resume=True, **CUT)
-    assert not passes, "it is complete"
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
-
-
-def test_rows_that_are_not_finite_are_counted_once(
-    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tokenizer = llama
-    with torch.no_grad():
-        model.get_input_embeddings().weight[7] = torch.nan
-    with pytest.warns(UserWarning, match="not finite"):
-        quiet(model, tokenizer, LONG, 0, tmp_path / "whole", **CUT)
-    with monkeypatch.context() as patch:
-        cut_off_after(3, patch)
-        with pytest.raises(CutOff):
-            quiet(model, tokenizer, LONG, 0, tmp_path / "cut", **CUT)
-    with pytest.warns(UserWarning, match="not finite"):
-        quiet(model, tokenizer, LONG, 0, tmp_path / "cut", resume=True, **CUT)
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
-
-
-@pytest.fixture
-def cut(llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A store of four shards that is not complete."""
-    with monkeypatch.context() as patch:
-        cut_off_after(5, patch)
-        with pytest.raises(CutOff):
-            quiet(*llama, LONG, 1, tmp_path, **CUT)
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("damage", "error", "message"),
-    [
-        (lambda path: path.unlink(), FileNotFoundError, "activations-00002.safetensors: this shard is in the manifest"),
-        (lambda path: path.write_bytes(b"x"), ValueError, "activations-00002.safetensors: 1 bytes found"),
-        (
-            lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
-            ValueError,
-            "activations-00002.safetensors: corrupt",
-        ),
-    ],
-    ids=["missing", "truncated", "corrupt"],
-)
-def test_damaged_shards_are_reported_by_name(
-    llama: tuple, cut: Path, damage: Callable[[Path], Any], error: type[Exception], message: str
-) -> None:
-    damage(cut / "activations-00002.safetensors")
-    with pytest.raises(error, match=message):
-        quiet(*llama, LONG, 1, cut, resume=True, **CUT)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"context": 8}, "context = 8, there 9"),
-        ({"batch_size": 4, "seed": 1}, "batch_size = 4, there 3; seed = 1, there 0"),
-        ({"dtype": torch.bfloat16}, "dtype = 'torch.bfloat16', there 'torch.float32'"),
-        ({"rows_per_shard": 50}, "rows_per_shard = 50, there 40"),
-        ({"layer": 0}, "layer = 'model.layers.0', there 'model.layers.1'"),
-        ({"texts": [*LONG[:-1], "w1"]}, "windows of texts are not those of the stores"),
-    ],
-)
-def test_what_differs_is_named(llama: tuple, cut: Path, change: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {"texts": LONG, "layer": 1, **CUT, **change}
-    with pytest.raises(ValueError, match=message):
-        quiet(*llama, options.pop("texts"), options.pop("layer"), cut, resume=True, **options)
-
-
-def test_what_a_killed_process_left_is_removed(llama: tuple, cut: Path) -> None:
-    names = [".activations-00009.safetensors.0af.tmp", ".manifest.json.0af.tmp", ".tmpK3eXbq"]
-    for name in [*names, ".mine"]:
-        (cut / name).write_text("")
-    quiet(*llama, LONG, 1, cut, resume=True, **CUT)
-    assert {path.name for path in cut.iterdir() if path.name.startswith(".")} == {".mine", LOCK}
-
-
-def edited(folder: Path, **changes: Any) -> None:
-    """The manifest of a store as earlier versions wrote it; None takes a key away."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest.pop("checksum", None)
-    manifest["meta"] = {key: value for key, value in {**manifest["meta"], **changes}.items() if value is not None}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_a_store_of_an_earlier_version_with_paths_goes_on(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
-    model.save_pretrained(tmp_path / "lm")
-    tokenizer.save_pretrained(tmp_path / "lm")
-    lm = str(tmp_path / "lm")
-    quiet(lm, None, LONG, 1, tmp_path / "store", **CUT)
-    before = {"model": lm, "tokenizer": lm, "model_fingerprint": None, "weights_fingerprint": None}
-    edited(tmp_path / "store", **before)
-    assert quiet(lm, None, LONG, 1, tmp_path / "store", resume=True, **CUT).complete
-    edited(tmp_path / "store", model=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="other settings: here model = 'local:lm', there 'local:other'"):
-        quiet(lm, None, LONG, 1, tmp_path / "store", resume=True, **CUT)
-
-
-def test_resume_needs_the_same_weights(llama: tuple, tmp_path: Path) -> None:
-    """Of two models of one name and size."""
-    model, tokenizer = llama
-    other = copy.deepcopy(model)
-    assert language_model.weights_fingerprint(other) == language_model.weights_fingerprint(model)
-    with torch.no_grad():
-        other.model.norm.weight[3] += 0.5
-    quiet(model, tokenizer, LONG, 1, tmp_path, **CUT)
-    assert quiet(model, tokenizer, LONG, 1, tmp_path, resume=True, **CUT).complete
-    with pytest.raises(ValueError, match="resume: .* was written with other settings: here weights_fingerprint = "):
-        quiet(other, tokenizer, LONG, 1, tmp_path, resume=True, **CUT)
-
-
-def test_resume_needs_a_folder_and_spares_it(llama: tuple, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="it needs out"):
-        quiet(*llama, TEXTS, 1, resume=True)
-    with pytest.raises(ValueError, match="it needs no overwrite"):
-        quiet(*llama, TEXTS, 1, tmp_path, resume=True, overwrite=True)
-
-
-def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
-    model, tokenizer = llama
-    model.train()
-    options = {"context": 9, "batch_size": 3}
-    expected = quiet(model, tokenizer, LONG, 1, **options).tensor()
-    batches = []
-    for batch in stream(model, tokenizer, LONG, 1, **options):
-        assert model.training, "between two batches the model is as it was"
-        assert not any(module._forward_hooks for module in model.modules())
-        batches.append(batch)
-    assert len(batches) > 10
-    assert torch.equal(torch.cat(batches), expected)
-    first = torch.cat(list(stream(model, tokenizer, LONG, 1, max_tokens=50, **options)))
-    assert torch.equal(first, expected[:50])
-    batches = list(stream(model, tokenizer, LONG, [0, -2, "model.layers.1"], max_tokens=50, **options))
-    assert all(list(batch) == [0, -2, "model.layers.1"] for batch in batches)
-    for layer in (0, 1, 2):
-        alone = list(stream(model, tokenizer, LONG, layer, max_tokens=50, **options))
-        together = [batch[{0: 0, 1: "model.layers.1", 2: -2}[layer]] for batch in batches]
-        assert len(alone) == len(together) > 2
-        assert all(torch.equal(a, b) for a, b in zip(alone, together))
-    with pytest.raises(ValueError, match="layer must name at least one layer"):
-        stream(model, tokenizer, LONG, [])
-    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
-        stream(model, tokenizer, LONG, 1, batch_size=0)
-    with pytest.raises(IndexError, match="layer"):
-        stream(model, tokenizer, LONG, 9)
-
-
-def test_fit_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mfa_kernels import fit
-    from mfa_kernels.data.language_model import load_language_model
-    from mfa_kernels.fitting import preparation
-
-    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1500)
-    model, tokenizer = load_language_model(None)
-    texts = [f"def function_{i}(self, x):\n    return self.value_{i % 7} + {i} * x\n\n" * 4 for i in range(60)]
-    options = {"context": 64, "batch_size": 4, "max_tokens": 4000}
-
-    def fitted(batches: Iterator[Tensor], **more: Any) -> Any:
-        return fit(batches, 8, 2, method="auto", held_out=0.0, batch_size=300, progress=False, **more)
-
-    mfa = fitted(stream(model, tokenizer, texts, 1, **options))
-    assert mfa.fit_report.method == "online"
-    batches = list(stream(model, tokenizer, texts, 1, **options))
-    head = next(rows for rows in accumulate(map(len, batches)) if rows >= 1500)
-    assert mfa.fit_report.best_step == -(-(4000 - head) // 300)
-    later = torch.cat(batches)[1800:]
-    assert mfa(later) < fitted(iter(batches), epochs=0)(later) - 1, "the start has not seen these"
-    assert torch.equal(torch.cat(batches), quiet(model, tokenizer, texts, 1, **options).tensor())
-    again = fitted(iter(batches))
-    assert all(torch.equal(a, b) for a, b in zip(mfa.state_dict().values(), again.state_dict().values()))
-
-
-def test_fit_several_layers_while_harvesting(monkeypatch: pytest.MonkeyPatch) -> None:
-    import mfa_kernels
-    from mfa_kernels.data.language_model import load_language_model
-    from mfa_kernels.fitting import preparation
-
-    monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1000)
-    assert mfa_kernels.stream is stream
-    model, tokenizer = load_language_model(None)
-    passes = []
-    model.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
-    texts = [f"def function_{i}(self, x):\n    return self.value_{i % 7} + {i} * x\n\n" * 4 for i in range(40)]
-    options = {"context": 64, "batch_size": 4, "max_tokens": 2500}
-    fits = {
-        "early": {"layer": 1, "n_components": 8, "rank": 2},
-        "late": {"layer": 3, "n_components": 8, "rank": 2},
-        "large": {"layer": 3, "n_components": 12, "rank": 3},
-    }
-    common: dict[str, Any] = {"batch_size": 250, "progress": False}
-    mixtures = mfa_kernels.fit_many(stream(model, tokenizer, texts, [1, 3], **options), fits, **common)
-    assert len(passes) == len(list(stream(model, tokenizer, texts, 0, **options)))
-    for name, own in fits.items():
-        assert mixtures[name].fit_report.history[-1]["step"] >= 3
-        layer = own.pop("layer")
-        alone = mfa_kernels.fit(stream(model, tokenizer, texts, layer, **options), **own, **common)
-        assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), mixtures[name].state_dict().values()))
-
-
-def test_a_folder_that_is_written_to_is_refused_before_the_texts_are_read(
-    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(locks, "PATIENCE", 0.1)
-    taken: list[str] = []
-
-    def texts() -> Iterator[str]:
-        for text in TEXTS:
-            taken.append(text)
-            yield text
-
-    with locks.alone(tmp_path / "model.layers.2"):
-        for options in ({}, {"overwrite": True}, {"resume": True}):
-            with pytest.raises(TimeoutError, match=r"model\.layers\.2: another process.* is writing to this folder"):
-                quiet(*llama, texts(), [0, 2], tmp_path, **options)
-    assert not taken
-    quiet(*llama, TEXTS, [0, 2], tmp_path)
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        quiet(*llama, texts(), [0, 2], tmp_path)
-    assert not taken
-
-
-def test_a_complete_store_is_given_back_without_a_lock(llama: tuple, tmp_path: Path) -> None:
-    quiet(*llama, TEXTS, 0, tmp_path)
-    (tmp_path / LOCK).unlink()  # as in a folder that may only be read
-    assert quiet(*llama, TEXTS, 0, tmp_path, resume=True).complete
-    assert not (tmp_path / LOCK).exists()
 
 
 def test_text_from_a_chat_template_has_one_bos(lm: tuple) -> None:
@@ -745,104 +377,6 @@ def test_text_from_a_chat_template_has_one_bos(lm: tuple) -> None:
         assert torch.equal(store.tensor(), plain.tensor())
 
 
-def numbered(taken: list[int]) -> Iterator[str]:
-    """An endless stream that counts what is taken of it."""
-    for i in count():
-        taken.append(i)
-        yield words(i, *range(9))  # with BOS and less of the first position, ten rows
-
-
-class Streamed:
-    """As `datasets.IterableDataset`: rows that are iterated, again and again."""
-
-    def __init__(self, taken: list[int]) -> None:
-        self.taken = taken
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for i, text in enumerate(numbered(self.taken)):
-            yield {"text": text, "id": i}
-
-
-@pytest.mark.parametrize("kind", ["generator", "IterableDataset", "torch"])
-def test_an_endless_iterable_ends_with_max_tokens(llama: tuple, tmp_path: Path, kind: str) -> None:
-    class OfTorch(torch.utils.data.IterableDataset):
-        def __init__(self, taken: list[int]) -> None:
-            self.taken = taken
-
-        def __iter__(self) -> Iterator[str]:
-            return numbered(self.taken)
-
-        def __len__(self) -> int:
-            return 1 << 40
-
-    make = {"generator": numbered, "IterableDataset": Streamed, "torch": OfTorch}[kind]
-    options = {"max_tokens": 400, "batch_size": 4, "buffer_size": 50}
-    taken: list[int] = []
-    store = quiet(*llama, make(taken), 0, tmp_path / "a", **options)
-    assert len(store) == 400
-    assert store.meta["buffer_size"] == 50
-    assert len(taken) == 50 + 40, "the buffer, and what is needed"
-    numbers = [int(store.source(d).split()[1]) for d in range(store.n_documents)]
-    assert len(set(numbers)) == 40
-    assert numbers != sorted(numbers)
-    assert max(numbers) > 60
-    quiet(*llama, make([]), 0, tmp_path / "b", **options)
-    assert files(tmp_path / "b") == files(tmp_path / "a")
-    other = quiet(*llama, make([]), 0, seed=1, **options)
-    assert not torch.equal(other.tokens, store.tokens)
-    rows = torch.cat(list(stream(*llama, make([]), 0, **options)))
-    assert torch.equal(rows, store.tensor())
-
-
-def test_by_default_a_thousand_texts_are_buffered(llama: tuple) -> None:
-    taken: list[int] = []
-    quiet(*llama, numbered(taken), 0, max_tokens=100)
-    assert len(taken) == 1000 + 16  # a batch
-
-
-def test_a_buffer_larger_than_the_stream_gives_every_text_once(llama: tuple) -> None:
-    store = quiet(*llama, islice(numbered([]), 30), 0, batch_size=4)
-    sources = [store.source(d) for d in range(store.n_documents)]
-    assert sorted(sources) == sorted(f"text {i}" for i in range(30))
-    assert sources != sorted(sources, key=lambda name: int(name.split()[1]))
-    small = quiet(*llama, islice(numbered([]), 30), 0, batch_size=4, buffer_size=7)
-    assert sorted(small.source(d) for d in range(30)) == sorted(sources)
-    assert [small.source(d) for d in range(30)] != sources
-
-
-def test_the_order_of_sequences_is_that_of_earlier_versions(llama: tuple, tmp_path: Path) -> None:
-    class Rows:  # as datasets.Dataset
-        def __len__(self) -> int:
-            return len(TEXTS)
-
-        def __getitem__(self, i: int) -> dict[str, str]:
-            return {"text": TEXTS[i]}
-
-        def __iter__(self) -> Iterator[dict[str, str]]:
-            return map(self.__getitem__, range(len(self)))
-
-    expected = [f"text {i}" for i in torch.randperm(6, generator=torch.Generator().manual_seed(3)).tolist()]
-    for texts in (TEXTS, tuple(TEXTS), Rows(), np.array(TEXTS)):
-        store = quiet(*llama, texts, 0, seed=3, buffer_size=2)
-        assert [store.source(d) for d in range(store.n_documents)] == expected
-        assert "buffer_size" not in store.meta
-
-
-def test_a_stream_that_was_cut_off_goes_on_to_the_same_files(
-    llama: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = {**CUT, "max_tokens": 333, "buffer_size": 20}
-    quiet(*llama, numbered([]), 1, tmp_path / "whole", **options)
-    with monkeypatch.context() as patch:
-        cut_off_after(4, patch)
-        with pytest.raises(CutOff):
-            quiet(*llama, numbered([]), 1, tmp_path / "cut", **options)
-    with pytest.raises(ValueError, match="buffer_size = 21, there 20"):
-        quiet(*llama, numbered([]), 1, tmp_path / "cut", resume=True, **{**options, "buffer_size": 21})
-    quiet(*llama, Streamed([]), 1, tmp_path / "cut", resume=True, **options)
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
-
-
 def test_what_is_no_texts_is_refused_before_the_model_works(llama: tuple, tmp_path: Path) -> None:
     model, tokenizer = llama
     passes: list[int] = []
@@ -856,12 +390,6 @@ def test_what_is_no_texts_is_refused_before_the_model_works(llama: tuple, tmp_pa
     assert not passes
     with pytest.raises(ValueError, match="buffer_size must be an integer >= 1, got 0"):
         quiet(model, tokenizer, TEXTS, 0, buffer_size=0)
-
-
-def test_endless_texts_without_a_token_end(monkeypatch) -> None:
-    monkeypatch.setattr("mfa_kernels.data.harvest._MOST_BARREN", 30)
-    with pytest.raises(ValueError, match="texts: 30 in a row hold no token to keep"):
-        harvest(make_model("llama"), make_tokenizer(bos=True), repeat(("empty", "")), 0, max_tokens=5)
 
 
 def test_a_harvest_that_fails_leaves_nothing_and_warns_of_nothing(tmp_path, monkeypatch):

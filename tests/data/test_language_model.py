@@ -24,7 +24,7 @@ from mfa_kernels.data.language_model import (
     weights_fingerprint,
     with_hidden_states,
 )
-from tests.data.test_harvest import BOS, make_tokenizer, templated
+from tests.helpers.language import BOS, make_tokenizer, templated
 from tests.steering.tiny import ARCHITECTURES, causal_lm
 
 PATHS = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers"}

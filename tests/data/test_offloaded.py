@@ -13,7 +13,7 @@ from mfa_kernels.data.harvest import stream
 from mfa_kernels.data.language_model import continuation, input_device
 from mfa_kernels.interpret import logit_lens, logit_shift
 from mfa_kernels.steering import MFASteerer, alpha_for_kl
-from tests.data.test_harvest import make_tokenizer
+from tests.helpers.language import make_tokenizer
 from tests.helpers.offload import offloaded
 from tests.steering.tiny import causal_lm, fitting_mixture
 

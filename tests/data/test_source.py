@@ -76,7 +76,7 @@ def test_a_tensor_is_not_copied():
 
 def test_batches_keep_their_dtype_in_memory():
     source = as_source([DATA.half(), DATA.half()])
-    assert source._read_range(0, 2).dtype == torch.float16
+    assert source.read_range(0, 2).dtype == torch.float16
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_a_store_that_returns_the_wrong_shape_is_named():
 
 def test_a_sample_too_large_for_a_device_stays_with_the_data(monkeypatch):
     data, device = as_source(torch.randn(9, 5)), torch.device("meta")
-    monkeypatch.setattr(source, "_room", lambda device: 8 * 5 * 4)
+    monkeypatch.setattr(source, "room", lambda device: 8 * 5 * 4)
     assert source.home(data, 8, device) == device
     assert source.home(data, 9, device) == torch.device("cpu")
 
 
 def refilled(batches):
-    """As loaders that save memory give them: one tensor, overwritten for each batch."""
+    """Yields batches as loaders that save memory do: one tensor, overwritten for each batch."""
     held = torch.empty_like(batches[0])
     for batch in batches:
         yield held[: len(batch)].copy_(batch)

@@ -39,7 +39,7 @@ def write(folder: Path, docs: list[tuple[Tensor, Tensor, Tensor]], **options: ob
 
 
 def listing(folder: Path) -> list[str]:
-    """What is in a folder, but for the file that writers lock."""
+    """Returns the names in a folder, but for the file that writers lock."""
     return sorted(path.name for path in folder.iterdir() if path.name != LOCK)
 
 

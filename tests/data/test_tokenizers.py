@@ -15,8 +15,8 @@ from mfa_kernels import harvest, steer
 from mfa_kernels.data.harvest import stream
 from mfa_kernels.data.language_model import continuation, encoded, tokenize, without_notes
 from mfa_kernels.interpret import logit_shift
-from mfa_kernels.steering import MFASteerer, alpha_for_kl, live
-from tests.data.test_harvest import BOS, EOS, make_tokenizer
+from mfa_kernels.steering import MFASteerer, alpha_for_kl, interactive
+from tests.helpers.language import BOS, EOS, make_tokenizer
 from tests.steering.tiny import causal_lm, fitting_mixture
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -119,7 +119,7 @@ def test_every_tokenizer_serves(kind: str, monkeypatch: pytest.MonkeyPatch, caps
     assert logit_shift(model, tokenizer, "w1 w2 w3", lambda: steer(model, mfa, 1, 0, 0.5)).divergence > 0
     monkeypatch.setattr(sys, "stdin", open("/dev/null"))  # noqa: SIM115
     with steer(model, mfa, 1, 0, 0.0) as handle:
-        live.stream(model, tokenizer, handle, 0, "w1 w2 w3", 4)
+        interactive.stream(model, tokenizer, handle, 0, "w1 w2 w3", 4)
     assert "".join(capsys.readouterr().out.split()) == "".join(f"w1 w2 w3{text}".split())
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_tokenizer_is_refused(wrong: Any, found: str) -> None:
         calls: list[Any] = [
             lambda: continuation(model, wrong, "w1", 2),
             lambda: logit_shift(model, wrong, "w1", lambda: handle),
-            lambda: live.stream(model, wrong, handle, 0, "w1", 2),
+            lambda: interactive.stream(model, wrong, handle, 0, "w1", 2),
         ]
         if wrong is not None:  # it is needed for text alone
             calls.append(lambda: MFASteerer(model, mfa, 1, wrong))

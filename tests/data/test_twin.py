@@ -1,4 +1,4 @@
-"""What layers put out is known before the model runs, and what cannot be steered or harvested is refused then."""
+"""Outputs of layers are known before the model runs, and layers that cannot be steered or harvested are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfa_kernels.data import twin
 from mfa_kernels.data.harvest import stream
 from mfa_kernels.data.twin import check_output
 from mfa_kernels.steering import MFASteerer
-from tests.data.test_harvest import make_tokenizer
+from tests.helpers.language import make_tokenizer
 from tests.helpers.offload import offloaded
 from tests.steering.tiny import VERSION, WIDTH, causal_lm, count_hooks, fitting_mixture, prompts
 

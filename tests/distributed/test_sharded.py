@@ -81,7 +81,7 @@ def test_em_and_a_checkpoint_of_the_whole(found, size, name):
     for _ in range(3):
         s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
         with torch.no_grad():
-            expectation(x.flatten(0, 1), *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
+            expectation(x.flatten(0, 1), mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
         nll.append(-float(s.log_likelihood) / 56)
         maximize(mfa, s, prior())
     for mine in processes(found, size, name):

@@ -115,7 +115,7 @@ def collect(mfa: MFA, x: Tensor) -> tuple[SufficientStatistics, Overlap]:
         Overlap(mfa.n_components),
     )
     with torch.no_grad():
-        active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
+        active, r = expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
     overlap.add(active.components, r)
     return s, overlap
 
@@ -149,7 +149,7 @@ def test_tokens_are_handed_on(noise: str) -> None:
     moved = dead_regions.Revival([(2, 0)], [2], [0, 2], s.mass)
 
     def expect(rows: Tensor, out: SufficientStatistics, weights: Tensor):
-        return expectation(rows, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
+        return expectation(rows, mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
 
     logits, likelihood = mfa.weight_logits.detach().clone(), s.log_likelihood.clone()
     assert dead_regions.hand_on(mfa, moved, s, expect)
@@ -174,7 +174,7 @@ def test_what_nobody_has_a_density_for_is_not_handed_on() -> None:
     every = dead_regions.Revival([(0, 2), (1, 2), (2, 0)], [2], [0, 1, 2], s.mass)
 
     def expect(rows: Tensor, out: SufficientStatistics, weights: Tensor):
-        return expectation(rows, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
+        return expectation(rows, mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
 
     assert not dead_regions.hand_on(mfa, every, s, expect)
     assert all(map(torch.equal, s.tensors(), before))

@@ -33,7 +33,7 @@ def same(a: MFA, b: MFA) -> bool:
 def collect(mfa: MFA, x: Tensor) -> SufficientStatistics:
     s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
     with torch.no_grad():
-        expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
+        expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
     return s
 
 
@@ -173,7 +173,7 @@ def test_overlap_finds_duplicates_alone():
     for part in ROWS.split(1700):
         s = SufficientStatistics.zeros(mfa.means, 2, False)
         with torch.no_grad():
-            active, r = expectation(part, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
+            active, r = expectation(part, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
         overlap.add(active.components, r)
         mass += s.mass
     assert overlap.duplicates(mass) == [(0, 6)]
@@ -233,7 +233,7 @@ def test_online_statistics_agree_with_revived_regions(noise):
     before, s = copy.deepcopy(mfa), online.statistics
     with torch.no_grad():
         zeros = SufficientStatistics.zeros(means, 2, noise != "shared")
-        active, r = expectation(x, *mfa.parameters_in_compute_dtype(), mfa.woodbury(), zeros)
+        active, r = expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), zeros)
     online.overlap.add(active.components, r)
     online.counted = s.mass.clone()
     online.revive(none, tokens=float(len(x)))

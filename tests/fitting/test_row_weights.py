@@ -103,7 +103,7 @@ def test_the_scale_of_weights_changes_nothing_but_what_the_prior_is_worth():
     s = SufficientStatistics.zeros(TRUE.means, 2, False)
     covariance = pooled_covariance(TRUE, ROWS)
     x, woodbury = ROWS, TRUE.woodbury()
-    expectation(x, *TRUE.parameters_in_compute_dtype(), woodbury, s, WEIGHTS.double())
+    expectation(x, TRUE.parameters_in_compute_dtype(), woodbury, s, WEIGHTS.double())
     one, other = copy.deepcopy(TRUE), copy.deepcopy(TRUE)
     maximize(one, s, Prior(covariance, 10.0, 1.0))
     s.scale_(64)

@@ -1,4 +1,4 @@
-"""What float32 may be off by: so many units of rounding of the numbers that are added, as float64 computes them.
+"""Budgets of float32's error: so many units of rounding of the numbers that are added, as float64 computes them.
 
 A sum of n products is off by at most about n u sum |a_i b_i|, u = eps / 2, in any order; in blocks, lanes and pairs, as
 everybody adds today, by far less than n. So the absolute values of what is added, together, are the size of the error
@@ -47,7 +47,7 @@ def check(found: Tensor, exact: Tensor, terms: Tensor, name: str = "the result",
 
 
 class Terms:
-    """What the absolute values of the terms of each result add up to, for a mixture and tokens x (N, D); float64.
+    """Sums of the absolute values of the terms of each result, for a mixture and tokens x (N, D); float64.
 
     Args:
         m: the parameters.
@@ -100,7 +100,7 @@ class Terms:
         return carried + truth.logsumexp(-1).abs()
 
     def t(self) -> Tensor:
-        """What the loadings explain, A v: (N, K, R)."""
+        """Returns the part that the loadings explain, A v: (N, K, R)."""
         return torch.cat([self._of(part)[2] for part in self.parts])
 
     def latents(self) -> Tensor:
@@ -108,7 +108,7 @@ class Terms:
         return torch.cat([self._of(part)[3] for part in self.parts])
 
     def gradients(self, weight: Tensor) -> list[Tensor]:
-        """Of sum_nk w_nk logit_nk, from w (N, K): [x, means, loadings, noise, log_weights]."""
+        """Returns those of gradients of sum_nk w_nk logit_nk, w (N, K): [x, means, loadings, noise, log_weights]."""
         shapes = self.x.shape, *(t.shape for t in self.m)
         grad_x, means, loadings, noise, log_weights = out = [self.x.new_zeros(s) for s in shapes]
         prior = torch.einsum("krd,krs->kds", self.a, self.inverse)
@@ -143,7 +143,7 @@ class Terms:
         return r * (1 + off) + 1 / truth.shape[1]
 
     def statistics(self, weight: Tensor) -> list[Tensor]:
-        """Of EM's sums (csrc/cpu/statistics.h) with weights (N, K): mass, shift, latent, second, cross, squares."""
+        """Returns those of EM's sums (csrc/cpu/statistics.h), weights (N, K): mass, shift, ..., cross, squares."""
         (count, features), rank, shared = self.m.means.shape, self.a.shape[1], self.scale.dim() == 1
         new = self.x.new_zeros
         mass, shift, latent, second, cross, squares = out = [

@@ -1,9 +1,9 @@
-"""Triton's interpreter without what it does in vain: the same results, in half the time.
+"""Triton's interpreter, sped up: the same results, in half the time.
 
-At every call of a device function it looks through the whole language for builtins to replace, replaced or not; at
-every look at a type it writes down a table of all of them; and it computes in int64, by the way of the kernel's own
-language, whether sums and products of integers overflow, and drops the answer (`device_assert` is for debugging).
-Here the first two are remembered, as are the shapes of tensors, and an overflow is an error.
+At every call of a device function, Triton's own searches the whole language for builtins to replace, replaced or not;
+for every type that it meets, it builds a table of all types; and it computes in int64, in the kernel's own language,
+whether sums and products of integers overflow, and drops the answer (`device_assert` is for debugging). Here the first
+two are remembered, as are the shapes of tensors, and an overflow is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def speed_up() -> None:
         make_tensor = tensor.__init__
     except (ImportError, AttributeError):
         return
-    patched: set[int] = set()  # globals of the modules whose functions the launch has come to
+    patched: set[int] = set()  # globals of the modules whose functions this launch has called
     types: dict[str, Any] = {}
     shapes: dict[tuple[int, ...], dict[str, Any]] = {}
 

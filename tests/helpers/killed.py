@@ -25,8 +25,8 @@ from mfa_kernels import MFA, fit, fit_many, harvest
 from mfa_kernels.common.files import atomic_write_text
 from mfa_kernels.fitting import fit_sharded, preparation
 from mfa_kernels.ops.common import cpp
-from tests.data.test_harvest import make_model, make_tokenizer, words
 from tests.fitting.planted import Store, draw, planted
+from tests.helpers.language import make_model, make_tokenizer, words
 
 Job = Callable[[Path, bool], None]  # works in a folder; whether it may find something there to go on with
 
@@ -35,7 +35,7 @@ TEXTS = [words(*range(i, i + 9 + i % 17)) for i in range(100)]
 
 
 def save(mfa: Any, out: Path) -> None:
-    """Of a fit that came to its end: Ctrl-C leaves what it has to its caller. Of its report, all but the times."""
+    """Saves a fit that came to its end, without the times of its report; raises for an interrupted one."""
     report = mfa.fit_report
     if report.interrupted:
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def content(path: Path) -> Any:
 
 
 def readable(folder: Path) -> None:
-    """What is there after a kill is one of the two mixtures, whole."""
+    """Checks that one of the two mixtures is there after a kill, whole."""
     if (folder / "out").exists() and (folder / "out" / "config.json").exists():
         found = MFA.from_pretrained(folder / "out").state_dict()
         wanted = [planted(8, 16, 2, seed=seed).state_dict() for seed in (1, 2)]

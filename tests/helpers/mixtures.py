@@ -79,6 +79,56 @@ def tokens(m: Mixture, count: int, seed: int = 1) -> Tensor:
     return m.means[k] + torch.einsum("ndr,nr->nd", m.loadings[k], z) + scale * noise
 
 
+def adversarial(
+    case: str,
+    components: int = 83,
+    features: int = 144,
+    rank: int = 6,
+    *,
+    spread: float = 1.0,
+    count: int = 300,
+    near: int = 50,
+    scales: Tensor | None = None,
+) -> tuple[Mixture, Tensor]:
+    """Float32 parameters that are hard to bound, and `count` tokens: `near` means, far away, and drawn from them.
+
+    The last tokens are multiplied by `scales`: 50 random factors up to 50 unless given.
+    """
+    m = mixture(components, features, rank, dtype=torch.float64, spread=spread)
+    means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
+    if case == "near_duplicates":
+        means[1:] = means[0] + 1e-4 * means[1:]
+        loadings[1:] = loadings[0] + 1e-4 * loadings[1:]
+    elif case == "huge_norms":
+        means *= 1e4
+        loadings *= 1e3
+    elif case == "rank_deficient":
+        loadings[:, :, 1] = loadings[:, :, 0]
+        loadings[:, :, 2] = 0
+        column, copied = (3, 4) if rank > 4 else (2, 0)
+        loadings[::2, :, column] = 1e3 * loadings[::2, :, copied]
+        loadings[5] *= 1e7
+    elif case == "small_noise":
+        noise[:] = 1e-6
+    elif case == "uneven_noise":
+        noise = 10 ** (12 * torch.linspace(0, 1, features, dtype=torch.float64) - 6)
+    elif case == "far_regions":
+        means += 3000
+        means[40:, :7] -= 1e5
+    elif case == "outlier_dimensions":
+        means[:, 7] += 3000
+        loadings[:, 7] *= 1e3
+    else:
+        assert case == "plain"
+    m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
+    x, generator = tokens(m, count), torch.Generator().manual_seed(3)
+    offsets = 1e-3 * torch.randn(near, features, generator=generator)
+    scales = 50 * torch.rand(50, generator=generator) if scales is None else scales
+    x[-len(scales) - near : -len(scales)] = m.means[:near] + offsets
+    x[-len(scales) :] *= scales.unsqueeze(1)
+    return m, x
+
+
 def random_mfa(components=5, features=12, rank=3, noise="shared", dtype=torch.float32, **kwargs: Any) -> MFA:
     """A module with the parameters of `mixture`; further arguments are those of `MFA`."""
     m = mixture(components, features, rank, per_component=noise == "per_component", dtype=dtype)

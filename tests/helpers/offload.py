@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Hook:
-    """What accelerate leaves as `_hf_hook` on a module: it has the weights, and wraps `forward` of the instance."""
+    """A stand-in for accelerate's `_hf_hook` on a module: it has the weights, and wraps `forward` of the instance."""
 
     def __init__(self, module: nn.Module) -> None:
         self.weights = {name: p.detach().clone() for name, p in module.named_parameters(recurse=False)}

@@ -39,7 +39,7 @@ def test_results_stay_well_within(backend, seed, per_component):
 
 
 def truncated(t: Tensor, bits: int) -> Tensor:
-    """With so many bits of mantissa, as tf32 (10) and bfloat16 (7) operands have."""
+    """Returns values with so many bits of mantissa, as tf32 (10) and bfloat16 (7) operands have."""
     return (t.view(torch.int32) & (-1 << (23 - bits))).view(torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""What `interpreter.py` replaces in Triton's interpreter does what it stands for, and an overflow is an error."""
+"""Triton's interpreter, sped up, computes the same results, and an overflow is an error."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "prior_latents, random": Call(steering.prior_latents, {"mfa": steered, "generator": torch.Generator()}),
         "latent_quantiles": Call(steering.latent_quantiles, {"mfa": made, "activations": x, "component": int(
             made.assign(x)[0]), "q": [0.1, 0.5]}),
-        "Function": Call(lambda x, **given: steering.SteeringFunction(**given)(x), {
+        "SteeringFunction": Call(lambda x, **given: steering.SteeringFunction(**given)(x), {
             "x": hidden, "mfa": steered, "interventions": Toward(1, 0.5), "rows": None, "gate": Responsibility(1, 0.1),
             "norm": "keep"}, ("hidden",)),
         "MFASteerer": Call(lambda prompts, alpha, k, z, **given: steering.MFASteerer(
@@ -173,7 +173,7 @@ def alpha_of(model: Any, mfa: MFA, layer: Any, **given: Any) -> float:
 
 
 def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.ActivationStore) -> dict[str, Call]:
-    """What shows regions, and reads and writes text."""
+    """Functions that show regions, and read and write text."""
     model, tokenizer = reader
     own = {"mfa": mfa, "store": store}
     region = int(interpret.assignments(mfa, store, progress=False).counts.argmax())
@@ -214,7 +214,7 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
 
 
 def of_files(folder: Path, mfa: MFA, x: Tensor) -> dict[str, Call]:
-    """What is written to files, and read again."""
+    """Functions that write files, and read them again."""
     ids, places = torch.arange(8), torch.arange(3)
     quiet = {"progress": False}
     with data.ActivationStoreWriter(folder / "store", 8) as writer:
@@ -305,7 +305,7 @@ def names_of(call: Call) -> set[str]:
 
 
 def is_named(error: Exception, names: set[str], changed: dict[str, Any]) -> bool:
-    """Whether an error is one for people: its kind, and an argument or the file that was given."""
+    """True for an error that is one for people: its kind, and an argument or the file that was given."""
     if not isinstance(error, TypeError | ValueError | IndexError | OSError):
         return False
     if names & set(re.findall(r"\w+", str(error))):

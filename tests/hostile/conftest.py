@@ -14,7 +14,7 @@ from tests.hostile.kinds import KINDS, SETTINGS, settings_of
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> Iterator[None]:
-    """For many short operations."""
+    """Runs many short operations on few threads."""
     with threads(1):
         yield
 

@@ -158,7 +158,7 @@ def reading_state(kind: str) -> Callable[[Path], Any]:
 
 
 def going_on(method: str) -> Callable[[Path], Any]:
-    """What the fit comes to."""
+    """Returns the result of the fit."""
 
     def read(folder: Path) -> Any:
         with warnings.catch_warnings():
@@ -225,7 +225,7 @@ def make_reference(folder: Path, seed: int) -> None:
 
 
 def make_old_reference(folder: Path, seed: int) -> None:
-    """As torch before 1.6 wrote it: without checksums."""
+    """Writes it as torch before 1.6 did: without checksums."""
     make_reference(folder, seed)
     content = torch.load(folder / "mfa.pt", weights_only=True)
     torch.save(content, folder / "mfa.pt", _use_new_zipfile_serialization=False)
@@ -276,7 +276,7 @@ KINDS: dict[str, Kind] = {
 
 
 def outcome(work: Callable[[], Any], folder: Path) -> tuple[str, Any]:
-    """How reading went: "read" and what, "refused" and why by an error that names a file, "unnamed", or "crashed"."""
+    """Returns "read" and the result, "refused" and the error that names a file, "unnamed", or "crashed"."""
     try:
         return "read", work()
     except (ValueError, OSError) as error:

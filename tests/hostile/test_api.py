@@ -16,7 +16,7 @@ from tests.hostile.api import calls
 
 
 def hostile(count: int, seed: int) -> dict[str, int]:
-    """What became of so many calls, in a process of their own."""
+    """Returns the outcome of so many calls, in a process of their own."""
     command = [sys.executable, "-m", "tests.hostile.api", str(count), str(seed)]
     out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60 + count // 10)
     assert out.returncode == 0, f"after {out.stderr[-3000:]}"

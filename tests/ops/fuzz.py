@@ -65,9 +65,9 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     }
     c = case(shape=(components, features, rank), per_component=per_component, dtype=torch.float32)
     made["intervene"] = c.operands()
-    screen = None if per_component or not f.is_cpp else screening.screen(*m, f, 16)
+    screen = None if per_component or not f.is_cpp else screening.screen(m, f, 16)
     if screen is not None:
-        near = screening.with_neighbors(screen, *m, f)
+        near = screening.with_neighbors(screen, m, f)
         lists, within = neighbors.flat(near.neighbors)
         made["screened_log_prob"] = [
             x, *m, *f.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,

@@ -128,7 +128,7 @@ def test_statistics(per_component, spread):
 
     def run() -> list[Tensor]:
         out = SufficientStatistics.zeros(m.means, 5, per_component)
-        expectation(x, *m, f, out)
+        expectation(x, m, f, out)
         return list(out.tensors())
 
     def of_pairs() -> list[Tensor]:
@@ -164,10 +164,10 @@ def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Woodbury, AnyS
     """A mixture, its factors and its screen, made once for all scans of it."""
     if lists:
         m, f, screen = with_screen(spread, False)
-        return m, f, screen_op.with_neighbors(screen, *m, f)
+        return m, f, screen_op.with_neighbors(screen, m, f)
     m = mixture(391, 64, 5, spread=spread)
     f = m.woodbury(m.means.mean(0))
-    return m, f, screen_op.screen(*m, f, 48)
+    return m, f, screen_op.screen(m, f, 48)
 
 
 @pytest.mark.parametrize("count", [1, 3, 5, 128 + 129, 700])

@@ -1,5 +1,6 @@
-// Every CPU kernel against its formula in double precision, and its bits against themselves on other numbers of threads:
-// a program without Torch, for compilers, instruction sets and sanitizers that Torch is not there for.
+// Every CPU kernel against its formula in double precision, and its bits against those on other numbers of threads.
+//
+// The program does without Torch, for compilers, instruction sets and sanitizers that Torch does not support.
 //
 // Prints a line for each check; the status is the number of those that failed.
 #include <cstdio>
@@ -50,7 +51,7 @@ void that(bool holds, const std::string& what) {
   std::printf("FAILED: %s\n", what.c_str());
 }
 
-// As tests/helpers/budgets.py: 8 eps of what the absolute values of the terms add up to, for each entry.
+// Checks every entry to within 8 eps of the sum of the absolute values of its terms, as tests/helpers/budgets.py does.
 template <class T>
 void within(const T* found, const Doubles& exact, const Doubles& terms, const std::string& what) {
   double most = 0;
@@ -196,7 +197,7 @@ struct Found {
 
 constexpr int64_t kThreads[] = {1, 2, 3, 5, 6, 7, 8, 16, 33};
 
-// What `run(threads)` finds on one thread, after a look at whether it is the same on others.
+// Returns what `run(threads)` finds on one thread, and checks that other numbers of threads find the same.
 template <class Run>
 auto same(const std::string& what, Run&& run) {
   auto first = run(Threads{1});
@@ -418,14 +419,10 @@ void kmeans(int64_t N, int64_t K, int64_t D, int64_t P) {
   }
   for (int64_t k = 0; k < K; ++k) std::copy_n(centroids.data() + k * D, P, projected.data() + k * P);
   for (const bool screened : {false, true}) {
-    const mfa::Centroids<T> all{K,
-                                D,
-                                centroids.data(),
-                                center.data(),
-                                screened ? P : D,
-                                screened ? basis.data() : nullptr,
-                                screened ? projected.data() : centroids.data(),
-                                T((600 + D) * std::sqrt(double(D)) * std::numeric_limits<T>::epsilon())};
+    const mfa::Centroids<T> all{
+        K, D, centroids.data(), center.data(), screened ? P : D, screened ? basis.data() : nullptr,
+        screened ? projected.data() : centroids.data(),
+        T((600 + D) * std::sqrt(double(D)) * std::numeric_limits<T>::epsilon())};
     const auto found = same("nearest", [&](const Threads& threads) {
       std::pair<std::vector<int64_t>, std::vector<T>> out{std::vector<int64_t>(N), std::vector<T>(N)};
       mfa::nearest<T>(all, x.data(), N, out.first.data(), out.second.data(), threads);
@@ -568,21 +565,14 @@ void steering(const Problem<T>& p) {
   for (T& value : shift) value = T(normal());
   for (T& value : given) value = T(normal());
   for (int64_t i = 0; i < N * C; ++i) components[i] = int32_t((i + i / C) % p.K), logits[i] = T(-uniform());
-  const mfa::Edit<T, T> edit{1,
-                             N,
-                             {coefficients, 1, 1, 3},
-                             {shift.data(), 1, 1, D},
-                             {rule.data(), 1, 1, 3},
-                             {threshold.data(), 1, 1, 1},
-                             {given.data(), 1, 1, R},
-                             {nullptr, 1, 1, 1},
-                             {nullptr, 1, 1, 1},
-                             true};
-  const mfa::Seen<T> seen{C,           log_prob.data(), components.data(), logits.data(),
-                          counts.data(), p.rows.data(),   p.chol.data(),     p.lam.data()};
+  const mfa::Edit<T, T> edit{
+      1, N, {coefficients, 1, 1, 3}, {shift.data(), 1, 1, D}, {rule.data(), 1, 1, 3}, {threshold.data(), 1, 1, 1},
+      {given.data(), 1, 1, R}, {nullptr, 1, 1, 1}, {nullptr, 1, 1, 1}, true};
+  const mfa::Evidence<T> evidence{C, log_prob.data(), components.data(), logits.data(),
+                                  counts.data(), p.rows.data(), p.chol.data(), p.lam.data()};
   const auto found = same("intervene", [&](const Threads& threads) {
     std::pair<std::vector<T>, std::vector<T>> out{std::vector<T>(N * D), std::vector<T>(3 * N)};
-    mfa::intervene<T, T, T>(p.shape, edit, seen, p.x.data(), out.first.data(), out.second.data(), threads);
+    mfa::intervene<T, T, T>(p.shape, edit, evidence, p.x.data(), out.first.data(), out.second.data(), threads);
     return out;
   });
   Doubles exact(N * D), terms(N * D);

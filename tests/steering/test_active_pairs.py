@@ -1,4 +1,4 @@
-"""What steering reads off a mixture: the same whether or not most components are screened out."""
+"""Active pairs for steering are the same whether or not most components are screened out."""
 
 from __future__ import annotations
 

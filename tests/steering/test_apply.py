@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from mfa_kernels.steering import Add, Offset, Reconstruct, Remove, Toward, intervene
 from mfa_kernels.steering.apply import Program
 from mfa_kernels.steering.interventions import as_rows
-from tests.steering.tiny import WIDTH, fitting_mixture
+from tests.steering.tiny import WIDTH, fitting_mixture, tokens
 
 Z = torch.tensor([1.0, -2.0, 0.5])
 BOTH = [Toward(2, 0.4), Offset(2, Z)]
 MIXTURE = [Toward(None, 0.4), Offset(None, Z)]
-
-
-def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return (0.5 * torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(3))).to(dtype)
 
 
 @pytest.mark.parametrize("interventions", [BOTH, MIXTURE], ids=["fixed", "mixture"])

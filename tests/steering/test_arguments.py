@@ -1,4 +1,4 @@
-"""What things are, whatever they are called."""
+"""Arguments are recognised by their kind, whatever their names are."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class WithLength:
 
 
 class StateSpace:
-    """As of a model whose state has no length."""
+    """A cache of a model whose state has no length."""
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from mfa_kernels import steer
 from mfa_kernels.steering import Offset, Reconstruct, Responsibility, SteeringFunction, Toward, intervene
-from tests.steering.tiny import LAYER, WIDTH, causal_lm, fitting_mixture, prompts
+from tests.steering.tiny import LAYER, WIDTH, Z, causal_lm, fitting_mixture, prompts, tokens
 
-Z = torch.tensor([2.0, -3.0, 1.0])
 SPECS: dict[str, dict[str, Any]] = {
     "fixed": {"interventions": [Toward(2, 0.6), Offset(2, Z)]},
     "gate": {"interventions": [Reconstruct(0.7)], "gate": Responsibility(0, 0.1), "norm": "keep"},
@@ -35,10 +34,6 @@ def installed(name: str) -> Any:
     except ImportError as error:
         warnings.warn(f"steering through {name} is not tested here: {error}", stacklevel=2)
         pytest.skip(f'{error}; pip install "mfa_kernels[interop]"')
-
-
-def tokens(*shape: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("name", SPECS)

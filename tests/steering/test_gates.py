@@ -11,13 +11,9 @@ from torch import Tensor
 from mfa_kernels import MFA
 from mfa_kernels.steering import LogDensity, Reconstruct, Responsibility, Toward, intervene
 from tests.helpers.mixtures import mixture
-from tests.steering.tiny import WIDTH, fitting_mixture
+from tests.steering.tiny import WIDTH, fitting_mixture, tokens
 
 FIXED, MIXED = [Toward(2, 0.4)], [Toward(None, 0.4), Reconstruct(0.3)]
-
-
-def tokens(*shape: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(3))
 
 
 def conditions(mfa: MFA, x: Tensor) -> dict[str, tuple[Any, Tensor]]:

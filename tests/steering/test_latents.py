@@ -38,7 +38,7 @@ def test_quantiles_are_those_of_the_region(monkeypatch: pytest.MonkeyPatch) -> N
     expected = mfa.posterior(own, 3)[0]
     q = torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0])
     for batch in (8192, 150):  # three batches, the last one short
-        monkeypatch.setattr(module, "_BATCH", batch)
+        monkeypatch.setattr(module, "BATCH", batch)
         torch.testing.assert_close(latent_quantiles(mfa, x, 3, q), expected.quantile(q.double(), 0))
     torch.testing.assert_close(latent_quantiles(mfa, x, 3, 0.25), expected.quantile(0.25, 0))
     torch.testing.assert_close(latent_quantiles(mfa, own[:1], 3, 0.25), expected[0])

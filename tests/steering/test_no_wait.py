@@ -29,9 +29,8 @@ from mfa_kernels.steering.apply import Program
 from mfa_kernels.steering.handle import Handle
 from mfa_kernels.steering.interventions import as_rows
 from mfa_kernels.steering.tracking import Tracker
-from tests.steering.tiny import LAYER, WIDTH, causal_lm, fitting_mixture, generated, prompts
+from tests.steering.tiny import LAYER, WIDTH, Z, causal_lm, fitting_mixture, generated, prompts
 
-Z = torch.tensor([2.0, -3.0, 1.0])
 BOTH = [Toward(2, 0.6), Offset(2, Z)]
 MIXTURE = [Toward(None, 0.6), Offset(None, Z)]
 WAYS: dict[str, dict[str, Any]] = {

@@ -8,9 +8,8 @@ import torch
 from mfa_kernels import steer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.steering import MFASteerer
-from tests.steering.tiny import LAYER, WIDTH, causal_lm, count_hooks, fitting_mixture, prompts
+from tests.steering.tiny import LAYER, WIDTH, Z, causal_lm, count_hooks, fitting_mixture, prompts
 
-Z = torch.tensor([2.0, -3.0, 1.0])
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 

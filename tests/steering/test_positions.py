@@ -1,4 +1,4 @@
-"""Which tokens of a pass are meant, for every kind of `positions`, with and without padding."""
+"""Choice of a pass's tokens, for every kind of `positions`, with and without padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written under steering does not depend on how the sequence is read: cache, chunks, padding, beams."""
+"""Text written under steering does not depend on how the sequence is read: cache, chunks, padding, beams."""
 
 from __future__ import annotations
 

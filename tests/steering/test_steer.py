@@ -1,4 +1,4 @@
-"""What `steer` does to a layer's output: at which tokens and rows, behind which gate, on which layers and models."""
+"""Effects of `steer` on a layer's output: tokens, rows, gates, dtypes, and several layers and models."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.steering.tiny import (
     ids=["all", "prompt", "generated", "last", "slice", "open slice", "mask"],
 )  # fmt: skip
 def test_each_kind_of_positions(positions: Any, steered: Any, count: int) -> None:
-    """Which of the 7 prompt and 4 generated tokens change, looked at where they leave the layer."""
+    """Of 7 prompt and 4 generated tokens, exactly the chosen ones leave the layer changed."""
     model, inputs, mfa = causal_lm(), prompts(1), fitting_mixture()
     before = outputs_of(model.model.layers[LAYER])
     with steer(model, mfa, LAYER, **BOTH, positions=positions) as handle:
@@ -178,7 +178,7 @@ class TestNesting:
             assert torch.equal(layer_output(model, inputs, 2), clean_after)
 
     def test_three_mixtures_on_three_layers_while_text_is_generated(self) -> None:
-        """What leaves each layer is its own mixture's formula, at every step."""
+        """Each layer's output is its own mixture's formula, at every step."""
         model, inputs = causal_lm(), prompts(padded=True)
         specs: list[dict[str, Any]] = [{"alpha": 0.4, "component": 1}, MIXTURE, {"interventions": Reconstruct(0.5)}]
         before, after, handles, mixtures = [], [], [], []

@@ -1,4 +1,4 @@
-"""What people use around a model in transformers: streamers, pipelines, and layers that return tuples."""
+"""Steering inside tools of transformers: streamers, pipelines, and layers that return tuples."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Packed(nn.Module):
 
 
 class Unpacked(nn.Module):
-    """What the model does with such a tuple; it must find what the layer left behind the hidden states."""
+    """A model that reads such a tuple; it must find what the layer left behind the hidden states."""
 
     def __init__(self, layer: Packed) -> None:
         super().__init__()

@@ -115,7 +115,7 @@ def generated(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> tu
 
 @torch.no_grad()
 def layer_output(model: nn.Module, inputs: dict[str, Tensor], layer: int = LAYER, **options: Any) -> Tensor:
-    """What the layer hands on, (B, T, D), after the hooks that are on it now."""
+    """Returns the output of the layer, (B, T, D), after the hooks that are on it now."""
     kept: list[Tensor] = []
     _, module = resolve_layer(model, layer)
     hook = module.register_forward_hook(lambda module, args, output: kept.append(hidden_states(output)))
@@ -133,6 +133,11 @@ def count_hooks(model: nn.Module) -> int:
 def traces_on(model: nn.Module) -> tuple[set[str], int]:
     """The attributes and the number of hooks of a model, which steering leaves as they were."""
     return set(vars(model)), count_hooks(model)
+
+
+def tokens(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Activations (..., WIDTH), the same at each call."""
+    return (0.5 * torch.randn(*shape, WIDTH, generator=torch.Generator().manual_seed(3))).to(dtype)
 
 
 def ramp(step: int) -> float:

@@ -1,5 +1,6 @@
-// Upper bounds of the logits of a stretch of tokens, from lines or from marginals, and the guess that each token makes.
+// Upper bounds of the logits of a stretch of tokens, from lines or from marginals.
 //
+// The component with the largest bound becomes the guess of its token.
 // Symbols   y = Q^T lam (x - c), p coordinates of a whitened token; m_k the same of mu_k; B_k the rows of A of the
 //           mixture that y follows, noise one. F = |y - m|^2 - |B (y - m)|^2 is the Mahalanobis distance of a marginal,
 //           so it is at most that of the whole, and

@@ -1,4 +1,4 @@
-// Pairs of tokens and components that the bounds leave, their logits computed in full, and the best pair of each token.
+// Pairs that the bounds leave, their logits in full, and the best known pair of each token.
 #pragma once
 #include <numeric>
 
@@ -25,7 +25,7 @@ struct Pairs {
   }
 };
 
-// What screening leaves of some tokens.
+// The pairs that screening leaves of some tokens.
 template <class T>
 struct Candidates {
   Pairs<T> leaders;  // the best known pair of every token, in order, with its logit
@@ -90,7 +90,7 @@ void evaluate(const ScanInput<T>& in, Pairs<T>& pairs, ParallelFor&& parallel_fo
   });
 }
 
-// The best known pair of each token of a stretch, and what its exact logit is for certain at least.
+// The best known pair of each token of a stretch, with a lower bound of its exact logit.
 template <class T>
 struct Leaders {
   const ScanInput<T>& in;

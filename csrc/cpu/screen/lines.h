@@ -1,4 +1,4 @@
-// The first level of screening: distances to every component along one direction of its own, its line.
+// The first level of screening: distances to every component along its line, one direction.
 //
 // Symbols   u_k [p], a_k = u_k . m_k, and w_k = 1 / (variance of u_k . y under component k), so that
 //             w_k (u_k . y - a_k)^2 <= F_k

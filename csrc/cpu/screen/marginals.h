@@ -19,10 +19,10 @@ namespace mfa {
 
 constexpr int kTileRows = kRegisters >= 32 ? 12 : 6;  // at most, by two vectors of columns
 constexpr int kTileColumns = 2 * kWidth<double>;
-constexpr int64_t kTilesPerGroup = 4;  // that share what they read of P
+constexpr int64_t kTilesPerGroup = 4;  // they share what they read of P
 constexpr int64_t kDepth = 128;        // features at a time: a tile's share of them stays in L1
 
-// What the caller hands over and gets back; T is the dtype of the mixture.
+// Arguments of `marginals`; T is the dtype of the mixture.
 template <class T>
 struct Marginals {
   const T* means;            // [K, D]
@@ -86,9 +86,9 @@ void pack_rows(const Shape& shape, const Marginals<T>& in, int64_t k, int64_t ro
       for (int64_t m = 0; m < count; ++m) a[d * M + m] = from[d * R + m];
 }
 
-// The direction of component k (screen/lines.h), from m [p], B [R, p] and L: u = S^-1 v = v - B^T B v, v = m - middle,
-// which any rounding leaves a direction like others. Its variance is that of the rounded one, raised by what V = L B is
-// off by; `size` is the sum of the s_r^2. Zeros, which rule nothing out, where there is none.
+// Writes the line of component k (lines.h), from m [p], B [R, p] and L: u = S^-1 v = v - B^T B v, v = m - middle. A
+// rounded direction is as valid as any; its variance is that of the rounded one, raised by the error of V = L B, where
+// `size` is the sum of the s_r^2. Where there is no usable direction, it writes zeros, which rule nothing out.
 template <class T>
 void line_of(const Shape& shape, const Marginals<T>& in, int64_t k, const double* m, const double* b,
              const double* cholesky, double size, bool usable, double* u) {
@@ -126,7 +126,7 @@ void line_of(const Shape& shape, const Marginals<T>& in, int64_t k, const double
   in.shares[k] = usable ? static_cast<T>(share) : T(0);
 }
 
-// From rows {m, V^T} [R+1, p] of one component, which are overwritten.
+// Writes the outputs of one component from its rows {m, V^T}, v [R+1, p], which are overwritten.
 template <class T>
 void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, double* v, double* gram, double* inverse,
                      double* line) {
@@ -156,7 +156,7 @@ void finish_marginal(const Shape& shape, const Marginals<T>& in, int64_t k, doub
     tau += size * diagonal;
     sizes += size;
   }
-  // Where rounding leaves nothing, or there is no factorisation, nothing is known of the component.
+  // A component that rounding leaves nothing of, or that has no factorisation, gets an infinite slack.
   usable = usable && in.rounding * tau < 0.5;
   const double slack = usable ? in.base + in.rounding * tau : std::numeric_limits<double>::infinity();
   in.slack[k] = static_cast<T>(slack * in.up);
@@ -241,10 +241,9 @@ template <class T, class ParallelFor>
 void marginals(const Shape& shape, const Marginals<T>& in, ParallelFor&& parallel_for) {
   const int64_t rows = shape.rank + 1;
   const int64_t size = rows <= kTileRows ? kTileRows / rows * rows : ceil_div(rows, ceil_div(rows, kTileRows));
-  auto run = [&]<int... M>(std::integer_sequence<int, M...>) {
-    ((size == M + 1 ? marginals_by<T, M + 1>(shape, in, parallel_for) : void()), ...);
-  };
-  run(std::make_integer_sequence<int, kTileRows>{});
+  with_constant<kTileRows>(size, [&]<int M>(std::integral_constant<int, M>) {
+    marginals_by<T, M>(shape, in, parallel_for);
+  });
 }
 
 }  // namespace mfa

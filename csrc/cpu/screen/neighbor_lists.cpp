@@ -1,3 +1,4 @@
+// Binds neighbor_lists.h to PyTorch.
 #include "neighbor_lists.h"
 
 #include "../bindings.h"
@@ -19,9 +20,10 @@ std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const T
   Tensor neighbors = allocate({K, length}, means.options().dtype(at::kInt));
   Tensor onsets = allocate({K, length}, means.options()), horizons = empty({K}, means.options());
   AT_DISPATCH_FLOATING_TYPES(type, "screen_neighbors", [&] {
-    const mfa::Pairing<scalar_t> job{K, p, R, data<scalar_t>(means), data<scalar_t>(whitened), data<scalar_t>(cholesky),
-                                     data<scalar_t>(constants), data<scalar_t>(offs), norm, threshold, length, data<int32_t>(neighbors),
-                                     data<scalar_t>(onsets), data<scalar_t>(horizons)};
+    const mfa::Pairing<scalar_t> job{
+        K, p, R, data<scalar_t>(means), data<scalar_t>(whitened), data<scalar_t>(cholesky), data<scalar_t>(constants),
+        data<scalar_t>(offs), norm, threshold, length, data<int32_t>(neighbors), data<scalar_t>(onsets),
+        data<scalar_t>(horizons)};
     mfa::find_neighbors(job, parallel_for);
   });
   return {neighbors, onsets, horizons};

@@ -1,5 +1,6 @@
-// Stage 0 of the scan by neighbors (screen/neighbor_scan.h): how far from component j a token may be before component k matters.
+// Stage 0 of the scan by neighbors: lists of the components that can be active beside each.
 //
+// A list is sorted by how far from component j a token is when component k begins to matter.
 // Symbols   m_k [p], and S_k = I + V_k V_k^T, the marginal of component k on p directions. d_k(x) is the Mahalanobis
 //           distance of a token from component k, in all D features. For any direction u,
 //             d_k(x) >= |u.(y - m_k)| / sqrt(u^T S_k u) >= alpha - beta d_j(x),
@@ -9,8 +10,8 @@
 //           all s below the `onset` of k, the root. u = (S_j + S_k)^-1 (m_k - m_j), the discriminant between the two.
 // Never materialised: K x K of anything but the onsets of up to kSquare components. A block of components j meets V
 //           components k at a time, one to a SIMD lane.
-// Exact     u is what it is after rounding; its products with m and V, and their rounding, are bounded from the side
-//           that keeps an onset from being too large (mfa_kernels/ops/screen/README.md, "Rounding").
+// Exact     for any direction u, so also for the rounded one; its products with m and V are bounded, rounding included,
+//           from the side that keeps an onset from being too large (mfa_kernels/ops/screen/README.md, "Rounding").
 // Floor     K^2 p (R^2 + 7 R) multiply-adds, half of them up to kSquare components. Measured by bench/bench_screen.py.
 #pragma once
 #include <algorithm>
@@ -23,7 +24,7 @@
 
 namespace mfa {
 
-// What the caller hands over and gets back. V_k = E_k L_k^T with L L^T = 2 I + V^T V, so that |E_k| < 1.
+// Arguments of `find_neighbors`. V_k = E_k L_k^T with L L^T = 2 I + V^T V, so that |E_k| < 1.
 template <class T>
 struct Pairing {
   int64_t components, features, rank;  // K, p, R
@@ -81,15 +82,7 @@ void subtract_products(const Vec<T>* v, const T* a_j, const Vec<T>* b_j, const T
   }
 }
 
-// Calls body with n, at most N, as a constant.
-template <int N, class Body>
-void with_constant(int64_t n, Body&& body) {
-  [&]<int... I>(std::integer_sequence<int, I...>) {
-    ((n == I + 1 ? body(std::integral_constant<int, I + 1>{}) : void()), ...);
-  }(std::make_integer_sequence<int, N>{});
-}
-
-// Some component j, broadcast, against V components k, one to a lane.
+// One component j, broadcast, against V components k, one to a lane.
 template <class T>
 struct PairTile {
   static constexpr int V = kWidth<T>, kSide = kRegisters >= 32 ? 5 : 3, kColumns = kRegisters >= 32 ? 12 : 6;
@@ -116,8 +109,8 @@ struct PairTile {
     }
   }
 
-  // left, right = [I, C; C^T, I]^-1 [left; right] by I - C^T C = F F^T. N is the rank where the compiler is to know it:
-  // short loops over small matrices cost several times as much where it does not.
+  // Solves left, right = [I, C; C^T, I]^-1 [left; right] by I - C^T C = F F^T. N is the rank, or 0 where the compiler
+  // need not know it: short loops over small matrices cost several times as much then.
   template <int N>
   void solve() {
     const int64_t rank = N ? N : R;
@@ -144,7 +137,7 @@ struct PairTile {
         schur[s * rank + t] = row[t];
       }
       T pivot[V];
-      store<T>(pivot, row[s]);  // where rounding leaves none that is positive, any other will do
+      store<T>(pivot, row[s]);  // a pivot that rounding makes negative may be any other: u may be any direction
       for (int lane = 0; lane < V; ++lane) pivot[lane] = 1 / std::sqrt(std::max(pivot[lane], T(1e-6)));
       schur[s * rank + s] = load(pivot);  // one over it
       y[s] *= load(pivot);
@@ -162,8 +155,8 @@ struct PairTile {
     }
   }
 
-  // u, in every lane: (S_j + S_k)^-1 (m_k - m_j) up to scale, from [I, C; C^T, I] [a; b] = [E_j^T v; E_k^T v] with
-  // C = E_j^T E_k.
+  // Computes u in every lane, (S_j + S_k)^-1 (m_k - m_j) up to scale, from [I, C; C^T, I] [a; b] = [E_j^T v; E_k^T v]
+  // with C = E_j^T E_k.
   void direct(const T* m_j, const T* e_j, const T* m_k, const T* e_k) {
     for (int64_t i = 0; i < R; i += kSide)
       for (int64_t j = 0; j < R; j += kSide)
@@ -187,7 +180,7 @@ struct PairTile {
     }
   }
 
-  // From u, [V] each: bounds of the deviation of u.y from components j and k, and of how far their means are apart.
+  // Bounds, from u, the deviations of u.y under components j and k, and how far their means are apart, [V] each.
   void measure(const Pairing<T>& in, const T* e_j, const T* l_j, T off_j, T size_j, const T* e_k, const T* l_k,
                const T* off_k, const T* size_k, double* sigma_j, double* sigma_k, double* apart) {
     const double error = (p + 8) * double(std::numeric_limits<T>::epsilon()) / 2;  // of a sum of p products
@@ -217,11 +210,11 @@ struct PairTile {
   }
 };
 
-// The onset of k for tokens of j; `more` is what the constant of k exceeds that of j by.
+// Returns the onset of k for tokens of j, where the constant of k exceeds that of j by `more`.
 template <class T>
 T onset(double sigma_j, double sigma_k, double apart, double more, double threshold) {
   const double alpha = std::max(apart, 0.0) / sigma_k, beta = sigma_j / sigma_k, g = 2 * (more + threshold);
-  const double start = g < 0 ? std::sqrt(-g) : 0;  // nearer than that the constants alone decide
+  const double start = g < 0 ? std::sqrt(-g) : 0;  // a nearer token is decided by the constants alone
   const double root = std::sqrt(std::max(alpha * alpha + (beta * beta - 1) * g, 0.0));
   const double crossing = (alpha * alpha - g) / (alpha * beta + root);
   const double found = (alpha > beta * start ? std::max(start, crossing) : start) * (1 - 1e-6) - 1e-12 * alpha;
@@ -230,7 +223,7 @@ T onset(double sigma_j, double sigma_k, double apart, double more, double thresh
 
 constexpr int64_t kSquare = 8192;  // components up to which all onsets are held, so that every pair is met once
 
-// Lists of the M components with the smallest onsets, for every component.
+// Lists, for every component, the M components with the smallest onsets.
 template <class T, class ParallelFor>
 void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
   constexpr int V = kWidth<T>;
@@ -279,7 +272,7 @@ void find_neighbors(const Pairing<T>& in, ParallelFor&& parallel_for) {
     std::vector<int32_t> order;
     double sigma_j[V], sigma_k[V], apart[V];
     for (int64_t i = begin; i < end; ++i) {
-      // The first with the last and so on, for the first meet most where pairs are met once.
+      // First and last blocks alternate, because the first meet the most where pairs are met once.
       const int64_t block = i % 2 ? blocks - 1 - i / 2 : i / 2;
       const int64_t j0 = block * kBlock, here = std::min(kBlock, K - j0);
       T* const onsets = both ? square.data() + j0 * stride : some.data();

@@ -1,4 +1,4 @@
-// Stage 1 where every component knows its neighbors (neighbor_lists.h): the work of a token does not grow with K.
+// Stage 1 by lists of neighbors (neighbor_lists.h): the work of a token does not grow with K.
 //
 // Symbols   s, a number that the Mahalanobis distance d_j(x) of a token from its pivot j does not exceed: sqrt of
 //           2 (constant_j - logit_j), rounded up. A component that can be active beside j has its onset at or below s,
@@ -7,8 +7,8 @@
 // The pivot is searched for, not certified: among the members of the groups whose centers are nearest. A poor one makes
 //           s large and the prefix long; then the best of its neighbors is tried in its place.
 // Never materialised: anything of size N x K.
-// Exact     for the reason that panels.h is: every component that could come within the threshold has its logit computed
-//           in full. Tokens whose prefix is longer than the list are left to panels.h.
+// Exact     for the reason that panels.h is: every component that could come within the threshold has its logit
+//           computed in full. Tokens whose prefix is longer than the list are left to panels.h.
 // Floor     D p multiply-adds for the projection, (G + 3 K / G) p for the pivot, p (R + 1) for every neighbor in the
 //           prefix and D (R + 1) for every logit. Measured by bench/bench_screen.py.
 #pragma once
@@ -22,8 +22,8 @@ constexpr int kPivotMembers = 2;            // members of these, of which the ma
 constexpr int64_t kNeighborTries = 16;      // neighbors that may take the place of a poor pivot
 constexpr int kClimbs = 3;                  // times that one may
 
-// The tensors of mfa_kernels/ops/screen/neighbors.py. Lists are too long to be checked at every call, so an index out of
-// its range is clamped as it is read.
+// The tensors of mfa_kernels/ops/screen/neighbors.py. Lists are too long to be checked at every call, so an index out
+// of its range is clamped as it is read.
 template <class T>
 struct NeighborLists {
   int64_t components;        // K
@@ -91,8 +91,8 @@ class NeighborStretch {
       : screen(screen), lists(lists), out(out), stretch(in, screen, begin, end, Serially{}), begin(begin),
         here(end - begin), pivots{in, stretch, {}, {}}, distance_of(screen.marginal) {}
 
-  // Appends the pivots and what is left beside them, and writes `dropped` and `evaluated`, -1 for a token that the lists
-  // do not settle.
+  // Appends the pivots and what is left beside them, and writes `dropped` and `evaluated`, -1 for a token that the
+  // lists do not settle.
   void run(Candidates<T>& found) {
     find_pivots();
     climb();
@@ -153,8 +153,10 @@ class NeighborStretch {
       NearestRows<T, kPivotGroups> groups;
       groups.search(y, p, lists.centers, lists.center_halves, 0, lists.groups);
       NearestRows<T, kPivotMembers> found;
-      for (int i = 0; i < groups.count; ++i)
-        found.search(y, p, lists.means, lists.mean_halves, lists.start(groups.rows[i]), lists.start(groups.rows[i] + 1));
+      for (int i = 0; i < groups.count; ++i) {
+        const int64_t group = groups.rows[i];
+        found.search(y, p, lists.means, lists.mean_halves, lists.start(group), lists.start(group + 1));
+      }
       int32_t best = found.count ? lists.component(lists.members[found.rows[0]]) : 0;
       T largest = -kInf;
       for (int i = 0; i < found.count; ++i) offer(n, lists.component(lists.members[found.rows[i]]), &largest, &best);

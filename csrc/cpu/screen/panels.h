@@ -1,6 +1,7 @@
-// Stage 1 below the flops of the dense scan: bounds from one direction a component first (lines.h), then from p << D
-// coordinates (refine.h), and exact logits of what those leave (candidates.h).
+// Stage 1 below the flops of the dense scan: bounds first, logits of the pairs that they leave.
 //
+// Bounds come from one direction a component (lines.h), then from p << D coordinates (refine.h); candidates.h computes
+// the logits.
 // Never materialised: N x K. Bounds are kept for one stretch of tokens a thread, kBoundValues of them.
 // Exact     because the logit of a token's best candidate is computed in full, and so is that of every component that
 //           could come within the threshold of it. A token for which that is too much work takes the dense scan.
@@ -17,9 +18,9 @@ constexpr int64_t kBoundValues = int64_t(1) << 21;  // bounds held at a time, 8 
 constexpr int64_t kStretch = 256;                   // least tokens at a time, so that rows are seldom read
 constexpr int64_t kPilot = 128;                     // tokens that decide whether screening pays
 constexpr int64_t kDenseShare = 16;                 // a token that keeps more than K over this takes the dense scan
-constexpr int64_t kLineShare = 12;  // cost of a pair alone over one in a panel: lines pay while they leave 1 in 12 pairs
+constexpr int64_t kLineShare = 12;                  // lines pay while they leave less than 1 of so many pairs
 
-// What a screened scan finds.
+// Active pairs, and a certificate of what was left out.
 template <class T>
 struct ScreenedPairs : ActivePairs<T> {
   T* dropped;          // [N] bound on the responsibility, all together, of the components whose logit was not computed

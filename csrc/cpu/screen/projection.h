@@ -1,4 +1,4 @@
-// Coordinates of whitened tokens, y = Q^T lam (x - c), which the bounds of screening are made from.
+// Coordinates of whitened tokens, y = Q^T lam (x - c), from which screening computes its bounds.
 //
 // Floor     N D p multiply-adds; for a few tokens one read of Q. Measured by bench/bench_screen.py.
 #pragma once

@@ -45,8 +45,8 @@ void bound_some(Stretch<T>& s, int64_t k, const std::vector<int64_t>& tokens, Fe
   }
 }
 
-// Replaces every bound that reaches its token's bar, bars [tokens], by the tighter marginal bound, and makes the largest
-// of these the token's guess (unchanged if none is finite). Returns how many were replaced.
+// Replaces every bound that reaches its token's bar, bars [tokens], by the tighter marginal bound, and makes the
+// largest of these the token's guess (unchanged if none is finite). Returns how many were replaced.
 template <class T, class ParallelFor>
 int64_t refine(Stretch<T>& s, std::vector<T> bars, ParallelFor&& parallel_for) {
   const int64_t K = s.screen.marginal.components, ranges = ranges_of(K, parallel_for.threads());

@@ -1,4 +1,4 @@
-// What stage 0 of screening leaves of a mixture, and the upper bounds of logits that come from it.
+// The screen of a mixture, which stage 0 of screening makes, and the bounds that it gives.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -1,4 +1,4 @@
-"""Lloyd's iterations in chunks: assign, average by sorted segments, split where a cluster lost its rows.
+"""Lloyd's iterations in chunks: assign, average by segments, split where a cluster is empty.
 
 Neither the N x K distances nor a copy of the data is ever in memory. Every sum runs over rows in one fixed order: two
 runs on as many threads agree to the bit.

@@ -1,4 +1,4 @@
-"""First centroids: k-means|| (Bahmani et al., arXiv 1203.6402), in a fixed number of passes over the rows."""
+"""First centroids by k-means|| (Bahmani et al., arXiv 1203.6402), in a fixed number of passes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""Which kernels serve a tensor: decided per call, from its device and dtype. Nothing is probed at import.
+"""Decides which kernels serve a tensor, per call, from its device and dtype. Nothing is probed at import.
 
     cpp        C++ (csrc/cpu), CPU tensors; until 0.1 its name was native, which is still understood
-    triton     Triton, CUDA tensors of float32 parameters; CPU tensors under TRITON_INTERPRET=1, if asked for
+    triton     Triton and CUDA C++ (csrc/cuda), CUDA tensors of float32 parameters; CPU tensors under
+               TRITON_INTERPRET=1, if asked for
     portable   plain PyTorch, everywhere
 
 The best that fits is taken, and where a GPU's kernels cannot serve a mixture, one message says why. The environment
@@ -23,7 +24,7 @@ from mfa_kernels.ops.common import cpp
 NAMES = ("cpp", "triton", "portable")
 LARGEST_RANK = 64
 ASK = " (`mfa-kernels doctor` says what is missing)"
-"""Of a reason, for all but the doctor."""
+"""Ends a reason; the doctor leaves it out."""
 
 
 def serving(parameters: Tensor, rank: int) -> str:

@@ -1,4 +1,4 @@
-"""Launch configurations of the GPU kernels: frozen values, chosen by a pure function of shape bucket and architecture.
+"""Launch configurations of the GPU kernels: frozen values, by shape bucket and architecture.
 
 Nothing is tuned while it runs. `default` is analysis (registers, shared memory, bytes per flop; ops/*/README.md);
 `mfa-kernels tune` measures alternatives on one GPU and writes JSON, which `configured` prefers where it exists.
@@ -47,17 +47,12 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Gradient:
+class Gradient(Pairs):
     """Backward on sorted pairs: a program owns one component and `features` features, and loops over its pairs."""
-
-    pairs: int
-    features: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
-class Dense:
+class AllLogits:
     """Every logit of some tokens, from differences: a program owns `tokens` tokens and `components` components."""
 
     tokens: int
@@ -68,13 +63,8 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(Pairs):
     """EM's sums over sorted pairs: a program owns `features` features of one component, and loops over its pairs."""
-
-    pairs: int
-    features: int
-    warps: int
-    stages: int
 
 
 @dataclass(frozen=True)
@@ -90,11 +80,20 @@ class Nearest:
     descriptors: bool = True  # tensor descriptors (TMA) where the chip has them
 
 
-KINDS: dict[str, type] = {kind.__name__.lower(): kind for kind in (Scan, Pairs, Gradient, Dense, Statistics, Nearest)}
+KINDS: dict[str, type[Any]] = {
+    "scan": Scan,
+    "pairs": Pairs,
+    "gradient": Gradient,
+    "dense": AllLogits,
+    "statistics": Statistics,
+    "nearest": Nearest,
+}
+"""Every kind by its name in tuned files and for `mfa-kernels tune`."""
+
 _KEY = re.compile(r"[a-z]+/\d+/\d+")
 _LARGEST = 1 << 16  # of any number in a configuration
 
-Config = TypeVar("Config", Scan, Pairs, Gradient, Dense, Statistics, Nearest)
+Config = TypeVar("Config")
 
 _ANALYSED: dict[tuple[type, int], Any] = {
     (Scan, 80): Scan(tokens=128, width=2, features=64, warps=8, stages=3, descriptors=False),
@@ -103,7 +102,7 @@ _ANALYSED: dict[tuple[type, int], Any] = {
     (Scan, 120): Scan(tokens=64, width=2, features=64, warps=4, stages=3),  # 99 KB of shared memory
     (Pairs, 80): Pairs(pairs=4, features=128, warps=4, stages=3),
     (Gradient, 80): Gradient(pairs=4, features=256, warps=4, stages=1),
-    (Dense, 80): Dense(tokens=8, components=8, features=128, warps=4, stages=1),
+    (AllLogits, 80): AllLogits(tokens=8, components=8, features=128, warps=4, stages=1),
     (Statistics, 80): Statistics(pairs=4, features=256, warps=4, stages=1),
     (Nearest, 80): Nearest(tokens=128, centroids=128, features=64, warps=8, stages=3, descriptors=False),
     (Nearest, 90): Nearest(tokens=256, centroids=128, features=64, warps=8, stages=4),
@@ -115,7 +114,7 @@ _overrides: dict[type, Any] = {}
 
 
 def architecture(device: torch.device, interpreted: int = 80) -> int:
-    """Of a GPU, 90 for compute capability 9.0; of a CPU, that which the interpreter stands for."""
+    """90 for a GPU of compute capability 9.0, and so on; for a CPU, `interpreted`."""
     if device.type != "cuda":
         return interpreted
     major, minor = torch.cuda.get_device_capability(device)
@@ -132,8 +131,8 @@ def default(kind: type[Config], architecture: int, tokens: int, components: int)
 
     A chip that is not listed takes the entry of the nearest older one.
     """
-    known = max((a for k, a in _ANALYSED if k is kind and a <= max(architecture, 80)), default=80)
-    chosen = _ANALYSED[kind, known]
+    listed = max((a for k, a in _ANALYSED if k is kind and a <= max(architecture, 80)), default=80)
+    chosen = _ANALYSED[kind, listed]
     if kind is Scan:  # few tokens: a tile no larger than they are
         smaller = min(chosen.tokens, max(16, bucket(tokens)))
         if smaller < chosen.tokens:
@@ -147,7 +146,7 @@ def configured(kind: type[Config], like: torch.Tensor, tokens: int, components: 
         return _overrides[kind]
     tuned = None
     if like.device.type == "cuda":
-        tuned = _tuned(torch.cuda.get_device_name(like.device)).get(_key(kind, tokens, components))
+        tuned = tuned_entries(torch.cuda.get_device_name(like.device)).get(key(kind, tokens, components))
     return kind(**tuned) if tuned else default(kind, architecture(like.device), tokens, components)
 
 
@@ -169,19 +168,26 @@ def file_name(device_name: str) -> str:
 
 
 def tuned_folder() -> Path:
-    """Where `mfa-kernels tune` writes: $MFA_KERNELS_CONFIGS, or the user's configuration folder."""
+    """The folder that `mfa-kernels tune` writes to: $MFA_KERNELS_CONFIGS, or the user's configuration folder."""
     chosen = os.environ.get("MFA_KERNELS_CONFIGS")
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CONFIG_HOME", Path.home() / ".config")) / "mfa_kernels"
 
 
-def _key(kind: type, tokens: int, components: int) -> str:
-    return f"{kind.__name__.lower()}/{bucket(tokens)}/{bucket(components)}"
+def name_of(kind: type) -> str:
+    """The name of a kind in `KINDS`."""
+    return next(name for name, named in KINDS.items() if named is kind)
+
+
+def key(kind: type, tokens: int, components: int) -> str:
+    """The name in tuned files of a kind for a bucket of tokens and components."""
+    return f"{name_of(kind)}/{bucket(tokens)}/{bucket(components)}"
 
 
 @functools.cache
-def _tuned(device_name: str) -> dict[str, dict[str, Any]]:
+def tuned_entries(device_name: str) -> dict[str, dict[str, Any]]:
+    """The entries of a GPU's tuned files by `key`, read once per process."""
     entries: dict[str, dict[str, Any]] = {}
     for folder in (FOLDER, tuned_folder()):  # the user's own measurements come last, and win
         path = folder / file_name(device_name)
@@ -194,7 +200,7 @@ def read(path: Path) -> dict[str, Any]:
     """The configurations in a file, by kernel and shape.
 
     Raises:
-        FileNotFoundError, ValueError: naming it, and what is not the configuration of a kernel.
+        FileNotFoundError, ValueError: naming the file, and the entry that is not the configuration of a kernel.
     """
     entries = read_json(path)
     if not isinstance(entries, dict):

@@ -49,7 +49,7 @@ def source_folder(backend: str = "cpu") -> Path:
 
 
 def cache_folder() -> Path:
-    """Where built libraries live: $MFA_KERNELS_CACHE, or the user's cache folder."""
+    """The folder of built libraries: $MFA_KERNELS_CACHE, or the user's cache folder."""
     chosen = os.environ.get("MFA_KERNELS_CACHE")
     if chosen:
         return Path(chosen)
@@ -88,7 +88,7 @@ def library_name() -> str:
 
 
 def architecture() -> str:
-    """What the kernels are compiled for: $MFA_KERNELS_MARCH, as the compiler's -march takes it; else "native".
+    """The processors to compile for: $MFA_KERNELS_MARCH, as the compiler's -march takes it; else "native".
 
     "x86-64-v3" (AVX2) or "x86-64-v4" (AVX-512) give machines of different make one library, where they share a cache.
     """
@@ -99,7 +99,7 @@ def architecture() -> str:
 
 
 def flags() -> list[str]:
-    """Of the compiler, for csrc/cpu."""
+    """The flags of the compiler for csrc/cpu."""
     return [*FLAGS, f"-march={architecture()}"]
 
 
@@ -128,7 +128,7 @@ def compiler() -> str | None:
 
 @functools.cache
 def compiler_version(program: str) -> str:
-    """The first line of what a compiler says of itself."""
+    """The first line of a compiler's description of itself."""
     out = subprocess.run([program, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
     return (out.splitlines() or ["?"])[0]
 
@@ -176,7 +176,7 @@ def ninja() -> str | None:
 
 
 def is_built() -> bool:
-    """Whether the library for these sources is in the cache."""
+    """True where the library for these sources is in the cache."""
     return _file(library_name()).is_file()
 
 
@@ -185,7 +185,7 @@ def _file(name: str) -> Path:
 
 
 def is_on() -> bool:
-    """Whether kernels may be built: ``MFA_KERNELS_NATIVE=0`` says no.
+    """True where kernels may be built: ``MFA_KERNELS_NATIVE=0`` forbids it.
 
     Raises:
         ValueError: it says something else than 0 or 1.
@@ -212,7 +212,7 @@ def library() -> Any:
     """
     if not is_on():
         return None
-    architecture()  # an unknown word is an error of whoever set it, and no want of this machine
+    architecture()  # an unknown word is an error of the user, and no want of this machine
     try:
         name = library_name()
         found = cached(name)

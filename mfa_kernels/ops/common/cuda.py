@@ -51,7 +51,7 @@ def _release(folder: Path) -> tuple[int, ...]:
 
 
 def architectures() -> list[str]:
-    """Of the GPUs that this process sees, such as ["90"].
+    """The architectures of the GPUs that this process sees, such as ["90"].
 
     Raises:
         RuntimeError: one of them is older than the kernels need.
@@ -108,14 +108,14 @@ def _build(name: str, targets: list[str]) -> Any:
 
 
 def _version(compiler: str) -> str:
-    """Where a compiler is, and what it says of itself, in a line."""
+    """The path of a compiler and its description of itself, in a line."""
     out = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=60).stdout
     return f"{os.path.realpath(compiler)} {' '.join(out.split())}"
 
 
 @contextlib.contextmanager
 def _toolkit(home: Path) -> Iterator[None]:
-    """Torch looks for a toolkit when it is imported, and in fewer places."""
+    """Points Torch to the toolkit: it looks for one when it is imported, and in fewer places."""
     from torch.utils import cpp_extension
 
     before, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, str(home)

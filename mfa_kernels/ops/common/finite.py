@@ -1,4 +1,4 @@
-"""Which rows count: one definition, for whatever takes sums or averages over rows."""
+"""The one definition of a finite row, for everything that sums or averages over rows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def finite_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Which rows of x (n, D) are finite, their squared norms too: (n,) bool.
+    """True for the rows of x (n, D) that are finite, their squared norms too: (n,) bool.
 
     The others have no distance and no density: one of them would make every mean that it is in NaN. Fitting, K-means,
     starts from clusters, evaluation and harvesting leave them out and count them. What answers row by row, as
@@ -15,7 +15,7 @@ def finite_rows(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         x: any float dtype.
-        dtype: that the work is in, of whose range there is talk: float64, or float32 for any other. None: that of x.
+        dtype: of the work, whose range decides: float64, or float32 for any other. None: that of x.
     """
     wide = torch.float64 if (dtype or x.dtype) == torch.float64 else torch.float32
     # Squared again: of a single feature PyTorch takes the magnitude, without a square that could overflow.

@@ -1,4 +1,4 @@
-"""Out of memory, said in the terms of the caller: what was being made, how large it is, and what shrinks it."""
+"""Explains an out-of-memory error in the caller's terms: what was made, its size, and what shrinks it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 
 
 @contextlib.contextmanager
-def explained(what: str, values: int, bytes_each: int, shrink: str) -> Iterator[None]:
-    """Adds to an out-of-memory error of the device what is said here.
+def explain_out_of_memory(what: str, values: int, bytes_each: int, shrink: str) -> Iterator[None]:
+    """Explains an out-of-memory error of the device in the block.
 
     Args:
         what: what the block makes, such as "the factors of 8192 components".

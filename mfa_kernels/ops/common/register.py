@@ -46,7 +46,7 @@ def operator(
         name: of the operator.
         schema: its results, "-> Tensor"; its arguments too, where the annotations of the implementation do not give
             them. An annotation is a type of `_TYPES` or a noun: a NamedTuple, or a class whose `of_tensors` makes it;
-            the tensors of a noun with a default are optional.
+            those of a noun that may be None are optional.
         checks: descriptions of the arguments by name, as `trust.checks` takes them; others are not checked.
         fake: makes empty results; it is given the operator's arguments as attributes.
         gradient: of the saved tensors, of which inputs need a gradient, and of the results' gradients; returns those of
@@ -104,10 +104,7 @@ def _inferred(function: Callable[..., Any], written: Sequence[str], scope: dict[
         parts, hints = inspect.signature(make).parameters, get_type_hints(make)
         for part in parts:
             own = _TYPES[hints.get(part, Tensor)]
-            if default is not parameter.empty:
-                add("Tensor?", part, None)
-            else:
-                add(f"{own}?" if optional and not own.endswith("?") else own, part, default)
+            add(f"{own}?" if optional and not own.endswith("?") else own, part, default)
         call = f"make_{name}({', '.join(parts)})"
         given.append(f"None if {next(iter(parts))} is None else {call}" if optional else call)
         scope[f"make_{name}"] = make

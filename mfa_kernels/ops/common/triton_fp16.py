@@ -1,4 +1,4 @@
-"""What kernels that multiply in fp16 share: scaling by powers of two, and the error of sums in float32."""
+"""Products in fp16: scales that are powers of two, tensor descriptors, the error of float32 sums."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor
 from mfa_kernels.ops.common import configs
 
 FEATURES = 64  # rows are padded to a multiple of this, so that the scan's inner loop needs no mask
-
-
-TINY = 2.0**-20
+TINY = 2.0**-20  # more than a few roundings of a float32 value, relative to it
 
 
 @triton.jit
@@ -27,7 +25,7 @@ def power_of_two(largest):
 def descriptors(
     matrices: Sequence[Tensor], heights: Sequence[int], width: int, wanted: bool
 ) -> tuple[Sequence[Any], bool]:
-    """The matrices, or where the chip has them and they are wanted their tensor descriptors, and True then.
+    """Tensor descriptors of the matrices and True; the matrices and False where the chip has none, or none are wanted.
 
     Args:
         matrices: (rows, features), contiguous, on one device.
@@ -49,7 +47,7 @@ def slack(features: int) -> float:
 
 
 def sum_error(features: int) -> float:
-    """g: what a float32 sum of `features` products can be off by, relative to the product of the norms.
+    """g: the error of a float32 sum of `features` products, at most, relative to the product of the norms.
 
     Each of the D additions, in any order, rounds or (in a tensor core) truncates by at most 2^-23 of a partial sum.
     Rounded up to a power of two, so that kernels are compiled once for many D.

@@ -1,14 +1,11 @@
-"""What the pair and dense kernels on a GPU share: residuals of some tokens against one component, and z = L^-T t.
+"""Residuals of some tokens against one component, and z = L^-T t: the inner loop of pair kernels.
 
     v = (x_n - mu_k) lam_k,   |v|^2,   t = A_k v
 
 Never materialised: v, which lives in registers. x - mu is formed in float32 before anything is scaled or squared, so
-nothing cancels wherever a region lies.
-
-No matrix unit: its operands would be rounded, and a `tl.dot` of float32 fetches every operand from shared memory. A
-tile is [tokens, rows, features] instead, with every thread of the program along the features: a thread multiplies what
-it loaded itself, in float32, and nothing is exchanged until the features are exhausted. The partial sums, one per
-lane, are also why the error does not grow with D: a lane adds up D / BD terms, and the lanes are added as a tree.
+nothing cancels wherever a region lies. A tile is [tokens, rows, features], with every thread of the program along the
+features: a thread multiplies the values that it loaded itself, in float32, without a matrix unit, and the lanes are
+added as a tree at the end (pairs/README.md).
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import triton
 import triton.language as tl
 
 _ACCUMULATORS = 64
-"""Registers per thread that may hold partial sums: a quarter of what a thread can have."""
+"""Registers per thread that may hold partial sums: a quarter of all."""
 
 
 def rank_tile(rank: int, tokens: int, features: int, warps: int) -> int:

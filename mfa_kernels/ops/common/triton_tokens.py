@@ -1,10 +1,10 @@
-"""Tokens for the GPU scan: centred, whitened, scaled by a power of two and rounded to fp16, with the rounding measured.
+"""Tokens for the GPU scan: centred, whitened, scaled and rounded to fp16; the rounding is measured.
 
     y_n = s (x_n - c);    tokens_n = fp16(y_n / s_n),  s_n the power of two that brings the largest |y| into [32, 64)
     a_n >= |y_n|,   eta_n >= |y_n - s_n tokens_n|,   psi_n >= sum_d |y^2 - s_n^2 squares|
 
-Two reads of x, one write of half its size: nothing beside the scan, and it frees the scan's inner loop of masks,
-scales and conversions. A token that is not finite gets a_n = NaN.
+A program owns one token. Floor: x read twice, half its size written. That is little next to the scan, whose inner loop
+then needs no masks, scales or conversions. A token that is not finite gets a_n = NaN.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def tokens_kernel(
         b_x = tl.load(p_x + i_n * D + o_d, m_d, 0.0).to(tl.float32)
         b_y = tl.load(p_scale + o_d, m_d, 0.0) * (b_x - tl.load(p_center + o_d, m_d, 0.0))
         b_largest = tl.maximum(b_largest, tl.abs(b_y))
-        b_length += b_y * b_y  # NaN and infinity stay
+        b_length += b_y * b_y  # the sum keeps NaN and infinity, which a maximum could drop
     b_s = power_of_two(tl.max(b_largest, 0))
 
     b_eta = tl.zeros([BD], tl.float32)
@@ -87,7 +87,7 @@ def tokens_kernel(
     tl.store(p_scales + i_n, b_s)
     tl.store(p_length + i_n, b_length)
     tl.store(p_norms + i_n, b_a)
-    # y carries two roundings of its own before it is rounded to fp16.
+    # TINY covers the two roundings of y in float32, before the one to fp16.
     tl.store(p_norms + N + i_n, tl.sqrt(tl.sum(b_eta, 0)) * SLACK + b_a * TINY)
     tl.store(p_norms + 2 * N + i_n, tl.sum(b_psi, 0) * SLACK + b_a * b_a * TINY)
 

@@ -1,4 +1,4 @@
-"""Operators trust nobody: kernels read raw memory, so every tensor handed to one must be what it takes it for.
+"""Checks of the tensors that operators are given: kernels read raw memory, so each must be as described.
 
 An operator's tensors are described once, by dtype and sizes. The function that checks them is written from that, as
 `namedtuple` writes its methods: it runs at every call, and a loop over descriptions would cost more than a token does.

@@ -43,8 +43,8 @@ def intervene(
 
     Returns:
         The hidden states after it, (B, T, D) contiguous, and (B, T, 3) in the mixture's dtype: whether the token was
-        reached; the responsibility of its row's region, 0 where none was looked at; whether one was looked at, which
-        is at every chosen token that is finite, reached or not.
+        reached; the responsibility of its row's region, 0 where none was read; whether one was read, which is the
+        case for every chosen token that is finite, reached or not.
     """
     differentiable = [hidden, edit.coefficients, edit.shift, edit.latents, *(parameters or ())]
     differentiable += [] if active is None else [active.logits]

@@ -15,7 +15,7 @@ ALWAYS, RESPONSIBILITY, NOT_RESPONSIBILITY, DENSITY, NOT_DENSITY, NEVER = range(
 
 
 def per_row(value: Tensor, batch: int) -> Tensor:
-    """Per batch row what is given for fewer of them: row i takes entry i // (batch / entries)."""
+    """Repeats the entries for a whole batch: row i takes entry i // (batch / entries)."""
     return value if value.shape[0] in (1, batch) else value.repeat_interleave(batch // value.shape[0], 0)
 
 

@@ -15,7 +15,7 @@ def latents(x: Tensor, mean: Tensor, loadings: Tensor, noise_variance: Tensor) -
 
 
 def passes(kind: int, responsibility: float, log_prob: float, threshold: float) -> bool:
-    """Whether a gate lets a token through; none lets one through that is not finite."""
+    """True where a gate lets a token through; none lets one through that is not finite."""
     if kind == 0:  # no gate
         return True
     if kind == 5 or math.isnan(log_prob):  # a row that is left alone

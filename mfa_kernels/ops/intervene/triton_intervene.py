@@ -1,4 +1,4 @@
-"""Steering on a GPU: one launch from the evidence of the scan to the rounded hidden states.
+"""Steering on a GPU: one launch from the active pairs of the scan to the rounded hidden states.
 
     x -> scale x + shift + sum_c r_c (weight mu_k + lam_k^-1 A_k^T u_c),   u_c = spread A_k v + L_k^T z,   k of slot c
 
@@ -30,7 +30,7 @@ def responsibilities_of(p_log_prob, p_logits, p_counts, i_n, C, BC: tl.constexpr
     b_logits = tl.load(p_logits + i_n * C + o_c, mask=o_c < C, other=-float("inf"))  # [BC]
     best = tl.max(b_logits, axis=0)
     b_r = tl.exp(b_logits - best)
-    b_all = tl.exp(b_logits - tl.load(p_log_prob + i_n))  # of all, where slots are missing
+    b_all = tl.exp(b_logits - tl.load(p_log_prob + i_n))  # relative to all components, where they overflow the slots
     return tl.where(tl.load(p_counts + i_n) > C, b_all, b_r / tl.sum(b_r, axis=0))
 
 
@@ -55,7 +55,7 @@ def steered_tile(
     R: tl.constexpr, PER_COMPONENT: tl.constexpr, MIXES: tl.constexpr, MOVES: tl.constexpr, BC: tl.constexpr,
     BR: tl.constexpr,
 ):  # fmt: skip
-    """x and what becomes of it, float32, at features o_d of one token."""
+    """x and the steered x, float32, at features o_d of one token."""
     o_c = tl.arange(0, BC)  # [BC]
     o_r = tl.arange(0, BR)[:, None]  # [BR, 1]
     m_d = o_d < D
@@ -126,7 +126,7 @@ def intervene_kernel(
     PER_COMPONENT: tl.constexpr,
     CHOSEN: tl.constexpr,
     PASSED: tl.constexpr,
-    SEEN: tl.constexpr,
+    HAS_PAIRS: tl.constexpr,
     MIXES: tl.constexpr,
     LATENTS: tl.constexpr,
     SPREADS: tl.constexpr,
@@ -152,23 +152,23 @@ def intervene_kernel(
         chosen = tl.load(p_chosen + at) != 0
     reached = chosen & (kind != 5)
     b_r = tl.zeros([BC], dtype=tl.float32)
-    seen, looked = 0.0, False
-    if SEEN:
+    responsibility, is_counted = 0.0, False
+    if HAS_PAIRS:
         b_r = responsibilities_of(p_log_prob, p_logits, p_counts, i_n, C, BC)
         b_k = tl.load(p_components + i_n * C + o_c, mask=o_c < C, other=-1)  # [BC]
         log_prob = tl.load(p_log_prob + i_n)
-        seen = tl.sum(b_r * (b_k == region).to(tl.float32), axis=0)  # NaN times 0 is NaN
-        value = tl.where(kind <= 2, seen, log_prob)
+        responsibility = tl.sum(b_r * (b_k == region).to(tl.float32), axis=0)  # NaN times 0 is NaN
+        value = tl.where(kind <= 2, responsibility, log_prob)
         over = value > tl.load(p_thresholds + i_b * rule_rows // B)
         passes = (over == ((kind == 1) | (kind == 3))) & (log_prob == log_prob)
         reached = reached & ((kind == 0) | passes)
-        looked = chosen & (region >= 0) & (seen == seen)
+        is_counted = chosen & (region >= 0) & (responsibility == responsibility)
     if PASSED:
         reached = reached & (tl.load(p_passed + i_n) != 0)
     if i_d == 0:
         tl.store(p_tally + i_n * 3, tl.where(reached, 1.0, 0.0))
-        tl.store(p_tally + i_n * 3 + 1, tl.where(looked, seen, 0.0))
-        tl.store(p_tally + i_n * 3 + 2, tl.where(looked, 1.0, 0.0))
+        tl.store(p_tally + i_n * 3 + 1, tl.where(is_counted, responsibility, 0.0))
+        tl.store(p_tally + i_n * 3 + 2, tl.where(is_counted, 1.0, 0.0))
 
     p_x, p_y = p_hidden + i_n * D, p_out + i_n * D
     if reached:
@@ -240,7 +240,7 @@ def intervene(
     keeps_norm: bool,
     spreads: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `mfa_kernels.ops.intervene.op.intervene`; every tensor contiguous, hidden not float64. Does not wait.
+    """Steers as `mfa_kernels.ops.intervene.op.intervene`: tensors contiguous, hidden not float64. Does not wait.
 
     rows are in the portable layout, (K, R + 1, D), or (K, R + 2, D) with noise per component.
     """
@@ -258,17 +258,17 @@ def intervene(
     for name, tensor in {"coefficient": coefficients, "shift": shift, "latent": latents, "chosen": chosen}.items():
         sizes[f"{name}_rows"], sizes[f"{name}_steps"] = (1, 1) if tensor is None else tensor.shape[:2]
     rule = (coefficients, shift, rules, thresholds, latents, chosen, passed)
-    flags = {"CHOSEN": chosen is not None, "PASSED": passed is not None, "SEEN": log_prob is not None}
+    flags = {"CHOSEN": chosen is not None, "PASSED": passed is not None, "HAS_PAIRS": log_prob is not None}
     flags |= {"MIXES": rows is not None, "LATENTS": latents is not None, "SPREADS": spreads, "NORM": keeps_norm}
-    evidence = (log_prob, components, logits, counts, rows, cholesky, scale)
+    pairs = (log_prob, components, logits, counts, rows, cholesky, scale)
     shape = {"R": rank, "PER_COMPONENT": per_component, **tiles}
     with torch.cuda.device_of(hidden):
-        intervene_kernel[(grid,)](hidden, out, tally, *rule, *evidence, **sizes, **flags, **shape, num_warps=_WARPS)
+        intervene_kernel[(grid,)](hidden, out, tally, *rule, *pairs, **sizes, **flags, **shape, num_warps=_WARPS)
     return out, tally
 
 
 def _tiles(slots: int, rank: int, features: int) -> dict[str, int]:
-    """A tile holds all rows of a component: the more of them, the fewer features."""
+    """Tiles that hold all rows of a component: more rows mean fewer features."""
     rows = triton.next_power_of_2(max(1, rank))
     width = min(_FEATURES, triton.next_power_of_2(features), max(32, 32 * _WARPS * _ACCUMULATORS // rows))
     return {"BC": triton.next_power_of_2(max(1, slots)), "BR": rows, "BD": width, "VEC": vector(width, _WARPS)}

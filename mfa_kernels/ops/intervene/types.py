@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 class Edit(NamedTuple):
-    """What is done to the tokens of each batch row. B' divides B, S is 1 or T; row i of B takes entry i // (B / B').
+    """The change to the tokens of each batch row. B' divides B, S is 1 or T; row i of B takes entry i // (B / B').
 
     Attributes:
         coefficients: scale, weight and spread, (B', S, 3), in the dtype that x is steered in: the wider of its own and
             the mixture's, float32 or float64.
         shift: (B', S, D), in that dtype.
         rules: (B', 3) int32. The kind of gate, a number of portable.py: ALWAYS, RESPONSIBILITY and NOT_RESPONSIBILITY
-            (of the region, against the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region looked at,
-            -1 for none. Whether the norm is kept, 0 or 1.
+            (of the region, against the threshold), DENSITY and NOT_DENSITY (log p(x)), or NEVER. The region whose
+            responsibility is read, -1 for none. Whether the norm is kept, 0 or 1.
         thresholds: of the gates, (B',), in the dtype of the mixture.
         keeps_norm: whether any row keeps its norm.
         latents: z, (B', S, R), in the dtype of the mixture; None for 0.
@@ -33,7 +33,7 @@ class Edit(NamedTuple):
 
 
 class Mixture(NamedTuple):
-    """What steering reads of a mixture: its means and loadings, and the terms behind E[z | x, k] (`Woodbury`)."""
+    """The tensors of a mixture that steering reads: its means and loadings, and the terms behind E[z | x, k]."""
 
     means: Tensor
     loadings: Tensor

@@ -1,4 +1,4 @@
-"""Directions along which rows differ most: what `nearest` looks at before it looks at whole rows."""
+"""Directions along which rows differ most: `nearest` reads rows along them before it reads whole rows."""
 
 from __future__ import annotations
 

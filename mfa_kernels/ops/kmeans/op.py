@@ -63,7 +63,7 @@ def cluster_sums(
     mass: Tensor,
     inertia: Tensor,
 ) -> None:
-    """Adds what the centroids' update needs of these rows to the last three arguments, one writer a cluster.
+    """Adds the sums of these rows that the centroids' update needs to the last three arguments.
 
     Args:
         x: (N, D), any float dtype.
@@ -95,7 +95,7 @@ def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
 
 
 def _rounding(centroids: Tensor, coordinates: int) -> float:
-    """More than what a product y . m + r r_k of that many coordinates is off by, relative to |v| |c_k| (README)."""
+    """Error of a product y . m + r r_k of that many coordinates, at most, relative to |v| |c_k| (README)."""
     features = centroids.shape[1]
     return 8 * torch.finfo(centroids.dtype).eps * (256 + features / 256 + features / 8 + coordinates / 256 + 64)
 

@@ -1,12 +1,12 @@
-"""Sums over the rows of each cluster on a GPU: what the update of the centroids needs, one writer per value.
+"""Sums over the rows of each cluster on a GPU, for the update of centroids, one writer per value.
 
     sums_k = sum w (x_n - center)      mass_k = sum w      inertia_k = sum w |x_n - center - c_k|^2
 
 A program owns BD features of one cluster and walks over its rows BP at a time: their sum in float32, the sum of these
 in float64, in registers. Rows are grouped by a stable sort (common/triton_groups.py). Never materialised: x - center.
-Deterministic: sums in a fixed order, no atomics. Nothing asks the device who owns what; a cluster without a row is
-neither read nor written. Floor: one read of the rows, one read and write of the sums (README.md). Not measured on a
-GPU yet. The worst case is one cluster that owns every row: it has D / BD programs alone.
+Deterministic: sums in a fixed order, no atomics. Nothing asks the device about owners; a cluster without a row is
+neither read nor written. Floor: one read of the rows, one read and write of the sums (README.md). The worst case is one
+cluster that owns every row: it has D / BD programs alone.
 """
 
 from __future__ import annotations
@@ -16,17 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
 
 _FEATURES, _WARPS = 256, 4
 _ROWS = 16
 """Rows at a time: their loads are in flight together, and take 32 registers of a thread."""
-
-
-@triton.jit
-def _add(p_out, b_value, m_out):
-    tl.store(p_out, tl.load(p_out, mask=m_out) + b_value, mask=m_out)
 
 
 @triton.jit
@@ -48,8 +43,7 @@ def cluster_kernel(
     feature_blocks = tl.cdiv(D, BD)
     i_k = (tl.program_id(0) // feature_blocks).to(tl.int64)
     i_d = tl.program_id(0) % feature_blocks
-    first = tl.load(p_starts + i_k)
-    last = tl.load(p_starts + i_k + 1)
+    first, last = load_range(p_starts, i_k)
     if first == last:
         return
     o_d = feature_offsets(i_d * BD, BD, VEC)  # [1, 1, BD]
@@ -59,9 +53,7 @@ def cluster_kernel(
     b_mass = tl.zeros([1, 1, 1], dtype=tl.float64)
     b_inertia = tl.zeros([1, 1, 1], dtype=tl.float64)
     for i in range(first, last, BP):
-        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
-        m_i = o_i < last
-        o_n = tl.load(p_order + o_i, mask=m_i, other=0)
+        o_n, m_i = load_pairs(p_order, i, last, BP)  # [BP, 1, 1]
         b_w = m_i.to(tl.float64)  # [BP, 1, 1]
         if p_weights is not None:
             b_w = tl.load(p_weights + o_n, mask=m_i, other=0.0)
@@ -71,13 +63,13 @@ def cluster_kernel(
         b_gap = tl.load(p_distance + o_n, mask=m_i, other=0.0).to(tl.float64)
         b_inertia += tl.sum(b_w * b_gap, axis=0, keep_dims=True)
     p_out = p_sums + i_k * D + o_d
-    _add(p_out, b_sum, m_d)
+    put(p_out, b_sum, m_d, True)
     o_out = i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
     m_first = (i_d + tl.zeros([1, 1, 1], dtype=tl.int32)) == 0
     p_out = p_mass + o_out
-    _add(p_out, b_mass, m_first)
+    put(p_out, b_mass, m_first, True)
     p_out = p_inertia + o_out
-    _add(p_out, b_inertia, m_first)
+    put(p_out, b_inertia, m_first, True)
 
 
 def cluster_sums(
@@ -90,7 +82,7 @@ def cluster_sums(
     mass: Tensor,
     inertia: Tensor,
 ) -> None:
-    """See `mfa_kernels.ops.kmeans.op.cluster_sums`. Does not wait for the device.
+    """Adds to the sums, as `mfa_kernels.ops.kmeans.op.cluster_sums`. Does not wait for the device.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32, N < 2^31.

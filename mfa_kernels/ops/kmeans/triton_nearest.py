@@ -1,12 +1,12 @@
-"""Nearest centroids on a GPU: fp16 products of every row with every centroid, and exact distances where they matter.
+"""Nearest centroids on a GPU: fp16 products, and exact distances of those that could be nearest.
 
     score_nk = y_n.c_k - |c_k|^2 / 2,   y = x - center:   the nearest centroid has the largest score
 
 A program of `nearest_kernel` owns BN rows and a band of the centroids. It multiplies the rows with BK centroids at a
 time and keeps, per row, the largest lower bound of a score, and the first C centroids whose upper bound reached it.
-Bands are what lets programs that run together share rows in the second-level cache. `finish_kernel` drops whoever
-falls below the largest lower bound of all bands and decides between the others by |y - c|^2 in float32. Never
-materialised: N x K of anything; what leaves the chip is 8 C + 8 bytes per row and band.
+Thanks to the bands, programs that run together share rows in the second-level cache. `finish_kernel` drops contenders
+below the largest lower bound of all bands and decides between the others by |y - c|^2 in float32. Never materialised:
+N x K of anything; 8 C + 8 bytes per row and band leave the chip.
 
 The bound. With y^ = s_n rows_n and c^ = s_k centroids_k in fp16, |y^ - y| <= eta_n, |y| <= a_n (triton_tokens.py, which
 measures them), and every sum of D products off by at most g = D 2^-23 of the norms:
@@ -18,9 +18,8 @@ at most (a_n w + eta_n b + w') sqrt(|c_k|^2 / 2), with w, b and w' the largest r
 bound grows with its own centroid: a language model has tokens a hundred times longer than all others.
 
 Exact: a centroid that is left out is farther than the one that is chosen; of equal float32 distances, the lowest index
-wins. A row that has more contenders than a band has room for is *crowded*, and `every_kernel` compares it with all
-centroids, by differences. Nothing asks the device how many rows that is. Floor: 2 N K D flops (README.md). Not measured
-on a GPU yet.
+wins. A row with more contenders than a band has room for *overflows*: `every_kernel` compares it with all centroids, by
+differences. Nothing asks the device how many rows do. Floor: 2 N K D flops (README.md).
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from mfa_kernels.ops.common.triton_tokens import scan_tokens
 BANDS = 8
 """Programs that share the centroids, at most: with 16 tiles of rows, a wave of programs on a large GPU."""
 CONTENDERS = 8
-"""Room for contenders per row and band. A row meets as many as its best score is beaten on the way, and near ties."""
+"""Room for contenders per row and band: a new one each time that the best score is beaten, or nearly."""
 _EVERY = {"BN": 8, "BK": 4, "BD": 128}  # rows x centroids x features in registers: 32 partial sums a thread
 _LARGEST_BLOCK = 1024
 """Features of a row that `finish_kernel` compares at a time, at most."""
 _PROGRAMS = 1 << 12
-"""At most so many programs of `every_kernel`: more than run at a time, few enough to stop unused ones quickly."""
+"""Programs of `every_kernel`, at most: more than run at a time, few enough to stop unused ones quickly."""
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def _contend(
     K,
     BK: tl.constexpr,
 ):
-    """Notes whoever of BK centroids may be nearer than all before them, and raises the lower bound to theirs."""
+    """Notes each of BK centroids that may be nearer than all before them, and raises the lower bound to its own."""
     o_k = tl.arange(0, BK)[None, :]  # [1, BK]
     m_k = k + o_k < K
     b_half = tl.load(p_half + k + o_k, m_k, 0.0)
@@ -111,14 +110,14 @@ def nearest_kernel(
     SWIZZLE: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    # SWIZZLE tiles of rows walk all bands together.
+    # SWIZZLE tiles of rows share the bands in the second-level cache.
     tiles_n = tl.cdiv(N, BN)
     i_group = tl.program_id(0) // (SWIZZLE * BANDS)
     in_group = tl.minimum(tiles_n - i_group * SWIZZLE, SWIZZLE)
     i_n = i_group * SWIZZLE + (tl.program_id(0) % (SWIZZLE * BANDS)) % in_group
     i_band = (tl.program_id(0) % (SWIZZLE * BANDS)) // in_group
 
-    # Beyond the end, the last row once more: the inner loop needs no mask.
+    # Rows beyond the end repeat the last one, so that the inner loop needs no mask.
     o_n = tl.minimum(i_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)  # [BN]
     m_n = i_n * BN + tl.arange(0, BN) < N
     b_s = tl.load(p_row_scales + o_n)
@@ -159,8 +158,8 @@ def every_kernel(
     p_x,  # (N, D)
     p_center,  # (D,)
     p_centroids,  # (K, D)
-    p_index,  # (N,): the crowded rows first
-    p_total,  # (1,): how many they are
+    p_index,  # (N,): the rows that overflow first
+    p_total,  # (1,): how many overflow
     p_found,  # (N, SLOTS) int32
     p_upper,  # (N, SLOTS)
     K,
@@ -170,7 +169,7 @@ def every_kernel(
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """The nearest centroid of each of SLOTS parts of them all becomes a contender that cannot be dropped."""
+    """Makes the nearest centroid of each of SLOTS parts of them a contender that cannot be dropped."""
     total = tl.load(p_total).to(tl.int32)
     part = tl.cdiv(K, SLOTS)
     for i in range(tl.program_id(0), tl.cdiv(total, BN) * SLOTS, tl.num_programs(0)):
@@ -223,7 +222,7 @@ def finish_kernel(
     best = float("inf")
     owner = K
     k = tl.min(b_found, 0)
-    while k < K:  # in ascending order: of equal distances the first stays
+    while k < K:  # k ascends, so that of equal distances the first stays
         b_square = tl.zeros([BD], tl.float32)
         for d in range(0, D, BD):
             o_d = d + tl.arange(0, BD)
@@ -241,7 +240,7 @@ def finish_kernel(
 
 
 def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
-    """See `mfa_kernels.ops.kmeans.op.nearest`. Does not wait for the device.
+    """Finds the nearest centroid of every row, as `mfa_kernels.ops.kmeans.op.nearest`. Does not wait for the device.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
@@ -274,11 +273,11 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
             *operands, *scales, found, upper, lower, missed, **sizes, **tiles, **options
         )
         floor = lower.amax(1)
-        crowded = (missed.amax(1) >= floor) & (floor > -torch.inf)  # a row that is not finite has no bounds
-        index = crowded.int().argsort(descending=True, stable=True)
+        overflows = (missed.amax(1) >= floor) & (floor > -torch.inf)  # a row that is not finite has no bounds
+        index = overflows.int().argsort(descending=True, stable=True)
         sizes = {"K": count, "D": features, "SLOTS": slots, "num_warps": 4}
         every_kernel[(min(_PROGRAMS, triton.cdiv(rows, _EVERY["BN"]) * slots),)](
-            x, center, centroids, index, crowded.sum(), found, upper, **sizes, **_EVERY
+            x, center, centroids, index, overflows.sum(), found, upper, **sizes, **_EVERY
         )
         block = min(_LARGEST_BLOCK, triton.next_power_of_2(features))
         finish_kernel[(rows,)](x, center, centroids, found, upper, floor, owner, distance, **sizes, BD=block)
@@ -290,6 +289,6 @@ def _bounds(norms: Tensor, length: Tensor, features: int) -> tuple[Tensor, Tenso
     g, half = sum_error(features), 0.5 * length
     size = norms[0] + norms[1]
     bounds = torch.stack([norms[1] + g * size, (1 + g) * size, (features / 1024 + 20) * 2.0**-23 * half])
-    ratios = (1 + 2.0**-10) * bounds / half.sqrt()  # the roundings of all this
-    # A centroid that is not finite is nobody's, and must not spoil the others' bounds.
+    ratios = (1 + 2.0**-10) * bounds / half.sqrt()  # covers the roundings of this line
+    # A centroid that is not finite is nearest to no row, and must not spoil the bounds of others.
     return half, torch.where(ratios.isfinite(), ratios, 0).amax(1)

@@ -9,6 +9,7 @@ from mfa_kernels.common.precision import full_precision, no_tangents
 from mfa_kernels.ops.common import backends, cpp, trust
 from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import portable
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 
@@ -80,7 +81,7 @@ def accumulate_gradients(
 
             triton_backward.backward(x, tokens, components, weights, woodbury, gradients, add)
         else:
-            portable.backward(x, tokens, components, weights, woodbury, *gradients)
+            portable.backward(x, tokens, components, weights, woodbury, gradients)
 
 
 def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -> Tensor:
@@ -126,11 +127,8 @@ def _latents_gradient(saved, needs, grad):
     gradient=_latents_gradient,
     saves=lambda inputs, output: (output, *inputs[:6], inputs[7]),
 )
-def _latents(
-    x: Tensor, tokens: Tensor, components: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor,
-    woodbury: Woodbury,
-) -> Tensor:  # fmt: skip
-    return explain(x, tokens, components, woodbury)
+def _latents(pairs: Pairs, means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury) -> Tensor:
+    return explain(*pairs, woodbury)
 
 
 @operator(
@@ -145,15 +143,18 @@ def _latents(
     gradient=NO_SECOND_DERIVATIVE,
 )
 def _latents_backward(
-    grad: Tensor, latents: Tensor, x: Tensor, tokens: Tensor, components: Tensor,
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, cholesky: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    trust.check_range("latents_backward", "tokens", tokens, 0, len(x))
-    trust.check_range("latents_backward", "components", components, -1, len(means))
+    grad: Tensor,
+    latents: Tensor,
+    pairs: Pairs,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    cholesky: Tensor,
+) -> tuple[Tensor, ...]:
+    trust.check_range("latents_backward", "tokens", pairs.tokens, 0, len(pairs.x))
+    trust.check_range("latents_backward", "components", pairs.components, -1, len(means))
     with full_precision(means):
-        return portable.latents_backward(
-            grad, latents, x, tokens, components, means, loadings, noise_variance, cholesky
-        )
+        return portable.latents_backward(grad, latents, pairs, means, loadings, noise_variance, cholesky)
 
 
 @operator(

@@ -72,7 +72,7 @@ def _rows(woodbury: Woodbury, components: Tensor | slice, begin: int, end: int) 
 
 
 def _well_centered(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor) -> Tensor:
-    """Whether expanding y - m keeps the digits, (n,), judged at the component with the largest weight.
+    """True where expanding y - m keeps the digits, (n,), judged at the component with the largest weight.
 
     The components that share a token's responsibility are about equally far from it, so one of them tells.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.portable import CHUNK, explained, residuals
 from mfa_kernels.ops.woodbury.types import Woodbury
 
@@ -22,9 +23,7 @@ def latents(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -
 def latents_backward(
     grad: Tensor,
     latents: Tensor,
-    x: Tensor,
-    tokens: Tensor,
-    components: Tensor,
+    pairs: Pairs,
     means: Tensor,
     loadings: Tensor,
     noise_variance: Tensor,
@@ -35,6 +34,7 @@ def latents_backward(
     With u = x - mu, h = M^-1 grad and Lam = Psi^-1:  d x = -d mu = Lam W h,  d W = Lam (u - W z) h^T - Lam W h z^T,
     d Psi = -Lam^2 (W h) (u - W z).
     """
+    x, tokens, components = pairs
     grads = [torch.zeros(t.shape, dtype=means.dtype, device=means.device) for t in (x, means, loadings, noise_variance)]
     grad_x, grad_means, grad_loadings, grad_noise = grads
     held = (components != -1).nonzero().squeeze(-1)
@@ -95,13 +95,10 @@ def backward(
     components: Tensor,
     weights: Tensor,
     woodbury: Woodbury,
-    grad_x: Tensor | None,
-    grad_means: Tensor | None,
-    grad_loadings: Tensor | None,
-    grad_noise: Tensor | None,
-    grad_log_weights: Tensor | None,
+    gradients: list[Tensor | None],
 ) -> None:
-    """Adds sum_p w_p d logit_p / d parameter to the gradients given."""
+    """Adds sum_p w_p d logit_p to [x, means, loadings, noise, log_weights], those that are not None."""
+    grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
     features, rank = x.shape[1], woodbury.cholesky.shape[-1]
     order = torch.argsort(components, stable=True)
     for chunk in order.split(max(1, CHUNK // (features * (rank + 1)))):

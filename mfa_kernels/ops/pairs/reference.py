@@ -1,4 +1,4 @@
-"""Stage 2, the formulas in plain PyTorch: the oracle, and the differentiable path of `encode` and `decode`."""
+"""Stage 2, the formulas in plain PyTorch: the oracle of tests."""
 
 from __future__ import annotations
 

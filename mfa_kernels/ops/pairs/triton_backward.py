@@ -1,4 +1,4 @@
-"""Gradients from weighted pairs, on a GPU, in closed form (README.md), each with one writer.
+"""Gradients from weighted pairs on a GPU, in closed form (README.md), each with one writer.
 
 With v = (x_n - mu_k) lam_k, t = A_k v, q = v - A_k^T t and S = sum w, summed over the pairs of component k in order:
 
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import (
     back_substitute,
     feature_offsets,
@@ -39,13 +39,6 @@ from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 @triton.jit
-def _put(p_out, b_value, m_out, ADD: tl.constexpr):
-    if ADD:
-        b_value += tl.load(p_out, mask=m_out)
-    tl.store(p_out, b_value, mask=m_out)
-
-
-@triton.jit
 def gradient_kernel(
     p_x,  # (N, D)
     p_tokens,  # (P,)
@@ -56,7 +49,7 @@ def gradient_kernel(
     p_rows,  # (K, R + 1 or R + 2, D)
     p_scale,  # (D,)
     p_cholesky,  # (K, R, R)
-    p_means,  # (K, D), added to or written; None where it is not wanted, as the next three
+    p_means,  # (K, D), added to or written; None where it is not wanted, like the next three
     p_loadings,  # (K, D, R), added to or written
     p_noise,  # (K, D), added to or written
     p_log_weights,  # (K,), added to or written
@@ -73,8 +66,7 @@ def gradient_kernel(
     feature_blocks = tl.cdiv(D, BD)
     i_k = tl.program_id(0) // feature_blocks
     i_d = tl.program_id(0) % feature_blocks
-    first = tl.load(p_starts + i_k)
-    last = tl.load(p_starts + i_k + 1)
+    first, last = load_range(p_starts, i_k)
     if ADD and first == last:
         return
     i_k = i_k.to(tl.int64)
@@ -87,9 +79,7 @@ def gradient_kernel(
     b_q2 = tl.zeros([1, 1, BD], dtype=tl.float32)  # sum w q^2
     b_qt = tl.zeros([1, BR, BD], dtype=tl.float32)  # sum w q t^T
     for i in tl.range(first, last, BP, num_stages=STAGES):
-        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
-        m_i = o_i < last
-        o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+        o_p, m_i = load_pairs(p_order, i, last, BP)  # [BP, 1, 1]
         o_n = tl.load(p_tokens + o_p, mask=m_i, other=0).to(tl.int64)
         b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0)  # [BP, 1, 1]
         b_t = tl.load(p_t + o_p * R + o_r, mask=m_i & (o_r < R), other=0.0)  # [BP, BR, 1]
@@ -108,19 +98,19 @@ def gradient_kernel(
     if p_log_weights is not None:
         m_first = (i_d + tl.zeros([1, 1, 1], dtype=tl.int32)) == 0
         p_out = p_log_weights + i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
-        _put(p_out, b_weight, m_first, ADD)
+        put(p_out, b_weight, m_first, ADD)
     if p_means is not None:
         p_out = p_means + i_k * D + o_d
-        _put(p_out, b_scale * b_q, m_d, ADD)
+        put(p_out, b_scale * b_q, m_d, ADD)
     if p_noise is not None:
         b_prior = b_weight * (1.0 - tl.sum(b_a * b_a, axis=1, keep_dims=True))  # S diag(I - A^T A)
         p_out = p_noise + i_k * D + o_d
-        _put(p_out, 0.5 * b_scale * b_scale * (b_q2 - b_prior), m_d, ADD)
+        put(p_out, 0.5 * b_scale * b_scale * (b_q2 - b_prior), m_d, ADD)
     if p_loadings is not None:
         b_loadings = back_substitute(b_qt - b_weight * b_a, p_cholesky + i_k * R * R, o_r, R)  # [1, BR, BD]
         p_out = p_loadings + (i_k * D + o_d) * R + o_r
         m_out = (o_r < R) & m_d
-        _put(p_out, b_scale * b_loadings, m_out, ADD)
+        put(p_out, b_scale * b_loadings, m_out, ADD)
 
 
 @triton.jit
@@ -162,7 +152,7 @@ def token_kernel(
                 b_q -= tl.sum(b_t * load_explaining(p_own, o_r, o_d, D, R), axis=1, keep_dims=True)
             b_grad += w * (b_scale * b_q)
     p_out = p_grad_x + i_n.to(tl.int64) * D + o_d
-    _put(p_out, -b_grad, m_d, ADD)
+    put(p_out, -b_grad, m_d, ADD)
 
 
 def backward(
@@ -179,11 +169,11 @@ def backward(
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
         tokens: (P,) int32 or int64, ascending, P < 2^31.
-        components: (P,) int32; what is not in [0, K) marks a slot without a pair.
+        components: (P,) int32; a value outside [0, K) marks a slot without a pair.
         weights: (P,) float32; a pair of weight 0 is skipped.
         woodbury: in the portable layout, float32.
         gradients: of x (N, D), means, loadings, noise and log_weights in their shapes; float32, contiguous, or None.
-        add: False writes the gradients, whatever they held: half the traffic of zeroing them and adding.
+        add: False overwrites the gradients: half the traffic of zeroing them and adding.
     """
     grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
     (pairs,), (count, _, features), rank = components.shape, woodbury.rows.shape, woodbury.cholesky.shape[-1]
@@ -229,7 +219,7 @@ def backward(
 
 
 def _gradient_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
-    """All rows of A_k and of their sums are in registers: the more of them, the fewer features and pairs at a time."""
+    """Tiles for the registers, which hold all rows of A_k and their sums: more rows mean fewer features and pairs."""
     rows = triton.next_power_of_2(max(1, rank))
     features = min(config.features, 32 * config.warps * max(1, 32 // rows))
     pairs = max(1, min(config.pairs, 64 // rows))

@@ -15,11 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range
 from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
 
 _RANK_TILE = 16
-"""Most columns of W_k per pass."""
+"""Columns of W_k per pass, at most."""
 
 
 @triton.jit
@@ -126,13 +126,11 @@ def parameters_kernel(
     o_d = feature_offsets(tl.program_id(0) % feature_blocks * BD, BD, VEC)  # [1, 1, BD]
     o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
     m_d = o_d < D
-    last = tl.load(p_starts + i_k + 1)
+    first, last = load_range(p_starts, i_k)
     b_means = tl.zeros([1, 1, BD], dtype=tl.float32)
     b_loadings = tl.zeros([1, BR, BD], dtype=tl.float32)
-    for i in range(tl.load(p_starts + i_k), last, BP):
-        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
-        m_i = o_i < last
-        o_c = tl.load(p_order + o_i, mask=m_i, other=0)
+    for i in range(first, last, BP):
+        o_c, m_i = load_pairs(p_order, i, last, BP)  # [BP, 1, 1]
         b_weight = tl.load(p_responsibilities + o_c, mask=m_i, other=0.0)  # [BP, 1, 1]
         b_z = tl.load(p_latents + o_c * R + o_r, mask=m_i & (o_r < R), other=0.0)  # [BP, BR, 1]
         b_g = b_weight * tl.load(p_grad + (o_c // C) * D + o_d, mask=m_i & m_d, other=0.0)  # [BP, 1, BD]
@@ -143,10 +141,10 @@ def parameters_kernel(
 
 
 def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
-    """sum_c r_c (mu_c + W_c z_c), (N, D) float32. Does not wait for the device.
+    """Returns sum_c r_c (mu_c + W_c z_c), (N, D) float32. Does not wait for the device.
 
     Args:
-        components: (N, C) int32; what is not in [0, K) marks an empty slot. All arguments are contiguous.
+        components: (N, C) int32; a value outside [0, K) marks an empty slot. All arguments are contiguous.
         responsibilities: (N, C) float32; where one of them is NaN, the token's row is NaN.
         latents: (N, C, R) float32.
         means: (K, D) float32.
@@ -193,7 +191,7 @@ def _tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
 
 
 def _parameter_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
-    """All columns of W_k are in registers: the more of them, the fewer features."""
+    """Tiles for the registers, which hold all columns of W_k: more columns mean fewer features."""
     columns = triton.next_power_of_2(max(1, rank))
     features = min(config.features, 32 * config.warps * max(1, 32 // columns))
     pairs = max(1, min(config.pairs, 64 // columns))

@@ -24,7 +24,7 @@ from mfa_kernels.ops.common.triton_residual import back_substitute, project, ran
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _PROGRAMS = 1 << 14
-"""At most so many programs of `explain_kernel`: more than run at a time, few enough to stop unused ones quickly."""
+"""Programs of `explain_kernel`, at most: more than run at a time, few enough to stop unused ones quickly."""
 _SOLVED = 32
 """Pairs per program of `latents_kernel`."""
 
@@ -120,14 +120,14 @@ def explain(
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
         tokens: (P,) int32 or int64, P < 2^31.
-        components: (P,) int32; what is not in [0, K) marks a slot without a pair.
+        components: (P,) int32; a value outside [0, K) marks a slot without a pair.
         woodbury: in the portable layout, float32.
         constants: (K,) float32, `woodbury.constants(log_weights)`; None where logits are not wanted.
-        with_t: whether t is wanted.
+        with_t: True where t is wanted.
         groups: `group(components, K, block)` with the block of `configs.Pairs`, where it exists already.
 
     Returns:
-        logits (P,), -inf in a slot without a pair, and t (P, R), 0 there; None for what is not wanted.
+        logits (P,), -inf in a slot without a pair, and t (P, R), 0 there; None in place of one that is not wanted.
     """
     components = components.contiguous()
     (pairs,), features, count = components.shape, x.shape[1], woodbury.rows.shape[0]

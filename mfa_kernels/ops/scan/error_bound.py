@@ -1,4 +1,4 @@
-"""How far a computed log p(x) can be from the exact one: rounding, and the components that were left out.
+"""A bound on the error of log p(x): its rounding, and the components that were left out.
 
 Derived in README.md, "The error of log p(x)".
 """
@@ -14,17 +14,16 @@ from torch.nn import functional
 from mfa_kernels.ops.scan.op import dense_logits
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.woodbury.portable import CHUNK
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
-_DOUBT = 1e-3  # of the rounding, from which on the rough bound on what was left out is replaced by a dense one
+_DOUBT = 1e-3
+"""Share of the rounding above which the rough bound on what was left out is replaced by one from every logit."""
 
 
 @torch.no_grad()
 def error_bound(
     x: Tensor,
-    means: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     active: ActivePairs,
     dropped: Tensor | None = None,
@@ -33,11 +32,12 @@ def error_bound(
 
     Args:
         x: (N, D), finite or not.
-        means: (K, D); with noise_variance (D,) or (K, D), and log_weights (K,), the parameters behind `woodbury`.
-        woodbury: stage 0.
+        parameters: those behind `woodbury`.
+        woodbury: of these parameters.
         active: what `log_prob` or a screened scan found, with exact logits.
         dropped: of a screened scan, (N,): bound on the responsibility of what it never computed.
     """
+    means, _, noise_variance, log_weights = parameters
     unit = torch.finfo(means.dtype).eps / 2
     rounding = _per_squared_residual(woodbury, x.shape[1], unit)
     x = x.to(means.dtype)
@@ -53,8 +53,8 @@ def error_bound(
     worst = held.amax(-1)
     norms, radii = _norms(x, means, scale, woodbury.center)
     far = rounding * (norms + radii.max()).square() + fixed.max()
-    diffuse = active.counts > active.components.shape[1]  # active components that no slot holds
-    worst = torch.where(diffuse, torch.maximum(worst, far), worst)
+    overflows = active.counts > active.components.shape[1]  # active components that no slot holds
+    worst = torch.where(overflows, torch.maximum(worst, far), worst)
     left_out = torch.finfo(means.dtype).eps * (far + worst).exp()
     doubtful = (left_out > _DOUBT * worst).nonzero().squeeze(-1)
     for n in doubtful.split(max(1, CHUNK // (4 * len(means)))):
@@ -73,9 +73,9 @@ def error_bound(
 
 
 def _per_squared_residual(woodbury: Woodbury, features: int, unit: float) -> float:
-    """What a logit may be off by, per |v|^2."""
+    """Error of a logit per |v|^2, at most."""
     length, rank = features, woodbury.cholesky.shape[-1]
-    if woodbury.is_cpp:  # the C++ kernels sum in lanes, and flush every 64 features
+    if woodbury.backend == "cpp":  # the C++ kernels sum in lanes, and flush every 64 features
         length = max(66 + -(-features // 64), -(-features // woodbury.rows.shape[-1]) + 8)
     total = 1.01 * length * unit
     explained = (5 * unit + total) * math.sqrt(rank)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision, no_tangents
 from mfa_kernels.ops.common import cpp, trust
-from mfa_kernels.ops.common.out_of_memory import explained
+from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.scan import portable
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.woodbury.portable import CHUNK
-from mfa_kernels.ops.woodbury.types import NO_SCAN, Parameters, ScanRows, Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, ScanRows, Woodbury
 
 
 def log_prob(
@@ -76,9 +76,9 @@ def dense_logits(x: Tensor, woodbury: Woodbury, constants: Tensor) -> Tensor:
     with full_precision(x):
         if woodbury.backend != "triton":
             return portable.dense(x, woodbury, constants)
-        from mfa_kernels.ops.scan import triton_dense
+        from mfa_kernels.ops.scan import triton_all_logits
 
-        return triton_dense.dense(x, woodbury, constants)
+        return triton_all_logits.all_logits(x, woodbury, constants)
 
 
 def gradients_of(
@@ -122,7 +122,12 @@ PARAMETERS = {**trust.PARAMETERS, "log_weights": "means(K)", **trust.WOODBURY}
     saves=lambda inputs, output: (*inputs[:10], *output),
 )
 def _log_prob(
-    x: Tensor, parameters: Parameters, woodbury: Woodbury, slots: int, exact: bool = True, scan: ScanRows = NO_SCAN
+    x: Tensor,
+    parameters: Parameters,
+    woodbury: Woodbury,
+    slots: int,
+    exact: bool = True,
+    scan: ScanRows | None = None,
 ) -> tuple[Tensor, ...]:
     means, loadings, noise_variance, log_weights = parameters
     x = _prepared(x, means, woodbury)
@@ -131,14 +136,14 @@ def _log_prob(
     if woodbury.backend == "cpp":
         return cpp.library().scan(x, woodbury.rows, constants, woodbury.scale, woodbury.per_component, threshold, slots)
     size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
-    shrink = "pass fewer tokens x at a time"
-    with full_precision(means), explained(f"the scan of {x.shape[0]} tokens", size, means.element_size(), shrink):
+    what, shrink = f"the scan of {x.shape[0]} tokens", "pass fewer tokens x at a time"
+    with full_precision(means), explain_out_of_memory(what, size, means.element_size(), shrink):
         if woodbury.backend != "triton":
             return portable.scan(x, woodbury, constants, threshold, slots)
         from mfa_kernels.ops.scan import triton_pipeline
         from mfa_kernels.ops.woodbury import triton_rows
 
-        if scan.rows is not None and scan.rows.numel():
+        if scan is not None and scan.rows.numel():
             _check_scan(loadings, noise_variance, *scan)
             view = ScanRows(*(t.contiguous() for t in scan))
         else:

@@ -1,12 +1,14 @@
-"""From the scan's partials to candidates, and from exact logits to log p(x) and the active pairs. One program a token.
+"""Merges the scan's partials into candidates, and exact logits into log p(x) and active pairs.
 
-`candidates`: with L the largest lower bound, whoever has upper bound >= L - T may be active; all others are below
-T = log(K / eps) nats under the best, and weigh less than eps together. If one tile may hide more of them than it
-reported, or they are more than the slots for candidates, the token is *crowded*: triton_dense.py decides it.
+`candidates`: with L the largest lower bound, a component whose upper bound is at least L - T may be active. All others
+are below T = log(K / eps) nats under the best, and weigh less than eps together. The candidates of a token overflow
+where a tile may hide more of them than it reported, or where they are more than the slots; triton_all_logits.py then
+computes all its logits.
+`finish`: exact logits of the candidates -> `ActivePairs`.
+`finish_all_logits`: every logit of some tokens -> `ActivePairs`.
+`finish_fast`: a scan without bounds (precision="fast") -> `ActivePairs`.
 
-`finish`: exact logits of the candidates -> `ActivePairs`. `finish_dense`: every logit of crowded tokens ->
-    `ActivePairs`.
-`finish_fast`: straight from a scan without bounds (precision="fast").
+A program owns one token.
 """
 
 from __future__ import annotations
@@ -23,18 +25,18 @@ from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.woodbury.triton_rows import TILE
 
 LOG_EPS = math.log(torch.finfo(torch.float32).eps)
-MANY = 64  # slots, from which on sorting all logits of a token is faster
+MANY = 64  # with more slots than this, sorting all logits of a token is faster
 
 
 @triton.jit
 def _threshold(K, LOG_EPS: tl.constexpr):
-    """T, as `activity_threshold` has it."""
+    """T, by the formula of `activity_threshold`."""
     return tl.log(tl.cast(K, tl.float32)) - LOG_EPS  # K = 1 arrives as a constant
 
 
 @triton.jit
 def _largest(p_values, count, BT: tl.constexpr):
-    """The largest of `count` values; NaN does not count."""
+    """The largest of `count` values, without those that are NaN."""
     b_best = tl.full([BT], -float("inf"), tl.float32)
     for i in range(0, count, BT):
         o_i = i + tl.arange(0, BT)
@@ -43,8 +45,24 @@ def _largest(p_values, count, BT: tl.constexpr):
 
 
 @triton.jit
+def take_largest(p_values, count, last_value, last, BT: tl.constexpr):
+    """The next of `count` values in falling order after (last_value, last), and its place; equal ones go by place."""
+    b_next = tl.full([BT], -float("inf"), tl.float32)
+    b_place = tl.full([BT], 2147483647, tl.int32)
+    for i in range(0, count, BT):
+        o_i = i + tl.arange(0, BT)
+        b_value = tl.load(p_values + o_i, o_i < count, -float("inf"))
+        b_after = (b_value < last_value) | ((b_value == last_value) & (o_i > last))
+        b_take = b_after & (o_i < count) & (b_value > b_next)
+        b_place = tl.where(b_take, o_i, b_place)
+        b_next = tl.where(b_take, b_value, b_next)
+    value = tl.max(b_next, 0)
+    return value, tl.min(tl.where(b_next == value, b_place, 2147483647), 0)
+
+
+@triton.jit
 def _hides_more(o_e, K, TILE: tl.constexpr, TOP: tl.constexpr):
-    """Whether an entry is the last that its tile reports, of a tile that has more components."""
+    """True where an entry is the last that its tile reports, and the tile has more components."""
     return (o_e % TOP == TOP - 1) & (K - o_e // TOP * TILE > TOP)
 
 
@@ -55,8 +73,8 @@ def candidates_kernel(
     p_lower,  # (N, tiles)
     p_norms,  # (3, N)
     p_components,  # (N, C) int32
-    p_crowded,  # (N,) int32
-    p_left,  # (N,): the largest upper bound of those that are no candidates; or None
+    p_candidate_overflow,  # (N,) int32
+    p_left,  # (N,), or None: the largest upper bound of a component that is no candidate
     K,
     tiles,
     TILE: tl.constexpr,
@@ -82,10 +100,10 @@ def candidates_kernel(
         tl.store(p_left + i_n, tl.max(b_left, 0))
     count = tl.sum(b_count, 0)
     finite = tl.load(p_norms + i_n) < float("inf")  # false for NaN too
-    # No candidate at all: every logit is -inf or NaN, and the dense path says so.
-    crowded = finite & ((tl.sum(b_hidden, 0) > 0) | (count > C) | (count == 0))
-    tl.store(p_crowded + i_n, crowded.to(tl.int32))
-    count = tl.where(finite & (crowded == 0), count, 0)
+    # Without a candidate every logit is -inf or NaN, which only all logits can tell.
+    candidate_overflow = finite & ((tl.sum(b_hidden, 0) > 0) | (count > C) | (count == 0))
+    tl.store(p_candidate_overflow + i_n, candidate_overflow.to(tl.int32))
+    count = tl.where(finite & (candidate_overflow == 0), count, 0)
     o_c = tl.arange(0, C)
     tl.store(p_components + i_n * C + o_c, tl.full([C], -1, tl.int32), o_c >= count)
     if count > 0:
@@ -101,7 +119,7 @@ def candidates_kernel(
 
 
 def _entries(tiles: int) -> dict[str, int]:
-    """How kernels read the entries of a token's partials."""
+    """Constants of the kernels that read a token's partials."""
     return {"TILE": TILE, "TOP": TOP, "BT": min(1024, triton.next_power_of_2(tiles * TOP)), "num_warps": 4}
 
 
@@ -113,17 +131,17 @@ def candidates(
     log_eps: float = LOG_EPS,
     left: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Who may be active: components (N, slots) int32, -1 where empty, and crowded (N,) int32.
+    """Components that may be active (N, slots) int32, -1 where empty, and where they overflow (N,) int32: 0 or 1.
 
-    A token that is not finite, or crowded, has no candidates. T is log K - log_eps. Into `left` (N,) goes the largest
-    upper bound of those that are no candidates; of a crowded token, of those reported.
+    A token that is not finite, or whose candidates overflow, has none. T is log K - log_eps. Into `left` (N,) goes the
+    largest upper bound of a component that is no candidate; where candidates overflow, of those reported.
     """
     count, tiles = partials.lower.shape
     found = partials.components.new_empty(count, slots)
-    crowded = partials.components.new_empty(count)
+    candidate_overflow = partials.components.new_empty(count)
     sizes = {"K": components, "tiles": tiles, "C": slots, "LOG_EPS": log_eps, **_entries(tiles)}
-    candidates_kernel[(count,)](*partials[:3], norms, found, crowded, left, **sizes)
-    return found, crowded
+    candidates_kernel[(count,)](*partials[:3], norms, found, candidate_overflow, left, **sizes)
+    return found, candidate_overflow
 
 
 @triton.jit
@@ -134,7 +152,7 @@ def gather_kernel(
     N,
     BN: tl.constexpr,
 ):
-    """One program: the tokens whose flag is 1 first, in order, and how many they are."""
+    """Writes the tokens whose flag is 1, in order, and how many they are, by one program."""
     total = 0
     for n in range(0, N, BN):
         o_n = n + tl.arange(0, BN)
@@ -148,7 +166,7 @@ def gather_kernel(
 def finish_kernel(
     p_found,  # (N, C) int32
     p_exact,  # (N, C) logits, -inf where empty
-    p_crowded,  # (N,) int32
+    p_candidate_overflow,  # (N,) int32
     p_log_prob,  # (N,)
     p_components,  # (N, S) int32
     p_logits,  # (N, S)
@@ -160,7 +178,7 @@ def finish_kernel(
     LOG_EPS: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
-    if tl.load(p_crowded + i_n) == 0:
+    if tl.load(p_candidate_overflow + i_n) == 0:
         o_c = tl.arange(0, C)
         b_logit = tl.load(p_exact + i_n * C + o_c)
         b_found = tl.load(p_found + i_n * C + o_c)
@@ -172,7 +190,7 @@ def finish_kernel(
         b_active = (b_logit >= b_best - _threshold(K, LOG_EPS)) & (b_bad == 0) & (b_found >= 0)
         b_logit = tl.where(b_active, b_logit, -float("inf"))
         b_found = tl.where(b_active, b_found, -1)
-        # Its place: how many are larger, or as large and of a lower index.
+        # The place of a logit is the number of those that are larger, or as large and of a lower index.
         b_before = (b_logit[None, :] > b_logit[:, None]) | (
             (b_logit[None, :] == b_logit[:, None]) & (o_c[None, :] < o_c[:, None])
         )
@@ -188,10 +206,10 @@ def finish_kernel(
 
 
 @triton.jit
-def finish_dense_kernel(
+def finish_all_logits_kernel(
     p_logits,  # (n, K) of the tokens p_index[0 : n]
     p_index,  # (n,) int32
-    p_count,  # (1,) int32: how many of the n are real
+    p_count,  # (1,) int32: how many of the n are in use
     p_log_prob,  # (N,)
     p_components,  # (N, S) int32
     p_best,  # (N, S) logits
@@ -226,24 +244,13 @@ def finish_dense_kernel(
         count = tl.where(bad, 0, tl.minimum(tl.sum(b_active, 0), S + 1))
         tl.store(p_log_prob + i_n, log_prob)
         tl.store(p_counts + i_n, count)
-        # The slots: again and again the largest that comes after the last one taken.
         last_logit = float("inf")
         last = -1
         for s in range(0, S):
-            b_next = tl.full([BK], -float("inf"), tl.float32)
-            b_index = tl.full([BK], 2147483647, tl.int32)
-            for k in range(0, K, BK):
-                o_k = k + tl.arange(0, BK)
-                b_logit = tl.load(p_logits + i * K + o_k, o_k < K, -float("inf"))
-                b_after = (b_logit < last_logit) | ((b_logit == last_logit) & (o_k > last))
-                b_take = b_after & (o_k < K) & (b_logit > b_next)
-                b_index = tl.where(b_take, o_k, b_index)
-                b_next = tl.where(b_take, b_logit, b_next)
-            last_logit = tl.max(b_next, 0)
-            last = tl.min(tl.where(b_next == last_logit, b_index, 2147483647), 0)
-            held = s < tl.minimum(count, S)
-            tl.store(p_best + i_n * S + s, tl.where(held, last_logit, -float("inf")))
-            tl.store(p_components + i_n * S + s, tl.where(held, last, -1))
+            last_logit, last = take_largest(p_logits + i * K, K, last_logit, last, BK)
+            is_pair = s < tl.minimum(count, S)
+            tl.store(p_best + i_n * S + s, tl.where(is_pair, last_logit, -float("inf")))
+            tl.store(p_components + i_n * S + s, tl.where(is_pair, last, -1))
 
 
 @triton.jit
@@ -291,40 +298,35 @@ def finish_fast_kernel(
     last_logit = float("inf")
     last = -1
     for s in range(0, S):
-        b_next = tl.full([BT], -float("inf"), tl.float32)
-        b_entry = tl.full([BT], 2147483647, tl.int32)
-        for e in range(0, tiles * TOP, BT):
-            o_e = e + tl.arange(0, BT)
-            b_logit = tl.load(p_upper + i_n * tiles * TOP + o_e, o_e < tiles * TOP, -float("inf"))
-            b_after = (b_logit < last_logit) | ((b_logit == last_logit) & (o_e > last))
-            b_take = b_after & (o_e < tiles * TOP) & (b_logit > b_next)
-            b_entry = tl.where(b_take, o_e, b_entry)
-            b_next = tl.where(b_take, b_logit, b_next)
-        last_logit = tl.max(b_next, 0)
-        last = tl.min(tl.where(b_next == last_logit, b_entry, 2147483647), 0)
-        held = (s < tl.minimum(count, S)) & (last_logit > -float("inf"))
-        b_component = tl.load(p_found + i_n * tiles * TOP + last, held, -1)
-        tl.store(p_logits + i_n * S + s, tl.where(held, last_logit - b_common, -float("inf")))
-        tl.store(p_components + i_n * S + s, tl.where(held, b_component, -1))
+        last_logit, last = take_largest(p_upper + i_n * tiles * TOP, tiles * TOP, last_logit, last, BT)
+        is_pair = (s < tl.minimum(count, S)) & (last_logit > -float("inf"))
+        b_component = tl.load(p_found + i_n * tiles * TOP + last, is_pair, -1)
+        tl.store(p_logits + i_n * S + s, tl.where(is_pair, last_logit - b_common, -float("inf")))
+        tl.store(p_components + i_n * S + s, tl.where(is_pair, b_component, -1))
 
 
 def gather(flags: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (N,) int32 of the tokens whose flag (N,) int32 is 1, and their number (1,): the rest is 0."""
+    """Indices (N,) int32 of the tokens whose flag (N,) int32 is 1, padded with 0, and their number (1,)."""
     index, total = torch.zeros_like(flags), flags.new_empty(1)
     gather_kernel[(1,)](flags, index, total, N=flags.shape[0], BN=4096, num_warps=8)
     return index, total
 
 
 def finish(
-    found: Tensor, exact: Tensor, crowded: Tensor, components: int, out: ActivePairs, log_eps: float = LOG_EPS
+    found: Tensor,
+    exact: Tensor,
+    candidate_overflow: Tensor,
+    components: int,
+    out: ActivePairs,
+    log_eps: float = LOG_EPS,
 ) -> None:
-    """Writes the tokens that are not crowded."""
+    """Writes the tokens whose candidates do not overflow."""
     count, slots = out.components.shape
     sizes = {"K": components, "S": slots, "C": found.shape[1], "BS": triton.next_power_of_2(slots)}
-    finish_kernel[(count,)](found, exact, crowded, *out, **sizes, LOG_EPS=log_eps, num_warps=1)
+    finish_kernel[(count,)](found, exact, candidate_overflow, *out, **sizes, LOG_EPS=log_eps, num_warps=1)
 
 
-def finish_dense(
+def finish_all_logits(
     logits: Tensor, index: Tensor, count: Tensor, components: int, out: ActivePairs, log_eps: float = LOG_EPS
 ) -> None:
     """Writes tokens index[i], i < count, from all their logits (n, K)."""
@@ -333,11 +335,11 @@ def finish_dense(
         _finish_many(logits, index, count, out, log_eps)
         return
     sizes = {"K": components, "S": slots, "BK": min(2048, triton.next_power_of_2(components))}
-    finish_dense_kernel[(index.shape[0],)](logits, index, count, *out, **sizes, LOG_EPS=log_eps, num_warps=4)
+    finish_all_logits_kernel[(index.shape[0],)](logits, index, count, *out, **sizes, LOG_EPS=log_eps, num_warps=4)
 
 
 def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: ActivePairs, log_eps: float) -> None:
-    """finish_dense for more slots than a kernel should search one by one: by sorting."""
+    """Does the same by sorting, for more slots than a kernel should search one by one."""
     slots, rows = out.components.shape[1], index.shape[0]
     logits = logits[:rows]
     value = torch.logsumexp(logits, -1)
@@ -351,7 +353,7 @@ def _finish_many(logits: Tensor, index: Tensor, count: Tensor, out: ActivePairs,
     ordered = ordered.masked_fill(value.isnan().unsqueeze(-1), -torch.inf)
     components = components.masked_fill(ordered == -torch.inf, -1).int()
     real = torch.arange(rows, device=logits.device) < count
-    # Rows beyond the count write what the first one writes, to where it does; without any, nothing changes.
+    # Rows beyond the count write the first row's values to its place; where no row counts, its old values.
     n = torch.where(real, index, index[0]).long()
     for own, new in zip(out, (value, components, ordered, found.clamp_max(slots + 1).int())):
         first = torch.where(real[0], new[:1], own[n[:1]])

@@ -1,4 +1,4 @@
-"""The scan: fp16 products of every token with every row, in one pass, and a rigorous bound on their rounding.
+"""The scan: fp16 products of every token with every row in one pass, and a bound on their rounding.
 
 A program owns a tile of tokens x 64 components. It multiplies the tokens with four rows of loadings at a time (256
 columns), R rows in all, then with the mean row, and folds each product into one logit tile that never leaves the
@@ -8,14 +8,14 @@ registers:
     p   = s_n sigma_k tokens.(w m)                q = s_n^2 tau_k squares.w      (noise per component only)
     logit_k = constant_k - (sum w m^2 + |y|^2 or q) / 2 + p + T / 2
 
-(|y|^2 is the same for every component with shared noise, and left out here.) What leaves the chip is, per token and
-tile of components, the `TOP` largest upper bounds with their components, and the largest lower bound: about 36 bytes
-per 64 components. Neither N x K nor N x K x R is ever written.
+(|y|^2 is the same for every component with shared noise, and left out here.) Per token and tile of components, the
+`TOP` largest upper bounds with their components and the largest lower bound leave the chip: about 36 bytes per 64
+components. Neither N x K nor N x K x R is ever written.
 
 Four rows at a time: 128 tokens and 64 features take (128 + 4 x 64) x 64 x 2 bytes from the second-level cache for
 128 x 256 x 64 multiply-adds, 85 flops a byte; one row at a time would be 43, far more than that cache delivers at full
-rate. A 128 x 64 logit tile beside a 128 x 256 product is 160 registers a thread; a 128 x 128 tile with two rows at a
-time (192) spilled when it was tried.
+rate. A 128 x 64 logit tile and a 128 x 256 product together are 160 registers a thread; a 128 x 128 tile with two rows
+at a time (192) spilled when it was tried.
 
 The bound. With |tokens - y| <= eta, |y| <= a, squares off by psi (triton_tokens.py), and the rows' own M1, M2, E1, E2,
 E3, N1, N2 (woodbury/triton_rows.py), by Cauchy-Schwarz and with every sum of D products off by at most g = D 2^-23:
@@ -29,10 +29,8 @@ E3, N1, N2 (woodbury/triton_rows.py), by Cauchy-Schwarz and with every sum of D 
 Of these only M2 and N2 (which grow with the distance from the centre and with the precisions) are kept per component;
 the others enter by their largest value, or their largest ratio to M2 or N2 (`worst`). In the last term |p| is at most
 |logit| + (T + q) / 2 + |constant| + sum w m^2, sum w m^2 at most 2 (|constant| + |base|), and q <= omega a^2 is in N1.
-So the exact logit lies within delta of the computed one. Whoever could be active within these bounds is recomputed from
-the differences x - mu (pairs/triton_pairs.py): low-precision speed, fp32 results.
-
-Measured: not yet on a GPU; see bench/RESULTS.md. Checked by tests/ops/scan/test_triton_pipeline.py and bench/aot.py.
+So the exact logit lies within delta of the computed one. Components that could be active within these bounds are
+computed again from the differences x - mu (pairs/triton_pairs.py): low-precision speed, fp32 results.
 """
 
 from __future__ import annotations
@@ -53,11 +51,11 @@ from mfa_kernels.ops.woodbury.triton_rows import TILE
 from mfa_kernels.ops.woodbury.types import ScanRows
 
 TOP = 4
-"""Components kept per token and tile. Two or three in one tile of 128 are rare where responsibilities are one-hot."""
+"""Components kept per token and tile: where responsibilities are one-hot, two or three in one tile are rare."""
 
 
 class Partials(NamedTuple):
-    """What a scan leaves of each token and tile of components.
+    """Results of a scan for each token and tile of components.
 
     Attributes:
         upper: (N, tiles, TOP): the largest upper bounds of the logits, or the logits themselves where no bounds were
@@ -133,7 +131,7 @@ def scan_kernel(
     BOUNDS: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
 ):
-    # SWIZZLE token tiles walk a band of components together.
+    # SWIZZLE tiles of tokens share a band of components in the second-level cache.
     in_use = N if p_count is None else tl.load(p_count)
     tiles_n, tiles_k = tl.cdiv(in_use, BN), tl.cdiv(K, BK)
     i_program = tl.program_id(0)
@@ -145,7 +143,7 @@ def scan_kernel(
     i_n = i_band * SWIZZLE + (i_program % (SWIZZLE * tiles_k)) % in_band
     i_k = (i_program % (SWIZZLE * tiles_k)) // in_band
 
-    # Beyond the end, the last token once more: the inner loops need no mask.
+    # Tokens beyond the end repeat the last one, so that the inner loops need no mask.
     o_n = tl.minimum(i_n * BN + tl.arange(0, BN), in_use - 1)
     b_s = tl.load(p_token_scales + o_n)
     row = i_k * ((R + 1 + PER_COMPONENT) * BK)
@@ -167,7 +165,7 @@ def scan_kernel(
 
     o_k = i_k * BK + tl.arange(0, BK)
     b_base = tl.load(p_base + o_k)
-    m_k = (o_k < K) & (b_base != -float("inf"))  # a component without weight is no candidate
+    m_k = (o_k < K) & (b_base != -float("inf"))  # a component of weight 0 is no candidate
     stride = tiles_k * BK
     b_beta = tl.load(p_scales + o_k)
     b_square *= (b_beta * b_beta)[None, :]
@@ -195,11 +193,11 @@ def scan_kernel(
         if PER_COMPONENT:
             b_psi = b_a * b_a * tl.load(p_worst + 4) + tl.load(p_norms + 2 * N + o_n)[:, None]
             b_delta += b_psi * tl.load(p_bounds + 6 * stride + o_k)[None, :]
-        b_delta *= 1.0009765625  # the roundings of delta itself
+        b_delta *= 1.0009765625  # covers the roundings of delta itself
         b_lower = tl.where(m_k[None, :], b_logit - b_delta, -float("inf"))
         b_lower = tl.where(b_lower == b_lower, b_lower, -float("inf"))
         tl.store(p_lower + o_tile, tl.max(b_lower, 1), m_n)
-        # What cannot be told (overflow, NaN) counts as possible: the exact recompute decides.
+        # A bound that overflowed or is NaN counts as possible, so that the exact logit decides.
         b_logit = b_logit + b_delta
         b_logit = tl.where(b_logit == b_logit, b_logit, float("inf"))
         b_logit = tl.where(m_k[None, :], b_logit, -float("inf"))
@@ -219,9 +217,9 @@ def scan_kernel(
 def scan_tiles(
     tokens: Tokens, rows: ScanRows, constants: Tensor, config: Scan, bounds: bool, in_use: Tensor | None = None
 ) -> Partials:
-    """Every token against every component; `constants` (K,) as `Woodbury.constants` gives them.
+    """Scans every token against every component; `constants` are `woodbury.constants(log_weights)`, (K,).
 
-    With `in_use` (1,) int32, on the device, only so many of the tokens, the first ones, are promised a result.
+    With `in_use` (1,) int32, on the device, only the first `in_use` tokens get a result.
     """
     count, padded = tokens.tokens.shape
     tiles, groups = rows.rows.shape[:2]
@@ -256,10 +254,10 @@ def scan_tiles(
 
 
 def fitted(config: Scan, architecture: int, rank: int, more: bool) -> Scan:
-    """The configuration where registers are short: as `python -m bench.aot` shows.
+    """Narrows the configuration where registers are short, as `python -m bench.aot` shows.
 
-    One turn of the loop over four rows (4 <= R < 8) is unrolled into the rest. Noise per component keeps one product
-    more, and a number of tokens that the device alone knows one value more, which sm_100 has no room for (`more`).
+    A single turn of the loop over four rows (4 <= R < 8) is unrolled into the rest. Noise per component keeps one more
+    product in registers, and a number of tokens that the device alone knows one more value (`more`): sm_100 lacks room.
     """
     if 4 <= rank < 8:
         config = replace(config, width=min(config.width, 2))

@@ -1,4 +1,4 @@
-"""What the scan finds: the active pairs of tokens and components."""
+"""The active pairs of tokens and components, which the scan finds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ class ActivePairs(NamedTuple):
 
     def responsibilities(self) -> Tensor:
         """p(k | x) of the slots, (N, S); 0 in an empty one, NaN for a token that is not finite."""
-        # Softmax, not exp(logits - log_prob), but where slots are missing: log_prob carries its own rounding.
+        # The softmax normalises over the slots: at thousands of nats log_prob's own rounding would cost four digits.
+        # Only a token that overflows needs log_prob, since its slots do not hold all that is active.
         of_all = (self.logits - self.log_prob.unsqueeze(-1)).exp()
         is_full = (self.counts > self.components.shape[1]).unsqueeze(-1)
         return torch.where(is_full, of_all, self.logits.softmax(-1))

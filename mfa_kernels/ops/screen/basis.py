@@ -1,4 +1,4 @@
-"""Which p coordinates the bounds look at: any basis gives valid bounds, a good one gives tight ones."""
+"""The p coordinates that the bounds read: any basis gives valid bounds, a good one gives tight ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a screened token costs, modelled: in units of its dense scan, and in bytes read."""
+"""A model of the cost of a screened token: in units of its dense scan, and in bytes read."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 PAIR_COST = 8
-"""Of a logit computed by itself, in units of one in the dense scan."""
+"""Cost of a logit computed by itself, in units of one in the dense scan."""
 
 
 LINE_PAIR_COST = 12
-"""Of a marginal bound computed by itself, in units of one among those of all components; kLineShare in csrc."""
+"""Cost of a marginal bound computed by itself, in units of one among those of all components; kLineShare in csrc."""
 
 
 STAGE_COST = (40, 1.8)
-"""Of stage 0, in tokens of the dense scan: the first for reading all loadings, the second for each of p coordinates."""
+"""Cost of stage 0, in tokens of the dense scan: for reading all loadings, and for each of p coordinates."""
 
 
 def modelled_cost(
@@ -29,7 +29,7 @@ def modelled_cost(
     tokens: int | None = None,
     lines: float | None = None,
 ) -> float:
-    """Of a token, in units of its dense scan: projection, bounds, and the pairs computed in full. Below 1, it pays.
+    """Cost of a screened token in units of its dense scan: projection, bounds, and pairs; screening pays below 1.
 
     Args:
         evaluated: of some tokens like it, (N,), as `scan` returns it: those of the batch before will do.

@@ -17,29 +17,25 @@ from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import scan
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 
 def log_prob(
     x: Tensor,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     screen: AnyScreen,
     slots: int,
 ) -> ScreenedPairs:
-    """As `mfa_kernels.ops.scan.op.log_prob`, through the bounds; differentiable in the first five arguments.
+    """As `mfa_kernels.ops.scan.op.log_prob`, through the bounds; differentiable in x and the parameters.
 
     Args:
         x: (N, D), any float dtype.
-        means: (K, D); with loadings (K, D, R), noise_variance (D,) and log_weights (K,).
+        parameters: noise_variance (D,).
         woodbury: of these parameters.
         screen: of these parameters.
         slots: S, the most active components kept per token.
     """
-    parameters = means, loadings, noise_variance, log_weights
     no_tangents("log_prob", x, *parameters)
     if not isinstance(screen, Screen):
         *active, dropped, evaluated = _Screened.apply(x, *parameters, woodbury, screen, slots)
@@ -82,10 +78,11 @@ class _Screened(torch.autograd.Function):
     """The Triton scan with its gradients; eager only."""
 
     @staticmethod
-    def forward(ctx, x, means, loadings, noise_variance, log_weights, woodbury, screen, slots):
+    def forward(ctx, x, *given):
+        *parameters, woodbury, screen, slots = given
+        means, _, _, log_weights = parameters
         threshold = activity_threshold(len(means), means.dtype)
         active, dropped, evaluated = scan(x, woodbury, woodbury.constants(log_weights), screen, threshold, slots)
-        parameters = means, loadings, noise_variance, log_weights
         ctx.save_for_backward(x, *parameters, *woodbury.tensors(), *active)
         ctx.mark_non_differentiable(active.components, active.counts, dropped, evaluated)
         return *active, dropped, evaluated

@@ -1,4 +1,4 @@
-"""Which components can matter beside which: lists that make the work of a screened token independent of K."""
+"""Lists of components that can be active together: the work of a screened token hardly grows with K."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AT_ONCE = 4096
 """Components whose lists take no longer than a second or so on two cores: made without being asked for."""
 
 ROWS_PER_COMPONENT = 64
-"""Rows from which on making the lists costs less than they save (`python -m bench.bench_screen`)."""
+"""Rows per component above which the lists save more than they cost (`python -m bench.bench_screen`)."""
 
 FEATURES = 64
 """Coordinates at least, where lists are to be made: with fewer they grow long, and a token bounds few components."""
@@ -31,12 +31,12 @@ _CHUNK = 4096  # components at a time, in float64
 
 
 def flat(neighbors: Neighbors | None) -> tuple[list[Tensor], float]:
-    """As an operator takes them."""
+    """The tensors and the threshold of the lists, as an operator takes them."""
     return ([], 0.0) if neighbors is None else (list(neighbors[:-1]), neighbors.threshold)
 
 
 def length_of_lists(components: int) -> int:
-    """M: where a longer list would cost a token more than the bounds of all components."""
+    """M: a longer list would cost a token more than the bounds of all components."""
     return min(components - 1, 32 + components // 8, LONGEST)
 
 
@@ -49,7 +49,7 @@ def find(
         projections: {m_k, V_k^T} (K, R+1, p) float64, the marginals on p directions.
         sizes: lengths of the whitened loadings W~_k, all together, at least; (K,) float64.
         constants: raised by their rounding, (K,), in the dtype of the mixture.
-        known: whether anything is known of a component, (K,) bool; what is not is everybody's neighbor, and no pivot.
+        known: True where a component has a bound, (K,) bool; one without is in every list, and has none.
         norm: largest eigenvalue of Q^T Q, at most.
         features: D.
         threshold: nats.

@@ -1,4 +1,4 @@
-"""Screening: what stage 0 precomputes for it (`screen`), and the scan that uses it (`scan`)."""
+"""Screening: `screen` prepares bounds on the logits, and `scan` computes only those that can matter."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from mfa_kernels.ops.screen.basis import basis as choose_basis
 from mfa_kernels.ops.screen.cost import modelled_cost
 from mfa_kernels.ops.screen.rounding import bound_slack, logit_slack, skew, stage_0_rounding
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-"""What `choose` tries for p."""
+"""The p that `choose` tries."""
 
 
 _KNOWN = 1 << 25  # largest number of float64 projections that `choose` keeps from one width to the next
 
 
 def serves(woodbury: Woodbury) -> bool:
-    """Whether there are kernels that screen with these factors: C++ on a CPU, or Triton."""
+    """True where kernels screen with these terms: C++ on a CPU, or Triton."""
     shared = not woodbury.per_component
-    return shared and (woodbury.is_cpp or (bool(woodbury.scan) and woodbury.scan[0].numel() > 0))
+    return shared and (woodbury.backend == "cpp" or (bool(woodbury.scan) and woodbury.scan[0].numel() > 0))
 
 
 def _triton() -> ModuleType:
@@ -43,10 +43,7 @@ def default_features(features: int) -> int:
 
 
 def screen(
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     features: int | None = None,
     basis: Tensor | None = None,
@@ -56,10 +53,7 @@ def screen(
     PyTorch's BLAS has a hand in it, so its last bits may depend on the number of threads; those of its scans do not.
 
     Args:
-        means: (K, D), float32 (or float64 on a CPU).
-        loadings: (K, D, R).
-        noise_variance: (D,); noise per component is not screened.
-        log_weights: (K,).
+        parameters: float32 (or float64 on a CPU); noise per component is not screened.
         woodbury: of these parameters.
         features: p, a multiple of 16 and at most D; None takes `default_features`.
         basis: Q (D, p), any matrix with nearly orthonormal columns: that of a step before serves as well; None
@@ -68,6 +62,7 @@ def screen(
     Raises:
         ValueError: noise per component, or p that is not a multiple of 16 between 16 and D.
     """
+    means, loadings, noise_variance, log_weights = parameters
     if noise_variance.dim() != 1:
         raise ValueError(f"noise_variance must have shape (D,) for screening, got {tuple(noise_variance.shape)}")
     if not serves(woodbury):
@@ -81,22 +76,19 @@ def screen(
         raise ValueError(f"features must be a multiple of 16 between 16 and D = {means.shape[1]}, got {width}")
     with torch.no_grad():
         q = (choose_basis(woodbury, log_weights.exp(), width) if basis is None else basis).to(means.dtype)
-        if woodbury.is_cpp:
-            return _screen(means, loadings, noise_variance, log_weights, woodbury, q)[0]
+        if woodbury.backend == "cpp":
+            return _screen(parameters, woodbury, q)[0]
         return _triton().screen(means, loadings, noise_variance, woodbury, q)
 
 
 def refresh(
     previous: AnyScreen,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
 ) -> AnyScreen:
     """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
     every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
-    moved = screen(means, loadings, noise_variance, log_weights, woodbury, basis=previous.basis)
+    moved = screen(parameters, woodbury, basis=previous.basis)
     if isinstance(moved, Screen) and isinstance(previous, Screen):
         moved = moved._replace(batches_by_lines=previous.batches_by_lines)
     return moved
@@ -104,25 +96,24 @@ def refresh(
 
 def with_neighbors(
     screen: Screen,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     threshold: float | None = None,
 ) -> Screen:
-    """The same, knowing which components can matter beside which: work per token that hardly grows with K, for about
+    """The same with lists of neighbors, which make the work per token hardly grow with K, for about
     K^2 p R^2 multiply-adds now.
 
     Args:
-        screen: of the parameters, which follow as `screen` takes them.
+        screen: of these parameters.
+        parameters, woodbury: as `screen` takes them.
         threshold: nats for which it is made; larger ones find it less useful. None takes that of active components.
     """
+    means, _, _, log_weights = parameters
     if threshold is None:
         threshold = activity_threshold(len(means), means.dtype)
     with torch.no_grad():
         q = screen.basis
-        projections = _screen(means, loadings, noise_variance, log_weights, woodbury, q, keep=True)[1]
+        projections = _screen(parameters, woodbury, q, keep=True)[1]
         assert projections is not None
         constants = woodbury.constants(log_weights)
         size = constants.abs() + screen.log_det.abs() + 2 * means.shape[1]
@@ -130,7 +121,8 @@ def with_neighbors(
         # Raised by their rounding, as `Screen::raised` in csrc/cpu/screen/screen.h does, and by the slack, which
         # covers the error of log|C_k| in float64.
         raised = constants + 2 * torch.finfo(means.dtype).eps * size + torch.where(known, screen.slack, 0)
-        raised = torch.where(constants == -math.inf, constants, raised)  # of no weight: nobody's neighbor
+        # A component of weight 0 is never active, so it belongs in no list.
+        raised = torch.where(constants == -math.inf, constants, raised)
         sizes = woodbury.cholesky.double().square().sum((1, 2)).sqrt()
         norm = 1 + skew(q.double())
         found = lists.find(projections, sizes, raised, known, norm, means.shape[1], threshold)
@@ -139,10 +131,7 @@ def with_neighbors(
 
 def choose(
     x: Tensor,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     least: int = 16,
 ) -> AnyScreen | None:
@@ -151,27 +140,25 @@ def choose(
 
     Args:
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
-        means, loadings, noise_variance, log_weights, woodbury: as `screen` takes them.
+        parameters, woodbury: as `screen` takes them.
         least: coordinates, where that is no more than half of the features: `neighbors.FEATURES` for lists.
     """
-    step = 16 if woodbury.is_cpp else 64  # features that a tile of Triton's scan reads at least
-    widths = [width for width in WIDTHS if 2 * width <= means.shape[1] and width % step == 0]
+    step = 16 if woodbury.backend == "cpp" else 64  # features that a tile of Triton's scan reads at least
+    widths = [width for width in WIDTHS if 2 * width <= parameters[0].shape[1] and width % step == 0]
     widths = [width for width in widths if width >= least] or widths
     if not serves(woodbury) or not widths:
         return None
     with torch.no_grad():
-        return _choose(x, means, loadings, noise_variance, log_weights, woodbury, widths)
+        return _choose(x, parameters, woodbury, widths)
 
 
 def _choose(
     x: Tensor,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     widths: list[int],
 ) -> AnyScreen | None:
+    means, loadings, noise_variance, log_weights = parameters
     count, features, rank = loadings.shape
     constants = woodbury.constants(log_weights)
     threshold = activity_threshold(count, means.dtype)
@@ -180,14 +167,13 @@ def _choose(
     known, one = None, torch.ones(1)
     for width in widths:
         sizes = count, features, rank, width
-        ways = (None, 0.0) if woodbury.is_cpp else (None,)
+        ways = (None, 0.0) if woodbury.backend == "cpp" else (None,)
         if min(modelled_cost(one, *sizes, lines=lines) for lines in ways) >= least:
             break
         # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
         keep = count * (rank + 1) * width <= _KNOWN
-        parameters = means, loadings, noise_variance
-        if woodbury.is_cpp:
-            candidate, known = _screen(*parameters, log_weights, woodbury, basis[:, :width], known, keep)
+        if woodbury.backend == "cpp":
+            candidate, known = _screen(parameters, woodbury, basis[:, :width], known, keep)
             (_, _, logits, _), _, evaluated = scan(x, woodbury, constants, candidate, threshold, 1)
             share = lines_left(x, woodbury, constants, candidate, logits[:, 0] - threshold).mean().item()
             by_lines = modelled_cost(evaluated, *sizes, lines=share)
@@ -195,7 +181,7 @@ def _choose(
             candidate = candidate._replace(batches_by_lines=by_lines < cost)
             rises, before, cost = by_lines >= before, by_lines, min(by_lines, cost)
         else:
-            candidate = _triton().screen(*parameters, woodbury, basis[:, :width])
+            candidate = _triton().screen(means, loadings, noise_variance, woodbury, basis[:, :width])
             evaluated = scan(x, woodbury, constants, candidate, threshold, 1).evaluated
             rises, cost = False, modelled_cost(evaluated, *sizes)
         if cost < least:
@@ -217,10 +203,7 @@ def lines_left(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen,
 
 
 def _screen(
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     q: Tensor,
     known: Tensor | None = None,
@@ -228,6 +211,7 @@ def _screen(
 ) -> tuple[Screen, Tensor | None]:
     """A screen, and the projections (K, R+1, p) float64 behind it if they are to be kept; `known` are those on the
     first columns of q."""
+    means, loadings, noise_variance, log_weights = parameters
     features, rank = loadings.shape[1:]
     q = q.contiguous()
     wide, scale, eps = q.double(), noise_variance.double().rsqrt(), torch.finfo(means.dtype).eps
@@ -235,7 +219,8 @@ def _screen(
     projection = scale.unsqueeze(-1) * wide
     weights = log_weights.double().exp()
     middle = (weights @ means.double() / weights.sum() - woodbury.center.double()) @ projection
-    middle = middle.nan_to_num(0, 0, 0)  # of one component that is not finite, the others' lines know nothing
+    # One mean that is not finite would make the middle, and with it every component's line, NaN.
+    middle = middle.nan_to_num(0, 0, 0)
     rows, radii, slack, lines, line_terms, projections = cpp.library().screen_marginals(
         means.contiguous(), loadings.contiguous(), woodbury.cholesky, woodbury.center, scale, projection, known, keep,
         stage_0_rounding(features, rank, q.shape[1]), bound_slack(wide, features, rank, eps / 2), 1 + skew(wide),
@@ -248,7 +233,7 @@ def _screen(
 def scan(
     x: Tensor, woodbury: Woodbury, constants: Tensor, screen: AnyScreen, threshold: float, slots: int
 ) -> ScreenedPairs:
-    """Stage 1 through the bounds; contract of the C++ `scan`, with what screening did beside it. No gradients.
+    """Runs stage 1 through the bounds, without gradients.
 
     Args:
         x: (N, D), any float dtype; it is brought to the dtype of the factors.
@@ -273,7 +258,7 @@ def bounds(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen, by_
     """The upper bounds of all logits that `scan` works from, (N, K); arguments as there, in one dtype.
 
     Args:
-        by_lines: those of the first level, of which `scan` goes on with what comes within its threshold.
+        by_lines: the bounds of the first level; `scan` continues with the components that they leave in reach.
     """
     return cpp.library().screen_bounds(
         x, constants, woodbury.scale, woodbury.center, screen.basis, screen.rows, screen.log_det, screen.radii,

@@ -1,4 +1,4 @@
-"""What the bounds of the C++ kernels can be off by (README, "Rounding")."""
+"""Rounding errors of the bounds of the C++ kernels, at most (README, "Rounding")."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ _FLUSH = 64  # features between flushes of a sum, csrc/cpu/panel_distances.h
 
 
 def stage_0_rounding(features: int, rank: int, kept: int) -> float:
-    """What tau (README, "Rounding") is multiplied by: the rounding of stage 0, in float64."""
+    """The factor of tau (README, "Rounding"): the rounding of stage 0, in float64."""
     return 8 * features * (rank + 1) * math.sqrt(kept) * torch.finfo(torch.float64).eps
 
 
 def bound_slack(q: Tensor, features: int, rank: int, unit: float) -> float:
-    """What a bound may be off by, per squared reach, in a dtype with this unit of rounding (README, "Rounding")."""
+    """Error of a bound per squared reach, at most, in a dtype with this unit of rounding (README, "Rounding")."""
     kept, off = q.shape[1], skew(q)
     long, short = _FLUSH + -(-features // _FLUSH) + 2, _FLUSH + -(-kept // _FLUSH) + 2
     token = (6 + long * math.sqrt(kept * (1 + off))) * unit  # |y - Q^T x~| / |x~|

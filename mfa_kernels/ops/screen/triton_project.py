@@ -1,4 +1,4 @@
-"""The coordinates that screening looks at: y = sigma Q^T lam (x - c), from tokens and a basis in fp16.
+"""Coordinates for screening: y = sigma Q^T lam (x - c), from tokens and a basis in fp16.
 
 A program owns BN tokens x BP coordinates. The basis *is* its fp16 values, whatever it was rounded from (screen/GPU.md),
 and how far the tokens are from theirs was measured (common/triton_tokens.py); what is left is the rounding of sums of
@@ -8,7 +8,6 @@ by itself, outside of the matrix unit's accumulator:
     |y^ - y|  <=  sigma |Q|_2 eta + 2^-23 (BD + D' / BD + 8) sigma |Q|_F (a + eta)
 
 Never materialised: whitened tokens in fp32. Floor: 2 N D p flops, p / (K (R + 1)) of the dense scan; tokens read once.
-Measured: not yet on a GPU.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def project_kernel(
     BD: tl.constexpr,
 ):
     i_n, i_p = tl.program_id(0), tl.program_id(1)
-    # Beyond the end, the last token once more: the loop needs no mask.
+    # Tokens beyond the end repeat the last one, so that the loop needs no mask.
     o_n = tl.minimum(i_n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
     o_p = i_p * BP + tl.arange(0, BP)
     b_s = tl.load(p_scales + o_n)[:, None]  # [BN, 1]
@@ -49,14 +48,14 @@ def project_kernel(
         o_d = d + tl.arange(0, BD)
         b_x = tl.load(p_tokens + o_n[:, None] * PADDED + o_d[None, :])  # [BN, BD]
         b_q = tl.load(p_basis + o_p.to(tl.int64)[:, None] * PADDED + o_d[None, :])  # [BP, BD]
-        # The factor, exact, keeps the compiler from adding up inside of the matrix unit.
+        # The factor, which is exact, keeps the compiler from adding up inside of the matrix unit.
         b_y += b_s * tl.dot(b_x, tl.trans(b_q), out_dtype=tl.float32)
     m_n = i_n * BN + tl.arange(0, BN) < N
     tl.store(p_y + o_n[:, None] * KEPT + o_p[None, :], b_y * tl.load(p_sigma), m_n[:, None])
 
 
 def project(tokens: Tokens, basis: Tensor, sigma: Tensor) -> Tensor:
-    """y (N, p') float32; basis (p', D') fp16, sigma (1,)."""
+    """Returns y (N, p') float32, for a basis (p', D') fp16 and sigma (1,)."""
     count, padded = tokens.tokens.shape
     kept = basis.shape[0]
     y = tokens.scales.new_empty(count, kept)
@@ -69,5 +68,5 @@ def project(tokens: Tokens, basis: Tensor, sigma: Tensor) -> Tensor:
 
 
 def sum_error(padded: int) -> float:
-    """What a coordinate is off by, relative to |Q|_F (a + eta): additions, of at most 2^-23 each, and the scaling."""
+    """Error of a coordinate, relative to |Q|_F (a + eta): additions, of at most 2^-23 each, and the scaling."""
     return (FEATURES + padded // FEATURES + 8) * 2.0**-23

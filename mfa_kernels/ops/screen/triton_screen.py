@@ -1,11 +1,11 @@
-"""Screening on a GPU: the dense scan's pipeline on p << D coordinates, certified; see GPU.md in this folder.
+"""Screens on a GPU: the dense scan's pipeline on p << D coordinates, certified (GPU.md).
 
     tokens -> project -> scan of the marginals -> guess, its exact logit -> candidates -> exact logits -> finish
-                                                                  \\-> crowded tokens: the dense scan, of those alone
+                                                                  \\-> candidate overflow: the dense scan of those
 
-A token keeps the components whose upper bound reaches its guess's logit less T. Those of which too many are left to be
-told apart take the dense scan of triton_pipeline.py; how many they are is known to the device alone, and programs that
-have nothing to do leave at once. Nothing waits for the host.
+A token keeps the components whose upper bound reaches its guess's logit less T. Where too many are left to be told
+apart, the token takes the dense scan of triton_pipeline.py; how many such tokens there are is known to the device
+alone, and programs that have nothing to do leave at once. Nothing waits for the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mfa_kernels.ops.common.triton_fp16 import FEATURES, slack
 from mfa_kernels.ops.common.triton_tokens import Tokens, scan_tokens
 from mfa_kernels.ops.pairs.triton_pairs import explain
 from mfa_kernels.ops.scan import triton_merge as merge
-from mfa_kernels.ops.scan.triton_pipeline import CANDIDATES, crowded_tokens
+from mfa_kernels.ops.scan.triton_pipeline import CANDIDATES, finish_candidate_overflow
 from mfa_kernels.ops.scan.triton_scan import Partials, scan_tiles
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.screen.triton_project import project, sum_error
@@ -29,19 +29,19 @@ from mfa_kernels.ops.woodbury.triton_rows import scan_rows
 from mfa_kernels.ops.woodbury.types import ScanRows, Woodbury
 
 SURVIVORS = 32
-"""Components per token that are computed in full; more, and the token takes the dense scan."""
+"""Components per token that are computed in full; a token with more takes the dense scan."""
 
 EPSILON = 2.0**-8
-"""Share of a marginal's distance given up for coordinates that are off: a choice that matters little (GPU.md)."""
+"""Share of a marginal's distance given up for the rounding of coordinates: its size matters little (GPU.md)."""
 
-_KNOWN = 2.0**-12
-"""Rounding of B, relative to |b|, beyond which nothing is said of a component: what fp16 costs anyway."""
+_LARGEST_ROUNDING = 2.0**-12
+"""Components whose B is less accurate, relative to |b|, get no bound and are always evaluated: fp16 loses as much."""
 
-_CHUNK = 1 << 26  # largest number of float64 values of a temporary
+_CHUNK = 1 << 26  # float64 values of a temporary, at most
 
 
 def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury, basis: Tensor) -> GpuScreen:
-    """Stage 0 of screening: K D p (R + 1) multiply-adds in float64 and a p x p eigenproblem.
+    """Prepares a screen: K D p (R + 1) multiply-adds in float64 and a p x p eigenproblem.
 
     Args:
         means: (K, D) float32.
@@ -70,22 +70,22 @@ def screen(means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Wo
         b, rounding[chunk] = _marginal(w @ wide, 1 + w.square().sum(-1), features)
         rows[chunk, 0], rows[chunk, 1:] = shrink * (m @ wide), b
         off[chunk] = m.norm(dim=-1)
-    known = (rounding < _KNOWN) & rows.flatten(1).isfinite().all(-1)
-    rows = torch.where(known[:, None, None], rows, 0)
-    off *= (features + 8) * math.sqrt(kept) * torch.finfo(double).eps  # of a mean's coordinates
-    seen = Woodbury(
+    is_bounded = (rounding < _LARGEST_ROUNDING) & rows.flatten(1).isfinite().all(-1)
+    rows = torch.where(is_bounded[:, None, None], rows, 0)
+    off *= (features + 8) * math.sqrt(kept) * torch.finfo(double).eps  # the rounding of a mean's coordinates
+    marginals = Woodbury(
         rows, woodbury.cholesky, woodbury.log_det, torch.ones_like(rows[0, 0]), torch.zeros_like(rows[0, 0]), False
     )
-    marginal, worst = scan_rows(seen), torch.where(known, rounding, 0).amax()
-    # B is off by at most `worst` times |y| + |m|: E1 is of |y|, and E3 of |m| <= M2.
+    marginal, worst = scan_rows(marginals), torch.where(is_bounded, rounding, 0).amax()
+    # B is off by at most `worst` times |y| + |m|: E1 multiplies |y|, and E3 multiplies M2 >= |m|.
     more = torch.stack([0 * worst, worst, 0 * worst, worst, 0 * worst]).float() * (1 + 2.0**-20)
     sigma, marginal = (shrink / largest).float().view(1), marginal._replace(worst=marginal.worst + more)
-    slack_of = torch.where(known, off.square() / EPSILON, torch.inf)
+    slack_of = torch.where(is_bounded, off.square() / EPSILON, torch.inf)
     return GpuScreen(basis, projection, sigma, wide.norm(), marginal, slack_of, worst)
 
 
 def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:
-    """B of the marginals whose loadings are v^T, both (k, R, p) float64, and their rounding relative to |b|, (k,).
+    """B (k, R, p) of the marginals whose loadings are v^T, float64, and their rounding relative to |b|, (k,).
 
     `sizes` (k, R) are 1 + the squared lengths of the loadings before they were projected (README, "Rounding").
     """
@@ -104,13 +104,13 @@ def _marginal(v: Tensor, sizes: Tensor, features: int) -> tuple[Tensor, Tensor]:
 def bounds(
     tokens: Tokens, woodbury: Woodbury, constants: Tensor, screen: GpuScreen, config: configs.Scan
 ) -> tuple[Partials, Tensor]:
-    """Upper bounds from p coordinates: the scan's partials, and (N,) float64 what to take from them.
+    """Upper bounds from p coordinates: the scan's partials, and their lift, (N,) float64.
 
-    `partials.upper - lift` is above the logit, whatever rounding did, and what a tile does not report is below what it
-    reports. Lower bounds are those of marginals, and say nothing.
+    `partials.upper - lift` is above the logit, however it was rounded, and a component that a tile does not report is
+    below those that it reports. Lower bounds are those of marginals, and bound no logit.
 
     Args:
-        tokens: of x, under the scale and center of the factors.
+        tokens: of x, under the scale and center of `woodbury`.
         woodbury: shared noise, with the rows of the dense scan.
         constants: (K,).
         screen: of the same parameters.
@@ -118,18 +118,19 @@ def bounds(
     """
     padded, kept = tokens.tokens.shape[1], screen.projection.shape[0]
     y = project(tokens, screen.projection, screen.sigma)
-    seen = scan_tokens(y, torch.ones_like(y[0]), torch.zeros_like(y[0]), kept, False)
-    raised = constants.double() + 3 * _unsure(woodbury, constants) + screen.slack  # thrice: float32 once more
+    projected = scan_tokens(y, torch.ones_like(y[0]), torch.zeros_like(y[0]), kept, False)
+    # Three times their rounding: `raised` is rounded to float32 too.
+    raised = constants.double() + 3 * _rounding_of_constants(woodbury, constants) + screen.slack
     raised = torch.where(constants == -torch.inf, constants, raised.float())
-    partials = scan_tiles(seen, screen.rows, raised, config, bounds=True)
+    partials = scan_tiles(projected, screen.rows, raised, config, bounds=True)
     norm, eta = tokens.norms[0].double(), tokens.norms[1].double()
     off = eta + sum_error(padded) * screen.spread * (norm + eta)
-    # The scan leaves |y|^2 / 2 out.
-    return partials, seen.length.double() * (0.5 / slack(kept)) - off.square() / EPSILON
+    # The scan leaves |y|^2 / 2 out of its bounds.
+    return partials, projected.length.double() * (0.5 / slack(kept)) - off.square() / EPSILON
 
 
-def _unsure(woodbury: Woodbury, constants: Tensor) -> Tensor:
-    """What the rounding of constants is at most, (K,) float64."""
+def _rounding_of_constants(woodbury: Woodbury, constants: Tensor) -> Tensor:
+    """Bounds the rounding of the constants, (K,) float64."""
     size = constants.double().abs() + woodbury.log_det.double().abs() + 2 * woodbury.center.shape[0]
     return torch.finfo(torch.float32).eps * size
 
@@ -137,7 +138,7 @@ def _unsure(woodbury: Woodbury, constants: Tensor) -> Tensor:
 def scan(
     x: Tensor, woodbury: Woodbury, constants: Tensor, screen: GpuScreen, threshold: float, slots: int
 ) -> ScreenedPairs:
-    """Stage 1 through the bounds: the contract of `mfa_kernels.ops.screen.op.scan`, on the GPU.
+    """Runs stage 1 through the bounds on a GPU: the contract of `mfa_kernels.ops.screen.op.scan`.
 
     Args:
         x: (N, D), contiguous, bfloat16, float16 or float32.
@@ -165,26 +166,26 @@ def scan(
         assert own is not None  # constants were given
         assert t is not None
         best = own - _exact_slack(x, guess, own, t, woodbury, constants, screen)
-        # In the scan's units, and rounded down.
+        # The bar is in the units of the scan's bounds, and rounded down.
         bar = best + lift
         bar = (bar - 2.0**-22 * bar.abs()).float()
 
         partials = partials._replace(lower=bar.unsqueeze(1).expand_as(partials.lower).contiguous())
         left = torch.empty_like(bar)
-        found, crowded = merge.candidates(partials, tokens.norms, components, SURVIVORS, log_eps, left)
+        found, candidate_overflow = merge.candidates(partials, tokens.norms, components, SURVIVORS, log_eps, left)
         each = torch.arange(count * SURVIVORS, device=x.device) // SURVIVORS
-        known = found == guess.unsqueeze(1)
-        logits, _ = explain(x, each, found.masked_fill(known, -1).flatten(), woodbury, constants, with_t=False)
+        is_guess = found == guess.unsqueeze(1)
+        logits, _ = explain(x, each, found.masked_fill(is_guess, -1).flatten(), woodbury, constants, with_t=False)
         assert logits is not None
-        logits = torch.where(known, own.unsqueeze(1), logits.view_as(found))
-        merge.finish(found, logits.contiguous(), crowded, components, active, log_eps)
+        logits = torch.where(is_guess, own.unsqueeze(1), logits.view_as(found))
+        merge.finish(found, logits.contiguous(), candidate_overflow, components, active, log_eps)
 
-        held = (found >= 0).sum(1, dtype=torch.int32)
-        screened = held > 0  # neither crowded nor NaN
-        share = (components - held) * (left.double() - bar).exp() * (1 + 1e-6)
-        dropped = torch.where(screened & (held < components), share.float(), dropped)
-        evaluated = torch.where(screened, held, evaluated)
-        _dense_scan(x, tokens, woodbury, rows, constants, crowded, active, config, log_eps)
+        n_kept = (found >= 0).sum(1, dtype=torch.int32)
+        screened = n_kept > 0  # a token of candidate overflow, or that is not finite, keeps none
+        share = (components - n_kept) * (left.double() - bar).exp() * (1 + 1e-6)
+        dropped = torch.where(screened & (n_kept < components), share.float(), dropped)
+        evaluated = torch.where(screened, n_kept, evaluated)
+        _dense_scan(x, tokens, woodbury, constants, candidate_overflow, active, log_eps)
     return ScreenedPairs(active, dropped, evaluated)
 
 
@@ -200,9 +201,9 @@ def _guess(partials: Partials) -> Tensor:
 def _exact_slack(
     x: Tensor, guess: Tensor, logits: Tensor, t: Tensor, woodbury: Woodbury, constants: Tensor, screen: GpuScreen
 ) -> Tensor:
-    """What the logits (N,) of `explain` are off by at most, (N,) float64; |v|^2 = 2 (constant - logit) + |t|^2.
+    """Bounds the error of the logits (N,) of `explain`, (N,) float64; |v|^2 = 2 (constant - logit) + |t|^2.
 
-    The same for |v|^2 and |t|^2 as in README.md, "Rounding": sums of D terms in lanes, then across lanes in any order.
+    README.md, "Rounding", bounds |v|^2 and |t|^2: sums of D terms in lanes, then across lanes in any order.
     """
     unit, rank = torch.finfo(torch.float32).eps / 2, t.shape[1]
     block = configs.configured(configs.Pairs, x, x.shape[0], constants.shape[0]).features
@@ -211,34 +212,35 @@ def _exact_slack(
     share = 0.5 * (12 * unit + 2 * products + products.square() + 2 * (long + rank + 8) * unit) * 1.01 + 8 * unit
     k = guess.clamp_min(0).long()
     square = 2 * (constants[k].double() - logits) + t.double().square().sum(1)
-    return share * square.abs() + 4 * _unsure(woodbury, constants)[k] + 16 * unit * logits.abs()
+    return share * square.abs() + 4 * _rounding_of_constants(woodbury, constants)[k] + 16 * unit * logits.abs()
 
 
 def _dense_scan(
     x: Tensor,
     tokens: Tokens,
     woodbury: Woodbury,
-    rows: ScanRows,
     constants: Tensor,
     chosen: Tensor,
     out: ActivePairs,
-    config: configs.Scan,
     log_eps: float,
 ) -> None:
-    """Writes the tokens whose `chosen` (N,) int32 is 1, by the dense scan; as many as there are, and no more work."""
+    """Writes the tokens whose `chosen` (N,) int32 is 1, by a dense scan that works on those alone."""
     components = constants.shape[0]
+    config = configs.configured(configs.Scan, x, x.shape[0], components)
     index, total = merge.gather(chosen)
     norms = tokens.norms[:, index]
-    norms = torch.where(torch.arange(len(index), device=x.device) < total, norms, torch.nan)  # nobody's candidates
+    in_use = torch.arange(len(index), device=x.device) < total
+    norms = torch.where(in_use, norms, torch.nan)  # NaN norms give the unused rows no candidates
     some = Tokens(tokens.tokens[index], None, tokens.scales[index], norms, tokens.length[index])
-    partials = scan_tiles(some, rows, constants, config, bounds=True, in_use=total)
-    found, crowded = merge.candidates(partials, norms, components, CANDIDATES, log_eps)
+    partials = scan_tiles(some, ScanRows(*woodbury.scan), constants, config, bounds=True, in_use=total)
+    found, candidate_overflow = merge.candidates(partials, norms, components, CANDIDATES, log_eps)
     logits, _ = explain(x, index.repeat_interleave(CANDIDATES), found.flatten(), woodbury, constants, with_t=False)
     assert logits is not None
     room = ActivePairs.empty(len(index), out.components.shape[1], constants)
-    merge.finish(found, logits, crowded, components, room, log_eps)
-    place = (chosen.cumsum(0) - 1).clamp_min(0)  # where in `index` a token is
-    mine = chosen == 1
+    merge.finish(found, logits, candidate_overflow, components, room, log_eps)
+    place = (chosen.cumsum(0) - 1).clamp_min(0)  # of a token in `index`
+    is_chosen = chosen == 1
     for own, new in zip(out, room):
-        own.copy_(torch.where(mine if own.dim() == 1 else mine.unsqueeze(1), new[place], own))
-    crowded_tokens(x, woodbury, constants, torch.where(mine, crowded[place], 0).int(), out, log_eps)
+        own.copy_(torch.where(is_chosen if own.dim() == 1 else is_chosen.unsqueeze(1), new[place], own))
+    flags = torch.where(is_chosen, candidate_overflow[place], 0).int()
+    finish_candidate_overflow(x, woodbury, constants, flags, out, log_eps)

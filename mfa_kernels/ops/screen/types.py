@@ -1,4 +1,4 @@
-"""What screening is made of: what stage 0 prepares for it, and what it finds."""
+"""The bounds of screening, which stage 0 prepares, and the pairs that a screened scan finds."""
 
 from __future__ import annotations
 
@@ -41,19 +41,19 @@ class Neighbors(NamedTuple):
 
 
 class Screen(NamedTuple):
-    """What the bounds need of the parameters.
+    """The terms of the bounds that the C++ kernels read.
 
     Attributes:
         basis: Q, (D, p).
         rows: m_k = Q^T lam (mu_k - c) and B_k, (K, p/V, R+1, V).
         radii: |lam (mu_k - c)|, rounded up, (K,).
         slack: of a bound, per squared reach |x~| + |m~_k|, (K,).
-        exact_slack: what a logit computed in full adds to it.
-        log_det: log|C_k|, whose rounding is in the constants, (K,).
+        exact_slack: the slack of a logit that is computed in full.
+        log_det: log|C_k|, (K,): its size bounds the rounding error of the constants.
         lines: a direction u_k for every component, (K, p); (0, p) where the scan does without.
         line_terms: u_k . m_k, and one over the variance of u_k . y, rounded down; (2, K) or (2, 0).
-        batches_by_lines: whether lines go first for batches too, beside up to four tokens that come alone.
-        neighbors: which components can matter beside which, or None: then every component is bounded for every token.
+        batches_by_lines: True where batches of more than four tokens use the lines too; fewer tokens always do.
+        neighbors: lists of components that can be active together; None bounds every component for every token.
     """
 
     basis: Tensor
@@ -73,7 +73,7 @@ class Screen(NamedTuple):
 
 
 class GpuScreen(NamedTuple):
-    """What the bounds need of the parameters, on the device.
+    """The terms of the bounds that the Triton kernels read, on their device.
 
     Attributes:
         basis: Q as it was given, (D, p).
@@ -81,8 +81,8 @@ class GpuScreen(NamedTuple):
         sigma: the factor of y that brings |Q|_2 to sqrt(1 - EPSILON), (1,).
         spread: |Q|_F / |Q|_2, () float64.
         rows: of the marginals, for the scan.
-        slack: of the bounds, (K,) float64; infinite where nothing is known.
-        rounding: the largest rounding of B where something is, () float64.
+        slack: of the bounds, (K,) float64; infinite for a component without a bound.
+        rounding: the largest rounding of B among the components that have a bound, () float64.
     """
 
     basis: Tensor
@@ -98,7 +98,7 @@ AnyScreen: TypeAlias = "Screen | GpuScreen"
 
 
 class ScreenedPairs(NamedTuple):
-    """As `ActivePairs`, and what screening did.
+    """The active pairs, and how they were found.
 
     Attributes:
         active: log p(x) and the active pairs, those of the dense scan up to rounding.

@@ -13,7 +13,7 @@ from mfa_kernels.ops.scan.types import SLOTS, ActivePairs
 from mfa_kernels.ops.statistics import portable
 from mfa_kernels.ops.statistics.types import SufficientStatistics, Sums
 from mfa_kernels.ops.woodbury.portable import CHUNK
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 
 def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: SufficientStatistics) -> None:
@@ -35,10 +35,7 @@ def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbur
 @torch.no_grad()
 def expectation(
     x: Tensor,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     out: SufficientStatistics,
     token_weights: Tensor | None = None,
@@ -50,33 +47,30 @@ def expectation(
 
     Args:
         x: (N, D), any float dtype.
-        means, loadings, noise_variance, log_weights: the parameters behind `woodbury`.
+        parameters: those behind `woodbury`.
         woodbury: of these parameters.
         out: what is added to.
         token_weights: (N,), finite and non-negative; a token of weight 2 counts as two. None: all 1.
         active: what the scan of x has found, where it was done already, in `SLOTS` slots.
 
     Returns:
-        The active pairs, and their responsibilities times the token's weight (N, S): 0 in the slots of a diffuse
-        token, whose pairs with all components are counted besides.
+        The active pairs, and their responsibilities times the token's weight (N, S): 0 in the slots of a token
+        that overflows, whose pairs with all components are added besides.
     """
     x = x.to(woodbury.rows.dtype).contiguous()
     if active is None:
-        active = log_prob(x, means, loadings, noise_variance, log_weights, woodbury)
+        active = log_prob(x, *parameters, woodbury)
     log_likelihood = torch.where(active.components[:, 0] >= 0, active.log_prob.double(), 0)
     if token_weights is not None:
         log_likelihood *= token_weights
     out.log_likelihood.add_(log_likelihood.sum())
-    return active, collect(x, active, means, loadings, noise_variance, log_weights, woodbury, out, token_weights)
+    return active, collect(x, active, parameters, woodbury, out, token_weights)
 
 
 def collect(
     x: Tensor,
     active: ActivePairs,
-    means: Tensor,
-    loadings: Tensor,
-    noise_variance: Tensor,
-    log_weights: Tensor,
+    parameters: Parameters,
     woodbury: Woodbury,
     out: SufficientStatistics,
     token_weights: Tensor | None = None,
@@ -95,9 +89,11 @@ def collect(
     if least:
         weights.masked_fill_(weights < least, 0)
     accumulate(x, active.components, weights, woodbury, out)
-    # Diffuse tokens have a pair with every component: as many of them at once as memory allows.
-    every = torch.arange(means.shape[0], dtype=torch.int32, device=x.device)
-    for chunk in overflow.nonzero().squeeze(-1).split(max(1, CHUNK // (2 * means.shape[0]))):
+    # Tokens that overflow have a pair with every component: as many of them at once as memory allows.
+    means, loadings, noise_variance, log_weights = parameters
+    count = len(means)
+    every = torch.arange(count, dtype=torch.int32, device=x.device)
+    for chunk in overflow.nonzero().squeeze(-1).split(max(1, CHUNK // (2 * count))):
         part = x[chunk]
         logits = component_log_prob(part, means, loadings, noise_variance, woodbury) + log_weights
         responsibilities = logits.softmax(-1)

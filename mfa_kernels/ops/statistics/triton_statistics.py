@@ -17,7 +17,7 @@ does not grow with the number of pairs. Float64 throughout would be no slower on
 of BP pairs and 16 latents, which every thread holds, would take 128 of its registers.
 Deterministic: a stable sort, one writer per value, sums in a fixed order, no atomics. Nothing asks the device how many
 pairs there are, and a component without one is neither read nor written.
-Floor: the sums of the components that own a pair, read and written once (README.md). Not measured on a GPU yet.
+Floor: the sums of the components that own a pair, read and written once (README.md).
 """
 
 from __future__ import annotations
@@ -28,22 +28,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.triton_groups import group
+from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import back_substitute, feature_offsets, vector
 from mfa_kernels.ops.pairs import triton_pairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _LATENTS = 16
-"""Most latents per program of `feature_kernel`: their sums fill a thread's registers; x is read once per so many."""
+"""Latents per program of `feature_kernel`, at most: their sums fill a thread's registers."""
 _SHARED = 8
 """Components per program where they share the noise: an eighth of the K x D partial sums, and still enough programs."""
 _MANY = 1024
-"""Components from which on there are enough programs for that."""
-
-
-@triton.jit
-def _add(p_out, b_value, m_out):
-    tl.store(p_out, tl.load(p_out, mask=m_out) + b_value, mask=m_out)
+"""With at least this many components, there are enough programs for that."""
 
 
 @triton.jit
@@ -79,17 +74,14 @@ def feature_kernel(
     o_r = i_r * BR + tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
     b_squares = tl.zeros([1, 1, BD], dtype=tl.float64)
     for i_k in range(i_c * OWN, tl.minimum(i_c * OWN + OWN, K)):
-        first = tl.load(p_starts + i_k)
-        last = tl.load(p_starts + i_k + 1)
+        first, last = load_range(p_starts, i_k)
         if first < last:
             k = tl.cast(i_k, tl.int64)
             b_mean = tl.load(p_rows + k * (R + 1 + PER_COMPONENT) * D + o_d, mask=m_d, other=0.0)  # [1, 1, BD]
             b_shift = tl.zeros([1, 1, BD], dtype=tl.float64)
             b_cross = tl.zeros([1, BR, BD], dtype=tl.float64)
             for i in tl.range(first, last, BP, num_stages=STAGES):
-                o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
-                m_i = o_i < last
-                o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+                o_p, m_i = load_pairs(p_order, i, last, BP)  # [BP, 1, 1]
                 o_n = tl.load(p_tokens + o_p, mask=m_i, other=0).to(tl.int64)
                 b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0)  # [BP, 1, 1]
                 b_x = tl.load(p_x + o_n * D + o_d, mask=m_i & m_d, other=0.0).to(tl.float32)  # [BP, 1, BD]
@@ -102,16 +94,13 @@ def feature_kernel(
                     b_cross += tl.sum((b_w * b_z) * b_y, axis=0, keep_dims=True).to(tl.float64)
             if i_r == 0:
                 p_out = p_shift + k * D + o_d
-                _add(p_out, b_shift, m_d)
+                put(p_out, b_shift, m_d, True)
             if R > 0:
                 p_out = p_cross + (k * R + o_r) * D + o_d
-                _add(p_out, b_cross, (o_r < R) & m_d)
+                put(p_out, b_cross, (o_r < R) & m_d, True)
     p_out = p_squares + tl.cast(i_c, tl.int64) * D + o_d
     if i_r == 0:
-        if PER_COMPONENT:  # OWN is 1
-            _add(p_out, b_squares, m_d)
-        else:
-            tl.store(p_out, b_squares, mask=m_d)
+        put(p_out, b_squares, m_d, PER_COMPONENT)  # OWN is 1 then
 
 
 @triton.jit
@@ -129,8 +118,7 @@ def latent_kernel(
     BR: tl.constexpr,
 ):
     i_k = tl.program_id(0).to(tl.int64)
-    first = tl.load(p_starts + i_k)
-    last = tl.load(p_starts + i_k + 1)
+    first, last = load_range(p_starts, i_k)
     if first == last:
         return
     o_r = tl.arange(0, BR)[None, :, None]  # [1, BR, 1]
@@ -139,9 +127,7 @@ def latent_kernel(
     b_latent = tl.zeros([1, BR, 1], dtype=tl.float64)
     b_second = tl.zeros([1, BR, BR], dtype=tl.float64)
     for i in range(first, last, BP):
-        o_i = i + tl.arange(0, BP)[:, None, None]  # [BP, 1, 1]
-        m_i = o_i < last
-        o_p = tl.load(p_order + o_i, mask=m_i, other=0)
+        o_p, m_i = load_pairs(p_order, i, last, BP)  # [BP, 1, 1]
         b_w = tl.load(p_weights + o_p, mask=m_i, other=0.0).to(tl.float64)  # [BP, 1, 1]
         b_mass += tl.sum(b_w, axis=0, keep_dims=True)
         if R > 0:
@@ -150,7 +136,7 @@ def latent_kernel(
             b_latent += tl.sum(b_w * b_z, axis=0, keep_dims=True)
             b_second += tl.sum((b_w * b_z) * b_row, axis=0, keep_dims=True)
     p_out = p_mass + i_k + tl.zeros([1, 1, 1], dtype=tl.int32)
-    _add(p_out, b_mass, b_mass == b_mass)
+    put(p_out, b_mass, b_mass == b_mass, True)
     if R > 0:
         b_inverse = tl.where((o_r == o_s) & (o_r < R), 1.0, 0.0).to(tl.float64)  # [1, BR, BR]
         p_own = p_cholesky + i_k * R * R
@@ -158,9 +144,9 @@ def latent_kernel(
         b_inverse = back_substitute(tl.permute(b_inverse, (0, 2, 1)), p_own, o_r, R)  # M^-1 = L^-T L^-1
         b_inverse = 0.5 * (b_inverse + tl.permute(b_inverse, (0, 2, 1)))  # symmetric to the bit
         p_out = p_latent + i_k * R + o_r
-        _add(p_out, b_latent, o_r < R)
+        put(p_out, b_latent, o_r < R, True)
         p_out = p_second + (i_k * R + o_r) * R + o_s
-        _add(p_out, b_second + b_mass * b_inverse, (o_r < R) & (o_s < R))
+        put(p_out, b_second + b_mass * b_inverse, (o_r < R) & (o_s < R), True)
 
 
 def accumulate(
@@ -175,7 +161,7 @@ def accumulate(
     cross: Tensor,
     squares: Tensor,
 ) -> None:
-    """Adds the sums over the pairs in the slots of components (N, S) to the outputs. Does not wait for the device.
+    """Adds sums over the pairs in the slots of components (N, S) to the outputs. Does not wait for the device.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
@@ -240,7 +226,7 @@ def _feature_tiles(config: configs.Statistics, count: int, rank: int, per_compon
 
 
 def _latent_tiles(rank: int) -> dict[str, int]:
-    """As many pairs at a time as their z z^T leave room for."""
+    """Tiles for the registers, which hold z z^T of the pairs of a tile."""
     rows = triton.next_power_of_2(max(1, rank))
     warps = 1 if rank <= 16 else 4 if rank <= 32 else 8
     return {"BP": max(1, min(16, 1024 // rows**2)), "BR": rows, "num_warps": warps}

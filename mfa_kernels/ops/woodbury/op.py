@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
 from mfa_kernels.ops.common import backends, cpp, cuda, trust
-from mfa_kernels.ops.common.out_of_memory import explained
+from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.woodbury.portable import portable
 from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
@@ -103,11 +103,13 @@ def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
 
 
 def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
-    """Says how large the factors are where they do not fit."""
+    """Explains an out-of-memory error by the size of the terms."""
     components, features = means.shape
     what = f"the factors of {components} components of rank {rank}"
     size = copies * components * (rank + 1) * features
-    return explained(what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less")
+    return explain_out_of_memory(
+        what, size, means.element_size(), "a smaller n_components or rank, or float32, takes less"
+    )
 
 
 def _fake_scan_rows(given):

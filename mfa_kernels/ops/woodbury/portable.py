@@ -1,4 +1,4 @@
-"""Stage 0 in plain PyTorch, and what the other stages' plain PyTorch makes of it."""
+"""Stage 0 in plain PyTorch, and the residuals that the plain PyTorch of other stages computes from it."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _LOST = 2.0**-14
-"""What the rounding of the products may be of a pivot of M, beyond which L comes from the loadings themselves."""
+"""Largest share of a pivot of M that rounding may have; beyond it, L comes from the loadings themselves."""
 
 
 def woodbury(loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:

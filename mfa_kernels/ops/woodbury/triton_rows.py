@@ -1,4 +1,4 @@
-"""Stage 0 for the GPU scan: the rows of every component in fp16, and how far from the truth that leaves them.
+"""Rows of every component in fp16 for the GPU scan, and the distances that rounding moved them.
 
 Symbols (component k, centre c, reference scale s; shared noise: s = lam, rho = 1; else rho_k = lam_k / s):
 
@@ -35,7 +35,7 @@ _BLOCK = 8  # components of a program
 
 @triton.jit
 def _load(p_k, p_scale, p_reciprocal, p_center, g, o_d, m_k, D, R: tl.constexpr, PER_COMPONENT: tl.constexpr):
-    """Row g of the scan's (B_g, w m or w), and m: [BK, BD] each, 0 beyond D. p_k is [BK, 1], o_d [1, BD]."""
+    """Row g of the scan (B_g, w m or w) and m: [BK, BD] each, 0 beyond D. p_k is [BK, 1], o_d [1, BD]."""
     m_d = o_d < D
     m = m_k & m_d
     b_scale = tl.load(p_scale + o_d, m_d, 0.0)
@@ -157,7 +157,7 @@ def scan_rows(woodbury: Woodbury) -> ScanRows:
             *operands, out.rows, scales, errors, sizes, products, lengths, **shape, **tiles
         )
 
-    def pad(values: Tensor) -> Tensor:  # what pads the last tile of components must be finite
+    def pad(values: Tensor) -> Tensor:  # zeros, since the padding of the last tile of components must be finite
         return torch.nn.functional.pad(values, (0, out.scales.shape[1] - components))
 
     w = rank + 1 if per_component else rank
@@ -174,7 +174,7 @@ def scan_rows(woodbury: Woodbury) -> ScanRows:
     m1, m2, e3 = eps_m + g * (mu + eps_m), (1 + g) * (mu + eps_m), TINY * over * phi * lengths
     n1, n2 = 0.5 * (eps_w + (g + 4 * TINY) * (omega + eps_w)), 0.5 * (1 + g) * (omega + eps_w)
     out.bounds.copy_(pad(torch.stack([m1, m2, e1, phi + e1, e3, n1, n2])))
-    # A component that is not finite has infinite bounds of its own, and must not spoil the others'.
+    # A component that is not finite has infinite bounds itself, and must not spoil the bounds of others.
     worst = torch.stack([m1 / m2, e1, phi + e1, e3 / m2, n1 / n2])
     out.worst.copy_(torch.where(worst.isfinite(), worst, 0).amax(-1))
     return out

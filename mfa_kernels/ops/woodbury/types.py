@@ -54,7 +54,7 @@ class Woodbury:
     @classmethod
     def of_tensors(cls, rows: Tensor, cholesky: Tensor, log_det: Tensor, scale: Tensor, center: Tensor) -> Woodbury:
         """The same from `tensors` alone, as an operator is given them: the rest shows in their sizes."""
-        return cls(rows, cholesky, log_det, scale, center, rows.shape[-2] == cholesky.shape[-1] + 2)
+        return cls(rows, cholesky, log_det, scale, center, rows.size(-2) == cholesky.size(-1) + 2)
 
     @classmethod
     def without_log_det(
@@ -118,11 +118,8 @@ class ScanRows(NamedTuple):
 
     @classmethod
     def of_tensors(
-        cls, rows16=None, scales=None, offsets=None, squares=None, bounds=None, worst=None, reference=None
-    ) -> ScanRows:
-        """The same under the names that operators have for them; their tensors may be missing, or of size 0."""
+        cls, rows16: Tensor, scales: Tensor, offsets: Tensor, squares: Tensor, bounds: Tensor, worst: Tensor,
+        reference: Tensor,
+    ) -> ScanRows:  # fmt: skip
+        """The same from the tensors of an operator, which has other names for the first and the last."""
         return cls(rows16, scales, offsets, squares, bounds, worst, reference)
-
-
-NO_SCAN = ScanRows.of_tensors()
-"""The scan rows where none were made."""

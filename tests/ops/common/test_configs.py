@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.configs import Dense, Gradient, Nearest, Pairs, Scan, Statistics
+from mfa_kernels.ops.common.configs import AllLogits, Gradient, Nearest, Pairs, Scan
 
-KINDS = (Scan, Pairs, Gradient, Dense, Statistics, Nearest)
+KINDS = tuple(configs.KINDS.values())
 SIZES = (0, 1, 2, 15, 16, 17, 100, 128, 1000, 16384, 32768, 10**9)
 # CUDA C++ programming guide, "technical specifications per compute capability": KB of shared memory per block.
 SHARED_LIMIT = {70: 96, 75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
@@ -28,9 +28,9 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MFA_KERNELS_CONFIGS", str(user))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Some GPU 80GB")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
     yield SimpleNamespace(shipped=shipped, user=user, like=SimpleNamespace(device=torch.device("cuda", 0)))
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
 
 
 def entry(config) -> dict:
@@ -134,23 +134,31 @@ def test_without_files_the_default_of_the_chip(folders):
 
 
 def test_tuned_files_by_bucket_and_the_users_own_wins(folders):
-    key = configs._key(Pairs, 16000, 8000)
-    assert key == configs._key(Pairs, 16384, 8192)
+    key = configs.key(Pairs, 16000, 8000)
+    assert key == configs.key(Pairs, 16384, 8192)
     shipped, user = Pairs(32, 64, 4, 2), Pairs(64, 64, 8, 2)
     write(folders.shipped, {key: entry(shipped)})
     assert configs.configured(Pairs, folders.like, 16000, 8000) == shipped
     assert configs.configured(Pairs, folders.like, 17000, 8000) == configs.default(Pairs, 90, 17000, 8000)
     assert configs.configured(Gradient, folders.like, 16000, 8000) == configs.default(Gradient, 90, 16000, 8000)
     write(folders.user, {key: entry(user)})
-    configs._tuned.cache_clear()
+    configs.tuned_entries.cache_clear()
     assert configs.configured(Pairs, folders.like, 16000, 8000) == user
     with configs.override(shipped):
         assert configs.configured(Pairs, folders.like, 16000, 8000) is shipped
 
 
+def test_files_written_under_older_names_of_classes_are_read(folders):
+    """Files name kinds; the class of "dense" was called Dense."""
+    chosen = AllLogits(4, 8, 64, 4, 2)
+    write(folders.user, {"dense/64/64": entry(chosen)})
+    assert configs.configured(AllLogits, folders.like, 64, 64) == chosen
+    assert list(configs.KINDS) == ["scan", "pairs", "gradient", "dense", "statistics", "nearest"]
+
+
 def test_files_are_read_once(folders):
     configs.configured(Pairs, folders.like, 64, 64)
-    write(folders.user, {configs._key(Pairs, 64, 64): entry(Pairs(64, 64, 8, 2))})
+    write(folders.user, {configs.key(Pairs, 64, 64): entry(Pairs(64, 64, 8, 2))})
     assert configs.configured(Pairs, folders.like, 64, 64) == configs.default(Pairs, 90, 64, 64)
 
 
@@ -187,10 +195,9 @@ def test_file_name_is_safe():
 
 def test_shipped_files_can_be_launched():
     """Every file in the package parses, is named like a GPU, and holds configurations that can be made."""
-    kinds = {kind.__name__.lower(): kind for kind in KINDS}
     for path in configs.FOLDER.glob("*.json"):
         for key, fields in json.loads(path.read_text()).items():
             kind, tokens, components = key.split("/")
             assert configs.bucket(int(tokens)) == int(tokens)
             assert configs.bucket(int(components)) == int(components)
-            assert entry(kinds[kind](**fields)) == fields
+            assert entry(configs.KINDS[kind](**fields)) == fields

@@ -106,7 +106,7 @@ def test_lists_of_neighbors_that_name_no_component_are_harmless(wrong):
         pytest.skip("not applicable: only the C++ kernels have lists of neighbors")
     m = mixture(70, 32, 2, spread=0.5)
     x, woodbury = tokens(m, 300), m.woodbury()
-    screen = screening.with_neighbors(screening.screen(*m, woodbury, 16), *m, woodbury)
+    screen = screening.with_neighbors(screening.screen(m, woodbury, 16), m, woodbury)
     lists, within = neighbors.flat(screen.neighbors)
     for which in (2, 3, 6):  # starts, members, neighbors
         bad = [torch.full_like(t, wrong) if i == which else t for i, t in enumerate(lists)]

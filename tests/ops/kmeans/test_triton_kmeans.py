@@ -39,7 +39,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def crowded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def overflows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows of each call were compared with every centroid."""
     counts: list[int] = []
     kernel = triton_nearest.every_kernel
@@ -58,14 +58,14 @@ def crowded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def rows(shape: tuple[int, int, int], spread: float = 1.0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
     """Rows, centroids and a centre; a row lies about one unit from its own centroid."""
-    n, k, d = shape
+    count, clusters, features = shape
     generator = torch.Generator().manual_seed(3)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator)
 
-    centroids, center = spread * normal(k, d), 3 * normal(d)
-    x = centroids[torch.randint(k, (n,), generator=generator)] + normal(n, d) + center
+    centroids, center = spread * normal(clusters, features), 3 * normal(features)
+    x = centroids[torch.randint(clusters, (count,), generator=generator)] + normal(count, features) + center
     return x.to(DEVICE, dtype), centroids.to(DEVICE), center.to(DEVICE)
 
 
@@ -93,9 +93,9 @@ def test_the_definition(shape):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_clusters_that_overlap(crowded):
+def test_clusters_that_overlap(overflows):
     check(*rows((17, 103, 50), 0.3))
-    assert crowded == [0]
+    assert overflows == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,35 +113,35 @@ def test_without_tensor_descriptors():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_closer_than_half_precision_can_tell(crowded):
+def test_closer_than_half_precision_can_tell(overflows):
     """Pairs of centroids that differ by 1e-5 of their length: the exact distances decide, for few rows or all."""
     x, centroids, center = rows((30, 26, 50), 3.0)
     generator = torch.Generator().manual_seed(7)
     twins = centroids * (1 + 1e-5 * torch.randn(centroids.shape, generator=generator).to(DEVICE))
     owner = check(x, torch.cat([centroids, twins]), center)
     assert 5 < int((owner < 26).sum()) < 25, "the twin is nearer about as often"
-    assert crowded == [0]
+    assert overflows == [0]
 
 
 @pytest.mark.parametrize("k", [29, 3])
 @pytest.mark.usefixtures("poisoned")
-def test_more_contenders_than_there_is_room_for(crowded, k, monkeypatch):
+def test_more_contenders_than_there_is_room_for(overflows, k, monkeypatch):
     """All centroids within 1e-4 of one another: every row is compared with each."""
     monkeypatch.setattr(triton_nearest, "CONTENDERS", 2)
     x, centroids, center = rows((7, k, 50), 1e-4)
     check(x, centroids + 1, center)
-    assert crowded == [7]
+    assert overflows == [7]
 
 
-def test_of_equal_distances_the_lowest_index(crowded):
+def test_of_equal_distances_the_lowest_index(overflows):
     x, centroids, center = rows((7, 10, 50), 3.0)
     expected = triton_nearest.nearest(x, centroids, center)
     found = triton_nearest.nearest(x, centroids.repeat(3, 1), center)
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    assert crowded == [0, 0]
+    assert overflows == [0, 0]
     found, _ = triton_nearest.nearest(x, centroids[:1].repeat(20, 1), center)
     assert (found == 0).all()
-    assert crowded[-1] == 7
+    assert overflows[-1] == 7
 
 
 def test_a_row_that_is_a_centroid():
@@ -152,7 +152,7 @@ def test_a_row_that_is_a_centroid():
     assert (distance == 0).all()
 
 
-def test_lengths_of_all_magnitudes(crowded):
+def test_lengths_of_all_magnitudes(overflows):
     """A few rows and centroids are 1e4 times as long as the rest, some are zero: bounds stay tight for the others."""
     x, centroids, center = rows((20, 40, 50), 3.0)
     center = torch.zeros_like(center)
@@ -160,11 +160,11 @@ def test_lengths_of_all_magnitudes(crowded):
     scale[3], scale[7], scale[11] = 1e4, 0, 1e-4
     x[5], x[6], x[8] = 1e4 * centroids[3], 0, 1e18
     check(x, scale * centroids, center)
-    assert crowded == [0]
+    assert overflows == [0]
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_rows_that_are_not_finite(crowded):
+def test_rows_that_are_not_finite(overflows):
     x, centroids, center = rows((20, 40, 50))
     expected = triton_nearest.nearest(x, centroids, center)
     bad = torch.zeros(20, dtype=torch.bool, device=DEVICE)
@@ -175,7 +175,7 @@ def test_rows_that_are_not_finite(crowded):
     assert distance[bad].isnan().all()
     assert torch.equal(owner[~bad], expected[0][~bad])
     assert torch.equal(distance[~bad], expected[1][~bad])
-    assert crowded == [0, 0], "nothing is gained by comparing them with every centroid"
+    assert overflows == [0, 0], "nothing is gained by comparing them with every centroid"
     plain, _ = portable.nearest(x, centroids, center)
     assert torch.equal(plain[bad], owner[bad])
 

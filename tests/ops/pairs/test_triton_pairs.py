@@ -88,20 +88,20 @@ def case(
     offset: float = 0.0,
 ) -> Case:
     """Component 0 is in the first slot of every token; where there are more, 1 is in one slot and 2 in none."""
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component)
+    count, n_components, features, rank = shape
+    m = mixture(n_components, features, rank, per_component=per_component)
     m = m._replace(means=m.means + offset)
-    x = tokens(m, n).to(dtype)
+    x = tokens(m, count).to(dtype)
     generator = torch.Generator().manual_seed(5)
-    components = torch.randint(3, max(k, 4), (n, slots), generator=generator).int()
-    components = components.masked_fill(components >= k, -1)
+    components = torch.randint(3, max(n_components, 4), (count, slots), generator=generator).int()
+    components = components.masked_fill(components >= n_components, -1)
     components[:, 0] = 0
-    if slots > 1 and k > 1:
+    if slots > 1 and n_components > 1:
         components[-1, 1] = 1
-    weights = torch.randn(n * slots, generator=generator)
+    weights = torch.randn(count * slots, generator=generator)
     weights[slots::7] = 0
     m, x = Mixture(*(t.to(DEVICE) for t in m)), x.to(DEVICE)
-    each = torch.arange(n).repeat_interleave(slots).to(index)
+    each = torch.arange(count).repeat_interleave(slots).to(index)
     woodbury = rounded(portable_factors(m.to(torch.float64)))
     return Case(m, x, each.to(DEVICE), components.flatten().to(DEVICE), weights.to(DEVICE), woodbury)
 

@@ -31,7 +31,7 @@ def problem(case: str, per_component: bool) -> tuple[Mixture, Tensor]:
 
 def bound_of(m: Mixture, x: Tensor, slots: int = 16) -> tuple[Tensor, Tensor]:
     active = m.active(x, slots, m.means.mean(0))
-    return active.log_prob, error_bound(x, *m[:1], *m[2:], m.woodbury(m.means.mean(0)), active)
+    return active.log_prob, error_bound(x, m, m.woodbury(m.means.mean(0)), active)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -39,7 +39,7 @@ TILES = 560  # 2240 entries of four, 1024 at a time
 
 @pytest.fixture
 def logits() -> torch.Tensor:
-    """(6, K): a few components near the best, the others far below; a crowded token, and one with a crowded tile."""
+    """(6, K): a few components near the best, the others far below; two overflow, one of them in a tile."""
     out = -1e4 + 10 * normal(6, TILES * TILE)
     for n, near in enumerate(([7], [3, 9000, TILES * TILE - 1], range(0, 16 * 2000, 2000), range(0, 17 * 2000, 2000))):
         out[n, list(near)] = -normal(len(near)).abs()
@@ -52,13 +52,13 @@ def test_candidates(logits):
     components = logits.shape[1]
     norms = torch.ones(3, 6, device=DEVICE)
     norms[0, 5] = math.nan
-    found, crowded = merge.candidates(partials_of(logits), norms, components, 16)
+    found, overflow = merge.candidates(partials_of(logits), norms, components, 16)
     near = logits >= logits.amax(-1, keepdim=True) - activity_threshold(components, torch.float32)
-    assert crowded.tolist() == [0, 0, 0, 1, 1, 0]
+    assert overflow.tolist() == [0, 0, 0, 1, 1, 0]
     for n in range(3):
         held = found[n][found[n] >= 0]
         assert torch.equal(held.sort().values.long(), near[n].nonzero().squeeze(-1))
-    assert (found[3:] == -1).all()  # crowded, crowded, not finite
+    assert (found[3:] == -1).all()  # two overflow, one is not finite
 
 
 def test_finish_fast(logits):
@@ -71,7 +71,7 @@ def test_finish_fast(logits):
 
 
 @pytest.mark.parametrize("slots", [5, 16, 64, 65, 200])
-def test_finish_dense(slots):
+def test_finish_all_logits(slots):
     """Slots in the kernel up to 64, by sorting beyond; K crosses three blocks of 2048."""
     components, index = 5003, torch.tensor([4, 1, 7, 0, 2], device=DEVICE).int()
     logits = 8 * normal(5, components)
@@ -82,7 +82,7 @@ def test_finish_dense(slots):
     out = ActivePairs.empty(9, slots, logits)
     for t in out:
         t.fill_(77)
-    merge.finish_dense(logits, index, count, components, out)
+    merge.finish_all_logits(logits, index, count, components, out)
     active = ActivePairs(*(t[index[:4].long()] for t in out))
     assert active.log_prob[1].isnan()
     assert active.log_prob[2].isnan()
@@ -96,34 +96,34 @@ def test_finish_dense(slots):
 
 
 @pytest.mark.parametrize("slots", [16, 100])
-@pytest.mark.parametrize("crowded", [[0], [0, 2, 5], [3], [], [0, 1, 2, 3, 4, 5]], ids=str)
-def test_what_pads_the_crowded_tokens_writes_nothing_of_its_own(crowded, slots):
-    """`gather` pads their numbers with 0, and token 0 may be crowded or not."""
+@pytest.mark.parametrize("overflow", [[0], [0, 2, 5], [3], [], [0, 1, 2, 3, 4, 5]], ids=str)
+def test_what_pads_the_tokens_that_overflow_writes_nothing_of_its_own(overflow, slots):
+    """`gather` pads their numbers with 0, and token 0 may be one of them or not."""
     components = 300
     logits = 8 * normal(6, components)
     flags = torch.zeros(6, dtype=torch.int32, device=DEVICE)
-    flags[crowded] = 1
+    flags[overflow] = 1
     index, count = merge.gather(flags)
     rows = logits[index.long()]
-    rows[len(crowded) :] = math.nan
+    rows[len(overflow) :] = math.nan
     out = ActivePairs.empty(6, slots, logits)
     for t in out:
         t.fill_(77)
-    merge.finish_dense(rows, index, count, components, out)
-    others = [n for n in range(6) if n not in crowded]
+    merge.finish_all_logits(rows, index, count, components, out)
+    others = [n for n in range(6) if n not in overflow]
     assert all((t[others] == 77).all() for t in out)
-    if crowded:
-        active = ActivePairs(*(t[crowded] for t in out))
-        torch.testing.assert_close(active.log_prob, torch.logsumexp(logits[crowded], -1), rtol=1e-6, atol=1e-5)
-        check_slots(active, logits[crowded].double(), slots, 1e-6)
+    if overflow:
+        active = ActivePairs(*(t[overflow] for t in out))
+        torch.testing.assert_close(active.log_prob, torch.logsumexp(logits[overflow], -1), rtol=1e-6, atol=1e-5)
+        check_slots(active, logits[overflow].double(), slots, 1e-6)
 
 
-def test_all_active_pairs_of_a_crowded_first_token(monkeypatch):
+def test_all_active_pairs_of_a_first_token_that_overflows(monkeypatch):
     """A diffuse mixture of more than 64 components: through `encode` without a cap, and `reconstruct`."""
     m = mixture(90, 24, 2, spread=0.05)
     mfa = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).to(DEVICE)
     x = tokens(m, 7).to(DEVICE)
-    x[3:5] += 100 * m.means[8].to(DEVICE)  # not every token is crowded
+    x[3:5] += 100 * m.means[8].to(DEVICE)  # not every token overflows
     reference = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp()).double()
     wanted = reference.responsibilities(x.cpu().double())
     wanted_rebuilt = reference.reconstruct(x.cpu().double())

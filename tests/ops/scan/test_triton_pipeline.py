@@ -30,8 +30,8 @@ TILES = configs.Scan(tokens=16, width=4, features=64, warps=4, stages=2, swizzle
 def triton_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     pairs = configs.Pairs(pairs=16, features=64, warps=4, stages=1)
-    dense = configs.Dense(tokens=16, components=4, features=64, warps=4, stages=1)
-    with configs.override(TILES, pairs, dense):
+    all_logits = configs.AllLogits(tokens=16, components=4, features=64, warps=4, stages=1)
+    with configs.override(TILES, pairs, all_logits):
         yield
 
 
@@ -53,9 +53,9 @@ def scanned(m: Mixture, x: torch.Tensor, bounds: bool = True, tiles: configs.Sca
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_and_pairs(shape, per_component):
-    n, k, d, r = shape
-    m = on_device(k, d, r, per_component=per_component, spread=1.0)
-    x = tokens(m, n)
+    count, components, features, rank = shape
+    m = on_device(components, features, rank, per_component=per_component, spread=1.0)
+    x = tokens(m, count)
     active = m.active(x, slots=8, center=m.means.mean(0))
     truth = m.logits_fp64(x)
     budgets.check(active.log_prob, truth.logsumexp(-1), Terms(m, x).log_prob(truth))
@@ -63,11 +63,11 @@ def test_log_prob_and_pairs(shape, per_component):
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_diffuse_mixture_is_decided_densely(monkeypatch):
-    monkeypatch.setattr(triton_pipeline, "DENSE", 5 * 80)  # tokens in rounds of five, the last one short
+def test_a_diffuse_mixture_is_decided_by_all_logits(monkeypatch):
+    monkeypatch.setattr(triton_pipeline, "MOST_LOGITS", 5 * 80)  # tokens in rounds of five, the last one short
     m = on_device(80, 70, 4, spread=0.05)
     x = tokens(m, 12)
-    x = torch.cat([x, 40 * x[:2]])  # and two that are not crowded
+    x = torch.cat([x, 40 * x[:2]])  # and two whose candidates do not overflow
     active = m.active(x)
     truth = m.logits_fp64(x)
     torch.testing.assert_close(active.log_prob.double(), torch.logsumexp(truth, -1), rtol=1e-6, atol=1e-4)
@@ -122,8 +122,8 @@ def test_the_bounds_are_useful():
     m = on_device(70, 384, 10, spread=2.0)
     x = tokens(m, 16)
     assert widest(m, x) < 4
-    found, crowded = candidates(m, x)
-    assert not crowded.any()
+    found, candidate_overflow = candidates(m, x)
+    assert not candidate_overflow.any()
     assert ((found >= 0).sum(-1) == 1).all()
 
 
@@ -161,8 +161,8 @@ def test_regions_far_away_do_not_disturb_the_others():
     m = on_device(70, 100, 5, spread=2.0)
     m.means[7] *= 1000
     x = tokens(m, 20)
-    _, crowded = candidates(m, x)
-    assert not crowded.any()
+    _, candidate_overflow = candidates(m, x)
+    assert not candidate_overflow.any()
     torch.testing.assert_close(m.active(x).log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=1e-3)
 
 
@@ -220,7 +220,7 @@ def test_very_negative_logits_and_a_zero_weight():
 
 
 def test_duplicated_components_are_all_found():
-    """More equal components in one tile than it reports: crowded, and decided densely."""
+    """More equal components in one tile than it reports: candidates overflow, and all logits decide."""
     m = on_device(4, 40, 3, spread=3.0)
     m = Mixture(*(t.repeat_interleave(6, 0) if t.shape[0] == 4 else t for t in m))
     m = m._replace(log_weights=m.log_weights - math.log(6))

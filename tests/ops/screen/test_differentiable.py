@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("needs_cpp")
 def screened(x: Tensor, m: Mixture, slots: int = 16) -> ScreenedPairs:
     fixed = Mixture(*(t.detach() for t in m))
     woodbury = fixed.woodbury(fixed.means.mean(0))
-    return differentiable.log_prob(x, *m, woodbury, op.screen(*fixed, woodbury, 16), slots)
+    return differentiable.log_prob(x, m, woodbury, op.screen(fixed, woodbury, 16), slots)
 
 
 @pytest.mark.parametrize("spread", [3.0, 0.02], ids=["one_hot", "diffuse"])
@@ -49,7 +49,7 @@ def test_gradcheck():
 def test_opcheck():
     m = mixture(30, 20, 3)
     woodbury = m.woodbury()
-    screen = op.screen(*m, woodbury, 16)
+    screen = op.screen(m, woodbury, 16)
     leaves = [t.clone().requires_grad_() for t in (tokens(m, 40), *m)]
     torch.library.opcheck(
         torch.ops.mfa_kernels.screened_log_prob.default,

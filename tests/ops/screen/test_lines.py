@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.scan.types import activity_threshold
-from mfa_kernels.ops.screen import op, portable
+from mfa_kernels.ops.screen import op, reference
 from mfa_kernels.ops.screen.cost import bytes_read, candidates
 from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.types import unpack_rows
@@ -26,7 +26,7 @@ SHAPES = [(1, 201, 40, 16, 3), (3, 70, 71, 32, 10), (4, 131, 391, 208, 5), (101,
 
 def prepared(m: Mixture, features: int, basis: Tensor | None = None):
     woodbury = m.woodbury(m.means.nanmean(0))
-    return woodbury, woodbury.constants(m.log_weights), op.screen(*m, woodbury, features, basis)
+    return woodbury, woodbury.constants(m.log_weights), op.screen(m, woodbury, features, basis)
 
 
 def lines_fp64(m: Mixture, x: Tensor, screen: Screen) -> Tensor:
@@ -64,7 +64,7 @@ def test_stage_0_takes_the_discriminants_from_the_middle(shape, dtype):
     k, d, p, r = shape
     m = mixture(k, d, r, dtype=dtype)
     woodbury, _, screen = prepared(m, p)
-    rows = portable.marginals(*m[:3], woodbury, screen.basis, 0.0)[0]
+    rows = reference.marginals(*m[:3], woodbury, screen.basis, 0.0)[0]
     weights = m.log_weights.double().softmax(0)
     wanted = rows[:, 0] - weights @ rows[:, 0]
     wanted = wanted - torch.einsum("krp,krq,kq->kp", rows[:, 1:], rows[:, 1:], wanted)
@@ -184,10 +184,10 @@ def test_a_component_without_a_line_is_never_ruled_out_and_the_others_are():
 def test_the_choice_goes_without_lines_where_they_leave_too_much_and_a_refresh_keeps_it():
     for spread, rank, expected in ((3.0, 8, True), (0.9, 8, False)):
         m = mixture(400, 128, rank, spread=spread)
-        screen = op.choose(tokens(m, 200), *m, m.woodbury())
+        screen = op.choose(tokens(m, 200), m, m.woodbury())
         assert screen is not None
         assert screen.batches_by_lines == expected
-        again = op.refresh(screen, *m, m.woodbury())
+        again = op.refresh(screen, m, m.woodbury())
         assert again.batches_by_lines == expected
         assert len(again.lines) == 400  # a token alone reads fewer bytes with them
 

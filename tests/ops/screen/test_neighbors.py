@@ -47,7 +47,7 @@ class Prepared(NamedTuple):
 
 def prepared(m: Mixture, features: int = 16, threshold: float | None = None) -> Prepared:
     woodbury = m.woodbury(m.means.nanmean(0))
-    screen = op.with_neighbors(op.screen(*m, woodbury, features), *m, woodbury, threshold)
+    screen = op.with_neighbors(op.screen(m, woodbury, features), m, woodbury, threshold)
     return Prepared(
         woodbury, woodbury.constants(m.log_weights), screen, activity_threshold(len(m.means), m.means.dtype)
     )
@@ -351,7 +351,7 @@ def test_gradients_are_those_of_the_dense_scan():
         if screen is None:
             log_prob = Mixture(*leaves[1:]).active(leaves[0], center=made.woodbury.center).log_prob
         else:
-            log_prob = differentiable.log_prob(*leaves, made.woodbury, screen, 16).active.log_prob
+            log_prob = differentiable.log_prob(leaves[0], leaves[1:], made.woodbury, screen, 16).active.log_prob
         return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
 
     for ours, dense in zip(gradients(made.screen), gradients(None)):

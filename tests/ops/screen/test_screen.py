@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.scan.types import activity_threshold
-from mfa_kernels.ops.screen import op, portable, reference
+from mfa_kernels.ops.screen import op, reference
 from mfa_kernels.ops.screen.cost import PAIR_COST, STAGE_COST, bytes_read, modelled_cost
 from mfa_kernels.ops.screen.rounding import stage_0_rounding
 from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import unpack_rows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, adversarial, mixture, tokens
 from tests.helpers.threads import threads
 from tests.ops.scan.test_scan import check_slots
 
@@ -48,7 +48,7 @@ def prepared(
     """A scan with one screen: the coordinates come from a BLAS, whose bits may depend on the number of threads."""
     woodbury = m.woodbury(m.means.mean(0))
     wanted = activity_threshold(len(m.means), m.means.dtype) if threshold is None else threshold
-    screen, constants = op.screen(*m, woodbury, features, basis), woodbury.constants(m.log_weights)
+    screen, constants = op.screen(m, woodbury, features, basis), woodbury.constants(m.log_weights)
     return lambda x: op.scan(x, woodbury, constants, screen, wanted, slots)
 
 
@@ -58,7 +58,7 @@ def screened(m: Mixture, x: Tensor, features: int | None = 16, slots: int = 16, 
 
 def bounds(m: Mixture, x: Tensor, features: int | None = 16, slack: bool = True) -> Tensor:
     woodbury = m.woodbury(m.means.mean(0))
-    screen = op.screen(*m, woodbury, features)
+    screen = op.screen(m, woodbury, features)
     if not slack:
         screen = screen._replace(slack=torch.zeros_like(screen.slack))
     return op.bounds(x, woodbury, woodbury.constants(m.log_weights), screen)
@@ -108,47 +108,11 @@ def test_computed_bounds_are_the_formula_and_its_slack(shape):
     m = mixture(k, d, r, dtype=torch.float64)
     x = tokens(m, n)
     woodbury = m.woodbury(m.means.mean(0))
-    screen = op.screen(*m, woodbury, p)
+    screen = op.screen(m, woodbury, p)
     upper = op.bounds(x, woodbury, woodbury.constants(m.log_weights), screen)
     wanted = reference.bounds(x, *m, screen.basis)
     assert (upper >= wanted).all()
     torch.testing.assert_close(upper, wanted, rtol=0, atol=1e-6)
-
-
-def adversarial(case: str) -> tuple[Mixture, Tensor]:
-    """Float32 parameters and tokens near and far from every component."""
-    k, d, r = 83, 144, 6
-    m = mixture(k, d, r, dtype=torch.float64)
-    means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
-    if case == "near_duplicates":
-        means[1:] = means[0] + 1e-4 * means[1:]
-        loadings[1:] = loadings[0] + 1e-4 * loadings[1:]
-    elif case == "huge_norms":
-        means *= 1e4
-        loadings *= 1e3
-    elif case == "rank_deficient":
-        loadings[:, :, 1] = loadings[:, :, 0]
-        loadings[:, :, 2] = 0
-        loadings[::2, :, 3] = 1e3 * loadings[::2, :, 4]
-        loadings[5] *= 1e7
-    elif case == "small_noise":
-        noise[:] = 1e-6
-    elif case == "uneven_noise":
-        noise = 10 ** (12 * torch.linspace(0, 1, d, dtype=torch.float64) - 6)
-    elif case == "far_regions":
-        means += 3000
-        means[40:, :7] -= 1e5
-    elif case == "outlier_dimensions":
-        means[:, 7] += 3000
-        loadings[:, 7] *= 1e3
-    else:
-        assert case == "plain"
-    m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
-    x = tokens(m, 300)
-    generator = torch.Generator().manual_seed(3)
-    x[200:250] = means[:50].float() + 1e-3 * torch.randn(50, d, generator=generator)
-    x[250:] *= 50 * torch.rand(50, 1, generator=generator)
-    return m, x
 
 
 CASES = [
@@ -327,13 +291,13 @@ def test_errors_name_the_argument():
     m = mixture(20, 64, 2)
     woodbury = m.woodbury()
     with pytest.raises(ValueError, match=r"features must be a multiple of 16 between 16 and D = 64, got 24"):
-        op.screen(*m, woodbury, 24)
+        op.screen(m, woodbury, 24)
     with pytest.raises(ValueError, match=r"between 16 and D = 64, got 80"):
-        op.screen(*m, woodbury, 80)
+        op.screen(m, woodbury, 80)
     with pytest.raises(ValueError, match=r"noise_variance must have shape \(D,\)"):
-        op.screen(m.means, m.loadings, m.noise_variance.expand(20, 64), m.log_weights, woodbury)
+        op.screen(m._replace(noise_variance=m.noise_variance.expand(20, 64)), woodbury)
     with pytest.raises(ValueError, match=r"basis must have shape \(D, p\) = \(64, p\), got \(63, 32\)"):
-        op.screen(*m, woodbury, basis=orthonormal(63, 32))
+        op.screen(m, woodbury, basis=orthonormal(63, 32))
 
 
 def test_default_features():
@@ -343,7 +307,7 @@ def test_default_features():
 
 
 def chosen(m: Mixture, x: Tensor) -> Screen | None:
-    return op.choose(x, *m, m.woodbury(m.means.mean(0)))
+    return op.choose(x, m, m.woodbury(m.means.mean(0)))
 
 
 def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_does():
@@ -365,16 +329,16 @@ def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_doe
 def test_lists_ask_for_more_coordinates_where_there_are_so_many():
     m = mixture(400, 160, 4, spread=15.0)
     x, woodbury = tokens(m, 200), m.woodbury(m.means.mean(0))
-    assert op.choose(x, *m, woodbury).basis.shape[1] == 16
-    assert op.choose(x, *m, woodbury, least=64).basis.shape[1] == 64
-    assert op.choose(x, *m, woodbury, least=96).basis.shape[1] == 16, "none that is at most half of the features"
+    assert op.choose(x, m, woodbury).basis.shape[1] == 16
+    assert op.choose(x, m, woodbury, least=64).basis.shape[1] == 64
+    assert op.choose(x, m, woodbury, least=96).basis.shape[1] == 16, "none that is at most half of the features"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_opcheck(dtype):
     m = mixture(21, 40, 2, dtype=dtype)
     f = m.woodbury()
-    s = op.screen(*m, f, 32)
+    s = op.screen(m, f, 32)
     torch.library.opcheck(
         torch.ops.mfa_kernels.select_screened.default,
         (tokens(m, 7), f.rows, f.constants(m.log_weights), f.scale, f.center, s.basis, s.rows, s.log_det, s.radii,
@@ -386,7 +350,7 @@ def test_compiles_whole_and_takes_half_precision_tokens():
     m = mixture(90, 48, 3)
     x = tokens(m, 40).bfloat16()
     woodbury = m.woodbury()
-    screen, constants = op.screen(*m, woodbury, 32), woodbury.constants(m.log_weights)
+    screen, constants = op.screen(m, woodbury, 32), woodbury.constants(m.log_weights)
 
     def found(x: Tensor) -> Tensor:
         selected = op.scan(x, woodbury, constants, screen, 20.0, 4)
@@ -406,9 +370,9 @@ STAGE_0 = [(1, 16, 16, 0), (83, 40, 32, 1), (37, 391, 64, 3), (23, 300, 48, 10),
 def marginals(m: Mixture, features: int, basis: Tensor | None = None) -> tuple[Screen, tuple[Tensor, Tensor, Tensor]]:
     """The screen, and what it holds of the marginals by the plain formula in float64."""
     woodbury = m.woodbury(m.means.nanmean(0))
-    screen = op.screen(*m, woodbury, features, basis)
+    screen = op.screen(m, woodbury, features, basis)
     rounding = stage_0_rounding(m.means.shape[1], m.loadings.shape[2], features)
-    return screen, portable.marginals(*m[:3], woodbury, screen.basis, rounding)
+    return screen, reference.marginals(*m[:3], woodbury, screen.basis, rounding)
 
 
 @pytest.mark.parametrize("shape", STAGE_0, ids=str)
@@ -500,11 +464,11 @@ def test_the_tail_of_a_batch_does_not_depend_on_the_threads():
 
 def test_a_screen_of_parameters_that_moved_keeps_its_coordinates_and_its_bounds():
     m = mixture(120, 96, 4, spread=2.0)
-    before = op.screen(*m, m.woodbury(), 32)
+    before = op.screen(m, m.woodbury(), 32)
     generator = torch.Generator().manual_seed(7)
     moved = Mixture(*(t + 0.05 * torch.randn(t.shape, generator=generator).abs() for t in m))
     x, woodbury = tokens(moved, 150), moved.woodbury()
-    screen = op.refresh(before, *moved, woodbury)
+    screen = op.refresh(before, moved, woodbury)
     assert torch.equal(screen.basis, before.basis)
     assert not torch.equal(screen.rows, before.rows)
     truth = moved.logits_fp64(x)
@@ -532,7 +496,7 @@ def test_bytes_read_by_one_token(dtype):
     k, d, p, r = 90, 64, 16, 3
     m = mixture(k, d, r, dtype=dtype)
     woodbury = m.woodbury()
-    read = bytes_read(torch.tensor([1, 5, -1], dtype=torch.int32), woodbury, op.screen(*m, woodbury, p))
+    read = bytes_read(torch.tensor([1, 5, -1], dtype=torch.int32), woodbury, op.screen(m, woodbury, p))
     bounds = d * p + k * p * (r + 1) + 4 * k + 2 * d
     assert read.tolist() == [dtype.itemsize * (bounds + pairs * d * (r + 1)) for pairs in (1, 5, k)]
 
@@ -552,7 +516,7 @@ def test_a_few_tokens_that_are_not_finite_are_nan_alone():
 def test_no_bound_of_a_few_tokens_is_violated(case, count):
     m, x = adversarial(case)
     woodbury = m.woodbury(m.means.mean(0))
-    screen, constants = op.screen(*m, woodbury, 80), woodbury.constants(m.log_weights)
+    screen, constants = op.screen(m, woodbury, 80), woodbury.constants(m.log_weights)
     for first in (0, 120, 210, 240, 260, 290):
         few = x[first : first + count]
         upper = op.bounds(few.contiguous(), woodbury, constants, screen).double()

@@ -16,7 +16,7 @@ from mfa_kernels.ops.screen.types import ScreenedPairs
 from mfa_kernels.ops.woodbury import triton_rows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, adversarial, mixture, tokens
 from tests.ops.scan.test_scan import check_slots
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
@@ -26,13 +26,16 @@ TILES = configs.Scan(tokens=16, width=4, features=64, warps=4, stages=2, swizzle
 # (N, K, D, p, R): tokens (tiles of 16), components, features and coordinates (64) cross three tiles with a ragged tail.
 SHAPES = [(1, 1, 20, 16, 1), (35, 70, 40, 16, 0), (5, 130, 150, 135, 2), (3, 7, 130, 48, 13)]
 
+SMALL = {"components": 67, "features": 70, "rank": 3, "spread": 2.0, "count": 11, "near": 2}
+SMALL["scales"] = torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0])
+
 
 @pytest.fixture(autouse=True)
 def triton_backend(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     pairs = configs.Pairs(pairs=16, features=64, warps=4, stages=1)
-    dense = configs.Dense(tokens=16, components=4, features=64, warps=4, stages=1)
-    with configs.override(TILES, pairs, dense):
+    all_logits = configs.AllLogits(tokens=16, components=4, features=64, warps=4, stages=1)
+    with configs.override(TILES, pairs, all_logits):
         yield
 
 
@@ -85,9 +88,9 @@ class Case:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_pairs_and_bounds(shape):
-    n, k, d, p, r = shape
-    case = Case(mixture(k, d, r, spread=2.0), p)
-    x = tokens(case.m, n)
+    count, components, features, coordinates, rank = shape
+    case = Case(mixture(components, features, rank, spread=2.0), coordinates)
+    x = tokens(case.m, count)
     case.check_bounds(x)
     found = case.scan(x, slots=8)
     case.check(x, found)
@@ -121,41 +124,11 @@ def test_the_bounds_are_those_of_the_marginals():
     torch.testing.assert_close(partials.upper[:, 0].double() - lift[:, None], wanted, rtol=1e-2, atol=1.0)
 
 
-def adversarial(kind: str) -> tuple[Mixture, Tensor]:
-    """Float32 parameters; tokens near to and far from every component."""
-    k, d, r = 67, 70, 3
-    m = mixture(k, d, r, dtype=torch.float64, spread=2.0)
-    means, loadings, noise = m.means.clone(), m.loadings.clone(), m.noise_variance.clone()
-    if kind == "near_duplicates":
-        means[1:] = means[0] + 1e-4 * means[1:]
-        loadings[1:] = loadings[0] + 1e-4 * loadings[1:]
-    elif kind == "huge_norms":
-        means *= 1e4
-        loadings *= 1e3
-    elif kind == "rank_deficient":
-        loadings[:, :, 1] = loadings[:, :, 0]
-        loadings[:, :, 2] = 0
-        loadings[::2, :, 2] = 1e3 * loadings[::2, :, 0]
-        loadings[5] *= 1e7
-    elif kind == "small_noise":
-        noise[:] = 1e-6
-    elif kind == "uneven_noise":
-        noise = 10 ** (12 * torch.linspace(0, 1, d, dtype=torch.float64) - 6)
-    elif kind == "far_regions":
-        means += 3000
-        means[40:, :7] -= 1e5
-    m = Mixture(means, loadings, noise, m.log_weights).to(torch.float32)
-    x = tokens(m, 11)
-    x[4:6] = means[:2].float() + 1e-3 * torch.randn(2, d, generator=torch.Generator().manual_seed(3))
-    x[6:] *= torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0]).unsqueeze(1)
-    return m, x
-
-
 @pytest.mark.parametrize(
     "kind", ["near_duplicates", "huge_norms", "rank_deficient", "small_noise", "uneven_noise", "far_regions"]
 )
 def test_no_bound_is_violated_and_results_hold(kind):
-    m, x = adversarial(kind)
+    m, x = adversarial(kind, **SMALL)
     case = Case(m, 40)
     assert case.check_bounds(x) > 0
     case.check(x, case.scan(x))
@@ -163,7 +136,7 @@ def test_no_bound_is_violated_and_results_hold(kind):
 
 def test_rounding_does_break_bounds_that_have_no_slack():
     """What the scan's delta is for: regions far from the centre, whose squares hide the distance to their tokens."""
-    m, x = adversarial("far_regions")
+    m, x = adversarial("far_regions", **SMALL)
     case = Case(m, 40)
     rows = case.screen.rows
     bare = rows._replace(bounds=torch.zeros_like(rows.bounds), worst=torch.zeros_like(rows.worst))
@@ -183,7 +156,7 @@ def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
     assert (best < 3).all()
 
 
-def test_one_hot_tokens_are_screened_and_crowded_ones_take_the_dense_scan():
+def test_one_hot_tokens_are_screened_and_those_that_overflow_take_the_dense_scan():
     """Tokens half-way between all components among others, more than two tiles of them."""
     case = Case(mixture(130, 96, 1, spread=3.0), 16)
     x = tokens(case.m, 50)
@@ -200,7 +173,7 @@ def test_one_hot_tokens_are_screened_and_crowded_ones_take_the_dense_scan():
 
 
 @pytest.mark.usefixtures("poisoned")
-def test_a_diffuse_mixture_is_decided_densely():
+def test_a_diffuse_mixture_is_decided_by_the_dense_scan():
     case = Case(mixture(67, 40, 2, spread=0.05), 16)
     x = tokens(case.m, 5)
     found = case.scan(x)
@@ -271,7 +244,7 @@ def test_gradients_are_those_of_the_dense_scan():
     def gradients(screened: bool) -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, *case.m)]
         if screened:
-            log_prob = differentiable.log_prob(*leaves, case.woodbury, case.screen, 16).active.log_prob
+            log_prob = differentiable.log_prob(leaves[0], leaves[1:], case.woodbury, case.screen, 16).active.log_prob
         else:
             log_prob = Mixture(*leaves[1:]).active(leaves[0], center=case.woodbury.center).log_prob
         return list(torch.autograd.grad(log_prob.sin().sum(), leaves))

@@ -29,7 +29,7 @@ def zeros(m: Mixture) -> SufficientStatistics:
 
 def collect(m: Mixture, x: Tensor, weights: Tensor | None = None) -> SufficientStatistics:
     out = zeros(m)
-    expectation(x, *m, m.woodbury(), out, weights)
+    expectation(x, m, m.woodbury(), out, weights)
     return out
 
 
@@ -93,7 +93,7 @@ def test_shards_add_up(backend):
     close(parts[0] + parts[1] + parts[2], collect(m, x), 1e-12)
     out = zeros(m)
     for part in x.split(37):
-        expectation(part, *m, m.woodbury(), out)
+        expectation(part, m, m.woodbury(), out)
     close(out, collect(m, x), 1e-12)
 
 
@@ -134,7 +134,7 @@ def test_tokens_that_are_not_finite_add_nothing(backend):
     dirty[7], dirty[20, 3], dirty[41, 0] = float("nan"), float("inf"), 1e30  # the last: its square overflows
     kept = torch.tensor([i for i in range(60) if i not in (7, 20, 41)])
     out = zeros(m)
-    active, _ = expectation(dirty, *m, m.woodbury(), out)
+    active, _ = expectation(dirty, m, m.woodbury(), out)
     assert (active.components[:, 0] < 0).nonzero().squeeze(1).tolist() == [7, 20, 41]
     close(out, collect(m, x[kept]), 1e-6)
     assert all(t.isfinite().all() for t in out.tensors())

@@ -46,17 +46,17 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def problem(shape: tuple[int, int, int, int], per_component: bool) -> tuple[Mixture, Tensor, Tensor, Tensor]:
     """A mixture, its tokens, and slots as stage 1 leaves them: component 0 in the first slot of every token; of the
     others, 1 in one slot, 2 in none, the rest here and there. Some slots are empty, some have no weight."""
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component)
+    count, n_components, features, rank = shape
+    m = mixture(n_components, features, rank, per_component=per_component)
     generator = torch.Generator().manual_seed(5)
-    components = torch.randint(3, max(k, 4) + 2, (n, 3), generator=generator).int()
-    components = components.masked_fill(components >= k, -1)
+    components = torch.randint(3, max(n_components, 4) + 2, (count, 3), generator=generator).int()
+    components = components.masked_fill(components >= n_components, -1)
     components[:, 0] = 0
-    if k > 1:
+    if n_components > 1:
         components[-1, 1] = 1
-    weights = torch.rand(n, 3, generator=generator)
+    weights = torch.rand(count, 3, generator=generator)
     weights.view(-1)[3::7] = 0
-    return Mixture(*(t.to(DEVICE) for t in m)), tokens(m, n).to(DEVICE), components.to(DEVICE), weights.to(DEVICE)
+    return Mixture(*(t.to(DEVICE) for t in m)), tokens(m, count).to(DEVICE), components.to(DEVICE), weights.to(DEVICE)
 
 
 def factors_of(m: Mixture) -> Woodbury:
@@ -172,7 +172,7 @@ def test_a_whole_expectation(monkeypatch, per_component, spread):
     x = torch.cat([tokens(m, 5), torch.full((1, 21), math.nan)]).to(DEVICE)
     m, weights = Mixture(*(t.to(DEVICE) for t in m)), torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0], device=DEVICE)
     out = SufficientStatistics.zeros(m.means, 3, per_component)
-    active, _ = op.expectation(x, *m, m.woodbury(), out, weights)
+    active, _ = op.expectation(x, m, m.woodbury(), out, weights)
     assert bool((active.counts > 16).any()) == (spread < 1)
     assert active.components[5].tolist() == [-1] * 16
     r = m.logits_fp64(x[:5]).softmax(-1) * weights[:5, None]

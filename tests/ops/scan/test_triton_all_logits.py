@@ -1,4 +1,4 @@
-"""Every logit by the GPU's dense kernel: on a GPU where there is one, in Triton's interpreter elsewhere."""
+"""Every logit by the GPU's kernel: on a GPU where there is one, in Triton's interpreter elsewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.scan import triton_dense
+from mfa_kernels.ops.scan import triton_all_logits
 from mfa_kernels.ops.woodbury import op as woodbury_op
 from mfa_kernels.ops.woodbury import portable as woodbury_portable
 from mfa_kernels.ops.woodbury.types import Woodbury
@@ -29,14 +29,14 @@ SHAPES = [(13, 7, 50, 10), (5, 3, 50, 49), (3, 1, 50, 1), (5, 3, 50, 0), (1, 2, 
 
 @pytest.fixture(autouse=True)
 def small_tiles() -> Iterator[None]:
-    with configs.override(configs.Dense(tokens=4, components=2, features=16, warps=1, stages=2)):
+    with configs.override(configs.AllLogits(tokens=4, components=2, features=16, warps=1, stages=2)):
         yield
 
 
 def case(shape: tuple[int, int, int, int], per_component: bool = False) -> tuple[Mixture, torch.Tensor, Woodbury]:
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component)
-    x = tokens(m, n).to(DEVICE)
+    count, components, features, rank = shape
+    m = mixture(components, features, rank, per_component=per_component)
+    x = tokens(m, count).to(DEVICE)
     m = Mixture(*(t.to(DEVICE) for t in m))
     noise = m.noise_variance
     wide = [t.float().contiguous() for t in woodbury_portable.portable(*(t.double() for t in m[:3]))]
@@ -45,7 +45,7 @@ def case(shape: tuple[int, int, int, int], per_component: bool = False) -> tuple
 
 def check(m: Mixture, x: torch.Tensor, woodbury: Woodbury) -> None:
     constants = woodbury.constants(m.log_weights)
-    found = triton_dense.dense(x, woodbury, constants)
+    found = triton_all_logits.all_logits(x, woodbury, constants)
     assert found.dtype == torch.float32
     budgets.check(found, m.logits_fp64(x), Terms(m, x).logits())
 
@@ -53,20 +53,20 @@ def check(m: Mixture, x: torch.Tensor, woodbury: Woodbury) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 @pytest.mark.usefixtures("poisoned")
-def test_dense(shape, per_component):
+def test_all_logits(shape, per_component):
     check(*case(shape, per_component))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.usefixtures("poisoned")
-def test_dense_reads_halves(dtype):
+def test_all_logits_reads_halves(dtype):
     m, x, woodbury = case((13, 3, 50, 10))
     check(m, x.to(dtype), woodbury)
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_few_programs_walk_over_many_tiles(monkeypatch):
-    monkeypatch.setattr(triton_dense, "_PROGRAMS", 3)
+    monkeypatch.setattr(triton_all_logits, "_PROGRAMS", 3)
     check(*case((13, 7, 50, 10)))
 
 
@@ -75,24 +75,24 @@ def test_few_programs_walk_over_many_tiles(monkeypatch):
 def test_only_the_tokens_of_an_index(used):
     m, x, woodbury = case((13, 7, 50, 3))
     constants = woodbury.constants(m.log_weights)
-    whole = triton_dense.dense(x, woodbury, constants)
+    whole = triton_all_logits.all_logits(x, woodbury, constants)
     index = torch.tensor([12, 3, 3, 0, 7, 1, 2, 11, 5], dtype=torch.int32, device=DEVICE)
     count = torch.tensor([used], dtype=torch.int32, device=DEVICE)
     out = torch.full((9, 7), 123.0, device=DEVICE)
-    found = triton_dense.dense(x, woodbury, constants, index, count, out)
+    found = triton_all_logits.all_logits(x, woodbury, constants, index, count, out)
     assert found is out
     assert torch.equal(out[:used], whole[index[:used].long()])
     assert (out[used:] == 123).all()
-    assert torch.equal(triton_dense.dense(x, woodbury, constants, index), whole[index.long()])
+    assert torch.equal(triton_all_logits.all_logits(x, woodbury, constants, index), whole[index.long()])
 
 
 def test_a_bad_token_is_alone():
     m, x, woodbury = case((6, 3, 50, 10))
     constants = woodbury.constants(m.log_weights)
-    expected = triton_dense.dense(x, woodbury, constants)
+    expected = triton_all_logits.all_logits(x, woodbury, constants)
     x = x.clone()
     x[2, 3] = math.nan
-    found = triton_dense.dense(x, woodbury, constants)
+    found = triton_all_logits.all_logits(x, woodbury, constants)
     assert found[2].isnan().all()
     others = [0, 1, 3, 4, 5]
     assert torch.equal(found[others], expected[others])
@@ -100,4 +100,4 @@ def test_a_bad_token_is_alone():
 
 def test_no_tokens():
     m, x, woodbury = case((1, 3, 50, 2))
-    assert triton_dense.dense(x[:0], woodbury, woodbury.constants(m.log_weights)).shape == (0, 3)
+    assert triton_all_logits.all_logits(x[:0], woodbury, woodbury.constants(m.log_weights)).shape == (0, 3)

@@ -1,10 +1,10 @@
-"""Every logit of some tokens on a GPU, from differences: log p(x | k), and tokens that a scan leaves undecided.
+"""Every logit of some tokens on a GPU, from differences: for log p(x | k) and candidate overflow.
 
     v = (x_n - mu_k) lam_k,   t = A_k v,   logit_nk = constant_k - (|v|^2 - |t|^2) / 2
 
 A tile is BN tokens and one component, with the inner loop of the pairs (ops/common/triton_residual.py). Never
-materialised: v and t, which stay in registers. Exact: differences and sums in float32, as the plain formula has them.
-The floor is arithmetic beside the matrix units, N K D (R + 2) multiply-adds (ops/pairs/README.md).
+materialised: v and t, which stay in registers. Exact: differences and sums in float32, like the plain formula.
+The floor is arithmetic outside the matrix units, N K D (R + 2) multiply-adds (ops/pairs/README.md).
 
 A fixed number of programs walks over the tiles: with `count` the device alone knows how many there are. Tiles are taken
 in bands of BK components, whose rows stay in the second-level cache while the tokens pass.
@@ -22,11 +22,11 @@ from mfa_kernels.ops.common.triton_residual import project, rank_tile, vector
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _PROGRAMS = 2048
-"""At most so many programs: several for every place that a GPU has for one."""
+"""Programs, at most: several for every place that a GPU has for one."""
 
 
 @triton.jit
-def dense_kernel(
+def all_logits_kernel(
     p_x,  # (N, D)
     p_index,  # (n,) or None
     p_count,  # (1,) or None
@@ -68,7 +68,7 @@ def dense_kernel(
         tl.store(p_out + o_i.to(tl.int64) * K + i_k, b_logits, mask=m_i)
 
 
-def dense(
+def all_logits(
     x: Tensor,
     woodbury: Woodbury,
     constants: Tensor,
@@ -76,7 +76,7 @@ def dense(
     count: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Every logit of some tokens, (n, K) float32. Does not wait for the device.
+    """Returns every logit of some tokens, (n, K) float32. Does not wait for the device.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
@@ -91,18 +91,18 @@ def dense(
     rows = x.shape[0] if index is None else index.shape[0]
     if out is None:
         out = x.new_empty(rows, count_k, dtype=torch.float32)
-    config = configs.configured(configs.Dense, x, rows, count_k)
+    config = configs.configured(configs.AllLogits, x, rows, count_k)
     tiles = triton.cdiv(rows, config.tokens) * triton.cdiv(count_k, config.components)
     if tiles:
         with torch.cuda.device_of(x):
             sizes = {"N": rows, "K": count_k, "D": x.shape[1], "R": rank, "PER_COMPONENT": woodbury.per_component}
-            dense_kernel[(min(tiles, _PROGRAMS),)](
+            all_logits_kernel[(min(tiles, _PROGRAMS),)](
                 x, index, count, woodbury.rows, woodbury.scale, constants, out, **sizes, **_tiles(config, rank)
             )
     return out
 
 
-def _tiles(config: configs.Dense, rank: int) -> dict[str, int]:
+def _tiles(config: configs.AllLogits, rank: int) -> dict[str, int]:
     return {
         "BN": config.tokens,
         "BK": config.components,
