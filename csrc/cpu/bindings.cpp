@@ -68,7 +68,7 @@ using GilReleased = pybind11::call_guard<pybind11::gil_scoped_release>;
 // Defines a function of one struct by the types of its fields.
 template <class... Fields, class Result, class Struct>
 void def_by_fields(pybind11::module_& m, const char* name, Result (*function)(const Struct&)) {
-  m.def(name, [function](Fields... fields) { return function({std::move(fields)...}); }, GilReleased());
+  m.def(name, [function](const Fields&... fields) { return function({fields...}); }, GilReleased());
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

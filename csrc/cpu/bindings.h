@@ -77,49 +77,49 @@ std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const T
                                                     double threshold, int64_t length);
 
 struct Backward {
-  Tensor x, tokens, components, weights, rows, chol, lam;
+  const Tensor &x, &tokens, &components, &weights, &rows, &chol, &lam;
   bool per_component;
-  std::optional<Tensor> grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights;
+  const std::optional<Tensor> &grad_x, &grad_means, &grad_loadings, &grad_noise, &grad_log_weights;
 };
 void backward(const Backward& a);
 
 struct Statistics {
-  Tensor x, components, weights, rows, chol, lam;
+  const Tensor &x, &components, &weights, &rows, &chol, &lam;
   bool per_component;
-  Tensor mass, shift, latent, second, cross, squares;
+  const Tensor &mass, &shift, &latent, &second, &cross, &squares;
 };
 void statistics(const Statistics& a);
 
 struct ScreenMarginals {
-  Tensor means, loadings, cholesky, center, scale, projection;
-  std::optional<Tensor> known;
+  const Tensor &means, &loadings, &cholesky, &center, &scale, &projection;
+  const std::optional<Tensor>& known;
   bool keep;
   double rounding, base, norm;
-  Tensor middle;
+  const Tensor& middle;
   double up;
 };
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(const ScreenMarginals& a);
 
 struct ScanScreened {
-  Tensor x, rows, constants, lam;
-  Tensor center, basis, marginal_rows, log_det, radii, slack, lines, line_terms;  // of a Screen (ops/screen/types.py)
+  const Tensor &x, &rows, &constants, &lam;
+  const Tensor &center, &basis, &marginal_rows, &log_det, &radii, &slack, &lines, &line_terms;  // of a Screen
   bool batches_by_lines;
-  std::vector<Tensor> neighbors;
+  const std::vector<Tensor>& neighbors;
   double neighbor_threshold, exact_slack, threshold;
   int64_t slots;
 };
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_screened(const ScanScreened& a);
 
 struct ScreenBounds {
-  Tensor x, constants, lam;
-  Tensor center, basis, marginal_rows, log_det, radii, slack, lines, line_terms;
+  const Tensor &x, &constants, &lam;
+  const Tensor &center, &basis, &marginal_rows, &log_det, &radii, &slack, &lines, &line_terms;
   bool by_lines;
 };
 Tensor screen_bounds(const ScreenBounds& a);
 
 struct Intervene {
-  Tensor hidden, coefficients, shift, rules, thresholds;
-  std::optional<Tensor> latents, chosen, passed, log_prob, components, logits, counts, rows, chol, lam;
+  const Tensor &hidden, &coefficients, &shift, &rules, &thresholds;
+  const std::optional<Tensor> &latents, &chosen, &passed, &log_prob, &components, &logits, &counts, &rows, &chol, &lam;
   bool per_component, spreads;
 };
 std::tuple<Tensor, Tensor> intervene(const Intervene& a);

@@ -16,6 +16,7 @@ from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
 MOVED = {
+    "arrays": "common.arrays",
     "checkpoint": "mixture.saving",
     "checks": "common.checks",
     "cli": "commands.cli",
@@ -27,6 +28,7 @@ MOVED = {
     "fitting.loop": "fitting.fit",
     "fitting.many": "fitting.fit_many",
     "fitting.reservoir": "data.reservoir",
+    "fitting.screening": "mixture.screening",
     "fitting.sharded": "fitting.fit_sharded",
     "fitting.source": "data.source",
     "fitting.start": "fitting.initialization",
@@ -34,6 +36,7 @@ MOVED = {
     "mfa": "mixture.mfa",
     "models": "data.language_model",
     "modes": "common.modes",
+    "places": "common.places",
     "ranks": "common.processes",
     "reference_checkpoint": "mixture.paper_format",
     "rotation": "mixture.rotate_loadings",

@@ -18,8 +18,6 @@ from mfa_kernels.mixture.codes import Code, checked_code, code_of, every_active_
 from mfa_kernels.ops.scan.types import SLOTS
 from mfa_kernels.ops.woodbury.types import Parameters
 
-"""Means (K, D), loadings (K, D, R), noise variance (D,) or (K, D), and log weights (K,), in the compute dtype."""
-
 EXTRA_STATE = "_extra_state"  # PyTorch's name for it in a state dict
 _TOKENS_PER_CHUNK = 4096  # `reconstruct` must not hold N x K x R latents where every component is active
 
@@ -125,7 +123,11 @@ class Mixture(nn.Module):
     def assign(self, x: Tensor) -> Tensor:
         """The most responsible component: (..., D) -> (...) int64; -1 for a token that is not finite."""
         flat, lead = self.flattened(x)
-        return self.active_pairs(flat).components[:, 0].long().reshape(lead)
+        return self._owner(flat).long().reshape(lead)
+
+    def _owner(self, x: Tensor) -> Tensor:
+        """The most responsible component of each token of x (N, D), (N,)."""
+        return self.active_pairs(x).components[:, 0]
 
     def encode(self, x: Tensor, top_k: int | None = 8) -> Code:
         """The components that matter for each token, and the latents inside them.

@@ -191,6 +191,13 @@ class ShardedMFA(Mixture):
         """log p(x) of x (N, D), (N,): no slots travel for it."""
         return _Stack.apply(self.scan(x).log_prob, self.processes).logsumexp(0)
 
+    def _owner(self, x: Tensor) -> Tensor:
+        """The most responsible component of each token of x (N, D), (N,): one slot of each process travels for it."""
+        own = self.scan(x)
+        best = self.processes.stacked(own.logits[:, 0].nan_to_num(-torch.inf, -torch.inf, -torch.inf)).argmax(0)
+        number = torch.where(own.components[:, 0] >= 0, own.components[:, 0] + self.first_component, -1)
+        return self.processes.stacked(number).gather(0, best.unsqueeze(0)).squeeze(0)
+
     def _own(self, components: Tensor) -> Tensor:
         own = components - self.first_component
         return torch.where((components >= 0) & (own >= 0) & (own < self.local.n_components), own, -1).int()

@@ -15,14 +15,14 @@ from mfa_kernels.common import moved
 from mfa_kernels.mixture.sharded import ShardedMFA
 
 USED = {
-    "checkpoint": "save_pretrained", "checks": "check_integer", "cli": "main", "code": "Code", "codes": "write_codes",
-    "demo": "run", "doctor": "report", "files": "atomic_path", "fitting.loop": "fit", "fitting.many": "fit_many",
-    "fitting.reservoir": "reservoir", "fitting.sharded": "fit_sharded", "fitting.source": "as_source",
-    "fitting.start": "start_from_clusters", "functional": "log_prob", "mfa": "MFA", "models": "load_language_model",
-    "modes": "door", "ranks": "Processes", "reference_checkpoint": "load_reference", "rotation": "varimax",
-    "sharded": "ShardedMFA", "steering.budget": "alpha_for_kl", "steering.evidence": "Reader",
-    "steering.functions": "SteeringFunction", "steering.live": "stream", "steering.paper": "MFASteerer",
-    "tuning": "main",
+    "arrays": "as_tensor", "checkpoint": "save_pretrained", "checks": "check_integer", "cli": "main", "code": "Code",
+    "codes": "write_codes", "demo": "run", "doctor": "report", "files": "atomic_path", "fitting.loop": "fit",
+    "fitting.many": "fit_many", "fitting.reservoir": "reservoir", "fitting.screening": "Screening",
+    "fitting.sharded": "fit_sharded", "fitting.source": "as_source", "fitting.start": "start_from_clusters",
+    "functional": "log_prob", "mfa": "MFA", "models": "load_language_model", "modes": "door", "places": "check_place",
+    "ranks": "Processes", "reference_checkpoint": "load_reference", "rotation": "varimax", "sharded": "ShardedMFA",
+    "steering.budget": "alpha_for_kl", "steering.evidence": "Reader", "steering.functions": "SteeringFunction",
+    "steering.live": "stream", "steering.paper": "MFASteerer", "tuning": "main",
 }  # fmt: skip
 
 

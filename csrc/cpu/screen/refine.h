@@ -61,6 +61,7 @@ int64_t refine(Stretch<T>& s, std::vector<T> bars, ParallelFor&& parallel_for) {
       const int64_t k1 = std::min(end, k0 + kLineComponents);
       list_reached(s, bars, k0, k1, left);
       for (int64_t k = k0; k < k1; ++k) {
+        if (left[k - k0].empty()) continue;
         replaced[range] += static_cast<int64_t>(left[k - k0].size());
         bound_some(s, k, left[k - k0], distances_of, largest.values.data() + range * s.tokens,
                    largest.owners.data() + range * s.tokens);

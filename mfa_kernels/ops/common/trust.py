@@ -91,7 +91,9 @@ def checks(
             lines.append(f"if {name} < 1: raise ValueError(f'{operator}: {name} must be at least 1, got {{{name}}}')")
             continue
         if text.endswith(" gradients"):
-            lines.append(f"if len({name}) != {text.split()[0]}: refuse_count({operator!r}, {name!r}, {name}, {text!r})")
+            count = text.split()[0]
+            told = f"'{operator}: {name} must have {count} entries, one for each gradient, got ' + str(len({name}))"
+            lines.append(f"if len({name}) != {count}: raise ValueError({told})")
             continue
         refusal = f"refuse({operator!r}, {name!r}, {name}, {text!r}, locals())"
         own = _sizes(name, text, known, refusal)
@@ -231,14 +233,8 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _refuse_count(operator: str, name: str, entries: list[bool], wanted: str) -> NoReturn:
-    """Says how many entries a list had to have."""
-    count = wanted.split()[0]
-    raise ValueError(f"{operator}: {name} must have {count} entries, one for each gradient, got {len(entries)}")
-
-
 _SCOPE: dict[str, Any] = {
-    "refuse": _refuse, "refuse_sizes": _refuse_sizes, "refuse_missing": _refuse_missing, "refuse_count": _refuse_count,
+    "refuse": _refuse, "refuse_sizes": _refuse_sizes, "refuse_missing": _refuse_missing,
     "lanes": _lanes, **{f"{kind}_dtypes": dtypes for kind, dtypes in _KINDS.items()},
     **{f"{kind}_dtype": dtypes[0] for kind, dtypes in _KINDS.items() if len(dtypes) == 1},
 }  # fmt: skip

@@ -22,11 +22,7 @@ _DOUBT = 1e-3
 
 @torch.no_grad()
 def error_bound(
-    x: Tensor,
-    parameters: Parameters,
-    woodbury: Woodbury,
-    active: ActivePairs,
-    dropped: Tensor | None = None,
+    x: Tensor, parameters: Parameters, woodbury: Woodbury, active: ActivePairs, dropped: Tensor | None = None
 ) -> Tensor:
     """Bound on |active.log_prob - log p(x)|, in nats: (N,) float64; NaN where log p(x) is.
 

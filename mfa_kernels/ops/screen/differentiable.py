@@ -20,13 +20,7 @@ from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 
-def log_prob(
-    x: Tensor,
-    parameters: Parameters,
-    woodbury: Woodbury,
-    screen: AnyScreen,
-    slots: int,
-) -> ScreenedPairs:
+def log_prob(x: Tensor, parameters: Parameters, woodbury: Woodbury, screen: AnyScreen, slots: int) -> ScreenedPairs:
     """As `mfa_kernels.ops.scan.op.log_prob`, through the bounds; differentiable in x and the parameters.
 
     Args:

@@ -43,10 +43,7 @@ def default_features(features: int) -> int:
 
 
 def screen(
-    parameters: Parameters,
-    woodbury: Woodbury,
-    features: int | None = None,
-    basis: Tensor | None = None,
+    parameters: Parameters, woodbury: Woodbury, features: int | None = None, basis: Tensor | None = None
 ) -> AnyScreen:
     """Stage 0 of screening: K D p (R + 1) multiply-adds in float64, and an eigenproblem unless a basis is given.
 
@@ -81,11 +78,7 @@ def screen(
         return _triton().screen(means, loadings, noise_variance, woodbury, q)
 
 
-def refresh(
-    previous: AnyScreen,
-    parameters: Parameters,
-    woodbury: Woodbury,
-) -> AnyScreen:
+def refresh(previous: AnyScreen, parameters: Parameters, woodbury: Woodbury) -> AnyScreen:
     """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
     every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
     moved = screen(parameters, woodbury, basis=previous.basis)
@@ -95,10 +88,7 @@ def refresh(
 
 
 def with_neighbors(
-    screen: Screen,
-    parameters: Parameters,
-    woodbury: Woodbury,
-    threshold: float | None = None,
+    screen: Screen, parameters: Parameters, woodbury: Woodbury, threshold: float | None = None
 ) -> Screen:
     """The same with lists of neighbors, which make the work per token hardly grow with K, for about
     K^2 p R^2 multiply-adds now.
@@ -129,12 +119,7 @@ def with_neighbors(
     return screen._replace(neighbors=found)
 
 
-def choose(
-    x: Tensor,
-    parameters: Parameters,
-    woodbury: Woodbury,
-    least: int = 16,
-) -> AnyScreen | None:
+def choose(x: Tensor, parameters: Parameters, woodbury: Woodbury, least: int = 16) -> AnyScreen | None:
     """The screen that costs least on some tokens; None where the dense scan costs less, as it does with noise per
     component. Counts decide, not times: the same tokens and parameters give the same choice, on as many threads.
 
@@ -152,12 +137,7 @@ def choose(
         return _choose(x, parameters, woodbury, widths)
 
 
-def _choose(
-    x: Tensor,
-    parameters: Parameters,
-    woodbury: Woodbury,
-    widths: list[int],
-) -> AnyScreen | None:
+def _choose(x: Tensor, parameters: Parameters, woodbury: Woodbury, widths: list[int]) -> AnyScreen | None:
     means, loadings, noise_variance, log_weights = parameters
     count, features, rank = loadings.shape
     constants = woodbury.constants(log_weights)
@@ -203,11 +183,7 @@ def lines_left(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen,
 
 
 def _screen(
-    parameters: Parameters,
-    woodbury: Woodbury,
-    q: Tensor,
-    known: Tensor | None = None,
-    keep: bool = False,
+    parameters: Parameters, woodbury: Woodbury, q: Tensor, known: Tensor | None = None, keep: bool = False
 ) -> tuple[Screen, Tensor | None]:
     """A screen, and the projections (K, R+1, p) float64 behind it if they are to be kept; `known` are those on the
     first columns of q."""

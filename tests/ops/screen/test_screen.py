@@ -15,7 +15,7 @@ from mfa_kernels.ops.screen import op, reference
 from mfa_kernels.ops.screen.cost import PAIR_COST, STAGE_COST, bytes_read, modelled_cost
 from mfa_kernels.ops.screen.rounding import stage_0_rounding
 from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import unpack_rows
+from mfa_kernels.ops.woodbury.types import Parameters, unpack_rows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
 from tests.helpers.mixtures import Mixture, adversarial, mixture, tokens
@@ -426,14 +426,14 @@ def test_stage_0_adds_columns_to_those_it_knows():
     m = mixture(53, 200, 5)
     woodbury = m.woodbury(m.means.mean(0))
     q = orthonormal(200, 64).float()
-    whole, every = op._screen(*m, woodbury, q, keep=True)
-    _, first = op._screen(*m, woodbury, q[:, :16].contiguous(), keep=True)
-    second, both = op._screen(*m, woodbury, q[:, :48].contiguous(), first, keep=True)
-    third, nothing = op._screen(*m, woodbury, q, both)
+    whole, every = op._screen(Parameters(*m), woodbury, q, keep=True)
+    _, first = op._screen(Parameters(*m), woodbury, q[:, :16].contiguous(), keep=True)
+    second, both = op._screen(Parameters(*m), woodbury, q[:, :48].contiguous(), first, keep=True)
+    third, nothing = op._screen(Parameters(*m), woodbury, q, both)
     assert nothing is None
     assert torch.equal(both, every[..., :48])
     assert all(torch.equal(a, b) for a, b in zip(tensors(third), tensors(whole)))
-    alone, _ = op._screen(*m, woodbury, q[:, :48].contiguous())
+    alone, _ = op._screen(Parameters(*m), woodbury, q[:, :48].contiguous())
     assert all(torch.equal(a, b) for a, b in zip(tensors(second), tensors(alone)))
 
 
