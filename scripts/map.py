@@ -16,9 +16,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAP = ROOT / "docs" / "map.md"
 FOLDERS = ("mfa_kernels", "csrc")
+CAPTIONS = {
+    "csrc": "Kernels in C++ and CUDA, compiled on first use.",
+    "csrc/cpu": "The C++ kernels: headers that know no Torch, and their bindings.",
+    "csrc/cpu/screen": "The screen on a CPU: bounds first, exact logits of what they leave.",
+    "csrc/cuda": "The CUDA C++ kernels, for stage 0 and for up to 16 tokens.",
+}
+"""Captions of folders that are no Python packages."""
 HEAD = """# Where things are
 
-Every file with its first line, written by `python scripts/map.py`; a test compares.
+Every file with its first line, written by `python scripts/map.py`; a test compares. To find where a change begins, see
+the table in [CONTRIBUTING.md](../CONTRIBUTING.md); words are in the [glossary](glossary.md).
 """
 
 
@@ -40,10 +48,9 @@ def entries(folder: Path, depth: int = 2) -> Iterator[str]:
     """Yields a heading for a folder, then a line for each of its files, then its folders."""
     files = sorted(p for p in folder.iterdir() if p.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"))
     own = folder / "__init__.py"
-    told = f": {caption(own)}" if own.exists() and caption(own) else ""
-    yield f"\n{'#' * depth} {folder.relative_to(ROOT).as_posix()}/\n"
-    if told:
-        yield f"{told.removeprefix(': ')}\n"
+    name = folder.relative_to(ROOT).as_posix()
+    yield f"\n{'#' * depth} {name}/\n"
+    yield f"{caption(own) if own.exists() else CAPTIONS[name]}\n"
     for path in files:
         if path.name != "__init__.py":
             yield f"- `{path.name}`: {caption(path)}"

@@ -92,9 +92,9 @@ def as_source(activations: Any, name: str = "activations") -> Source:
         activations: one of
             a tensor (..., D) of a floating-point dtype, on any device; leading dimensions are flattened;
             an array (..., D), or what NumPy makes one of, such as a data frame; a memory map is read row by row;
-            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; where it
-            has `texts`, the number of the text of each row, (N,), rows are held out text by text; of its dict `meta`,
-            the report of a fit keeps the model, the tokenizer and the layer;
+            an object with `__len__`, `n_features` and `rows(index) -> (n, D)`, such as an `ActivationStore`; its
+            `texts` (N,), if any, number the text of each row, and whole texts are then held out; from its dict `meta`,
+            if any, the report of a fit keeps the model, the tokenizer and the layer;
             an iterable of batches (..., D), each a tensor or array, or a tuple that begins with one: they are
             concatenated in memory, in their own dtype.
         name: the name of the argument, for messages.

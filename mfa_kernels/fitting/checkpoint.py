@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: what a run needs to resume bit for bit.
+"""Checkpoints of a fit: their files, format and version, from which a run resumes bit for bit.
 
 A checkpoint is a folder:
 

@@ -24,12 +24,12 @@ _REVIVALS = 3  # passes that may move regions
 
 
 class BatchEM(EM):
-    """A pass over all the rows for every M-step, which goes nearly twice as far as EM's: half the passes.
+    """EM with one M-step per pass over all the rows; steps are nearly twice as long as EM's own: half the passes.
 
-    Near where EM settles, a step scaled by anything below 2 shrinks what is left, and most of what is left is in
-    directions that EM's own step shortens by little (Salakhutdinov and Roweis, "Adaptive overrelaxed bound
-    optimization methods", 2003). Where the log posterior has fallen after all, EM's own step is taken instead, so that
-    it never falls from one of them to the next, but where a region is moved.
+    Near convergence, a step scaled by a factor below 2 still shrinks the remaining error, most of which lies in
+    directions that EM's own step shortens only a little (Salakhutdinov and Roweis, "Adaptive overrelaxed bound
+    optimization methods", 2003). If a lengthened step lowers the log posterior, EM's own step is taken instead, so that
+    the posterior does not fall between the steps that are kept, except where a region is moved.
     """
 
     revivals = 0  # passes that moved regions
@@ -68,8 +68,9 @@ class BatchEM(EM):
         self.log_posteriors: list[float] = []  # per token, before each M-step
 
     def e_step(self, bar: Any) -> tuple[SufficientStatistics, Overlap]:
-        """A pass over the rows that are left of this pass: the statistics of all its rows, and what regions share."""
-        self._prepare_scans(self.settings.epochs - self.step)  # again, where a checkpoint or a callback came between
+        """Finishes the pass over the rows; returns the statistics of all its rows, and how far regions overlap."""
+        # Bounds are gone if a checkpoint or a callback came since the last pass.
+        self._prepare_scans(self.settings.epochs - self.step)
         s, overlap = self.partial = self.partial or (self.zeros(), Overlap(self.mfa.n_components))
         left = self.rows[self.rows_done :]
         batches = left.split(self.rows_at_once() * self.processes.count) if len(left) else ()
@@ -91,12 +92,12 @@ class BatchEM(EM):
         return float(s.log_likelihood + prior.log_density(self.mfa)) / tokens
 
     def m_step(self, s: SufficientStatistics, overlap: Overlap, log_posterior: float, last: bool) -> bool:
-        """Changes the parameters; true where it moved regions, or returned to where EM's own step had led."""
+        """Updates the parameters. True if it moved regions, or went back to the parameters after EM's own step."""
         self.screening.parameters_moved()
         if self.plain_step is not None and not log_posterior >= self.log_posteriors[-1]:
             self._put(self.plain_step)
             self.plain_step, self.may_lengthen = None, False
-            if self.moved:  # moving regions gained less than the step lost, and would the next time
+            if self.moved:  # moving regions lowered the posterior, and would again: no more moves
                 self.revivals = _REVIVALS
                 self.report.revived_components -= self.moved
                 self.moved = 0
@@ -123,7 +124,7 @@ class BatchEM(EM):
         revival = find(self.mfa, s.mass, overlap, self.guard)
         if not revival.moves:
             return False
-        if revival.lost:  # the M-step is done again, for their tokens
+        if revival.lost:  # their tokens are handed on to the other regions, and the M-step is repeated with them
             own = self._copy()
             self._put(before)
             if not hand_on(self.mfa, revival, s, self.expect_alone):

@@ -1,4 +1,4 @@
-"""The base of EM in batches and online: the E-step of a batch, the choice of the prior."""
+"""The base of EM in batches and online: the E-step of a batch, and how strong the prior is."""
 
 from __future__ import annotations
 

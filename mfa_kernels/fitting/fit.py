@@ -90,11 +90,12 @@ def fit(
       online, every process brings its own, and it takes as many processes to resume;
     - "components", for a mixture that is too large for one device: each reads all rows, holds parameters, statistics,
       steps and the best state of its own K / size components, writes its own part of `checkpoint` (in a folder that all
-      of them see), and returns its part of a `mfa_kernels.mixture.sharded.ShardedMFA`. What all hold alike is a few
-      times K D numbers, centroids and their sums, while K-means and the start run; those share their passes over the
-      rows of the sample, which are read again in each and not held. In EM, a few numbers per token travel from each
-      process. Callbacks are called on all processes, which must have the same. For methods "em", "online" and "auto",
-      from `init` "pca", without `row_weights` and `polish`; an iterator is concatenated in memory, on every process.
+      of them see), and returns its part of a `mfa_kernels.mixture.sharded.ShardedMFA`. While K-means
+      and the start run, every process also holds a few times K D numbers (centroids and their sums); the processes
+      share these passes over the sample, whose rows are read again in each pass and not kept. In EM, a few numbers per
+      token travel from each process. Callbacks are called on all processes, which must have the same. For methods "em",
+      "online" and "auto", from `init` "pca", without `row_weights` and `polish`; an iterator is concatenated in memory,
+      on every process.
 
     Args:
         activations: (N, D): a tensor, an array, an `ActivationStore`, or an iterable of batches (B, D), which is
@@ -108,18 +109,18 @@ def fit(
         clusters: a `KMeansResult` or centroids (K, D) to begin with, instead of running K-means.
         start: a mixture to begin with, instead of K-means and a start from the clusters: one that was fitted before,
             for more epochs or to other rows, or one with parameters of your own. It is copied, in `dtype` and
-            `precision` and with its `extra`, and stays as it is; but a `ShardedMFA`, which a split into components
-            takes too, is itself what is trained. The state kept is never worse on the held-out rows
+            `precision` and with its `extra`, and stays as it is. With split="components" it may be a `ShardedMFA`,
+            which is trained in place. The state kept is never worse on the held-out rows
             than the start, which is step 0. These are the rows that were held out before where data, `held_out` and
             `seed` are the same; with another seed, some were trained on. Adam, EM's choice of a prior and the report
             begin anew. A region of weight 0 may come back to life.
         row_weights: (N,), finite and non-negative; None: all 1. What is maximised is the mean of log p by these
             weights, in the start, in training and on the held-out rows: a row of weight 2 counts as two rows, one of
-            weight 0 is left out. K-means, `start_from_clusters`, EM, Adam's loss, likelihoods in the report and the
-            sample of `held_out` go by them; which rows are drawn (`held_out` is a share of the rows), which stick out,
-            and live regions do not. The prior is worth its tokens beside what the rows weigh together: weights are
-            best scaled to a mean of 1. Smaller ones lean more on the prior, and less than K in all are refused. Not
-            for an iterator that is fitted online.
+            weight 0 is left out. Weights count in K-means, `start_from_clusters`, EM, Adam's loss, the likelihoods of
+            the report, and the sample that guards against worse states (`held_out`). They do not affect which rows are
+            drawn or held out (a share of the rows), which count as outliers, or live regions. EM compares the tokens of
+            its prior with the total weight: scale weights to a mean of 1. A total below K is refused. Not for an
+            iterator that is fitted online.
         epochs: passes over the rows, at most; 0 returns the start.
         batch_size: rows per step, at most; an epoch is cut into batches of equal size. Online, rows per M-step, but
             at least 16 K. Passes of "em" do not depend on it.
@@ -129,9 +130,9 @@ def fit(
         polish: epochs of Adam after EM; not for an iterator, whose rows are gone.
         held_out: share of the rows kept from training to choose the best state, in [0, 1); at most 20,000 rows,
             and of whole texts where these are known, as a store does (`FitReport.held_out_by` says which it was). With
-            0 nothing is chosen: the last state is returned. No state is, whatever held-out rows say, under which a
-            sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely than under the start; with EM,
-            what is compared is likelihood and prior, which a step climbs together.
+            0 nothing is chosen: the last state is returned. A state is refused, whatever held-out rows say,
+            if a sample of the rows trained on (`mfa_kernels.fitting.guard`) is less likely under it than under the
+            start; with EM, likelihood and prior together are compared.
         eval_every: steps (of EM: M-steps) between evaluations on the held-out rows; None: once an epoch, and every
             20 M-steps of an iterator.
         patience: evaluations without improvement after which to stop; None: never.

@@ -90,7 +90,7 @@ class Stages:
         self.n_start = preparation.start_rows(options.n_components) if queue is None else len(source)
         start = self.rows[: self.n_start]
         live = self.rows[: preparation.LIVE_ROWS_PER_COMPONENT * options.n_components]
-        if queue is None:  # the first held-out rows of all are then the first of each process
+        if queue is None:  # interleaved, so that the first rows of all are split evenly over the processes
             held_out = held_out[processes.index :: processes.count]
             start, live = processes.share(start), processes.share(live)
         found = preparation.weighed(source, held_out, self.device, options.dtype, self.fit_report)
@@ -100,7 +100,7 @@ class Stages:
             raise ValueError(f"held_out: none of the {all_held} held-out rows is finite")
         kept = len(self.held_out) + self._read_start(start, all_held)
         self.live = live
-        if queue is not None and len(live):  # nothing else of the head of a stream is read again
+        if queue is not None and len(live):  # of the buffered rows, only these are read again: the others are freed
             self.source, self.live = as_source(source.rows(live)), torch.arange(len(live))
         return kept
 
@@ -119,7 +119,7 @@ class Stages:
 
     @property
     def n_unseen(self) -> int:
-        """Rows of this process that the start has not read and is compared on."""
+        """How many rows, unread by the start, this process gives to the sample that guards against worse states."""
         return OTHERS // self.options.processes.count
 
     @property
@@ -176,7 +176,7 @@ class Stages:
         if self.method == "sgd":
             return Training(*arguments, **weighing)
         weighing |= {"start_rows": self.start_rows, "start_weights": self.start_weights}
-        self.start_rows = self.start_weights = None  # which are freed when the run has read them
+        self.start_rows = self.start_weights = None  # from now only the run refers to them, so that it can free them
         if self.method == "em":
             return BatchEM(*arguments, **weighing)
         if self.queue is None:
@@ -184,7 +184,10 @@ class Stages:
         return StreamedEM(*arguments, **weighing, queue=self.queue)
 
     def guard(self) -> Guard:
-        """The sample that no state may be less likely on than the start: half of it, if there is so much, is unseen."""
+        """Returns the sample on which no kept state may be less likely than the start.
+
+        It holds up to `OTHERS` rows that the start has not read, and outliers among the rows that it has.
+        """
         asked, processes = self.options, self.options.processes
         if self.queue is None:
             index = processes.share(self.rows[self.n_start : self.n_start + OTHERS])
@@ -234,8 +237,8 @@ class Stages:
     def _read_start(self, index: Tensor, all_held: int) -> int:
         """Reads the rows of the start; returns how many rows the device holds for it and for the guard."""
         source, processes, components = self.source, self.options.processes, self.options.n_components
-        # Rows of the sample that are not finite are counted when training reads them, where it does. Several processes
-        # send the sample from the device.
+        # Rows of the sample that are not finite are counted here only if training will not read them again. With
+        # several processes the sample is kept on the device, from which it is sent.
         there = self.device if processes.count > 1 else home(source, len(index), self.device)
         counts = self.fit_report if self.queue is not None or not self.options.epochs else None
         found = preparation.weighed(source, index, there, self.options.dtype, counts)
@@ -254,7 +257,7 @@ class Stages:
         return (len(found.rows) if there == self.device else 0) + min(GUARD_ROWS, total)
 
     def _first(self) -> Any:
-        """The mixture that training begins with, on all processes that of process 0."""
+        """Makes the mixture that training begins with on process 0, and copies it to the others."""
         asked, processes = self.options, self.options.processes
         assert self.start_rows is not None
         whole = processes.gathered(self.start_rows)
@@ -283,5 +286,5 @@ class Stages:
             )  # fmt: skip
 
     def _spread(self, own: MFA) -> Any:
-        """The mixture of the components that this process holds: all of them."""
+        """Returns `own`, which holds all components; `ShardedStages` wraps it as a part of a `ShardedMFA`."""
         return own

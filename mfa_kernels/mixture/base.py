@@ -18,7 +18,7 @@ from mfa_kernels.mixture.codes import Code, checked_code, code_of, every_active_
 from mfa_kernels.ops.scan.types import SLOTS
 from mfa_kernels.ops.woodbury.types import Parameters
 
-EXTRA_STATE = "_extra_state"  # PyTorch's name for it in a state dict
+EXTRA_STATE = "_extra_state"  # PyTorch's key for `get_extra_state` in a state dict: here the noise floor
 _TOKENS_PER_CHUNK = 4096  # `reconstruct` must not hold N x K x R latents where every component is active
 
 
@@ -33,7 +33,7 @@ class Mixture(nn.Module):
         noise_floor: added to the noise variance.
         precision: "exact", "fast" or "reference".
         means, loadings, log_noise, noise_variance, weight_logits, log_weights: of the components that this process
-            holds, which are all of them but for a `ShardedMFA`.
+            holds: all K in an `MFA`, a part in a `ShardedMFA`.
         center: (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
         processes: the processes that the components are spread over.
         first_component: number of the first component that this process holds.
@@ -62,7 +62,7 @@ class Mixture(nn.Module):
     @property
     def noise_variance(self) -> Tensor:
         """Psi, (D,) or (K, D)."""
-        with no_autocast(self.log_noise):  # which on a GPU would give float32 where the mixture is in half precision
+        with no_autocast(self.log_noise):  # autocast on a GPU would return float32 for a mixture in half precision
             return self.log_noise.exp() + self.noise_floor
 
     @property
@@ -106,7 +106,7 @@ class Mixture(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mean negative log-likelihood of x (..., D), in nats per token: a training loss.
 
-        It is NaN for no tokens, as `torch.mean` and `cross_entropy` have it, and its gradients are 0.
+        Without tokens the loss is NaN, as `torch.mean` gives, and gradients are 0.
         """
         return -self.log_prob(x).mean()
 
@@ -189,14 +189,15 @@ class Mixture(nn.Module):
         pairs = ops.latents(self._shared(x), tokens, self._own(components).flatten(), *parameters, self.woodbury())
         return self._summed(pairs).view(count, slots, self.rank)
 
-    # A process that holds all components needs no other one: these three are for a `ShardedMFA` to replace.
+    # A `ShardedMFA` overrides these three; here one process holds all components.
 
     def _own(self, components: Tensor) -> Tensor:
         """Numbers among the components held here, int32; -1 for a component that another process holds."""
         return components.int()
 
     def _shared(self, tensor: Tensor) -> Tensor:
-        """The tensor, which all processes hold, for use with the components held here."""
+        """Returns a tensor that all processes hold; where they share the components, its gradient is summed over
+        them."""
         return tensor
 
     def _summed(self, own: Tensor) -> Tensor:

@@ -66,7 +66,8 @@ class LocalMixture(Mixture):
 
     def _factorize(self) -> tuple[Parameters, ops.Woodbury]:
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-            with torch.inference_mode(False):  # the terms may be used, and saved for a gradient, outside of it
+            # The terms may be used outside inference mode, and saved there for a backward pass.
+            with torch.inference_mode(False):
                 return self._factorize()
         with torch.no_grad():
             parameters = self.parameters_in_compute_dtype()
@@ -89,10 +90,10 @@ class LocalMixture(Mixture):
         """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
 
         Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`), gradients too. It serves
-        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. While parameters stand
-        still, what is prepared here is used; it takes about as long as the dense scan of a thousand tokens. When they
-        have moved, as in training, a batch that is large enough to pay for it prepares it again, on the same
-        coordinates; other batches, and all once too few components are ruled out, take the dense scan.
+        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. Until the
+        parameters change, the bounds made here are used; making them takes about as long as the dense scan of a
+        thousand tokens. After a change, as in training, a batch that is large enough to pay for it renews them on the
+        same coordinates. Smaller batches take the dense scan, and so do all once the bounds rule out too little.
 
         Args:
             x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None
@@ -119,7 +120,8 @@ class LocalMixture(Mixture):
 
     @torch.no_grad()
     def screened(self) -> tuple[bool, AnyScreen | None]:
-        """Returns True where screening was tried for the parameters as they are, and the screen that it prepared."""
+        """Returns (tried, screen): whether screening was tuned for the current parameters, and its screen, None where
+        the dense scan costs less."""
         if self._screen is None or self._screen.woodbury is not self.woodbury():
             return False, None
         return True, self._screen.screen
@@ -151,17 +153,17 @@ class LocalMixture(Mixture):
     @overload
     def log_prob(self, x: Tensor, return_error_bound: Literal[True]) -> tuple[Tensor, Tensor]: ...
     def log_prob(self, x: Tensor, return_error_bound: bool = False) -> Tensor | tuple[Tensor, Tensor]:
-        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, or so far out that the dtype holds
-        no density, and for that one alone.
+        """log p(x) per token: (..., D) -> (...). NaN for a token that is not finite, or so far out that its
+        density overflows the dtype; other tokens are not affected.
 
         Args:
             x: (..., D).
-            return_error_bound: whether to return a certificate too: (...) float64, in nats, a bound on how far log p(x)
-                is from that of the parameters as they are, for rounding and for components that were left out
-                (`mfa_kernels/ops/scan/README.md`). For precision "exact". It is a guarantee, not an estimate: it
-                holds if every rounding were as large as can be and in one direction, and grows with the squared
-                Mahalanobis distance under the noise; errors are typically some hundred times less. Two values of
-                log p(x) that differ by more than the sum of their bounds are certain to differ.
+            return_error_bound: whether to return also a bound on the error of log p(x), (...) float64, in nats, from
+                rounding and from components that were left out (`mfa_kernels/ops/scan/README.md`). It needs precision
+                "exact". It is a guarantee, not an estimate: it allows every rounding to be as large as possible and in
+                one direction. It grows with the squared Mahalanobis distance under the noise; actual errors are
+                typically some hundred times smaller. Two values that differ by more than the sum of their bounds are
+                certain to differ.
         """
         if not return_error_bound:
             return super().log_prob(x)
@@ -195,7 +197,7 @@ class LocalMixture(Mixture):
         return ((self.component_log_prob(x) + log_weights) / temperature).softmax(-1)
 
     def posterior(self, x: Tensor, component: int | Tensor) -> tuple[Tensor, Tensor]:
-        """p(z | x, k) = N(mean, covariance).
+        """Returns mean and covariance of p(z | x, k), which is normal.
 
         Args:
             x: (..., D).
@@ -210,7 +212,7 @@ class LocalMixture(Mixture):
             component = check_integers(component, "component")
             try:
                 index = component.to(flat.device).expand(lead).reshape(-1).long()
-            except (RuntimeError, NotImplementedError) as error:  # values that are not there, on the meta device
+            except (RuntimeError, NotImplementedError) as error:  # a tensor on the meta device has no values to read
                 raise ValueError(
                     f"component must broadcast to {tuple(lead)}, as x has it, got {tuple(component.shape)} on "
                     f"{component.device}"
@@ -239,7 +241,7 @@ class LocalMixture(Mixture):
             z, noise = torch.randn(n, self.rank, **like), torch.randn(n, self.n_features, **like)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # so says the allocator of a CPU
+        except RuntimeError as error:  # the allocator of a CPU raises RuntimeError, not OutOfMemoryError
             raise ValueError(f"n must be a number of draws that fit into memory, got {n}") from error
         components = torch.searchsorted(log_weights.exp().cumsum(0), uniform).clamp_max(self.n_components - 1)
         noise *= noise_variance.expand_as(means)[components].sqrt()

@@ -53,9 +53,9 @@ class MFA(LocalMixture):
         log_noise: log(Psi - noise_floor), parameter (D,) or (K, D).
         weight_logits: parameter (K,); log pi is its log-softmax.
         center: buffer (D,), subtracted from x and means inside the kernels; changes no result, saves digits.
-        noise_floor: see above. The density depends on it, so `state_dict` has it too, as what PyTorch calls extra
-            state: a mixture of the same shape, dtype and precision loads a dict to the same bits. A dict without a
-            floor, of earlier versions or from a file of weights, leaves the mixture its own.
+        noise_floor: see above. The density depends on it, so `state_dict` holds it too, as PyTorch's extra state: a
+            mixture of the same shape, dtype and precision loads a dict to the same bits. Loading a dict without it (of
+            an earlier version, or from a file of weights) leaves the mixture its own.
         evaluated: after a call that was screened (see `screen`), components per token whose logit was computed, int32;
             -1 where the token took the dense scan. None otherwise.
     """
@@ -172,8 +172,8 @@ class MFA(LocalMixture):
         generator: torch.Generator | None = None,
         precision: str = "exact",
     ) -> MFA:
-        """Regions at K-means centroids (K, D), or those of what `kmeans` returned; loadings random, weights equal: the
-        paper's start."""
+        """Returns the paper's start: means at centroids (K, D) or the result of `kmeans`, random loadings, equal
+        weights."""
         centroids, generator = check_centroids(centroids), check_generator(generator)
         check_finite(centroids, "centroids")
         variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
@@ -193,11 +193,11 @@ class MFA(LocalMixture):
         return torch.tensor(self.noise_floor, dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
-        """Takes a noise floor over, of a state dict; ValueError or TypeError where it is none."""
+        """Sets the noise floor from a state dict; TypeError or ValueError where it is not a number >= 0."""
         self.noise_floor = check_number(state, "noise_floor", 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # One of earlier versions has no floor, and is complete all the same.
+        # State dicts of earlier versions have no noise floor: with the default, strict loading accepts them.
         state_dict.setdefault(prefix + EXTRA_STATE, self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -254,8 +254,7 @@ class MFA(LocalMixture):
 
 
 def _with_options(function: Any, method: str, given: dict[str, Any]) -> Any:
-    """The function behind a method, with the keywords given; raises for one that it does not take, naming the
-    method."""
+    """Returns `function` with these keywords bound; TypeError, naming the method, for one that it does not take."""
     parameters = inspect.signature(function).parameters.values()
     known = [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
     for name in given:
@@ -265,7 +264,7 @@ def _with_options(function: Any, method: str, given: dict[str, Any]) -> Any:
 
 
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:
-    """A noise variance that is given beside centroids, positive, as a tensor that broadcasts to what `noise` has."""
+    """Returns a positive noise variance as a tensor that broadcasts to the shape of `noise`: (D,) or (K, D)."""
     if not is_several(noise_variance):
         noise_variance = [check_positive(noise_variance, "noise_variance")]
     noise_variance = check_finite(check_floats(noise_variance, "noise_variance"), "noise_variance")

@@ -1,4 +1,4 @@
-"""The policy of screening, for models, EM and steering: when bounds rule components out.
+"""When screening is used instead of the dense scan: for models, EM, steering and interpretation.
 
 `mfa_kernels.ops.screen` makes the bounds; this file decides whether they pay. Counts decide, never times: the same
 tokens and parameters give the same decision on any machine.
@@ -6,8 +6,8 @@ tokens and parameters give the same decision on any machine.
     model      `MFA.screen` tunes the bounds once; a batch under parameters that have moved prepares them again, where
                `modelled_cost` of the last batch, stage 0 included, is below that of the dense scan
     EM         `Screening` knows how many rows are to come under the same parameters, and tunes again after a drift
-    steering   a mixture whose rows no cache holds is screened unasked, since tokens come one by one
-    interpret  a store of many rows is screened unasked
+    steering   a mixture too large for a cache is screened without being asked, because tokens come one by one
+    interpret  a store of many rows is screened without being asked
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SAMPLE = 512
 
 _LONE_TOKEN_VALUES = 1 << 22  # 16 MB of component rows in float32 are more than a cache holds
 _MANY_ROWS = 16384  # tuning costs as much as the dense scan of about a thousand rows
-_STAGE_0 = 5  # EM charges stage 0, per coordinate of the bounds, as many rows of the dense scan: the most it costs
+_STAGE_0 = 5  # the most that stage 0 costs EM: so many rows of the dense scan per coordinate of the bounds
 _APART = 1 << 16  # EM tunes at most once per this many rows: tuning costs a dense scan of a few thousand
 _DRIFT = 0.25  # EM tunes again when the measured cost differs from the cost at tuning time by this fraction
 
@@ -57,9 +57,9 @@ def cost(mfa: Mixture, evaluated: Tensor, screen: AnyScreen, tokens: int | None 
 
     Args:
         mfa: the mixture.
-        evaluated: components computed for each of some tokens like it, (N,) int32.
-        screen: the bounds, or others on as many coordinates.
-        tokens: among which stage 0 is shared; None leaves it out.
+        evaluated: components computed per token, for a sample of tokens, (N,) int32.
+        screen: the bounds, or any with as many coordinates.
+        tokens: how many tokens share the cost of stage 0; None leaves it out.
     """
     return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, screen.basis.shape[1], tokens)
 
@@ -136,7 +136,7 @@ class Screening:
     Stage 0 of screening runs whenever the parameters change, if the rows to come under the new ones pay for it. Which
     coordinates the bounds use is chosen on a sample, and kept until the counts of what they leave have changed. Counts
     decide, not times, and `state` holds them: a run that resumes from there takes the same scans. Results are those of
-    the dense scan, to rounding, which noise per component and a GPU always take.
+    the dense scan, to rounding. Noise per component and GPUs always take the dense scan.
 
     Args:
         mfa: the mixture, or this process's components.
@@ -151,7 +151,7 @@ class Screening:
         self.basis: Tensor | None = None  # (D, p); None where the dense scan costs less
         self.cost = 1.0  # per row at tuning time, in units of the dense scan
         self.since: float = _APART  # rows scanned since the bounds were tuned
-        self.decided = self.used = False  # about the parameters as they are
+        self.decided = self.used = False  # for the current parameters: has `prepare` decided, and for bounds?
         self.rows, self.work = 0.0, 0.0  # rows through bounds since the last decision, and their cost
         self._screen: tuple[Woodbury, AnyScreen] | None = None
 
@@ -213,7 +213,7 @@ class Screening:
         return tensors, {"screening": {name: getattr(self, name) for name in names}}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Takes over what `state` gave; nothing where that was of another number of processes."""
+        """Restores what `state` returned; the decisions of another number of processes are not restored."""
         for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
         self.basis = tensors["screening.basis"].clone() if "screening.basis" in tensors else None
@@ -230,7 +230,7 @@ class Screening:
             self.since, self.rows, self.work = (count / self.processes.count for count in counts)
 
     def _drifted(self) -> bool:
-        """True where the bounds left much more, or much less, under the parameters before these than when tuned."""
+        """True where the measured cost per row differs from that at tuning time by more than `_DRIFT` of it."""
         return self.rows > 0 and abs(self.work / self.rows - self.cost) > _DRIFT * self.cost
 
     def _choose(self, least: int) -> None:

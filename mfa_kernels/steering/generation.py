@@ -1,4 +1,4 @@
-"""Calls to `model.generate` while they run, which alone know where the prompt ends.
+"""Calls to `model.generate` while they run, and the length of the prompt that each was given.
 
 Each thread knows its own call only, so that several threads may write with one model at once.
 """

@@ -42,8 +42,8 @@ class Stats(NamedTuple):
     Attributes:
         tokens_seen: all of them.
         tokens_steered: those that were acted on.
-        mean_responsibility: the mean over the tokens that `positions` chose of their responsibilities for the first
-            region that the row's gate names; None where no gate names a region, or no token was chosen.
+        mean_responsibility: over the tokens that `positions` chose, their mean responsibility for the first region
+            that the row's gate names; None where no gate names a region, or no token was chosen.
     """
 
     tokens_seen: int
@@ -76,8 +76,9 @@ def steer(
         model: a Hugging Face causal language model or encoder-decoder, or one that `torch.compile` returned.
         mfa: a mixture of that layer's output. Its parameters are read now: after changing them, call `update`.
         layer: an index (negative counts from the end; of an encoder-decoder, its decoder's), or the path of a module
-            whose output is (B, T, D). Other outputs, such as those of XLNet's layers, which put time first, are refused
-            now if a twin of the model on the meta device shows them, else when the model runs.
+            whose output is (B, T, D). Other outputs, such as those of XLNet's layers, which put time first, are
+            refused: at once if a copy of the model on the meta device (data/twin.py) shows the shape, else when it
+                runs.
         component: k, or an integer tensor (B,) with one per batch row. None means the responsibility-weighted mixture
             sum_k r_k(x) (mu_k + W_k z), with the responsibilities of the unsteered x.
         alpha: a float, a tensor (B,), or a function of the generation step: 0 for the prompt, 1 for the first generated
@@ -109,7 +110,7 @@ def steer(
     repeated batch B' takes entry i // (B' / B).
 
     Several layers, and several mixtures, are steered by as many handles; on one layer they act in the order in which
-    they were made. Interventions under different gates are handles too.
+    they were made. Different gates need different handles.
 
     On a CPU, responsibilities under a large mixture are found through certified bounds (`MFA.screen`), which are
     prepared the first time, in a fraction of a second, and kept with the mixture.
@@ -346,7 +347,8 @@ class Handle:
 
 
 def _example(module: nn.Module, otherwise: Tensor) -> Tensor:
-    """Returns a tensor of the dtype and device that hidden states probably have: no quantised or offloaded weight."""
+    """Returns a tensor of the dtype and device that hidden states probably have: the first floating-point weight that
+    is not offloaded."""
     return next((p for p in module.parameters() if p.is_floating_point() and not p.is_meta), otherwise)
 
 

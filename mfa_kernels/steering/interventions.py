@@ -82,9 +82,9 @@ class Remove:
     part="latents"  x <- x - alpha W_k E[z | x, k] removes the variation along the region's own directions, from tokens
                     of every region unless a gate limits it. For None, sum_k r_k(x) W_k E[z | x, k] is removed.
     part="region"   x <- x - alpha r_k(x) (mu_k - m + W_k E[z | x, k]), with m = sum_j pi_j mu_j, the mixture's mean,
-                    exchanges the region's term of the reconstruction for the mean: a token that is wholly in the
-                    region keeps only its residual, around m, and a token without a part in the region keeps
-                    everything. This does not depend on where the origin is. For None, the sum over all k is removed.
+                    removes the region's term of the reconstruction and puts r_k m in its place. A token wholly in the
+                    region keeps only its residual, around m; a token with no part in it is unchanged. The result does
+                    not depend on the origin. For None, the sum over all k is removed.
 
     Attributes:
         component: k; an integer tensor (B,) with one per batch row; or None for all of them.
@@ -105,7 +105,7 @@ _KINDS = (Toward, Offset, Add, Reconstruct, Remove)
 
 
 def as_rows(interventions: Any, rows: Any, mfa: MFA) -> list[Row]:
-    """Returns one checked tuple of interventions per batch row, a single one where all rows are treated alike.
+    """Returns one checked tuple of interventions per batch row, or a single tuple if all rows share it.
 
     In the result every component is an int or None, every alpha a float or a function, and vectors are (R,) or (D,).
 

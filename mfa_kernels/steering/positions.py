@@ -1,4 +1,4 @@
-"""Choice of the tokens of a forward pass that are steered."""
+"""Meaning of positions= ("all", "prompt", "generated", "last", slices, masks), pass by pass."""
 
 from __future__ import annotations
 

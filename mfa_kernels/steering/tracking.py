@@ -1,4 +1,4 @@
-"""Places of tokens in their sequence, under a KV cache, padding, chunks and recomputation."""
+"""Places of tokens in their sequence, and where the prompt ends, under a KV cache and padding."""
 
 from __future__ import annotations
 

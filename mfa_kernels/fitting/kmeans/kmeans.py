@@ -1,4 +1,4 @@
-"""K-means: where the regions of a mixture begin."""
+"""K-means: the sample, the first centroids (`init`, by seeding.py), Lloyd's passes, the result."""
 
 from __future__ import annotations
 

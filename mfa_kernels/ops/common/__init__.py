@@ -1,0 +1,1 @@
+"""What the stages share: backends, builds, registration, checks of tensors, parts of kernels."""

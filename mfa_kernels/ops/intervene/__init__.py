@@ -1,0 +1,1 @@
+"""Steered hidden states: gates, interpolation, offsets and norms in one pass."""

@@ -1,0 +1,1 @@
+"""The nearest centroid of every row, and sums by cluster."""

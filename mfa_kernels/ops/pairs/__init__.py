@@ -1,0 +1,1 @@
+"""Stage 2: latents, decoding and gradients, on the active pairs alone."""

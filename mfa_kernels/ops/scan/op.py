@@ -1,8 +1,8 @@
 """Stage 1 registered: ``torch.ops.mfa_kernels.log_prob`` and ``.component_log_prob``, with their gradients.
 
-The factors come in as tensors that carry no gradient: backward reaches x, means, loadings, noise and weights in
-closed form, on the active pairs alone (stage 2). A token that overflows, which has more active components than slots,
-gets its gradients from all the components (pairs/overflow.py).
+The Woodbury terms (stage 0) are inputs without a gradient. The backward pass computes the gradients of x, means,
+loadings, noise and weights in closed form, from the active pairs alone (stage 2). A token that overflows, which has
+more active components than slots, gets its gradients from all the components (pairs/overflow.py).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def component_log_prob(
 
 
 def _prepared(x: Tensor, means: Tensor, woodbury: Woodbury) -> Tensor:
-    """x as the backend reads it: only Triton converts the halves as it loads them."""
+    """Returns x in the dtype that the backend reads: Triton converts half precision as it loads it, others do not."""
     keep = woodbury.backend == "triton" and x.dtype in (torch.bfloat16, torch.float16)
     return x.contiguous() if keep else x.to(means.dtype).contiguous()
 
@@ -94,8 +94,8 @@ def gradients_of(
     Args:
         saved: x, the parameters, `Woodbury.tensors` and the `ActivePairs` that were found, one tensor after the other.
         needs: whether each of the first five needs a gradient; further entries are ignored.
-        grad_log_prob, grad_logits: of the `ActivePairs`; None where there is none.
-        grad_components, others: of what has no gradient.
+        grad_log_prob, grad_logits: gradients of the loss by these fields of the `ActivePairs`; None where unused.
+        grad_components, others: ignored, since these results are integers.
     """
     flags, log_prob, logits = list(needs[:5]), saved[10], saved[12]
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
@@ -182,7 +182,7 @@ def _component_log_prob(
 def _new_gradients(
     woodbury: Woodbury, inputs: Sequence[Tensor], needs: list[bool], written: bool = False
 ) -> list[Tensor | None]:
-    """Room for the gradients: zeros, unless all of it is going to be written."""
+    """Returns a tensor for every gradient that is needed: zeros, or uninitialised where all of it will be `written`."""
 
     def new(t: Tensor) -> Tensor:
         if woodbury.backend == "cpp":
@@ -225,7 +225,7 @@ def _log_prob_backward(
     active: ActivePairs, needs: list[bool],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     means, components = parameters.means, active.components
-    if woodbury.backend != "cpp":  # those kernels look themselves
+    if woodbury.backend != "cpp":  # the C++ kernels check the range themselves
         trust.check_range("log_prob_backward", "components", components, -1, len(means))
     x_dtype, x = x.dtype, _prepared(x, means, woodbury)
     fused = woodbury.backend == "triton"
@@ -236,7 +236,7 @@ def _log_prob_backward(
     responsibility = active.logits.softmax(-1).masked_fill(overflow_.unsqueeze(-1), 0)
     # A token that is not finite holds no pairs: its loss is NaN, and it has no gradient.
     weight = torch.where(components >= 0, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
-    if fused:  # every slot, the empty ones too: nothing waits for the device
+    if fused:  # empty slots count with weight 0: to count the others would wait for the device
         tokens = torch.arange(weight.numel(), device=x.device) // slots
         accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), woodbury, gradients, add=False)
     else:
@@ -254,7 +254,7 @@ def _log_prob_backward(
 
 
 def _at_once(means: Tensor) -> int:
-    """Tokens whose gradients with every component are computed at a time: their logits and x within `CHUNK`."""
+    """Returns how many tokens go through all components at once, so that their logits and x stay within `CHUNK`."""
     return max(1, CHUNK // max(2 * means.shape[0], means.shape[1]))
 
 

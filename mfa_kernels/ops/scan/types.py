@@ -1,4 +1,4 @@
-"""The active pairs of tokens and components, which the scan finds."""
+"""The active pairs that the scan finds; the number of slots per token; the threshold of activity."""
 
 from __future__ import annotations
 

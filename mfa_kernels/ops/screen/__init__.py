@@ -1,0 +1,1 @@
+"""Bounds that spare stage 1 most of its logits."""

@@ -1,4 +1,4 @@
-"""Screening: `screen` prepares bounds on the logits, and `scan` computes only those that can matter."""
+"""Screening: `screen` prepares bounds, `choose` picks their width, `scan` computes what they leave."""
 
 from __future__ import annotations
 

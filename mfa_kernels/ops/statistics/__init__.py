@@ -1,0 +1,1 @@
+"""The sums over the active pairs that EM's M-step needs."""
