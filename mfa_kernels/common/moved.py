@@ -25,6 +25,7 @@ MOVED = {
     "demo": "commands.demo",
     "doctor": "commands.doctor",
     "files": "common.files",
+    "fit_report": "mixture.fit_report",
     "fitting.loop": "fitting.fit",
     "fitting.many": "fitting.fit_many",
     "fitting.reservoir": "data.reservoir",
@@ -32,9 +33,7 @@ MOVED = {
     "fitting.sharded": "fitting.fit_sharded",
     "fitting.source": "data.source",
     "fitting.start": "fitting.initialization",
-    "functional": "mixture.functional",
     "mfa": "mixture.mfa",
-    "models": "data.language_model",
     "modes": "common.modes",
     "places": "common.places",
     "ranks": "common.processes",
@@ -50,8 +49,6 @@ MOVED = {
 }
 """New names of modules by their old ones, below the package."""
 
-_PUBLIC = {"functional", "models"}  # documented names, which stay and do not warn
-
 
 class _Renamed(ModuleType):
     """A module under its old name, whose attributes are those of the new one."""
@@ -61,6 +58,9 @@ class _Renamed(ModuleType):
         self.__dict__["_became"] = became
         names = [name for name in vars(became) if not name.startswith("_")]
         self.__dict__["__all__"] = getattr(became, "__all__", names)
+
+    def __dir__(self) -> list[str]:
+        return dir(self.__dict__["_became"])
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_became"], name)
@@ -75,8 +75,7 @@ class _Finder:
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         became = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
-        if spec.name.partition(".")[2] not in _PUBLIC:
-            warnings.warn(f"{spec.name} is {became} now", FutureWarning, stacklevel=2)
+        warnings.warn(f"{spec.name} is {became} now", FutureWarning, stacklevel=2)
         return _Renamed(spec.name, import_module(became))
 
     def exec_module(self, module: ModuleType) -> None:
@@ -100,14 +99,17 @@ def renamed(module: str, **became: str) -> Callable[[str], Any]:
     return find
 
 
-def renamed_attribute(became: str) -> Any:
-    """Returns a property for an old name of an attribute or a method."""
+class RenamedAttribute:
+    """An old name of an attribute or a method; an object may have one of its own by that name."""
 
-    def find(self: Any) -> Any:
-        warnings.warn(f"this attribute is {became} now", FutureWarning, stacklevel=2)
-        return getattr(self, became)
+    def __init__(self, became: str) -> None:
+        self.became = became
 
-    return property(find)
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        if instance is None:
+            return self
+        warnings.warn(f"this attribute is {self.became} now", FutureWarning, stacklevel=2)
+        return getattr(instance, self.became)
 
 
 def install() -> None:

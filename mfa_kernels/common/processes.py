@@ -109,7 +109,7 @@ class Processes:
             for tensor in tensors:
                 buffer = tensor.contiguous().clone()
                 dist.broadcast(buffer, group_src=0, group=self.group)
-                tensor.copy_(buffer)  # which, unlike a broadcast, tells autograd and the cached factors
+                tensor.copy_(buffer)  # which, unlike a broadcast, tells autograd and the cached Woodbury terms
 
     def agree(self, work: Callable[[], Any]) -> Any:
         """Runs `work` on process 0 alone; returns its result, pickled, or raises its error, on every process."""

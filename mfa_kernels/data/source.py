@@ -46,6 +46,7 @@ class Source:
     weights: Tensor | None = None
 
     def __post_init__(self) -> None:
+        self.device = torch.device(self.device)  # a text will do
         self.dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.meta = self.meta if isinstance(self.meta, Mapping) else {}
 

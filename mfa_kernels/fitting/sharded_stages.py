@@ -32,8 +32,9 @@ class ShardedStages(Stages):
 
     def run(self, guard: Guard) -> Run:
         kind = ShardedBatchEM if self.method == "em" else ShardedOnlineEM
-        assert self.start_rows is not None
-        return kind(*self._arguments(guard, self.options), start_rows=self.start_rows, sample=self.sample)
+        start_rows, self.start_rows = self.start_rows, None
+        assert start_rows is not None
+        return kind(*self._arguments(guard, self.options), start_rows=start_rows, sample=self.sample)
 
     def guard(self) -> Guard:
         device, dtype = self.mfa.means.device, self.mfa.means.dtype

@@ -173,10 +173,11 @@ class Stages:
         """The training by the method, yet to begin."""
         arguments = self._arguments(guard, self.options)
         weighing: dict[str, Any] = {"held_out_weights": self.held_out_weights}
+        of_start = {"start_rows": self.start_rows, "start_weights": self.start_weights}
+        self.start_rows = self.start_weights = None  # from now only a run of EM refers to them, and can free them
         if self.method == "sgd":
             return Training(*arguments, **weighing)
-        weighing |= {"start_rows": self.start_rows, "start_weights": self.start_weights}
-        self.start_rows = self.start_weights = None  # from now only the run refers to them, so that it can free them
+        weighing |= of_start
         if self.method == "em":
             return BatchEM(*arguments, **weighing)
         if self.queue is None:

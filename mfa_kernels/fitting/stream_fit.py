@@ -140,8 +140,7 @@ def feed_all(
 
     def finish(name: str, interrupted: bool = False) -> None:
         with naming(name):
-            found[name] = unfinished[name].finish(interrupted)
-            del unfinished[name]
+            found[name] = unfinished.pop(name).finish(interrupted)
 
     try:
         for name, arguments in fits.items():
@@ -163,6 +162,8 @@ def feed_all(
             for name in list(unfinished):
                 finish(name)
         except KeyboardInterrupt:
+            if len(found) + len(unfinished) < len(fits):  # it came while one of them was finishing
+                raise
             for name in list(unfinished):
                 finish(name, interrupted=True)
     finally:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import ops
 from mfa_kernels.common.checks import MOST_COMPONENTS, check_component, check_integer
-from mfa_kernels.common.moved import renamed_attribute
+from mfa_kernels.common.moved import RenamedAttribute
 from mfa_kernels.common.precision import no_autocast
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture import functional
@@ -57,7 +57,7 @@ class Mixture(nn.Module):
     processes: Processes = ALONE
     first_component: int = 0
 
-    ranks, start = renamed_attribute("processes"), renamed_attribute("first_component")
+    ranks, start = RenamedAttribute("processes"), RenamedAttribute("first_component")
 
     @property
     def noise_variance(self) -> Tensor:

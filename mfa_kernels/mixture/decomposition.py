@@ -6,7 +6,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_mixture
 from mfa_kernels.mixture.codes import Code
 
 
@@ -49,6 +48,13 @@ class Decomposition(Protocol):
         0."""
 
 
+_MEMBERS = ("n_components", "n_features", "assign", "code", "decode", "directions")
+
+
 def check_decomposition(value: Any, name: str = "mfa") -> Any:
-    """Returns `value` if it meets the protocol, or is a mixture; raises TypeError otherwise."""
-    return value if isinstance(value, Decomposition) else check_mixture(value, name)
+    """Returns `value` if it meets the protocol; raises TypeError, naming what is missing, otherwise."""
+    if isinstance(value, Decomposition):
+        return value
+    missing = [part for part in _MEMBERS if not hasattr(value, part)]
+    lacks = f"{type(value).__name__}, which has no {', '.join(missing)}"
+    raise TypeError(f"{name} must be a mixture (mfa_kernels.MFA) or another decomposition, got {lacks}")

@@ -11,7 +11,7 @@ from mfa_kernels import ops
 from mfa_kernels.common.arrays import is_several
 from mfa_kernels.common.checks import check_component, check_generator, check_integer, check_integers, check_positive
 from mfa_kernels.common.modes import door
-from mfa_kernels.common.moved import renamed_attribute
+from mfa_kernels.common.moved import RenamedAttribute
 from mfa_kernels.mixture import functional
 from mfa_kernels.mixture.base import Mixture, Parameters
 from mfa_kernels.mixture.screening import DRAWS, ModelScreen, tuned, wants_lists
@@ -39,7 +39,7 @@ class LocalMixture(Mixture):
         """Returns the Woodbury terms of these parameters, outside autograd; kept until a parameter changes."""
         return self.prepared()[1]
 
-    factors = renamed_attribute("woodbury")
+    factors = RenamedAttribute("woodbury")
 
     def refresh(self) -> None:
         """Forgets the Woodbury terms. Needed only after a change that PyTorch does not count, as through
@@ -139,7 +139,7 @@ class LocalMixture(Mixture):
             self.evaluated = None
             # On a GPU, stage 0 of the bounds, in float64, would cost a training step more than the scan saves.
             state = None if training and x.is_cuda else self._screen
-            screen = None if state is None else state.following(self, woodbury, len(x))
+            screen = None if state is None else state.following(self, detached, woodbury, len(x))
             if screen is not None:
                 found = differentiable.log_prob(x, parameters, woodbury, screen, slots)
                 self.evaluated = found.evaluated

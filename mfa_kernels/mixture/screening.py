@@ -27,7 +27,7 @@ from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.cost import modelled_cost
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 DRAWS = 256
 """Samples of the mixture that `MFA.screen` tunes itself on when no tokens are given."""
@@ -77,13 +77,13 @@ class ModelScreen(NamedTuple):
     screen: AnyScreen | None = None
     evaluated: Tensor | None = None
 
-    def following(self, mfa: Mixture, woodbury: Woodbury, tokens: int) -> AnyScreen | None:
-        """Returns the bounds of the parameters as they are; None where the dense scan of so many tokens costs less."""
+    def following(self, mfa: Mixture, parameters: Parameters, woodbury: Woodbury, tokens: int) -> AnyScreen | None:
+        """Returns the bounds of these parameters of `mfa`; None where the dense scan of so many tokens costs less."""
         if self.woodbury is woodbury or self.screen is None or self.evaluated is None:
             return self.screen
         if not tokens or cost(mfa, self.evaluated, self.screen, tokens) >= 1:
             return None
-        return op.refresh(self.screen, mfa.prepared()[0], woodbury)
+        return op.refresh(self.screen, parameters, woodbury)
 
 
 def wants_lists(mfa: Mixture, neighbors: bool | None) -> bool:

@@ -125,6 +125,11 @@ class ShardedMFA(Mixture):
         """Parameters and settings of this process's components are those of `local`."""
         return getattr(self.local, name) if name in _OF_LOCAL else super().__getattr__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _OF_LOCAL:
+            raise AttributeError(f"{name} is that of `local`: set it there")
+        super().__setattr__(name, value)
+
     @classmethod
     @door
     def from_mfa(cls, mfa: MFA, group: dist.ProcessGroup | None = None) -> ShardedMFA:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import subprocess
 import sys
 import warnings
@@ -12,14 +13,15 @@ import torch
 
 from mfa_kernels import MFA
 from mfa_kernels.common import moved
+from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.sharded import ShardedMFA
 
 USED = {
     "arrays": "as_tensor", "checkpoint": "save_pretrained", "checks": "check_integer", "cli": "main", "code": "Code",
-    "codes": "write_codes", "demo": "run", "doctor": "report", "files": "atomic_path", "fitting.loop": "fit",
-    "fitting.many": "fit_many", "fitting.reservoir": "reservoir", "fitting.screening": "Screening",
-    "fitting.sharded": "fit_sharded", "fitting.source": "as_source", "fitting.start": "start_from_clusters",
-    "functional": "log_prob", "mfa": "MFA", "models": "load_language_model", "modes": "door", "places": "check_place",
+    "codes": "write_codes", "demo": "run", "doctor": "report", "files": "atomic_path", "fit_report": "FitReport",
+    "fitting.loop": "fit", "fitting.many": "fit_many", "fitting.reservoir": "reservoir",
+    "fitting.screening": "Screening", "fitting.sharded": "fit_sharded", "fitting.source": "as_source",
+    "fitting.start": "start_from_clusters", "mfa": "MFA", "modes": "door", "places": "check_place",
     "ranks": "Processes", "reference_checkpoint": "load_reference", "rotation": "varimax", "sharded": "ShardedMFA",
     "steering.budget": "alpha_for_kl", "steering.evidence": "Reader", "steering.functions": "SteeringFunction",
     "steering.live": "stream", "steering.paper": "MFASteerer", "tuning": "main",
@@ -39,8 +41,8 @@ def test_a_module_is_found_under_its_name_of_before(old, name, monkeypatch):
         import_module(f"mfa_kernels.{old}")
     new = f"mfa_kernels.{moved.MOVED[old]}"
     assert found is getattr(import_module(new), name)
-    silent = old in ("functional", "models")
-    assert [str(w.message) for w in told] == ([] if silent else [f"mfa_kernels.{old} is {new} now"])
+    assert name in dir(import_module(f"mfa_kernels.{old}"))
+    assert [str(w.message) for w in told] == [f"mfa_kernels.{old} is {new} now"]
 
 
 def test_the_command_line_under_its_name_of_before():
@@ -78,3 +80,28 @@ def test_an_attribute_of_before(old, new, make):
     mfa = make(MFA(2, 3, 1))
     with pytest.warns(FutureWarning, match=f"this attribute is {new} now"):
         assert getattr(mfa, old) is getattr(mfa, new)
+
+
+def test_an_object_may_have_an_attribute_by_an_old_name():
+    class Own(MFA):
+        start = "its own"
+
+    assert Own(2, 3, 1).start == "its own"
+    mfa = MFA(2, 3, 1)
+    mfa.ranks = "its own"
+    assert mfa.ranks == "its own"
+
+
+def test_a_mixture_that_was_pickled_under_the_old_names():
+    mfa = MFA(2, 3, 1)
+    mfa.fit_report = FitReport(method="em")
+    pickled = pickle.dumps(mfa, 2)
+    for old in ("mfa", "fit_report"):
+        new = moved.MOVED[old].encode()
+        assert b"cmfa_kernels." + new in pickled
+        pickled = pickled.replace(b"cmfa_kernels." + new, b"cmfa_kernels." + old.encode())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        again = pickle.loads(pickled)
+    assert again.fit_report == mfa.fit_report
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), mfa.parameters()))

@@ -70,6 +70,11 @@ def test_a_source_passes_through():
     assert as_source(source) is source
 
 
+def test_a_device_by_name():
+    made = source.Source(8, 6, torch.float32, lambda index: DATA[index], device="cpu")
+    assert made.device == torch.device("cpu")
+
+
 def test_a_tensor_is_not_copied():
     assert as_source(DATA).chunk(0, 8).data_ptr() == DATA.data_ptr()
 

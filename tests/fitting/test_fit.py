@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import math
 from itertools import permutations, product
@@ -148,6 +149,18 @@ def test_a_callback_that_changes_nothing_changes_nothing():
     mfa = run(epochs=2, callbacks=[lambda m, record: seen.append(record["step"])])
     assert same(mfa, run(epochs=2))
     assert seen == [record["step"] for record in mfa.fit_report.history] == [0, 23, 46]
+
+
+@pytest.mark.parametrize("method", ["em", "online", "sgd"])
+def test_the_rows_of_the_start_are_not_held_while_it_trains(method):
+    x, held = draw(TRUE, 10_000), []
+
+    def look(mfa: MFA, record: dict) -> None:
+        shapes = [tuple(one.shape) for one in gc.get_objects() if type(one) is torch.Tensor]
+        held.append(shapes.count((9500, 12)))
+
+    run(x, method=method, epochs=2, held_out=0.05, callbacks=[look])
+    assert held[-1] == 0
 
 
 def test_patience_stops_early():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, kmeans
+from mfa_kernels import MFA, Code, kmeans
 from mfa_kernels.evaluation import evaluate, score_table
 from mfa_kernels.evaluation.codes import write_codes
 from mfa_kernels.interpret import assignments, neighbors, region_summaries, top_contexts
@@ -123,3 +123,17 @@ def test_what_k_means_lacks_is_said_by_name() -> None:
         region_latents(clusters, store, 0, assignments(clusters, store, progress=False))
     with pytest.raises(TypeError, match="mfa must be a mixture .*, got Assignments, which has no n_features"):
         check_decomposition(Assignments(X, X, X, None, 4))
+
+
+def test_what_a_sharded_mixture_holds_is_set_in_its_part() -> None:
+    sharded = ShardedMFA(MFA(2, 3, 1))
+    with pytest.raises(AttributeError, match="noise_floor is that of `local`: set it there"):
+        sharded.noise_floor = 0.1
+    sharded.local.noise_floor = 0.1
+    assert sharded.noise_floor == 0.1
+
+
+def test_a_code_without_values_has_a_dense_shape() -> None:
+    made = MFA(2, 3, 1).encode(torch.zeros(5, 3), top_k=2)
+    empty = Code(*(part.to("meta") for part in (made.components, made.responsibilities, made.latents, made.dropped)))
+    assert empty.to_dense(2).shape == (5, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from mfa_kernels import MFA, Code
+from mfa_kernels import MFA, Code, ops
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import neighbors as lists
 from tests.helpers.mixtures import Mixture, mixture, tokens
@@ -647,6 +647,21 @@ def test_training_through_a_screen():
     (of_tokens,) = torch.autograd.grad(mfa(x), x)
     assert mfa.evaluated is not None
     torch.testing.assert_close(of_tokens, wanted[0], rtol=1e-4, atol=1e-6 * float(wanted[0].abs().max()))
+
+
+def test_a_training_step_through_a_screen_makes_the_woodbury_terms_once(monkeypatch):
+    mfa, x = screened_mixture()
+    if not mfa.screen(x):
+        pytest.skip("screening needs the C++ kernels")
+    made, factorize = [], ops.factorize
+    monkeypatch.setattr(ops, "factorize", lambda *given: made.append(1) or factorize(*given))
+    for _ in range(2):
+        mfa(x).backward()
+        with torch.no_grad():
+            mfa.means.add_(0.01)
+        made.clear()
+        mfa(x)
+        assert len(made) == 1
 
 
 def test_a_screen_on_draws_from_the_mixture():

@@ -86,7 +86,7 @@ def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gr
     """Adds sum_nk w_nk d logit_nk to [x, means, loadings, noise], those that are not None, by GEMMs.
 
     Args:
-        x: (n, D), in the dtype of the factors.
+        x: (n, D), in the dtype of the Woodbury terms.
         weight: (n, K).
         woodbury: in any layout.
         center: c (D,), near the tokens.

@@ -175,7 +175,7 @@ def lines_left(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen,
     """Share of the components whose bound by their line reaches the bar of the token, (N,) float64.
 
     Args:
-        x, woodbury, constants, screen: as `scan` takes them; x in the dtype of the factors.
+        x, woodbury, constants, screen: as `scan` takes them; x in the dtype of the Woodbury terms.
         bars: (N,), the best logit less the threshold.
     """
     below = bounds(x, woodbury, constants, screen, by_lines=True) < bars.unsqueeze(-1)
@@ -212,7 +212,7 @@ def scan(
     """Runs stage 1 through the bounds, without gradients.
 
     Args:
-        x: (N, D), any float dtype; it is brought to the dtype of the factors.
+        x: (N, D), any float dtype; it is brought to the dtype of the Woodbury terms.
         woodbury: shared noise.
         constants: `woodbury.constants(log_weights)`, (K,).
         screen: of the same parameters.

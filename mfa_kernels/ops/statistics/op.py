@@ -20,9 +20,9 @@ def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbur
     """Adds the sums over the pairs in the slots to `out`; its log-likelihood is left to the caller.
 
     Args:
-        x: (N, D), any float dtype; it is brought to the dtype of the factors.
+        x: (N, D), any float dtype; it is brought to the dtype of the Woodbury terms.
         components: (N, S) int32; -1 marks an empty slot.
-        weights: (N, S), in the dtype of the factors; a slot of weight 0 is no pair.
+        weights: (N, S), in the dtype of the Woodbury terms; a slot of weight 0 is no pair.
         woodbury: of the parameters.
         out: what is added to, of matching shapes.
     """

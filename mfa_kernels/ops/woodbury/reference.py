@@ -10,7 +10,7 @@ _LOST = 2.0**-14
 
 
 def woodbury(loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Woodbury factors of C_k = W_k W_k^T + Psi.
+    """Returns the Woodbury terms of C_k = W_k W_k^T + Psi.
 
     Args:
         loadings: W, (K, D, R).

@@ -12,7 +12,7 @@ from torch import Tensor
 from mfa_kernels.ops import Woodbury
 from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import differentiable, op
-from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
+from mfa_kernels.ops.screen.types import Neighbors, Screen, ScreenedPairs
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
 from tests.helpers.mixtures import Mixture, mixture, tokens
@@ -83,7 +83,7 @@ def onsets_fp64(m: Mixture, basis: Tensor, threshold: float, of: Tensor) -> Tens
     return low.scatter(1, of.unsqueeze(-1), math.inf)
 
 
-def all_onsets(neighbors: op.Neighbors) -> Tensor:
+def all_onsets(neighbors: Neighbors) -> Tensor:
     """(K, K): those of the lists, and the horizon where a component is not in the list."""
     onsets = neighbors.horizons.unsqueeze(-1).repeat(1, len(neighbors.horizons))
     return onsets.scatter(1, neighbors.neighbors.long(), neighbors.onsets)
