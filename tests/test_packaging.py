@@ -13,6 +13,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from tests.conftest import LONGEST
+from tests.processors.test_processors import BUDGETS, OPERATORS
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -118,3 +121,9 @@ def test_the_map_is_true():
     """docs/map.md has every file, by its own first line; `python scripts/map.py` writes it."""
     done = subprocess.run([sys.executable, "scripts/map.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0
+
+
+def test_files_of_tests_that_are_named_elsewhere_are_there():
+    """What other processors and sanitizers run waits for --more, and would miss a file only then."""
+    for name in (*OPERATORS, *BUDGETS, *LONGEST):
+        assert (ROOT / name).exists(), name

@@ -78,7 +78,7 @@ def test_kernels_on_arm(tmp_path):
 
 
 OPERATORS = [f"tests/ops/{name}.py" for name in (
-    "test_threads", "scan/test_scan", "pairs/test_pairs", "pairs/test_dense_backward", "woodbury/test_woodbury",
+    "test_threads", "scan/test_scan", "pairs/test_pairs", "pairs/test_overflow", "woodbury/test_woodbury",
     "statistics/test_statistics", "kmeans/test_kmeans", "intervene/test_intervene", "screen/test_screen",
     "screen/test_lines", "screen/test_neighbors",
 )]  # fmt: skip
@@ -100,13 +100,16 @@ def test_operators(tmp_path, compiler, march):
     run_tests(OPERATORS, CXX=skip_without(compiler), MFA_KERNELS_MARCH=march, MFA_KERNELS_CACHE=str(tmp_path))
 
 
+BUDGETS = [f"tests/{name}.py" for name in (
+    "helpers/test_budgets", "ops/pairs/test_overflow", "ops/scan/test_scan", "ops/screen/test_screen",
+    "ops/pairs/test_triton_pairs", "ops/scan/test_triton_all_logits",
+)]  # fmt: skip
+
+
 @pytest.mark.parametrize("mode", [
     {"MKL_CBWR": "COMPATIBLE"}, {"ATEN_CPU_CAPABILITY": "default"}, {"ONEDNN_MAX_CPU_ISA": "SSE41"},
     {"OMP_NUM_THREADS": "7"},
 ], ids=lambda mode: "=".join(*mode.items()))  # fmt: skip
 def test_budgets_beside_another_blas(mode):
     """What PyTorch computes rounds otherwise on other processors: no budget depends on how."""
-    names = ["helpers/test_budgets.py", "ops/pairs/test_dense_backward.py", "ops/scan/test_scan.py",
-             "ops/screen/test_screen.py", "ops/pairs/test_triton_pairs.py",
-             "ops/scan/test_triton_dense.py"]  # fmt: skip
-    run_tests([f"tests/{name}" for name in names], **mode)
+    run_tests(BUDGETS, **mode)
