@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,9 @@ from mfa_kernels import MFA, fit
 from mfa_kernels.commands.cli import main
 from mfa_kernels.common import locks
 from mfa_kernels.data import ActivationStoreWriter
+from mfa_kernels.fitting import stages
 from mfa_kernels.fitting.checkpoint import Checkpoints
+from tests.helpers.outputs import interrupted, state, work_has_begun
 
 X = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
 
@@ -34,23 +34,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def places(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with all of that."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
 def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test fails where a language model is loaded, or K-means begins."""
-    monkeypatch.setattr(
-        "mfa_kernels.data.language_model.from_pretrained", lambda *_, **__: pytest.fail("work had begun")
-    )
-    monkeypatch.setattr("mfa_kernels.data.tiny_lm.load", lambda *_, **__: pytest.fail("work had begun"))
-    monkeypatch.setattr(
-        import_module("mfa_kernels.fitting.stages"), "kmeans", lambda *_, **__: pytest.fail("work had begun")
-    )
+    for work in ("data.language_model.from_pretrained", "data.tiny_lm.load", "fitting.stages.kmeans"):
+        monkeypatch.setattr(f"mfa_kernels.{work}", work_has_begun)
 
 
 def run(line: str) -> int:
@@ -58,10 +45,6 @@ def run(line: str) -> int:
         return main(line.split())
     except SystemExit as end:  # of argparse
         return int(end.code or 0)
-
-
-def state(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 FIT = "fit store -K 3 -R 1 --epochs 1 --overwrite"
@@ -180,20 +163,14 @@ def test_resume_is_offered_where_there_is_something_to_go_on_with(places, capsys
 
     command = f"{FIT} --out new --method em --checkpoint-seconds 0 --checkpoint"
     with monkeypatch.context() as patch:
-        patch.setattr(
-            import_module("mfa_kernels.fitting.stages"),
-            "kmeans",
-            lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt),
-        )
+        patch.setattr(stages, "kmeans", interrupted)
         assert run(f"{command} one") == 130
     assert capsys.readouterr().err == "mfa-kernels fit: interrupted\n"
     monkeypatch.setattr(Checkpoints, "save", saved)
     run(f"{command} two")
     monkeypatch.setattr(Checkpoints, "save", save)
     capsys.readouterr()
-    monkeypatch.setattr(
-        "mfa_kernels.fitting.preparation.restored_mixture", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr("mfa_kernels.fitting.preparation.restored_mixture", interrupted)
     assert run(f"{command} two --resume") == 130
     assert capsys.readouterr().err == "mfa-kernels fit: interrupted; --resume goes on with what was written\n"
 
@@ -204,9 +181,7 @@ def test_resume_is_offered_of_a_store_with_rows(places, capsys, monkeypatch, row
     if rows:
         writer.add_document([1, 2], [0, 1], X[:2])
     writer._lock.release()
-    monkeypatch.setattr(
-        "mfa_kernels.data.language_model.load_language_model", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
+    monkeypatch.setattr("mfa_kernels.data.language_model.load_language_model", interrupted)
     assert run(f"{HARVEST} --out cut --resume") == 130
     hint = "; --resume goes on with what was written" if rows else ""
     assert capsys.readouterr().err == f"mfa-kernels harvest: interrupted{hint}\n"

@@ -154,11 +154,7 @@ def _compared(make: Callable[[], Any], low: torch.dtype) -> None:
 def test_mixtures(name: str, dtype: torch.dtype, low: torch.dtype) -> None:
     mfa, store = _mixture(dtype, per_component=name == "posterior")
     x = _x(store, dtype)
-
-    def make() -> Any:
-        return OF_MIXTURES[name](copy.deepcopy(mfa), x)
-
-    _compared(make, low)
+    _compared(lambda: OF_MIXTURES[name](copy.deepcopy(mfa), x), low)
 
 
 @pytest.mark.parametrize("precision", ["fast", "reference"])
@@ -166,11 +162,7 @@ def test_mixtures(name: str, dtype: torch.dtype, low: torch.dtype) -> None:
 def test_mixtures_of_other_precisions(name: str, precision: str) -> None:
     mfa, store = _mixture(torch.float32)
     x, mfa.precision = _x(store, torch.float32), precision
-
-    def make() -> Any:
-        return OF_MIXTURES[name](copy.deepcopy(mfa), x)
-
-    _compared(make, torch.bfloat16)
+    _compared(lambda: OF_MIXTURES[name](copy.deepcopy(mfa), x), torch.bfloat16)
 
 
 def test_screening() -> None:

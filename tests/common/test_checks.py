@@ -157,6 +157,11 @@ def parameters():
     }
 
 
+@pytest.fixture
+def mfa(parameters):
+    return MFA.from_parameters(**parameters)
+
+
 @pytest.mark.parametrize("name", ["means", "loadings", "noise_variance", "weights"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_parameters_are_finite(parameters, name, value):
@@ -192,8 +197,7 @@ def test_a_center_has_one_dimension(parameters):
         functional.log_prob(tokens(m, 3), *m, center=m.means)
 
 
-def test_an_index_of_any_integer_dtype_is_one_and_no_other_is(parameters):
-    mfa = MFA.from_parameters(**parameters)
+def test_an_index_of_any_integer_dtype_is_one_and_no_other_is(mfa):
     x, k = mfa.sample(5), torch.tensor([0, 4, 2, 2, 1])
     wanted = mfa.posterior(x, k)
     for dtype in (torch.uint8, torch.int16, torch.int32):  # uint8 was taken for a mask
@@ -206,8 +210,7 @@ def test_an_index_of_any_integer_dtype_is_one_and_no_other_is(parameters):
         mfa.posterior(x, k[:4])
 
 
-def test_a_code_fits_the_mixture_or_is_refused(parameters):
-    mfa = MFA.from_parameters(**parameters)
+def test_a_code_fits_the_mixture_or_is_refused(mfa):
     code = mfa.encode(mfa.sample(6), top_k=3)
     parts = {name: getattr(code, name) for name in ("components", "responsibilities", "latents", "dropped")}
     for name, bad, error in (
@@ -220,9 +223,9 @@ def test_a_code_fits_the_mixture_or_is_refused(parameters):
         mfa.decode(code.components)
 
 
-def test_draws_that_fit_into_no_memory(parameters):
+def test_draws_that_fit_into_no_memory(mfa):
     with pytest.raises(ValueError, match="n must be a number of draws that fit into memory, got "):
-        MFA.from_parameters(**parameters).sample(1 << 44)
+        mfa.sample(1 << 44)
 
 
 def test_a_mapping_is_no_texts():
@@ -240,8 +243,7 @@ GENERATORS = {
 
 
 @pytest.mark.parametrize("call", GENERATORS)
-def test_a_seed_is_no_generator(parameters, call):
-    mfa = MFA.from_parameters(**parameters)
+def test_a_seed_is_no_generator(mfa, call):
     GENERATORS[call](mfa, torch.Generator())
     GENERATORS[call](mfa, None)
     with pytest.raises(TypeError, match=r"generator must be .*, got 3: torch.Generator\(\).manual_seed\(3\) makes one"):
@@ -257,8 +259,7 @@ def test_callbacks_are_several(fitted, value):
         fitted(torch.randn(20, 3), 2, 1, callbacks=[print, 3])
 
 
-def test_what_kmeans_returned_is_taken_for_centroids(parameters):
-    mfa = MFA.from_parameters(**parameters)
+def test_what_kmeans_returned_is_taken_for_centroids(mfa):
     x = mfa.sample(60, torch.Generator().manual_seed(0))
     found = kmeans(x, 5, progress=False)
     for take in (
@@ -273,8 +274,7 @@ def test_what_kmeans_returned_is_taken_for_centroids(parameters):
         MFA.from_centroids(mfa, 2)
 
 
-def test_keywords_are_named_by_the_method_that_was_called(parameters, tmp_path):
-    mfa = MFA.from_parameters(**parameters)
+def test_keywords_are_named_by_the_method_that_was_called(mfa, tmp_path):
     for method, place in (
         (MFA.from_pretrained, tmp_path), (mfa.save_pretrained, tmp_path), (mfa.push_to_hub, "a/b"),
         (MFA.from_reference_checkpoint, tmp_path), (mfa.to_reference_checkpoint, tmp_path / "a"),
@@ -284,8 +284,7 @@ def test_keywords_are_named_by_the_method_that_was_called(parameters, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_places_that_are_none(parameters, tmp_path):
-    mfa = MFA.from_parameters(**parameters)
+def test_places_that_are_none(mfa, tmp_path):
     mfa.save_pretrained(tmp_path / "mfa")
     mfa.to_reference_checkpoint(tmp_path / "paper.pt")
     for load in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.evaluation.codes import write_codes
 from mfa_kernels.fitting.checkpoint import clear
 from mfa_kernels.interpret import region_scatter, regions_map, write_report
+from tests.helpers.outputs import state
 
 X = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
 
@@ -50,18 +50,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "page").write_text("<!DOCTYPE html>\n")
     (folder / "figure").write_bytes(b"\x89PNG\r\n\x1a\n")
     return folder
-
-
-@pytest.fixture
-def places(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working directory, with all of that."""
-    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def state(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
 FILES = {"curve": CURVE, "codes": CODES, "paper": PAPER, "page": PAGE, "figure": FIGURE}

@@ -21,3 +21,13 @@ def lm(request: pytest.FixtureRequest) -> tuple[Any, PreTrainedTokenizerFast, bo
 @pytest.fixture
 def llama() -> tuple[Any, PreTrainedTokenizerFast]:
     return make_model("llama"), make_tokenizer(bos=True)
+
+
+@pytest.fixture
+def model(llama: tuple[Any, PreTrainedTokenizerFast]) -> Any:
+    return llama[0]
+
+
+@pytest.fixture
+def tokenizer(llama: tuple[Any, PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return llama[1]

@@ -76,8 +76,7 @@ def test_windows_cover_the_texts(lm: tuple) -> None:
     assert store.context(0, before=5, after=1) == (([BOS, 3, 4], 1) if bos else ([3, 4], 0))
 
 
-def test_special_tokens_and_first_positions_are_dropped(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_special_tokens_and_first_positions_are_dropped(model: Any, tokenizer: Any) -> None:
     text = "w1 w2 </s> w3 nonsense w4"
     kept = quiet(model, tokenizer, [text], 0, skip_first=2)
     assert kept.tokens.tolist() == [5, 6, 7]
@@ -87,8 +86,7 @@ def test_special_tokens_and_first_positions_are_dropped(llama: tuple) -> None:
     assert torch.equal(everything.rows(torch.tensor([2, 4, 6])), kept.tensor())
 
 
-def test_the_forward_pass_stops_after_the_last_layer(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_the_forward_pass_stops_after_the_last_layer(model: Any, tokenizer: Any) -> None:
     called: list[int] = []
     for i, block in enumerate(model.model.layers):
         block.register_forward_pre_hook(lambda *_, i=i: called.append(i))
@@ -100,8 +98,7 @@ def test_the_forward_pass_stops_after_the_last_layer(llama: tuple) -> None:
     assert called == [0, 1, 2]
 
 
-def test_several_layers_in_one_pass(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_several_layers_in_one_pass(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     calls: list[int] = []
     model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     stores = quiet(model, tokenizer, TEXTS, [2, -4, "model.layers.1.mlp"], tmp_path, context=8, batch_size=4)
@@ -172,16 +169,14 @@ def test_half_precision_on_disk(llama: tuple, tmp_path: Path, dtype: torch.dtype
     assert torch.equal(store.tensor(dtype), full.tensor().to(dtype))
 
 
-def test_a_bf16_model(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_a_bf16_model(model: Any, tokenizer: Any) -> None:
     model.to(torch.bfloat16)
     store = quiet(model, tokenizer, TEXTS[3:4], 1)
     assert torch.equal(store.tensor(), hidden_states_of(model, [store.document_tokens(0)], 1)[0][1:].float())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])  # the last one's square is not finite
-def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple, value: float) -> None:
-    model, tokenizer = llama
+def test_rows_that_are_not_finite_are_left_out_of_every_layer(model: Any, tokenizer: Any, value: float) -> None:
     clean = quiet(model, tokenizer, TEXTS, [0, 1], seed=None)
     assert clean[0].meta["nonfinite_rows"] == 0
     token = 3 + 7
@@ -204,24 +199,21 @@ def test_rows_that_are_not_finite_are_left_out_of_every_layer(llama: tuple, valu
         assert torch.equal(stores[layer].tensor(), clean[layer].tensor()[keep])
 
 
-def test_a_model_that_gives_nothing_finite(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_a_model_that_gives_nothing_finite(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[0] = float("nan")
     with pytest.raises(ValueError, match="hold no token to keep"):
         quiet(model, tokenizer, TEXTS, 1, tmp_path)
     assert not ActivationStore(tmp_path).complete
 
 
-def test_overflow_of_the_dtype_on_disk_counts_as_not_finite(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_overflow_of_the_dtype_on_disk_counts_as_not_finite(model: Any, tokenizer: Any) -> None:
     model.model.embed_tokens.weight.data[3 + 2] = 1e6
     with pytest.warns(UserWarning, match="1 activations were not finite in torch.float16"):
         store = quiet(model, tokenizer, [words(1, 2, 3)], 0, dtype=torch.float16)
     assert store.tokens.tolist() == [3 + 1, 3 + 3]
 
 
-def test_the_model_is_left_as_it_was(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
     model.train()
     model.model.layers[2].eval()
     flags, before = [m.training for m in model.modules()], hooks(model)
@@ -233,8 +225,7 @@ def test_the_model_is_left_as_it_was(llama: tuple) -> None:
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
-def test_the_model_is_left_as_it_was_after_a_failure(llama: tuple, tmp_path: Path, failure: type) -> None:
-    model, tokenizer = llama
+def test_the_model_is_left_as_it_was_after_a_failure(model: Any, tokenizer: Any, tmp_path: Path, failure: type) -> None:
     model.train()
     passes = 0
 
@@ -272,8 +263,7 @@ def test_a_temporary_store_lives_as_long_as_its_object(llama: tuple) -> None:
     assert not folder.exists()
 
 
-def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_model_and_tokenizer_from_a_folder(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     expected = quiet(model, tokenizer, TEXTS, 1, device="cpu")
@@ -318,8 +308,7 @@ def test_model_and_tokenizer_from_a_folder(llama: tuple, tmp_path: Path) -> None
         ({"dtype": torch.float64}, ValueError, "dtype must be one of"),
     ],
 )
-def test_bad_arguments(llama: tuple, tmp_path: Path, options: dict, error: type, message: str) -> None:
-    model, tokenizer = llama
+def test_bad_arguments(model: Any, tokenizer: Any, tmp_path: Path, options: dict, error: type, message: str) -> None:
     arguments: dict[str, Any] = {"texts": TEXTS, "layer": 0, "context": 8, "out": tmp_path / "s", **options}
     with pytest.raises(error, match=message):
         quiet(model, tokenizer, **arguments)
@@ -327,8 +316,7 @@ def test_bad_arguments(llama: tuple, tmp_path: Path, options: dict, error: type,
     assert hooks(model) == [0] * len(hooks(model))
 
 
-def test_layers_are_named_in_any_way(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_layers_are_named_in_any_way(model: Any, tokenizer: Any) -> None:
     expected = quiet(model, tokenizer, TEXTS, 2)
     for layer in ("2", np.int64(2), torch.tensor(2), -2):
         store = quiet(model, tokenizer, TEXTS, layer)
@@ -341,8 +329,7 @@ def test_layers_are_named_in_any_way(llama: tuple) -> None:
         assert torch.equal(list(stores.values())[1].tensor(), expected.tensor())
 
 
-def test_a_tokenizer_that_does_not_fit(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_a_tokenizer_that_does_not_fit(model: Any, tokenizer: Any) -> None:
     tokenizer.add_tokens(["extra"])
     with pytest.raises(ValueError, match=f"tokenizer gives token {VOCABULARY}, the model knows {VOCABULARY}"):
         quiet(model, tokenizer, ["w1 extra"], 0)
@@ -377,8 +364,7 @@ def test_text_from_a_chat_template_has_one_bos(lm: tuple) -> None:
         assert torch.equal(store.tensor(), plain.tensor())
 
 
-def test_what_is_no_texts_is_refused_before_the_model_works(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_what_is_no_texts_is_refused_before_the_model_works(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     passes: list[int] = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     for texts in (["texts"], [*TEXTS, b"bytes"], b"bytes", {"text": TEXTS}):

@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import run_python
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="not applicable: kills children that it forks")
 @pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.more)])
 def test_killed_terminated_and_interrupted_at_random_moments(tmp_path: Path, kills: int) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.data.killed", str(tmp_path), str(kills)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python("-m", "tests.data.killed", str(tmp_path), str(kills), seconds=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines() == [f"{name}: {3 * kills} kills" for name in ("harvest", "write", "replace")]

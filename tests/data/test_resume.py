@@ -63,8 +63,7 @@ def test_cut_off_anywhere_it_goes_on_to_the_same_files(llama: tuple, tmp_path: P
     assert "progress" not in (tmp_path / "cut" / "model.layers.0" / "manifest.json").read_text()
 
 
-def test_going_on_the_model_reads_only_what_is_missing(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_going_on_the_model_reads_only_what_is_missing(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     passes: list[int] = []
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     quiet(model, tokenizer, LONG, 1, tmp_path / "whole", **CUT)
@@ -80,8 +79,7 @@ def test_going_on_the_model_reads_only_what_is_missing(llama: tuple, tmp_path: P
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
-def test_rows_that_are_not_finite_are_counted_once(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_rows_that_are_not_finite_are_counted_once(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_input_embeddings().weight[7] = torch.nan
     with pytest.warns(UserWarning, match="not finite"):
@@ -155,8 +153,7 @@ def edited(folder: Path, **changes: Any) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_store_of_an_earlier_version_with_paths_goes_on(llama: tuple, tmp_path: Path) -> None:
-    model, tokenizer = llama
+def test_a_store_of_an_earlier_version_with_paths_goes_on(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "lm")
     tokenizer.save_pretrained(tmp_path / "lm")
     lm = str(tmp_path / "lm")
@@ -169,9 +166,8 @@ def test_a_store_of_an_earlier_version_with_paths_goes_on(llama: tuple, tmp_path
         quiet(lm, None, LONG, 1, tmp_path / "store", resume=True, **CUT)
 
 
-def test_resume_needs_the_same_weights(llama: tuple, tmp_path: Path) -> None:
+def test_resume_needs_the_same_weights(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     """The two models have one name and size."""
-    model, tokenizer = llama
     other = copy.deepcopy(model)
     assert language_model.weights_fingerprint(other) == language_model.weights_fingerprint(model)
     with torch.no_grad():

@@ -23,8 +23,7 @@ from tests.helpers.language import make_model, make_tokenizer
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
 
 
-def test_a_stream_gives_the_rows_of_a_harvest(llama: tuple) -> None:
-    model, tokenizer = llama
+def test_a_stream_gives_the_rows_of_a_harvest(model: Any, tokenizer: Any) -> None:
     model.train()
     options = {"context": 9, "batch_size": 3}
     expected = quiet(model, tokenizer, LONG, 1, **options).tensor()

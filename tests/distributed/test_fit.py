@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from mfa_kernels.data import ActivationStoreWriter
 from mfa_kernels.fitting import em_base
 from tests.distributed.worker import FITS, RESUMED, SIZES, module, outcome, run, several_batches, small, streamed
 from tests.fitting.planted import draw, planted
+from tests.helpers.processes import run_python
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
@@ -173,13 +171,7 @@ def test_command_line_under_torchrun(tmp_path):
     options = ["-K", "6", "-R", "2", "--method", "em", "--epochs", "2"]
     command = ["fit", str(tmp_path / "store"), *options, "--checkpoint", str(tmp_path / "checkpoint"), "--out"]
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mfa_kernels"]
-    done = subprocess.run(
-        [sys.executable, *launcher, *command, str(tmp_path / "two")],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_python(*launcher, *command, str(tmp_path / "two"), seconds=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("saved in") == 1
     assert main([*command, str(tmp_path / "refused")]) == 1, "the checkpoint is there"

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.fitting.m_step import maximize
-from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 from tests.distributed.test_fit import CLOSE, assert_close, load
 from tests.distributed.worker import SHARDED, SIZES, prior, problem, use
+from tests.fitting.parts import collect
 
 CASES = [(size, name) for size in SIZES for name in SHARDED]
 
@@ -79,9 +79,7 @@ def test_em_and_a_checkpoint_of_the_whole(found, size, name):
     mfa, x = problem(name)
     nll = []
     for _ in range(3):
-        s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
-        with torch.no_grad():
-            expectation(x.flatten(0, 1), mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
+        s = collect(mfa, x.flatten(0, 1))
         nll.append(-float(s.log_likelihood) / 56)
         maximize(mfa, s, prior())
     for mine in processes(found, size, name):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -19,12 +20,12 @@ from torch.utils._pytree import tree_leaves
 
 from mfa_kernels import MFA, fit, kmeans
 from mfa_kernels.common.processes import Processes
-from mfa_kernels.fitting import em_base, guard
+from mfa_kernels.fitting import em_base, guard, preparation
 from mfa_kernels.fitting import initialization as cluster_start
 from mfa_kernels.fitting.m_step import Prior
 from mfa_kernels.fitting.sharded_em import em_step
 from mfa_kernels.mixture.sharded import ShardedMFA
-from tests.fitting.planted import draw, planted
+from tests.fitting.planted import SIX, CutOff, draw, planted, raising
 from tests.helpers.mixtures import Mixture, mixture, tokens
 
 PROCESSES = 4
@@ -51,21 +52,8 @@ FITS: dict[str, dict[str, Any]] = {
 RESUMED = ("sgd", "em", "online")
 
 
-class CutOff(Exception):
-    pass
-
-
 def run(x: Any = ROWS, **options: Any) -> MFA:
-    chosen = {
-        "method": "sgd",
-        "n_components": 6,
-        "rank": 2,
-        "epochs": 2,
-        "progress": False,
-        "dtype": torch.float64,
-        **options,
-    }
-    return fit(x, **chosen)
+    return fit(x, **{**SIX, "method": "sgd", "epochs": 2, "dtype": torch.float64, **options})
 
 
 def several_batches() -> None:
@@ -75,13 +63,8 @@ def several_batches() -> None:
 
 def cut_off(options: dict[str, Any], folder: Path, group: Any, run: Callable[..., Any] = run) -> None:
     """A fit that ends, after its first evaluation in training, without having come to a checkpoint since."""
-
-    def stop(_: MFA, record: dict[str, Any]) -> None:
-        if record["step"]:
-            raise CutOff
-
     try:
-        run(**options, checkpoint=folder, checkpoint_seconds=0, callbacks=[stop], group=group)
+        run(**options, checkpoint=folder, checkpoint_seconds=0, callbacks=[raising(CutOff())], group=group)
     except CutOff:
         return
     raise AssertionError("the fit came to its end")
@@ -89,11 +72,9 @@ def cut_off(options: dict[str, Any], folder: Path, group: Any, run: Callable[...
 
 def save_checkpoints_of_one_process(folder: Path) -> None:
     """Those that the group goes on with."""
-    least = em_base._LEAST_BATCH, em_base._BATCH_ELEMENTS
-    several_batches()
-    for name in RESUMED:
-        cut_off(FITS[name], folder / f"one, {name}", False)
-    em_base._LEAST_BATCH, em_base._BATCH_ELEMENTS = least
+    with patch.multiple(em_base, _LEAST_BATCH=150, _BATCH_ELEMENTS=1):
+        for name in RESUMED:
+            cut_off(FITS[name], folder / f"one, {name}", False)
 
 
 def outcome(mfa: MFA) -> dict[str, Any]:
@@ -152,18 +133,12 @@ def streamed(rank: int, size: int, group: Any, rows: Tensor = ROWS, **options: A
 
     The rows of the start and of every step are then those of one process, in another order.
     """
-    from mfa_kernels.fitting import preparation
-
-    before = preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT
-    preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT = 400, 1
     own: Iterator[Tensor] = iter(rows.split(25)[rank::size])
-    try:
+    with patch.multiple(preparation, LEAST_START_ROWS=400, START_ROWS_PER_COMPONENT=1):
         return run(
             own, method="online", batch_size=100, held_out=0.0, eval_every=2, group=group,
             clusters=planted().means.detach().double(), **options,
         )  # fmt: skip
-    finally:
-        preparation.LEAST_START_ROWS, preparation.START_ROWS_PER_COMPONENT = before
 
 
 def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
@@ -378,12 +353,9 @@ class Largest(TorchDispatchMode):
 def largest_tensor(group: Any) -> tuple[int, tuple[int, ...]]:
     """While K D R outgrows everything else; and the shape of the loadings that come out."""
     x = draw(planted(features=LARGE_FEATURES), 600)
-    rows, cluster_start._GROUP_ELEMENTS = cluster_start._GROUP_ELEMENTS, 1 << 12
-    chunk, guard._CHUNK = guard._CHUNK, 64
-    with Largest() as largest:
+    small = patch.object(cluster_start, "_GROUP_ELEMENTS", 1 << 12), patch.object(guard, "_CHUNK", 64)
+    with small[0], small[1], Largest() as largest:
         mfa = run_sharded(x, **LARGE, group=group)
-    cluster_start._GROUP_ELEMENTS = rows
-    guard._CHUNK = chunk
     return largest.elements, tuple(mfa.loadings.shape)
 
 

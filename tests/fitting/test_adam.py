@@ -6,25 +6,9 @@ import pytest
 import torch
 
 from mfa_kernels.fitting import adam, as_source, run
-from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.fitting.run import Settings, mean_nll, read_ahead, shuffled, standard_deviation
-from mfa_kernels.mixture.fit_report import FitReport
+from mfa_kernels.fitting.run import mean_nll, read_ahead, shuffled, standard_deviation
+from tests.fitting.parts import settings, stage
 from tests.fitting.planted import Store, draw, planted
-
-
-def settings(**changes) -> Settings:
-    defaults = {
-        "epochs": 1,
-        "batch_size": 64,
-        "lr": 1e-2,
-        "schedule": "cosine",
-        "eval_every": None,
-        "patience": None,
-        "callbacks": (),
-        "log": None,
-        "progress": False,
-    }
-    return Settings(**{**defaults, **changes})
 
 
 def test_learning_rate():
@@ -133,21 +117,10 @@ def test_training_gives_up_when_nothing_is_finite():
     mfa = planted()
     mfa.forward = lambda x: mfa.means.sum() * float("nan")
     before = mfa.means.detach().clone()
-    x = draw(planted(), 5000)
-    report = FitReport()
-    training = adam.Training(
-        mfa,
-        as_source(x),
-        torch.arange(5000),
-        x[:0],
-        settings(),
-        torch.Generator().manual_seed(0),
-        report,
-        Guard(x, x.device),
-    )
+    training = stage(adam.Training, mfa, draw(planted(), 5000))
     with pytest.raises(RuntimeError, match="10 steps in a row had a loss or gradient that is not finite"):
         training.run()
-    assert report.skipped_steps == 10
+    assert training.report.skipped_steps == 10
     assert torch.equal(mfa.means, before)
 
 
@@ -160,19 +133,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
         return forward(x) * (float("inf") if len(calls) % 3 == 0 else 1.0)
 
     mfa.forward = sometimes
-    x = draw(planted(), 1200)
-    report = FitReport()
-    training = adam.Training(
-        mfa,
-        as_source(x),
-        torch.arange(1000),
-        x[1000:],
-        settings(),
-        torch.Generator().manual_seed(0),
-        report,
-        Guard(x, x.device),
-    )
+    training = stage(adam.Training, mfa, draw(planted(), 1200), trained=1000)
     training.run()
+    report = training.report
     assert report.skipped_steps == 5
     assert report.history[-1]["step"] == len(calls) == 16
     assert math.isfinite(report.history[-1]["train_nll"])

@@ -20,7 +20,8 @@ from mfa_kernels.common import files, locks
 from mfa_kernels.fitting import adam, checkpoint, em, em_base, fit, preparation, stages
 from mfa_kernels.fitting.checkpoint import FILE, Checkpoints, fingerprint
 from mfa_kernels.mixture.base import Mixture
-from tests.fitting.planted import Store, draw, planted
+from tests.fitting.planted import SIX, CutOff, Store, draw, planted, raising
+from tests.helpers.outputs import work_has_begun
 
 ROWS = draw(planted(), 3000)
 ROWS[::97, 0] = torch.nan
@@ -44,21 +45,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-class CutOff(Exception):
-    pass
-
-
 def run(x: Any = ROWS, **options: Any) -> MFA:
-    chosen = {
-        "method": "sgd",
-        "n_components": 6,
-        "rank": 2,
-        "epochs": 3,
-        "progress": False,
-        "checkpoint_seconds": 0,
-        **options,
-    }
-    return fit(x, **chosen)
+    return fit(x, **{**SIX, "method": "sgd", "epochs": 3, "checkpoint_seconds": 0, **options})
 
 
 def result(mfa: Mixture) -> tuple[list[bytes], dict[str, Any]]:
@@ -169,10 +157,7 @@ def test_another_folder_to_write_to(monkeypatch, tmp_path):
 
 
 def test_interrupted_by_hand_it_can_still_go_on(tmp_path):
-    def stop(mfa: MFA, record: dict[str, Any]) -> None:
-        if record["epoch"] == 2:
-            raise KeyboardInterrupt
-
+    stop = raising(KeyboardInterrupt(), lambda record: record["epoch"] == 2)
     with pytest.warns(UserWarning, match="interrupted"):
         assert run(checkpoint=tmp_path, callbacks=[stop]).fit_report.interrupted
     assert result(run(resume=tmp_path)) == result(run())
@@ -282,13 +267,9 @@ def test_fingerprint():
 # Disks that are full, folders that others write to, paths that nobody can write to
 
 
-@pytest.fixture
-def no_k_means(monkeypatch):
-    monkeypatch.setattr(stages, "kmeans", lambda *args, **kwargs: pytest.fail("work had begun"))
-
-
 @pytest.mark.parametrize(("argument", "why"), [("log", "File exists"), ("checkpoint", "Not a directory")])
-def test_paths_are_tried_before_work_begins(argument, why, tmp_path, no_k_means):
+def test_paths_are_tried_before_work_begins(argument, why, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "kmeans", work_has_begun)
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(OSError, match=rf"{argument}: .*file/there.* cannot be written \(") as error:
         run(**{argument: tmp_path / "file" / "there"})
@@ -379,7 +360,7 @@ def test_one_fit_at_a_time_writes_to_a_folder(tmp_path, monkeypatch):
     assert seen
     assert result(run(checkpoint=tmp_path, resume=True)) == result(mfa), "and is held no longer"
     with pytest.raises(CutOff):
-        run(checkpoint=tmp_path / "other", callbacks=[lambda *_: (_ for _ in ()).throw(CutOff())])
+        run(checkpoint=tmp_path / "other", callbacks=[raising(CutOff(), lambda record: True)])
     run(checkpoint=tmp_path / "other", resume=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from mfa_kernels.fitting import dead_regions
 from mfa_kernels.fitting.dead_regions import Overlap
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
+from tests.fitting.parts import collect
 
 
 def lonely(g: torch.Generator) -> Tensor:
@@ -109,25 +111,23 @@ def case(noise: str) -> tuple[MFA, Tensor]:
     return mfa, x.double()
 
 
-def collect(mfa: MFA, x: Tensor) -> tuple[SufficientStatistics, Overlap]:
-    s, overlap = (
-        SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2),
-        Overlap(mfa.n_components),
-    )
-    with torch.no_grad():
-        active, r = expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
-    overlap.add(active.components, r)
-    return s, overlap
+def counted(mfa: MFA, x: Tensor) -> tuple[SufficientStatistics, Overlap]:
+    overlap = Overlap(mfa.n_components)
+    return collect(mfa, x, overlap), overlap
+
+
+def expect(mfa: MFA, rows: Tensor, out: SufficientStatistics, weights: Tensor):
+    return expectation(rows, mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
 
 
 def test_what_would_be_missed_stays() -> None:
     mfa, x = case("shared")
-    s, overlap = collect(mfa, x)
+    s, overlap = counted(mfa, x)
     assert dead_regions.find(mfa, s.mass, overlap, Guard(x, x.device)).moves == []
     # The same region, on a row that both others explain.
     mfa.means.data[2] = torch.tensor([1.5, 0.0, 0.0, 0.0])
     x[5] = mfa.means[2].detach()
-    s, overlap = collect(mfa, x)
+    s, overlap = counted(mfa, x)
     found = dead_regions.find(mfa, s.mass, overlap, Guard(x, x.device))
     assert [k for k, _ in found.moves] == found.lost == [2]
 
@@ -135,7 +135,7 @@ def test_what_would_be_missed_stays() -> None:
 def test_what_would_be_missed_is_not_in_the_sample() -> None:
     """The few tokens of a region count, whether the guard knows them or not."""
     mfa, x = case("shared")
-    s, overlap = collect(mfa, x)
+    s, overlap = counted(mfa, x)
     others = Guard(torch.cat([x[:5], x[6:]]), x.device)
     assert dead_regions.find(mfa, s.mass, overlap, others).moves == []
 
@@ -144,15 +144,12 @@ def test_what_would_be_missed_is_not_in_the_sample() -> None:
 def test_tokens_are_handed_on(noise: str) -> None:
     """The statistics become those of a mixture without the region, in which its row belongs to the others."""
     mfa, x = case(noise)
-    s, _ = collect(mfa, x)
+    s, _ = counted(mfa, x)
     assert 0.9 < s.mass[2] < 1.1
     moved = dead_regions.Revival([(2, 0)], [2], [0, 2], s.mass)
 
-    def expect(rows: Tensor, out: SufficientStatistics, weights: Tensor):
-        return expectation(rows, mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
-
     logits, likelihood = mfa.weight_logits.detach().clone(), s.log_likelihood.clone()
-    assert dead_regions.hand_on(mfa, moved, s, expect)
+    assert dead_regions.hand_on(mfa, moved, s, partial(expect, mfa))
     assert torch.equal(mfa.weight_logits, logits)
     assert torch.equal(s.log_likelihood, likelihood)
     assert s.mass[2] == 0
@@ -160,7 +157,7 @@ def test_tokens_are_handed_on(noise: str) -> None:
         mfa.means[:2], mfa.loadings[:2], mfa.noise_variance[:2] if noise != "shared" else mfa.noise_variance,
         mfa.log_weights[:2].exp(),
     )  # fmt: skip
-    expected, _ = collect(without, x)
+    expected, _ = counted(without, x)
     assert s.mass.sum() == pytest.approx(len(x))
     for name in ("mass", "shift", "latent", "second", "cross", "squares"):
         a, b = getattr(s, name), getattr(expected, name)
@@ -169,13 +166,9 @@ def test_tokens_are_handed_on(noise: str) -> None:
 
 def test_what_nobody_has_a_density_for_is_not_handed_on() -> None:
     mfa, x = case("shared")
-    s, _ = collect(mfa, x)
+    s, _ = counted(mfa, x)
     before = [tensor.clone() for tensor in s.tensors()]
     every = dead_regions.Revival([(0, 2), (1, 2), (2, 0)], [2], [0, 1, 2], s.mass)
-
-    def expect(rows: Tensor, out: SufficientStatistics, weights: Tensor):
-        return expectation(rows, mfa.parameters_in_compute_dtype(), mfa.woodbury(), out, weights)[0]
-
-    assert not dead_regions.hand_on(mfa, every, s, expect)
+    assert not dead_regions.hand_on(mfa, every, s, partial(expect, mfa))
     assert all(map(torch.equal, s.tensors(), before))
     assert mfa.log_weights.isfinite().all()

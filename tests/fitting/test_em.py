@@ -9,32 +9,15 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting import as_source, dead_regions, em, em_base, fit, m_step, online_em
+from mfa_kernels.fitting import dead_regions, em, em_base, fit, m_step, online_em
 from mfa_kernels.fitting.guard import Guard
-from mfa_kernels.mixture.fit_report import FitReport
-from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
-from tests.fitting.planted import Store, draw, nll, planted
-from tests.fitting.test_adam import settings
-
-TRUE = planted()
-ROWS = draw(TRUE, 6000)
-TEST = draw(TRUE, 3000, seed=2)
-BEST = nll(TRUE, TEST)
+from tests.fitting.parts import collect, stage
+from tests.fitting.planted import Store, counted_batches, draw, nll, planted, same
+from tests.fitting.test_fit import BEST, ROWS, TEST, TRUE
 
 
 def run(x=ROWS, n_components: int = 6, rank: int = 2, **options) -> MFA:
     return fit(x, n_components, rank, **{"method": "em", "epochs": 8, "progress": False, **options})
-
-
-def same(a: MFA, b: MFA) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
-
-
-def collect(mfa: MFA, x: Tensor) -> SufficientStatistics:
-    s = SufficientStatistics.zeros(mfa.means, mfa.rank, mfa.log_noise.dim() == 2)
-    with torch.no_grad():
-        expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
-    return s
 
 
 def poor(components: int, rank: int, noise: str, x: Tensor) -> MFA:
@@ -171,11 +154,7 @@ def test_overlap_finds_duplicates_alone():
     )
     overlap, mass = dead_regions.Overlap(7), torch.zeros(7, dtype=torch.float64)
     for part in ROWS.split(1700):
-        s = SufficientStatistics.zeros(mfa.means, 2, False)
-        with torch.no_grad():
-            active, r = expectation(part, mfa.parameters_in_compute_dtype(), mfa.woodbury(), s)
-        overlap.add(active.components, r)
-        mass += s.mass
+        mass += collect(mfa, part, overlap).mass
     assert overlap.duplicates(mass) == [(0, 6)]
 
 
@@ -223,18 +202,13 @@ def test_online_statistics_agree_with_revived_regions(noise):
         noise_variance,
         torch.tensor([0.7] + [1.0] * 6 + [0.3]),
     )
-    guard = Guard(x, x.device)
-    arguments = mfa, as_source(x), torch.arange(len(x)), x[:0], settings(), torch.Generator(), FitReport(), guard
-    online = online_em.OnlineEM(*arguments, start_rows=x)
+    online = stage(online_em.OnlineEM, mfa, x, start_rows=x)
     online.start_rows = None
     none = m_step.Prior(torch.zeros(12, 12).double(), 0.0, 0.0)
     for _ in range(2):
         online._maximize(collect(mfa, x), none)
     before, s = copy.deepcopy(mfa), online.statistics
-    with torch.no_grad():
-        zeros = SufficientStatistics.zeros(means, 2, noise != "shared")
-        active, r = expectation(x, mfa.parameters_in_compute_dtype(), mfa.woodbury(), zeros)
-    online.overlap.add(active.components, r)
+    collect(mfa, x, online.overlap)
     online.counted = s.mass.clone()
     online.revive(none, tokens=float(len(x)))
     assert online.report.revived_components == 2
@@ -276,13 +250,13 @@ def test_the_held_out_curve_does_not_rise(method, noise, monkeypatch):
     assert without[-1] > min(without) + 5
 
 
-@pytest.mark.parametrize("method", ["em", "online"])
-def test_same_seed_same_bits_and_global_generator_untouched(method):
+@pytest.mark.parametrize(("method", "more"), [("sgd", {"batch_size": 256}), ("em", {}), ("online", {})])
+def test_same_seed_same_bits_and_global_generator_untouched(method, more):
     state = torch.get_rng_state()
-    a, b = run(method=method, epochs=2), run(method=method, epochs=2)
+    a, b, c = (run(method=method, epochs=2, seed=seed, **more) for seed in (0, 0, 1))
     assert torch.equal(torch.get_rng_state(), state)
     assert same(a, b)
-    assert not same(a, run(method=method, epochs=2, seed=1))
+    assert not same(a, c)
 
 
 @pytest.mark.parametrize("method", ["em", "online"])
@@ -447,17 +421,7 @@ def test_a_row_that_is_met_too_far_out_changes_nothing():
 def test_nothing_with_a_finite_density_is_an_error():
     x = torch.randn(60, 3, generator=torch.Generator().manual_seed(0)) * 1e18
     mfa = MFA.from_parameters(torch.zeros(2, 3), torch.zeros(2, 3, 1), torch.full((3,), 1e-6), torch.ones(2))
-    batch = em.BatchEM(
-        mfa,
-        as_source(x),
-        torch.arange(60),
-        x[:0],
-        settings(),
-        torch.Generator(),
-        FitReport(),
-        Guard(x, x.device),
-        start_rows=x,
-    )
+    batch = stage(em.BatchEM, mfa, x, start_rows=x)
     with pytest.raises(RuntimeError, match="no row has a finite density"):
         batch.run()
 
@@ -493,23 +457,10 @@ class TestStreams:
         monkeypatch.setattr(preparation, "LEAST_START_ROWS", 1500)
 
     def test_every_row_is_read_once_and_let_go(self):
-        import weakref
-
-        alive: list[weakref.ref] = []
-        most = 0
-
-        def batches():
-            nonlocal most
-            for part in ROWS.split(300):
-                batch = part.clone()
-                alive.append(weakref.ref(batch))
-                most = max(most, sum(ref() is not None for ref in alive))
-                yield batch
-                del batch
-
-        mfa = run(batches(), method="online", seed=1)
+        alive: list[int] = []
+        mfa = run(counted_batches(ROWS, 300, alive), method="online", seed=1)
         assert len(alive) == 20
-        assert most < 10, "the head, and what is read"
+        assert max(alive) < 10, "the head, and what is read"
         assert nll(mfa, TEST) < BEST + 0.15
         report = mfa.fit_report
         assert report.method == "online"
@@ -552,16 +503,9 @@ def test_bad_input_is_named(options, message):
         run(**options)
 
 
-def test_activations_of_a_language_model(tmp_path):
-    from mfa_kernels.data import harvest as harvesting
-    from mfa_kernels.data import tiny_lm
-    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-
-    model, tokenizer = tiny_lm.load()
-    texts = stdlib_texts("held_out")[:20]
-    store = harvesting.harvest(model, tokenizer, texts, 2, tmp_path, max_tokens=6000, progress=False)
-    found = run(store, 16, 5, epochs=5).fit_report
-    sgd = run(store, 16, 5, method="sgd", epochs=5).fit_report
+def test_activations_of_a_language_model(activations_of_text):
+    found = run(activations_of_text, 16, 5, epochs=5).fit_report
+    sgd = run(activations_of_text, 16, 5, method="sgd", epochs=5).fit_report
     assert math.isfinite(found.held_out_nll)
     assert found.held_out_nll < sgd.held_out_nll
     assert found.live_components == 16

@@ -18,7 +18,7 @@ import mfa_kernels
 from mfa_kernels import MFA
 from mfa_kernels.fitting import fit, fit_many, preparation, stages
 from mfa_kernels.fitting.checkpoint import FILE
-from tests.fitting.planted import Store, draw, planted
+from tests.fitting.planted import Store, draw, planted, raising
 from tests.fitting.test_checkpoint import in_lives, result
 
 LAYERS = {4: draw(planted(), 4000), "model.layers.8": draw(planted(4, 7, 3), 4000)}
@@ -159,11 +159,7 @@ def test_callbacks_are_called_with_the_mixture_of_each():
 
 
 def test_an_error_of_one_ends_all_and_names_it():
-    def fail(mfa: MFA, record: dict[str, Any]) -> None:
-        if record["step"]:
-            raise RuntimeError("no more")
-
-    reading = batches()
+    reading, fail = batches(), raising(RuntimeError("no more"))
     with pytest.raises(RuntimeError, match="late: no more"):
         fit_many(reading, {"early": FITS["early"], "late": {**FITS["late"], "callbacks": [fail]}}, **OPTIONS)
     assert next(reading, None) is not None
@@ -191,10 +187,7 @@ def test_interrupted_while_reading_all_return_the_best_so_far():
 
 
 def test_interrupted_in_one_fit_all_return():
-    def stop(mfa: MFA, record: dict[str, Any]) -> None:
-        if record["step"] == 8:
-            raise KeyboardInterrupt
-
+    stop = raising(KeyboardInterrupt(), lambda record: record["step"] == 8)
     with pytest.warns(UserWarning, match="interrupted"):
         mixtures = fit_many(batches(), {"a": FITS["early"], "b": {**FITS["late"], "callbacks": [stop]}}, **OPTIONS)
     assert all(mfa.fit_report.interrupted for mfa in mixtures.values())

@@ -6,12 +6,16 @@ import math
 import pytest
 import torch
 
-from mfa_kernels import fit
+from mfa_kernels import MFA, fit
 from mfa_kernels.fitting import guard, preparation
 from mfa_kernels.fitting.guard import Guard
-from tests.fitting.planted import draw, nll, planted
+from tests.fitting.planted import SIX, draw, nll, planted
 
 TRUE = planted()
+
+
+def run(x, **options) -> MFA:
+    return fit(x, **{**SIX, **options})
 
 
 def test_the_rows_that_stick_out_stand_for_themselves(monkeypatch) -> None:
@@ -41,19 +45,12 @@ def test_all_rows_where_there_are_few() -> None:
 @pytest.mark.parametrize("method", ["em", "online", "sgd"])
 def test_a_state_that_is_worse_than_the_start_is_not_kept(method: str, held_out: float, monkeypatch) -> None:
     x = draw(TRUE, 3000)
-    options = {
-        "method": method,
-        "epochs": 2,
-        "held_out": held_out,
-        "progress": False,
-        "eval_every": 1,
-        "patience": None,
-    }
-    start = fit(x, 6, 2, **{**options, "epochs": 0})
+    options = {"method": method, "epochs": 2, "held_out": held_out, "eval_every": 1, "patience": None}
+    start = run(x, **{**options, "epochs": 0})
     found = iter([-1.0] + [-9.0] * 1000)
     monkeypatch.setattr(Guard, "log_likelihood", lambda self, mfa: next(found))
     with pytest.warns(UserWarning, match="states were not kept: rows that they were trained on"):
-        kept = fit(x, 6, 2, **options)
+        kept = run(x, **options)
     assert kept.fit_report.best_step == 0
     assert kept.fit_report.refused_states > 0
     assert all(torch.equal(p, q) for p, q in zip(kept.parameters(), start.parameters()))
@@ -65,9 +62,7 @@ def test_a_state_that_is_worse_than_the_start_is_not_kept(method: str, held_out:
 def test_gains_are_those_of_the_objective() -> None:
     """Adam has no prior to weigh the likelihood against."""
     x = draw(TRUE, 1500)
-    options = {"method": "sgd", "held_out": 0.0, "progress": False}
-    start = fit(x, 6, 2, epochs=0, **options)
-    mfa = fit(x, 6, 2, epochs=3, **options)
+    start, mfa = (run(x, epochs=epochs, method="sgd", held_out=0.0) for epochs in (0, 3))
     assert mfa.fit_report.history[-1]["gain"] == pytest.approx(nll(start, x) - nll(mfa, x), abs=1e-4)
     assert math.isfinite(mfa.fit_report.history[-1]["gain"])
 
@@ -96,10 +91,10 @@ def test_a_row_without_a_density_does_not_switch_it_off() -> None:
 def test_polish_is_compared_with_the_start_of_the_fit(method: str) -> None:
     """Steps that are much too long leave what EM had."""
     x = draw(TRUE, 1000)
-    options = {"method": method, "epochs": 2, "held_out": 0.0, "batch_size": 64, "progress": False}
-    before = fit(x, 6, 2, **options)
+    options = {"method": method, "epochs": 2, "held_out": 0.0, "batch_size": 64}
+    before = run(x, **options)
     with pytest.warns(UserWarning, match="states were not kept"):
-        after = fit(x, 6, 2, polish=1, lr=3.0, **options)
+        after = run(x, polish=1, lr=3.0, **options)
     assert nll(after, x) == pytest.approx(nll(before, x), rel=1e-6)
     assert min(record["gain"] for record in after.fit_report.history) < 0
 

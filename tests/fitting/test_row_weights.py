@@ -17,7 +17,7 @@ from mfa_kernels.fitting.m_step import DEFAULT_STRENGTH, Prior, maximize, pooled
 from mfa_kernels.fitting.row_weights import Weighed, weighted
 from mfa_kernels.fitting.run import Settings, mean_nll
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
-from tests.fitting.planted import Store, draw, nll, planted
+from tests.fitting.planted import Store, draw, nll, planted, raising, same
 
 TRUE = planted(4, 8, spread=4.0).double()
 ROWS = draw(TRUE, 1200)
@@ -51,10 +51,6 @@ def repeated() -> Tensor:
 def agree(a: MFA, b: MFA, **close: float) -> None:
     for (name, one), other in zip(a.named_parameters(), b.parameters()):
         torch.testing.assert_close(one, other, **(close or CLOSE), msg=lambda text, name=name: f"{name}: {text}")
-
-
-def same(a: MFA, b: MFA) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_component"])
@@ -297,13 +293,8 @@ def test_a_checkpoint_knows_the_weights(tmp_path):
 @pytest.mark.parametrize("method", ["em", "online", "sgd"])
 def test_a_fit_that_was_cut_off_goes_on_to_the_same_bits(method, tmp_path):
     options = {"method": method, "batch_size": 100, "weights": WEIGHTS}
-
-    def stop(mfa: MFA, record: dict) -> None:
-        if record["step"]:
-            raise KeyError("killed")
-
     with pytest.raises(KeyError):
-        run(**options, checkpoint=tmp_path, checkpoint_seconds=0, callbacks=[stop])
+        run(**options, checkpoint=tmp_path, checkpoint_seconds=0, callbacks=[raising(KeyError("killed"))])
     assert same(run(**options, checkpoint=tmp_path, resume=True), run(**options))
 
 

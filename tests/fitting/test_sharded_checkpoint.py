@@ -16,11 +16,9 @@ from mfa_kernels.fitting.checkpoint import FILE, State
 from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.sharded import ShardedMFA
-from tests.fitting.planted import draw, planted
-from tests.fitting.test_checkpoint import in_lives, result
+from tests.fitting.planted import SIX, raising
+from tests.fitting.test_checkpoint import ROWS, in_lives, result
 
-ROWS = draw(planted(), 3000)
-ROWS[::97, 0] = torch.nan
 METHODS: dict[str, dict[str, Any]] = {
     "em": {"method": "em"},
     "em, per component, nothing held out": {"method": "em", "noise": "per_component", "held_out": 0.0},
@@ -30,8 +28,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def run(x: Any = ROWS, **options: Any) -> ShardedMFA:
-    chosen = {"n_components": 6, "rank": 2, "epochs": 3, "checkpoint_seconds": 0, "progress": False, **options}
-    mfa: Any = fit(x, split="components", **chosen)
+    mfa: Any = fit(x, split="components", **{**SIX, "epochs": 3, "checkpoint_seconds": 0, **options})
     return mfa
 
 
@@ -119,7 +116,7 @@ def test_a_finished_fit_returns_its_result(tmp_path, monkeypatch):
 
 
 def test_it_is_no_checkpoint_of_a_fit_in_one_piece(tmp_path):
-    options: dict[str, Any] = {"n_components": 6, "rank": 2, "method": "em", "epochs": 0, "progress": False}
+    options: dict[str, Any] = {**SIX, "method": "em", "epochs": 0}
     fit(ROWS, **options, checkpoint=tmp_path / "one")
     run(**options, checkpoint=tmp_path / "several")
     with pytest.raises(ValueError, match="is not the checkpoint of a fit .its format is not 'mfa_kernels.fit_sharded'"):
@@ -155,15 +152,9 @@ def test_damage_is_reported_by_name(spoil, error, message, tmp_path):
 @pytest.mark.parametrize("method", ["em", "online"])
 def test_after_ctrl_c_a_fit_goes_on(method, tmp_path):
     """What it has is given back, and is no end."""
-
-    def interrupt(mfa, record):
-        if record["step"]:
-            raise KeyboardInterrupt
-
+    options = {"method": method, "eval_every": 1}
     with pytest.warns(UserWarning, match="fit: interrupted"):
-        mfa = run(method=method, eval_every=1, checkpoint=tmp_path, callbacks=[interrupt])
+        mfa = run(**options, checkpoint=tmp_path, callbacks=[raising(KeyboardInterrupt())])
     assert mfa.fit_report.interrupted
     assert json.loads((tmp_path / FILE).read_text())["stage"] == method
-    assert result(run(method=method, eval_every=1, checkpoint=tmp_path, resume=True)) == result(
-        run(method=method, eval_every=1)
-    )
+    assert result(run(**options, checkpoint=tmp_path, resume=True)) == result(run(**options))

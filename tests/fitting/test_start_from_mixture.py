@@ -12,7 +12,7 @@ from torch import Tensor
 from mfa_kernels import MFA, fit_many
 from mfa_kernels.fitting import fit, stages
 from mfa_kernels.fitting.start_from_mixture import start_from_mixture
-from tests.fitting.planted import draw, nll, planted
+from tests.fitting.planted import draw, nll, planted, raising
 
 TRUE = planted()
 ROWS = draw(TRUE, 3000)
@@ -163,13 +163,8 @@ def test_an_interrupted_fit_goes_on_to_the_same_bits(method, tmp_path):
     options = {"method": method, "batch_size": 256, "patience": None, "held_out": 0.1}
     start = first()
     whole = on(start, **options)
-
-    def stop(mfa: MFA, record: dict) -> None:
-        if record["step"]:
-            raise KeyError("killed")
-
     with pytest.raises(KeyError):
-        on(start, **options, checkpoint=tmp_path, checkpoint_seconds=0, callbacks=[stop])
+        on(start, **options, checkpoint=tmp_path, checkpoint_seconds=0, callbacks=[raising(KeyError("killed"))])
     assert same(on(start, **options, checkpoint=tmp_path, resume=True), whole)
 
 

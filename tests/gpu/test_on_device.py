@@ -24,7 +24,8 @@ from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, tokens
+from tests.ops.scan import test_scan
 from tests.ops.scan.test_scan import check_slots
 
 DEVICE = os.environ.get("MFA_KERNELS_TEST_DEVICE", "cuda")
@@ -60,17 +61,11 @@ def kernels() -> None:
         pytest.skip("CUDA tensors are served by plain PyTorch")
 
 
-def place(m: Mixture) -> Mixture:
-    return Mixture(*(t.to(DEVICE) for t in m))
-
-
 def problem(
     shape: tuple[int, int, int, int], per_component: bool = False, spread: float = 3.0, dtype=torch.float32
 ) -> tuple[Mixture, Tensor]:
     """A mixture and draws from it, on the device."""
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, spread=spread, dtype=dtype)
-    return place(m), tokens(m, n).to(DEVICE)
+    return drawn(*shape, device=DEVICE, per_component=per_component, spread=spread, dtype=dtype)
 
 
 def module(m: Mixture, **options: Any) -> MFA:
@@ -79,7 +74,7 @@ def module(m: Mixture, **options: Any) -> MFA:
 
 def dense(m: Mixture, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Every logit (N, K) by the formula, in slices of tokens: it forms N x K x D."""
-    m, x = Mixture(*(t.to(dtype) for t in m)), x.to(dtype)
+    m, x = m.to(dtype), x.to(dtype)
     step = max(1, (1 << 24) // m.means.numel())
     parts = [m.log_weights + reference.component_log_prob(part, *m[:3]) for part in x.split(step)]
     return torch.cat(parts)
@@ -139,13 +134,9 @@ def test_wide_features():
 
 def test_outlier_dimensions_and_close_components():
     """Two dimensions near 3000 and -1500, as in residual streams; components closer than a rounding of |x|^2."""
-    m = mixture(64, 512, 10, spread=0.1, dtype=torch.float64)
-    m = Mixture(m.means * 0.15, m.loadings * 0.15, m.noise_variance * 0.02, torch.zeros_like(m.log_weights) - 4)
-    m.means[:, 7] += 3000
-    m.means[:, 300] -= 1500
-    m = m.to(torch.float32)
+    m = test_scan.outlier_dimensions(10)
     x = tokens(m, 1000).to(DEVICE)
-    m = place(m)
+    m = m.to(DEVICE)
     truth = dense(m, x)
     for center in (m.means.mean(0), torch.zeros_like(m.means[0])):
         active = m.active(x, center=center)
@@ -206,14 +197,7 @@ def test_views_and_strides():
 @SPREAD
 def test_two_runs_are_bitwise_equal(spread):
     m, x = problem((1000, 401, 400, 10), spread=spread)
-    runs = []
-    for _ in range(2):
-        leaves = [t.clone().requires_grad_() for t in (x, *m)]
-        active = Mixture(*leaves[1:]).active(leaves[0])
-        active.log_prob.sum().backward()
-        runs.append([*active, *(t.grad for t in leaves)])
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
+    test_scan.check_two_runs_are_bitwise_equal(m, x)
 
 
 @NOISE
@@ -268,12 +252,7 @@ def test_gradients(shape, per_component, spread):
 @pytest.mark.parametrize("wanted", range(5))
 def test_only_the_gradients_asked_for(wanted):
     m, x = problem((130, 131, 70, 10))
-    every = [t.clone().requires_grad_() for t in (x, *m)]
-    Mixture(*every[1:]).active(every[0]).log_prob.sum().backward()
-    one = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, *m))]
-    Mixture(*one[1:]).active(one[0]).log_prob.sum().backward()
-    assert [t.grad is not None for t in one] == [i == wanted for i in range(5)]
-    assert torch.equal(one[wanted].grad, every[wanted].grad)
+    test_scan.check_only_the_gradients_asked_for(m, x, wanted)
 
 
 def test_gradient_of_bf16_tokens():
@@ -288,15 +267,7 @@ def test_gradient_of_bf16_tokens():
 
 def test_gradient_through_the_logits_of_the_pairs():
     m, x = problem((50, 12, 40, 4), spread=1.0, dtype=torch.float64)
-    pick = torch.randn(50, 12, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(DEVICE)
-    leaves, wide = ([t.clone().requires_grad_() for t in (x, *m)] for _ in range(2))
-    active = Mixture(*leaves[1:]).active(leaves[0], slots=12)
-    r = (active.logits - active.log_prob.unsqueeze(-1)).exp()
-    (r * pick.gather(1, active.components.long().clamp_min(0))).sum().backward()
-    logits = wide[4] + reference.component_log_prob(*wide[:4])
-    (logits.softmax(-1) * pick).sum().backward()
-    for found, expected in zip(leaves, wide, strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-7, atol=1e-8)
+    test_scan.check_gradient_through_the_logits(m, x, rtol=1e-7, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", [(1, 401, 400, 10), (130, 131, 70, 10), (130, 35, 70, 0)], ids=str)
@@ -637,7 +608,7 @@ def test_a_sample_that_stays_on_the_host_changes_nothing(method, monkeypatch):
     x = draw(planted(), 4000)
     options = {"method": method, "epochs": 2, "batch_size": 500, "device": DEVICE, "progress": False}
     held = fit(x, 6, 2, **options)
-    monkeypatch.setattr(source, "_room", lambda device: 0)
+    monkeypatch.setattr(source, "room", lambda device: 0)
     left = fit(x, 6, 2, **options)
     assert left.means.device.type == torch.device(DEVICE).type
     for name, tensor in held.state_dict().items():

@@ -10,6 +10,8 @@ from torch.distributions import Categorical, LowRankMultivariateNormal, MixtureS
 
 from mfa_kernels import MFA, ops
 from mfa_kernels.ops.scan import reference
+from mfa_kernels.ops.woodbury import op as woodbury_op
+from mfa_kernels.ops.woodbury import portable as woodbury_portable
 
 
 class Mixture(NamedTuple):
@@ -18,8 +20,8 @@ class Mixture(NamedTuple):
     noise_variance: Tensor
     log_weights: Tensor
 
-    def to(self, dtype: torch.dtype) -> Mixture:
-        return Mixture(*(t.to(dtype) for t in self))
+    def to(self, target: torch.dtype | torch.device | str) -> Mixture:
+        return Mixture(*(t.to(target) for t in self))
 
     def woodbury(self, center: Tensor | None = None) -> ops.Woodbury:
         center = torch.zeros_like(self.means[0]) if center is None else center
@@ -77,6 +79,26 @@ def tokens(m: Mixture, count: int, seed: int = 1) -> Tensor:
     noise = torch.randn(count, features, generator=generator).to(m.means)
     scale = m.noise_variance.expand_as(m.means)[k].sqrt()
     return m.means[k] + torch.einsum("ndr,nr->nd", m.loadings[k], z) + scale * noise
+
+
+def drawn(
+    count: int, components: int, features: int, rank: int, *, device: str = "cpu", **options: Any
+) -> tuple[Mixture, Tensor]:
+    """A mixture and draws from it, on a device; options are those of `mixture`."""
+    m = mixture(components, features, rank, **options)
+    return m.to(device), tokens(m, count).to(device)
+
+
+def portable_factors(m: Mixture) -> ops.Woodbury:
+    """In the layout of the kernels of a GPU, whatever serves this device."""
+    scale, per_component = woodbury_op.scale_of(m.noise_variance).contiguous(), m.noise_variance.dim() == 2
+    return ops.Woodbury(*woodbury_portable.portable(*m[:3]), scale, m.means.mean(0), per_component)
+
+
+def rounded_factors(m: Mixture) -> ops.Woodbury:
+    """Factors of float64 in float32: their rounding alone separates them from the oracle's."""
+    wide = portable_factors(m.to(torch.float64))
+    return ops.Woodbury(*(t.float().contiguous() for t in wide.tensors()), wide.per_component)
 
 
 def adversarial(

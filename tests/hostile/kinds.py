@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from mfa_kernels.fitting.sharded_checkpoint import ShardedCheckpoints
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.sharded import ShardedMFA
 from mfa_kernels.ops.common import configs
-from tests.fitting.planted import draw, planted
+from tests.fitting.planted import CutOff, draw, planted
 from tests.helpers.mixtures import random_mfa
 
 ROWS = draw(planted(2, 4, 1), 240)
@@ -83,10 +84,6 @@ def read_store(folder: Path) -> Any:
 # Checkpoints of fits
 
 
-class Enough(Exception):
-    pass
-
-
 def cut_off(work: Callable[[], Any], after: int) -> None:
     """Ends a fit after so many checkpoints."""
     whole, left = checkpoint.Checkpoints._publish, [after]
@@ -95,15 +92,13 @@ def cut_off(work: Callable[[], Any], after: int) -> None:
         whole(self, *args)
         left[0] -= 1
         if not left[0]:
-            raise Enough
+            raise CutOff
 
-    checkpoint.Checkpoints._publish = publish  # type: ignore[method-assign]
-    try:
-        work()
-    except Enough:
-        return
-    finally:
-        checkpoint.Checkpoints._publish = whole  # type: ignore[method-assign]
+    with patch.object(checkpoint.Checkpoints, "_publish", publish):
+        try:
+            work()
+        except CutOff:
+            return
     raise AssertionError("the fit ended before")
 
 
@@ -127,12 +122,9 @@ def fitting(method: str) -> Callable[[Path, int], None]:
 
 
 def fitting_many(folder: Path, seed: int) -> None:
-    least, preparation.LEAST_START_ROWS = preparation.LEAST_START_ROWS, 120
-    try:
-        options = {**OPTIONS, "checkpoint": folder, "seed": seed}
+    options = {**OPTIONS, "checkpoint": folder, "seed": seed}
+    with patch.object(preparation, "LEAST_START_ROWS", 120):
         cut_off(lambda: fit_many(iter(ROWS.split(50)), {"a": {"n_components": 2}}, **options), 3)
-    finally:
-        preparation.LEAST_START_ROWS = least
 
 
 SETTINGS: dict[tuple[str, int], Any] = {}  # of a fit that was made, for a reader to expect

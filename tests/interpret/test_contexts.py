@@ -156,8 +156,7 @@ def test_a_screen_that_is_there_is_used(monkeypatch: pytest.MonkeyPatch) -> None
     assert (before[0], mfa.screened()[1]) == before
 
 
-def test_an_outlying_scale_keeps_the_digits_of_distances() -> None:
-    mfa, store, region = planted()
+def test_an_outlying_scale_keeps_the_digits_of_distances(mfa: MFA, store: MemoryStore, region: Tensor) -> None:
     with torch.no_grad():
         shift = torch.zeros(8)
         shift[2] = 1e4
@@ -170,8 +169,7 @@ def test_an_outlying_scale_keeps_the_digits_of_distances() -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_latents_of_a_region_read_its_rows_alone() -> None:
-    mfa, store, _ = planted()
+def test_latents_of_a_region_read_its_rows_alone(mfa: MFA, store: MemoryStore) -> None:
     a = assignments(mfa, store, progress=False)
     kept = assignments(mfa, store, latents=True, progress=False)
     store.asked.clear()
@@ -183,8 +181,7 @@ def test_latents_of_a_region_read_its_rows_alone() -> None:
 
 @pytest.mark.parametrize("by", ["responsibility", "distance", "latent"])
 @pytest.mark.parametrize("sign", [1, -1])
-def test_top_contexts_are_the_best_of_all(by: str, sign: int) -> None:
-    mfa, store, region = planted()
+def test_top_contexts_are_the_best_of_all(mfa: MFA, store: MemoryStore, region: Tensor, by: str, sign: int) -> None:
     found = top_contexts(mfa, store, WORDS, 3, 9, by, axis=1, sign=sign, before=400, after=400, progress=False)
     rows = (region == 3).nonzero().squeeze(1)
     rows = rows[store.activations[rows].isfinite().all(-1)]
@@ -218,8 +215,7 @@ def test_responsibility_comes_before_nearness() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [3, 64, 1000])
-def test_results_do_not_depend_on_the_batch_size(batch_size: int) -> None:
-    mfa, store, _ = planted()
+def test_results_do_not_depend_on_the_batch_size(mfa: MFA, store: MemoryStore, batch_size: int) -> None:
     whole = assignments(mfa, store, batch_size=len(store), progress=False)
     parts = assignments(mfa, store, batch_size=batch_size, progress=False)
     for by in ("responsibility", "distance"):
@@ -230,16 +226,14 @@ def test_results_do_not_depend_on_the_batch_size(batch_size: int) -> None:
     )
 
 
-def test_many_regions_at_once_are_each_region_alone() -> None:
-    mfa, store, _ = planted()
+def test_many_regions_at_once_are_each_region_alone(mfa: MFA, store: MemoryStore) -> None:
     together = top_contexts(mfa, store, WORDS, [2, 0], 4, progress=False)
     assert list(together) == [2, 0]
     for k in (0, 2):
         assert together[k] == top_contexts(mfa, store, WORDS, k, 4, progress=False)
 
 
-def test_texts_that_repeat_are_shown_once() -> None:
-    mfa, store, _ = planted()
+def test_texts_that_repeat_are_shown_once(mfa: MFA, store: MemoryStore) -> None:
     x = store.activations[4:24].repeat(30, 1)
     repeating = MemoryStore(x, [store.tokens[4:24].tolist()] * 30)
     found = top_contexts(mfa, repeating, WORDS, 3, 5, by="distance", progress=False)
@@ -247,8 +241,7 @@ def test_texts_that_repeat_are_shown_once() -> None:
     assert len({c.row % 20 for c in found}) == 5
 
 
-def test_a_region_without_rows_has_no_contexts() -> None:
-    mfa, store, _ = planted()
+def test_a_region_without_rows_has_no_contexts(mfa: MFA, store: MemoryStore) -> None:
     with torch.no_grad():
         mfa.means[1] = 1e4
     assert top_contexts(mfa, store, WORDS, 1, progress=False) == []
@@ -257,8 +250,7 @@ def test_a_region_without_rows_has_no_contexts() -> None:
     assert (summary.rows, summary.tokens, summary.contexts) == (0, [], [])
 
 
-def test_an_axis_goes_from_one_extreme_to_the_other() -> None:
-    mfa, store, region = planted()
+def test_an_axis_goes_from_one_extreme_to_the_other(mfa: MFA, store: MemoryStore, region: Tensor) -> None:
     rows = (region == 2).nonzero().squeeze(1)
     rows = rows[store.activations[rows].isfinite().all(-1)]
     z, order = _latents(mfa, store.activations[rows], 2)[:, 0].sort()
@@ -272,8 +264,7 @@ def test_an_axis_goes_from_one_extreme_to_the_other() -> None:
     assert [g.value for g in groups] == pytest.approx([float(z[0]), float(z[middle]), float(z[-1])], abs=1e-3)
 
 
-def test_bad_input_is_named() -> None:
-    mfa, store, _ = planted()
+def test_bad_input_is_named(mfa: MFA, store: MemoryStore) -> None:
     narrow = MemoryStore(torch.zeros(2, 5), [[0, 1]])
     with pytest.raises(ValueError, match="5 features, but the mixture has 8"):
         assignments(mfa, narrow)

@@ -68,8 +68,7 @@ def test_a_map_of_many_regions(tmp_path: Path, drawn: list[Any]) -> None:
         assert frame.y0 - 5 < box.y0 < box.y1 < frame.y1 + 5
 
 
-def test_the_inside_of_a_region(tmp_path: Path, drawn: list[Any]) -> None:
-    mfa, store, _ = planted()
+def test_the_inside_of_a_region(mfa: Any, store: Any, tmp_path: Path, drawn: list[Any]) -> None:
     store.documents = [[(5, 4, 6)[i % 3] for i in d] for d in store.documents]  # "$x_{$", "<script>", "_"
     path = region_scatter(mfa, store, 3, tmp_path / "in.png", tokenizer=WORDS, axes=(1, 0), progress=False)
     assert _is_a_picture(path)
@@ -86,8 +85,7 @@ def test_the_inside_of_a_region(tmp_path: Path, drawn: list[Any]) -> None:
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == count
 
 
-def test_rare_tokens_are_drawn_as_others(tmp_path: Path, drawn: list[Any]) -> None:
-    mfa, store, _ = planted()
+def test_rare_tokens_are_drawn_as_others(mfa: Any, store: Any, tmp_path: Path, drawn: list[Any]) -> None:
     vocabulary = Words([f"w{i}" for i in range(40)])
     store.documents = [[(7 * i + j) % 40 for j, i in enumerate(d)] for d in store.documents]
     region_scatter(mfa, store, 2, tmp_path / "in.png", tokenizer=vocabulary, progress=False)
@@ -96,8 +94,7 @@ def test_rare_tokens_are_drawn_as_others(tmp_path: Path, drawn: list[Any]) -> No
     assert entries[-1].startswith(" other")
 
 
-def test_a_figure_replaces_the_one_before_and_leaves_no_state(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_a_figure_replaces_the_one_before_and_leaves_no_state(mfa: Any, store: Any, tmp_path: Path) -> None:
     known = "matplotlib.pyplot" in sys.modules
     path = tmp_path / "deeper" / "in.png"
     for k in (1, 2):
@@ -107,8 +104,7 @@ def test_a_figure_replaces_the_one_before_and_leaves_no_state(tmp_path: Path) ->
     assert known or "matplotlib.pyplot" not in sys.modules
 
 
-def test_bad_input_is_named(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_bad_input_is_named(mfa: Any, store: Any, tmp_path: Path) -> None:
     options = {"tokenizer": WORDS, "progress": False}
     with pytest.raises(ValueError, match="two different latents"):
         region_scatter(mfa, store, 0, tmp_path / "x.png", axes=(1, 1), **options)
@@ -167,8 +163,7 @@ def test_one_row_is_a_region_too(tmp_path: Path) -> None:
     assert _is_a_picture(region_scatter(mfa, store, 0, tmp_path / "x.png", tokenizer=WORDS, progress=False))
 
 
-def test_a_map_takes_summaries_and_writes_a_png(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_a_map_takes_summaries_and_writes_a_png(mfa: Any, store: Any, tmp_path: Path) -> None:
     for wrong, message in ((store, "summaries must be what"), ([3], r"summaries\[0\] must be a RegionSummary, got 3")):
         with pytest.raises(TypeError, match=message):
             regions_map(mfa, wrong, tmp_path / "map.png")

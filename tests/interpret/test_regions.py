@@ -16,8 +16,7 @@ from tests.interpret.planted import MemoryStore, Words, planted
 WORDS = Words()
 
 
-def test_summaries_count_what_is_there() -> None:
-    mfa, store, region = planted()
+def test_summaries_count_what_is_there(mfa: MFA, store: MemoryStore, region: torch.Tensor) -> None:
     finite = store.activations.isfinite().all(-1)
     tokens = store.tokens
     totals = Counter(tokens[finite].tolist())
@@ -86,8 +85,7 @@ def test_what_comes_before_makes_a_region_interesting() -> None:
     assert interesting_regions(mfa, store, 1, progress=False) == [1]
 
 
-def test_a_document_is_read_once() -> None:
-    mfa, store, _ = planted()
+def test_a_document_is_read_once(mfa: MFA, store: MemoryStore) -> None:
     assert len(interesting_regions(mfa, store, progress=False)) == 4
     assert sorted(store.decoded) == list(range(20))
 
@@ -107,8 +105,7 @@ def test_the_gain_of_a_random_group_is_not_positive() -> None:
     assert float(same) == pytest.approx(float(-frequencies[99].log()), rel=0.1)
 
 
-def test_assignments_of_other_data_are_refused() -> None:
-    mfa, store, _ = planted()
+def test_assignments_of_other_data_are_refused(mfa: MFA, store: MemoryStore) -> None:
     other = assignments(planted(40)[0], planted(40)[1], progress=False)
     with pytest.raises(ValueError, match="assigned holds 40 rows"):
         region_summaries(mfa, store, WORDS, assigned=other)

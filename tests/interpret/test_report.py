@@ -83,8 +83,7 @@ def test_a_page_stands_alone(tmp_path: Path) -> None:
     assert "default-src 'none'" in (policy or "")
 
 
-def test_everything_is_escaped(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_everything_is_escaped(mfa: Any, store: Any, tmp_path: Path) -> None:
     store.documents = [[i % len(HOSTILE.vocabulary) for i in d] for d in store.documents]
     store.meta = {"model": "<b>model", "layer": 3}  # type: ignore[attr-defined]
     page = _report(tmp_path / "report.html", mfa, store, HOSTILE, title="<i>title</i>")
@@ -97,8 +96,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert '<script>alert("1")</script>' in page.inside("mark")  # what a reader sees
 
 
-def test_a_page_tells_what_the_parts_found(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_a_page_tells_what_the_parts_found(mfa: Any, store: Any, tmp_path: Path) -> None:
     a = assignments(mfa, store, progress=False)
     page = _report(tmp_path / "report.html", mfa, store, components=[2, 0], assigned=a, n_contexts=4)
     cells = " ".join(page.inside("td"))
@@ -138,16 +136,14 @@ def test_numbers_of_a_page_have_their_units(tmp_path: Path) -> None:
     ("model", "shown"),
     [("/home/me/models/tiny", "local:tiny"), (r"C:\me\tiny", "local:tiny"), ("maker/model-2b", "maker/model-2b")],
 )
-def test_a_page_does_not_tell_folders(tmp_path: Path, model: str, shown: str) -> None:
-    mfa, store, _ = planted()
+def test_a_page_does_not_tell_folders(mfa: Any, store: Any, tmp_path: Path, model: str, shown: str) -> None:
     store.meta = {"model": model, "layer": 3}  # type: ignore[attr-defined]
     cells = _report(tmp_path / "report.html", mfa, store).inside("td")
     assert shown in cells
     assert model == shown or model not in cells
 
 
-def test_regions_are_chosen_where_none_are_given(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_regions_are_chosen_where_none_are_given(mfa: Any, store: Any, tmp_path: Path) -> None:
     page = _report(tmp_path / "report.html", mfa, store, n_regions=3, n_axes=0)
     assert len(page.inside("h2")) == 3
     assert page.inside("h3") == []
@@ -163,8 +159,7 @@ def test_small_mixtures_have_reports(tmp_path: Path, rank: int) -> None:
     assert len(page.inside("h3")) == rank
 
 
-def test_a_region_without_rows_is_shown_as_such(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_a_region_without_rows_is_shown_as_such(mfa: Any, store: Any, tmp_path: Path) -> None:
     with torch.no_grad():
         mfa.means[1] = 1e4
     page = _report(tmp_path / "report.html", mfa, store, components=[1])
@@ -232,8 +227,7 @@ def test_text_becomes_html_in_one_place_only() -> None:
     assert isinstance(_tag("p"), _Html)
 
 
-def test_an_unknown_region_is_named(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_an_unknown_region_is_named(mfa: Any, store: Any, tmp_path: Path) -> None:
     with pytest.raises(IndexError, match=r"components must be in \[0, 4\), got 9"):
         write_report(tmp_path / "report.html", mfa, store, WORDS, components=[9], progress=False)
     assert not list(tmp_path.iterdir())
@@ -263,8 +257,7 @@ def test_a_real_model_and_store(tmp_path: Path) -> None:
     assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", (tmp_path / "out" / "report.html").read_text())
 
 
-def test_arguments_in_another_order_are_named(tmp_path: Path) -> None:
-    mfa, store, _ = planted()
+def test_arguments_in_another_order_are_named(mfa: Any, store: Any, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     for given, message in (
         ((mfa, path, store, WORDS), "path must be a path"),

@@ -2,10 +2,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.mixture import functional
-from tests.helpers.mixtures import mixture, tokens
+from tests.helpers.mixtures import Mixture, mixture, tokens
+
+
+@pytest.fixture
+def m() -> Mixture:
+    return mixture(4, 5, 2)
+
+
+@pytest.fixture
+def x(m: Mixture) -> Tensor:
+    return tokens(m, 6)
 
 
 @pytest.mark.parametrize("precision", functional.PRECISIONS)
@@ -29,16 +40,12 @@ def test_half_parameters_compute_in_fp32():
     torch.testing.assert_close(functional.log_prob(x, *m), m.log_prob_fp64(x).float(), rtol=1e-4, atol=1e-3)
 
 
-def test_compiles_without_graph_breaks():
-    m = mixture(4, 5, 2)
-    x = tokens(m, 6)
+def test_compiles_without_graph_breaks(m, x):
     out = torch.compile(functional.log_prob, fullgraph=True)(x, *m)
     torch.testing.assert_close(out, functional.log_prob(x, *m))
 
 
-def test_bad_arguments():
-    m = mixture(4, 5, 2)
-    x = tokens(m, 6)
+def test_bad_arguments(m, x):
     with pytest.raises(ValueError, match="precision must be one of"):
         functional.log_prob(x, *m, precision="tf32")
     with pytest.raises(TypeError, match="loadings is torch.float64, but means is torch.float32"):
@@ -54,9 +61,7 @@ def test_bad_arguments():
 
 
 @pytest.mark.parametrize("precision", functional.PRECISIONS)
-def test_weights_that_are_no_logarithms_are_refused(precision):
-    m = mixture(4, 5, 2)
-    x = tokens(m, 6)
+def test_weights_that_are_no_logarithms_are_refused(m, x, precision):
     given = {
         "weights": m.log_weights.exp(), "of one": torch.ones(4) / 4, "logits": m.log_weights + 0.1,
         "nothing": torch.full((4,), -torch.inf), "NaN": m.log_weights * torch.nan,
@@ -97,10 +102,8 @@ def test_a_noise_variance_that_is_none_is_refused(value, shape, precision):
         functional.log_prob(tokens(m, 6), *m, precision=precision)
 
 
-def test_what_nobody_can_look_at_is_taken():
+def test_what_nobody_can_look_at_is_taken(m, x):
     """Under vmap there are no single values, and under torch.compile and on the meta device none at all."""
-    m = mixture(4, 5, 2)
-    x = tokens(m, 6)
     weights = torch.stack([m.log_weights, m.log_weights.flip(0)])
     expected = torch.stack([functional.log_prob(x, *m[:3], w) for w in weights])
     found = torch.vmap(lambda w: functional.log_prob(x, *m[:3], w))(weights)
@@ -109,10 +112,8 @@ def test_what_nobody_can_look_at_is_taken():
     assert functional.log_prob(*on_meta).shape == (6,)
 
 
-def test_a_mixture_pays_for_no_check(monkeypatch):
+def test_a_mixture_pays_for_no_check(m, x, monkeypatch):
     """Its weights are normalised as they are made, and its noise variance is an exponential."""
-    m = mixture(4, 5, 2)
-    x = tokens(m, 6)
     monkeypatch.setattr(functional, "_check_values", lambda *given: pytest.fail("checked"))
     for precision in functional.PRECISIONS:
         mfa = MFA.from_parameters(m.means, m.loadings, m.noise_variance, m.log_weights.exp(), precision=precision)

@@ -14,7 +14,7 @@ from mfa_kernels.mixture.screening import Screening
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.scan.types import SLOTS
 from tests.fitting.planted import draw, planted
-from tests.fitting.test_checkpoint import CutOff, cut_off_after, result
+from tests.fitting.test_checkpoint import in_lives, result
 
 pytestmark = pytest.mark.skipif(cpp.library() is None, reason="bounds need the C++ kernels")
 
@@ -99,16 +99,7 @@ def test_cut_off_it_goes_on_to_the_same_bits(method, monkeypatch, tmp_path):
     """In the middle of passes, between them, and where another choice is due in the one to come."""
     monkeypatch.setattr(screening, "_DRIFT", 0.0)
     expected = result(run(method=method))
-    cuts = 0
-    while True:
-        with monkeypatch.context() as patch:
-            cut_off_after(1 if cuts else 0, patch)
-            try:
-                mfa = run(method=method, checkpoint=tmp_path, resume=True)
-            except CutOff:
-                cuts += 1
-                continue
-        break
+    mfa, cuts = in_lives(lambda: run(method=method, checkpoint=tmp_path, resume=True), monkeypatch)
     assert cuts > 8
     assert result(mfa) == expected
 

@@ -17,8 +17,8 @@ from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import op as screen_op
 from mfa_kernels.ops.screen.types import AnyScreen
 from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate, expectation
-from tests.helpers.mixtures import Mixture, mixture, random_mfa, tokens
-from tests.helpers.threads import threads
+from tests.helpers.mixtures import Mixture, drawn, mixture, random_mfa, tokens
+from tests.helpers.threads import same_bits
 from tests.helpers.unsteady_blas import unsteady_blas
 from tests.ops.intervene.cases import case
 
@@ -45,16 +45,8 @@ def any_blas() -> Iterator[None]:
 
 
 def check(run: Callable[[], list[Tensor]]) -> list[Tensor]:
-    """The results, the same bits for every number of threads."""
-    wanted = None
-    for count in COUNTS:
-        with threads(count):
-            found = run()
-        wanted = found if wanted is None else wanted
-        for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-            assert torch.equal(a.nan_to_num(7), b.nan_to_num(7)), f"result {i} on {count} threads"
-    assert wanted is not None
-    return wanted
+    """The results, NaN replaced, the same bits for every number of threads."""
+    return same_bits(lambda: [t.nan_to_num(7) for t in run()], COUNTS)
 
 
 def test_the_blas_of_these_tests_is_unsteady():
@@ -106,8 +98,7 @@ def test_what_a_mixture_says_of_tokens():
 @NOISE
 @DTYPES
 def test_gradients_of_the_pairs(per_component, dtype):
-    m = mixture(150, 70, 5, per_component=per_component, spread=2.0, dtype=dtype)
-    x = tokens(m, 300)
+    m, x = drawn(300, 150, 70, 5, per_component=per_component, spread=2.0, dtype=dtype)
     upstream = torch.randn(300, generator=torch.Generator().manual_seed(5)).to(dtype)
     assert (m.active(x).counts <= 16).all(), "tokens that overflow go by GEMM"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -55,8 +57,7 @@ def test_half_precision_tokens_are_rounded_little(dtype: torch.dtype, interventi
     assert ((rows.double() - wide).abs() <= torch.finfo(dtype).eps / 2 * wide.abs() + 3e-5).all()
 
 
-def test_outlier_dimension_survives_half_precision() -> None:
-    mfa = fitting_mixture()
+def test_outlier_dimension_survives_half_precision(mfa: Any) -> None:
     mfa.means[:, 5] += 3000.0
     x = tokens(4)
     x[:, 5] += 2900.0
@@ -99,8 +100,7 @@ def test_rows_repeat_over_an_expanded_batch() -> None:
         intervene(x, mfa, rows=[None] * 4)
 
 
-def test_no_responsibility_for_fixed_components(monkeypatch: pytest.MonkeyPatch) -> None:
-    mfa = fitting_mixture()
+def test_no_responsibility_for_fixed_components(mfa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(mfa), "encode", lambda *args, **kwargs: pytest.fail("encode was called"))
     intervene(tokens(3), mfa, BOTH)
 
@@ -194,8 +194,7 @@ def test_rank_zero_and_a_single_component() -> None:
     )
 
 
-def test_bad_input_is_named() -> None:
-    mfa = fitting_mixture()
+def test_bad_input_is_named(mfa: Any) -> None:
     with pytest.raises(ValueError, match="alpha must be below 65504, as hidden states are in torch.float16"):
         intervene(torch.zeros(2, 32).half(), mfa, Toward(1, 1e5))
     with pytest.raises(ValueError, match=r"x must have shape \(..., 32\) to fit the mixture, got \(2, 31\)"):

@@ -161,8 +161,7 @@ def soft_prompt(model: nn.Module, kind: str) -> None:
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @pytest.mark.parametrize("kind", ["prompt", "prefix"])
-def test_a_learnt_prompt_counts_as_prompt(kind: str, positions: str) -> None:
-    model, inputs = causal_lm(), prompts()
+def test_a_learnt_prompt_counts_as_prompt(model: Any, inputs: Any, kind: str, positions: str) -> None:
     soft_prompt(model, kind)
     mfa, ends = fitting_mixture(), 7 + VIRTUAL
     with steer(model, mfa, LAYER, COMPONENT, ALPHA, positions=positions) as handle:
@@ -294,8 +293,7 @@ def test_a_layer_that_runs_again_with_tensors_nobody_saw_is_an_error() -> None:
             Again.apply(hidden).sum().backward()
 
 
-def test_a_copy_of_a_steered_model_calls_its_own_layers() -> None:
-    model, inputs = causal_lm(), prompts()
+def test_a_copy_of_a_steered_model_calls_its_own_layers(model: Any, inputs: Any) -> None:
     with torch.no_grad(), steer(model, fitting_mixture(), LAYER, COMPONENT, ALPHA):
         copied = copy.deepcopy(model)
         steered = model(**inputs).logits
@@ -305,9 +303,8 @@ def test_a_copy_of_a_steered_model_calls_its_own_layers() -> None:
         assert torch.equal(copied(**inputs).logits, steered)
 
 
-def test_threads_do_not_disturb_each_other() -> None:
+def test_threads_do_not_disturb_each_other(model: Any, mfa: Any) -> None:
     """Prompts of other lengths, padding and steps, on one model at once, while its schedule asks where they are."""
-    model, mfa = causal_lm(), fitting_mixture()
     batches = [prompts(batch, length, padded=padded) for batch, length, padded in
                [(2, 7, True), (1, 5, False), (3, 9, True), (2, 12, False)]]  # fmt: skip
     for arguments in ({"positions": "generated"}, {"alpha": lambda step: 0.9 - 0.1 * step}, {"positions": "prompt"}):

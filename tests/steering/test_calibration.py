@@ -48,8 +48,7 @@ def test_the_kl_found_is_the_kl_wanted(name: str, kl: float) -> None:
         assert divergence(next_token(model, inputs), unsteered) == pytest.approx(kl, rel=2e-3)
 
 
-def test_other_handles_and_right_padding() -> None:
-    model, mfa = causal_lm(), fitting_mixture()
+def test_other_handles_and_right_padding(model: Any, mfa: Any) -> None:
     inputs = prompts(2)
     right = {name: F.pad(value, (0, 3)) for name, value in inputs.items()}
     with steer(model, mfa, 0, 1, 0.5):
@@ -60,8 +59,7 @@ def test_other_handles_and_right_padding() -> None:
             assert divergence(next_token(model, inputs), unsteered) == pytest.approx(0.05, rel=2e-3)
 
 
-def test_a_budget_out_of_reach_is_an_error_and_leaves_everything() -> None:
-    model, inputs = causal_lm(), prompts()
+def test_a_budget_out_of_reach_is_an_error_and_leaves_everything(model: Any, inputs: Any) -> None:
     with steer(model, fitting_mixture(), LAYER, 3, 0.25) as handle:
         before, hooks = next_token(model, inputs), count_hooks(model)
         with pytest.raises(ValueError, match=r"kl: at alpha = 1.0 it is [\d.]+ nats, less than 50.0"):
@@ -76,8 +74,7 @@ def test_a_budget_out_of_reach_is_an_error_and_leaves_everything() -> None:
         assert count_hooks(model) == hooks
 
 
-def test_a_kl_that_jumps_is_an_error() -> None:
-    model, inputs = causal_lm(), prompts()
+def test_a_kl_that_jumps_is_an_error(model: Any, inputs: Any) -> None:
     with (
         steer(model, fitting_mixture(), LAYER, interventions=[]) as handle,
         pytest.raises(ValueError, match="kl jumps over 0.05"),
@@ -85,9 +82,8 @@ def test_a_kl_that_jumps_is_an_error() -> None:
         alpha_for_kl(model, inputs, handle, 0.05, spec=lambda alpha: Toward(3, 1.0 if alpha > 0.3 else 0.0))
 
 
-def test_a_model_in_training_is_refused() -> None:
+def test_a_model_in_training_is_refused(model: Any) -> None:
     """Of all modules one is enough: its dropout would be taken for an effect of steering."""
-    model = causal_lm()
     with steer(model, fitting_mixture(), LAYER, 3, 0.1) as handle:
         model.get_submodule("model.layers.2").train()
         with pytest.raises(ValueError, match=r"model is in training mode.*call model.eval\(\)"):
@@ -124,8 +120,7 @@ def test_of_an_encoder_decoder_it_is_the_token_that_the_decoder_comes_to(masked:
             alpha_for_kl(model, inputs, handle, 0.05)
 
 
-def test_wrong_calls_are_named() -> None:
-    model, mfa = causal_lm(), fitting_mixture()
+def test_wrong_calls_are_named(model: Any, mfa: Any) -> None:
     with steer(model, mfa, LAYER, 1, 0.5) as handle:
         with pytest.raises(TypeError, match="spec must be callable, got 3"):
             alpha_for_kl(model, {"input_ids": prompts()}, handle, 0.1, spec=3)  # type: ignore[arg-type]

@@ -74,8 +74,7 @@ def test_one_graph(name: str, architecture: str) -> None:
 @pytest.mark.parametrize(
     "name", [name if i < 1 else pytest.param(name, marks=pytest.mark.more) for i, name in enumerate(BROKEN)]
 )
-def test_what_depends_on_the_position_breaks_the_graph_and_is_right(name: str) -> None:
-    model, mfa = causal_lm(), fitting_mixture()
+def test_what_depends_on_the_position_breaks_the_graph_and_is_right(model: Any, mfa: Any, name: str) -> None:
     with steer(model, mfa, LAYER, **BROKEN[name]):
         expected = decode(model, model)
         tokens, logits = decode(model, torch.compile(model, backend="eager"))
@@ -86,8 +85,7 @@ def test_what_depends_on_the_position_breaks_the_graph_and_is_right(name: str) -
             decode(model, torch.compile(model, fullgraph=True, backend="eager"))
 
 
-def test_updates_reach_the_compiled_step() -> None:
-    model, mfa = causal_lm(), fitting_mixture()
+def test_updates_reach_the_compiled_step(model: Any, mfa: Any) -> None:
     with steer(model, mfa, LAYER, 2, 0.6) as handle:
         step = torch.compile(model, fullgraph=True, backend="aot_eager")
         for change in ({}, {"alpha": 0.2}, {"component": 4}, {"alpha": 0.7}, {"gate": (0, 0.1)}):
@@ -99,8 +97,7 @@ def test_updates_reach_the_compiled_step() -> None:
     assert graphs() <= 4  # a region and an alpha are inputs; a gate is another graph
 
 
-def test_two_layers_and_removal() -> None:
-    model, mfa = causal_lm(), fitting_mixture()
+def test_two_layers_and_removal(model: Any, mfa: Any) -> None:
     clean = decode(model, model)
     step = torch.compile(model, fullgraph=True, backend="aot_eager")
     with steer(model, mfa, 0, 1, 0.5), steer(model, mfa, 2, None, 0.5):

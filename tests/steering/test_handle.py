@@ -62,8 +62,7 @@ class TestHandle:
         handle.remove()
         assert torch.equal(layer_output(model, inputs), clean)
 
-    def test_update_rereads_the_mixture(self) -> None:
-        model, inputs, mfa = causal_lm(), prompts(), fitting_mixture()
+    def test_update_rereads_the_mixture(self, model: Any, inputs: Any, mfa: Any) -> None:
         with steer(model, mfa, LAYER, 2, 1.0) as handle:
             mfa.means[2] += 1
             old = layer_output(model, inputs)
@@ -72,8 +71,7 @@ class TestHandle:
 
     @pytest.mark.parametrize("bad", [{"component": 99}, {"alpha": float("inf")}, {"latents": torch.ones(7)},
                                      {"positions": "first"}, {"gate": (0, 2.0)}, {"rows": [None]}])  # fmt: skip
-    def test_a_bad_update_changes_nothing(self, bad: dict[str, Any]) -> None:
-        model, inputs = causal_lm(), prompts()
+    def test_a_bad_update_changes_nothing(self, model: Any, inputs: Any, bad: dict[str, Any]) -> None:
         with steer(model, fitting_mixture(), LAYER, **BOTH) as handle:
             before = layer_output(model, inputs)
             with pytest.raises((IndexError, ValueError)):
@@ -82,8 +80,7 @@ class TestHandle:
             handle.update()
             assert torch.equal(layer_output(model, inputs), before)
 
-    def test_remove_twice_and_enter_again(self) -> None:
-        model, inputs = causal_lm(), prompts()
+    def test_remove_twice_and_enter_again(self, model: Any, inputs: Any) -> None:
         clean = layer_output(model, inputs)
         handle = steer(model, fitting_mixture(), LAYER, **BOTH)
         steered = layer_output(model, inputs)
@@ -97,8 +94,7 @@ class TestHandle:
         assert torch.equal(layer_output(model, inputs), clean)
         assert handle.stats() == Stats(28, 28)
 
-    def test_a_thousand_cycles_leave_nothing(self) -> None:
-        model, mfa, inputs = causal_lm(), fitting_mixture(), prompts()
+    def test_a_thousand_cycles_leave_nothing(self, model: Any, mfa: Any, inputs: Any) -> None:
         before, traces = layer_output(model, inputs), traces_on(model)
         tensors, memory, handle = 0, 0, None
         for cycle in range(1100):
@@ -134,14 +130,12 @@ class TestHandle:
             assert_same(generated(model, inputs), expected)
             assert handle.stats().tokens_steered > stats.tokens_steered
 
-    def test_stats_without_a_cache_count_every_reading(self) -> None:
-        model = causal_lm()
+    def test_stats_without_a_cache_count_every_reading(self, model: Any) -> None:
         with steer(model, fitting_mixture(), LAYER, **BOTH) as handle:
             generate(model, prompts(1), new=3, use_cache=False)
             assert handle.stats() == Stats(7 + 8 + 9, 7 + 8 + 9)
 
-    def test_an_error_inside_generate_leaves_the_model_clean(self) -> None:
-        model, inputs = causal_lm(), prompts()
+    def test_an_error_inside_generate_leaves_the_model_clean(self, model: Any, inputs: Any) -> None:
         traces, before = traces_on(model), generated(model, inputs)
         calls = 0
 
@@ -159,15 +153,14 @@ class TestHandle:
         assert traces_on(model) == traces
         assert_same(generated(model, inputs), before)
 
-    def test_a_run_after_a_failed_one_starts_anew(self) -> None:
-        model, inputs = causal_lm(), prompts(padded=True)
+    def test_a_run_after_a_failed_one_starts_anew(self, model: Any, padded: Any) -> None:
         with steer(model, fitting_mixture(), LAYER, **BOTH, positions="generated") as handle:
-            expected = generated(model, inputs)
+            expected = generated(model, padded)
             first = handle.stats()
             with pytest.raises(RuntimeError, match="stop"):
-                generate(model, inputs, logits_processor=[_Stop()])
+                generate(model, padded, logits_processor=[_Stop()])
             between = handle.stats()
-            assert_same(generated(model, inputs), expected)
+            assert_same(generated(model, padded), expected)
             assert handle.stats().tokens_steered - between.tokens_steered == first.tokens_steered == 8
 
     @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, torch.cuda.OutOfMemoryError])
@@ -235,16 +228,14 @@ class TestBadInput:
         ],
     )  # fmt: skip
     def test_is_named_and_leaves_no_hook(
-        self, layer: Any, arguments: dict[str, Any], error: type[Exception], message: str
+        self, model: Any, layer: Any, arguments: dict[str, Any], error: type[Exception], message: str
     ) -> None:
-        model = causal_lm()
         with pytest.raises(error, match=message):
             steer(model, fitting_mixture(), layer, **arguments)
         assert count_hooks(model) == count_hooks(causal_lm())
         assert "generate" not in vars(model)
 
-    def test_mixture_of_another_width(self) -> None:
-        model = causal_lm()
+    def test_mixture_of_another_width(self, model: Any) -> None:
         with pytest.raises(ValueError, match=r"n_features = 16, but model.layers.1 of LlamaForCausalLM is 32 wide"):
             steer(model, fitting_mixture(features=16), LAYER, 0, 0.5)
         with pytest.raises(
@@ -265,8 +256,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="latents: the mixture has rank 0"):
             steer(causal_lm(), fitting_mixture(rank=0), LAYER, 0, 0.5, torch.ones(0))
 
-    def test_a_module_that_does_not_return_tokens(self) -> None:
-        model = causal_lm()
+    def test_a_module_that_does_not_return_tokens(self, model: Any) -> None:
         with pytest.raises(ValueError, match="'model' of LlamaForCausalLM puts out no tensor but BaseModel"):
             steer(model, fitting_mixture(), "model", 0, 0.5)
         model.model.layers[1].mlp = nn.Sequential(model.model.layers[1].mlp)

@@ -14,8 +14,7 @@ from tests.steering.tiny import fitting_mixture
 Z = torch.ones(3)
 
 
-def test_single_and_list() -> None:
-    mfa = fitting_mixture()
+def test_single_and_list(mfa: Any) -> None:
     ((one,),) = as_rows(Toward(2, 0.5), None, mfa)
     assert (one.component, one.alpha) == (2, 0.5)
     ((first, second),) = as_rows([Toward(None, 1), Offset(1, [1.0, 2.0, 3.0])], None, mfa)
@@ -81,8 +80,7 @@ def test_bad_interventions_are_named(interventions: Any, error: type[Exception],
         as_rows(interventions, None, fitting_mixture())
 
 
-def test_bad_rows_are_named() -> None:
-    mfa = fitting_mixture()
+def test_bad_rows_are_named(mfa: Any) -> None:
     with pytest.raises(ValueError, match="exactly one of them"):
         as_rows(None, None, mfa)
     with pytest.raises(ValueError, match="exactly one of them"):

@@ -16,8 +16,7 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_prior_is_a_seeded_standard_normal() -> None:
-    mfa = fitting_mixture()
+def test_prior_is_a_seeded_standard_normal(mfa: MFA) -> None:
     assert prior_latents(mfa).shape == (RANK,)
     many = prior_latents(mfa, 20_000, seeded())
     assert many.shape == (20_000, RANK)
@@ -44,8 +43,7 @@ def test_quantiles_are_those_of_the_region(monkeypatch: pytest.MonkeyPatch) -> N
     torch.testing.assert_close(latent_quantiles(mfa, own[:1], 3, 0.25), expected[0])
 
 
-def test_bad_input_is_named() -> None:
-    mfa = fitting_mixture()
+def test_bad_input_is_named(mfa: MFA) -> None:
     x = mfa.means[2].expand(4, -1)
     with pytest.raises(ValueError, match=r"q must be a number in \[0, 1\]"):
         latent_quantiles(mfa, x, 2, 1.5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,18 +16,17 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
 
 
 @pytest.mark.parametrize("k", [2, None])
-def test_logits_and_tokens_are_those_of_steer(k: int | None) -> None:
-    model, inputs, mfa = causal_lm(), prompts(padded=True), fitting_mixture()
+def test_logits_and_tokens_are_those_of_steer(model: Any, padded: Any, mfa: Any, k: int | None) -> None:
     steerer, hooks = MFASteerer(model, mfa, LAYER), count_hooks(model)
     for latents in (None, Z):
         with torch.no_grad(), steer(model, mfa, LAYER, k, 0.6, latents):
-            logits, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+            logits, tokens = model(**padded).logits, model.generate(**padded, **GREEDY)
         if latents is None:
-            assert torch.equal(steerer.intervene(inputs, 0.6, k), logits)
-            assert torch.equal(steerer.generate(inputs, 0.6, k, **GREEDY), tokens)
+            assert torch.equal(steerer.intervene(padded, 0.6, k), logits)
+            assert torch.equal(steerer.generate(padded, 0.6, k, **GREEDY), tokens)
         else:
-            assert torch.equal(steerer.intervene_to_latent_two_stage(inputs, 0.6, latents, k), logits)
-            assert torch.equal(steerer.generate_to_latent_two_stage(inputs, 0.6, latents, k, **GREEDY), tokens)
+            assert torch.equal(steerer.intervene_to_latent_two_stage(padded, 0.6, latents, k), logits)
+            assert torch.equal(steerer.generate_to_latent_two_stage(padded, 0.6, latents, k, **GREEDY), tokens)
     assert count_hooks(model) == hooks
     ids = prompts()["input_ids"]
     torch.testing.assert_close(steerer.intervene(ids, 0.0, 2), model(ids).logits)
@@ -92,8 +93,7 @@ def test_sites() -> None:
         MFASteerer(gpt2, fitting_mixture(), LAYER).generate("text", 0.5)
 
 
-def test_a_model_in_training_is_refused() -> None:
-    model = causal_lm()
+def test_a_model_in_training_is_refused(model: Any) -> None:
     steerer = MFASteerer(model.train(), fitting_mixture(), LAYER)
     for run in (steerer.intervene, steerer.generate):
         with pytest.raises(ValueError, match="model is in training mode"):

@@ -68,13 +68,12 @@ def test_alpha_follows_the_schedule() -> None:
     assert reached == [False, True, False, True]
 
 
-def test_padding_is_never_touched() -> None:
-    model, inputs = causal_lm(), prompts(padded=True)
-    padding = inputs["attention_mask"] == 0
-    clean = layer_output(model, inputs)
+def test_padding_is_never_touched(model: Any, padded: Any) -> None:
+    padding = padded["attention_mask"] == 0
+    clean = layer_output(model, padded)
     for arguments in (BOTH, MIXTURE):
         with steer(model, fitting_mixture(), LAYER, **arguments) as handle:
-            steered = layer_output(model, inputs)
+            steered = layer_output(model, padded)
             assert handle.stats() == Stats(11, 11)
         assert torch.equal(steered[padding], clean[padding])
         assert (steered != clean).any(-1)[~padding].all()
@@ -122,8 +121,7 @@ class TestRows:
             expected = dense(clean[row : row + 1], int(k[row]), float(alpha[row]), z[row])
             torch.testing.assert_close(steered[row : row + 1].double(), expected, rtol=1e-5, atol=1e-5)
 
-    def test_number_of_rows_must_divide_the_batch(self) -> None:
-        model = causal_lm()
+    def test_number_of_rows_must_divide_the_batch(self, model: Any) -> None:
         with (
             steer(model, fitting_mixture(), LAYER, rows=[None, Toward(1)]),
             pytest.raises(ValueError, match="for 2 batch rows do not fit a batch of 3"),
@@ -177,9 +175,8 @@ class TestNesting:
         with steer(model, first, 0, 2, 0.6):
             assert torch.equal(layer_output(model, inputs, 2), clean_after)
 
-    def test_three_mixtures_on_three_layers_while_text_is_generated(self) -> None:
+    def test_three_mixtures_on_three_layers_while_text_is_generated(self, model: Any, padded: Any) -> None:
         """Each layer's output is its own mixture's formula, at every step."""
-        model, inputs = causal_lm(), prompts(padded=True)
         specs: list[dict[str, Any]] = [{"alpha": 0.4, "component": 1}, MIXTURE, {"interventions": Reconstruct(0.5)}]
         before, after, handles, mixtures = [], [], [], []
         for layer, spec in enumerate(specs):
@@ -190,9 +187,9 @@ class TestNesting:
             before.append(outputs_of(module))
             handles.append(steer(model, mfa, layer, **spec, positions="generated"))
             after.append(outputs_of(module))
-        generate(model, inputs)
+        generate(model, padded)
         handles[1].update(component=5)
-        generate(model, inputs)
+        generate(model, padded)
         for layer, mfa in enumerate(mixtures):
             assert len(before[layer]) == 10
             for step, (x, out) in enumerate(zip(before[layer], after[layer])):
@@ -205,25 +202,23 @@ class TestNesting:
                 torch.testing.assert_close(out, expected)
         assert [handle.stats().tokens_steered for handle in handles] == [16, 16, 16]
 
-    def test_one_layer_in_order(self) -> None:
-        model, inputs, mfa = causal_lm(), prompts(), fitting_mixture()
+    def test_one_layer_in_order(self, model: Any, inputs: Any, mfa: Any) -> None:
         clean = layer_output(model, inputs)
         with steer(model, mfa, LAYER, 2, 0.6), steer(model, mfa, LAYER, None, 0.5):
             steered = layer_output(model, inputs)
         expected = intervene(intervene(clean, mfa, Toward(2, 0.6)), mfa, Toward(None, 0.5))
         torch.testing.assert_close(steered, expected)
 
-    def test_removed_in_any_order(self) -> None:
-        model, inputs, mfa = causal_lm(), prompts(padded=True), fitting_mixture()
-        names, before = set(vars(model)), generated(model, inputs)
+    def test_removed_in_any_order(self, model: Any, padded: Any, mfa: Any) -> None:
+        names, before = set(vars(model)), generated(model, padded)
         first, second = steer(model, mfa, 0, 1, 0.5), steer(model, mfa, 1, 2, ramp, positions="generated")
         first.remove()
-        alone = generated(model, inputs)
+        alone = generated(model, padded)
         second.remove()
         assert set(vars(model)) == names
-        assert_same(generated(model, inputs), before)
+        assert_same(generated(model, padded), before)
         with steer(model, mfa, 1, 2, ramp, positions="generated"):
-            assert_same(generated(model, inputs), alone)
+            assert_same(generated(model, padded), alone)
 
 
 class TestWhere:
@@ -235,8 +230,7 @@ class TestWhere:
             model(**inputs)
         torch.testing.assert_close(kept[0], wide.means[2].expand(2, 7, -1))
 
-    def test_output_in_a_tuple(self) -> None:
-        model, inputs, mfa = causal_lm(), prompts(), fitting_mixture()
+    def test_output_in_a_tuple(self, model: Any, inputs: Any, mfa: Any) -> None:
         attention = model.model.layers[1].self_attn
         kept: list[Any] = []
         with steer(model, mfa, "model.layers.1.self_attn", 2, 1.0):
@@ -249,8 +243,7 @@ class TestWhere:
         handle = steer(causal_lm(), fitting_mixture(), -1, 2, 1.0)
         assert handle.layer == "model.layers.2"
 
-    def test_compiled_model_is_steered_and_then_not(self) -> None:
-        model, inputs, mfa = causal_lm(), prompts(), fitting_mixture()
+    def test_compiled_model_is_steered_and_then_not(self, model: Any, inputs: Any, mfa: Any) -> None:
         compiled = torch.compile(model, backend="eager")
         with torch.no_grad():
             clean = compiled(**inputs).logits
@@ -261,8 +254,7 @@ class TestWhere:
             assert torch.equal(compiled(**inputs).logits, clean)
         assert not torch.allclose(steered, clean)
 
-    def test_gradients_pass_through(self) -> None:
-        model, inputs = causal_lm(), prompts()
+    def test_gradients_pass_through(self, model: Any, inputs: Any) -> None:
         for arguments in (BOTH, MIXTURE):
             model.zero_grad()
             with steer(model, fitting_mixture(), LAYER, **arguments):

@@ -106,8 +106,7 @@ def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
     assert starts == [0, 7, 8]
 
 
-def test_a_call_after_generate_is_a_prompt_of_its_own() -> None:
-    model = causal_lm()
+def test_a_call_after_generate_is_a_prompt_of_its_own(model: Any) -> None:
     log = Log(model)
     generate(model, PADDED, new=1)
     model(**PADDED)
@@ -124,8 +123,7 @@ def test_static_sliding_window_cache() -> None:
     assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]]
 
 
-def test_generate_without_a_cache() -> None:
-    model = causal_lm()
+def test_generate_without_a_cache(model: Any) -> None:
     log = Log(model)
     generate(model, PADDED, new=3, use_cache=False)
     assert log.passes == [(0, 7, 7), (0, 8, 7), (0, 9, 7)]
@@ -134,8 +132,7 @@ def test_generate_without_a_cache() -> None:
 
 
 @pytest.mark.parametrize("chunk", [3, 6], ids=["short last chunk", "last chunk of one token"])
-def test_chunked_prefill(chunk: int) -> None:
-    model = causal_lm()
+def test_chunked_prefill(model: Any, chunk: int) -> None:
     log = Log(model)
     generate(model, PADDED, new=3, prefill_chunk_size=chunk)
     assert [p[2] for p in log.passes] == [7] * len(log.passes)
@@ -145,8 +142,7 @@ def test_chunked_prefill(chunk: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_second_turn_on_the_same_cache(kind: str) -> None:
-    model = causal_lm()
+def test_a_second_turn_on_the_same_cache(model: Any, kind: str) -> None:
     # transformers 4 counts the keys of a static cache that are not zero, and those of this padding would be.
     model.get_input_embeddings().weight.data[PAD] = 1
     log = Log(model)
@@ -160,8 +156,7 @@ def test_a_second_turn_on_the_same_cache(kind: str) -> None:
     assert log.positions == [[[8, 9, 10], [7, 8, 9]], [[11], [10]]]
 
 
-def test_a_loop_of_ones_own_goes_on_where_generate_stopped() -> None:
-    model = causal_lm()
+def test_a_loop_of_ones_own_goes_on_where_generate_stopped(model: Any) -> None:
     log = Log(model)
     cache = generate(model, PADDED, new=3)[CACHE]
     log.passes.clear()
@@ -184,8 +179,7 @@ def test_guidance_runs_a_sequence_of_its_own() -> None:
         log.positions.clear()
 
 
-def test_assisted_decoding_reads_guesses_as_generated() -> None:
-    model = causal_lm()
+def test_assisted_decoding_reads_guesses_as_generated(model: Any) -> None:
     log = Log(model)
     ids = torch.tensor([[4, 5, 6, 4, 5, 6, 4, 5]])
     generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2, eos_token_id=UNWRITTEN)
@@ -219,8 +213,7 @@ def test_joining_in_the_middle_of_a_sequence() -> None:
     assert log.positions == [[[6], [5]]]
 
 
-def test_embeddings_instead_of_tokens() -> None:
-    model = causal_lm()
+def test_embeddings_instead_of_tokens(model: Any) -> None:
     log = Log(model)
     embeds = model.get_input_embeddings()(PADDED["input_ids"]).detach()
     model.generate(inputs_embeds=embeds, attention_mask=PADDED["attention_mask"], max_new_tokens=2, do_sample=False)
@@ -245,9 +238,8 @@ def test_legacy_cache_of_tuples() -> None:
     assert (now.start, now.tokens) == (5, 1)
 
 
-def test_sequences_that_take_turns() -> None:
+def test_sequences_that_take_turns(model: Any) -> None:
     """Each is known by its cache, whoever holds it: the prompts' ends, padding and steps are not mixed up."""
-    model = causal_lm()
     log = Log(model)
     short = prompts(1, 4)
     with torch.no_grad():
@@ -289,10 +281,9 @@ def forgetting(name: str, value: Any) -> bool:
     ids=["all", "generated", "slice", "schedule"],
 )
 def test_a_cache_nobody_knows_is_made_up_for(
-    masked: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model: Any, mfa: Any, masked: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a model that keeps it to itself: what was counted has to be what the mask says, or the positions."""
-    model, mfa = causal_lm(), fitting_mixture()
     inputs = prompts(padded=True) if masked else {"input_ids": PADDED["input_ids"]}
     with steer(model, mfa, 1, **{"component": 2, "alpha": 0.6, **spec}):
         expected = generated(model, inputs)
@@ -301,9 +292,8 @@ def test_a_cache_nobody_knows_is_made_up_for(
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
-def test_a_lost_track_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lost_track_is_said(model: Any, mfa: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second turn: nothing was counted of what the cache, which nobody knows, holds."""
-    model, mfa = causal_lm(), fitting_mixture()
     again = {
         "input_ids": torch.cat([PADDED["input_ids"]] * 2, 1),
         "attention_mask": torch.ones(2, 14, dtype=torch.long),
@@ -363,8 +353,7 @@ def test_what_contradicts_itself_inside_generate(further: dict[str, Any], messag
     assert message in found[0]
 
 
-def test_a_lost_track_outside_generate_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = causal_lm()
+def test_a_lost_track_outside_generate_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "is_cache", forgetting)
     with torch.no_grad(), steer(model, fitting_mixture(), 1, 2, 0.6, positions="prompt"):
         cache = model(**PADDED)[CACHE]
@@ -405,8 +394,7 @@ def test_steps() -> None:
     assert Pass(2, 4, 4).steps() == (0, 0, 1, 2)
 
 
-def test_users_share_a_tracker_and_the_last_one_cleans_up() -> None:
-    model = causal_lm()
+def test_users_share_a_tracker_and_the_last_one_cleans_up(model: Any) -> None:
     hooks, names = count_hooks(model), set(vars(model))
     first, second = Tracker.acquire(model, USER, path(model)), Tracker.acquire(model, USER, path(model))
     assert first is second
@@ -417,8 +405,7 @@ def test_users_share_a_tracker_and_the_last_one_cleans_up() -> None:
     assert (count_hooks(model), set(vars(model))) == (hooks, names)
 
 
-def test_an_existing_wrapper_of_generate_is_put_back() -> None:
-    model = causal_lm()
+def test_an_existing_wrapper_of_generate_is_put_back(model: Any) -> None:
     calls = []
     inner = model.generate
 

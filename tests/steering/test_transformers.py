@@ -13,7 +13,7 @@ from mfa_kernels import steer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.steering import Responsibility
-from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generate, generated, layer_output, prompts
+from tests.steering.tiny import LAYER, causal_lm, fitting_mixture, generate, generated, layer_output
 
 TEXTS = ["def read(path):", "The return value of this"]
 SPECS: dict[str, dict[str, Any]] = {
@@ -48,18 +48,16 @@ class Unpacked(nn.Module):
 
 
 @pytest.mark.parametrize("name", SPECS)
-def test_layers_that_return_tuples(name: str) -> None:
+def test_layers_that_return_tuples(padded: Any, mfa: Any, model: Any, name: str) -> None:
     """The same numbers, bit for bit, whichever way the layer returns them."""
-    inputs, mfa = prompts(padded=True), fitting_mixture()
-    model = causal_lm()
     with steer(model, mfa, LAYER, **SPECS[name]) as handle:
-        expected, stats = generated(model, inputs), handle.stats()
+        expected, stats = generated(model, padded), handle.stats()
     packed = causal_lm()
     for i, layer in enumerate(packed.model.layers):
         packed.model.layers[i] = Unpacked(Packed(layer))
-    clean = generated(packed, inputs)
+    clean = generated(packed, padded)
     with steer(packed, mfa, f"model.layers.{LAYER}.layer", **SPECS[name]) as handle:
-        assert all(torch.equal(*pair) for pair in zip(generated(packed, inputs), expected))
+        assert all(torch.equal(*pair) for pair in zip(generated(packed, padded), expected))
         assert handle.stats() == stats
     assert not torch.equal(clean[1], expected[1])
 

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import importlib
 import math
-import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +13,7 @@ import mfa_kernels
 from mfa_kernels.data import reservoir
 from mfa_kernels.fitting import KMeansResult, kmeans
 from mfa_kernels.fitting.kmeans import lloyd as lloyd_module
-from tests.fitting.planted import Store
+from tests.fitting.planted import Store, counted_batches
 
 
 def blobs(clusters: int = 8, rows: int = 800, features: int = 5, spread: float = 6.0, seed: int = 0) -> Tensor:
@@ -233,20 +232,9 @@ def test_kinds_of_data_agree():
 
 def test_a_stream_is_sampled_as_it_is_read():
     x = blobs(rows=5000)
-    alive: list[weakref.ref] = []
-    most = 0
-
-    def batches():
-        nonlocal most
-        for part in x.split(100):
-            batch = part.clone()
-            alive.append(weakref.ref(batch))
-            most = max(most, sum(ref() is not None for ref in alive))
-            yield batch
-            del batch
-
-    result = run(batches(), 8, sample=700, seed=3)
-    assert most <= 2
+    alive: list[int] = []
+    result = run(counted_batches(x, 100, alive), 8, sample=700, seed=3)
+    assert max(alive) <= 2
     sample = reservoir(x.split(64), 700, seed=3)
     expected = run(sample, 8, seed=3)
     assert torch.equal(result.centroids, expected.centroids)

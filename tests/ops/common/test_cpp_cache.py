@@ -53,6 +53,14 @@ def process(**environment: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def begun(**environment: str) -> subprocess.Popen[str]:
+    """A process whose build has begun."""
+    started = process(**environment)
+    assert started.stdout is not None
+    assert started.stdout.readline() == "begun\n"
+    return started
+
+
 def builds(cache: Path) -> int:
     path = cache.parent / "builds"
     return path.read_text().count("built") if path.exists() else 0
@@ -77,6 +85,18 @@ def built(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], ModuleTy
 
     monkeypatch.setattr(cpp, "_compiled", compiled)
     return lambda: cpp.cached("_queue") or cpp.build("_queue", [], "a test")
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, said: str, kind: type[BaseException] = RuntimeError) -> list[int]:
+    """Every build fails, and says so; an entry for every one that is tried."""
+    tries: list[int] = []
+
+    def failing(*arguments: Any, **options: Any) -> ModuleType:
+        tries.append(1)
+        raise kind(f"Error building extension '_queue': [1/2]\n{said}\nninja: build stopped")
+
+    monkeypatch.setattr(cpp, "_compiled", failing)
+    return tries
 
 
 def damage(kind: str, path: Path) -> None:
@@ -113,15 +133,8 @@ def test_a_library_that_is_not_as_it_was_built_is_built_anew(cache: Path, built:
 
 
 def test_a_build_that_failed_is_not_tried_by_every_process(cache: Path, built: Any, monkeypatch: Any) -> None:
-    compiled, tries = cpp._compiled, []
-
-    def failing(*arguments: Any, **options: Any) -> ModuleType:
-        tries.append(1)
-        raise RuntimeError(
-            "Error building extension '_queue': [1/2]\n  kernels.cu(3): error: no such thing\nninja: stopped"
-        )
-
-    monkeypatch.setattr(cpp, "_compiled", failing)
+    compiled = cpp._compiled
+    tries = fail(monkeypatch, "  kernels.cu(3): error: no such thing")
     with pytest.raises(RuntimeError, match="Error building extension"):
         built()
     path = cache / "_queue" / "_queue.failed"
@@ -145,26 +158,16 @@ def test_a_build_that_failed_is_not_tried_by_every_process(cache: Path, built: A
     assert not path.exists()
 
 
-@pytest.mark.parametrize("said", ["c++: error: Killed signal terminated program cc1plus", "No space left on device"])
-def test_what_is_no_word_on_the_sources_is_not_remembered(cache: Path, built: Any, monkeypatch: Any, said: str) -> None:
-    def failing(*arguments: Any, **options: Any) -> ModuleType:
-        raise RuntimeError(f"Error building extension '_queue': [1/2]\n{said}\nninja: build stopped")
+KILLED, NO_SPACE = "c++: error: Killed signal terminated program cc1plus", "No space left on device"
 
+
+@pytest.mark.parametrize(
+    ("said", "kind"), [(KILLED, RuntimeError), (NO_SPACE, RuntimeError), ("interrupted", KeyboardInterrupt)]
+)
+def test_what_is_no_word_on_the_sources_is_not_remembered(cache, built, monkeypatch, said, kind) -> None:
     compiled = cpp._compiled
-    monkeypatch.setattr(cpp, "_compiled", failing)
-    with pytest.raises(RuntimeError, match="Error building extension"):
-        built()
-    monkeypatch.setattr(cpp, "_compiled", compiled)
-    assert built().SimpleQueue is not None
-
-
-def test_a_build_that_was_interrupted_is_no_failure(cache: Path, built: Any, monkeypatch: Any) -> None:
-    def interrupted(*arguments: Any, **options: Any) -> ModuleType:
-        raise KeyboardInterrupt
-
-    compiled = cpp._compiled
-    monkeypatch.setattr(cpp, "_compiled", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    fail(monkeypatch, said, kind)
+    with pytest.raises(kind, match="Error building extension"):
         built()
     monkeypatch.setattr(cpp, "_compiled", compiled)
     assert built().SimpleQueue is not None
@@ -175,9 +178,7 @@ def test_nobody_waits_for_a_build_that_was_killed(cache: Path, how: signal.Signa
     cache.mkdir(mode=0o700)
     (cache / "_queue").mkdir(mode=0o700)
     (cache / "_queue" / "lock").touch()  # as torch's own lock, which stays behind
-    first = process(SLOWLY="300")
-    assert first.stdout is not None
-    assert first.stdout.readline() == "begun\n"
+    first = begun(SLOWLY="300")
     first.send_signal(how)
     first.wait(timeout=30)
     run()
@@ -187,9 +188,7 @@ def test_nobody_waits_for_a_build_that_was_killed(cache: Path, how: signal.Signa
 def test_processes_started_together_build_once_and_say_what_they_wait_for(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = process(SLOWLY="when told")
-    assert first.stdout is not None
-    assert first.stdout.readline() == "begun\n"
+    first = begun(SLOWLY="when told")
     second = process()
     assert second.stderr is not None
     told = iter(second.stderr.readline, "")
@@ -203,9 +202,7 @@ def test_processes_started_together_build_once_and_say_what_they_wait_for(
 def test_a_build_that_never_ends_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "PATIENCE", 0.1)
     monkeypatch.setattr(cpp, "_SILENT", 0.1)
-    first = process(SLOWLY="300")
-    assert first.stdout is not None
-    assert first.stdout.readline() == "begun\n"
+    first = begun(SLOWLY="300")
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="_queue"):
         cpp.build("_queue", [], "a test")

@@ -21,7 +21,7 @@ from mfa_kernels.ops.woodbury.portable import portable
 from mfa_kernels.ops.woodbury.types import Woodbury
 from tests.cuda_emulation import A100, H100, Chip, Emulation
 from tests.helpers import budgets
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
 from tests.ops.scan.test_scan import check_slots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
@@ -42,6 +42,8 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 
 class OnDevice:
     """The real library, for CPU tensors."""
+
+    chip: Chip  # which the emulation would have; a device has its own
 
     def __getattr__(self, name: str) -> Any:
         def call(*arguments: Any) -> Any:
@@ -95,8 +97,7 @@ def chip_for_tiles(features: int, rank: int) -> Chip:
 @pytest.mark.parametrize("shape", WOODBURY, ids=str)
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_woodbury(kernels, shape, per_component):
-    if isinstance(kernels, Emulation):
-        kernels.chip = chip_for_tiles(*shape[1:])
+    kernels.chip = chip_for_tiles(*shape[1:])
     m = mixture(*shape, per_component=per_component)
     found = kernels.woodbury(m.means, m.loadings, m.noise_variance)
     check_woodbury(found, m)
@@ -147,8 +148,7 @@ def test_broken_parameters_spoil_their_own_component(kernels, rank):
     assert log_det[2].isnan()
     assert not log_det[3].isfinite()
     assert log_det[4].isnan() if rank else log_det[4] == healthy[2][4]
-    for found, wanted in zip((rows, cholesky, log_det), healthy):
-        assert torch.equal(found[0], wanted[0])
+    assert all(torch.equal(found[0], wanted[0]) for found, wanted in zip((rows, cholesky, log_det), healthy))
 
 
 # Stage 1, a few tokens
@@ -240,8 +240,7 @@ SCANS = [  # (K, D, R), N, dtype
 @pytest.mark.parametrize(("shape", "count", "dtype"), SCANS, ids=str)
 def test_scan(kernels, shape, count, dtype):
     """Exact logits lie within the bounds; bounds are what the formula says, and logits what fp16 operands give."""
-    if isinstance(kernels, Emulation):
-        kernels.chip = chip_for(count)
+    kernels.chip = chip_for(count)
     x, woodbury, constants, view = problem(shape, count, dtype)
     packed, scales, offsets, squares, bounds = view
     found, error, _ = kernels.scan(x, woodbury.scale, woodbury.center, *view, constants)
@@ -339,11 +338,17 @@ def check_active(
         assert ((logits[n, :held] - oracle[n, kept]).abs() <= budget[n]).all()
 
 
+def checked(kernels: Any, x: Tensor, woodbury: Woodbury, view, constants: Tensor, threshold: float, slots: int):
+    """What the kernels find, which is as it should be."""
+    found = kernels.few_tokens(x, woodbury.rows, woodbury.scale, woodbury.center, *view, constants, threshold, slots)
+    check_active(found, x, woodbury, constants, threshold, slots)
+    return found
+
+
 @pytest.mark.parametrize(("shape", "count", "dtype"), SCANS, ids=str)
 @pytest.mark.parametrize("spread", [3.0, 0.2], ids=["one-hot", "near"])
 def test_few_tokens(kernels, shape, count, dtype, spread):
-    if isinstance(kernels, Emulation):
-        kernels.chip = chip_for(count)
+    kernels.chip = chip_for(count)
     x, woodbury, constants, view = problem(shape, count, dtype, spread)
     threshold = activity_threshold(shape[0], torch.float32)
     found = kernels.few_tokens(x, woodbury.rows, woodbury.scale, woodbury.center, *view, constants, threshold, 16)
@@ -366,10 +371,7 @@ def test_more_active_than_slots(kernels):
     woodbury = Woodbury(*eight, woodbury.scale, woodbury.center, False)
     constants = (constants - torch.tensor(8.0).log()).expand(8).contiguous()
     for slots, counts in ((4, 5), (8, 8), (11, 8)):
-        found = kernels.few_tokens(
-            x, woodbury.rows, woodbury.scale, woodbury.center, *scan_view(woodbury), constants, 12.0, slots
-        )
-        check_active(found, x, woodbury, constants, 12.0, slots)
+        found = checked(kernels, x, woodbury, scan_view(woodbury), constants, 12.0, slots)
         assert (found[3] == counts).all()
         assert found[1][0, : min(slots, 8)].tolist() == list(range(min(slots, 8)))
 
@@ -377,13 +379,13 @@ def test_more_active_than_slots(kernels):
 def test_more_candidates_than_are_computed(kernels):
     """17 candidates are left to the caller; with a smaller threshold the same token has fewer."""
     x, woodbury, constants, view = problem((17, 70, 3), 3, torch.float32, spread=9.0)
-    arguments = woodbury.rows, woodbury.scale, woodbury.center, *view, constants
-    log_prob, components, logits, counts = kernels.few_tokens(x, *arguments, 1e6, 16)
+    arguments = woodbury.rows, woodbury.scale, woodbury.center, *view, constants, 1e6, 16
+    log_prob, components, logits, counts = kernels.few_tokens(x, *arguments)
     assert (counts == -1).all()
     assert log_prob.isnan().all()
     assert (components == -1).all()
     assert (logits == -torch.inf).all()
-    check_active(kernels.few_tokens(x, *arguments, 12.0, 16), x, woodbury, constants, 12.0, 16)
+    checked(kernels, x, woodbury, view, constants, 12.0, 16)
 
 
 def test_tokens_that_are_not_finite(kernels):
@@ -404,8 +406,7 @@ def test_tokens_that_are_not_finite(kernels):
 def test_components_without_weight_are_no_candidates(kernels):
     x, woodbury, constants, view = problem((40, 130, 5), 3, torch.float32, spread=3.0)
     constants[3:] = -torch.inf
-    found = kernels.few_tokens(x, woodbury.rows, woodbury.scale, woodbury.center, *view, constants, 20.0, 8)
-    check_active(found, x, woodbury, constants, 20.0, 8)
+    found = checked(kernels, x, woodbury, view, constants, 20.0, 8)
     assert (found[1] < 3).all()
 
 
@@ -417,10 +418,7 @@ def test_outliers_far_out(kernels):
     woodbury.rows[:, 0] += far
     woodbury.center.add_(far)
     x = x + far
-    found = kernels.few_tokens(
-        x, woodbury.rows, woodbury.scale, woodbury.center, *scan_view(woodbury), constants, 20.0, 8
-    )
-    check_active(found, x, woodbury, constants, 20.0, 8)
+    checked(kernels, x, woodbury, scan_view(woodbury), constants, 20.0, 8)
 
 
 def test_on_the_rows_that_the_library_makes(kernels):
@@ -435,8 +433,7 @@ def test_on_the_rows_that_the_library_makes(kernels):
     exact = exact + 0.5 * ((x.double() - woodbury.center) * woodbury.scale).square().sum(1, keepdim=True)
     found, error, _ = kernels.scan(x, woodbury.scale, woodbury.center, *view, constants)
     assert ((found - exact).abs() <= error).all()
-    found = kernels.few_tokens(x, woodbury.rows, woodbury.scale, woodbury.center, *view, constants, 20.0, 8)
-    check_active(found, x, woodbury, constants, 20.0, 8)
+    checked(kernels, x, woodbury, view, constants, 20.0, 8)
 
 
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
@@ -459,8 +456,7 @@ def test_the_operators_use_them(monkeypatch, spread):
     kernels = Recorded(SMALL)
     monkeypatch.setattr(cuda, "library", lambda: kernels)
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
-    m = mixture(70, 130, 3, spread=spread)
-    x = tokens(m, 5)
+    m, x = drawn(5, 70, 130, 3, spread=spread)
     active = m.active(x, slots=8, center=m.means.mean(0))
     assert used == ["factors", "few_tokens"]
     truth = m.logits_fp64(x)

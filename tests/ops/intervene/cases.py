@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -187,6 +188,11 @@ def case(
     return Case(
         m, x.view(batch, count, d), edit, chosen, passed, ActivePairs(log_prob, components, logits, counts), way
     )
+
+
+def same(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> bool:
+    """True where tensors are equal, NaN in the same places."""
+    return all(torch.equal(f.nan_to_num(7), w.nan_to_num(7)) for f, w in zip(found, wanted))
 
 
 def within_budget(found: Tensor, exact: Tensor, terms: Tensor, roundings: float = 0.5) -> None:

@@ -8,8 +8,8 @@ import torch
 from mfa_kernels.ops.intervene.op import Edit, intervene
 from mfa_kernels.ops.intervene.portable import NEVER
 from tests.helpers.mixtures import Mixture, tokens
-from tests.helpers.threads import threads
-from tests.ops.intervene.cases import WAYS, Case, case, within_budget
+from tests.helpers.threads import same_bits
+from tests.ops.intervene.cases import WAYS, Case, case, same, within_budget
 
 # (K, D, R): features below, at and beyond three vectors, and a ragged tail; one component; no directions.
 SHAPES = [(5, 33, 3), (1, 1, 1), (4, 16, 0), (3, 130, 17), (7, 27, 10)]
@@ -91,7 +91,7 @@ def test_views_and_no_tokens(backend: str) -> None:
     for view in (c.hidden.transpose(0, 1).contiguous().transpose(0, 1), wide[:, :, 1].transpose(0, 1)):
         found = intervene(view, *c.arguments()[1:])
         assert found[0].is_contiguous()
-        assert all(torch.equal(f.nan_to_num(7), e.nan_to_num(7)) for f, e in zip(found, expected))
+        assert same(found, expected)
     for batch, count in ((0, 3), (6, 0)):
         c = case(batch=batch, count=count, rows=1)
         out, tally = intervene(*c.arguments())
@@ -101,14 +101,8 @@ def test_views_and_no_tokens(backend: str) -> None:
 def test_input_is_left_alone_and_bits_do_not_change(backend: str) -> None:
     c = case(batch=12, shape=(5, 130, 10), dtype=torch.float32)
     before = [t.clone() for t in (c.hidden, c.edit.shift, *c.active)]
-    runs = []
-    for count in (1, 2, 2):
-        with threads(count):
-            runs.append(intervene(*c.arguments()))
-    for run in runs[1:]:
-        assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(runs[0], run))
-    for a, b in zip(before, (c.hidden, c.edit.shift, *c.active)):
-        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    same_bits(lambda: [t.nan_to_num(7) for t in intervene(*c.arguments())], (1, 2, 2))
+    assert same(before, (c.hidden, c.edit.shift, *c.active))
 
 
 def test_a_zero_keeps_no_norm(backend: str) -> None:
@@ -159,8 +153,7 @@ def test_compiles_whole(backend: str) -> None:
     c = case(dtype=torch.float32, hidden_dtype=torch.bfloat16)
     arguments = c.arguments()
     compiled = torch.compile(lambda *a: intervene(*a), fullgraph=True, backend="aot_eager")
-    for found, expected in zip(compiled(*arguments), intervene(*arguments)):
-        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    assert same(compiled(*arguments), intervene(*arguments))
 
 
 @pytest.mark.usefixtures("needs_cpp")

@@ -12,10 +12,9 @@ pytest.importorskip("triton")
 from mfa_kernels.ops.common import trust
 from mfa_kernels.ops.intervene import triton_intervene
 from mfa_kernels.ops.intervene.op import intervene
-from mfa_kernels.ops.woodbury import op as woodbury_op
-from mfa_kernels.ops.woodbury import portable as woodbury_portable
 from mfa_kernels.ops.woodbury.types import Woodbury
-from tests.ops.intervene.cases import WAYS, Case, case, within_budget
+from tests.helpers.mixtures import portable_factors
+from tests.ops.intervene.cases import WAYS, Case, case, same, within_budget
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
@@ -32,11 +31,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(c: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    m = c.mixture
-    rows, cholesky, log_det = woodbury_portable.portable(*m[:3])
-    noise = m.noise_variance
-    woodbury = Woodbury(rows, cholesky, log_det, woodbury_op.scale_of(noise), m.means[0], noise.dim() == 2)
-
     def moved(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return value.to(DEVICE)
@@ -46,7 +40,7 @@ def run(c: Case) -> tuple[torch.Tensor, torch.Tensor]:
             return type(value)(*map(moved, value)) if hasattr(value, "_fields") else tuple(map(moved, value))
         return value
 
-    out, tally = intervene(*moved(c.arguments(woodbury)))
+    out, tally = intervene(*moved(c.arguments(portable_factors(c.mixture))))
     return out.cpu(), tally.cpu()
 
 
@@ -95,8 +89,7 @@ def test_no_tokens_and_same_bits_twice() -> None:
         out, tally = run(case(batch=batch, count=count, rows=1, dtype=torch.float32))
         assert (out.shape, tally.shape) == ((batch, count, 33), (batch, count, 3))
     c = case(dtype=torch.float32)
-    for first, second in zip(run(c), run(c)):
-        assert torch.equal(first.nan_to_num(7), second.nan_to_num(7))
+    assert same(run(c), run(c))
 
 
 def test_a_kept_norm_that_does_not_change_costs_no_bits() -> None:
@@ -123,5 +116,4 @@ def test_what_is_no_component_is_no_pair(monkeypatch: pytest.MonkeyPatch, wrong:
     empty[::2, 0] = -1
     good = run(c._replace(active=c.active._replace(components=empty)))
     bad = run(c._replace(active=c.active._replace(components=torch.where(empty == -1, wrong, empty).int())))
-    for a, b in zip(good, bad):
-        assert torch.equal(a.nan_to_num(7), b.nan_to_num(7))
+    assert same(good, bad)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.scan import portable, reference
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
 
 NAMES = ("x", *Mixture._fields)
 NOISE = pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
@@ -35,10 +37,11 @@ def by_gemm(m: Mixture, x: Tensor, weight: Tensor) -> list[Tensor]:
     return found
 
 
-def upstream(n: int, k: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Of both signs, and some of it zero."""
+def problem(n: int, k: int, d: int, r: int, **options: Any) -> tuple[Mixture, Tensor, Tensor]:
+    """A mixture, tokens, and what pulls at their logits: of both signs, and some of it zero."""
+    m, x = drawn(n, k, d, r, **options)
     weight = torch.randn(n, k, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    return weight.masked_fill(weight.abs() < 0.2, 0).to(dtype)
+    return m, x, weight.masked_fill(weight.abs() < 0.2, 0).to(x.dtype)
 
 
 def errors(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
@@ -68,10 +71,8 @@ def all_by_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
 @NOISE
 @pytest.mark.usefixtures("poisoned")
 def test_accumulates_the_gradients_of_autograd(backend, monkeypatch, shape, per_component):
-    n, k, d, r = shape
     seven_to_a_block(monkeypatch, shape)
-    m = mixture(k, d, r, per_component=per_component, spread=0.5, dtype=torch.float64)
-    x, weight = tokens(m, n), upstream(n, k)
+    m, x, weight = problem(*shape, per_component=per_component, spread=0.5, dtype=torch.float64)
     before = [torch.randn_like(t) for t in (x, *m[:3])]
     found = [t.clone() for t in before]
     overflow.accumulate(x, weight, m.woodbury(), x.mean(0), found)
@@ -125,8 +126,7 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 @NOISE
 def test_tokens_with_few_components_stay_pairs(backend, paths, per_component):
     n, k = 400, 40
-    m = mixture(k, 30, 3, per_component=per_component, spread=0.2, dtype=torch.float64)
-    x, weight = tokens(m, n), upstream(n, k)
+    m, x, weight = problem(n, k, 30, 3, per_component=per_component, spread=0.2, dtype=torch.float64)
     weight[::3, 4:] = 0
     few = weight[::3].count_nonzero().item()
     index = torch.arange(n) + 5  # the tokens of a longer x
@@ -142,9 +142,8 @@ def test_tokens_with_few_components_stay_pairs(backend, paths, per_component):
 @pytest.mark.parametrize("n", [0, 1, 100])
 def test_few_tokens_stay_pairs(backend, paths, n):
     """The GEMMs read and write every row and gradient whatever n is."""
-    m = mixture(40, 30, 3, spread=0.2, dtype=torch.float64)
-    x, weight = tokens(m, n), torch.ones(n, 40, dtype=torch.float64)
-    found = zeros(m, x)
+    m, x = drawn(n, 40, 30, 3, spread=0.2, dtype=torch.float64)
+    weight, found = torch.ones(n, 40, dtype=torch.float64), zeros(m, x)
     overflow.backward(x, torch.arange(n), weight, m.woodbury(), found)
     assert paths == {"tokens": 0, "pairs": n * 40}
     assert max(errors(found, by_autograd(m, x, weight, torch.float64))) < 1e-13
@@ -169,8 +168,7 @@ def test_groups_far_apart_keep_their_digits(backend, paths, per_component):
 
 
 def test_a_bad_token_without_weight_changes_nothing(backend):
-    m = mixture(40, 30, 3, spread=0.2)
-    x, weight = tokens(m, 300), upstream(300, 40, torch.float32)
+    m, x, weight = problem(300, 40, 30, 3, spread=0.2)
     weight[17] = 0
     runs = []
     for bad in (0.0, torch.nan, torch.inf):
@@ -185,8 +183,7 @@ def test_a_bad_token_without_weight_changes_nothing(backend):
 def test_only_the_gradients_asked_for(backend, monkeypatch, wanted, per_component):
     shape = (40, 24, 17, 3)
     seven_to_a_block(monkeypatch, shape)
-    m = mixture(*shape[1:], per_component=per_component, spread=0.3)
-    x, weight = tokens(m, 40), upstream(40, 24, torch.float32)
+    m, x, weight = problem(*shape, per_component=per_component, spread=0.3)
     every = by_gemm(m, x, weight)
     one: list[Tensor | None] = [torch.zeros_like(t) if i == wanted else None for i, t in enumerate((x, *m[:3]))]
     overflow.accumulate(x, weight, m.woodbury(), x.mean(0), one)
@@ -195,15 +192,12 @@ def test_only_the_gradients_asked_for(backend, monkeypatch, wanted, per_componen
 
 @NOISE
 def test_bitwise_repeatable(backend, per_component):
-    m = mixture(150, 90, 5, per_component=per_component, spread=0.2)
-    x, weight = tokens(m, 400), upstream(400, 150, torch.float32)
-    for a, b in zip(by_gemm(m, x, weight), by_gemm(m, x, weight), strict=True):
-        assert torch.equal(a, b)
+    case = problem(400, 150, 90, 5, per_component=per_component, spread=0.2)
+    assert all(torch.equal(a, b) for a, b in zip(by_gemm(*case), by_gemm(*case), strict=True))
 
 
 def test_without_onednn(monkeypatch):
-    m = mixture(30, 90, 5, spread=0.2)
-    x, weight = tokens(m, 200), upstream(200, 30, torch.float32)
+    m, x, weight = problem(200, 30, 90, 5, spread=0.2)
     wanted, terms = by_autograd(m, x, weight, torch.float64), Terms(m, x, x.mean(0)).gradients(weight)
     check(by_gemm(m, x, weight), wanted, terms)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
@@ -225,9 +219,8 @@ class Largest(TorchDispatchMode):
 @NOISE
 def test_no_temporary_passes_its_bound(monkeypatch, per_component):
     n, k, d, r = 90, 100, 40, 5
-    m = mixture(k, d, r, per_component=per_component, spread=0.3)
-    x, weight, woodbury = tokens(m, n), upstream(n, k, torch.float32), m.woodbury()
-    found = zeros(m, x)[:4]
+    m, x, weight = problem(n, k, d, r, per_component=per_component, spread=0.3)
+    woodbury, found = m.woodbury(), zeros(m, x)[:4]
     monkeypatch.setattr(overflow, "BLOCK", 5 * (r + 1) * n)
     rows = woodbury.rows.numel()  # views of it are no temporaries
     with Largest() as largest:
@@ -257,8 +250,7 @@ def test_gradcheck(backend, paths, per_component):
 @pytest.mark.usefixtures("all_by_gemm")
 def test_chunks_of_tokens_add_up(backend, monkeypatch, paths, per_component):
     n, k, d = 110, 20, 30
-    m = mixture(k, d, 3, per_component=per_component, spread=0.1, dtype=torch.float64)
-    x, pull = tokens(m, n), upstream(n, k)
+    m, x, pull = problem(n, k, d, 3, per_component=per_component, spread=0.1, dtype=torch.float64)
     monkeypatch.setattr(portable, "CHUNK", 34 * 2 * k)  # three chunks and a ragged tail
     leaves = [t.clone().requires_grad_() for t in (x, *m)]
     (ops.component_log_prob(*leaves[:4], m.woodbury()) * pull).sum().backward()

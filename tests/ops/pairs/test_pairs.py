@@ -7,7 +7,7 @@ import torch
 
 from mfa_kernels import ops
 from mfa_kernels.ops.pairs import reference
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, mixture
 
 SHAPES = [(1, 1, 1, 1), (7, 3, 16, 0), (50, 20, 33, 2), (67, 35, 130, 10), (9, 4, 70, 17)]  # (P, K, D, R)
 
@@ -29,8 +29,7 @@ def latents(m: Mixture, x, n, k):
 @pytest.mark.usefixtures("poisoned")
 def test_latents_are_the_posterior_mean(backend, shape, per_component):
     p, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, dtype=torch.float64)
-    x = tokens(m, 11)
+    m, x = drawn(11, k, d, r, per_component=per_component, dtype=torch.float64)
     n, c = pairs(p, 11, k)
     found = latents(m, x, n, c)
     w, noise = m.loadings[c.long()], m.noise_variance.expand_as(m.means)[c.long()]
@@ -70,8 +69,7 @@ def test_decode_of_a_bad_token_is_nan_alone(backend):
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_gradcheck(backend, per_component):
-    m = mixture(4, 5, 2, per_component=per_component, dtype=torch.float64)
-    x = tokens(m, 6)
+    m, x = drawn(6, 4, 5, 2, per_component=per_component, dtype=torch.float64)
     n, c = pairs(7, 6, 4)
     leaves = [t.clone().requires_grad_() for t in (x, *m[:3])]
     assert torch.autograd.gradcheck(lambda x, *p: latents(Mixture(*p, m.log_weights), x, n, c), leaves)
@@ -82,8 +80,7 @@ def test_gradcheck(backend, per_component):
 
 
 def test_opcheck(backend):
-    m = mixture(4, 21, 2, dtype=torch.float64)
-    x = tokens(m, 6)
+    m, x = drawn(6, 4, 21, 2, dtype=torch.float64)
     n, c = pairs(7, 6, 4)
     leaves = [t.clone().requires_grad_() for t in (x, *m[:3])]
     torch.library.opcheck(
@@ -95,7 +92,6 @@ def test_opcheck(backend):
 
 
 def test_latents_reference_agrees(backend):
-    m = mixture(4, 21, 2, dtype=torch.float64)
-    x = tokens(m, 6)
+    m, x = drawn(6, 4, 21, 2, dtype=torch.float64)
     n, c = pairs(7, 6, 4)
     torch.testing.assert_close(latents(m, x, n, c), reference.latents(x, n, c.long(), *m[:3]), rtol=1e-10, atol=1e-10)

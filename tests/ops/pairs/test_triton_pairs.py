@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -17,13 +16,11 @@ from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import group
 from mfa_kernels.ops.pairs import portable, reference, triton_backward, triton_decode, triton_pairs
 from mfa_kernels.ops.scan.portable import pair_logits
-from mfa_kernels.ops.woodbury import op as woodbury_op
-from mfa_kernels.ops.woodbury import portable as woodbury_portable
 from mfa_kernels.ops.woodbury.portable import explained, residuals
 from mfa_kernels.ops.woodbury.types import Woodbury
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, mixture, portable_factors, rounded_factors, tokens
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
 
@@ -57,25 +54,26 @@ class Case(NamedTuple):
     def held(self) -> Tensor:
         return self.components >= 0
 
+    @property
+    def constants(self) -> Tensor:
+        return self.woodbury.constants(self.mixture.log_weights)
+
+    def explain(self, **changes: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and t of its pairs, with these changes."""
+        c = self._replace(**changes)
+        return triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, c.constants)
+
+    def backward(self, **changes: Tensor) -> list[Tensor]:
+        """What the kernel adds to `gradients`, with these changes."""
+        c, found = self._replace(**changes), gradients(self)
+        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(found))
+        return found
+
     def wide(self) -> tuple[Tensor, Tensor, Woodbury]:
         """x, constants and factors in float64, of the same parameters."""
         wide = self.mixture.to(torch.float64)
         woodbury = portable_factors(wide)
         return self.x.double(), woodbury.constants(wide.log_weights), woodbury
-
-
-def portable_factors(m: Mixture) -> Woodbury:
-    noise = m.noise_variance
-    center = m.means.mean(0)
-    return Woodbury(
-        *woodbury_portable.portable(*m[:3]), woodbury_op.scale_of(noise).contiguous(), center, noise.dim() == 2
-    )  # fmt: skip
-
-
-def rounded(woodbury: Woodbury) -> Woodbury:
-    """Factors of float64 in float32: their rounding alone separates them from the oracle's."""
-    names = ("rows", "cholesky", "log_det", "scale", "center")
-    return replace(woodbury, **{name: getattr(woodbury, name).float().contiguous() for name in names})
 
 
 def case(
@@ -100,10 +98,9 @@ def case(
         components[-1, 1] = 1
     weights = torch.randn(count * slots, generator=generator)
     weights[slots::7] = 0
-    m, x = Mixture(*(t.to(DEVICE) for t in m)), x.to(DEVICE)
-    each = torch.arange(count).repeat_interleave(slots).to(index)
-    woodbury = rounded(portable_factors(m.to(torch.float64)))
-    return Case(m, x, each.to(DEVICE), components.flatten().to(DEVICE), weights.to(DEVICE), woodbury)
+    m, each = m.to(DEVICE), torch.arange(count).repeat_interleave(slots).to(index)
+    pairs = (t.to(DEVICE) for t in (x, each, components.flatten(), weights))
+    return Case(m, *pairs, rounded_factors(m))
 
 
 def test_groups_cover_every_pair_once():
@@ -129,89 +126,6 @@ def test_the_bound_on_the_blocks_is_reached():
     components = torch.arange(5, dtype=torch.int32, device=DEVICE).repeat(4)
     groups = group(components, 5, 3)
     assert int(groups.blocks[-1]) == groups.grid == 10
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
-@pytest.mark.usefixtures("poisoned")
-def test_explain(shape, per_component):
-    check_explain(case(shape, per_component=per_component))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("poisoned")
-def test_explain_reads_halves(dtype):
-    check_explain(case((5, 4, 50, 10), dtype=dtype, index=torch.int32))
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_explain_far_from_the_origin():
-    """x - mu first: a common offset of 1000 noise deviations costs no digits beyond those that x itself lacks."""
-    check_explain(case((5, 4, 50, 10), offset=1e3))
-
-
-def check_explain(c: Case) -> None:
-    constants = c.woodbury.constants(c.mixture.log_weights)
-    logits, t = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, constants)
-    assert (logits[~c.held] == -math.inf).all()
-    assert (t[~c.held] == 0).all()
-    n, k = c.tokens[c.held], c.components[c.held].long()
-    x, wide_constants, wide = c.wide()
-    truth = c.mixture.logits_fp64(c.x)[n, k]
-    torch.testing.assert_close(pair_logits(x, n, k, wide, wide_constants), truth, rtol=1e-10, atol=1e-8)
-    terms = Terms(c.mixture, c.x)
-    assert logits.dtype == t.dtype == torch.float32
-    budgets.check(logits[c.held], truth, terms.logits()[n, k], "a logit")
-    budgets.check(t[c.held], explained(residuals(x[n], k, wide), k, wide), terms.t()[n, k], "t")
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_few_programs_walk_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(triton_pairs, "_PROGRAMS", 2)
-    check_explain(case((7, 5, 50, 3)))
-
-
-@pytest.mark.usefixtures("poisoned")
-def test_explain_gives_what_is_asked_for():
-    c = case((5, 4, 50, 10))
-    constants = c.woodbury.constants(c.mixture.log_weights)
-    logits, t = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, constants)
-    only, nothing = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, constants, with_t=False)
-    assert nothing is None
-    assert torch.equal(only, logits)
-    nothing, only = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury)
-    assert nothing is None
-    assert torch.equal(only, t)
-    none = c.components[:0]
-    logits, t = triton_pairs.explain(c.x, c.tokens[:0], none, c.woodbury, constants)
-    assert (logits.shape, t.shape) == ((0,), (0, 10))
-    logits, t = triton_pairs.explain(c.x, c.tokens, torch.full_like(c.components, -1), c.woodbury, constants)
-    assert (logits == -math.inf).all()
-    assert (t == 0).all()
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.usefixtures("poisoned")
-def test_latents(shape):
-    c = case(shape, per_component=True)
-    z = triton_pairs.latents(c.x, c.tokens, c.components, c.woodbury)
-    assert (z[~c.held] == 0).all()
-    n, k = c.tokens[c.held], c.components[c.held].long()
-    wide = c.mixture.to(torch.float64)
-    exact = reference.latents(c.x.double(), n, k, *wide[:3])
-    budgets.check(z[c.held], exact, Terms(c.mixture, c.x).latents()[n, k])
-
-
-def test_latents_of_nearly_collinear_loadings():
-    """L far from a multiple of the identity: substitution loses no more than its terms say."""
-    m = mixture(3, 50, 17)
-    m = m._replace(loadings=30 * (m.loadings[..., :1] + 1e-2 * m.loadings))
-    m = Mixture(*(t.to(DEVICE) for t in m))
-    woodbury = rounded(portable_factors(m.to(torch.float64)))
-    x = tokens(Mixture(*(t.cpu() for t in m)), 40).to(DEVICE)
-    n, k = torch.arange(40, device=DEVICE), (torch.arange(40, device=DEVICE) % 3).int()
-    exact = reference.latents(x.double(), n, k.long(), *m.to(torch.float64)[:3])
-    budgets.check(triton_pairs.latents(x, n, k, woodbury), exact, Terms(m, x).latents()[n, k.long()])
 
 
 def gradients(c: Case, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -240,32 +154,98 @@ def gradient_terms(c: Case) -> list[Tensor]:
     return [size + before.abs() for size, before in zip(sizes, gradients(c, torch.float64))]
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
-@pytest.mark.usefixtures("poisoned")
-def test_backward(shape, per_component):
-    check_backward(case(shape, per_component=per_component))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.usefixtures("poisoned")
-def test_backward_reads_halves(dtype):
-    check_backward(case((5, 4, 50, 10), dtype=dtype, index=torch.int32))
+def check_explain(c: Case) -> None:
+    logits, t = c.explain()
+    assert (logits[~c.held] == -math.inf).all()
+    assert (t[~c.held] == 0).all()
+    n, k = c.tokens[c.held], c.components[c.held].long()
+    x, wide_constants, wide = c.wide()
+    truth = c.mixture.logits_fp64(c.x)[n, k]
+    torch.testing.assert_close(pair_logits(x, n, k, wide, wide_constants), truth, rtol=1e-10, atol=1e-8)
+    terms = Terms(c.mixture, c.x)
+    assert logits.dtype == t.dtype == torch.float32
+    budgets.check(logits[c.held], truth, terms.logits()[n, k], "a logit")
+    budgets.check(t[c.held], explained(residuals(x[n], k, wide), k, wide), terms.t()[n, k], "t")
 
 
 def check_backward(c: Case) -> None:
-    found = gradients(c)
-    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(found))
-    for name, *tensors in zip(NAMES, found, exact_gradients(c), gradient_terms(c)):
+    for name, *tensors in zip(NAMES, c.backward(), exact_gradients(c), gradient_terms(c)):
         assert tensors[0].dtype == torch.float32
         budgets.check(*tensors, name)
 
 
+CHECKS = pytest.mark.parametrize("check", [check_explain, check_backward], ids=["explain", "backward"])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+@CHECKS
+@pytest.mark.usefixtures("poisoned")
+def test_the_definition(shape, per_component, check):
+    check(case(shape, per_component=per_component))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@CHECKS
+@pytest.mark.usefixtures("poisoned")
+def test_it_reads_halves(dtype, check):
+    check(case((5, 4, 50, 10), dtype=dtype, index=torch.int32))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_explain_far_from_the_origin():
+    """x - mu first: a common offset of 1000 noise deviations costs no digits beyond those that x itself lacks."""
+    check_explain(case((5, 4, 50, 10), offset=1e3))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_few_programs_walk_over_many_blocks(monkeypatch):
+    monkeypatch.setattr(triton_pairs, "_PROGRAMS", 2)
+    check_explain(case((7, 5, 50, 3)))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_explain_gives_what_is_asked_for():
+    c = case((5, 4, 50, 10))
+    logits, t = c.explain()
+    only, nothing = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, c.constants, with_t=False)
+    assert nothing is None
+    assert torch.equal(only, logits)
+    nothing, only = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury)
+    assert nothing is None
+    assert torch.equal(only, t)
+    logits, t = c.explain(tokens=c.tokens[:0], components=c.components[:0])
+    assert (logits.shape, t.shape) == ((0,), (0, 10))
+    logits, t = c.explain(components=torch.full_like(c.components, -1))
+    assert (logits == -math.inf).all()
+    assert (t == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_latents(shape):
+    c = case(shape, per_component=True)
+    z = triton_pairs.latents(c.x, c.tokens, c.components, c.woodbury)
+    assert (z[~c.held] == 0).all()
+    n, k = c.tokens[c.held], c.components[c.held].long()
+    wide = c.mixture.to(torch.float64)
+    exact = reference.latents(c.x.double(), n, k, *wide[:3])
+    budgets.check(z[c.held], exact, Terms(c.mixture, c.x).latents()[n, k])
+
+
+def test_latents_of_nearly_collinear_loadings():
+    """L far from a multiple of the identity: substitution loses no more than its terms say."""
+    m = mixture(3, 50, 17)
+    m = m._replace(loadings=30 * (m.loadings[..., :1] + 1e-2 * m.loadings))
+    x, m = tokens(m, 40).to(DEVICE), m.to(DEVICE)
+    n, k = torch.arange(40, device=DEVICE), (torch.arange(40, device=DEVICE) % 3).int()
+    exact = reference.latents(x.double(), n, k.long(), *m.to(torch.float64)[:3])
+    budgets.check(triton_pairs.latents(x, n, k, rounded_factors(m)), exact, Terms(m, x).latents()[n, k.long()])
+
+
 def test_backward_computes_only_what_is_asked_for():
     c = case((5, 4, 50, 10))
-    whole = gradients(c)
-    triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(whole))
-    for i, expected in enumerate(whole):
+    for i, expected in enumerate(c.backward()):
         part: list[Tensor | None] = [None] * len(NAMES)
         part[i] = gradients(c)[i]
         triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(part))
@@ -274,14 +254,12 @@ def test_backward_computes_only_what_is_asked_for():
 
 def test_backward_of_no_pairs_changes_nothing():
     c = case((5, 4, 50, 10))
-    found = gradients(c)
-    for weights, components in (
-        (c.weights, torch.full_like(c.components, -1)),
-        (torch.zeros_like(c.weights), c.components),
+    for changes in (
+        {"components": torch.full_like(c.components, -1)},
+        {"weights": torch.zeros_like(c.weights)},
+        {"tokens": c.tokens[:0], "components": c.components[:0], "weights": c.weights[:0]},
     ):
-        triton_backward.backward(c.x, c.tokens, components, weights, c.woodbury, list(found))
-    triton_backward.backward(c.x, c.tokens[:0], c.components[:0], c.weights[:0], c.woodbury, list(found))
-    assert all(torch.equal(f, g) for f, g in zip(found, gradients(c)))
+        assert all(torch.equal(f, g) for f, g in zip(c.backward(**changes), gradients(c)))
 
 
 def test_a_bad_token_is_alone():
@@ -290,16 +268,12 @@ def test_a_bad_token_is_alone():
     bad = c.tokens == 4
     x = c.x.clone()
     x[4, 7] = math.nan
-    constants = c.woodbury.constants(c.mixture.log_weights)
-    logits, t = triton_pairs.explain(x, c.tokens, c.components, c.woodbury, constants)
-    expected, expected_t = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, constants)
+    (logits, t), (expected, expected_t) = c.explain(x=x), c.explain()
     assert logits[bad & c.held].isnan().all()
     assert torch.equal(logits[~bad], expected[~bad])
     assert torch.equal(t[~bad], expected_t[~bad])
     components = c.components.masked_fill(bad, -1)
-    found, expected = gradients(c), gradients(c)
-    triton_backward.backward(x, c.tokens, components, c.weights, c.woodbury, list(found))
-    triton_backward.backward(c.x, c.tokens, components, c.weights, c.woodbury, list(expected))
+    found, expected = c.backward(x=x, components=components), c.backward(components=components)
     assert all(torch.equal(f, e) for f, e in zip(found, expected))
     assert all(f.isfinite().all() for f in found)
 
@@ -314,16 +288,12 @@ def test_one_component_owns_everything():
 
 def test_same_bits_twice():
     c = case((5, 4, 50, 10))
-    constants = c.woodbury.constants(c.mixture.log_weights)
-    runs = []
-    for _ in range(2):
-        found = gradients(c)
-        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(found))
+
+    def run() -> list[Tensor]:
         code = random_code(c, 3)
-        grads = triton_decode.decode_backward(c.x, *code)
-        explained_ = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, constants)
-        runs.append([*found, *explained_, triton_decode.decode(*code), *grads])
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
+        return [*c.backward(), *c.explain(), triton_decode.decode(*code), *triton_decode.decode_backward(c.x, *code)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run()))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="not applicable: the interpreter copies its arguments: 17 GB of them")
@@ -413,5 +383,4 @@ def test_what_is_no_component_marks_a_slot_without_a_pair(wrong):
     wanted.append(triton_decode.decode(good[:, None], *slots))
     found += triton_decode.decode_backward(x, bad[:, None], *slots)
     wanted += triton_decode.decode_backward(x, good[:, None], *slots)
-    for a, b in zip(found, wanted):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.scan.types import activity_threshold
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
 
 # (N, K, D, R). Up to 4 tokens take a path of their own. Panels hold up to 32 tokens (fp32) and 16 (fp64), features go
 # in blocks of up to 16 and are flushed every 64, ranks above 12 take several passes: every one of these axes crosses
@@ -38,9 +39,7 @@ SHAPES = [
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_and_pairs_in_fp64(backend, shape, per_component, spread):
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, spread=spread, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(*shape, per_component=per_component, spread=spread, dtype=torch.float64)
     active = m.active(x, slots=8, center=m.means.mean(0))
     logits = m.logits_fp64(x)
     torch.testing.assert_close(active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
@@ -71,17 +70,14 @@ def check_slots(active: ops.ActivePairs, logits: torch.Tensor, slots: int, toler
 
 def test_agrees_with_torch_distributions(backend):
     for per_component in (False, True):
-        m = mixture(40, 30, 4, per_component=per_component, dtype=torch.float64)
-        x = tokens(m, 50)
+        m, x = drawn(50, 40, 30, 4, per_component=per_component, dtype=torch.float64)
         torch.testing.assert_close(m.active(x).log_prob, m.distribution().log_prob(x), rtol=1e-11, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", [(70, 150, 384, 10), (70, 67, 768, 10), (40, 66, 2304, 4)], ids=str)
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_fp32_error_is_a_few_roundings_of_the_terms(backend, shape, per_component):
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, spread=2.0)
-    x = tokens(m, n)
+    m, x = drawn(*shape, per_component=per_component, spread=2.0)
     truth, terms = m.logits_fp64(x), Terms(m, x)
     active = m.active(x, center=m.means.mean(0))
     budgets.check(active.log_prob, truth.logsumexp(-1), terms.log_prob(truth), "log p(x)")
@@ -92,13 +88,17 @@ def component_log_prob(m: Mixture, x: torch.Tensor, center: torch.Tensor | None 
     return ops.component_log_prob(x, *m[:3], m.woodbury(center))
 
 
-def test_outlier_dimensions_and_close_components(backend):
-    """Two dimensions near 3000 and -1500, close components: the expanded fp32 formula gets most argmax wrong."""
-    m = mixture(64, 512, 8, spread=0.1, dtype=torch.float64)
+def outlier_dimensions(rank: int) -> Mixture:
+    m = mixture(64, 512, rank, spread=0.1, dtype=torch.float64)
     m = Mixture(m.means * 0.15, m.loadings * 0.15, m.noise_variance * 0.02, torch.zeros_like(m.log_weights) - 4)
     m.means[:, 7] += 3000
     m.means[:, 300] -= 1500
-    m = m.to(torch.float32)
+    return m.to(torch.float32)
+
+
+def test_outlier_dimensions_and_close_components(backend):
+    """Two dimensions near 3000 and -1500, close components: the expanded fp32 formula gets most argmax wrong."""
+    m = outlier_dimensions(8)
     x = tokens(m, 2000)
     truth = m.logits_fp64(x)
     active = m.active(x, center=m.means.mean(0))
@@ -119,8 +119,7 @@ def test_outlier_dimensions_and_close_components(backend):
 @pytest.mark.parametrize("spread", [10.0, 300.0, 3000.0])
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_regions_far_from_the_center_are_as_exact(backend, spread, per_component):
-    m = mixture(16, 512, 4, per_component=per_component, spread=spread)
-    x = tokens(m, 64)
+    m, x = drawn(64, 16, 512, 4, per_component=per_component, spread=spread)
     truth = m.logits_fp64(x)
     found = m.active(x, center=m.means.mean(0)).log_prob
     budgets.check(found, truth.logsumexp(-1), Terms(m, x).log_prob(truth))
@@ -170,8 +169,7 @@ def test_other_input_dtypes(backend, dtype):
 
 
 def test_strides_and_views(backend):
-    m = mixture(20, 37, 3)
-    x = tokens(m, 40)
+    m, x = drawn(40, 20, 37, 3)
     expected = m.active(x).log_prob
     assert torch.equal(m.active(x.t().contiguous().t()).log_prob, expected)
     padded = torch.zeros(40, 50)
@@ -193,14 +191,20 @@ def test_no_tokens(backend):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_token_is_bad_alone(backend, bad):
-    m = mixture(50, 37, 3)
-    x = tokens(m, 70)
-    expected = m.active(x)
-    x[33, 5] = bad
-    active = m.active(x)
-    assert active.log_prob[33].isnan()
-    assert (active.components[33] == -1).all()
-    others = torch.arange(70) != 33
+    m, x = drawn(70, 50, 37, 3)
+    check_a_bad_token_is_bad_alone(m.active, x, 33, bad)
+
+
+def check_a_bad_token_is_bad_alone(
+    scan: Callable[[torch.Tensor], ops.ActivePairs], x: torch.Tensor, row: int, bad: float
+) -> None:
+    """Spoils a row of x, and looks at all of them."""
+    expected = scan(x)
+    x[row, 5] = bad
+    active = scan(x)
+    assert active.log_prob[row].isnan()
+    assert (active.components[row] == -1).all()
+    others = torch.arange(len(x), device=x.device) != row
     assert torch.equal(active.log_prob[others], expected.log_prob[others])
 
 
@@ -214,8 +218,7 @@ def test_a_bad_component_is_seen(backend):
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_a_component_whose_distance_overflows_is_far_away(backend, count, per_component):
     """|v|^2 and |t|^2 are infinite, t is not: no processor, with fused multiply-adds or without, makes that NaN."""
-    m = mixture(30, 40, 3, per_component=per_component, spread=3.0)
-    x = tokens(m, count)
+    m, x = drawn(count, 30, 40, 3, per_component=per_component, spread=3.0)
     m.log_weights[5] = -math.inf
     wanted = m.log_prob_fp64(x)
     m.log_weights[5] = m.log_weights[4]
@@ -232,8 +235,7 @@ def test_all_logits_very_negative(backend):
 
 
 def test_zero_weight_component(backend):
-    m = mixture(20, 37, 3)
-    x = tokens(m, 40)
+    m, x = drawn(40, 20, 37, 3)
     log_weights = m.log_weights.clone()
     log_weights[3] = -math.inf
     m = m._replace(log_weights=log_weights)
@@ -243,23 +245,18 @@ def test_zero_weight_component(backend):
 
 
 def test_two_runs_are_bitwise_equal(backend):
-    m = mixture(300, 70, 5, spread=0.1)
-    x = tokens(m, 500)
-    first, second = m.active(x), m.active(x)
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    m, x = drawn(500, 300, 70, 5, spread=0.1)
+    assert all(torch.equal(a, b) for a, b in zip(m.active(x), m.active(x), strict=True))
 
 
 def test_a_split_batch_equals_the_whole(backend):
-    m = mixture(90, 70, 5)
-    x = tokens(m, 300)
+    m, x = drawn(300, 90, 70, 5)
     whole, parts = m.active(x), [m.active(part) for part in (x[:1], x[1:5], x[5:130], x[130:])]
     torch.testing.assert_close(torch.cat([p.log_prob for p in parts]), whole.log_prob, rtol=1e-6, atol=1e-5)
 
 
 def test_shift_and_center_change_nothing(backend):
-    m = mixture(30, 40, 3, dtype=torch.float64)
-    x = tokens(m, 50)
+    m, x = drawn(50, 30, 40, 3, dtype=torch.float64)
     expected = m.active(x).log_prob
     shift = torch.linspace(-5, 5, 40, dtype=torch.float64)
     moved = m._replace(means=m.means + shift)
@@ -268,16 +265,14 @@ def test_shift_and_center_change_nothing(backend):
 
 
 def test_rotation_of_the_loadings_changes_nothing(backend):
-    m = mixture(30, 40, 4, dtype=torch.float64)
-    x = tokens(m, 50)
+    m, x = drawn(50, 30, 40, 4, dtype=torch.float64)
     q, _ = torch.linalg.qr(torch.randn(30, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)))
     turned = m._replace(loadings=m.loadings @ q)
     torch.testing.assert_close(turned.active(x).log_prob, m.active(x).log_prob, rtol=1e-11, atol=1e-10)
 
 
 def test_order_and_duplicates_of_components_change_nothing(backend):
-    m = mixture(30, 40, 4, spread=0.3, dtype=torch.float64)
-    x = tokens(m, 50)
+    m, x = drawn(50, 30, 40, 4, spread=0.3, dtype=torch.float64)
     expected = m.active(x).log_prob
     order = torch.randperm(30, generator=torch.Generator().manual_seed(4))
     permuted = Mixture(m.means[order], m.loadings[order], m.noise_variance, m.log_weights[order])
@@ -291,8 +286,7 @@ def test_order_and_duplicates_of_components_change_nothing(backend):
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
 def test_overflowing_tokens_stay_exact(backend, slots):
-    m = mixture(200, 30, 3, spread=0.2, dtype=torch.float64)
-    x = tokens(m, 90)
+    m, x = drawn(90, 200, 30, 3, spread=0.2, dtype=torch.float64)
     active = m.active(x, slots=slots)
     assert (active.counts == slots + 1).any()
     logits = m.logits_fp64(x)
@@ -322,55 +316,70 @@ def test_gradcheck(backend, per_component, spread):
 @pytest.mark.parametrize("spread", [3.0, 0.2], ids=["one_hot", "diffuse"])
 @pytest.mark.usefixtures("poisoned")
 def test_gradients_against_fp64_autograd(backend, shape, per_component, spread):
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, spread=spread)
-    x, upstream = tokens(m, n), torch.randn(n, generator=torch.Generator().manual_seed(5))
+    m, x = drawn(*shape, per_component=per_component, spread=spread)
+    center = m.means.mean(0)
+    check_gradients(m, x, lambda x, *p: Mixture(*p).active(x, center=center).log_prob, seed=5)
+
+
+def check_gradients(m: Mixture, x: torch.Tensor, log_prob: Callable[..., torch.Tensor], seed: int) -> None:
+    """Of log p(x), a function of x and the parameters, within the budgets."""
+    upstream = torch.randn(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)
     leaves = [t.clone().requires_grad_() for t in (x, *m)]
-    (Mixture(*leaves[1:]).active(leaves[0], center=m.means.mean(0)).log_prob * upstream).sum().backward()
+    found = torch.autograd.grad(log_prob(*leaves), leaves, upstream)
     wide = [t.double().requires_grad_() for t in (x, *m)]
-    (reference.log_prob(*wide) * upstream).sum().backward()
+    truth = torch.autograd.grad(reference.log_prob(*wide), wide, upstream.double())
     terms = Terms(m, x)
-    weight = upstream.unsqueeze(-1) * terms.responsibilities(m.logits_fp64(x))
-    for name, found, wanted, size in zip(("x", *Mixture._fields), leaves, wide, terms.gradients(weight), strict=True):
-        budgets.check(found.grad, wanted.grad, size, name)
+    sizes = terms.gradients(upstream.unsqueeze(-1) * terms.responsibilities(m.logits_fp64(x)))
+    for name, *tensors in zip(("x", *Mixture._fields), found, truth, sizes, strict=True):
+        budgets.check(*tensors, name)
 
 
 def test_gradient_through_the_logits_of_the_pairs(backend):
     """Responsibilities made of the op's own outputs train like the dense softmax."""
-    m = mixture(6, 5, 2, spread=1.0, dtype=torch.float64)
-    x = tokens(m, 20)
-    pick = torch.randn(20, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    check_gradient_through_the_logits(*drawn(20, 6, 5, 2, spread=1.0, dtype=torch.float64), rtol=1e-8, atol=1e-9)
+
+
+def check_gradient_through_the_logits(m: Mixture, x: torch.Tensor, rtol: float, atol: float) -> None:
+    size = len(x), len(m.means)
+    pick = torch.randn(size, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(x.device)
     leaves, wide = ([t.clone().requires_grad_() for t in (x, *m)] for _ in range(2))
-    active = Mixture(*leaves[1:]).active(leaves[0], slots=6)
+    active = Mixture(*leaves[1:]).active(leaves[0], slots=len(m.means))
     r = (active.logits - active.log_prob.unsqueeze(-1)).exp()
     (r * pick.gather(1, active.components.long().clamp_min(0))).sum().backward()
     logits = wide[4] + reference.component_log_prob(*wide[:4])
     (logits.softmax(-1) * pick).sum().backward()
     for found, wanted in zip(leaves, wide, strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("wanted", range(5))
 def test_only_the_gradients_asked_for(backend, wanted):
-    m = mixture(20, 30, 3)
-    every = [t.clone().requires_grad_() for t in (tokens(m, 40), *m)]
+    check_only_the_gradients_asked_for(*drawn(40, 20, 30, 3), wanted)
+
+
+def check_only_the_gradients_asked_for(m: Mixture, x: torch.Tensor, wanted: int) -> None:
+    every = [t.clone().requires_grad_() for t in (x, *m)]
     Mixture(*every[1:]).active(every[0]).log_prob.sum().backward()
-    one = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((tokens(m, 40), *m))]
+    one = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, *m))]
     Mixture(*one[1:]).active(one[0]).log_prob.sum().backward()
     assert [t.grad is not None for t in one] == [i == wanted for i in range(5)]
     assert torch.equal(one[wanted].grad, every[wanted].grad)
 
 
 def test_gradients_are_bitwise_repeatable(backend):
-    m = mixture(100, 70, 5, spread=0.5)
-    x = tokens(m, 400)
+    m, x = drawn(400, 100, 70, 5, spread=0.5)
+    check_two_runs_are_bitwise_equal(m, x)
+
+
+def check_two_runs_are_bitwise_equal(m: Mixture, x: torch.Tensor) -> None:
+    """With their gradients."""
     runs = []
     for _ in range(2):
         leaves = [t.clone().requires_grad_() for t in (x, *m)]
-        Mixture(*leaves[1:]).active(leaves[0]).log_prob.sum().backward()
-        runs.append([t.grad for t in leaves])
-    for a, b in zip(*runs, strict=True):
-        assert torch.equal(a, b)
+        active = Mixture(*leaves[1:]).active(leaves[0])
+        active.log_prob.sum().backward()
+        runs.append([*active, *(t.grad for t in leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])

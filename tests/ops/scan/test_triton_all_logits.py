@@ -12,12 +12,10 @@ pytest.importorskip("triton")
 
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.scan import triton_all_logits
-from mfa_kernels.ops.woodbury import op as woodbury_op
-from mfa_kernels.ops.woodbury import portable as woodbury_portable
 from mfa_kernels.ops.woodbury.types import Woodbury
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.mixtures import Mixture, drawn, rounded_factors
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
 
@@ -34,13 +32,8 @@ def small_tiles() -> Iterator[None]:
 
 
 def case(shape: tuple[int, int, int, int], per_component: bool = False) -> tuple[Mixture, torch.Tensor, Woodbury]:
-    count, components, features, rank = shape
-    m = mixture(components, features, rank, per_component=per_component)
-    x = tokens(m, count).to(DEVICE)
-    m = Mixture(*(t.to(DEVICE) for t in m))
-    noise = m.noise_variance
-    wide = [t.float().contiguous() for t in woodbury_portable.portable(*(t.double() for t in m[:3]))]
-    return m, x, Woodbury(*wide, woodbury_op.scale_of(noise).contiguous(), m.means[0] * 0, noise.dim() == 2)
+    m, x = drawn(*shape, device=DEVICE, per_component=per_component)
+    return m, x, rounded_factors(m)
 
 
 def check(m: Mixture, x: torch.Tensor, woodbury: Woodbury) -> None:

@@ -14,8 +14,8 @@ from mfa_kernels.ops.woodbury import triton_rows
 from mfa_kernels.ops.woodbury.types import ScanRows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
-from tests.ops.scan.test_scan import check_slots, component_log_prob
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
+from tests.ops.scan.test_scan import check_a_bad_token_is_bad_alone, check_gradients, check_slots, component_log_prob
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted or emulated
 
@@ -35,8 +35,9 @@ def triton_backend(monkeypatch: pytest.MonkeyPatch):
         yield
 
 
-def on_device(*shape: int, **kwargs) -> Mixture:
-    return Mixture(*(t.to(DEVICE) for t in mixture(*shape, **kwargs)))
+def on_device(*shape: int, **options) -> tuple[Mixture, torch.Tensor]:
+    """A mixture and tokens, of (N, K, D, R)."""
+    return drawn(*shape, device=DEVICE, **options)
 
 
 def scanned(m: Mixture, x: torch.Tensor, bounds: bool = True, tiles: configs.Scan = TILES):
@@ -53,9 +54,7 @@ def scanned(m: Mixture, x: torch.Tensor, bounds: bool = True, tiles: configs.Sca
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_and_pairs(shape, per_component):
-    count, components, features, rank = shape
-    m = on_device(components, features, rank, per_component=per_component, spread=1.0)
-    x = tokens(m, count)
+    m, x = on_device(*shape, per_component=per_component, spread=1.0)
     active = m.active(x, slots=8, center=m.means.mean(0))
     truth = m.logits_fp64(x)
     budgets.check(active.log_prob, truth.logsumexp(-1), Terms(m, x).log_prob(truth))
@@ -65,8 +64,7 @@ def test_log_prob_and_pairs(shape, per_component):
 @pytest.mark.usefixtures("poisoned")
 def test_a_diffuse_mixture_is_decided_by_all_logits(monkeypatch):
     monkeypatch.setattr(triton_pipeline, "MOST_LOGITS", 5 * 80)  # tokens in rounds of five, the last one short
-    m = on_device(80, 70, 4, spread=0.05)
-    x = tokens(m, 12)
+    m, x = on_device(12, 80, 70, 4, spread=0.05)
     x = torch.cat([x, 40 * x[:2]])  # and two whose candidates do not overflow
     active = m.active(x)
     truth = m.logits_fp64(x)
@@ -98,8 +96,7 @@ def widest(m: Mixture, x: torch.Tensor, tiles: configs.Scan = TILES) -> float:
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 @pytest.mark.parametrize("kind", ["typical", "far", "tiny_noise", "collinear", "huge", "uneven"])
 def test_the_bounds_hold(kind, per_component):
-    m = on_device(70, 100, 5, per_component=per_component, dtype=torch.float64, spread=2.0)
-    x = tokens(m, 20)
+    m, x = on_device(20, 70, 100, 5, per_component=per_component, dtype=torch.float64, spread=2.0)
     if kind == "far":
         m = m._replace(means=m.means + 1e3 * torch.arange(70, device=DEVICE).unsqueeze(-1))
         x = x + 1e3 * torch.arange(20, device=DEVICE).unsqueeze(-1)
@@ -119,8 +116,7 @@ def test_the_bounds_hold(kind, per_component):
 
 def test_the_bounds_are_useful():
     """On a mixture like a real one, half the window that they add is small beside the gap to the second component."""
-    m = on_device(70, 384, 10, spread=2.0)
-    x = tokens(m, 16)
+    m, x = on_device(16, 70, 384, 10, spread=2.0)
     assert widest(m, x) < 4
     found, candidate_overflow = candidates(m, x)
     assert not candidate_overflow.any()
@@ -133,8 +129,7 @@ def candidates(m: Mixture, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def test_plain_pointers_scan_like_descriptors():
-    m = on_device(70, 100, 7)
-    x = tokens(m, 20)
+    m, x = on_device(20, 70, 100, 7)
     first = scanned(m, x)[0]
     plain = configs.Scan(tokens=32, width=2, features=64, warps=4, stages=2, descriptors=False)
     second = scanned(m, x, tiles=plain)[0]
@@ -144,8 +139,8 @@ def test_plain_pointers_scan_like_descriptors():
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_fast_is_as_close_as_documented(per_component):
-    m = on_device(70, 384, 10, spread=2.0, per_component=per_component)
-    x = torch.cat([tokens(m, 8), 0.05 * tokens(m, 4)])
+    m, x = on_device(8, 70, 384, 10, spread=2.0, per_component=per_component)
+    x = torch.cat([x, 0.05 * tokens(m, 4)])
     fast = ops.log_prob(x, *m, m.woodbury(m.means.mean(0)), exact=False)
     truth = m.logits_fp64(x)
     error = (fast.log_prob.double() - torch.logsumexp(truth, -1)).abs()
@@ -158,7 +153,7 @@ def test_fast_is_as_close_as_documented(per_component):
 
 def test_regions_far_away_do_not_disturb_the_others():
     """One region a thousand times farther out (a beginning-of-text token's): its own bounds are wide, nobody else's."""
-    m = on_device(70, 100, 5, spread=2.0)
+    m = mixture(70, 100, 5, spread=2.0).to(DEVICE)
     m.means[7] *= 1000
     x = tokens(m, 20)
     _, candidate_overflow = candidates(m, x)
@@ -168,14 +163,13 @@ def test_regions_far_away_do_not_disturb_the_others():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_input_dtypes(dtype):
-    m = on_device(20, 70, 3)
-    x = tokens(m, 20).to(dtype)
+    m, x = on_device(20, 20, 70, 3)
+    x = x.to(dtype)
     torch.testing.assert_close(m.active(x).log_prob, m.active(x.float()).log_prob, rtol=0, atol=0)
 
 
 def test_strides_and_no_tokens():
-    m = on_device(20, 37, 3)
-    x = tokens(m, 10)
+    m, x = on_device(10, 20, 37, 3)
     expected = m.active(x).log_prob
     assert torch.equal(m.active(x.t().contiguous().t()).log_prob, expected)
     padded = torch.zeros(10, 50, device=DEVICE)
@@ -187,21 +181,14 @@ def test_strides_and_no_tokens():
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_bad_token_is_bad_alone(bad, exact):
-    m = on_device(20, 37, 3)
-    x = tokens(m, 20)
+    m, x = on_device(20, 20, 37, 3)
     woodbury = m.woodbury()
-    expected = ops.log_prob(x, *m, woodbury, exact=exact)
-    x[13, 5] = bad
-    active = ops.log_prob(x, *m, woodbury, exact=exact)
-    assert active.log_prob[13].isnan()
-    assert (active.components[13] == -1).all()
-    others = torch.arange(20, device=DEVICE) != 13
-    assert torch.equal(active.log_prob[others], expected.log_prob[others])
+    check_a_bad_token_is_bad_alone(lambda x: ops.log_prob(x, *m, woodbury, exact=exact), x, 13, bad)
 
 
 @pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
 def test_a_bad_component_is_seen(exact):
-    m = on_device(20, 37, 3)
+    m = mixture(20, 37, 3).to(DEVICE)
     m.means[12, 3] = math.nan
     active = ops.log_prob(tokens(m, 8).nan_to_num(), *m, m.woodbury(), exact=exact)
     assert active.log_prob.isnan().all()
@@ -209,11 +196,11 @@ def test_a_bad_component_is_seen(exact):
 
 
 def test_very_negative_logits_and_a_zero_weight():
-    m = on_device(67, 40, 3)
+    m, x = on_device(10, 67, 40, 3)
     log_weights = m.log_weights.clone()
     log_weights[3] = -math.inf
     m = m._replace(log_weights=log_weights)
-    x = tokens(m, 10) + 1e4
+    x = x + 1e4
     active = m.active(x)
     torch.testing.assert_close(active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
     assert not (active.components == 3).any()
@@ -221,7 +208,7 @@ def test_very_negative_logits_and_a_zero_weight():
 
 def test_duplicated_components_are_all_found():
     """More equal components in one tile than it reports: candidates overflow, and all logits decide."""
-    m = on_device(4, 40, 3, spread=3.0)
+    m = mixture(4, 40, 3, spread=3.0).to(DEVICE)
     m = Mixture(*(t.repeat_interleave(6, 0) if t.shape[0] == 4 else t for t in m))
     m = m._replace(log_weights=m.log_weights - math.log(6))
     active = m.active(tokens(m, 6))
@@ -231,11 +218,9 @@ def test_duplicated_components_are_all_found():
 
 
 def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
-    m = on_device(70, 50, 3, spread=0.3)
-    x = tokens(m, 20)
-    whole, again = m.active(x), m.active(x)
-    for a, b in zip(whole, again, strict=True):
-        assert torch.equal(a, b)
+    m, x = on_device(20, 70, 50, 3, spread=0.3)
+    whole = m.active(x)
+    assert all(torch.equal(a, b) for a, b in zip(whole, m.active(x), strict=True))
     parts = [m.active(part) for part in (x[:3], x[3:17], x[17:])]
     for i, column in enumerate(whole):
         assert torch.equal(column, torch.cat([part[i] for part in parts]))
@@ -245,23 +230,13 @@ def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
 @pytest.mark.parametrize("spread", [2.0, 0.05], ids=["one_hot", "diffuse"])
 @pytest.mark.usefixtures("poisoned")
 def test_gradients(spread, per_component):
-    m = on_device(20, 40, 3, spread=spread, per_component=per_component)
-    x = tokens(m, 12)
-    upstream = torch.randn(12, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    leaves = [t.clone().requires_grad_() for t in (x, *m)]
-    active = ops.log_prob(leaves[0], *leaves[1:], m.woodbury(m.means.mean(0)))
-    found = torch.autograd.grad(active.log_prob, leaves, upstream)
-    wide = [t.double().requires_grad_() for t in (x, *m)]
-    truth = torch.autograd.grad(reference.log_prob(*wide), wide, upstream.double())
-    terms = Terms(m, x)
-    sizes = terms.gradients(upstream.unsqueeze(-1) * terms.responsibilities(m.logits_fp64(x)))
-    for name, *tensors in zip(("x", *Mixture._fields), found, truth, sizes, strict=True):
-        budgets.check(*tensors, name)
+    m, x = on_device(12, 20, 40, 3, spread=spread, per_component=per_component)
+    woodbury = m.woodbury(m.means.mean(0))
+    check_gradients(m, x, lambda *leaves: ops.log_prob(*leaves, woodbury).log_prob, seed=0)
 
 
 def test_component_log_prob_and_its_gradient():
-    m = on_device(20, 40, 3)
-    x = tokens(m, 7)
+    m, x = on_device(7, 20, 40, 3)
     truth = reference.component_log_prob(x.double(), *m.to(torch.float64)[:3])
     torch.testing.assert_close(component_log_prob(m, x).double(), truth, rtol=1e-5, atol=1e-3)
     leaves = [t.clone().requires_grad_() for t in m[:3]]
@@ -276,8 +251,7 @@ def test_component_log_prob_and_its_gradient():
     "test", ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
 )
 def test_opcheck(test):
-    m = on_device(5, 21, 2)
-    x = tokens(m, 6)
+    m, x = on_device(6, 5, 21, 2)
     f = m.woodbury()
     leaves = [t.clone().requires_grad_() for t in (x, *m)]
     args = (*leaves, *f.tensors(), 4, True, *f.scan)
@@ -288,9 +262,8 @@ def test_opcheck(test):
 
 
 def test_the_module_runs_on_it():
-    m = on_device(20, 40, 3)
+    m, x = on_device(9, 20, 40, 3)
     mfa = MFA.from_parameters(*m[:3], m.log_weights.exp()).to(DEVICE)
-    x = tokens(m, 9)
     loss = mfa(x)
     loss.backward()
     torch.testing.assert_close(-loss.double(), m.log_prob_fp64(x).mean(), rtol=1e-5, atol=1e-4)
@@ -304,8 +277,7 @@ def test_the_module_runs_on_it():
 def test_scan_rows_of_another_mixture_are_refused(monkeypatch):
     """They are handed over beside the factors, and tile by tile."""
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
-    m, other = (mixture(k, 40, 3) for k in (70, 65))
-    m, other = (Mixture(*(t.to(DEVICE) for t in each)) for each in (m, other))
+    m, other = (mixture(k, 40, 3).to(DEVICE) for k in (70, 65))
     x, woodbury, scan = tokens(m, 3), m.woodbury(), other.woodbury().scan
     assert scan[0].numel(), "or nothing is looked at"
     own = woodbury.scan

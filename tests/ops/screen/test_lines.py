@@ -11,9 +11,9 @@ from mfa_kernels.ops.screen import op, reference
 from mfa_kernels.ops.screen.cost import bytes_read, candidates
 from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.types import unpack_rows
-from tests.helpers.mixtures import Mixture, mixture, tokens
-from tests.helpers.threads import threads
-from tests.ops.screen.test_screen import CASES, STAGE_0, adversarial, orthonormal
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
+from tests.helpers.threads import same_bits
+from tests.ops.screen.test_screen import CASES, STAGE_0, adversarial, flat, orthonormal
 
 pytestmark = pytest.mark.usefixtures("needs_cpp")
 
@@ -31,7 +31,7 @@ def prepared(m: Mixture, features: int, basis: Tensor | None = None):
 
 def lines_fp64(m: Mixture, x: Tensor, screen: Screen) -> Tensor:
     """The bounds by the plain formula in float64, from the directions of a screen: (N, K)."""
-    wide = Mixture(*(t.double() for t in m))
+    wide = m.to(torch.float64)
     scale = wide.noise_variance.rsqrt()
     projection = scale.unsqueeze(-1) * screen.basis.double()
     u, q = screen.lines.double(), screen.basis.double()
@@ -46,8 +46,7 @@ def lines_fp64(m: Mixture, x: Tensor, screen: Screen) -> Tensor:
 @pytest.mark.usefixtures("poisoned")
 def test_computed_bounds_are_the_formula_and_its_slack(shape):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, dtype=torch.float64)
     woodbury, constants, screen = prepared(m, p)
     upper, wanted = op.bounds(x, woodbury, constants, screen, by_lines=True), lines_fp64(m, x, screen)
     assert (upper >= wanted).all()
@@ -97,7 +96,7 @@ def test_no_bound_is_violated(case, features):
 
 def farthest_along_lines(m: Mixture, screen: Screen) -> Tensor:
     """Tokens mu_k + t C_k Q u_k: what the line of a component sees of their distance is all of it."""
-    wide = Mixture(*(t.double() for t in m))
+    wide = m.to(torch.float64)
     scale = wide.noise_variance.rsqrt()
     w = wide.loadings * scale.unsqueeze(-1)
     v = screen.lines.double() @ screen.basis.double().mT
@@ -128,8 +127,7 @@ def test_rounding_does_break_bounds_that_have_no_slack():
 @pytest.mark.usefixtures("poisoned")
 def test_lines_change_no_result(shape, spread):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, spread=spread, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, spread=spread, dtype=torch.float64)
     woodbury, constants, screen = prepared(m, p)
     threshold = activity_threshold(k, x.dtype)
     found = op.scan(x, woodbury, constants, screen, threshold, 8)
@@ -141,8 +139,7 @@ def test_lines_change_no_result(shape, spread):
 
 
 def test_lines_leave_few_components_to_the_marginals():
-    m = mixture(300, 96, 4, spread=3.0)
-    x = tokens(m, 500)
+    m, x = drawn(500, 300, 96, 4, spread=3.0)
     woodbury, constants, screen = prepared(m, 48)
     bars = (m.logits_fp64(x).amax(-1) - 25).float()
     left = op.lines_left(x, woodbury, constants, screen, bars)
@@ -154,22 +151,18 @@ def test_lines_leave_few_components_to_the_marginals():
 
 @pytest.mark.parametrize("count", [3, 300])
 def test_the_number_of_threads_changes_no_bit(count):
-    m = mixture(391, 64, 5, spread=1.5)
-    x = tokens(m, count)
+    m, x = drawn(count, 391, 64, 5, spread=1.5)
     woodbury, constants, screen = prepared(m, 48)
-    runs = []
-    for number in (1, 2, 5):
-        with threads(number):
-            found = op.scan(x, woodbury, constants, screen, 20.0, 8)
-            runs.append([*found.active, *found[1:], op.bounds(x, woodbury, constants, screen, by_lines=True)])
-    assert (runs[0][5] > 0).any()
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+    def run() -> list[Tensor]:
+        found = op.scan(x, woodbury, constants, screen, 20.0, 8)
+        return [*flat(found), op.bounds(x, woodbury, constants, screen, by_lines=True)]
+
+    assert (same_bits(run, (1, 2, 5))[5] > 0).any()
 
 
 def test_a_component_without_a_line_is_never_ruled_out_and_the_others_are():
-    m = mixture(130, 64, 3, spread=3.0)
-    x = tokens(m, 200)
+    m, x = drawn(200, 130, 64, 3, spread=3.0)
     m.means[11, 2] = torch.nan
     m.loadings[4, 7, 1] = torch.inf
     woodbury, constants, screen = prepared(m, 32, orthonormal(64, 32))
@@ -205,8 +198,7 @@ def test_bytes_read_by_one_token():
 
 
 def test_errors_name_the_argument():
-    m = mixture(70, 64, 2)
-    x = tokens(m, 5)
+    m, x = drawn(5, 70, 64, 2)
     woodbury, constants, screen = prepared(m, 16)
     with pytest.raises(ValueError, match="by_lines needs a screen that has lines"):
         op.bounds(x, woodbury, constants, screen.without_lines(), by_lines=True)

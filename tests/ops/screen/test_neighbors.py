@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mfa_kernels.ops import Woodbury
 from mfa_kernels.ops.scan.types import activity_threshold
-from mfa_kernels.ops.screen import differentiable, op
+from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.types import Neighbors, Screen, ScreenedPairs
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
-from tests.helpers.threads import threads
-from tests.ops.scan.test_scan import check_slots
-from tests.ops.screen.test_screen import CASES, adversarial, check_that_tokens_are_nan_alone
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
+from tests.helpers.threads import same_bits
+from tests.ops.screen import test_screen
+from tests.ops.screen.test_screen import CASES, adversarial, check_that_tokens_are_nan_alone, flat, gradients
 
 pytestmark = pytest.mark.usefixtures("needs_cpp")
 
@@ -177,15 +177,9 @@ def op_logits(wide: Mixture, x: Tensor) -> Tensor:
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_and_pairs_in_fp64(shape, spread):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, spread=spread, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, spread=spread, dtype=torch.float64)
     found = prepared(m, p).scan(x, slots=8)
-    logits = m.logits_fp64(x)
-    torch.testing.assert_close(found.active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
-    check_slots(found.active, logits, 8, 1e-9)
-    assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
-    assert (found.evaluated <= k).all()
-    assert (found.dropped >= 0).all()
+    test_screen.check_in_fp64(found, m.logits_fp64(x), 8)
     assert (found.dropped <= torch.finfo(x.dtype).eps * (1 + 1e-5)).all()
 
 
@@ -198,8 +192,7 @@ def test_adversarial_results_are_those_of_the_formula(case):
 
 
 def test_lists_decide_and_what_they_do_not_reach_is_scanned():
-    m = mixture(300, 96, 4, spread=3.0)
-    x = tokens(m, 500)
+    m, x = drawn(500, 300, 96, 4, spread=3.0)
     made = prepared(m, 32)
     neighbors = made.screen.neighbors
     found = made.scan(x)
@@ -219,8 +212,7 @@ def test_lists_decide_and_what_they_do_not_reach_is_scanned():
 
 def test_a_poor_pivot_gives_way():
     """Groups that send every token to the wrong members: neighbors of neighbors lead back, or the bounds of all do."""
-    m = mixture(300, 96, 4, spread=1.0)
-    x = tokens(m, 300)
+    m, x = drawn(300, 300, 96, 4, spread=1.0)
     made = prepared(m, 32)
     neighbors = made.screen.neighbors
     wrong = made.scan(x, members=neighbors.members.roll(7))
@@ -230,8 +222,7 @@ def test_a_poor_pivot_gives_way():
 
 @pytest.mark.parametrize("threshold", [2.0, 60.0])
 def test_lists_made_for_another_threshold(threshold):
-    m = mixture(150, 48, 3, spread=1.0)
-    x = tokens(m, 300)
+    m, x = drawn(300, 150, 48, 3, spread=1.0)
     made = prepared(m, 32, threshold)
     found = made.scan(x).active
     wanted = made.screen.neighbors._replace(horizons=torch.zeros(150))
@@ -242,8 +233,7 @@ def test_lists_made_for_another_threshold(threshold):
 
 @pytest.mark.parametrize("threshold", [0.5, 2.0])
 def test_what_is_dropped_weighs_no_more_than_certified(threshold):
-    m = mixture(90, 48, 3, spread=0.5)
-    x = tokens(m, 600)
+    m, x = drawn(600, 90, 48, 3, spread=0.5)
     made = prepared(m, 32, threshold)
     found = made._replace(threshold=threshold).scan(x, slots=90)
     mass = m.logits_fp64(x).softmax(-1)
@@ -303,8 +293,7 @@ def test_a_degenerate_component_is_always_computed():
 
 
 def test_a_mean_whose_square_overflows():
-    m = mixture(130, 64, 3, spread=3.0)
-    x = tokens(m, 50)
+    m, x = drawn(50, 130, 64, 3, spread=3.0)
     wanted = m.log_prob_fp64(x)
     m.means[5] *= 1e19
     assert prepared(m, 32).scan(x).active.log_prob.shape == (50,)
@@ -315,29 +304,16 @@ def test_a_mean_whose_square_overflows():
 
 @pytest.mark.parametrize("count", [700, 128 + 129])
 def test_the_number_of_threads_changes_no_bit(count):
-    m = mixture(200, 64, 5, spread=0.7)
-    x = tokens(m, count)
+    m, x = drawn(count, 200, 64, 5, spread=0.7)
     made = prepared(m, 32)  # once: a BLAS has its hand in it, whose bits may depend on the number of threads
-    runs = []
-    for number in (1, 2, 5):
-        with threads(number):
-            found = made.scan(x)
-        runs.append([*found.active, *found[1:]])
-    assert (runs[0][-1] > 0).any()
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+    *_, evaluated = same_bits(lambda: flat(made.scan(x)), (1, 2, 5))
+    assert (evaluated > 0).any()
 
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_tokens_one_component_and_duplicates(dtype):
-    m = mixture(1, 32, 2, dtype=dtype)
-    x = tokens(m, 5)
-    torch.testing.assert_close(prepared(m).scan(x[:0]).active.log_prob, x.new_empty(0))
-    torch.testing.assert_close(prepared(m).scan(x).active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
-    twice = Mixture(*(torch.cat([t, t]) for t in m[:2]), m.noise_variance, torch.cat([m[3], m[3]]) - math.log(2))
-    found = prepared(twice).scan(x)
-    torch.testing.assert_close(found.active.log_prob, prepared(m).scan(x).active.log_prob)
+    found = test_screen.check_one_component_and_duplicates(lambda m, x: prepared(m).scan(x), dtype)
     assert (found.active.counts == 2).all()
 
 
@@ -345,16 +321,7 @@ def test_gradients_are_those_of_the_dense_scan():
     m = mixture(150, 48, 3, spread=2.0, dtype=torch.float64)
     made = prepared(m, 32)
     x = tokens(m, 40)
-
-    def gradients(screen: Screen | None) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, *m)]
-        if screen is None:
-            log_prob = Mixture(*leaves[1:]).active(leaves[0], center=made.woodbury.center).log_prob
-        else:
-            log_prob = differentiable.log_prob(leaves[0], leaves[1:], made.woodbury, screen, 16).active.log_prob
-        return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
-
-    for ours, dense in zip(gradients(made.screen), gradients(None)):
+    for ours, dense in zip(gradients(m, x, made.woodbury, made.screen), gradients(m, x, made.woodbury, None)):
         torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-9)
 
 
@@ -371,13 +338,6 @@ def test_opcheck(dtype):
 
 
 def test_compiles_whole():
-    m = mixture(90, 48, 3)
-    x = tokens(m, 40)
+    m, x = drawn(40, 90, 48, 3)
     made = prepared(m, 32)
-
-    def found(x: Tensor) -> Tensor:
-        selected = made.scan(x, slots=4)
-        return torch.cat([selected.active.log_prob, selected.dropped, selected.evaluated.float()])
-
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(found, fullgraph=True, backend="aot_eager")(x), found(x))
+    test_screen.check_compiles_whole(lambda x: made.scan(x, slots=4), x)

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.scan.types import activity_threshold
-from mfa_kernels.ops.screen import op, reference
+from mfa_kernels.ops.screen import differentiable, op, reference
 from mfa_kernels.ops.screen.cost import PAIR_COST, STAGE_COST, bytes_read, modelled_cost
 from mfa_kernels.ops.screen.rounding import stage_0_rounding
-from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
-from mfa_kernels.ops.woodbury.types import Parameters, unpack_rows
+from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury, unpack_rows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, adversarial, mixture, tokens
-from tests.helpers.threads import threads
+from tests.helpers.mixtures import Mixture, adversarial, drawn, mixture, tokens
+from tests.helpers.threads import same_bits
 from tests.ops.scan.test_scan import check_slots
 
 pytestmark = pytest.mark.usefixtures("needs_cpp")
@@ -56,6 +56,21 @@ def screened(m: Mixture, x: Tensor, features: int | None = 16, slots: int = 16, 
     return prepared(m, features, slots, **options)(x)
 
 
+def flat(found: ScreenedPairs) -> list[Tensor]:
+    """Its tensors: the active pairs, what was dropped, how many were evaluated."""
+    return [*found.active, *found[1:]]
+
+
+def gradients(m: Mixture, x: Tensor, woodbury: Woodbury, screen: AnyScreen | None) -> list[Tensor]:
+    """Of a function of log p(x), by a screen or by the dense scan."""
+    leaves = [t.clone().requires_grad_() for t in (x, *m)]
+    if screen is None:
+        log_prob = Mixture(*leaves[1:]).active(leaves[0], center=woodbury.center).log_prob
+    else:
+        log_prob = differentiable.log_prob(leaves[0], leaves[1:], woodbury, screen, 16).active.log_prob
+    return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
+
+
 def bounds(m: Mixture, x: Tensor, features: int | None = 16, slack: bool = True) -> Tensor:
     woodbury = m.woodbury(m.means.mean(0))
     screen = op.screen(m, woodbury, features)
@@ -72,8 +87,7 @@ def orthonormal(features: int, kept: int) -> Tensor:
 @pytest.mark.parametrize("rank", [0, 1, 7])
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
 def test_the_marginal_bounds_the_whole(rank, spread):
-    m = mixture(40, 30, rank, spread=spread, dtype=torch.float64)
-    x = tokens(m, 100)
+    m, x = drawn(100, 40, 30, rank, spread=spread, dtype=torch.float64)
     logits = m.logits_fp64(x)
     previous = torch.full_like(logits, torch.inf)
     for kept in (1, 9, 20, 30):
@@ -89,24 +103,30 @@ def test_the_marginal_bounds_the_whole(rank, spread):
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_and_pairs_in_fp64(shape, spread):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, spread=spread, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, spread=spread, dtype=torch.float64)
     found = screened(m, x, p, slots=8)
-    logits = m.logits_fp64(x)
-    torch.testing.assert_close(found.active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
-    check_slots(found.active, logits, 8, 1e-9)
-    assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
-    assert (found.evaluated <= k).all()
-    assert (found.dropped >= 0).all()
+    check_in_fp64(found, m.logits_fp64(x), 8)
     assert (found.dropped <= torch.finfo(x.dtype).eps).all()
+
+
+def check_in_fp64(found: ScreenedPairs, logits: Tensor, slots: int) -> None:
+    """Pairs in float64 are those of the formula; and the counts make sense."""
+    torch.testing.assert_close(found.active.log_prob, torch.logsumexp(logits, -1), rtol=1e-12, atol=1e-10)
+    check_slots(found.active, logits, slots, 1e-9)
+    check_counts(found, logits.shape[1])
+
+
+def check_counts(found: ScreenedPairs, components: int) -> None:
+    assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
+    assert (found.evaluated <= components).all()
+    assert (found.dropped >= 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_computed_bounds_are_the_formula_and_its_slack(shape):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, dtype=torch.float64)
     woodbury = m.woodbury(m.means.mean(0))
     screen = op.screen(m, woodbury, p)
     upper = op.bounds(x, woodbury, woodbury.constants(m.log_weights), screen)
@@ -151,8 +171,7 @@ def test_adversarial_results_are_those_of_the_dense_scan(case):
 @pytest.mark.parametrize("shape", [(70, 150, 384, 48, 10), (70, 67, 768, 96, 10)], ids=str)
 def test_fp32_error_is_a_few_roundings_of_the_terms(shape):
     n, k, d, p, r = shape
-    m = mixture(k, d, r, spread=2.0)
-    x = tokens(m, n)
+    m, x = drawn(n, k, d, r, spread=2.0)
     truth = m.logits_fp64(x)
     found = screened(m, x, p)
     assert (found.evaluated > 0).any()
@@ -162,8 +181,7 @@ def test_fp32_error_is_a_few_roundings_of_the_terms(shape):
 @pytest.mark.parametrize("threshold", [0.5, 2.0])
 def test_what_is_dropped_weighs_no_more_than_certified(threshold):
     """A low threshold makes the dropped mass visible: those with the smallest bounds were dropped."""
-    m = mixture(90, 48, 3, spread=0.5)
-    x = tokens(m, 600)
+    m, x = drawn(600, 90, 48, 3, spread=0.5)
     found = screened(m, x, 32, threshold=threshold)
     upper = bounds(m, x, 32)
     screened_tokens = found.evaluated >= 0
@@ -184,8 +202,7 @@ def test_one_hot_tokens_are_screened_and_few_components_computed():
 
 def test_diffuse_tokens_take_the_dense_scan_alone():
     """Tokens half-way between all components, among others."""
-    m = mixture(300, 96, 4, spread=3.0)
-    x = tokens(m, 600)
+    m, x = drawn(600, 300, 96, 4, spread=3.0)
     x[1::5] = 0.02 * x[1::5] + m.means.mean(0)
     found = screened(m, x, 16)
     diffuse = found.evaluated < 0
@@ -198,8 +215,7 @@ def test_diffuse_tokens_take_the_dense_scan_alone():
 
 def test_gives_up_where_most_tokens_are_diffuse():
     """Tokens after a diffuse pilot take the dense scan, although their bounds would have decided."""
-    m = mixture(300, 96, 4, spread=3.0)
-    x = tokens(m, 1000)
+    m, x = drawn(1000, 300, 96, 4, spread=3.0)
     x[:600] = 0.02 * x[:600] + m.means.mean(0)
     assert (screened(m, x[600:], 32).evaluated > 0).all()
     found = screened(m, x, 32)
@@ -248,28 +264,19 @@ def test_a_degenerate_component_is_always_computed_and_the_others_screened():
 
 
 def test_two_runs_are_bitwise_equal():
-    m = mixture(200, 64, 5, spread=1.0)
-    x = tokens(m, 700)
-    first, second = screened(m, x), screened(m, x)
-    assert all(torch.equal(a, b) for a, b in zip([*first.active, *first[1:]], [*second.active, *second[1:]]))
+    m, x = drawn(700, 200, 64, 5, spread=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(flat(screened(m, x)), flat(screened(m, x))))
 
 
 def test_the_number_of_threads_changes_no_bit():
-    m = mixture(200, 64, 5, spread=1.0)
-    x = tokens(m, 700)
+    m, x = drawn(700, 200, 64, 5, spread=1.0)
     scan = prepared(m, 32)
-    runs = []
-    for count in (1, 2, 3):
-        with threads(count):
-            runs.append(scan(x))
-    assert (runs[0].evaluated > 0).any()
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))
+    *_, evaluated = same_bits(lambda: flat(scan(x)), (1, 2, 3))
+    assert (evaluated > 0).any()
 
 
 def test_any_basis_gives_the_same_results():
-    m = mixture(200, 64, 5, spread=2.0)
-    x = tokens(m, 300)
+    m, x = drawn(300, 200, 64, 5, spread=2.0)
     chosen = screened(m, x, 32).active
     kept = screened(m, x, basis=orthonormal(64, 32).float()).active
     assert torch.equal(chosen.components, kept.components)
@@ -279,12 +286,20 @@ def test_any_basis_gives_the_same_results():
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_tokens_one_component_and_duplicates(dtype):
-    m = mixture(1, 32, 2, dtype=dtype)
-    x = tokens(m, 5)
-    torch.testing.assert_close(screened(m, x[:0]).active.log_prob, x.new_empty(0))
-    torch.testing.assert_close(screened(m, x).active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+    check_one_component_and_duplicates(screened, dtype)
+
+
+def check_one_component_and_duplicates(
+    scan: Callable[[Mixture, Tensor], ScreenedPairs], dtype: torch.dtype
+) -> ScreenedPairs:
+    """Also of no tokens; returns what is found where there are two of the component."""
+    m, x = drawn(5, 1, 32, 2, dtype=dtype)
+    torch.testing.assert_close(scan(m, x[:0]).active.log_prob, x.new_empty(0))
+    torch.testing.assert_close(scan(m, x).active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
     twice = Mixture(*(torch.cat([t, t]) for t in m[:2]), m.noise_variance, torch.cat([m[3], m[3]]) - math.log(2))
-    torch.testing.assert_close(screened(twice, x).active.log_prob, screened(m, x).active.log_prob)
+    found = scan(twice, x)
+    torch.testing.assert_close(found.active.log_prob, scan(m, x).active.log_prob)
+    return found
 
 
 def test_errors_name_the_argument():
@@ -351,9 +366,14 @@ def test_compiles_whole_and_takes_half_precision_tokens():
     x = tokens(m, 40).bfloat16()
     woodbury = m.woodbury()
     screen, constants = op.screen(m, woodbury, 32), woodbury.constants(m.log_weights)
+    check_compiles_whole(lambda x: op.scan(x, woodbury, constants, screen, 20.0, 4), x)
+
+
+def check_compiles_whole(scan: Callable[[Tensor], ScreenedPairs], x: Tensor) -> None:
+    """To the same results, and to those of x in float32."""
 
     def found(x: Tensor) -> Tensor:
-        selected = op.scan(x, woodbury, constants, screen, 20.0, 4)
+        selected = scan(x)
         return torch.cat([selected.active.log_prob, selected.dropped, selected.evaluated.float()])
 
     torch.compiler.reset()
@@ -438,8 +458,7 @@ def test_stage_0_adds_columns_to_those_it_knows():
 
 
 def test_the_choice_does_not_depend_on_what_is_kept(monkeypatch):
-    m = mixture(400, 128, 4, spread=1.3)
-    x = tokens(m, 200)
+    m, x = drawn(200, 400, 128, 4, spread=1.3)
     kept = chosen(m, x)
     monkeypatch.setattr(op, "_KNOWN", 400 * 5 * 16)
     again = chosen(m, x)
@@ -450,16 +469,10 @@ def test_the_choice_does_not_depend_on_what_is_kept(monkeypatch):
 
 def test_the_tail_of_a_batch_does_not_depend_on_the_threads():
     """129 tokens after the pilot: 4 stretches of 32 and one token, or fewer stretches and no token alone."""
-    m = mixture(200, 64, 5, spread=0.7)
-    x = tokens(m, 128 + 129)
+    m, x = drawn(128 + 129, 200, 64, 5, spread=0.7)
     scan = prepared(m, 48)
-    runs = []
-    for count in (1, 4, 5):
-        with threads(count):
-            runs.append(scan(x))
-    assert (runs[0].evaluated[128:] > 0).any()
-    for run in runs[1:]:
-        assert all(torch.equal(a, b) for a, b in zip([*run.active, *run[1:]], [*runs[0].active, *runs[0][1:]]))
+    *_, evaluated = same_bits(lambda: flat(scan(x)), (1, 4, 5))
+    assert (evaluated[128:] > 0).any()
 
 
 def test_a_screen_of_parameters_that_moved_keeps_its_coordinates_and_its_bounds():
@@ -502,8 +515,7 @@ def test_bytes_read_by_one_token(dtype):
 
 
 def test_a_few_tokens_that_are_not_finite_are_nan_alone():
-    m = mixture(130, 64, 3)
-    x = tokens(m, 3)
+    m, x = drawn(3, 130, 64, 3)
     clean = screened(m, x).active.log_prob
     x[1, 5] = torch.nan
     found = screened(m, x).active.log_prob

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,15 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import configs, triton_tokens
 from mfa_kernels.ops.scan.types import activity_threshold
-from mfa_kernels.ops.screen import differentiable, reference, triton_project, triton_screen
+from mfa_kernels.ops.screen import reference, triton_project, triton_screen
 from mfa_kernels.ops.screen.basis import basis
 from mfa_kernels.ops.screen.types import ScreenedPairs
 from mfa_kernels.ops.woodbury import triton_rows
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, adversarial, mixture, tokens
+from tests.helpers.mixtures import Mixture, adversarial, drawn, mixture, tokens
 from tests.ops.scan.test_scan import check_slots
+from tests.ops.screen.test_screen import check_counts, flat, gradients
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
@@ -43,7 +45,7 @@ class Case:
     """A mixture, its factors and its screen."""
 
     def __init__(self, m: Mixture, kept: int, q: Tensor | None = None):
-        self.m = Mixture(*(t.to(DEVICE) for t in m))
+        self.m = m.to(DEVICE)
         self.woodbury = self.m.woodbury(self.m.means.mean(0))
         self.constants = self.woodbury.constants(self.m.log_weights)
         self.basis = basis(self.woodbury, self.m.log_weights.exp(), kept) if q is None else q
@@ -78,19 +80,22 @@ class Case:
         truth = self.m.logits_fp64(x.to(DEVICE))
         budgets.check(found.active.log_prob, truth.logsumexp(-1), Terms(self.m, x.to(DEVICE)).log_prob(truth))
         assert found.active.components.dtype == found.active.counts.dtype == found.evaluated.dtype == torch.int32
-        assert ((found.evaluated >= 1) | (found.evaluated == -1)).all()
-        assert (found.evaluated <= truth.shape[1]).all()
-        assert (found.dropped >= 0).all()
+        check_counts(found, truth.shape[1])
         assert (found.dropped <= torch.finfo(torch.float32).eps * (1 + 1e-4)).all()
         assert (found.dropped[found.evaluated == -1] == 0).all()
+
+
+def made(*shape: int, kept: int, **options: Any) -> tuple[Case, Tensor]:
+    """A case of (N, K, D, R), and its tokens."""
+    m, x = drawn(*shape, device=DEVICE, **options)
+    return Case(m, kept), x
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.usefixtures("poisoned")
 def test_log_prob_pairs_and_bounds(shape):
     count, components, features, coordinates, rank = shape
-    case = Case(mixture(components, features, rank, spread=2.0), coordinates)
-    x = tokens(case.m, count)
+    case, x = made(count, components, features, rank, spread=2.0, kept=coordinates)
     case.check_bounds(x)
     found = case.scan(x, slots=8)
     case.check(x, found)
@@ -100,8 +105,7 @@ def test_log_prob_pairs_and_bounds(shape):
 @pytest.mark.usefixtures("poisoned")
 def test_coordinates_are_the_projection_and_its_error():
     """Tokens, features and coordinates over three tiles each, and no more off than is claimed."""
-    case = Case(mixture(7, 150, 2), 135)
-    x = tokens(case.m, 35)
+    case, x = made(35, 7, 150, 2, kept=135)
     seen = case.seen(x)
     y = triton_project.project(seen, case.screen.projection, case.screen.sigma).double()
     q = case.screen.projection.double().mT[:150] * case.screen.sigma.double()
@@ -115,8 +119,7 @@ def test_coordinates_are_the_projection_and_its_error():
 
 def test_the_bounds_are_those_of_the_marginals():
     """Within the rounding of fp16, at the size of the distances."""
-    case = Case(mixture(70, 150, 5, spread=2.0), 48)
-    x = tokens(case.m, 5)
+    case, x = made(5, 70, 150, 5, spread=2.0, kept=48)
     partials, lift = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
     wide = case.m.to(torch.float64)
     wanted = reference.bounds(x.double(), *wide, torch.linalg.qr(case.basis)[0])
@@ -147,8 +150,8 @@ def test_rounding_does_break_bounds_that_have_no_slack():
 
 def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
     """p = D: what is left between bound and logit is rounding's alone, and has to be enough."""
-    case = Case(mixture(70, 100, 4, spread=2.0), 100)
-    x = torch.cat([tokens(case.m, 10), 10 * tokens(case.m, 3)])
+    case, x = made(10, 70, 100, 4, spread=2.0, kept=100)
+    x = torch.cat([x, 10 * tokens(case.m, 3)])
     case.check_bounds(x)
     partials, lift = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
     best = (partials.upper.amax((1, 2)).double() - lift - case.m.logits_fp64(x).amax(1))[:10]
@@ -158,8 +161,7 @@ def test_with_every_coordinate_the_bounds_are_close_and_still_hold():
 
 def test_one_hot_tokens_are_screened_and_those_that_overflow_take_the_dense_scan():
     """Tokens half-way between all components among others, more than two tiles of them."""
-    case = Case(mixture(130, 96, 1, spread=3.0), 16)
-    x = tokens(case.m, 50)
+    case, x = made(50, 130, 96, 1, spread=3.0, kept=16)
     x[:40] = 0.02 * x[:40] + case.m.means.mean(0)
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     found = case.scan(x[order])
@@ -174,8 +176,7 @@ def test_one_hot_tokens_are_screened_and_those_that_overflow_take_the_dense_scan
 
 @pytest.mark.usefixtures("poisoned")
 def test_a_diffuse_mixture_is_decided_by_the_dense_scan():
-    case = Case(mixture(67, 40, 2, spread=0.05), 16)
-    x = tokens(case.m, 5)
+    case, x = made(5, 67, 40, 2, spread=0.05, kept=16)
     found = case.scan(x)
     assert (found.evaluated == -1).all()
     assert (found.active.counts == 17).any()
@@ -186,8 +187,7 @@ def test_a_diffuse_mixture_is_decided_by_the_dense_scan():
 def test_what_is_dropped_weighs_no_more_than_certified():
     """A low threshold makes the dropped mass visible: those with the smallest bounds were dropped."""
     threshold = 2.0
-    case = Case(mixture(67, 48, 1, spread=0.7), 48)
-    x = tokens(case.m, 12)
+    case, x = made(12, 67, 48, 1, spread=0.7, kept=48)
     found = case.scan(x, threshold)
     partials, _ = triton_screen.bounds(case.seen(x), case.woodbury, case.constants, case.screen, TILES)
     order = partials.upper.flatten(1).argsort(-1, descending=True)
@@ -204,8 +204,7 @@ def test_what_is_dropped_weighs_no_more_than_certified():
 
 @pytest.mark.usefixtures("poisoned")
 def test_tokens_and_components_that_are_not_finite():
-    case = Case(mixture(20, 37, 3, spread=2.0), 16)
-    x = tokens(case.m, 6)
+    case, x = made(6, 20, 37, 3, spread=2.0, kept=16)
     clean = case.scan(x)
     x[4, 5], x[2, 0] = math.nan, math.inf
     bad = torch.zeros(6, dtype=torch.bool, device=DEVICE)
@@ -214,7 +213,7 @@ def test_tokens_and_components_that_are_not_finite():
     assert found.active.log_prob[bad].isnan().all()
     assert (found.active.components[bad] == -1).all()
     assert (found.evaluated[bad] == -1).all()
-    for a, b in zip([*found.active, *found[1:]], [*clean.active, *clean[1:]]):
+    for a, b in zip(flat(found), flat(clean)):
         assert torch.equal(a[~bad], b[~bad])
     broken = case.m._replace(means=case.m.means.clone())
     broken.means[12, 3] = math.nan
@@ -238,36 +237,21 @@ def test_no_weight_no_tokens_and_nothing_known_of_a_component():
 
 
 def test_gradients_are_those_of_the_dense_scan():
-    case = Case(mixture(70, 40, 3, spread=2.0), 16)
-    x = tokens(case.m, 9).to(DEVICE)
-
-    def gradients(screened: bool) -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in (x, *case.m)]
-        if screened:
-            log_prob = differentiable.log_prob(leaves[0], leaves[1:], case.woodbury, case.screen, 16).active.log_prob
-        else:
-            log_prob = Mixture(*leaves[1:]).active(leaves[0], center=case.woodbury.center).log_prob
-        return list(torch.autograd.grad(log_prob.sin().sum(), leaves))
-
-    for ours, dense in zip(gradients(True), gradients(False)):
+    case, x = made(9, 70, 40, 3, spread=2.0, kept=16)
+    found, wanted = (gradients(case.m, x, case.woodbury, screen) for screen in (case.screen, None))
+    for ours, dense in zip(found, wanted):
         torch.testing.assert_close(ours, dense, rtol=1e-4, atol=1e-4 * dense.abs().max().item())
 
 
 def test_half_precision_tokens():
-    case = Case(mixture(20, 70, 3, spread=2.0), 16)
-    x = tokens(case.m, 3).bfloat16()
+    case, x = made(3, 20, 70, 3, spread=2.0, kept=16)
+    x = x.bfloat16()
     assert torch.equal(case.scan(x).active.log_prob, case.scan(x.float()).active.log_prob)
 
 
 def test_two_runs_are_bitwise_equal_and_a_split_batch_equals_the_whole():
-    case = Case(mixture(67, 50, 2, spread=2.0), 32)
-    x = tokens(case.m, 7)
-
-    def run(x: Tensor) -> list[Tensor]:
-        found = case.scan(x)
-        return [*found.active, *found[1:]]
-
-    whole, again, parts = run(x), run(x), [run(part) for part in (x[:3], x[3:])]
+    case, x = made(7, 67, 50, 2, spread=2.0, kept=32)
+    whole, again, *parts = (flat(case.scan(part)) for part in (x, x, x[:3], x[3:]))
     assert all(torch.equal(a, b) for a, b in zip(whole, again))
     for i, column in enumerate(whole[:4]):  # the certificates come from tiles of other sizes
         assert torch.equal(column, torch.cat([part[i] for part in parts]))

@@ -9,8 +9,8 @@ from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate, expe
 from mfa_kernels.ops.woodbury.types import Woodbury
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
-from tests.helpers.threads import threads
+from tests.helpers.mixtures import Mixture, drawn, mixture, tokens
+from tests.helpers.threads import same_bits
 
 # (N, K, D, R): features in vectors of 8 or 16, tokens in groups of 8, 4 and 1, components in 64 chunks
 SHAPES = [(40, 1, 1, 0), (93, 3, 37, 1), (150, 5, 70, 10), (300, 200, 9, 2), (60, 2, 40, 17)]
@@ -50,9 +50,7 @@ def close(found: SufficientStatistics, expected: SufficientStatistics, tolerance
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one-hot", "diffuse"])
 @pytest.mark.usefixtures("poisoned")
 def test_the_definition(backend, shape, per_component, spread):
-    n, k, d, r = shape
-    m = mixture(k, d, r, per_component=per_component, spread=spread, dtype=torch.float64)
-    x = tokens(m, n)
+    m, x = drawn(*shape, per_component=per_component, spread=spread, dtype=torch.float64)
     if shape == (300, 200, 9, 2) and spread < 1:
         assert (m.active(x).counts > 16).all(), "every token overflows its slots"
     close(collect(m, x), oracle(m, x))
@@ -60,8 +58,7 @@ def test_the_definition(backend, shape, per_component, spread):
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_float32_is_off_by_a_few_roundings_of_the_terms(backend, per_component):
-    m = mixture(5, 130, 10, per_component=per_component)
-    x = tokens(m, 900)
+    m, x = drawn(900, 5, 130, 10, per_component=per_component)
     responsibilities = m.logits_fp64(x).softmax(-1).float()
     every = torch.arange(5, dtype=torch.int32).expand(len(x), -1)
     found = zeros(m)
@@ -73,8 +70,7 @@ def test_float32_is_off_by_a_few_roundings_of_the_terms(backend, per_component):
 
 
 def test_weights_count_tokens(backend):
-    m = mixture(4, 21, 3, dtype=torch.float64)
-    x = tokens(m, 60)
+    m, x = drawn(60, 4, 21, 3, dtype=torch.float64)
     weights = torch.arange(60) % 3
     close(collect(m, x, weights.double()), collect(m, x.repeat_interleave(weights, 0)))
     close(collect(m, x, weights.double() / 7), oracle(m, x, weights.double() / 7))
@@ -87,8 +83,7 @@ def test_weights_of_diffuse_tokens(backend):
 
 
 def test_shards_add_up(backend):
-    m = mixture(20, 33, 4, spread=0.3, dtype=torch.float64)
-    x = tokens(m, 90)
+    m, x = drawn(90, 20, 33, 4, spread=0.3, dtype=torch.float64)
     parts = [collect(m, part) for part in x.split([33, 1, 56])]
     close(parts[0] + parts[1] + parts[2], collect(m, x), 1e-12)
     out = zeros(m)
@@ -98,8 +93,7 @@ def test_shards_add_up(backend):
 
 
 def test_scale():
-    m = mixture(4, 9, 2, dtype=torch.float64)
-    x = tokens(m, 50)
+    m, x = drawn(50, 4, 9, 2, dtype=torch.float64)
     s = collect(m, x)
     s.scale_(0.25)
     close(s, collect(m, x, torch.full((50,), 0.25, dtype=torch.float64)), 1e-12)
@@ -107,8 +101,7 @@ def test_scale():
 
 @pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
 def test_moved_is_about_other_means(per_component):
-    m = mixture(4, 9, 2, per_component=per_component, spread=0.5, dtype=torch.float64)
-    x = tokens(m, 50)
+    m, x = drawn(50, 4, 9, 2, per_component=per_component, spread=0.5, dtype=torch.float64)
     s, change = oracle(m, x), torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     r = m.logits_fp64(x).softmax(-1)
     y = x.unsqueeze(1) - (m.means + change)
@@ -128,8 +121,7 @@ def test_moved_is_about_other_means(per_component):
 
 
 def test_tokens_that_are_not_finite_add_nothing(backend):
-    m = mixture(4, 21, 3)
-    x = tokens(m, 60)
+    m, x = drawn(60, 4, 21, 3)
     dirty = x.clone()
     dirty[7], dirty[20, 3], dirty[41, 0] = float("nan"), float("inf"), 1e30  # the last: its square overflows
     kept = torch.tensor([i for i in range(60) if i not in (7, 20, 41)])
@@ -150,8 +142,7 @@ def test_nothing_in_nothing_out(backend):
 
 
 def test_a_component_that_owns_nothing_and_one_that_owns_all(backend):
-    m = mixture(3, 21, 3, dtype=torch.float64)
-    x = tokens(m, 30)
+    m, x = drawn(30, 3, 21, 3, dtype=torch.float64)
     out = zeros(m)
     accumulate(x, torch.ones(30, 1, dtype=torch.int32), torch.ones(30, 1, dtype=torch.float64), m.woodbury(), out)
     one = torch.zeros(30, 3, dtype=torch.float64)
@@ -161,8 +152,7 @@ def test_a_component_that_owns_nothing_and_one_that_owns_all(backend):
 
 
 def test_same_bits_twice(backend):
-    m = mixture(40, 33, 4, spread=0.5)
-    x = tokens(m, 60)
+    m, x = drawn(60, 40, 33, 4, spread=0.5)
     assert all(torch.equal(a, b) for a, b in zip(collect(m, x).tensors(), collect(m, x).tensors()))
 
 
@@ -173,12 +163,13 @@ def test_the_kernel_adds_in_one_order_for_any_number_of_threads():
         pytest.skip("PyTorch's own sums may depend on the threads")
     active = m.active(x)
     weights = active.logits.softmax(-1)
-    found = []
-    for count in (1, 3):
-        found.append(zeros(m))
-        with threads(count):
-            accumulate(x, active.components, weights, f, found[-1])
-    assert all(torch.equal(a, b) for a, b in zip(found[0].tensors(), found[1].tensors()))
+
+    def run() -> list[Tensor]:
+        out = zeros(m)
+        accumulate(x, active.components, weights, f, out)
+        return out.tensors()
+
+    same_bits(run, (1, 3))
 
 
 def test_half_precision_tokens(backend):

@@ -14,11 +14,9 @@ pytest.importorskip("triton")
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.statistics import op, reference, triton_statistics
 from mfa_kernels.ops.statistics.op import SufficientStatistics
-from mfa_kernels.ops.woodbury.types import Woodbury
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
-from tests.helpers.mixtures import Mixture, mixture, tokens
-from tests.ops.pairs.test_triton_pairs import portable_factors, rounded
+from tests.helpers.mixtures import Mixture, drawn, rounded_factors, tokens
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
@@ -46,8 +44,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def problem(shape: tuple[int, int, int, int], per_component: bool) -> tuple[Mixture, Tensor, Tensor, Tensor]:
     """A mixture, its tokens, and slots as stage 1 leaves them: component 0 in the first slot of every token; of the
     others, 1 in one slot, 2 in none, the rest here and there. Some slots are empty, some have no weight."""
-    count, n_components, features, rank = shape
-    m = mixture(n_components, features, rank, per_component=per_component)
+    count, n_components, *_ = shape
+    m, x = drawn(*shape, device=DEVICE, per_component=per_component)
     generator = torch.Generator().manual_seed(5)
     components = torch.randint(3, max(n_components, 4) + 2, (count, 3), generator=generator).int()
     components = components.masked_fill(components >= n_components, -1)
@@ -56,12 +54,7 @@ def problem(shape: tuple[int, int, int, int], per_component: bool) -> tuple[Mixt
         components[-1, 1] = 1
     weights = torch.rand(count, 3, generator=generator)
     weights.view(-1)[3::7] = 0
-    return Mixture(*(t.to(DEVICE) for t in m)), tokens(m, count).to(DEVICE), components.to(DEVICE), weights.to(DEVICE)
-
-
-def factors_of(m: Mixture) -> Woodbury:
-    """In the layout of the kernels, whatever serves this device."""
-    return rounded(portable_factors(m.to(torch.float64)))
+    return m, x, components.to(DEVICE), weights.to(DEVICE)
 
 
 def noisy(m: Mixture) -> SufficientStatistics:
@@ -75,7 +68,7 @@ def noisy(m: Mixture) -> SufficientStatistics:
 
 def added(m: Mixture, x: Tensor, components: Tensor, weights: Tensor) -> list[Tensor]:
     out = noisy(m)
-    triton_statistics.accumulate(x, components, weights, factors_of(m), *out.tensors()[:6])
+    triton_statistics.accumulate(x, components, weights, rounded_factors(m), *out.tensors()[:6])
     return out.tensors()[:6]
 
 
@@ -114,7 +107,7 @@ def test_far_from_the_origin():
     """x - mu first: a common offset of 1000 noise deviations costs no digits beyond those that x itself lacks."""
     m, _, components, weights = problem((7, 3, 50, 5), False)
     m = m._replace(means=m.means + 1e3)
-    check(m, tokens(Mixture(*(t.cpu() for t in m)), 7).to(DEVICE), components, weights)
+    check(m, tokens(m.to("cpu"), 7).to(DEVICE), components, weights)
 
 
 @NOISE
@@ -168,9 +161,9 @@ def test_a_whole_expectation(monkeypatch, per_component, spread):
     """Scan, pairs and statistics on the same kernels; with tokens that are not finite, and weights of tokens."""
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     monkeypatch.setattr(op, "CHUNK", 80)  # diffuse tokens two at a time
-    m = mixture(18, 21, 3, per_component=per_component, spread=spread)
-    x = torch.cat([tokens(m, 5), torch.full((1, 21), math.nan)]).to(DEVICE)
-    m, weights = Mixture(*(t.to(DEVICE) for t in m)), torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0], device=DEVICE)
+    m, x = drawn(5, 18, 21, 3, device=DEVICE, per_component=per_component, spread=spread)
+    x = torch.cat([x, torch.full((1, 21), math.nan, device=DEVICE)])
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0, 1.0], device=DEVICE)
     out = SufficientStatistics.zeros(m.means, 3, per_component)
     active, _ = op.expectation(x, m, m.woodbury(), out, weights)
     assert bool((active.counts > 16).any()) == (spread < 1)
@@ -184,7 +177,7 @@ def test_a_whole_expectation(monkeypatch, per_component, spread):
 def test_opcheck(monkeypatch):
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     m, x, components, weights = problem((3, 2, 5, 1), False)
-    f = factors_of(m)
+    f = rounded_factors(m)
     torch.library.opcheck(
         torch.ops.mfa_kernels.statistics.default,
         (
@@ -195,8 +188,7 @@ def test_opcheck(monkeypatch):
 
 def test_what_does_not_fit_is_refused():
     m, x, components, weights = problem((3, 3, 20, 2), False)
-    out = noisy(m).tensors()[:6]
-    f = factors_of(m)
+    out, f = noisy(m).tensors()[:6], rounded_factors(m)
     for name, position, wrong, error in (
         ("x", 0, x[:, :19], ValueError),
         ("components", 1, components.long(), TypeError),
