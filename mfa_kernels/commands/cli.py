@@ -15,22 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import mfa_kernels
 from mfa_kernels.commands.options import parser
+from mfa_kernels.common import places
 from mfa_kernels.common.files import check_writable
-from mfa_kernels.common.places import (
-    CHECKPOINT,
-    CODES,
-    CURVE,
-    FIGURE,
-    MIXTURE,
-    PAGE,
-    PAPER,
-    SCORES,
-    STORE,
-    Kind,
-    check_apart,
-    check_not_read,
-    check_place,
-)
 from mfa_kernels.common.progress import quiet
 from mfa_kernels.common.sharing import local_name, shareable
 from mfa_kernels.common.wording import of_error, told_warnings
@@ -81,7 +67,7 @@ def _is_begun(arguments: argparse.Namespace) -> bool:
     """True where there is something to --resume."""
     if arguments.command == "fit" and arguments.checkpoint is not None:
         fits = _fits(arguments, arguments.layer or [None])
-        return any((Path(own["checkpoint"]) / str(CHECKPOINT.file)).exists() for own in fits.values())
+        return any((Path(own["checkpoint"]) / str(places.CHECKPOINT.file)).exists() for own in fits.values())
     if arguments.command == "harvest":
         from mfa_kernels.data import ActivationStore
 
@@ -140,7 +126,7 @@ class _Incomplete(ValueError):
 
 def _check_outputs(
     arguments: argparse.Namespace,
-    outputs: Sequence[tuple[str, Path, Kind]],
+    outputs: Sequence[tuple[str, Path, places.Kind]],
     inputs: Sequence[Path | str] = (),
     texts: Sequence[str] = (),
 ) -> None:
@@ -152,28 +138,28 @@ def _check_outputs(
             allow a thing to be there.
         inputs, texts: as for `places.check_not_read`.
     """
-    check_apart(outputs)
+    places.check_apart(outputs)
     for option, path, kind in outputs:
-        goes_on = kind in (STORE, CHECKPOINT, CURVE) and hasattr(arguments, "resume")
-        check_not_read(path, kind, option, inputs, texts)
+        goes_on = kind in (places.STORE, places.CHECKPOINT, places.CURVE) and hasattr(arguments, "resume")
+        places.check_not_read(path, kind, option, inputs, texts)
         if path.is_file() if kind.file else path.is_dir():
             names = ("folder", "file") if kind.file else ("file", "folder")
             raise ValueError(f"{option} must name a {names[0]}, {path} is a {names[1]}")
         files = [path / name for name in _TOLD_BY.get(kind.what, (kind.file,))] if kind.file else [path]
         there = next((file for file in files if file.exists()), None)
         if there is not None and not (arguments.overwrite or (goes_on and arguments.resume)):
-            ways = "--overwrite begins anew" if kind is CHECKPOINT else "--overwrite replaces it"
-            if goes_on and kind is not CURVE:
+            ways = "--overwrite begins anew" if kind is places.CHECKPOINT else "--overwrite replaces it"
+            if goes_on and kind is not places.CURVE:
                 ways = f"--resume goes on with it, {ways}"
-            elif kind is MIXTURE and getattr(arguments, "resume", False):
+            elif kind is places.MIXTURE and getattr(arguments, "resume", False):
                 ways += " (together with --resume)"
             raise FileExistsError(f"{option}: {there} is there already: {ways}, or name another place")
         if there is None or arguments.overwrite:  # else it is read, and what is wrong with it is said then
-            check_place(path, kind, option)
+            places.check_place(path, kind, option)
         check_writable(files[0], option)
 
 
-_TOLD_BY = {MIXTURE.what: ("config.json", "model.safetensors")}
+_TOLD_BY = {places.MIXTURE.what: ("config.json", "model.safetensors")}
 """Files of a folder that are not replaced by accident, for kinds with more than one such file."""
 
 
@@ -212,7 +198,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     from mfa_kernels.commands import demo
     from mfa_kernels.common.locks import alone
 
-    kinds = {"activations": STORE, "mfa": MIXTURE, **dict(zip(demo.FILES, (CURVE, SCORES, PAGE, FIGURE, FIGURE)))}
+    kinds = {
+        "activations": places.STORE,
+        "mfa": places.MIXTURE,
+        **dict(zip(demo.FILES, (places.CURVE, places.SCORES, places.PAGE, places.FIGURE, places.FIGURE))),
+    }
     outputs = [("--out", arguments.out / name, kind) for name, kind in kinds.items()]
     _check_outputs(arguments, outputs, texts=arguments.text)
     _text_files(arguments)
@@ -249,7 +239,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
     if arguments.overwrite and arguments.resume:
         raise ValueError("--resume goes on with what is there, --overwrite replaces it: give one of them")
     device, texts = _device(arguments.device), _text_files(arguments)
-    _check_outputs(arguments, [("--out", arguments.out, STORE)], texts=arguments.text)
+    _check_outputs(arguments, [("--out", arguments.out, places.STORE)], texts=arguments.text)
     model, tokenizer = load_language_model(arguments.model)
     store = mfa_kernels.harvest(
         model, tokenizer, texts, arguments.layer, arguments.out,
@@ -284,9 +274,9 @@ def _fit(arguments: argparse.Namespace) -> int:
     fits = _fits(arguments, arguments.layer if harvested else [None])
     folders = {name: arguments.out / name if len(fits) > 1 else arguments.out for name in fits}
     device = _device(arguments.device)
-    kinds = {"checkpoint": CHECKPOINT, "log": CURVE}
+    kinds = {"checkpoint": places.CHECKPOINT, "log": places.CURVE}
     outputs = [(f"--{key}", own[key], kind) for own in fits.values() for key, kind in kinds.items() if key in own]
-    outputs += [("--out", folder, MIXTURE) for folder in folders.values()]
+    outputs += [("--out", folder, places.MIXTURE) for folder in folders.values()]
     _check_outputs(arguments, outputs, inputs, arguments.text or ())
     if harvested:
         _text_files(arguments)
@@ -450,7 +440,7 @@ def _processes(device: torch.device) -> Iterator[bool]:
 def _encode(arguments: argparse.Namespace) -> None:
     from mfa_kernels.evaluation.codes import write_codes
 
-    _check_outputs(arguments, [("--out", arguments.out, CODES)], [arguments.store, arguments.mfa])
+    _check_outputs(arguments, [("--out", arguments.out, places.CODES)], [arguments.store, arguments.mfa])
     device = _device(arguments.device)
     mfa, store = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
     _note_differences(arguments, mfa, store)
@@ -620,7 +610,9 @@ def _convert(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--eps-floor goes with a checkpoint of the paper's code, {arguments.input} is a folder")
     if not is_folder and arguments.format is not None:
         raise ValueError(f"--format goes with a mixture's folder, {arguments.input} is a file")
-    _check_outputs(arguments, [("output", arguments.output, PAPER if is_folder else MIXTURE)], [arguments.input])
+    _check_outputs(
+        arguments, [("output", arguments.output, places.PAPER if is_folder else places.MIXTURE)], [arguments.input]
+    )
     if is_folder:
         mixture = mfa_kernels.MFA.from_pretrained(arguments.input)
         mixture.to_reference_checkpoint(arguments.output, format=arguments.format or 1)

@@ -10,22 +10,8 @@ import pytest
 from mfa_kernels import MFA
 from mfa_kernels.common.processes import ALONE
 from mfa_kernels.fitting import em_base
+from tests.distributed import worker
 from tests.distributed.test_fit import assert_close, assert_same_bits, load
-from tests.distributed.worker import (
-    LARGE,
-    LARGE_FEATURES,
-    SHARDED_FITS,
-    SHARDED_RESUMED,
-    SIZES,
-    TWINS,
-    clusters_of_a_sample,
-    largest_tensor,
-    outcome,
-    run,
-    run_sharded,
-    sharded_outcome,
-    twins,
-)
 
 
 @pytest.fixture(autouse=True)
@@ -39,28 +25,28 @@ def processes(found, size):
     return [load(found, size, rank)["fit_sharded"] for rank in range(size)]
 
 
-@pytest.mark.parametrize("name", SHARDED_FITS)
+@pytest.mark.parametrize("name", worker.SHARDED_FITS)
 def test_several_processes_fit_what_one_fits(found, name):
-    expected = outcome(run(**{"method": "em", **SHARDED_FITS[name]}))
+    expected = worker.outcome(worker.run(**{"method": "em", **worker.SHARDED_FITS[name]}))
     if name.endswith("a region moves"):
         assert expected["report"]["revived_components"] == 1
-    assert_close(sharded_outcome(run_sharded(**SHARDED_FITS[name], group=False)), expected)
-    for size in SIZES:
+    assert_close(worker.sharded_outcome(worker.run_sharded(**worker.SHARDED_FITS[name], group=False)), expected)
+    for size in worker.SIZES:
         first, *others = [mine[name] for mine in processes(found, size)]
         assert_close(first, expected)
         for other in others:
             assert_same_bits(first, other)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", worker.SIZES)
 def test_regions_of_two_ranks_that_are_one(found, size):
-    expected = sharded_outcome(run_sharded(**TWINS, start=twins(False), group=False))
+    expected = worker.sharded_outcome(worker.run_sharded(**worker.TWINS, start=worker.twins(False), group=False))
     assert expected["report"]["revived_components"] == 1
     for mine in processes(found, size):
         assert_close(mine["twins"], expected)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", worker.SIZES)
 def test_a_saved_mixture_is_a_start(found, size):
     saved = MFA.from_pretrained(found / f"{size}, saved")
     for rank, mine in enumerate(processes(found, size)):
@@ -71,7 +57,7 @@ def test_a_saved_mixture_is_a_start(found, size):
         assert math.isclose(mine["again"]["history"][0]["held_out_nll"], best, rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("name", SHARDED_RESUMED)
+@pytest.mark.parametrize("name", worker.SHARDED_RESUMED)
 def test_what_four_have_begun_any_number_goes_on_with(found, name):
     four, two = processes(found, 4), processes(found, 2)
     for mine in four:
@@ -79,13 +65,13 @@ def test_what_four_have_begun_any_number_goes_on_with(found, name):
     for mine in two:
         assert_same_bits(mine[f"{name}, resumed"], two[0][f"{name}, resumed"])
     assert_close(two[0][f"{name}, resumed"], four[0][name])
-    one = run_sharded(**SHARDED_FITS[name], resume=found / f"four, for 1, {name}", group=False)
-    assert_close(sharded_outcome(one), four[0][name])
+    one = worker.run_sharded(**worker.SHARDED_FITS[name], resume=found / f"four, for 1, {name}", group=False)
+    assert_close(worker.sharded_outcome(one), four[0][name])
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", worker.SIZES)
 def test_k_means_shares_its_passes(found, size):
-    expected: dict[bool, Any] = clusters_of_a_sample(ALONE)
+    expected: dict[bool, Any] = worker.clusters_of_a_sample(ALONE)
     assert expected[True]["skipped"] == 16
     first, *others = [mine["clusters"] for mine in processes(found, size)]
     for other in others:
@@ -97,16 +83,16 @@ def test_k_means_shares_its_passes(found, size):
 
 def test_no_rank_holds_the_loadings_of_all(found):
     """No tensor of three dimensions is larger than R + 1 rows of D for each of the process's own components."""
-    components, features, rank = LARGE["n_components"], LARGE_FEATURES, LARGE["rank"]
-    assert largest_tensor(False)[0] >= components * features * rank, "in one process, it is found"
-    for size in SIZES:
+    components, features, rank = worker.LARGE["n_components"], worker.LARGE_FEATURES, worker.LARGE["rank"]
+    assert worker.largest_tensor(False)[0] >= components * features * rank, "in one process, it is found"
+    for size in worker.SIZES:
         for mine in processes(found, size):
             elements, loadings = mine["largest"]
             assert loadings == (components // size, features, rank)
             assert elements <= components // size * features * (rank + 1)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", worker.SIZES)
 def test_errors_reach_every_rank(found, size):
     for mine in processes(found, size):
         assert mine["other data"].startswith("ValueError: the processes that fit together have different data")

@@ -15,21 +15,7 @@ from mfa_kernels import steer
 from mfa_kernels.data.language_model import resolve_layer
 from mfa_kernels.steering import arguments
 from mfa_kernels.steering.tracking import LostTrackError, Pass, Tracker
-from tests.steering.tiny import (
-    CACHE,
-    PAD,
-    STATIC,
-    UNWRITTEN,
-    WIDTH,
-    causal_lm,
-    count_hooks,
-    fitting_mixture,
-    generate,
-    generated,
-    layer_output,
-    prompts,
-    static_cache,
-)
+from tests.steering import tiny
 
 USER = SimpleNamespace(asks_where=True)
 
@@ -43,7 +29,7 @@ def ids(*shape: int) -> Tensor:
 
 
 def acquired() -> Tracker:
-    model = causal_lm()
+    model = tiny.causal_lm()
     return Tracker.acquire(model, USER, path(model))
 
 
@@ -67,18 +53,18 @@ class Log:
         self.positions.append(positions.tolist())
 
 
-PADDED = prompts(padded=True)  # 7 columns, of which 1 and 2 are padding
+PADDED = tiny.prompts(padded=True)  # 7 columns, of which 1 and 2 are padding
 PREFILL = [[-1, 0, 1, 2, 3, 4, 5], [-1, -1, 0, 1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generate_with_a_cache(cache: dict[str, Any], attention: str) -> None:
-    model = causal_lm(attn_implementation=attention)
+    model = tiny.causal_lm(attn_implementation=attention)
     assert model.config._attn_implementation == attention
     log = Log(model)
     for _ in range(2):  # a new sequence begins anew
-        generate(model, PADDED, new=4, **cache)
+        tiny.generate(model, PADDED, new=4, **cache)
     assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7), (9, 1, 7)] * 2
     assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]] * 2
 
@@ -99,7 +85,7 @@ def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
             tracker._observe(nn.Identity(), (), {"input_ids": tokens, "past_key_values": cache})
             starts.append(tracker.at(torch.zeros(*tokens.shape, 32)).start)
 
-    model, cache, starts = causal_lm(), StaticCache(), []
+    model, cache, starts = tiny.causal_lm(), StaticCache(), []
     model.generate = steps
     tracker = Tracker.acquire(model, USER, path(model))
     model.generate(input_ids=PADDED["input_ids"])
@@ -108,7 +94,7 @@ def test_a_static_cache_on_a_device_is_not_waited_for() -> None:
 
 def test_a_call_after_generate_is_a_prompt_of_its_own(model: Any) -> None:
     log = Log(model)
-    generate(model, PADDED, new=1)
+    tiny.generate(model, PADDED, new=1)
     model(**PADDED)
     model(input_ids=PADDED["input_ids"][:, :3])
     model(torch.full((1, 9), 5))
@@ -116,16 +102,16 @@ def test_a_call_after_generate_is_a_prompt_of_its_own(model: Any) -> None:
 
 
 def test_static_sliding_window_cache() -> None:
-    model = causal_lm("gemma2")
+    model = tiny.causal_lm("gemma2")
     log = Log(model)
-    generate(model, PADDED, new=4, cache_implementation=STATIC)
+    tiny.generate(model, PADDED, new=4, cache_implementation=tiny.STATIC)
     assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7), (9, 1, 7)]
     assert log.positions == [PREFILL, [[6], [5]], [[7], [6]], [[8], [7]]]
 
 
 def test_generate_without_a_cache(model: Any) -> None:
     log = Log(model)
-    generate(model, PADDED, new=3, use_cache=False)
+    tiny.generate(model, PADDED, new=3, use_cache=False)
     assert log.passes == [(0, 7, 7), (0, 8, 7), (0, 9, 7)]
     assert log.positions[0] == PREFILL
     assert log.positions[2] == [[*PREFILL[0], 6, 7], [*PREFILL[1], 5, 6]]
@@ -134,7 +120,7 @@ def test_generate_without_a_cache(model: Any) -> None:
 @pytest.mark.parametrize("chunk", [3, 6], ids=["short last chunk", "last chunk of one token"])
 def test_chunked_prefill(model: Any, chunk: int) -> None:
     log = Log(model)
-    generate(model, PADDED, new=3, prefill_chunk_size=chunk)
+    tiny.generate(model, PADDED, new=3, prefill_chunk_size=chunk)
     assert [p[2] for p in log.passes] == [7] * len(log.passes)
     assert sum(tokens for start, tokens, _ in log.passes if start < 7) == 7
     joined = [[p for part in log.positions for p in part[row]] for row in range(2)]
@@ -144,35 +130,35 @@ def test_chunked_prefill(model: Any, chunk: int) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_second_turn_on_the_same_cache(model: Any, kind: str) -> None:
     # transformers 4 counts the keys of a static cache that are not zero, and those of this padding would be.
-    model.get_input_embeddings().weight.data[PAD] = 1
+    model.get_input_embeddings().weight.data[tiny.PAD] = 1
     log = Log(model)
-    first = generate(model, PADDED, new=3, **({} if kind == "dynamic" else {CACHE: static_cache(model)}))
+    first = tiny.generate(model, PADDED, new=3, **({} if kind == "dynamic" else {tiny.CACHE: tiny.static_cache(model)}))
     again = torch.cat([first.sequences, torch.tensor([[5, 6], [7, 8]])], 1)
     mask = torch.cat([PADDED["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
     log.passes.clear()
     log.positions.clear()
-    generate(model, {"input_ids": again, "attention_mask": mask}, new=2, **{CACHE: first[CACHE]})
+    tiny.generate(model, {"input_ids": again, "attention_mask": mask}, new=2, **{tiny.CACHE: first[tiny.CACHE]})
     assert log.passes == [(9, 3, 12), (12, 1, 12)]
     assert log.positions == [[[8, 9, 10], [7, 8, 9]], [[11], [10]]]
 
 
 def test_a_loop_of_ones_own_goes_on_where_generate_stopped(model: Any) -> None:
     log = Log(model)
-    cache = generate(model, PADDED, new=3)[CACHE]
+    cache = tiny.generate(model, PADDED, new=3)[tiny.CACHE]
     log.passes.clear()
     log.positions.clear()
     with torch.no_grad():
         for _ in range(2):
-            model(input_ids=PADDED["input_ids"][:, -1:], **{CACHE: cache})
+            model(input_ids=PADDED["input_ids"][:, -1:], **{tiny.CACHE: cache})
     assert log.passes == [(9, 1, 7), (10, 1, 7)]
     assert log.positions == [[[8], [7]], [[9], [8]]]
 
 
 def test_guidance_runs_a_sequence_of_its_own() -> None:
     """Classifier-free guidance: the unconditional branch begins with the prompt's last token, on another cache."""
-    log = Log(model := causal_lm())
+    log = Log(model := tiny.causal_lm())
     for cache in ({}, {"cache_implementation": "static"}):
-        generate(model, PADDED, new=3, guidance_scale=1.5, **cache)
+        tiny.generate(model, PADDED, new=3, guidance_scale=1.5, **cache)
         assert log.passes == [(0, 7, 7), (0, 1, 1), (7, 1, 7), (1, 1, 1), (8, 1, 7), (2, 1, 1)]
         assert log.positions == [PREFILL, [[0], [0]], [[6], [5]], [[1], [1]], [[7], [6]], [[2], [2]]]
         log.passes.clear()
@@ -182,20 +168,20 @@ def test_guidance_runs_a_sequence_of_its_own() -> None:
 def test_assisted_decoding_reads_guesses_as_generated(model: Any) -> None:
     log = Log(model)
     ids = torch.tensor([[4, 5, 6, 4, 5, 6, 4, 5]])
-    generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2, eos_token_id=UNWRITTEN)
+    tiny.generate(model, {"input_ids": ids}, new=6, prompt_lookup_num_tokens=2, eos_token_id=tiny.UNWRITTEN)
     assert {end for _, _, end in log.passes} == {8}
     assert any(tokens > 1 for start, tokens, _ in log.passes if start >= 8) or log.passes[0][1] > 8
 
 
 def test_loop_of_ones_own() -> None:
-    model, ids, mask = causal_lm(), PADDED["input_ids"], PADDED["attention_mask"]
+    model, ids, mask = tiny.causal_lm(), PADDED["input_ids"], PADDED["attention_mask"]
     log = Log(model)
     with torch.no_grad():
-        cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4])[CACHE]
-        model(ids[:, 4:], mask, **{CACHE: cache})  # a second chunk, by position
+        cache = model(input_ids=ids[:, :4], attention_mask=mask[:, :4])[tiny.CACHE]
+        model(ids[:, 4:], mask, **{tiny.CACHE: cache})  # a second chunk, by position
         for _ in range(2):
             mask = nn.functional.pad(mask, (0, 1), value=1)
-            model(input_ids=ids[:, :1], attention_mask=mask, **{CACHE: cache})
+            model(input_ids=ids[:, :1], attention_mask=mask, **{tiny.CACHE: cache})
         model(input_ids=ids[:, :2])
     assert log.passes == [(0, 4, 4), (4, 3, 7), (7, 1, 7), (8, 1, 7), (0, 2, 2)]
     assert log.positions[1] == [row[4:] for row in PREFILL]
@@ -203,12 +189,12 @@ def test_loop_of_ones_own() -> None:
 
 
 def test_joining_in_the_middle_of_a_sequence() -> None:
-    model, ids = causal_lm(), PADDED["input_ids"]
+    model, ids = tiny.causal_lm(), PADDED["input_ids"]
     with torch.no_grad():
-        cache = model(**PADDED)[CACHE]
+        cache = model(**PADDED)[tiny.CACHE]
         log = Log(model)
         model(input_ids=ids[:, :1], attention_mask=torch.cat([PADDED["attention_mask"], ids[:, -1:] ** 0], 1),
-              **{CACHE: cache})  # fmt: skip
+              **{tiny.CACHE: cache})  # fmt: skip
     assert log.passes == [(7, 1, 7)]
     assert log.positions == [[[6], [5]]]
 
@@ -225,7 +211,7 @@ def test_state_space_model_whose_cache_has_no_length() -> None:
 
     model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     log = Log(model)
-    generate(model, PADDED, new=3)
+    tiny.generate(model, PADDED, new=3)
     assert log.passes == [(0, 7, 7), (7, 1, 7), (8, 1, 7)]
     assert log.positions == [PREFILL, [[6], [5]], [[7], [6]]]
 
@@ -241,12 +227,12 @@ def test_legacy_cache_of_tuples() -> None:
 def test_sequences_that_take_turns(model: Any) -> None:
     """Each is known by its cache, whoever holds it: the prompts' ends, padding and steps are not mixed up."""
     log = Log(model)
-    short = prompts(1, 4)
+    short = tiny.prompts(1, 4)
     with torch.no_grad():
         first, second = model(**PADDED), model(**short)
         for _ in range(2):
-            model(input_ids=PADDED["input_ids"][:, :1], **{CACHE: first[CACHE]})
-            model(input_ids=short["input_ids"][:, :1], **{CACHE: second[CACHE]})
+            model(input_ids=PADDED["input_ids"][:, :1], **{tiny.CACHE: first[tiny.CACHE]})
+            model(input_ids=short["input_ids"][:, :1], **{tiny.CACHE: second[tiny.CACHE]})
     assert log.passes == [(0, 7, 7), (0, 4, 4), (7, 1, 7), (4, 1, 4), (8, 1, 7), (5, 1, 4)]
     assert log.positions[2:] == [[[6], [5]], [[4]], [[7], [6]], [[5]]]
 
@@ -284,11 +270,11 @@ def test_a_cache_nobody_knows_is_made_up_for(
     model: Any, mfa: Any, masked: bool, spec: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As with a model that keeps it to itself: what was counted has to be what the mask says, or the positions."""
-    inputs = prompts(padded=True) if masked else {"input_ids": PADDED["input_ids"]}
+    inputs = tiny.prompts(padded=True) if masked else {"input_ids": PADDED["input_ids"]}
     with steer(model, mfa, 1, **{"component": 2, "alpha": 0.6, **spec}):
-        expected = generated(model, inputs)
+        expected = tiny.generated(model, inputs)
         monkeypatch.setattr(arguments, "is_cache", forgetting)
-        found = generated(model, inputs)
+        found = tiny.generated(model, inputs)
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
@@ -301,11 +287,11 @@ def test_a_lost_track_is_said(model: Any, mfa: Any, monkeypatch: pytest.MonkeyPa
 
     def cache() -> dict[str, Any]:
         with torch.no_grad():
-            return {CACHE: model(input_ids=PADDED["input_ids"])[CACHE]}
+            return {tiny.CACHE: model(input_ids=PADDED["input_ids"])[tiny.CACHE]}
 
     kept = [cache() for _ in range(5)]
     with steer(model, mfa, 1, 2, 0.6):
-        expected = generated(model, again, **kept.pop())
+        expected = tiny.generated(model, again, **kept.pop())
     monkeypatch.setattr(arguments, "is_cache", forgetting)
     for spec in ({"positions": "generated"}, {"positions": slice(0, 3)}, {"alpha": lambda step: 0.1}):
         with (
@@ -314,9 +300,9 @@ def test_a_lost_track_is_said(model: Any, mfa: Any, monkeypatch: pytest.MonkeyPa
                 LostTrackError, match=r"7 tokens per row and (a mask of 14 columns|position 7), but no cache is"
             ),
         ):
-            generated(model, again, **kept.pop())
+            tiny.generated(model, again, **kept.pop())
     with steer(model, mfa, 1, 2, 0.6):  # the same everywhere: does not depend on it
-        found = generated(model, again, **kept.pop())
+        found = tiny.generated(model, again, **kept.pop())
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
@@ -338,7 +324,7 @@ class Empty:
     ],
 )
 def test_what_contradicts_itself_inside_generate(further: dict[str, Any], message: str) -> None:
-    model, found = causal_lm(), []
+    model, found = tiny.causal_lm(), []
 
     def run(input_ids: Tensor) -> None:
         tracker._observe(nn.Identity(), (), {"input_ids": input_ids, "attention_mask": torch.ones(2, 7)})
@@ -355,11 +341,11 @@ def test_what_contradicts_itself_inside_generate(further: dict[str, Any], messag
 
 def test_a_lost_track_outside_generate_is_said(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arguments, "is_cache", forgetting)
-    with torch.no_grad(), steer(model, fitting_mixture(), 1, 2, 0.6, positions="prompt"):
-        cache = model(**PADDED)[CACHE]
+    with torch.no_grad(), steer(model, tiny.fitting_mixture(), 1, 2, 0.6, positions="prompt"):
+        cache = model(**PADDED)[tiny.CACHE]
         mask = nn.functional.pad(PADDED["attention_mask"], (0, 1), value=1)
         with pytest.raises(LostTrackError, match="a mask of 8 columns, but no cache is among"):
-            model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, **{CACHE: cache})
+            model(input_ids=PADDED["input_ids"][:, :1], attention_mask=mask, **{tiny.CACHE: cache})
 
 
 def test_rows_of_several_sequences_are_not_told_apart() -> None:
@@ -395,14 +381,14 @@ def test_steps() -> None:
 
 
 def test_users_share_a_tracker_and_the_last_one_cleans_up(model: Any) -> None:
-    hooks, names = count_hooks(model), set(vars(model))
+    hooks, names = tiny.count_hooks(model), set(vars(model))
     first, second = Tracker.acquire(model, USER, path(model)), Tracker.acquire(model, USER, path(model))
     assert first is second
-    assert count_hooks(model) == hooks + 2
+    assert tiny.count_hooks(model) == hooks + 2
     first.release(USER)
     assert "generate" in vars(model)
     second.release(USER)
-    assert (count_hooks(model), set(vars(model))) == (hooks, names)
+    assert (tiny.count_hooks(model), set(vars(model))) == (hooks, names)
 
 
 def test_an_existing_wrapper_of_generate_is_put_back(model: Any) -> None:
@@ -415,7 +401,7 @@ def test_an_existing_wrapper_of_generate_is_put_back(model: Any) -> None:
 
     model.generate = wrapper
     tracker = Tracker.acquire(model, USER, path(model))
-    generate(model, PADDED, new=1)
+    tiny.generate(model, PADDED, new=1)
     tracker.release(USER)
     assert model.generate is wrapper
     assert len(calls) == 1
@@ -479,13 +465,13 @@ def test_a_mask_that_is_the_same_for_every_token_that_looks(mask: list[list[int]
     from transformers import LayoutLMConfig, LayoutLMForMaskedLM
 
     config = LayoutLMConfig(
-        vocab_size=64, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        vocab_size=64, hidden_size=tiny.WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=64,
     )  # fmt: skip
-    model, inputs = LayoutLMForMaskedLM(config).eval(), {**prompts(2, 6), "attention_mask": torch.tensor(mask)}
-    with torch.no_grad(), steer(model, fitting_mixture(), 1, 0, 1.0) as handle:
+    model, inputs = LayoutLMForMaskedLM(config).eval(), {**tiny.prompts(2, 6), "attention_mask": torch.tensor(mask)}
+    with torch.no_grad(), steer(model, tiny.fitting_mixture(), 1, 0, 1.0) as handle:
         with handle.paused():
-            unsteered = layer_output(model, inputs)
-        changed = (layer_output(model, inputs) != unsteered).any(-1)
+            unsteered = tiny.layer_output(model, inputs)
+        changed = (tiny.layer_output(model, inputs) != unsteered).any(-1)
         assert handle.stats()[:2] == (10, 10)
     assert torch.equal(changed, inputs["attention_mask"].bool())
