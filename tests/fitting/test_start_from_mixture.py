@@ -147,13 +147,10 @@ def test_regions_of_weight_0(method):
 
 
 def test_checkpoints_know_the_start(tmp_path):
-    other = first()
     whole = on(TRUE, method="em", checkpoint=tmp_path)
     assert same(on(TRUE, method="em", checkpoint=tmp_path, resume=True), whole)
-    for start, message in ((other, "start = '"), (planted(), "n_components = 6")):
-        if start is other:
-            with pytest.raises(ValueError, match=f"other settings: here {message}"):
-                on(start, method="em", checkpoint=tmp_path, resume=True)
+    with pytest.raises(ValueError, match="other settings: here start = '"):
+        on(first(), method="em", checkpoint=tmp_path, resume=True)
     with pytest.raises(ValueError, match="start = None, there '"):
         fit(ROWS, 6, 2, method="em", epochs=3, progress=False, checkpoint=tmp_path, resume=True)
 

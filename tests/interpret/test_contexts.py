@@ -18,6 +18,7 @@ from mfa_kernels.interpret.contexts import (
 )
 from mfa_kernels.interpret.regions import region_summaries
 from mfa_kernels.mixture import screening
+from tests.helpers.refusals import check_refused
 from tests.interpret.planted import MemoryStore, Words, planted
 
 WORDS = Words()
@@ -266,24 +267,14 @@ def test_an_axis_goes_from_one_extreme_to_the_other(mfa: MFA, store: MemoryStore
 
 def test_bad_input_is_named(mfa: MFA, store: MemoryStore) -> None:
     narrow = MemoryStore(torch.zeros(2, 5), [[0, 1]])
-    with pytest.raises(ValueError, match="5 features, but the mixture has 8"):
-        assignments(mfa, narrow)
-    with pytest.raises(ValueError, match="no rows"):
-        assignments(mfa, MemoryStore(torch.zeros(0, 8), []))
-    with pytest.raises(ValueError, match="by must be one of"):
-        top_contexts(mfa, store, WORDS, 0, by="likelihood")
-    with pytest.raises(ValueError, match="axis"):
-        top_contexts(mfa, store, WORDS, 0, by="latent")
-    with pytest.raises(IndexError, match=r"axis must be in \[0, 2\), got 2"):
-        axis_contexts(mfa, store, WORDS, 0, 2)
-    with pytest.raises(IndexError, match=r"component must be in \[0, 4\), got 4"):
-        top_contexts(mfa, store, WORDS, [0, 4])
-    with pytest.raises(ValueError, match="n must be an integer >= 1"):
-        top_contexts(mfa, store, WORDS, 0, 0)
-    with pytest.raises(ValueError, match="sign"):
-        top_contexts(mfa, store, WORDS, 0, by="latent", axis=0, sign=2)
-    with pytest.raises(ValueError, match="quantiles"):
-        axis_contexts(mfa, store, WORDS, 0, 0, quantiles=(0, 1.5))
+    check_refused(ValueError, "5 features, but the mixture has 8", assignments, mfa, narrow)
+    check_refused(ValueError, "no rows", assignments, mfa, MemoryStore(torch.zeros(0, 8), []))
+    check_refused(ValueError, "by must be one of", top_contexts, mfa, store, WORDS, 0, by="likelihood")
+    check_refused(ValueError, "axis", top_contexts, mfa, store, WORDS, 0, by="latent")
+    check_refused(IndexError, r"axis must be in \[0, 2\), got 2", axis_contexts, mfa, store, WORDS, 0, 2)
+    check_refused(IndexError, r"component must be in \[0, 4\), got 4", top_contexts, mfa, store, WORDS, [0, 4])
+    check_refused(ValueError, "n must be an integer >= 1", top_contexts, mfa, store, WORDS, 0, 0)
+    check_refused(ValueError, "sign", top_contexts, mfa, store, WORDS, 0, by="latent", axis=0, sign=2)
+    check_refused(ValueError, "quantiles", axis_contexts, mfa, store, WORDS, 0, 0, quantiles=(0, 1.5))
     other = assignments(planted(40)[0], planted(40)[1], progress=False)
-    with pytest.raises(ValueError, match="assigned holds 40 rows"):
-        top_contexts(mfa, store, WORDS, 0, assigned=other)
+    check_refused(ValueError, "assigned holds 40 rows", top_contexts, mfa, store, WORDS, 0, assigned=other)

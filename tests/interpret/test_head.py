@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,67 +16,65 @@ from tests.helpers.mixtures import mixture
 transformers = pytest.importorskip("transformers")
 
 WIDTH, VOCABULARY = 16, 40
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
-_LLAMA_LIKE = {**_COMMON, "intermediate_size": 8, "num_key_value_heads": 2, "pad_token_id": 0}
-_GEMMA = {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8}
-# class, options, path of the final norm, what its logits are multiplied with, and their cap
-MODELS: dict[str, tuple[str, dict[str, Any], str, float, float | None]] = {
-    "llama": ("LlamaForCausalLM", _LLAMA_LIKE, "model.norm", 1.0, None),
-    "gpt2": (
+COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_LIKE = {**COMMON, "intermediate_size": 8, "num_key_value_heads": 2, "pad_token_id": 0}
+_GEMMA = {**LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8}
+
+
+class Kind(NamedTuple):
+    """A class of models: its options, the path of the final norm, what its logits are multiplied with, their cap."""
+
+    class_name: str
+    options: dict[str, Any]
+    norm: str = "model.norm"
+    scale: float = 1.0
+    cap: float | None = None
+
+
+MODELS = {
+    "llama": Kind("LlamaForCausalLM", LLAMA_LIKE),
+    "gpt2": Kind(
         "GPT2LMHeadModel",
         {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2},
         "transformer.ln_f",
-        1.0,
-        None,
     ),
-    "neox": ("GPTNeoXForCausalLM", {**_COMMON, "intermediate_size": 8}, "gpt_neox.final_layer_norm", 1.0, None),
-    "phi, whose head has a bias": (
-        "PhiForCausalLM",
-        {**_COMMON, "intermediate_size": 8},
-        "model.final_layernorm",
-        1.0,
-        None,
+    "neox": Kind("GPTNeoXForCausalLM", {**COMMON, "intermediate_size": 8}, "gpt_neox.final_layer_norm"),
+    "phi, whose head has a bias": Kind("PhiForCausalLM", {**COMMON, "intermediate_size": 8}, "model.final_layernorm"),
+    "cohere": Kind("CohereForCausalLM", {**LLAMA_LIKE, "logit_scale": 0.0625}, scale=0.0625),
+    "granite": Kind("GraniteForCausalLM", {**LLAMA_LIKE, "logits_scaling": 8.0}, scale=0.125),
+    "gemma2": Kind("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 30.0}, cap=30.0),
+    "gemma2, a low cap": Kind("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 2.0}, cap=2.0),
+    "gemma2, no cap": Kind("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": None}),
+    "nanochat, tanh of another way": Kind(
+        "NanoChatForCausalLM", {**LLAMA_LIKE, "final_logit_softcapping": 15.0}, cap=15.0
     ),
-    "cohere": ("CohereForCausalLM", {**_LLAMA_LIKE, "logit_scale": 0.0625}, "model.norm", 0.0625, None),
-    "granite": ("GraniteForCausalLM", {**_LLAMA_LIKE, "logits_scaling": 8.0}, "model.norm", 0.125, None),
-    "gemma2": ("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 30.0}, "model.norm", 1.0, 30.0),
-    "gemma2, a low cap": ("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": 2.0}, "model.norm", 1.0, 2.0),
-    "gemma2, no cap": ("Gemma2ForCausalLM", {**_GEMMA, "final_logit_softcapping": None}, "model.norm", 1.0, None),
-    "nanochat, tanh of another way": (
-        "NanoChatForCausalLM",
-        {**_LLAMA_LIKE, "final_logit_softcapping": 15.0},
-        "model.norm",
-        1.0,
-        15.0,
-    ),
-    "hyperclovax, which multiplies": (
-        "HyperCLOVAXForCausalLM",
-        {**_LLAMA_LIKE, "logits_scaling": 4.0},
-        "model.norm",
-        4.0,
-        None,
-    ),
+    "hyperclovax, which multiplies": Kind("HyperCLOVAXForCausalLM", {**LLAMA_LIKE, "logits_scaling": 4.0}, scale=4.0),
 }
 
 
-def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    class_name, options, norm, _, _ = MODELS[name]
-    kind = getattr(transformers, class_name, None)
-    if kind is None:
-        pytest.skip(f"not applicable: this version of transformers has no {class_name}")
+def built(kind: Kind, dtype: torch.dtype = torch.float32) -> Any:
+    made = getattr(transformers, kind.class_name, None)
+    if made is None:
+        pytest.skip(f"not applicable: this version of transformers has no {kind.class_name}")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = kind(kind.config_class(**options)).eval()
-        for parameter in model.get_submodule(norm).parameters():  # not just ones and zeros
+        model = made(made.config_class(**kind.options)).eval()
+        for parameter in model.get_submodule(kind.norm).parameters():  # not just ones and zeros
             nn.init.uniform_(parameter, 0.5, 1.5)
-        head = model.get_output_embeddings()
-        nn.init.normal_(head.weight)
-        if head.bias is not None:
-            nn.init.normal_(head.bias)
     return model.to(dtype)
 
 
-def _mfa(components: int = 5, rank: int = 3) -> MFA:
+def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A model whose logits are large enough for a cap to show."""
+    model = built(MODELS[name])
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        for parameter in model.get_output_embeddings().parameters():
+            nn.init.normal_(parameter)
+    return model.to(dtype)
+
+
+def some_mfa(components: int = 5, rank: int = 3) -> MFA:
     m = mixture(components, WIDTH, rank)
     return MFA.from_parameters(*m[:3], m.log_weights.exp())
 
@@ -91,7 +89,7 @@ def _own_logits(model: Any, norm: str, points: Tensor) -> Tensor:
         hook.remove()
 
 
-def _changes(model: Any, mfa: MFA, k: int, direction: int | None) -> Tensor:
+def changes(model: Any, mfa: MFA, k: int, direction: int | None) -> Tensor:
     found = torch.zeros(VOCABULARY, dtype=torch.float64)
     for token in logit_lens(model, mfa, k, direction=direction, top=VOCABULARY).top:
         found[token.token_id] = token.change
@@ -100,7 +98,7 @@ def _changes(model: Any, mfa: MFA, k: int, direction: int | None) -> Tensor:
 
 def _expected(name: str, mfa: MFA, k: int, direction: int | None) -> Tensor:
     """By the definition, from the logits of the model in float64."""
-    model, norm = _model(name, torch.float64), MODELS[name][2]
+    model, norm = _model(name, torch.float64), MODELS[name].norm
     means, w = mfa.means.detach().double(), mfa.loadings.detach().double()
     if direction is None:
         logits = _own_logits(model, norm, means)
@@ -111,10 +109,10 @@ def _expected(name: str, mfa: MFA, k: int, direction: int | None) -> Tensor:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_lens_has_the_logits_of_the_model(name: str) -> None:
-    model, mfa = _model(name), _mfa()
+    model, mfa = _model(name), some_mfa()
     for direction in (None, 1):
         expected = _expected(name, mfa, 2, direction)
-        torch.testing.assert_close(_changes(model, mfa, 2, direction), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(changes(model, mfa, 2, direction), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -134,7 +132,7 @@ def test_measuring_leaves_no_hook_and_takes_one_run() -> None:
     model = _model("gemma2")
     runs = []
     model.register_forward_hook(lambda *_: runs.append(1))
-    logit_lens(model, _mfa(), 0)
+    logit_lens(model, some_mfa(), 0)
     assert len(runs) == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in list(model.modules())[1:])
 
@@ -151,7 +149,7 @@ class _Other(transformers.LlamaForCausalLM):
 def _other(change: Any) -> _Other:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = _Other(transformers.LlamaConfig(**_LLAMA_LIKE)).eval()
+        model = _Other(transformers.LlamaConfig(**LLAMA_LIKE)).eval()
     model.change = change
     return model
 
@@ -161,14 +159,14 @@ def _other(change: Any) -> _Other:
 )
 def test_logits_of_another_kind_are_refused(change: Any) -> None:
     with pytest.raises(ValueError, match="model: the logits of _Other are not a multiple"):
-        logit_lens(_other(change), _mfa(), 0)
+        logit_lens(_other(change), some_mfa(), 0)
 
 
 def test_tokens_that_the_model_rules_out_do_not_change() -> None:
     def change(logits: Tensor) -> Tensor:
         return logits.masked_fill(torch.arange(VOCABULARY) >= 38, -torch.inf)
 
-    found = _changes(_other(change), _mfa(), 1, None)
+    found = changes(_other(change), some_mfa(), 1, None)
     assert (found[38:] == 0).all()
     assert (found[:38] != 0).all()
 
@@ -176,24 +174,24 @@ def test_tokens_that_the_model_rules_out_do_not_change() -> None:
 def test_a_norm_that_the_logits_do_not_come_from_is_refused() -> None:
     model = _model("gpt2")
     with pytest.raises(ValueError, match=r"norm: what 'transformer.h.0.ln_1' of GPT2LMHeadModel reads is not"):
-        logit_lens(model, _mfa(), 0, norm="transformer.h.0.ln_1")
+        logit_lens(model, some_mfa(), 0, norm="transformer.h.0.ln_1")
     model.unused = nn.LayerNorm(WIDTH).eval()
     with pytest.raises(ValueError, match="norm: GPT2LMHeadModel does not call 'unused'"):
-        logit_lens(model, _mfa(), 0, norm="unused")
+        logit_lens(model, some_mfa(), 0, norm="unused")
 
 
 def test_what_comes_between_layers_and_norm_is_noticed() -> None:
     model = _model("llama")
     model.model.norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + torch.arange(16.0),))
     with pytest.raises(ValueError, match="reads is not the output of the last layer"):
-        logit_lens(model, _mfa(), 0)
+        logit_lens(model, some_mfa(), 0)
 
 
 def test_a_model_that_cannot_be_run_is_named() -> None:
     model = _model("llama")
     model.forward = lambda **_: 1 / 0
     with pytest.raises(ValueError, match="model: LlamaForCausalLM must run on token ids alone.*ZeroDivisionError"):
-        logit_lens(model, _mfa(), 0)
+        logit_lens(model, some_mfa(), 0)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
@@ -201,4 +199,4 @@ def test_a_model_in_training_is_refused(name: str) -> None:
     model = _model(name)
     model.model.layers[1].train()
     with pytest.raises(ValueError, match="model is in training mode"):
-        logit_lens(model, _mfa(), 0)
+        logit_lens(model, some_mfa(), 0)

@@ -15,43 +15,25 @@ from mfa_kernels import MFA, steer
 from mfa_kernels.data import tiny_lm
 from mfa_kernels.interpret import logit_lens, logit_shift
 from tests.data.test_harvest import BOS, make_tokenizer
-from tests.helpers.mixtures import mixture
+from tests.helpers.refusals import check_refused
+from tests.interpret.test_head import COMMON, LLAMA_LIKE, VOCABULARY, WIDTH, Kind, built, changes, some_mfa
+from tests.interpret.test_head import MODELS as head_models
 
 transformers = pytest.importorskip("transformers")
 
-WIDTH, VOCABULARY = 16, 40
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2}
-_LLAMA_LIKE = {**_COMMON, "intermediate_size": 8, "num_key_value_heads": 2}
-MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama": ("Llama", _LLAMA_LIKE, "model.norm"),
-    "qwen2": ("Qwen2", _LLAMA_LIKE, "model.norm"),
-    "gemma2": ("Gemma2", {**_LLAMA_LIKE, "head_dim": 8}, "model.norm"),
-    "phi": ("Phi", {**_COMMON, "intermediate_size": 8}, "model.final_layernorm"),
-    "gpt2": ("GPT2", {"vocab_size": VOCABULARY, "n_embd": WIDTH, "n_layer": 1, "n_head": 2}, "transformer.ln_f"),
-    "neox": ("GPTNeoX", {**_COMMON, "intermediate_size": 8}, "gpt_neox.final_layer_norm"),
-    "opt": (
-        "OPT",
-        {**_COMMON, "ffn_dim": 8, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 16},
+MODELS = {
+    "llama": head_models["llama"],
+    "qwen2": Kind("Qwen2ForCausalLM", LLAMA_LIKE),
+    "gemma2": Kind("Gemma2ForCausalLM", {**LLAMA_LIKE, "head_dim": 8}),
+    "phi": head_models["phi, whose head has a bias"],
+    "gpt2": head_models["gpt2"],
+    "neox": head_models["neox"],
+    "opt": Kind(
+        "OPTForCausalLM",
+        {**COMMON, "ffn_dim": 8, "word_embed_proj_dim": WIDTH, "max_position_embeddings": 16},
         "model.decoder.final_layer_norm",
     ),
 }
-
-
-def _model(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    family, options, norm = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**options)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        class_name = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
-        model = getattr(transformers, class_name)(config).eval()
-        for parameter in model.get_submodule(norm).parameters():  # not just ones and zeros
-            nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.to(dtype)
-
-
-def _mfa(components: int = 5, rank: int = 3) -> MFA:
-    m = mixture(components, WIDTH, rank)
-    return MFA.from_parameters(*m[:3], m.log_weights.exp())
 
 
 def _logits(model: Any, norm: str, points: Tensor) -> Tensor:
@@ -71,9 +53,9 @@ def _expected(model: Any, norm: str, mfa: MFA, k: int, direction: int | None) ->
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("direction", [None, 1])
 def test_the_lens_is_the_difference_of_logits(name: str, direction: int | None) -> None:
-    model, mfa = _model(name), _mfa()
+    model, mfa = built(MODELS[name]), some_mfa()
     lens = logit_lens(model, mfa, 2, direction=direction, top=VOCABULARY)
-    expected = _expected(model, MODELS[name][2], mfa, 2, direction).sort(descending=True)
+    expected = _expected(model, MODELS[name].norm, mfa, 2, direction).sort(descending=True)
     torch.testing.assert_close(
         torch.tensor([t.change for t in lens.top]).double(), expected.values, rtol=1e-3, atol=1e-5
     )
@@ -85,49 +67,37 @@ def test_the_lens_is_the_difference_of_logits(name: str, direction: int | None) 
 def test_a_model_in_bfloat16_keeps_the_precision_of_its_weights(direction: int | None) -> None:
     """The mean is a hundred times longer than what tells regions apart: logits rounded before they are subtracted
     would be wrong by more than their difference."""
-    model, mfa = _model("llama", torch.bfloat16), _mfa()
+    model, mfa = built(MODELS["llama"], torch.bfloat16), some_mfa()
     with torch.no_grad():
         mfa.means += 100
-    lens = logit_lens(model, mfa, 1, direction=direction, top=VOCABULARY)
     expected = _expected(model, "model.norm", mfa, 1, direction)
-    found = torch.zeros(VOCABULARY, dtype=torch.float64)
-    for token in lens.top:
-        found[token.token_id] = token.change
-    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert (changes(model, mfa, 1, direction) - expected).norm() < 0.01 * expected.norm()
 
 
 def test_ids_stand_for_tokens_without_a_tokenizer() -> None:
-    lens = logit_lens(_model("llama"), _mfa(), 0, top=2)
+    lens = logit_lens(built(MODELS["llama"]), some_mfa(), 0, top=2)
     assert [t.token for t in lens.top] == [f"<id {t.token_id}>" for t in lens.top]
     assert len(lens.top) == len(lens.bottom) == 2
 
 
 def test_a_final_norm_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, mfa = _model("gpt2"), _mfa()
+    model, mfa = built(MODELS["gpt2"]), some_mfa()
     found = logit_lens(model, mfa, 0)
     monkeypatch.setattr("mfa_kernels.interpret.head._FINAL_NORMS", ("another",))
-    with pytest.raises(ValueError, match="no final norm"):
-        logit_lens(model, mfa, 0)
+    check_refused(ValueError, "no final norm", logit_lens, model, mfa, 0)
     assert logit_lens(model, mfa, 0, norm="transformer.ln_f") == found
-    with pytest.raises(ValueError, match="norm: GPT2LMHeadModel has no module 'ln'"):
-        logit_lens(model, mfa, 0, norm="ln")
+    check_refused(ValueError, "norm: GPT2LMHeadModel has no module 'ln'", logit_lens, model, mfa, 0, norm="ln")
 
 
 def test_bad_input_is_named() -> None:
-    model, mfa = _model("llama"), _mfa()
-    with pytest.raises(IndexError, match=r"component must be in \[0, 5\), got 5"):
-        logit_lens(model, mfa, 5)
-    with pytest.raises(IndexError, match=r"direction must be in \[0, 3\), got 3"):
-        logit_lens(model, mfa, 0, direction=3)
-    with pytest.raises(ValueError, match="top must be an integer >= 1"):
-        logit_lens(model, mfa, 0, top=0)
-    with pytest.raises(ValueError, match="no output embeddings"):
-        logit_lens(nn.Linear(2, 2), mfa, 0)
-    with pytest.raises(ValueError, match="takes 16 features, but the mixture has 4"):
-        logit_lens(model, MFA(2, 4, 1), 0)
+    model, mfa = built(MODELS["llama"]), some_mfa()
+    check_refused(IndexError, r"component must be in \[0, 5\), got 5", logit_lens, model, mfa, 5)
+    check_refused(IndexError, r"direction must be in \[0, 3\), got 3", logit_lens, model, mfa, 0, direction=3)
+    check_refused(ValueError, "top must be an integer >= 1", logit_lens, model, mfa, 0, top=0)
+    check_refused(ValueError, "no output embeddings", logit_lens, nn.Linear(2, 2), mfa, 0)
+    check_refused(ValueError, "takes 16 features, but the mixture has 4", logit_lens, model, MFA(2, 4, 1), 0)
     del model.model.norm
-    with pytest.raises(ValueError, match="no final norm"):
-        logit_lens(model, mfa, 0)
+    check_refused(ValueError, "no final norm", logit_lens, model, mfa, 0)
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +169,7 @@ def test_the_shift_of_what_an_encoder_decoder_writes_first() -> None:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model, mfa = transformers.T5ForConditionalGeneration(config).eval(), _mfa()
+        model, mfa = transformers.T5ForConditionalGeneration(config).eval(), some_mfa()
     ids, start = torch.tensor([[BOS, 4, 5]]), torch.tensor([[3]])
     with torch.no_grad():
         plain = model(input_ids=ids, decoder_input_ids=start).logits[0, 0].double().log_softmax(-1)

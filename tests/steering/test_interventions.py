@@ -9,6 +9,7 @@ import torch
 
 from mfa_kernels.steering import Add, Offset, Remove, Toward
 from mfa_kernels.steering.interventions import as_rows
+from tests.helpers.refusals import check_refused
 from tests.steering.tiny import fitting_mixture
 
 Z = torch.ones(3)
@@ -81,15 +82,10 @@ def test_bad_interventions_are_named(interventions: Any, error: type[Exception],
 
 
 def test_bad_rows_are_named(mfa: Any) -> None:
-    with pytest.raises(ValueError, match="exactly one of them"):
-        as_rows(None, None, mfa)
-    with pytest.raises(ValueError, match="exactly one of them"):
-        as_rows([], [None], mfa)
-    with pytest.raises(ValueError, match="one entry per batch row"):
-        as_rows(None, [], mfa)
-    with pytest.raises(TypeError, match=r"rows\[1\] must be Toward"):
-        as_rows(None, [None, 7], mfa)
+    check_refused(ValueError, "exactly one of them", as_rows, None, None, mfa)
+    check_refused(ValueError, "exactly one of them", as_rows, [], [None], mfa)
+    check_refused(ValueError, "one entry per batch row", as_rows, None, [], mfa)
+    check_refused(TypeError, r"rows\[1\] must be Toward", as_rows, None, [None, 7], mfa)
     with pytest.raises(ValueError, match=r"rows\[0\] is for one row, but its tensors have a batch dimension of 2"):
         as_rows(None, [Toward(0, torch.zeros(2))], mfa)
-    with pytest.raises(ValueError, match="rank 0"):
-        as_rows(Offset(0, torch.ones(0)), None, fitting_mixture(rank=0))
+    check_refused(ValueError, "rank 0", as_rows, Offset(0, torch.ones(0)), None, fitting_mixture(rank=0))
