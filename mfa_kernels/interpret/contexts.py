@@ -15,17 +15,8 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
+from mfa_kernels.common import checks
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import (
-    check_choice,
-    check_component,
-    check_components,
-    check_finite,
-    check_flag,
-    check_integer,
-    check_number,
-    check_tensor,
-)
 from mfa_kernels.common.precision import full_precision
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.mixture.decomposition import Decomposition, check_decomposition
@@ -59,7 +50,7 @@ def show_token(tokenizer: Any, token_id: int) -> str:
 
     An id that the tokenizer does not know, as where a model has more rows than that has tokens, is shown as "<id 40>".
     """
-    token_id = check_integer(token_id, "token_id", 0, _LARGEST_ID)
+    token_id = checks.check_integer(token_id, "token_id", 0, _LARGEST_ID)
     check_tokenizer(tokenizer)
     try:
         piece = tokenizer.convert_ids_to_tokens(token_id)
@@ -141,7 +132,7 @@ class Assignments:
 
     def rows(self, component: int) -> Tensor:
         """Returns the rows of a component, int64, ascending."""
-        k = check_component(component, self.n_components)
+        k = checks.check_component(component, self.n_components)
         order, starts = self._groups
         return order[starts[k] : starts[k + 1]]
 
@@ -171,8 +162,8 @@ def assignments(
         ValueError: the store has another width than the mixture, or no rows.
     """
     check_store(store)
-    progress = check_flag(progress, "progress")
-    batch_size = check_integer(batch_size, "batch_size", 1)
+    progress = checks.check_flag(progress, "progress")
+    batch_size = checks.check_integer(batch_size, "batch_size", 1)
     if store.n_features != check_decomposition(mfa).n_features:
         raise ValueError(f"store has {store.n_features} features, but the mixture has {mfa.n_features}")
     n = len(store)
@@ -254,7 +245,7 @@ def ensure_assignments(
         return assignments(mfa, store, progress=progress)
     if not isinstance(assigned, Assignments):
         raise TypeError(f"assigned must be what `assignments` returned, got {type(assigned).__name__}")
-    check_flag(progress, "progress")
+    checks.check_flag(progress, "progress")
     if len(assigned.components) != len(store) or assigned.n_components != mfa.n_components:
         raise ValueError(
             f"assigned holds {len(assigned.components)} rows and {assigned.n_components} components, "
@@ -277,7 +268,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 def check_axis(mfa: Decomposition, axis: int) -> int:
     """`axis` if the mixture has such a latent; raises otherwise."""
-    return check_component(axis, len(mfa.directions(0)), "axis")
+    return checks.check_component(axis, len(mfa.directions(0)), "axis")
 
 
 def _read(
@@ -345,11 +336,11 @@ def top_contexts(
     Returns:
         Contexts, best first, with r, the distance or z_axis as score; for several regions, a dict of such lists.
     """
-    check_choice(by, ("responsibility", "distance", "latent"), "by")
+    checks.check_choice(by, ("responsibility", "distance", "latent"), "by")
     check_decomposition(mfa)
     check_tokenizer(tokenizer)
-    progress, n = check_flag(progress, "progress"), check_integer(n, "n", 1)
-    before, after = check_integer(before, "before"), check_integer(after, "after")
+    progress, n = checks.check_flag(progress, "progress"), checks.check_integer(n, "n", 1)
+    before, after = checks.check_integer(before, "before"), checks.check_integer(after, "after")
     if sign not in (1, -1):
         raise ValueError(f"sign must be 1 or -1, got {sign!r}")
     if by == "latent":
@@ -358,9 +349,9 @@ def top_contexts(
         axis = check_axis(mfa, axis)
     is_one = not is_several(component) and not isinstance(component, range)
     components = (
-        [check_component(component, mfa.n_components)]
+        [checks.check_component(component, mfa.n_components)]
         if is_one
-        else check_components(component, mfa.n_components, "component")
+        else checks.check_components(component, mfa.n_components, "component")
     )
     assigned = ensure_assignments(mfa, store, assigned, progress)
     result = {}
@@ -428,11 +419,13 @@ def axis_contexts(
     Returns:
         One entry per quantile, in the order given; no entries for a region without rows.
     """
-    component, axis = check_component(component, check_decomposition(mfa).n_components), check_axis(mfa, axis)
+    component = checks.check_component(component, check_decomposition(mfa).n_components)
+    axis = check_axis(mfa, axis)
     check_tokenizer(tokenizer)
-    n, before, after = check_integer(n, "n", 1), check_integer(before, "before"), check_integer(after, "after")
-    given = check_finite(check_tensor(quantiles, "quantiles"), "quantiles").flatten()
-    quantiles = [check_number(q, "quantiles", 0, 1) for q in given.tolist()]
+    n = checks.check_integer(n, "n", 1)
+    before, after = checks.check_integer(before, "before"), checks.check_integer(after, "after")
+    given = checks.check_finite(checks.check_tensor(quantiles, "quantiles"), "quantiles").flatten()
+    quantiles = [checks.check_number(q, "quantiles", 0, 1) for q in given.tolist()]
     assigned = ensure_assignments(mfa, store, assigned, progress)
     rows, z = assigned.rows(component), region_latents(mfa, store, component, assigned)[:, axis]
     return along_axis(store, tokenizer, component, rows, z, n, quantiles, before, after)

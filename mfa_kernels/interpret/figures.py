@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.common import checks
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import (
-    check_component,
-    check_components,
-    check_integer,
-    check_iterable,
-    check_mixture,
-    check_path,
-    check_text,
-    shown,
-)
 from mfa_kernels.common.files import StrPath, atomic_write_bytes, check_writable
 from mfa_kernels.common.places import FIGURE, check_place
 from mfa_kernels.common.precision import full_precision
@@ -101,14 +92,14 @@ def regions_map(
         The path.
     """
     path = _check_picture(path)
-    check_mixture(mfa)
-    summaries = list(check_iterable(summaries, "summaries", "what `region_summaries` returned"))
+    checks.check_mixture(mfa)
+    summaries = list(checks.check_iterable(summaries, "summaries", "what `region_summaries` returned"))
     for i, summary in enumerate(summaries):
         if not isinstance(summary, RegionSummary):
-            raise TypeError(f"summaries[{i}] must be a RegionSummary, got {shown(summary)}")
-        check_component(summary.component, mfa.n_components, f"summaries[{i}].component")
-    labelled = check_components(labelled, mfa.n_components, "labelled")
-    check_text(title, "title")
+            raise TypeError(f"summaries[{i}] must be a RegionSummary, got {checks.shown(summary)}")
+        checks.check_component(summary.component, mfa.n_components, f"summaries[{i}].component")
+    labelled = checks.check_components(labelled, mfa.n_components, "labelled")
+    checks.check_text(title, "title")
     drawn = sorted((s for s in summaries if s.rows), key=lambda s: (s.component not in labelled, -s.rows))
     drawn = drawn[:_MAP_REGIONS]
     if len(drawn) < 3:
@@ -177,14 +168,14 @@ def region_scatter(
     Returns:
         The path.
     """
-    path, k = _check_picture(path), check_component(component, check_mixture(mfa).n_components)
+    path, k = _check_picture(path), checks.check_component(component, checks.check_mixture(mfa).n_components)
     check_tokenizer(tokenizer)
     if title is not None:
-        check_text(title, "title")
+        checks.check_text(title, "title")
     if not is_several(axes) or len(axes) != 2:
-        raise ValueError(f"axes must be two latents, got {shown(axes)}")
-    first, second = (check_component(axis, mfa.rank, "axes") for axis in axes)
-    labels = check_integer(labels, "labels")
+        raise ValueError(f"axes must be two latents, got {checks.shown(axes)}")
+    first, second = (checks.check_component(axis, mfa.rank, "axes") for axis in axes)
+    labels = checks.check_integer(labels, "labels")
     if first == second:
         raise ValueError(f"axes must be two different latents, got {axes}")
     assigned = ensure_assignments(mfa, store, assigned, progress)
@@ -256,7 +247,7 @@ def draw_region(
 
 def _check_picture(path: Any) -> Path:
     """`path` if a PNG file can be written to it; raises otherwise."""
-    path = check_path(path, "path")
+    path = checks.check_path(path, "path")
     check_place(path, FIGURE, "path")
     if path.suffix.lower() not in ("", ".png"):
         raise ValueError(f"path must end in .png, as the file that is written is one, got {path}")

@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.common.checks import (
-    check_components,
-    check_flag,
-    check_integer,
-    check_mixture,
-    check_model,
-    check_path,
-    check_text,
-)
+from mfa_kernels.common import checks
 from mfa_kernels.common.files import StrPath, atomic_write_text, check_writable
 from mfa_kernels.common.places import PAGE, check_place
 from mfa_kernels.common.progress import progress_bar
@@ -89,21 +81,21 @@ def write_report(
     Raises:
         FileExistsError: something else than an HTML page is at the path, or it is in the folder of a store.
     """
-    check_place(check_path(path, "path"), PAGE, "path")
+    check_place(checks.check_path(path, "path"), PAGE, "path")
     check_writable(path, "path")
-    check_mixture(mfa)
+    checks.check_mixture(mfa)
     check_tokenizer(tokenizer)
-    check_text(title, "title")
+    checks.check_text(title, "title")
     if model is not None:
-        check_model(model)
-    figures, progress = check_flag(figures, "figures"), check_flag(progress, "progress")
-    n_regions, n_contexts = check_integer(n_regions, "n_regions", 1), check_integer(n_contexts, "n_contexts")
-    n_axes = check_integer(n_axes, "n_axes")
+        checks.check_model(model)
+    figures, progress = checks.check_flag(figures, "figures"), checks.check_flag(progress, "progress")
+    n_regions = checks.check_integer(n_regions, "n_regions", 1)
+    n_contexts, n_axes = checks.check_integer(n_contexts, "n_contexts"), checks.check_integer(n_axes, "n_axes")
     assigned = ensure_assignments(mfa, store, assigned, progress)
     options: dict[str, Any] = {"assigned": assigned, "progress": progress}
     if components is None:
         components = interesting_regions(mfa, store, n_regions, **options)
-    shown = check_components(components, mfa.n_components)
+    shown = checks.check_components(components, mfa.n_components)
     around: dict[int, dict[int, float]] = {}  # distances by component
     if mfa.n_components > 1:
         count = min(_NEIGHBORS, mfa.n_components - 1)

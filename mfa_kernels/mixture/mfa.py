@@ -10,21 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.common import checks
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import (
-    MOST_COMPONENTS,
-    check_centroids,
-    check_choice,
-    check_device,
-    check_dtype,
-    check_finite,
-    check_floats,
-    check_generator,
-    check_integer,
-    check_number,
-    check_parameters,
-    check_positive,
-)
 from mfa_kernels.common.modes import door
 from mfa_kernels.mixture import functional
 from mfa_kernels.mixture.base import EXTRA_STATE
@@ -73,17 +60,17 @@ class MFA(LocalMixture):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        n_components = check_integer(n_components, "n_components", 1, MOST_COMPONENTS)
-        n_features = check_integer(n_features, "n_features", 1, MOST_COMPONENTS)
-        rank = check_integer(rank, "rank")
+        n_components = checks.check_integer(n_components, "n_components", 1, checks.MOST_COMPONENTS)
+        n_features = checks.check_integer(n_features, "n_features", 1, checks.MOST_COMPONENTS)
+        rank = checks.check_integer(rank, "rank")
         if rank > n_features:
             raise ValueError(f"rank must be at most n_features = {n_features}, got {rank}")
         self.n_components, self.n_features, self.rank = n_components, n_features, rank
-        self.noise = check_choice(noise, NOISES, "noise")
-        self.precision = check_choice(precision, functional.PRECISIONS, "precision")
-        self.noise_floor = check_number(noise_floor, "noise_floor", 0)
-        device = device if device is None else check_device(device)
-        dtype = dtype if dtype is None else check_dtype(dtype)
+        self.noise = checks.check_choice(noise, NOISES, "noise")
+        self.precision = checks.check_choice(precision, functional.PRECISIONS, "precision")
+        self.noise_floor = checks.check_number(noise_floor, "noise_floor", 0)
+        device = device if device is None else checks.check_device(device)
+        dtype = dtype if dtype is None else checks.check_dtype(dtype)
         where: dict[str, Any] = {"device": device, "dtype": dtype}
         self.means = nn.Parameter(torch.empty(n_components, n_features, **where))
         self.loadings = nn.Parameter(torch.empty(n_components, n_features, rank, **where))
@@ -96,7 +83,7 @@ class MFA(LocalMixture):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Standard normal means, loadings of unit expected column norm, noise variance 1, equal weights."""
-        check_generator(generator)
+        checks.check_generator(generator)
         if self.means.is_meta:  # nothing to draw, and trying it makes PyTorch import its compiler: seconds
             return
         with torch.no_grad():
@@ -136,16 +123,16 @@ class MFA(LocalMixture):
             TypeError, ValueError: naming the argument that does not fit, or is not finite.
         """
         given = {"means": means, "loadings": loadings, "noise_variance": noise_variance, "weights": weights}
-        tensors = {name: check_floats(value, name).detach() for name, value in given.items()}
+        tensors = {name: checks.check_floats(value, name).detach() for name, value in given.items()}
         device, dtype = tensors["means"].device, tensors["means"].dtype
         for name, tensor in tensors.items():
             dtype = torch.promote_types(dtype, tensor.dtype)
             if tensor.is_meta and device.type != "meta":
                 raise ValueError(f"{name} must hold values, got a tensor on the meta device")
         means, loadings, noise_variance, weights = (t.to(device=device, dtype=dtype) for t in tensors.values())
-        check_parameters(means, loadings, noise_variance, weights, "weights")
+        checks.check_parameters(means, loadings, noise_variance, weights, "weights")
         for name, tensor in (("means", means), ("loadings", loadings), ("noise_variance", noise_variance)):
-            check_finite(tensor, name)
+            checks.check_finite(tensor, name)
         if not (noise_variance > 0).all():
             raise ValueError(f"noise_variance must be positive, got a minimum of {noise_variance.min().item()}")
         if not (weights >= 0).all() or not 0 < weights.double().sum() < torch.finfo(dtype).max:
@@ -174,9 +161,9 @@ class MFA(LocalMixture):
     ) -> MFA:
         """Returns the paper's start: means at centroids (K, D) or the result of `kmeans`, random loadings, equal
         weights."""
-        centroids, generator = check_centroids(centroids), check_generator(generator)
-        check_finite(centroids, "centroids")
-        variance = _variance(noise_variance, centroids, check_choice(noise, NOISES, "noise"))
+        centroids, generator = checks.check_centroids(centroids), checks.check_generator(generator)
+        checks.check_finite(centroids, "centroids")
+        variance = _variance(noise_variance, centroids, checks.check_choice(noise, NOISES, "noise"))
         components, features = centroids.shape
         like: dict[str, Any] = {"device": centroids.device, "dtype": centroids.dtype}
         mfa = cls._blank(components, features, rank, noise, precision=precision, **like)
@@ -194,7 +181,7 @@ class MFA(LocalMixture):
 
     def set_extra_state(self, state: Any) -> None:
         """Sets the noise floor from a state dict; TypeError or ValueError where it is not a number >= 0."""
-        self.noise_floor = check_number(state, "noise_floor", 0)
+        self.noise_floor = checks.check_number(state, "noise_floor", 0)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # State dicts of earlier versions have no noise floor: with the default, strict loading accepts them.
@@ -211,8 +198,8 @@ class MFA(LocalMixture):
         """
         from mfa_kernels.mixture import rotate_loadings
 
-        check_choice(method, ("varimax", "principal"), "method")
-        iterations = check_integer(iterations, "iterations", 1)
+        checks.check_choice(method, ("varimax", "principal"), "method")
+        iterations = checks.check_integer(iterations, "iterations", 1)
         loadings, of = self.loadings, rotate_loadings
         loadings.copy_(of.varimax(loadings, iterations) if method == "varimax" else of.principal(loadings))
         return self
@@ -266,8 +253,8 @@ def _with_options(function: Any, method: str, given: dict[str, Any]) -> Any:
 def _variance(noise_variance: Any, centroids: Tensor, noise: str) -> Tensor:
     """Returns a positive noise variance as a tensor that broadcasts to the shape of `noise`: (D,) or (K, D)."""
     if not is_several(noise_variance):
-        noise_variance = [check_positive(noise_variance, "noise_variance")]
-    noise_variance = check_finite(check_floats(noise_variance, "noise_variance"), "noise_variance")
+        noise_variance = [checks.check_positive(noise_variance, "noise_variance")]
+    noise_variance = checks.check_finite(checks.check_floats(noise_variance, "noise_variance"), "noise_variance")
     variance = noise_variance.to(centroids.device, centroids.dtype)
     shape = centroids.shape[1:] if noise == "shared" else centroids.shape
     trailing = len(shape) >= variance.dim() and shape[len(shape) - variance.dim() :] == variance.shape
