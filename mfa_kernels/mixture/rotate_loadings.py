@@ -7,7 +7,8 @@ each column positive, as do what clusters and `fit` give: the same W_k W_k^T doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -42,14 +43,8 @@ def varimax(loadings: Tensor, iterations: int = 50, tol: float = 1e-6, *, progre
         raise ValueError(f"iterations must be at least 1, got {iterations!r}")
     if not tol >= 0:
         raise ValueError(f"tol must be >= 0, got {tol!r}")
-    rotated = loadings.clone()
-    if loadings.shape[2] < 2:
-        sign_(rotated)
-        return rotated
-    for part in _parts(loadings, "varimax", progress):
-        rows = _rows(loadings[part])
-        rotated[part] = _signed(_varimax_rotations(rows, iterations, tol) @ rows).mT.to(loadings.dtype)
-    return rotated
+    rotations = functools.partial(_varimax_rotations, iterations=iterations, tol=tol)
+    return _rotated(loadings, rotations, "varimax", progress)
 
 
 def _varimax_rotations(rows: Tensor, iterations: int, tol: float) -> Tensor:
@@ -92,16 +87,14 @@ def principal(loadings: Tensor, *, progress: bool = True) -> Tensor:
         (K, D, R), a new tensor; rank 0 and 1 have nothing to rotate, but their sign.
     """
     _check(loadings)
-    rotated = loadings.clone()
-    if loadings.shape[2] < 2:
-        sign_(rotated)
-        return rotated
-    for part in _parts(loadings, "principal", progress):
-        rows = _rows(loadings[part])
-        wide = rows.double()
-        _, vectors = torch.linalg.eigh(wide @ wide.mT)  # rising
-        rotated[part] = _signed(vectors.flip(-1).mT.to(rows.dtype) @ rows).mT.to(loadings.dtype)
-    return rotated
+    return _rotated(loadings, _principal_rotations, "principal", progress)
+
+
+def _principal_rotations(rows: Tensor) -> Tensor:
+    """Q^T (K, R, R) for W^T (K, R, D)."""
+    wide = rows.double()
+    _, vectors = torch.linalg.eigh(wide @ wide.mT)  # rising
+    return vectors.flip(-1).mT.to(rows.dtype)
 
 
 def _check(loadings: Tensor) -> None:
@@ -131,11 +124,17 @@ def _signed(rows: Tensor) -> Tensor:
     return rows * torch.where(largest < 0, -1, 1).to(rows.dtype)
 
 
-def _parts(loadings: Tensor, description: str, progress: bool) -> Iterator[slice]:
-    """Slices of components small enough for half a dozen temporaries of their size, up to 8 bytes an entry."""
+def _rotated(loadings: Tensor, rotations: Callable[[Tensor], Tensor], description: str, progress: bool) -> Tensor:
+    """W Q (K, D, R), where `rotations` gives Q^T for W^T, with bounded memory for half a dozen temporaries."""
+    rotated = loadings.clone()
     components, features, rank = loadings.shape
+    if rank < 2:
+        sign_(rotated)
+        return rotated
     step = max(1, _CHUNK_BYTES // (6 * 8 * features * rank))
     with progress_bar(total=components, desc=description, unit="component", delay=2, progress=progress) as bar:
-        for start in range(0, components, step):
-            yield slice(start, start + step)
-            bar.update(min(step, components - start))
+        for part in rotated.split(step) if components else ():
+            rows = _rows(part)
+            part.copy_(_signed(rotations(rows) @ rows).mT)
+            bar.update(len(part))
+    return rotated
