@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from itertools import product
 
@@ -13,11 +14,10 @@ from mfa_kernels.fitting import dead_regions, em, em_base, fit, m_step, online_e
 from mfa_kernels.fitting.guard import Guard
 from tests.fitting.parts import collect, stage
 from tests.fitting.planted import Store, counted_batches, draw, nll, planted, same
-from tests.fitting.test_fit import BEST, ROWS, TEST, TRUE
+from tests.fitting.test_fit import BEST, METHODS, ROWS, TEST, TRUE
+from tests.fitting.test_fit import run as run_method
 
-
-def run(x=ROWS, n_components: int = 6, rank: int = 2, **options) -> MFA:
-    return fit(x, n_components, rank, **{"method": "em", "epochs": 8, "progress": False, **options})
+run = functools.partial(run_method, method="em")
 
 
 def poor(components: int, rank: int, noise: str, x: Tensor) -> MFA:
@@ -69,17 +69,6 @@ def test_where_it_settles_the_gradient_is_zero(noise):
     for _ in range(1500):
         m_step.maximize(mfa, collect(mfa, x), prior)
     assert all(after < 1e-3 * before[name] for name, after in steepness().items())
-
-
-def test_one_component_is_factor_analysis():
-    true = planted(1, 8, 2)
-    x = draw(true, 4000)
-    mfa = run(x, 1, 2, epochs=40, held_out=0)
-    sample = torch.cov(x.t())
-    covariance = mfa.loadings[0] @ mfa.loadings[0].t() + mfa.noise_variance.diag()
-    exact = -torch.distributions.MultivariateNormal(x.mean(0), sample).log_prob(x).mean()
-    assert nll(mfa, x) < float(exact) + 0.01, "the maximum over all covariances"
-    torch.testing.assert_close(covariance.detach(), sample, rtol=0.05, atol=0.1)
 
 
 @pytest.mark.parametrize("noise", ["shared", "per_component"])
@@ -337,16 +326,6 @@ def test_ends_when_there_is_nothing_to_gain():
     assert not report.stopped_early
 
 
-def test_patience_stops_early():
-    def ruin(mfa: MFA, record: dict) -> None:
-        with torch.no_grad():
-            mfa.means.add_(50.0)
-
-    report = run(epochs=20, patience=3, callbacks=[ruin]).fit_report
-    assert report.stopped_early
-    assert len(report.history) == 4
-
-
 def test_online_statistics_follow_means_that_a_callback_moves():
     seen: list[MFA] = []
 
@@ -359,27 +338,7 @@ def test_online_statistics_follow_means_that_a_callback_moves():
     assert nll(seen[-1], TEST) < BEST + 0.3
 
 
-@pytest.mark.parametrize("method", ["em", "online"])
-def test_rows_that_are_not_finite_are_skipped_and_counted(method):
-    dirty = ROWS.clone()
-    dirty[::50] = float("nan")
-    dirty[1::50, 3] = float("inf")
-    mfa = run(dirty, method=method, epochs=3)
-    assert mfa.fit_report.skipped_rows == 240
-    assert nll(mfa, TEST) < BEST + 0.3
-
-
-@pytest.mark.parametrize("method", ["em", "online"])
-def test_without_held_out_rows_the_last_state_is_returned(method):
-    states = []
-    mfa = run(method=method, held_out=0, epochs=3, callbacks=[lambda m, _: states.append(m.means.detach().clone())])
-    assert torch.equal(mfa.means, states[-1])
-    assert mfa.fit_report.held_out_nll is None
-    assert mfa.fit_report.prior_strength == 10
-    assert nll(mfa, TEST) < BEST + 0.1
-
-
-@pytest.mark.parametrize("method", ["sgd", "em", "online"])
+@METHODS
 def test_interrupted_it_returns_the_best_so_far(method):
     held = []
 
@@ -394,16 +353,6 @@ def test_interrupted_it_returns_the_best_so_far(method):
     assert report.interrupted
     best = min(range(3), key=lambda i: report.history[i]["held_out_nll"])
     assert torch.equal(mfa.means, held[best])
-
-
-@pytest.mark.parametrize("method", ["em", "online"])
-def test_constant_and_outlier_dimensions(method):
-    x = ROWS.clone()
-    x[:, 0] = 3.0
-    x[:, 1] = 1e4 + 100 * x[:, 1]
-    mfa = run(x, method=method)
-    assert mfa.log_prob(x).isfinite().all()
-    assert mfa.fit_report.held_out_nll <= mfa.fit_report.history[1]["held_out_nll"]
 
 
 def test_a_row_that_is_met_too_far_out_changes_nothing():
@@ -505,7 +454,7 @@ def test_bad_input_is_named(options, message):
 
 def test_activations_of_a_language_model(activations_of_text):
     found = run(activations_of_text, 16, 5, epochs=5).fit_report
-    sgd = run(activations_of_text, 16, 5, method="sgd", epochs=5).fit_report
+    sgd = fit(activations_of_text, 16, 5, method="sgd", epochs=5, progress=False).fit_report
     assert math.isfinite(found.held_out_nll)
     assert found.held_out_nll < sgd.held_out_nll
     assert found.live_components == 16

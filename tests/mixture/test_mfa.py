@@ -15,6 +15,7 @@ from mfa_kernels import MFA, Code, ops
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import neighbors as lists
 from tests.helpers.mixtures import Mixture, mixture, tokens
+from tests.helpers.refusals import check_refused
 
 
 def module(*shape: int, dtype: torch.dtype = torch.float64, **kwargs) -> MFA:
@@ -142,10 +143,8 @@ def test_posterior():
     means, covariances = mfa.posterior(x, k)
     torch.testing.assert_close(means[k == 4], mean[k == 4])
     torch.testing.assert_close(covariances[1], covariance)
-    with pytest.raises(IndexError, match="component"):
-        mfa.posterior(x, 6)
-    with pytest.raises(IndexError, match="component"):
-        mfa.posterior(x, torch.tensor(-1))
+    check_refused(IndexError, "component", mfa.posterior, x, 6)
+    check_refused(IndexError, "component", mfa.posterior, x, torch.tensor(-1))
 
 
 def test_hard_code():
@@ -193,35 +192,22 @@ def test_empty_batches(backend):
 
 def test_bad_arguments():
     mfa = MFA(4, 6, 2)
-    with pytest.raises(ValueError, match=r"x must have shape \(\.\.\., 6\), got \(3, 5\)"):
-        mfa(torch.zeros(3, 5))
-    with pytest.raises(TypeError, match="floating-point dtype, got torch.int64"):
-        mfa.log_prob(torch.zeros(3, 6, dtype=torch.int64))
-    with pytest.raises(TypeError, match="x must be a tensor or an array, got str"):
-        mfa.log_prob("x")
-    with pytest.raises(ValueError, match="x is on meta, but the mixture is on cpu"):
-        mfa.encode(torch.zeros(3, 6, device="meta"))
-    with pytest.raises(ValueError, match="top_k"):
-        mfa.encode(torch.zeros(3, 6), top_k=0)
-    with pytest.raises(ValueError, match="temperature"):
-        mfa.responsibilities(torch.zeros(3, 6), temperature=0)
-    with pytest.raises(ValueError, match="rank must be at most n_features = 6, got 7"):
-        MFA(4, 6, 7)
-    with pytest.raises(ValueError, match="n_components"):
-        MFA(0, 6)
-    with pytest.raises(ValueError, match="noise must be one of"):
-        MFA(4, 6, 2, noise="full")
-    with pytest.raises(ValueError, match="precision must be one of"):
-        MFA(4, 6, 2, precision="double")
-    m = mixture(4, 6, 2)
-    with pytest.raises(ValueError, match=r"loadings must have shape"):
-        MFA.from_parameters(m.means, m.loadings[:3], m.noise_variance, m.log_weights.exp())
-    with pytest.raises(ValueError, match=r"noise_variance must be positive"):
-        MFA.from_parameters(m.means, m.loadings, m.noise_variance * 0, m.log_weights.exp())
-    with pytest.raises(ValueError, match=r"weights must be non-negative"):
-        MFA.from_parameters(m.means, m.loadings, m.noise_variance, -m.log_weights.exp())
-    with pytest.raises(ValueError, match=r"noise_variance must have shape"):
-        MFA.from_parameters(m.means, m.loadings, m.noise_variance[:5], m.log_weights.exp())
+    check_refused(ValueError, r"x must have shape \(\.\.\., 6\), got \(3, 5\)", mfa, torch.zeros(3, 5))
+    check_refused(TypeError, "floating-point dtype, got torch.int64", mfa.log_prob, torch.zeros(3, 6).long())
+    check_refused(TypeError, "x must be a tensor or an array, got str", mfa.log_prob, "x")
+    check_refused(ValueError, "x is on meta, but the mixture is on cpu", mfa.encode, torch.zeros(3, 6, device="meta"))
+    check_refused(ValueError, "top_k", mfa.encode, torch.zeros(3, 6), top_k=0)
+    check_refused(ValueError, "temperature", mfa.responsibilities, torch.zeros(3, 6), temperature=0)
+    check_refused(ValueError, "rank must be at most n_features = 6, got 7", MFA, 4, 6, 7)
+    check_refused(ValueError, "n_components", MFA, 0, 6)
+    check_refused(ValueError, "noise must be one of", MFA, 4, 6, 2, noise="full")
+    check_refused(ValueError, "precision must be one of", MFA, 4, 6, 2, precision="double")
+    means, loadings, noise, log_weights = mixture(4, 6, 2)
+    weights, made = log_weights.exp(), MFA.from_parameters
+    check_refused(ValueError, "loadings must have shape", made, means, loadings[:3], noise, weights)
+    check_refused(ValueError, "noise_variance must be positive", made, means, loadings, noise * 0, weights)
+    check_refused(ValueError, "weights must be non-negative", made, means, loadings, noise, -weights)
+    check_refused(ValueError, "noise_variance must have shape", made, means, loadings, noise[:5], weights)
 
 
 def test_from_parameters_promotes_dtypes():
@@ -566,6 +552,14 @@ def screened_mixture() -> tuple[MFA, torch.Tensor]:
     return MFA.from_parameters(*m[:3], m.log_weights.exp()), tokens(m, 300)
 
 
+@pytest.fixture
+def screened() -> tuple[MFA, torch.Tensor]:
+    mfa, x = screened_mixture()
+    if not mfa.screen(x):
+        pytest.skip("screening needs the C++ kernels")
+    return mfa, x
+
+
 def test_a_screen_changes_the_cost_and_not_the_result():
     mfa, x = screened_mixture()
     with torch.no_grad():
@@ -610,10 +604,8 @@ def test_a_screen_with_lists_of_neighbors(monkeypatch):
         assert (mfa.screened()[1].neighbors is not None) == made
 
 
-def test_a_screen_follows_the_parameters():
-    mfa, x = screened_mixture()
-    if not mfa.screen(x):
-        pytest.skip("screening needs the C++ kernels")
+def test_a_screen_follows_the_parameters(screened):
+    mfa, x = screened
     with torch.no_grad():
         mfa.means += 0.5
         shifted = mfa.log_prob(x)
@@ -628,10 +620,8 @@ def test_a_screen_follows_the_parameters():
         assert mfa.evaluated is not None
 
 
-def test_training_through_a_screen():
-    mfa, x = screened_mixture()
-    if not mfa.screen(x):
-        pytest.skip("screening needs the C++ kernels")
+def test_training_through_a_screen(screened):
+    mfa, x = screened
     x.requires_grad_()
     inputs = [x, *mfa.parameters()]
     loss = mfa(x)
@@ -649,10 +639,8 @@ def test_training_through_a_screen():
     torch.testing.assert_close(of_tokens, wanted[0], rtol=1e-4, atol=1e-6 * float(wanted[0].abs().max()))
 
 
-def test_a_training_step_through_a_screen_makes_the_woodbury_terms_once(monkeypatch):
-    mfa, x = screened_mixture()
-    if not mfa.screen(x):
-        pytest.skip("screening needs the C++ kernels")
+def test_a_training_step_through_a_screen_makes_the_woodbury_terms_once(screened, monkeypatch):
+    mfa, x = screened
     made, factorize = [], ops.factorize
     monkeypatch.setattr(ops, "factorize", lambda *given: made.append(1) or factorize(*given))
     for _ in range(2):

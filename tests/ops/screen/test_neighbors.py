@@ -267,29 +267,17 @@ def test_components_of_no_weight_and_a_component_that_is_not_finite():
     assert prepared(m, 32).scan(x).active.log_prob.isnan().all()
 
 
-def degenerate(length: float) -> Mixture:
-    m = mixture(130, 64, 3, spread=3.0)
-    m.loadings[7, :, 1] = m.loadings[7, :, 0]
-    m.loadings[7] *= length
-    return m
-
-
 @pytest.mark.parametrize("length", [1e7, 1.12e8])
 def test_a_degenerate_component_is_everybodys_neighbor_and_no_pivot(length):
     """Also where its factorisation goes through, and its determinant is off by nats."""
-    made = prepared(degenerate(length), 32)
+    made = prepared(test_screen.degenerate(length), 32)
     assert made.screen.slack[7].isinf()
     assert (made.screen.neighbors.neighbors == 7).any(1).sum() == 129
     assert made.screen.neighbors.horizons[7] == 0
 
 
 def test_a_degenerate_component_is_always_computed():
-    m = degenerate(1e7)
-    x = tokens(m, 200)
-    x = x[x.abs().amax(-1) < 100]
-    found = prepared(m, 32).scan(x)
-    assert (found.evaluated >= 2).all()
-    torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+    test_screen.check_a_degenerate_component_is_always_computed(lambda m, x: prepared(m, 32).scan(x))
 
 
 def test_a_mean_whose_square_overflows():

@@ -252,15 +252,26 @@ def test_components_of_no_weight_and_a_component_that_is_not_finite():
 
 
 def test_a_degenerate_component_is_always_computed_and_the_others_screened():
+    found = check_a_degenerate_component_is_always_computed(lambda m, x: screened(m, x, 32))
+    assert found.evaluated.double().mean() < 5
+
+
+def degenerate(length: float) -> Mixture:
+    """Component 7 has two loadings that are the same, and long."""
     m = mixture(130, 64, 3, spread=3.0)
     m.loadings[7, :, 1] = m.loadings[7, :, 0]
-    m.loadings[7] *= 1e7
+    m.loadings[7] *= length
+    return m
+
+
+def check_a_degenerate_component_is_always_computed(scan: Callable[[Mixture, Tensor], ScreenedPairs]) -> ScreenedPairs:
+    m = degenerate(1e7)
     x = tokens(m, 200)
     x = x[x.abs().amax(-1) < 100]
-    found = screened(m, x, 32)
+    found = scan(m, x)
     assert (found.evaluated >= 2).all()
-    assert found.evaluated.double().mean() < 5
     torch.testing.assert_close(found.active.log_prob.double(), m.log_prob_fp64(x), rtol=1e-5, atol=0)
+    return found
 
 
 def test_two_runs_are_bitwise_equal():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.common import configs, triton_tokens
+from mfa_kernels.ops.common import triton_tokens
 from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import reference, triton_project, triton_screen
 from mfa_kernels.ops.screen.basis import basis
@@ -19,26 +19,16 @@ from tests.helpers import budgets
 from tests.helpers.budgets import Terms
 from tests.helpers.mixtures import Mixture, adversarial, drawn, mixture, tokens
 from tests.ops.scan.test_scan import check_slots
+from tests.ops.scan.test_triton_pipeline import DEVICE, TILES, triton_backend  # noqa: F401  (a fixture for each test)
 from tests.ops.screen.test_screen import check_counts, flat, gradients
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TILES = configs.Scan(tokens=16, width=4, features=64, warps=4, stages=2, swizzle=2)
 # (N, K, D, p, R): tokens (tiles of 16), components, features and coordinates (64) cross three tiles with a ragged tail.
 SHAPES = [(1, 1, 20, 16, 1), (35, 70, 40, 16, 0), (5, 130, 150, 135, 2), (3, 7, 130, 48, 13)]
 
 SMALL = {"components": 67, "features": 70, "rank": 3, "spread": 2.0, "count": 11, "near": 2}
 SMALL["scales"] = torch.tensor([0.0, 0.5, 2.0, 10.0, 50.0])
-
-
-@pytest.fixture(autouse=True)
-def triton_backend(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
-    pairs = configs.Pairs(pairs=16, features=64, warps=4, stages=1)
-    all_logits = configs.AllLogits(tokens=16, components=4, features=64, warps=4, stages=1)
-    with configs.override(TILES, pairs, all_logits):
-        yield
 
 
 class Case:
