@@ -12,13 +12,17 @@ from torch import Tensor
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_tokens import scan_tokens
 from mfa_kernels.ops.intervene import triton_intervene
+from mfa_kernels.ops.intervene.types import Edit, Mixture
 from mfa_kernels.ops.kmeans import triton_clusters, triton_nearest
+from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.pairs import triton_backward, triton_decode, triton_pairs
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan import triton_pipeline
 from mfa_kernels.ops.scan.triton_scan import scan_tiles
-from mfa_kernels.ops.scan.types import activity_threshold
+from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import triton_screen
 from mfa_kernels.ops.statistics import triton_statistics
+from mfa_kernels.ops.statistics.types import Sums
 from mfa_kernels.ops.woodbury.triton_rows import scan_rows
 from mfa_kernels.ops.woodbury.types import Woodbury
 
@@ -74,8 +78,8 @@ class Calls:
         count, features = self.components, self.features
         squares = (count, features) if per_component else (features,)
         shapes = ((count,), (count, features), (count, rank), (count, rank, rank), (count, rank, features), squares)
-        sums = [empty(*shape, dtype=torch.float64) for shape in shapes]
-        triton_statistics.accumulate(self.x, self.chosen, self.weights, self.woodbury(rank, per_component), *sums)
+        sums = Sums(*(empty(*shape, dtype=torch.float64) for shape in shapes))
+        triton_statistics.accumulate(self.x, self.chosen, self.weights, self.woodbury(rank, per_component), sums)
 
     def gradients(self) -> None:
         """The gradients of log p(x) from its pairs."""
@@ -83,8 +87,8 @@ class Calls:
         shapes = ((self.tokens, self.features), (self.components, self.features))
         shapes += ((self.components, self.features, self.rank), (self.features,), (self.components,))
         gradients: list[Any] = [empty(*shape) for shape in shapes]
-        pairs = (tokens, self.chosen.flatten(), self.weights.flatten())
-        triton_backward.backward(self.x, *pairs, self.woodbury(self.rank), gradients, add=False)
+        pairs = Pairs(self.x, tokens, self.chosen.flatten())
+        triton_backward.backward(pairs, self.weights.flatten(), self.woodbury(self.rank), gradients, add=False)
 
     def decode(self) -> None:
         """Decoding, and its gradients."""
@@ -98,22 +102,20 @@ class Calls:
         """K-means' update."""
         owner, distance = empty(self.tokens, dtype=torch.int64), empty(self.tokens)
         weights = empty(self.tokens, dtype=torch.float64) if weighted else None
-        shapes = ((self.components, self.features), (self.components,), (self.components,))
-        sums = [empty(*shape, dtype=torch.float64) for shape in shapes]
-        triton_clusters.cluster_sums(self.x, self.center, owner, distance, weights, *sums)
+        sums = ClusterSums.zeros(empty(self.components, self.features))
+        triton_clusters.cluster_sums(self.x, self.center, owner, distance, weights, sums)
 
     def intervene(self, mixes: bool, spreads: bool, keeps_norm: bool) -> None:
         """Steering with one rule for all tokens, given as evidence the pairs of a scan."""
         woodbury, count, slots = self.woodbury(self.rank), self.tokens, self.chosen.shape
         integers = torch.int32
         rules = (empty(1, 1, 3), empty(1, 1, self.features), empty(1, 3, dtype=integers), empty(1))
-        latents = empty(1, 1, self.rank) if mixes else None
+        edit = Edit(*rules, keeps_norm, empty(1, 1, self.rank) if mixes else None, spreads)
         chosen = empty(1, count, dtype=torch.bool)
-        pairs = (empty(count), self.chosen, empty(*slots), empty(count, dtype=integers))
-        mixture = (woodbury.rows, woodbury.cholesky, woodbury.scale) if mixes else (None, None, None)
-        triton_intervene.intervene(
-            self.x[None], *rules, latents, chosen, None, *pairs, *mixture, False, keeps_norm, spreads
-        )
+        pairs = ActivePairs(empty(count), self.chosen, empty(*slots), empty(count, dtype=integers))
+        map_ = (empty(self.components, self.features), empty(self.components, self.features, self.rank))
+        mixture = Mixture(*map_, woodbury.rows, woodbury.cholesky, woodbury.scale) if mixes else None
+        triton_intervene.intervene(self.x[None], edit, chosen, None, pairs, mixture, False)
 
     def by_name(self) -> dict[str, Callable[[], Any]]:
         """Every call by the name that its kernels have in a table, most usual first."""
@@ -126,7 +128,7 @@ class Calls:
             "noise per component": call(self.scan, per_component=True),
             **{f"rank {rank}": call(self.scan_of_rank, rank) for rank in (5, 7, 16)},
             "screened": self.screened,
-            "latents": lambda: triton_pairs.latents(self.x, flat, flat, woodbury(self.rank)),
+            "latents": lambda: triton_pairs.latents(Pairs(self.x, flat, flat), woodbury(self.rank)),
             "gradients": self.gradients,
             "decode": self.decode,
             "clusters": call(self.cluster_sums, False),

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.screen import differentiable, neighbors  # noqa: F401  (registers an operator)
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.statistics.op import SufficientStatistics
@@ -36,7 +37,6 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     slots = [active[1].clamp_min(0), active[2].softmax(-1), torch.randn(tokens_, 4, rank)]
     center = torch.zeros(features)
     owner, distance = op.nearest(x, m.means, center)
-    sums = [torch.zeros(s, dtype=torch.float64) for s in ((components, features), (components,), (components,))]
     steps = SufficientStatistics.zeros(m.means, rank, per_component).tensors()[:6]
     made: dict[str, list[Any]] = {
         "factors": [*m[:3]],
@@ -50,7 +50,7 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
         "decode": [*slots, *m[:2]],
         "decode_backward": [torch.ones(tokens_, features), *slots, *m[:2]],
         "nearest": [x, m.means, center, None],
-        "cluster_sums": [x, center, owner, distance, None, *sums],
+        "cluster_sums": [x, center, owner, distance, None, *ClusterSums.zeros(m.means)],
         "statistics": [
             x,
             active[1],

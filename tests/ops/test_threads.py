@@ -13,6 +13,7 @@ from torch import Tensor
 from mfa_kernels import ops
 from mfa_kernels.ops.intervene.op import intervene
 from mfa_kernels.ops.kmeans.op import cluster_sums, screened
+from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.scan.types import activity_threshold
 from mfa_kernels.ops.screen import op as screen_op
 from mfa_kernels.ops.screen.types import AnyScreen
@@ -142,9 +143,9 @@ def test_k_means(dtype):
     weights = torch.rand(500, generator=generator, dtype=torch.float64)
 
     def run() -> list[Tensor]:
-        sums = [torch.zeros(130, 96).double(), torch.zeros(130).double(), torch.zeros(130).double()]
+        sums = ClusterSums.zeros(centroids)
         without, found = screened(x, centroids, center, None), screened(x, centroids, center, basis)
-        cluster_sums(x, center, found[0], found[1], weights, *sums)
+        cluster_sums(x, center, found[0], found[1], weights, sums)
         return [*without[:2], *found[:2], *sums]
 
     check(run)

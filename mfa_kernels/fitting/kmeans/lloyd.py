@@ -19,6 +19,7 @@ from mfa_kernels.fitting.kmeans.merge_split import exchange
 from mfa_kernels.ops.common.finite import finite_rows
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
+from mfa_kernels.ops.kmeans.types import ClusterSums
 
 _CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}  # of the rows that are read, centred and averaged at once
 _BASIS_ROWS = 4096  # that show along which directions rows differ
@@ -86,26 +87,22 @@ def partition(
         dtype: in which a row must be finite to be owned (`finite_rows`).
     """
     source, center, weights, processes = rows
-    clusters, features = centroids.shape
-    like: dict[str, Any] = {"device": centroids.device}
-    owner = torch.empty(len(source), dtype=torch.long, **like)
-    distance = torch.empty(len(source), dtype=centroids.dtype, **like)
-    sums = torch.zeros(clusters, features, dtype=torch.float64, **like)
-    mass, inertia = torch.zeros(2, clusters, dtype=torch.float64, **like)
+    clusters, sums = len(centroids), ClusterSums.zeros(centroids)
+    owner, distance = centroids.new_empty(len(source), dtype=torch.long), centroids.new_empty(len(source))
     for start, stop in chunks(source, clusters, centroids.device, processes):
         x = source.chunk(start, stop).to(centroids.device)
         mine, gap = nearest(x, centroids, center, basis)
         mine.masked_fill_(~finite_rows(x, dtype), clusters)
         gap.masked_fill_(mine == clusters, 0)
-        cluster_sums(x, center, mine, gap, None if weights is None else weights[start:stop], sums, mass, inertia)
+        cluster_sums(x, center, mine, gap, None if weights is None else weights[start:stop], sums)
         owner[start:stop], distance[start:stop] = mine, gap
         if bar is not None:
             bar.update((stop - start) * processes.count)
     if processes.count > 1:
         own = slice(*processes.span(len(source)))
         owner, distance = processes.concatenated(owner[own]), processes.concatenated(distance[own])
-        processes.sum_(sums, mass, inertia)
-    return Partition(owner, distance, sums, mass, inertia)
+        processes.sum_(*sums)
+    return Partition(owner, distance, *sums)
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mfa_kernels.ops.common import configs
+
 _ACCUMULATORS = 64
 """Registers per thread that may hold partial sums: a quarter of all."""
 
@@ -27,6 +29,21 @@ def rank_tile(rank: int, tokens: int, features: int, warps: int) -> int:
 def vector(features: int, warps: int) -> int:
     """Neighbouring features per thread: at most a load of 16 bytes, and few enough to give every thread some."""
     return max(1, min(4, features // (32 * warps)))
+
+
+def project_tiles(config: configs.Pairs | configs.AllLogits, rank: int, tokens: int) -> dict[str, int]:
+    """Constants of a kernel that calls `project` for so many tokens at a time."""
+    rows = rank_tile(rank, tokens, config.features, config.warps)
+    tiles = {"BR": rows, "BD": config.features, "VEC": vector(config.features, config.warps)}
+    return {**tiles, "STAGES": config.stages, "num_warps": config.warps}
+
+
+def component_tiles(config: configs.Pairs, rank: int) -> dict[str, int]:
+    """Tiles for the registers, which hold all R rows of a component: more rows mean fewer features and pairs."""
+    rows = triton.next_power_of_2(max(1, rank))
+    features = min(config.features, 32 * config.warps * max(1, 32 // rows))
+    pairs = max(1, min(config.pairs, 64 // rows))
+    return {"BP": pairs, "BR": rows, "BD": features, "VEC": vector(features, config.warps), "num_warps": config.warps}
 
 
 @triton.jit

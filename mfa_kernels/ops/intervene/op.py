@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.intervene import portable
 from mfa_kernels.ops.intervene.types import Edit, Mixture
 from mfa_kernels.ops.pairs import op as pairs
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
@@ -115,18 +114,17 @@ def _intervene(
             assert mixture is not None
             rows, cholesky, scale = mixture[2:]
             woodbury = Woodbury.without_log_det(rows, cholesky, scale, scale, per_component)
-            return pairs.explain(x, tokens, components, woodbury)
+            return pairs.explain(Pairs(x, tokens, components), woodbury)
 
         with full_precision(edit.thresholds):
             map_ = None if mixture is None else mixture[:2]
             steered, tally = portable.intervene(hidden, edit, chosen, passed, active, map_, explain)
         return steered.contiguous(), tally
+    if serving == "triton":
+        from mfa_kernels.ops.intervene import triton_intervene
+
+        return triton_intervene.intervene(hidden, edit, chosen, passed, active, mixture, per_component)
     pairs_, terms = active or (None,) * 4, (None,) * 3 if mixture is None else mixture[2:]
     operands = (hidden, *edit[:4], edit.latents, chosen, passed, *pairs_, *terms)
     tensors = [None if t is None else t.contiguous() for t in operands]
-    if serving == "cpp":
-        return cpp.library().intervene(*tensors, per_component, edit.spreads)
-    from mfa_kernels.ops.intervene import triton_intervene
-
-    given: Any = (*tensors, per_component, edit.keeps_norm, edit.spreads)
-    return triton_intervene.intervene(*given)
+    return cpp.library().intervene(*tensors, per_component, edit.spreads)

@@ -18,6 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common.triton_residual import vector
+from mfa_kernels.ops.intervene.types import Edit, Mixture
+from mfa_kernels.ops.scan.types import ActivePairs
 
 _FEATURES, _WARPS = 512, 4
 _ACCUMULATORS = 32  # values of a tile of rows that a thread holds
@@ -221,49 +223,35 @@ def intervene_kernel(
 
 
 def intervene(
-    hidden: Tensor,
-    coefficients: Tensor,
-    shift: Tensor,
-    rules: Tensor,
-    thresholds: Tensor,
-    latents: Tensor | None,
-    chosen: Tensor | None,
-    passed: Tensor | None,
-    log_prob: Tensor | None,
-    components: Tensor | None,
-    logits: Tensor | None,
-    counts: Tensor | None,
-    rows: Tensor | None,
-    cholesky: Tensor | None,
-    scale: Tensor | None,
-    per_component: bool,
-    keeps_norm: bool,
-    spreads: bool,
-) -> tuple[Tensor, Tensor]:
-    """Steers as `mfa_kernels.ops.intervene.op.intervene`: tensors contiguous, hidden not float64. Does not wait.
+    hidden: Tensor, edit: Edit, chosen: Tensor | None, passed: Tensor | None, active: ActivePairs | None,
+    mixture: Mixture | None, per_component: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Steers as `mfa_kernels.ops.intervene.op.intervene`, hidden states that are not float64. Does not wait.
 
-    rows are in the portable layout, (K, R + 1, D), or (K, R + 2, D) with noise per component.
+    The rows of the mixture are in the portable layout, (K, R + 1, D), or (K, R + 2, D) with noise per component.
     """
-    batch, tokens, features = hidden.shape
+    hidden, (batch, tokens, features) = hidden.contiguous(), hidden.shape
+    coefficients, shift, rules, thresholds, keeps_norm, latents, spreads = edit
     out, tally = torch.empty_like(hidden), thresholds.new_empty(batch, tokens, 3)
     if not hidden.numel():
         return out, tally
-    slots = 0 if components is None else components.shape[1]
-    count, rank = (0, 0) if cholesky is None else (cholesky.shape[0], cholesky.shape[-1])
-    spreads = spreads and rows is not None
+    slots = 0 if active is None else active.components.shape[1]
+    count, rank = (0, 0) if mixture is None else mixture.cholesky.shape[:2]
+    spreads = spreads and mixture is not None
     whole = spreads or keeps_norm
     tiles = _tiles(slots, rank, features)
     grid = batch * tokens * (1 if whole else triton.cdiv(features, tiles["BD"]))
     sizes = {"B": batch, "T": tokens, "K": count, "C": slots, "D": features, "rule_rows": rules.shape[0]}
     for name, tensor in {"coefficient": coefficients, "shift": shift, "latent": latents, "chosen": chosen}.items():
         sizes[f"{name}_rows"], sizes[f"{name}_steps"] = (1, 1) if tensor is None else tensor.shape[:2]
-    rule = (coefficients, shift, rules, thresholds, latents, chosen, passed)
-    flags = {"CHOSEN": chosen is not None, "PASSED": passed is not None, "HAS_PAIRS": log_prob is not None}
-    flags |= {"MIXES": rows is not None, "LATENTS": latents is not None, "SPREADS": spreads, "NORM": keeps_norm}
-    pairs = (log_prob, components, logits, counts, rows, cholesky, scale)
+    flags = {"CHOSEN": chosen is not None, "PASSED": passed is not None, "HAS_PAIRS": active is not None}
+    flags |= {"MIXES": mixture is not None, "LATENTS": latents is not None, "SPREADS": spreads, "NORM": keeps_norm}
+    pairs, terms = active or (None,) * 4, (None,) * 3 if mixture is None else mixture[2:]
+    operands = (*edit[:4], latents, chosen, passed, *pairs, *terms)
+    tensors = [None if t is None else t.contiguous() for t in operands]
     shape = {"R": rank, "PER_COMPONENT": per_component, **tiles}
     with torch.cuda.device_of(hidden):
-        intervene_kernel[(grid,)](hidden, out, tally, *rule, *pairs, **sizes, **flags, **shape, num_warps=_WARPS)
+        intervene_kernel[(grid,)](hidden, out, tally, *tensors, **sizes, **flags, **shape, num_warps=_WARPS)
     return out, tally
 
 

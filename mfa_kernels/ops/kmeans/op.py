@@ -12,6 +12,7 @@ from mfa_kernels.ops.common import backends, cpp
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.common.trust import check_range
 from mfa_kernels.ops.kmeans import portable
+from mfa_kernels.ops.kmeans.types import ClusterSums
 
 
 @torch.no_grad()
@@ -54,27 +55,18 @@ def nearest(
 
 @torch.no_grad()
 def cluster_sums(
-    x: Tensor,
-    center: Tensor,
-    owner: Tensor,
-    distance: Tensor,
-    weights: Tensor | None,
-    sums: Tensor,
-    mass: Tensor,
-    inertia: Tensor,
+    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None, out: ClusterSums
 ) -> None:
-    """Adds the sums of these rows that the centroids' update needs to the last three arguments.
+    """Adds the sums of these rows that the centroids' update needs to the last argument.
 
     Args:
         x: (N, D), any float dtype.
         center: (D,), float32 or float64: the dtype that computes.
         owner, distance: from `nearest`, (N,); a row of owner K is left out.
         weights: (N,) float64, or None: all 1.
-        sums: (K, D) float64, of w (x - center).
-        mass: (K,) float64, of w.
-        inertia: (K,) float64, of w times the distance.
+        out: what is added to, float64.
     """
-    torch.ops.mfa_kernels.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
+    torch.ops.mfa_kernels.cluster_sums(x, center, owner, distance, weights, *out)
 
 
 def screened(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor, int]:
@@ -130,24 +122,22 @@ def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
     },
     last=("x", "owner", "distance", "weights"),
     optional=("weights",),
-    written=("sums", "mass", "inertia"),
+    written=ClusterSums._fields,
 )  # fmt: skip
 def _cluster_sums(
-    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None,
-    sums: Tensor, mass: Tensor, inertia: Tensor,
-) -> None:  # fmt: skip
+    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None, out: ClusterSums
+) -> None:
     weights = None if weights is None else weights.double()
     if backends.serving(center, 0) == "cpp":
         x, distance = x.to(center.dtype).contiguous(), distance.to(center.dtype).contiguous()
         weights = None if weights is None else weights.contiguous()
-        out = (sums, mass, inertia)
         cpp.library().cluster_sums(x, center.contiguous(), owner.contiguous(), distance, weights, *out)
         return
-    check_range("cluster_sums", "owner", owner, 0, len(mass) + 1)
+    check_range("cluster_sums", "owner", owner, 0, len(out.mass) + 1)
     if backends.serving(center, 0) == "triton":
         from mfa_kernels.ops.kmeans import triton_clusters
 
         x, distance = x if x.dtype != torch.float64 else x.float(), distance.float()
-        triton_clusters.cluster_sums(x.contiguous(), center.contiguous(), owner, distance, weights, sums, mass, inertia)
+        triton_clusters.cluster_sums(x.contiguous(), center.contiguous(), owner, distance, weights, out)
     else:
-        portable.cluster_sums(x, center, owner, distance, weights, sums, mass, inertia)
+        portable.cluster_sums(x, center, owner, distance, weights, out)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.common.segments import segment_sums
+from mfa_kernels.ops.kmeans.types import ClusterSums
 
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # of rows and scores while a tile is compared: a CPU's cache
 
@@ -30,19 +31,12 @@ def nearest(x: Tensor, centroids: Tensor, center: Tensor) -> tuple[Tensor, Tenso
 
 
 def cluster_sums(
-    x: Tensor,
-    center: Tensor,
-    owner: Tensor,
-    distance: Tensor,
-    weights: Tensor | None,
-    sums: Tensor,
-    mass: Tensor,
-    inertia: Tensor,
+    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None, out: ClusterSums
 ) -> None:
     """See `mfa_kernels.ops.kmeans.op.cluster_sums`."""
-    clusters = len(sums)
-    sums += segment_sums(x.to(center.dtype) - center, owner, clusters, weights)
+    clusters = len(out.sums)
+    out.sums.add_(segment_sums(x.to(center.dtype) - center, owner, clusters, weights))
     pair = torch.stack([distance, torch.ones_like(distance)], dim=1).double()
     totals = segment_sums(pair, owner, clusters, weights)
-    inertia += totals[:, 0]
-    mass += totals[:, 1]
+    out.inertia.add_(totals[:, 0])
+    out.mass.add_(totals[:, 1])

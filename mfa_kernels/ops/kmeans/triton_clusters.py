@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
+from mfa_kernels.ops.kmeans.types import ClusterSums
 
 _FEATURES, _WARPS = 256, 4
 _ROWS = 16
@@ -73,16 +74,9 @@ def cluster_kernel(
 
 
 def cluster_sums(
-    x: Tensor,
-    center: Tensor,
-    owner: Tensor,
-    distance: Tensor,
-    weights: Tensor | None,
-    sums: Tensor,
-    mass: Tensor,
-    inertia: Tensor,
+    x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None, out: ClusterSums
 ) -> None:
-    """Adds to the sums, as `mfa_kernels.ops.kmeans.op.cluster_sums`. Does not wait for the device.
+    """Adds to the sums, of tensors that the operator has checked. Does not wait for the device.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32, N < 2^31.
@@ -90,21 +84,9 @@ def cluster_sums(
         owner: (N,) int64; a row whose owner is not in [0, K) is left out.
         distance: (N,) float32.
         weights: (N,) float64, or None.
-        sums, mass, inertia: (K, D), (K,), (K,), float64, contiguous.
-
-    Raises:
-        ValueError, TypeError: naming the argument that does not fit: raw memory is written.
+        out: contiguous.
     """
-    (rows, features), clusters = x.shape, len(sums)
-    vectors = {"owner": owner, "distance": distance} | ({} if weights is None else {"weights": weights})
-    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {name: (t, (rows,)) for name, t in vectors.items()}
-    shapes |= {"sums": (sums, (clusters, features)), "mass": (mass, (clusters,)), "inertia": (inertia, (clusters,))}
-    for name, (tensor, shape) in shapes.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-    for name, tensor in {"sums": sums, "mass": mass, "inertia": inertia}.items():
-        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
-            raise TypeError(f"{name} must be contiguous float64, got {tensor.dtype} of strides {tensor.stride()}")
+    (rows, features), clusters = x.shape, len(out.sums)
     if rows == 0:
         return
     groups = group(owner.clamp(-1, clusters).int(), clusters, 1)
@@ -112,5 +94,5 @@ def cluster_sums(
     tiles = {"BP": _ROWS, "BD": _FEATURES, "VEC": vector(_FEATURES, _WARPS), "num_warps": _WARPS}
     with torch.cuda.device_of(x):
         cluster_kernel[(clusters * triton.cdiv(features, _FEATURES),)](
-            *rows_of, groups.order, groups.starts, sums, mass, inertia, D=features, **tiles
+            *rows_of, groups.order, groups.starts, *out, D=features, **tiles
         )

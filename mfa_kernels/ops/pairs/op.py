@@ -50,50 +50,38 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
 
 
 def accumulate_gradients(
-    x: Tensor,
-    tokens: Tensor,
-    components: Tensor,
-    weights: Tensor,
-    woodbury: Woodbury,
-    gradients: list[Tensor | None],
-    add: bool = True,
+    pairs: Pairs, weights: Tensor, woodbury: Woodbury, gradients: list[Tensor | None], add: bool = True
 ) -> None:
     """Adds sum_p w_p d logit_p to [x, means, loadings, noise, log_weights], those that are not None.
 
     Args:
-        x: (N, D), contiguous.
-        tokens: (P,) int64, ascending.
-        components: (P,) int32; on the Triton backend -1 stands for no pair.
+        pairs: x contiguous, tokens ascending; only on the Triton backend may a component be -1.
         weights: (P,).
         woodbury: of the parameters.
         gradients: in the shapes of what they belong to; None is not computed.
         add: on the Triton backend, False writes the gradients instead of adding to them.
     """
     if woodbury.backend == "cpp":
-        cpp.library().backward(
-            x, tokens, components, weights, woodbury.rows, woodbury.cholesky, woodbury.scale,
-            woodbury.per_component, *gradients,
-        )  # fmt: skip
+        terms = woodbury.rows, woodbury.cholesky, woodbury.scale, woodbury.per_component
+        cpp.library().backward(*pairs, weights, *terms, *gradients)
         return
-    with full_precision(x):
+    with full_precision(pairs.x):
         if woodbury.backend == "triton":
             from mfa_kernels.ops.pairs import triton_backward
 
-            triton_backward.backward(x, tokens, components, weights, woodbury, gradients, add)
+            triton_backward.backward(pairs, weights, woodbury, gradients, add)
         else:
-            portable.backward(x, tokens, components, weights, woodbury, gradients)
+            portable.backward(pairs, weights, woodbury, gradients)
 
 
-def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -> Tensor:
+def explain(pairs: Pairs, woodbury: Woodbury) -> Tensor:
     """`latents` without gradients, of tensors that an operator has checked."""
-    rows, cholesky, scale = woodbury.rows, woodbury.cholesky, woodbury.scale
+    (x, tokens, components), cholesky = pairs, woodbury.cholesky
     if woodbury.backend == "cpp":
         out = cholesky.new_zeros(tokens.shape[0], cholesky.shape[-1])
         held = (components != -1).nonzero().squeeze(-1)
-        out[held] = cpp.library().latents(
-            x.to(cholesky.dtype).contiguous(), tokens[held], components[held], rows, cholesky, scale,
-            woodbury.per_component,
-        )  # fmt: skip
+        x, terms = x.to(cholesky.dtype).contiguous(), (woodbury.rows, cholesky, woodbury.scale, woodbury.per_component)
+        out[held] = cpp.library().latents(x, tokens[held], components[held], *terms)
         return out
     trust.check_range("latents", "tokens", tokens, 0, len(x))
     trust.check_range("latents", "components", components, -1, len(cholesky))
@@ -103,7 +91,7 @@ def explain(x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury) -
 
             x = x if x.dtype != torch.float64 else x.float()
             tokens = tokens.clamp(0, max(0, len(x) - 1))  # unseen on a GPU
-            return triton_pairs.latents(x.contiguous(), tokens, components, woodbury)
+            return triton_pairs.latents(Pairs(x.contiguous(), tokens, components), woodbury)
         out = portable.latents(x.to(cholesky.dtype), tokens, components.clamp_min(0), woodbury)
         return out.masked_fill((components == -1).unsqueeze(-1), 0)
 
@@ -128,7 +116,7 @@ def _latents_gradient(saved, needs, grad):
     saves=lambda inputs, output: (output, *inputs[:6], inputs[7]),
 )
 def _latents(pairs: Pairs, means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury) -> Tensor:
-    return explain(*pairs, woodbury)
+    return explain(pairs, woodbury)
 
 
 @operator(

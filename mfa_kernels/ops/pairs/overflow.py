@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
 from mfa_kernels.ops.pairs.op import accumulate_gradients
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.portable import CHUNK
 from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
@@ -54,8 +55,8 @@ def backward(x: Tensor, tokens: Tensor, weight: Tensor, woodbury: Woodbury, grad
     if counts[whole].sum() <= components * (DENSITY * whole.numel() + OVERHEAD):
         whole, own = whole[:0], own[:0]
     rest, columns = weight.index_fill(0, whole, 0).nonzero(as_tuple=True)
-    pairs = tokens[rest], columns.int(), weight[rest, columns].contiguous()
-    accumulate_gradients(x, *pairs, woodbury, [*gradients, None])
+    pairs = Pairs(x, tokens[rest], columns.int())
+    accumulate_gradients(pairs, weight[rest, columns].contiguous(), woodbury, [*gradients, None])
     if whole.numel():
         grad_x, *parameters = gradients
         moved = None if grad_x is None else torch.zeros_like(own)

@@ -89,16 +89,10 @@ def decode_backward(
     return grad_r, grad_z, grad_means, grad_loadings
 
 
-def backward(
-    x: Tensor,
-    tokens: Tensor,
-    components: Tensor,
-    weights: Tensor,
-    woodbury: Woodbury,
-    gradients: list[Tensor | None],
-) -> None:
+def backward(pairs: Pairs, weights: Tensor, woodbury: Woodbury, gradients: list[Tensor | None]) -> None:
     """Adds sum_p w_p d logit_p to [x, means, loadings, noise, log_weights], those that are not None."""
     grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
+    x, tokens, components = pairs
     features, rank = x.shape[1], woodbury.cholesky.shape[-1]
     order = torch.argsort(components, stable=True)
     for chunk in order.split(max(1, CHUNK // (features * (rank + 1)))):

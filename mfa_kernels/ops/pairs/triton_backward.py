@@ -28,6 +28,7 @@ from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import (
     back_substitute,
+    component_tiles,
     feature_offsets,
     load_explaining,
     load_residual,
@@ -35,6 +36,7 @@ from mfa_kernels.ops.common.triton_residual import (
     vector,
 )
 from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 
@@ -156,28 +158,22 @@ def token_kernel(
 
 
 def backward(
-    x: Tensor,
-    tokens: Tensor,
-    components: Tensor,
-    weights: Tensor,
-    woodbury: Woodbury,
-    gradients: list[Tensor | None],
-    add: bool = True,
+    pairs: Pairs, weights: Tensor, woodbury: Woodbury, gradients: list[Tensor | None], add: bool = True
 ) -> None:
     """Adds sum_p w_p d logit_p / d parameter to the gradients given. Does not wait for the device.
 
     Args:
-        x: (N, D) contiguous, bfloat16, float16 or float32.
-        tokens: (P,) int32 or int64, ascending, P < 2^31.
-        components: (P,) int32; a value outside [0, K) marks a slot without a pair.
+        pairs: x contiguous, bfloat16, float16 or float32; tokens ascending, int32 too, P < 2^31; a component outside
+            [0, K) marks a slot without a pair.
         weights: (P,) float32; a pair of weight 0 is skipped.
         woodbury: in the portable layout, float32.
         gradients: of x (N, D), means, loadings, noise and log_weights in their shapes; float32, contiguous, or None.
         add: False overwrites the gradients: half the traffic of zeroing them and adding.
     """
     grad_x, grad_means, grad_loadings, grad_noise, grad_log_weights = gradients
-    (pairs,), (count, _, features), rank = components.shape, woodbury.rows.shape, woodbury.cholesky.shape[-1]
-    if pairs == 0:
+    x, tokens, components = pairs
+    (count, _, features), rank = woodbury.rows.shape, woodbury.cholesky.shape[-1]
+    if not len(components):
         if not add:
             for gradient in gradients:
                 if gradient is not None:
@@ -188,7 +184,7 @@ def backward(
     blocks = configs.configured(configs.Pairs, x, x.shape[0], count)
     config = configs.configured(configs.Gradient, x, x.shape[0], count)
     groups = group(components, count, blocks.pairs)
-    _, t = explain(x, tokens, components, woodbury, groups=groups)
+    _, t = explain(Pairs(x, tokens, components), woodbury, groups=groups)
     shared = None  # each component's part of the noise that they share
     if grad_noise is not None and not woodbury.per_component:
         shared = torch.empty_like(woodbury.rows[:, 0], memory_format=torch.contiguous_format)
@@ -200,7 +196,7 @@ def backward(
     sizes = {"D": features, "R": rank, "PER_COMPONENT": woodbury.per_component, "ADD": add}
     with torch.cuda.device_of(x):
         if any(g is not None for g in (grad_means, grad_loadings, noise, grad_log_weights)):
-            tiles = _gradient_tiles(config, rank)
+            tiles = {**component_tiles(config, rank), "STAGES": config.stages}
             by_component = (x, tokens, weights, t, groups.order, groups.starts)
             terms = (woodbury.rows, woodbury.scale, woodbury.cholesky)
             gradient_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
@@ -216,15 +212,6 @@ def backward(
             )
     if grad_noise is not None and shared is not None:
         grad_noise.copy_(grad_noise + shared.sum(0) if add else shared.sum(0))
-
-
-def _gradient_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
-    """Tiles for the registers, which hold all rows of A_k and their sums: more rows mean fewer features and pairs."""
-    rows = triton.next_power_of_2(max(1, rank))
-    features = min(config.features, 32 * config.warps * max(1, 32 // rows))
-    pairs = max(1, min(config.pairs, 64 // rows))
-    tiles = {"BP": pairs, "BR": rows, "BD": features, "VEC": vector(features, config.warps)}
-    return {**tiles, "STAGES": config.stages, "num_warps": config.warps}
 
 
 def _token_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:

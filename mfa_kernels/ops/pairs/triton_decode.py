@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range
-from mfa_kernels.ops.common.triton_residual import feature_offsets, vector
+from mfa_kernels.ops.common.triton_residual import component_tiles, feature_offsets
 
 _RANK_TILE = 16
 """Columns of W_k per pass, at most."""
@@ -178,7 +178,7 @@ def decode_backward(
             slots_kernel[(components.numel(),)](
                 grad, *code, groups.order, *grads[:2], K=count, **sizes, **_tiles(config, rank)
             )
-        tiles = _parameter_tiles(config, rank)
+        tiles = component_tiles(config, rank)
         parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
             grad, responsibilities, latents, groups.order, groups.starts, *grads[2:], **sizes, **tiles
         )
@@ -188,12 +188,3 @@ def decode_backward(
 def _tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
     columns = min(_RANK_TILE, triton.next_power_of_2(max(1, rank)))
     return {"BR": columns, "BD": config.features, "num_warps": config.warps}
-
-
-def _parameter_tiles(config: configs.Gradient, rank: int) -> dict[str, int]:
-    """Tiles for the registers, which hold all columns of W_k: more columns mean fewer features."""
-    columns = triton.next_power_of_2(max(1, rank))
-    features = min(config.features, 32 * config.warps * max(1, 32 // columns))
-    pairs = max(1, min(config.pairs, 64 // columns))
-    tiles = {"BP": pairs, "BR": columns, "BD": features, "VEC": vector(features, config.warps)}
-    return {**tiles, "num_warps": config.warps}

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import Groups, group
-from mfa_kernels.ops.common.triton_residual import back_substitute, project, rank_tile, vector
+from mfa_kernels.ops.common.triton_residual import back_substitute, project, project_tiles
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _PROGRAMS = 1 << 14
@@ -106,21 +107,13 @@ def latents_kernel(
 
 
 def explain(
-    x: Tensor,
-    tokens: Tensor,
-    components: Tensor,
-    woodbury: Woodbury,
-    constants: Tensor | None = None,
-    *,
-    with_t: bool = True,
-    groups: Groups | None = None,
+    pairs: Pairs, woodbury: Woodbury, constants: Tensor | None = None, with_t: bool = True, groups: Groups | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Logits and explained residuals of the pairs (x[tokens[p]], components[p]). Does not wait for the device.
+    """Logits and explained residuals of pairs. Does not wait for the device.
 
     Args:
-        x: (N, D) contiguous, bfloat16, float16 or float32.
-        tokens: (P,) int32 or int64, P < 2^31.
-        components: (P,) int32; a value outside [0, K) marks a slot without a pair.
+        pairs: x contiguous, bfloat16, float16 or float32; tokens int32 too, P < 2^31; a component outside [0, K) marks
+            a slot without a pair.
         woodbury: in the portable layout, float32.
         constants: (K,) float32, `woodbury.constants(log_weights)`; None where logits are not wanted.
         with_t: True where t is wanted.
@@ -129,47 +122,33 @@ def explain(
     Returns:
         logits (P,), -inf in a slot without a pair, and t (P, R), 0 there; None in place of one that is not wanted.
     """
-    components = components.contiguous()
-    (pairs,), features, count = components.shape, x.shape[1], woodbury.rows.shape[0]
-    rank = woodbury.cholesky.shape[-1]
+    x, tokens, components = pairs.x, pairs.tokens.contiguous(), pairs.components.contiguous()
+    (count, _, features), rank = woodbury.rows.shape, woodbury.cholesky.shape[-1]
     config = configs.configured(configs.Pairs, x, x.shape[0], count)
     # No block holds a slot without a pair, so its values are filled in beforehand.
-    logits = None if constants is None else x.new_full((pairs,), -torch.inf, dtype=torch.float32)
-    t = x.new_zeros(pairs, rank, dtype=torch.float32) if with_t else None
-    if pairs:
+    logits = None if constants is None else x.new_full(components.shape, -torch.inf, dtype=torch.float32)
+    t = x.new_zeros(len(components), rank, dtype=torch.float32) if with_t else None
+    if len(components):
         groups = group(components, count, config.pairs) if groups is None else groups
         with torch.cuda.device_of(x):
             explain_kernel[(min(groups.grid, _PROGRAMS),)](
-                *(x, tokens.contiguous(), *groups[:3], woodbury.rows, woodbury.scale, constants, logits, t),
-                **{"K": count, "D": features, "R": rank, "PER_COMPONENT": woodbury.per_component},
-                **_tiles(config, rank),
+                *(x, tokens, *groups[:3], woodbury.rows, woodbury.scale, constants, logits, t),
+                **{"K": count, "D": features, "R": rank, "PER_COMPONENT": woodbury.per_component, "BP": config.pairs},
+                **project_tiles(config, rank, config.pairs),
             )
     return logits, t
 
 
-def latents(
-    x: Tensor, tokens: Tensor, components: Tensor, woodbury: Woodbury, *, groups: Groups | None = None
-) -> Tensor:
+def latents(pairs: Pairs, woodbury: Woodbury, *, groups: Groups | None = None) -> Tensor:
     """E[z | x_n, k] for pairs, (P, R) float32, 0 in a slot without one. Arguments as in `explain`."""
-    _, t = explain(x, tokens, components, woodbury, groups=groups)
+    _, t = explain(pairs, woodbury, groups=groups)
     assert t is not None
-    pairs, rank = t.shape
-    if pairs and rank:
-        with torch.cuda.device_of(x):
-            sizes = {"K": woodbury.cholesky.shape[0], "P": pairs, "R": rank}
+    count, rank = t.shape
+    if count and rank:
+        with torch.cuda.device_of(t):
+            sizes = {"K": woodbury.cholesky.shape[0], "P": count, "R": rank}
             tiles = {"BP": _SOLVED, "BR": triton.next_power_of_2(rank), "num_warps": 1}
-            latents_kernel[(triton.cdiv(pairs, _SOLVED),)](
-                components.contiguous(), woodbury.cholesky, t, **sizes, **tiles
+            latents_kernel[(triton.cdiv(count, _SOLVED),)](
+                pairs.components.contiguous(), woodbury.cholesky, t, **sizes, **tiles
             )
     return t
-
-
-def _tiles(config: configs.Pairs, rank: int) -> dict[str, int]:
-    return {
-        "BP": config.pairs,
-        "BR": rank_tile(rank, config.pairs, config.features, config.warps),
-        "BD": config.features,
-        "VEC": vector(config.features, config.warps),
-        "STAGES": config.stages,
-        "num_warps": config.warps,
-    }

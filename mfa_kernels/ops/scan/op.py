@@ -19,6 +19,7 @@ from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.pairs.op import accumulate_gradients
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan import portable
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.woodbury.portable import CHUNK
@@ -238,10 +239,12 @@ def _log_prob_backward(
     weight = torch.where(components >= 0, grad_log_prob.unsqueeze(-1) * responsibility + grad_logits, 0)
     if fused:  # empty slots count with weight 0: to count the others would wait for the device
         tokens = torch.arange(weight.numel(), device=x.device) // slots
-        accumulate_gradients(x, tokens, components.flatten(), weight.flatten(), woodbury, gradients, add=False)
+        pairs = Pairs(x, tokens, components.flatten())
+        accumulate_gradients(pairs, weight.flatten(), woodbury, gradients, add=False)
     else:
         tokens, columns = weight.nonzero(as_tuple=True)
-        accumulate_gradients(x, tokens, components[tokens, columns], weight[tokens, columns], woodbury, gradients)
+        pairs = Pairs(x, tokens, components[tokens, columns])
+        accumulate_gradients(pairs, weight[tokens, columns], woodbury, gradients)
     overflowing = overflow_.nonzero().squeeze(-1)
     if overflowing.numel():
         constants = woodbury.constants(parameters.log_weights)

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mfa_kernels.ops.common import configs
-from mfa_kernels.ops.common.triton_residual import project, rank_tile, vector
+from mfa_kernels.ops.common.triton_residual import project, project_tiles
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _PROGRAMS = 2048
@@ -96,19 +96,8 @@ def all_logits(
     if tiles:
         with torch.cuda.device_of(x):
             sizes = {"N": rows, "K": count_k, "D": x.shape[1], "R": rank, "PER_COMPONENT": woodbury.per_component}
+            blocks = {"BN": config.tokens, "BK": config.components, **project_tiles(config, rank, config.tokens)}
             all_logits_kernel[(min(tiles, _PROGRAMS),)](
-                x, index, count, woodbury.rows, woodbury.scale, constants, out, **sizes, **_tiles(config, rank)
+                x, index, count, woodbury.rows, woodbury.scale, constants, out, **sizes, **blocks
             )
     return out
-
-
-def _tiles(config: configs.AllLogits, rank: int) -> dict[str, int]:
-    return {
-        "BN": config.tokens,
-        "BK": config.components,
-        "BR": rank_tile(rank, config.tokens, config.features, config.warps),
-        "BD": config.features,
-        "VEC": vector(config.features, config.warps),
-        "STAGES": config.stages,
-        "num_warps": config.warps,
-    }

@@ -18,6 +18,7 @@ from torch import Tensor
 from mfa_kernels.ops.common import configs, cuda
 from mfa_kernels.ops.common.triton_tokens import scan_tokens
 from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan import triton_merge as merge
 from mfa_kernels.ops.scan.triton_all_logits import all_logits
 from mfa_kernels.ops.scan.triton_scan import scan_tiles
@@ -64,7 +65,7 @@ def scan(
             return out
         found, candidate_overflow = merge.candidates(partials, tokens.norms, components, CANDIDATES)
         each = torch.arange(count * CANDIDATES, device=x.device) // CANDIDATES
-        logits, _ = explain(x, each, found.flatten(), woodbury, constants, with_t=False)
+        logits, _ = explain(Pairs(x, each, found.flatten()), woodbury, constants, with_t=False)
         assert logits is not None  # constants were given
         merge.finish(found, logits, candidate_overflow, components, out)
         finish_candidate_overflow(x, woodbury, constants, candidate_overflow, out)

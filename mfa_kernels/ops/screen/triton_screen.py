@@ -19,6 +19,7 @@ from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_fp16 import FEATURES, slack
 from mfa_kernels.ops.common.triton_tokens import Tokens, scan_tokens
 from mfa_kernels.ops.pairs.triton_pairs import explain
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan import triton_merge as merge
 from mfa_kernels.ops.scan.triton_pipeline import CANDIDATES, finish_candidate_overflow
 from mfa_kernels.ops.scan.triton_scan import Partials, scan_tiles
@@ -162,7 +163,7 @@ def scan(
         tokens = scan_tokens(x, rows.scale, woodbury.center, rows.rows.shape[-1], False)
         partials, lift = bounds(tokens, woodbury, constants, screen, config)
         guess = _guess(partials)
-        own, t = explain(x, torch.arange(count, device=x.device), guess, woodbury, constants)
+        own, t = explain(Pairs(x, torch.arange(count, device=x.device), guess), woodbury, constants)
         assert own is not None  # constants were given
         assert t is not None
         best = own - _exact_slack(x, guess, own, t, woodbury, constants, screen)
@@ -175,7 +176,8 @@ def scan(
         found, candidate_overflow = merge.candidates(partials, tokens.norms, components, SURVIVORS, log_eps, left)
         each = torch.arange(count * SURVIVORS, device=x.device) // SURVIVORS
         is_guess = found == guess.unsqueeze(1)
-        logits, _ = explain(x, each, found.masked_fill(is_guess, -1).flatten(), woodbury, constants, with_t=False)
+        others = Pairs(x, each, found.masked_fill(is_guess, -1).flatten())
+        logits, _ = explain(others, woodbury, constants, with_t=False)
         assert logits is not None
         logits = torch.where(is_guess, own.unsqueeze(1), logits.view_as(found))
         merge.finish(found, logits.contiguous(), candidate_overflow, components, active, log_eps)
@@ -234,7 +236,8 @@ def _dense_scan(
     some = Tokens(tokens.tokens[index], None, tokens.scales[index], norms, tokens.length[index])
     partials = scan_tiles(some, ScanRows(*woodbury.scan), constants, config, bounds=True, in_use=total)
     found, candidate_overflow = merge.candidates(partials, norms, components, CANDIDATES, log_eps)
-    logits, _ = explain(x, index.repeat_interleave(CANDIDATES), found.flatten(), woodbury, constants, with_t=False)
+    pairs = Pairs(x, index.repeat_interleave(CANDIDATES), found.flatten())
+    logits, _ = explain(pairs, woodbury, constants, with_t=False)
     assert logits is not None
     room = ActivePairs.empty(len(index), out.components.shape[1], constants)
     merge.finish(found, logits, candidate_overflow, components, room, log_eps)

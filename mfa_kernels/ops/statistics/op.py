@@ -132,6 +132,6 @@ def _statistics(
             from mfa_kernels.ops.statistics import triton_statistics
 
             x = x if x.dtype != torch.float64 else x.float()
-            triton_statistics.accumulate(x.contiguous(), components, weights, woodbury, *out)
+            triton_statistics.accumulate(x.contiguous(), components, weights, woodbury, out)
         else:
             portable.accumulate(x.to(rows.dtype), components, weights, woodbury, out)

@@ -31,6 +31,8 @@ from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import group, load_pairs, load_range, put
 from mfa_kernels.ops.common.triton_residual import back_substitute, feature_offsets, vector
 from mfa_kernels.ops.pairs import triton_pairs
+from mfa_kernels.ops.pairs.types import Pairs
+from mfa_kernels.ops.statistics.types import Sums
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _LATENTS = 16
@@ -149,36 +151,17 @@ def latent_kernel(
         put(p_out, b_second + b_mass * b_inverse, (o_r < R) & (o_s < R), True)
 
 
-def accumulate(
-    x: Tensor,
-    components: Tensor,
-    weights: Tensor,
-    woodbury: Woodbury,
-    mass: Tensor,
-    shift: Tensor,
-    latent: Tensor,
-    second: Tensor,
-    cross: Tensor,
-    squares: Tensor,
-) -> None:
-    """Adds sums over the pairs in the slots of components (N, S) to the outputs. Does not wait for the device.
+def accumulate(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: Sums) -> None:
+    """Adds the sums over the pairs in the slots to `out`, of tensors that the operator has checked. Does not wait.
 
     Args:
         x: (N, D) contiguous, bfloat16, float16 or float32.
         components: (N, S) int32, N S < 2^31; -1 marks an empty slot.
         weights: (N, S) float32; a slot of weight 0 is no pair.
         woodbury: in the portable layout, float32.
-        mass, shift, latent, second, cross, squares: (K,), (K, D), (K, R), (K, R, R), (K, R, D), and (K, D) or, with
-            shared noise, (D,); float64, contiguous.
-
-    Raises:
-        ValueError, TypeError: naming the argument that does not fit: raw memory is written.
+        out: contiguous.
     """
     (count, _, features), rank = woodbury.rows.shape, woodbury.cholesky.shape[-1]
-    outputs = {"mass": (mass, (count,)), "shift": (shift, (count, features)), "latent": (latent, (count, rank))}
-    outputs |= {"second": (second, (count, rank, rank)), "cross": (cross, (count, rank, features))}
-    outputs["squares"] = (squares, (count, features) if woodbury.per_component else (features,))
-    _check(x, components, weights, features, outputs)
     pairs = components.numel()
     if pairs == 0:
         return
@@ -186,36 +169,18 @@ def accumulate(
     tokens = torch.arange(pairs, dtype=torch.int32, device=x.device) // components.shape[1]
     config = configs.configured(configs.Statistics, x, x.shape[0], count)
     groups = group(flat, count, configs.configured(configs.Pairs, x, x.shape[0], count).pairs)
-    z = triton_pairs.latents(x, tokens, flat, woodbury, groups=groups)
+    z = triton_pairs.latents(Pairs(x, tokens, flat), woodbury, groups=groups)
     tiles = _feature_tiles(config, count, rank, woodbury.per_component)
     own = triton.cdiv(count, tiles["OWN"])
-    parts = squares if woodbury.per_component else squares.new_empty(own, features)
+    parts = out.squares if woodbury.per_component else out.squares.new_empty(own, features)
     blocks = own * triton.cdiv(features, tiles["BD"]) * triton.cdiv(max(1, rank), tiles["BR"])
     with torch.cuda.device_of(x):
         of = (weights, z, groups.order, groups.starts)
         sizes = {"K": count, "D": features, "R": rank, "PER_COMPONENT": woodbury.per_component}
-        feature_kernel[(blocks,)](x, tokens, *of, woodbury.rows, shift, cross, parts, **sizes, **tiles)
-        latent_kernel[(count,)](*of, woodbury.cholesky, mass, latent, second, R=rank, **_latent_tiles(rank))
+        feature_kernel[(blocks,)](x, tokens, *of, woodbury.rows, out.shift, out.cross, parts, **sizes, **tiles)
+        latent_kernel[(count,)](*of, woodbury.cholesky, out.mass, out.latent, out.second, R=rank, **_latent_tiles(rank))
     if not woodbury.per_component:
-        squares += parts.sum(0)
-
-
-def _check(
-    x: Tensor, components: Tensor, weights: Tensor, features: int, outputs: dict[str, tuple[Tensor, tuple[int, ...]]]
-) -> None:
-    if x.dim() != 2 or x.shape[1] != features:
-        raise ValueError(f"x must have shape (N, D) = (N, {features}), got {tuple(x.shape)}")
-    expected = {"components": (components, torch.int32), "weights": (weights, torch.float32)}
-    for name, (tensor, dtype) in expected.items():
-        if tensor.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-        if tensor.dim() != 2 or len(tensor) != len(x) or tensor.shape != components.shape:
-            raise ValueError(f"{name} must have shape (N, S) with N = {len(x)}, got {tuple(tensor.shape)}")
-    for name, (tensor, shape) in outputs.items():
-        if tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if tensor.dtype != torch.float64 or not tensor.is_contiguous():
-            raise TypeError(f"{name} must be contiguous float64, got {tensor.dtype} of strides {tensor.stride()}")
+        out.squares.add_(parts.sum(0))
 
 
 def _feature_tiles(config: configs.Statistics, count: int, rank: int, per_component: bool) -> dict[str, int]:

@@ -77,11 +77,6 @@ class Woodbury:
         """True where the C++ kernels serve the rows."""
         return self.backend == "cpp"
 
-    @property
-    def is_triton(self) -> bool:
-        """True where the Triton kernels serve the rows."""
-        return self.backend == "triton"
-
     def constants(self, log_weights: Tensor) -> Tensor:
         """log pi_k - (D log 2 pi + log|C_k|) / 2, (K,)."""
         return log_weights - 0.5 * (self.center.shape[0] * math.log(2 * math.pi) + self.log_det)

@@ -8,6 +8,7 @@ from mfa_kernels.ops.kmeans import basis as basis_module
 from mfa_kernels.ops.kmeans import op, portable, reference
 from mfa_kernels.ops.kmeans.basis import fitting_width, leading_directions
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest, screened
+from mfa_kernels.ops.kmeans.types import ClusterSums
 from tests.helpers import budgets
 from tests.helpers.threads import threads
 
@@ -140,9 +141,9 @@ def test_the_same_bits_whatever_the_threads_and_the_batch():
     whole = screened(x, centroids, center, axes(96, 32))
     weights = rows(500, 1, dtype=torch.float64)[:, 0].abs()
 
-    def sums() -> list[Tensor]:
-        out = [torch.zeros(100, 96).double(), torch.zeros(100).double(), torch.zeros(100).double()]
-        cluster_sums(x, center, whole[0], whole[1], weights, *out)
+    def sums() -> ClusterSums:
+        out = ClusterSums.zeros(centroids)
+        cluster_sums(x, center, whole[0], whole[1], weights, out)
         return out
 
     before = sums()
@@ -175,8 +176,8 @@ def test_cluster_sums(backend, weighted):
     x[owner == 9] = torch.nan
     distance = torch.where(owner < 9, rows(301, 1)[:, 0].square(), 0)
     weights = rows(301, 1, 5, torch.float64)[:, 0].square() if weighted else None
-    out = [torch.ones(9, 37).double(), torch.ones(9).double(), torch.ones(9).double()]
-    cluster_sums(x, center, owner, distance, weights, *out)
+    out = ClusterSums(torch.ones(9, 37).double(), torch.ones(9).double(), torch.ones(9).double())
+    cluster_sums(x, center, owner, distance, weights, out)
     ones = torch.ones(301, dtype=torch.float64) if weights is None else weights
     expected = reference.cluster_sums(x.double(), center.double(), owner, distance.double(), ones, 9)
     for found, sums in zip(out, expected):
@@ -211,7 +212,7 @@ def test_opcheck(backend):
     x, centroids, center = clustered(9, 4, 20)
     torch.library.opcheck(torch.ops.mfa_kernels.nearest.default, (x, centroids, center, axes(20, 16)))
     owner, distance = nearest(x, centroids, center)
-    out = [torch.zeros(4, 20).double(), torch.zeros(4).double(), torch.zeros(4).double()]
+    out = ClusterSums.zeros(centroids)
     torch.library.opcheck(torch.ops.mfa_kernels.cluster_sums.default, (x, center, owner, distance, None, *out))
 
 

@@ -15,6 +15,7 @@ from mfa_kernels import kmeans
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.kmeans import op, portable, triton_clusters, triton_nearest
 from mfa_kernels.ops.kmeans import reference as oracle
+from mfa_kernels.ops.kmeans.types import ClusterSums
 from tests.helpers import budgets
 
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
@@ -189,10 +190,11 @@ def test_no_rows():
 # Sums by cluster
 
 
-def outputs(k: int, d: int) -> list[Tensor]:
+def outputs(k: int, d: int) -> ClusterSums:
     """Filled: the kernel adds."""
     generator = torch.Generator().manual_seed(9)
-    return [torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in ((k, d), (k,), (k,))]
+    shapes = (k, d), (k,), (k,)
+    return ClusterSums(*(torch.randn(*s, generator=generator, dtype=torch.float64).to(DEVICE) for s in shapes))
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
@@ -208,7 +210,7 @@ def test_cluster_sums(weighted, dtype):
     distance[[3, 8]] = math.nan
     weights = torch.rand(40, generator=generator, dtype=torch.float64).to(DEVICE) if weighted else None
     before, found = outputs(7, 50), outputs(7, 50)
-    triton_clusters.cluster_sums(x, center, owner, distance, weights, *found)
+    triton_clusters.cluster_sums(x, center, owner, distance, weights, found)
     w = torch.ones(40, dtype=torch.float64, device=DEVICE) if weights is None else weights
     one_hot = torch.nn.functional.one_hot(owner, 8)[:, :7].double()
     y = x.double() - center.double()
@@ -220,19 +222,20 @@ def test_cluster_sums(weighted, dtype):
     assert torch.equal(found[0][2], before[0][2])
 
 
-def test_cluster_sums_that_do_not_fit_are_refused():
+def test_cluster_sums_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     x, _, center = rows((4, 3, 20))
     owner, distance = torch.zeros(4, dtype=torch.int64, device=DEVICE), torch.zeros(4, device=DEVICE)
-    sums, mass, inertia = outputs(3, 20)
+    out = outputs(3, 20)
     for name, arguments, error in (
-        ("owner", (x, center, owner[:3], distance, None, sums, mass, inertia), ValueError),
-        ("weights", (x, center, owner, distance, mass, sums, mass, inertia), ValueError),
-        ("sums", (x, center, owner, distance, None, sums[:, :19], mass, inertia), ValueError),
-        ("mass", (x, center, owner, distance, None, sums, mass.float(), inertia), TypeError),
-        ("inertia", (x, center, owner, distance, None, sums, mass, inertia[:2]), ValueError),
+        ("owner", (x, center, owner[:3], distance, None, out), ValueError),
+        ("weights", (x, center, owner, distance, out.mass, out), ValueError),
+        ("sums", (x, center, owner, distance, None, out._replace(sums=out.sums[:, :19])), ValueError),
+        ("mass", (x, center, owner, distance, None, out._replace(mass=out.mass.float())), TypeError),
+        ("inertia", (x, center, owner, distance, None, out._replace(inertia=out.inertia[:2])), ValueError),
     ):
-        with pytest.raises(error, match=f"^{name} must"):
-            triton_clusters.cluster_sums(*arguments)
+        with pytest.raises(error, match=f"^cluster_sums: {name} must"):
+            op.cluster_sums(*arguments)
 
 
 # Both as operators
@@ -255,7 +258,7 @@ def test_same_bits_twice():
     for _ in range(2):
         owner, distance = triton_nearest.nearest(*case)
         sums = outputs(20, 20)
-        triton_clusters.cluster_sums(case[0], case[2], owner, distance, None, *sums)
+        triton_clusters.cluster_sums(case[0], case[2], owner, distance, None, sums)
         runs.append([owner, distance, *sums])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
@@ -279,7 +282,7 @@ def test_with_the_tiles_of_a_gpu(monkeypatch):
         x, centroids, center = rows((390, 1100, 70), 3.0)
         owner = check(x, centroids, center)
     owner, sums, before = owner[:40] % 3, outputs(3, 70), outputs(3, 70)
-    triton_clusters.cluster_sums(x[:40], center, owner, torch.ones(40, device=DEVICE), None, *sums)
+    triton_clusters.cluster_sums(x[:40], center, owner, torch.ones(40, device=DEVICE), None, sums)
     y = x[:40].double() - center.double()
     for k in range(3):
         torch.testing.assert_close((sums[0] - before[0])[k], y[owner == k].sum(0), rtol=1e-5, atol=1e-4)

@@ -114,9 +114,9 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
         seen["tokens"] += x.shape[0]
         accumulate(x, *rest)
 
-    def by_pairs(x, tokens, *rest):
-        seen["pairs"] += tokens.numel()
-        accumulate_gradients(x, tokens, *rest)
+    def by_pairs(pairs, *rest):
+        seen["pairs"] += pairs.tokens.numel()
+        accumulate_gradients(pairs, *rest)
 
     monkeypatch.setattr(overflow, "accumulate", by_gemm)
     monkeypatch.setattr(overflow, "accumulate_gradients", by_pairs)

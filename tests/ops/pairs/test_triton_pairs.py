@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.common.triton_groups import group
 from mfa_kernels.ops.pairs import portable, reference, triton_backward, triton_decode, triton_pairs
+from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.scan.portable import pair_logits
 from mfa_kernels.ops.woodbury.portable import explained, residuals
 from mfa_kernels.ops.woodbury.types import Woodbury
@@ -51,6 +52,10 @@ class Case(NamedTuple):
     woodbury: Woodbury
 
     @property
+    def pairs(self) -> Pairs:
+        return Pairs(self.x, self.tokens, self.components)
+
+    @property
     def held(self) -> Tensor:
         return self.components >= 0
 
@@ -61,12 +66,12 @@ class Case(NamedTuple):
     def explain(self, **changes: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and t of its pairs, with these changes."""
         c = self._replace(**changes)
-        return triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, c.constants)
+        return triton_pairs.explain(c.pairs, c.woodbury, c.constants)
 
     def backward(self, **changes: Tensor) -> list[Tensor]:
         """What the kernel adds to `gradients`, with these changes."""
         c, found = self._replace(**changes), gradients(self)
-        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(found))
+        triton_backward.backward(c.pairs, c.weights, c.woodbury, list(found))
         return found
 
     def wide(self) -> tuple[Tensor, Tensor, Woodbury]:
@@ -208,10 +213,10 @@ def test_few_programs_walk_over_many_blocks(monkeypatch):
 def test_explain_gives_what_is_asked_for():
     c = case((5, 4, 50, 10))
     logits, t = c.explain()
-    only, nothing = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury, c.constants, with_t=False)
+    only, nothing = triton_pairs.explain(c.pairs, c.woodbury, c.constants, with_t=False)
     assert nothing is None
     assert torch.equal(only, logits)
-    nothing, only = triton_pairs.explain(c.x, c.tokens, c.components, c.woodbury)
+    nothing, only = triton_pairs.explain(c.pairs, c.woodbury)
     assert nothing is None
     assert torch.equal(only, t)
     logits, t = c.explain(tokens=c.tokens[:0], components=c.components[:0])
@@ -225,7 +230,7 @@ def test_explain_gives_what_is_asked_for():
 @pytest.mark.usefixtures("poisoned")
 def test_latents(shape):
     c = case(shape, per_component=True)
-    z = triton_pairs.latents(c.x, c.tokens, c.components, c.woodbury)
+    z = triton_pairs.latents(c.pairs, c.woodbury)
     assert (z[~c.held] == 0).all()
     n, k = c.tokens[c.held], c.components[c.held].long()
     wide = c.mixture.to(torch.float64)
@@ -240,7 +245,7 @@ def test_latents_of_nearly_collinear_loadings():
     x, m = tokens(m, 40).to(DEVICE), m.to(DEVICE)
     n, k = torch.arange(40, device=DEVICE), (torch.arange(40, device=DEVICE) % 3).int()
     exact = reference.latents(x.double(), n, k.long(), *m.to(torch.float64)[:3])
-    budgets.check(triton_pairs.latents(x, n, k, rounded_factors(m)), exact, Terms(m, x).latents()[n, k.long()])
+    budgets.check(triton_pairs.latents(Pairs(x, n, k), rounded_factors(m)), exact, Terms(m, x).latents()[n, k.long()])
 
 
 def test_backward_computes_only_what_is_asked_for():
@@ -248,7 +253,7 @@ def test_backward_computes_only_what_is_asked_for():
     for i, expected in enumerate(c.backward()):
         part: list[Tensor | None] = [None] * len(NAMES)
         part[i] = gradients(c)[i]
-        triton_backward.backward(c.x, c.tokens, c.components, c.weights, c.woodbury, list(part))
+        triton_backward.backward(c.pairs, c.weights, c.woodbury, list(part))
         assert torch.equal(part[i], expected), NAMES[i]
 
 
@@ -307,19 +312,11 @@ def test_rows_beyond_2_to_the_31_are_addressed():
     empty = constants.new_empty(count, 0, 0)
     woodbury = Woodbury(rows, empty, constants, torch.ones(features, device=DEVICE), constants, False)
     x = torch.full((1, features), 3.0, device=DEVICE)
-    tokens_, components = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), last, device=DEVICE).int()
     with configs.override(configs.Pairs(1, 1024, 4, 1), configs.Gradient(1, 1024, 4, 1)):
-        logits, _ = triton_pairs.explain(x, tokens_, components, woodbury, constants)
-        triton_backward.backward(
-            x,
-            tokens_,
-            components,
-            torch.ones(1, device=DEVICE),
-            woodbury,
-            None,
-            grad.view(count, features),
-            *[None] * 3,
-        )
+        pairs = Pairs(x, torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), last, device=DEVICE).int())
+        logits, _ = triton_pairs.explain(pairs, woodbury, constants)
+        found = [None, grad.view(count, features), None, None, None]
+        triton_backward.backward(pairs, torch.ones(1, device=DEVICE), woodbury, found)
     assert logits.item() == -2.0 * features
     assert (grad[last] == 2).all()
 
@@ -374,13 +371,15 @@ def test_what_is_no_component_marks_a_slot_without_a_pair(wrong):
     n = torch.arange(6, device=DEVICE)
     good = torch.tensor([0, -1, 4, 2, -1, 1], dtype=torch.int32, device=DEVICE)
     bad = torch.where(good == -1, wrong, good)
-    assert torch.equal(triton_pairs.latents(x, n, bad, woodbury), triton_pairs.latents(x, n, good, woodbury))
-    found, wanted = ([torch.zeros_like(t) for t in (x, *m)] for _ in range(2))
-    triton_backward.backward(x, n, bad, torch.ones_like(x[:, 0]), woodbury, found)
-    triton_backward.backward(x, n, good, torch.ones_like(x[:, 0]), woodbury, wanted)
     slots = (torch.ones(6, 1, device=DEVICE), torch.ones(6, 1, 3, device=DEVICE), *m[:2])
-    found.append(triton_decode.decode(bad[:, None], *slots))
-    wanted.append(triton_decode.decode(good[:, None], *slots))
-    found += triton_decode.decode_backward(x, bad[:, None], *slots)
-    wanted += triton_decode.decode_backward(x, good[:, None], *slots)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+    def results(components: Tensor) -> list[Tensor]:
+        sums, pairs = [torch.zeros_like(t) for t in (x, *m)], Pairs(x, n, components)
+        triton_backward.backward(pairs, torch.ones_like(x[:, 0]), woodbury, list(sums))
+        code = components[:, None], *slots
+        return [
+            triton_pairs.latents(pairs, woodbury), *sums, triton_decode.decode(*code),
+            *triton_decode.decode_backward(x, *code),
+        ]  # fmt: skip
+
+    assert all(torch.equal(a, b) for a, b in zip(results(bad), results(good)))

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from mfa_kernels.ops.common import configs
 from mfa_kernels.ops.statistics import op, reference, triton_statistics
-from mfa_kernels.ops.statistics.op import SufficientStatistics
+from mfa_kernels.ops.statistics.types import SufficientStatistics, Sums
 from tests.helpers import budgets
 from tests.helpers.budgets import Terms
 from tests.helpers.mixtures import Mixture, drawn, rounded_factors, tokens
@@ -68,7 +68,7 @@ def noisy(m: Mixture) -> SufficientStatistics:
 
 def added(m: Mixture, x: Tensor, components: Tensor, weights: Tensor) -> list[Tensor]:
     out = noisy(m)
-    triton_statistics.accumulate(x, components, weights, rounded_factors(m), *out.tensors()[:6])
+    triton_statistics.accumulate(x, components, weights, rounded_factors(m), Sums(*out.tensors()[:6]))
     return out.tensors()[:6]
 
 
@@ -186,24 +186,25 @@ def test_opcheck(monkeypatch):
     )  # fmt: skip
 
 
-def test_what_does_not_fit_is_refused():
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setenv("MFA_KERNELS_BACKEND", "triton")
     m, x, components, weights = problem((3, 3, 20, 2), False)
-    out, f = noisy(m).tensors()[:6], rounded_factors(m)
-    for name, position, wrong, error in (
-        ("x", 0, x[:, :19], ValueError),
-        ("components", 1, components.long(), TypeError),
-        ("components", 1, components[:2], ValueError),
-        ("weights", 2, weights.double(), TypeError),
-        ("weights", 2, weights[:, :2], ValueError),
-        ("mass", 4, out[0][:2], ValueError),
-        ("shift", 5, out[1].float(), TypeError),
-        ("cross", 8, out[4].mT.contiguous().mT, TypeError),
-        ("squares", 9, out[1], ValueError),
+    f, out = rounded_factors(m), Sums(*noisy(m).tensors()[:6])
+    terms = {"rows": f.rows, "cholesky": f.cholesky, "scale": f.scale, "center": f.center, "per_component": False}
+    given = {"x": x, "components": components, "weights": weights, **terms, **out._asdict()}
+    for name, wrong, error in (
+        ("x", x[:, :19], ValueError),
+        ("components", components.long(), TypeError),
+        ("components", components[:2], ValueError),
+        ("weights", weights.double(), TypeError),
+        ("weights", weights[:, :2], ValueError),
+        ("mass", out.mass[:2], ValueError),
+        ("shift", out.shift.float(), TypeError),
+        ("cross", out.cross.mT.contiguous().mT, ValueError),
+        ("squares", out.shift, ValueError),
     ):
-        arguments = [x, components, weights, f, *out]
-        arguments[position] = wrong
-        with pytest.raises(error, match=f"^{name} must"):
-            triton_statistics.accumulate(*arguments)
+        with pytest.raises(error, match=f"^statistics: {name} must"):
+            torch.ops.mfa_kernels.statistics(**{**given, name: wrong})
 
 
 @NOISE
