@@ -41,6 +41,7 @@ from mfa_kernels.data.text import check_texts, is_finite, named_texts
 from mfa_kernels.data.twin import check_output
 from mfa_kernels.ops.common.finite import finite_rows
 
+_PASSES = 8  # are read ahead of the rows, so that windows of similar lengths meet
 MOST_BARREN = 100_000  # after so many texts in a row without a token to keep, none is expected
 _NOTHING = (
     "hold no token to keep: special, first and non-finite positions are left out (an iterator can be read only once)"
@@ -89,7 +90,8 @@ def harvest(
             None: a temporary folder, removed with the store object.
         max_tokens: rows to keep; None: all.
         context: tokens per window, BOS included.
-        batch_size: windows per forward pass.
+        batch_size: windows of `context` tokens per forward pass. Windows are put together by their lengths, and shorter
+            ones are more per pass: as many as hold the same number of tokens, padding included.
         dtype: of the activations on disk: float32, float16 or bfloat16.
         skip_first: positions without rows at the beginning of each window, where attention sinks live.
         drop_special: keep no rows of special tokens (the tokenizer's `all_special_ids`).
@@ -99,7 +101,7 @@ def harvest(
             whole and then permuted; any other iterable, which may be endless, goes through a shuffle buffer. None:
             the order given, texts read as they are needed.
         buffer_size: texts in that buffer, as in `datasets`: the next text is a random one of the buffer, and the next
-            one of the iterable takes its place. At most so many are read beyond those that are needed.
+            one of the iterable takes its place. At most so many are read beyond those that the model reads.
         progress: show a progress bar.
         rows_per_shard: rows in each file of the store; a shard is held in memory while it fills.
         overwrite: replace stores that are in `out` already.
@@ -186,7 +188,7 @@ def stream(
     seed: int | None = 0,
     buffer_size: int = 1000,
 ) -> Iterator[Any]:  # Any: a tensor, or a dict of them when there are several layers
-    """Yields the activations that `harvest` would keep, batch by batch as the model makes them, without a store.
+    """Yields the activations that `harvest` would keep, in its order, as the model makes them, without a store.
 
     `mfa_kernels.fit(stream(...), ...)` fits online while it reads; `mfa_kernels.fit_many` fits several mixtures, also
     to several layers, in one pass over the model. Between two batches the model is as it was, without hooks, and may be
@@ -195,13 +197,13 @@ def stream(
     Args:
         model: as for `harvest`; it runs where it is (if it is loaded here: on a GPU if there is one).
         tokenizer, texts, max_tokens, context, batch_size, skip_first, drop_special, seed, buffer_size: as for
-            `harvest`.
+            `harvest`. The model reads some 8 batches before the first is yielded.
         layer: an index, or a module path; or several of these. The forward pass ends at the last of them.
 
     Yields:
-        Rows (n, D), on the layer's device and in its dtype; for several layers, a dict of them by layer as given, to
-        the bit those that a stream of that layer alone yields. Rows that are not finite are among them: `fit` leaves
-        them out and counts them.
+        Rows (n, D) of `batch_size` windows, on the layer's device and in its dtype; for several layers, a dict of them
+        by layer as given, to the bit those that a stream of that layer alone yields. Rows that are not finite are among
+        them: `fit` leaves them out and counts them.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument; where that needs the texts, once they are read.
@@ -215,12 +217,16 @@ def stream(
     def batches() -> Iterator[Any]:
         windows = _windows(texts, tokenizer, settings)
         left, found = settings.max_tokens, False
-        while (left is None or left > 0) and (batch := list(islice(windows, settings.batch_size))):
+        while group := _group(windows, settings, left):
             with _reader(model, modules, None) as read:
-                rows = {path: states[:left] for path, states in read(batch).items()}
-            first = rows[paths[layers[0]]]
-            yield first if _is_one(layer) else {wanted: rows[path] for wanted, path in paths.items()}
-            left, found = None if left is None else left - len(first), True
+                rows = _read(read, group, settings)
+            counts = [len(window.positions) for window in group]
+            sizes = [sum(counts[i : i + settings.batch_size]) for i in range(0, len(group), settings.batch_size)]
+            for pieces in zip(*(states.split(sizes) for states in rows.values())):
+                batch = {path: states[:left] for path, states in zip(rows, pieces)}
+                first = batch[paths[layers[0]]]
+                yield first if _is_one(layer) else {wanted: batch[path] for wanted, path in paths.items()}
+                left, found = None if left is None else left - len(first), True
         if not found:
             raise ValueError(f"texts {_NOTHING}")
 
@@ -269,6 +275,11 @@ class _Settings(NamedTuple):
     seed: int | None
     buffer_size: int
 
+    @property
+    def most(self) -> int:
+        """Tokens of a pass."""
+        return self.context * self.batch_size
+
     def checked(self, texts: Any) -> _Settings:
         """Returns the settings as Python's own numbers; raises for a wrong one, and for texts that are none."""
         check_texts(texts)
@@ -293,9 +304,9 @@ def _check_folders(folders: Iterable[Path], replace: bool) -> None:
 
 
 class _Reached(NamedTuple):
-    """The place of a harvest before a batch."""
+    """The place of a harvest before a group of windows."""
 
-    batches: int
+    windows: int
     documents: int
     rows: int
     nonfinite: int
@@ -320,6 +331,11 @@ def _reached(folders: dict[str, Path], metas: dict[str, dict[str, Any]], dtype: 
                 del out[path]
             elif store.progress:
                 where = f"resume: {folder / MANIFEST}: progress"
+                if "batches" in store.progress:
+                    raise ValueError(
+                        f"resume: {folder} was begun by an earlier version, which put other windows together, and "
+                        "would not become what it would have been: begin anew (overwrite)"
+                    )
                 check_fields(store.progress, _PROGRESS, where)
                 if unknown := store.progress.keys() - _PROGRESS.keys():
                     raise ValueError(f"{where} has no {shown(sorted(unknown))}")
@@ -345,30 +361,27 @@ def _run(
     progress: bool,
 ) -> int:
     """Writes one store per module in `reached`, and returns the number of rows left out as not finite."""
-    first = min(reached.values(), key=lambda position: position.batches)
-    batches, documents, kept, nonfinite, _ = first
-    batch_size, max_tokens = settings.batch_size, settings.max_tokens
+    first = min(reached.values(), key=lambda position: position.windows)
+    passed, documents, kept, nonfinite, _ = first
+    max_tokens = settings.max_tokens
     digest = hashlib.sha256()
-    for window in islice(windows, batches * batch_size):
+    for window in islice(windows, passed):
         digest.update(repr(window).encode())
     if digest.hexdigest() != first.texts:
-        raise ValueError(f"resume: the first {batches * batch_size} windows of texts are not those of the stores")
+        raise ValueError(f"resume: the first {passed} windows of texts are not those of the stores")
     writers: dict[str, ActivationStoreWriter] = {}
     with ExitStack() as stack:
         read = stack.enter_context(reader)
         options: dict[str, Any] = {"total": max_tokens, "initial": kept, "progress": progress}
         bar = stack.enter_context(progress_bar(desc="harvest", unit="token", unit_scale=True, **options))
-        while max_tokens is None or kept < max_tokens:
-            batch = list(islice(windows, batch_size))
-            if not batch:
-                break
-            rows = {path: states.to(dtype).cpu() for path, states in read(batch).items()}
+        while group := _group(windows, settings, None if max_tokens is None else max_tokens - kept):
+            rows = _read(lambda batch: _stored(read(batch), dtype, bar), group, settings)
             if not writers:
                 for path in reached:
                     writers[path] = stack.enter_context(make_writer(path, rows[path].shape[1]))
                     writers[path].rewind(documents, kept)
-            # This batch may fill a shard and have more rows: after that shard, a harvest resumes at this batch.
-            position = _Reached(batches, documents, kept, nonfinite, digest.hexdigest())._asdict()
+            # This group may fill a shard and have more rows: after that shard, a harvest resumes at this group.
+            position = _Reached(passed, documents, kept, nonfinite, digest.hexdigest())._asdict()
             for writer in writers.values():
                 writer.progress = position
             finite = torch.stack([finite_rows(states) for states in rows.values()]).all(0)
@@ -376,7 +389,7 @@ def _run(
             keep = torch.zeros_like(finite)
             keep[finite.nonzero().squeeze(1)[: None if max_tokens is None else max_tokens - kept]] = True
             start = 0
-            for window in batch:
+            for window in group:
                 stop = start + len(window.positions)
                 chosen = keep[start:stop]
                 if chosen.any():
@@ -386,14 +399,63 @@ def _run(
                     documents += 1
                 start = stop
                 digest.update(repr(window).encode())
-            batches += 1
+            passed += len(group)
             kept += int(keep.sum())
-            bar.update(int(keep.sum()))
+            bar.update(int(keep.sum()) - len(keep))  # all rows were counted as the model made them
         if not kept:
             raise ValueError(f"texts {_NOTHING}")
         for writer in writers.values():
             writer.meta["nonfinite_rows"] = nonfinite
     return nonfinite
+
+
+def _stored(rows: dict[str, Tensor], dtype: torch.dtype, bar: Any) -> dict[str, Tensor]:
+    """Returns rows as a store keeps them, and counts them on the bar."""
+    bar.update(len(next(iter(rows.values()))))
+    return {path: states.to(dtype).cpu() for path, states in rows.items()}
+
+
+def _group(windows: Iterator[_Window], settings: _Settings, rows: int | None) -> list[_Window]:
+    """Takes the next windows: `_PASSES` passes full of tokens, or fewer windows, which hold as many rows."""
+    group: list[_Window] = []
+    tokens = _PASSES * settings.most
+    while tokens > 0 and (rows is None or rows > 0) and (window := next(windows, None)):
+        group.append(window)
+        tokens -= len(window.tokens)
+        rows = None if rows is None else rows - len(window.positions)
+    return group
+
+
+def similar_lengths(lengths: list[int], most: int) -> list[list[int]]:
+    """Puts windows of similar lengths together, so that each pass holds at most `most` tokens with its padding.
+
+    Args:
+        lengths: the length of each window, none above `most`.
+        most: tokens.
+
+    Returns:
+        The numbers of the windows of each pass, the longest first.
+    """
+    passes: list[list[int]] = [[]]
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if passes[-1] and (len(passes[-1]) + 1) * lengths[passes[-1][0]] > most:
+            passes.append([])
+        passes[-1].append(i)
+    return passes
+
+
+def _read(
+    read: Callable[[list[_Window]], dict[str, Tensor]], group: list[_Window], settings: _Settings
+) -> dict[str, Tensor]:
+    """Returns the wanted rows (n, D) of a group per module, in the order of its windows."""
+    parts: dict[str, list[Tensor]] = {}
+    for chosen in similar_lengths([len(window.tokens) for window in group], settings.most):
+        counts = [len(group[i].positions) for i in chosen]
+        for path, states in read([group[i] for i in chosen]).items():
+            own = parts.setdefault(path, [states] * len(group))
+            for i, rows in zip(chosen, states.split(counts)):
+                own[i] = rows
+    return {path: torch.cat(own) for path, own in parts.items()}
 
 
 class _Stop(BaseException):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from mfa_kernels import harvest
 from mfa_kernels.data import ActivationStore, language_model, tiny_lm
-from mfa_kernels.data.harvest import stream
+from mfa_kernels.data.harvest import similar_lengths, stream
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
-from tests.data.harvesting import TEXTS, hooks, quiet
+from tests.data.harvesting import LONG, TEXTS, hooks, quiet
 from tests.helpers.language import BOS, EOS, UNKNOWN, VOCABULARY, make_model, make_tokenizer, templated, words
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # these models are too small for more
@@ -145,7 +145,7 @@ def test_without_a_seed_texts_are_read_as_needed(llama: tuple) -> None:
 
     store = quiet(*llama, endless(), 0, max_tokens=30, batch_size=2, seed=None)
     assert len(store) == 30
-    assert taken == 4  # two batches of two
+    assert taken == 3  # ten rows each
     assert store.tokens[0] == 3 + 1
 
 
@@ -213,6 +213,26 @@ def test_overflow_of_the_dtype_on_disk_counts_as_not_finite(model: Any, tokenize
     assert store.tokens.tolist() == [3 + 1, 3 + 3]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_windows_of_similar_lengths_share_a_pass(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 33, (200,), generator=generator).tolist()
+    most = 4 * 32
+    passes = similar_lengths(lengths, most)
+    assert sorted(i for chosen in passes for i in chosen) == list(range(200)), "each window once"
+    padded = [len(chosen) * max(lengths[i] for i in chosen) for chosen in passes]
+    assert max(padded) <= most
+    assert sum(padded) < 1.1 * sum(lengths), "little padding"
+    assert len(passes) <= 1.2 * sum(lengths) / most, "full passes"
+
+
+def test_rows_come_in_the_order_of_the_texts_however_windows_are_put_together(llama: tuple) -> None:
+    store = quiet(*llama, TEXTS + LONG, 1, context=9, batch_size=2, seed=None, skip_first=0, drop_special=False)
+    alone = quiet(*llama, TEXTS + LONG, 1, context=9, batch_size=1000, seed=None, skip_first=0, drop_special=False)
+    assert torch.equal(store.tokens, alone.tokens)
+    torch.testing.assert_close(store.tensor(), alone.tensor(), rtol=1e-5, atol=1e-5)
+
+
 def test_the_model_is_left_as_it_was(model: Any, tokenizer: Any) -> None:
     model.train()
     model.model.layers[2].eval()
@@ -232,13 +252,13 @@ def test_the_model_is_left_as_it_was_after_a_failure(model: Any, tokenizer: Any,
     def fail(module: nn.Module, args: Any) -> None:
         nonlocal passes
         passes += 1
-        if passes == 3:
+        if passes == 12:  # the second group of windows
             raise failure("on purpose")
 
     handle = model.model.layers[1].register_forward_pre_hook(fail)
     before = hooks(model)
     with pytest.raises(failure, match="on purpose"):
-        quiet(model, tokenizer, TEXTS, 2, tmp_path, context=8, batch_size=2)
+        quiet(model, tokenizer, LONG, 2, tmp_path, context=8, batch_size=2)
     assert all(m.training for m in model.modules())
     assert hooks(model) == before
     store = ActivationStore(tmp_path)

@@ -40,7 +40,7 @@ def cut_off_after(writes: int) -> Iterator[None]:
         yield
 
 
-CUT = {"context": 9, "batch_size": 3, "rows_per_shard": 40}
+CUT = {"context": 9, "batch_size": 2, "rows_per_shard": 40}
 
 
 @pytest.mark.parametrize("max_tokens", [None, 333])
@@ -68,7 +68,7 @@ def test_going_on_the_model_reads_only_what_is_missing(model: Any, tokenizer: An
     model.register_forward_pre_hook(lambda *_: passes.append(1))
     quiet(model, tokenizer, LONG, 1, tmp_path / "whole", **CUT)
     total = len(passes)
-    with cut_off_after(7), pytest.raises(CutOff):
+    with cut_off_after(12), pytest.raises(CutOff):
         quiet(model, tokenizer, LONG, 1, tmp_path / "cut", **CUT)
     passes.clear()
     quiet(model, tokenizer, LONG, 1, tmp_path / "cut", resume=True, **CUT)
@@ -124,11 +124,11 @@ def test_damaged_shards_are_reported_by_name(
     ("change", "message"),
     [
         ({"context": 8}, "context = 8, there 9"),
-        ({"batch_size": 4, "seed": 1}, "batch_size = 4, there 3; seed = 1, there 0"),
+        ({"batch_size": 4, "seed": 1}, "batch_size = 4, there 2; seed = 1, there 0"),
         ({"dtype": torch.bfloat16}, "dtype = 'torch.bfloat16', there 'torch.float32'"),
         ({"rows_per_shard": 50}, "rows_per_shard = 50, there 40"),
         ({"layer": 0}, "layer = 'model.layers.0', there 'model.layers.1'"),
-        ({"texts": [*LONG[:-1], "w1"]}, "windows of texts are not those of the stores"),
+        ({"texts": [*LONG[:14], "w1", *LONG[15:]]}, "windows of texts are not those of the stores"),
     ],
 )
 def test_what_differs_is_named(llama: tuple, cut: Path, change: dict[str, Any], message: str) -> None:
@@ -223,3 +223,13 @@ def test_a_stream_that_was_cut_off_goes_on_to_the_same_files(llama: tuple, tmp_p
         quiet(*llama, numbered([]), 1, tmp_path / "cut", resume=True, **{**options, "buffer_size": 21})
     quiet(*llama, Streamed([]), 1, tmp_path / "cut", resume=True, **options)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
+
+
+def test_a_harvest_of_an_earlier_version_that_was_cut_off_is_begun_anew(llama: tuple, cut: Path) -> None:
+    manifest = json.loads((cut / "manifest.json").read_text())
+    manifest.pop("checksum", None)
+    manifest["progress"]["batches"] = manifest["progress"].pop("windows")
+    (cut / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"was begun by an earlier version, .* begin anew \(overwrite\)"):
+        quiet(*llama, LONG, 1, cut, resume=True, **CUT)
+    assert quiet(*llama, LONG, 1, cut, overwrite=True, **CUT).complete
