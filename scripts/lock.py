@@ -26,7 +26,8 @@ CUDA = re.compile(r"(nvidia|cuda)-")
 def lower_ends() -> list[str]:
     """The oldest versions that are allowed, as pins: "numpy>=1.26" is "numpy==1.26.*". PyTorch's is in torch.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["interop"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["interop"] + extras["real"]
     found = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in lines]
     pins = [f"{each[1]}=={each[2]}.*" for each in found if each and each[1] not in ("torch", "triton")]
     return [*pins, "pyarrow<21"]  # TransformerLens 2 imports it; newer ones refuse NumPy 1, which they do not declare
@@ -60,9 +61,12 @@ def main() -> None:
     given = parser.parse_args()
     options = [given.uv, *(["--upgrade"] if given.upgrade else [])]
     write("locked.txt", "What `make test` and `make demo` install.", ["test", "report"], [], [], options)
-    more = ["test", "report", "interop"]
+    more = ["test", "report", "interop", "real"]
     locked = ["--constraint=requirements/locked.txt"]
-    write("more.txt", "What `make test-more` installs: locked.txt, and the extra interop.", more, locked, [], options)
+    title = "What `make real` installs besides locked.txt and the model: the extra real."
+    write("real.txt", title, ["real"], locked, [], options)
+    title = "What `make test-more` installs: locked.txt, and the extras interop and real."
+    write("more.txt", title, more, locked, [], options)
     oldest = "The oldest versions that the ranges allow, for `make test-matrix`: Python 3.10 to 3.12, as numpy 1.26 is."
     write("oldest.txt", oldest, more, [], lower_ends(), options)
 

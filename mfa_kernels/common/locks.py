@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from mfa_kernels.common.files import StrPath
 
 LOCK = ".lock"
+TURN = 1800.0  # seconds that `in_turn` waits for
+SILENT = 5.0  # seconds of waiting that need no word
 PATIENCE = 2.0  # seconds: a writer that ends has released the lock by then, one that works holds it for longer
 
 _WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
@@ -52,6 +55,31 @@ def hold(folder: StrPath, patience: float | None = None) -> BaseFileLock:
 def alone(folder: StrPath) -> Iterator[None]:
     """Holds a folder, as `hold` does, until the block ends."""
     lock = hold(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def in_turn(folder: StrPath, doing: str) -> Iterator[None]:
+    """Holds a folder as `alone` does, and waits for another process that does the same long work; says so meanwhile.
+
+    Args:
+        folder: made if it is missing.
+        doing: the work, for messages, as in "building the C++ kernels".
+
+    Raises:
+        TimeoutError: another process has held it for `TURN` seconds.
+    """
+    try:
+        lock = hold(folder, SILENT)
+    except TimeoutError:
+        print(f"mfa_kernels: another process is {doing}, waiting for it ({folder})...", file=sys.stderr)
+        try:
+            lock = hold(folder, TURN)
+        except TimeoutError:
+            raise TimeoutError(f"another process has been {doing} in {folder} for {TURN:.0f} s: end it") from None
     try:
         yield
     finally:

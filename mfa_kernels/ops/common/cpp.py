@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -16,7 +15,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,14 +27,10 @@ from mfa_kernels.common.files import atomic_write_text
 # The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-pass-failed"]
 
-PATIENCE = 1800.0
-"""Seconds for which another process may build."""
-
 _MARCH = "MFA_KERNELS_MARCH"
 _REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
 # Of a compiler that had no memory, no room or no time: what is no word on the sources is not remembered.
 _PASSING = re.compile(r"(?i)signal|killed|out of memory|cannot allocate|no space left|size limit|disk quota|read-only")
-_SILENT = 5.0  # seconds of waiting that need no word
 _BUILD = "build-"  # what the names of the folders of builds begin with
 _OPENMP = "#include <omp.h>\nint main() { return omp_get_max_threads() > 0 ? 0 : 1; }\n"
 
@@ -291,7 +285,7 @@ def build(name: str, sources: list[Path], what: str, further: str = "", **option
     for folder in (cache_folder(), library.parent):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # where a umask leaves groups in, they are not wanted
         check_private(folder)
-    with _alone(library.parent, what):
+    with locks.in_turn(library.parent, f"building {what}"):
         found = cached(name)  # another process may have built it meanwhile
         if found is None:
             tools = f"{built_by} {compiler_version(built_by)} {further}".strip()
@@ -329,27 +323,6 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = next((line for line in lines if re.search(r"\berror\b:", line)), lines[-1] if lines else "")
     return f"{type(error).__name__}: {said[:300]}"
-
-
-@contextlib.contextmanager
-def _alone(folder: Path, what: str) -> Iterator[None]:
-    """Holds a folder's lock, which the kernel takes back from a process that dies; says so where it has to wait.
-
-    Raises:
-        TimeoutError: another process has held it for `PATIENCE` seconds.
-    """
-    try:
-        lock = locks.hold(folder, _SILENT)
-    except TimeoutError:
-        print(f"mfa_kernels: another process is building {what}, waiting for it ({folder})...", file=sys.stderr)
-        try:
-            lock = locks.hold(folder, PATIENCE)
-        except TimeoutError:
-            raise TimeoutError(f"another process has been building in {folder} for {PATIENCE:.0f} s: end it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _compiled(name: str, sources: list[Path], what: str, program: str, built_by: str, **options: Any) -> ModuleType:

