@@ -1,9 +1,9 @@
 """Cost of an E-step per token against K: dense, through certified bounds, by lists of neighbors, and the least that
 candidate sets could.
 
-    python -m bench.bench_estep [--only 512 2048 8192 32768] [--figure estep.svg]
+    python -m bench.bench_estep [--only 512 2048 8192 32768] [--figure estep.svg] [--toy]
 
-The mixtures and tokens of the curve of bench/bench_screen.py, D=768, R=10. The smallest of several times, in turns.
+The mixtures and tokens of the curve of bench/bench_screen.py, R=10. The smallest of several times, in turns.
 
 A candidate set (truncated variational EM, Salwig et al., arXiv 2501.12299) holds C components per token, searched
 among the G neighbors of each in a graph of components: C G pairs are computed by themselves, and nothing certifies the
@@ -14,16 +14,15 @@ the graph looked at once (C = 1), G + 1 pairs without any cost for graph or book
 from __future__ import annotations
 
 import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench import curves
+from bench import activations, curves
 from bench.bench_screen import CHOOSING, FITTED, GROWN, Prepared, smallest_times
-from bench.screen_survivors import fitted, split
+from bench.screen_survivors import split
 from mfa_kernels import MFA
 from mfa_kernels.commands.demo import timed
 from mfa_kernels.ops.screen import neighbors, op
@@ -70,9 +69,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--figure", type=Path, help="an SVG file to draw")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mfa_kernels_screen")
+    activations.add_arguments(parser)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     lines: dict[str, list[tuple[float, float]]] = {}
     print("| K | dense, us per token | screened | by lists | candidates, floor | making the lists, s |")
@@ -82,7 +80,8 @@ def main() -> None:
             split_by = max(1, count // FITTED[-1])
             if count // split_by not in FITTED or split_by not in (1, *GROWN):
                 raise ValueError(f"only must be of {FITTED} or {GROWN} times the last of them, got {count}")
-            mfa, x = fitted(count // split_by, 768, options.folder)
+            found = activations.chosen(options, 768)
+            mfa, x = found.mixture(count // split_by), found.split()[1]
             if split_by > 1:
                 mfa = split(mfa, split_by)
                 x = mfa.sample(options.tokens + CHOOSING, torch.Generator().manual_seed(1))
@@ -92,7 +91,10 @@ def main() -> None:
         from mfa_kernels.common.files import atomic_write_text
 
         atomic_write_text(
-            options.figure, curves.svg(lines, "E-step per token, D=768 R=10", across="components", up="microseconds")
+            options.figure,
+            curves.svg(
+                lines, f"E-step per token, D={mfa.n_features} R={mfa.rank}", across="components", up="microseconds"
+            ),
         )
 
 

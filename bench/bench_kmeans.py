@@ -16,13 +16,12 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.time_to_quality import activations
+from bench import activations
 from mfa_kernels import kmeans
 from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.kmeans.op import nearest
@@ -88,17 +87,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("-K", "--clusters", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
-    parser.add_argument("--layer", type=int, default=2)
-    parser.add_argument("--activations", type=Path, help="a .pt file (N, D) to use instead of harvesting")
+    activations.add_arguments(parser)
     arguments = parser.parse_args()
     if importlib.util.find_spec("sklearn") is None:
         parser.error("scikit-learn is what this compares with: pip install scikit-learn")
     torch.set_num_threads(arguments.threads)
-    if arguments.activations is None:
-        x = activations(arguments.tokens, arguments.layer, arguments.model).float()
-    else:
-        x = torch.load(arguments.activations, weights_only=True)[: arguments.tokens].float()
+    x = activations.chosen(arguments).split()[0][: arguments.tokens]
     x, clusters = x.contiguous(), arguments.clusters
     cpp.library()
 

@@ -1,13 +1,13 @@
 """Screening against the dense fused scan and the GEMM [N, D] x [D, K (R + 1)] of the same run, on a CPU.
 
-    python -m bench.bench_screen [--threads 2] [--repeats 3]
+    python -m bench.bench_screen [--threads 2] [--repeats 3] [--toy]
     python -m bench.bench_screen --curve [FOLDER]    # cost against K: screen_curve.json and screen_curve.svg
 
 Ratios of the smallest of several times, taken in turns, so that what else the machine does weighs on all three alike.
-Mixtures as in bench/screen_survivors.py: fitted to activations of the small language model; 32,768 components grown
-from 4,096 by splitting; and, for what screening costs where it cannot help, one that was never trained. The curve is of
-mixtures fitted with 512 to 4,096 components, on held-out activations, and of the last one grown by splitting up to
-32,768, on tokens drawn from it.
+Mixtures fitted to activations of a real model (bench/activations.py); 32,768 components grown from 4,096 by splitting;
+and, for what screening costs where it cannot help, one that was never trained. The curve is of mixtures fitted with 512
+to 4,096 components, on held-out activations, and of the last one grown by splitting up to 32,768, on tokens drawn from
+it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +25,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.screen_survivors import fitted, split
+from bench import activations
+from bench.activations import Toy
+from bench.real import Real
+from bench.screen_survivors import split
 from mfa_kernels import MFA
 from mfa_kernels.commands.demo import timed
 from mfa_kernels.ops import Woodbury
@@ -230,7 +232,7 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     }
 
 
-def curve(folder: Path, cache: Path, repeats: int) -> None:
+def curve(found: Real | Toy, folder: Path, repeats: int) -> None:
     """Writes screen_curve.json and screen_curve.svg."""
     points = []
 
@@ -240,9 +242,10 @@ def curve(folder: Path, cache: Path, repeats: int) -> None:
         gc.collect()  # gigabytes, before the next one is made
 
     tokens = CURVE_TOKENS + CHOOSING
+    held = found.split()[1]
     for count in FITTED:
-        largest, x = fitted(count, 768, cache)
-        add(largest, x[:tokens])
+        largest = found.mixture(count)
+        add(largest, held[:tokens])
     for children in GROWN:
         grown = split(largest, children)
         add(grown, grown.sample(tokens, generator=torch.Generator().manual_seed(1)))
@@ -305,19 +308,19 @@ def main() -> None:
     figures = Path(__file__).parent / "figures"
     parser.add_argument("--curve", type=Path, nargs="?", const=figures, metavar="FOLDER", help="cost against K alone")
     parser.add_argument("--only", nargs="*", default=["small", "large", "grown", "untrained", "one"])
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mfa_kernels_screen")
+    activations.add_arguments(parser)
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(options.threads)
     with torch.no_grad():
         if options.curve:
-            curve(options.curve, options.folder, options.repeats)
+            curve(activations.chosen(options, 768), options.curve, options.repeats)
             return
         if "small" in options.only:
-            mfa, x = fitted(512, 256, options.folder)
-            measure("fitted", mfa, x, options.repeats)
+            found = activations.chosen(options)
+            measure("fitted", found.mixture(512), found.split()[1][:4096], options.repeats)
         if {"large", "grown", "one"} & set(options.only):
-            mfa, x = fitted(4096, 768, options.folder)
+            found = activations.chosen(options, 768)
+            mfa, x = found.mixture(4096), found.split()[1]
             if "one" in options.only:
                 one_token("fitted", mfa, x[:1024].contiguous(), options.repeats)
             if "large" in options.only:

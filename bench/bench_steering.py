@@ -1,11 +1,13 @@
-"""Cost of steering per decode step: a Llama of 12 layers, hidden size 768, float32, with a KV cache, at batch 1 and 8.
+"""Cost of steering per decode step, with a KV cache, at batch 1 and 8: a real model, or a Llama of random weights.
 
-    python -m bench.bench_steering [--rounds 60]
+    python -m bench.bench_steering [--rounds 60] [-K 4096] [--toy]
 
 The ways take turns, so that what else the machine does weighs on all alike: each time is taken over that of the
-unsteered step of the same round, and the median of these ratios is printed. The mixture has K = 2048 regions of rank
-10: 69 MB of rows, beside 453 MB of weights. `gate` and what follows it hold every token against all regions, most of
-which bounds rule out; `gate_dense` computes them all. The weights are random, and what a random network computes has no
+unsteered step of the same round, and the median of these ratios is printed. `gate` and what follows it hold every token
+against all regions, most of which bounds rule out; `gate_dense` computes them all.
+
+SmolLM2-135M is steered at the layer that the mixture is of, after the beginnings of held-out documents. With --toy it
+is a Llama of 12 layers and hidden size 768 with random weights, 453 MB of them. What a random network computes has no
 regions: the layer's output is exchanged for activations of the small language model that ships with the package (three
 of its layers side by side), to which the mixture is fitted; the unsteered step pays for the exchange too.
 """
@@ -17,21 +19,24 @@ import copy
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.screen_survivors import HELD_OUT, activations
-from mfa_kernels import MFA, fit, steer
+from bench import activations
+from bench.activations import Toy
+from bench.real import RANK, Real
+from bench.texts import is_held_out
+from mfa_kernels import MFA, steer
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from mfa_kernels.mixture import screening
+from mfa_kernels.models import load_language_model
 from mfa_kernels.steering import Offset, Reconstruct, Remove, Toward
 
-LAYER, CONTEXT, HIDDEN, REGIONS, RANK = 6, 128, 768, 2048, 10
-ROWS = 60_000  # activations that the mixture is fitted to
+CONTEXT, CONTEXTS = 128, 8  # tokens before the step; and how many such contexts rounds take in turn
+TOY_LAYER, TOY_HIDDEN = 6, 768
 Z = torch.linspace(-2, 2, RANK)
 WAYS: dict[str, dict[str, Any] | None] = {
     "unsteered": None,
@@ -46,61 +51,69 @@ WAYS: dict[str, dict[str, Any] | None] = {
 }
 
 
-def make_model() -> Any:
+class Ground(NamedTuple):
+    """What is steered: the layer of a model, and tokens to begin with."""
+
+    model: Any
+    layer: int
+    tokens: torch.Tensor  # (contexts, CONTEXT + 1)
+
+
+def real_ground(found: Real) -> Ground:
+    model, _ = load_language_model("smollm2")
+    held = [document for document, source in enumerate(found.sources) if is_held_out(source)]
+    beginnings = (found.store.document_tokens(document)[: CONTEXT + 1].long() for document in held)
+    tokens = [ids for ids in beginnings if len(ids) > CONTEXT]
+    return Ground(model, found.layer, torch.stack(tokens))
+
+
+def toy_ground(found: Toy) -> Ground:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
+        hidden_size=TOY_HIDDEN, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, vocab_size=32000,
         max_position_embeddings=1024,
     )  # fmt: skip
-    return LlamaForCausalLM(config).eval()
-
-
-def make_mixture() -> tuple[MFA, torch.Tensor]:
-    """Fitted, and activations (n, D) that it was not fitted to."""
-    x = activations(HIDDEN, ROWS)
-    mfa = fit(x[:-HELD_OUT], REGIONS, RANK, method="em", epochs=2, progress=False)
-    return mfa.requires_grad_(False), x[-HELD_OUT:]
-
-
-def exchange(model: Any, tokens: Iterator[torch.Tensor]) -> None:
-    """Makes these the layer's outputs from now on, one batch a pass."""
+    model = LlamaForCausalLM(config).eval()
+    passes = (part for part in cycle(found.split()[1].split(8)) for _ in WAYS)  # a round sees the same rows
 
     def hook(module: Any, args: Any, output: Any) -> Any:
         hidden = hidden_states(output)
-        return with_hidden_states(output, next(tokens)[: len(hidden)].unsqueeze(1).expand_as(hidden).contiguous())
+        return with_hidden_states(output, next(passes)[: len(hidden)].unsqueeze(1).expand_as(hidden).contiguous())
 
-    model.model.layers[LAYER].register_forward_hook(hook)
-
-
-def token_ids(batch: int, length: int, seed: int) -> torch.Tensor:
-    return torch.randint(3, 32000, (batch, length), generator=torch.Generator().manual_seed(seed))
+    model.model.layers[TOY_LAYER].register_forward_hook(hook)
+    tokens = torch.randint(3, 32000, (8, CONTEXT + 1), generator=torch.Generator().manual_seed(0))
+    return Ground(model, TOY_LAYER, tokens)
 
 
-def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Seconds of a decode step after the same context, by way and round."""
+def times(ground: Ground, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a decode step after a context, by way and round."""
     from transformers import DynamicCache
 
-    context, ids = DynamicCache(), token_ids(batch, CONTEXT + 1, 0)
-    model(ids[:, :-1], None, None, context)  # the cache by its place: its name differs between versions
+    model, layer, tokens = ground
+    contexts = []
+    for ids in tokens[: len(tokens) // batch * batch].split(batch)[:CONTEXTS]:
+        cache = DynamicCache()
+        model(ids[:, :-1], None, None, cache)  # the cache by its place: its name differs between versions
+        contexts.append((cache, ids[:, -1:]))
     screened_at = screening._LONE_TOKEN_VALUES
     screening._LONE_TOKEN_VALUES = sys.maxsize
     dense = copy.deepcopy(mfa)  # the only one without a screen
-    steer(model, dense, LAYER, gate=(17, 0.5), component=17, alpha=0.4).remove()
+    steer(model, dense, layer, gate=(17, 0.5), component=17, alpha=0.4).remove()
     screening._LONE_TOKEN_VALUES = screened_at
     found: dict[str, list[float]] = {way: [] for way in WAYS}
-    for _ in range(rounds + 2):
+    for (context, last), _ in zip(cycle(contexts), range(rounds + 2)):
         for way, spec in WAYS.items():
             cache = copy.deepcopy(context)
             with ExitStack() as stack:
                 if way == "gate_dense":
                     screening._LONE_TOKEN_VALUES = sys.maxsize
                 if spec is not None:
-                    stack.enter_context(steer(model, dense if way == "gate_dense" else mfa, LAYER, **spec))
+                    stack.enter_context(steer(model, dense if way == "gate_dense" else mfa, layer, **spec))
                 screening._LONE_TOKEN_VALUES = screened_at
                 begin = time.perf_counter()
-                model(ids[:, -1:], None, None, cache)
+                model(last, None, None, cache)
                 found[way].append(time.perf_counter() - begin)
     return {way: seconds[2:] for way, seconds in found.items()}  # the first rounds warm up
 
@@ -109,11 +122,13 @@ def times(model: Any, mfa: MFA, batch: int, rounds: int) -> dict[str, list[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60)
-    rounds = parser.parse_args().rounds
-    model = make_model()
-    mfa, x = make_mixture()
-    exchange(model, (part for part in cycle(x.split(8)) for _ in WAYS))  # a round sees the same tokens
-    found = {batch: times(model, mfa, batch, rounds) for batch in (1, 8)}
+    parser.add_argument("-K", "--components", type=int, default=4096)
+    activations.add_arguments(parser)
+    options = parser.parse_args()
+    source = activations.chosen(options, TOY_HIDDEN)
+    ground = toy_ground(source) if isinstance(source, Toy) else real_ground(source)
+    mfa = source.mixture(options.components).requires_grad_(False)
+    found = {batch: times(ground, mfa, batch, options.rounds) for batch in (1, 8)}
     print("| | " + " | ".join(f"batch {batch}" for batch in found) + " |\n|---|" + "---|" * len(found))
     medians = (f"{statistics.median(of['unsteered']) * 1e3:.1f} ms" for of in found.values())
     print("| unsteered | " + " | ".join(medians) + " |")

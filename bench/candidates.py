@@ -1,6 +1,6 @@
 """python -m bench.candidates: how many components the GPU scan leaves to be recomputed, on real activations.
 
-Fits a mixture to activations of the bundled language model, then scans held-out tokens with the Triton kernels: on the
+Takes a mixture fitted to activations (bench/activations.py), and scans held-out tokens with the Triton kernels: on the
 GPU where there is one, else in Triton's interpreter on the CPU (the same arithmetic but for the order of sums). Then
 the same tokens are screened, through bounds from p coordinates.
 """
@@ -9,35 +9,27 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
-from pathlib import Path
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
 
-from mfa_kernels import fit, harvest
-from mfa_kernels.data import tiny_lm
-from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+from bench import activations
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=100_000, help="to fit on")
-    parser.add_argument("-K", "--components", type=int, default=256)
+    activations.add_arguments(parser)
+    parser.add_argument("-K", "--components", type=int, default=512)
     parser.add_argument("--scanned", type=int, default=256, help="held-out tokens to scan")
     parser.add_argument("--screen", type=int, nargs="*", default=[32, 64], metavar="P", help="coordinates to screen by")
     arguments = parser.parse_args()
 
-    model, tokenizer = tiny_lm.load()
-    with tempfile.TemporaryDirectory() as folder:
-        wanted = arguments.tokens + arguments.scanned
-        store = harvest(model, tokenizer, stdlib_texts(), 2, Path(folder) / "store", max_tokens=wanted)
-        x = store.rows(torch.arange(len(store)))
-    mfa = fit(x[: arguments.tokens], n_components=arguments.components, rank=10, method="sgd", epochs=5)
+    found = activations.chosen(arguments)
+    mfa, x = found.mixture(arguments.components), found.split()[1][: arguments.scanned]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mfa, x = mfa.to(device), x[arguments.tokens :].to(device)
+    mfa, x = mfa.to(device), x.to(device)
 
     os.environ["MFA_KERNELS_BACKEND"] = "triton"
     from mfa_kernels.ops.common import configs, triton_tokens

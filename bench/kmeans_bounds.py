@@ -8,12 +8,11 @@ distances from one iteration to the next. Those by P leading principal coordinat
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bench.time_to_quality import activations
+from bench import activations
 from mfa_kernels import kmeans
 
 LOOKED_AT = (1, 3, 8, 20)
@@ -55,12 +54,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("-K", "--clusters", type=int, default=512)
     parser.add_argument("--groups", type=int, default=32)
-    parser.add_argument("--activations", type=Path, help="a .pt file (N, D) to use instead of harvesting")
+    activations.add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.activations is None:
-        x = activations(arguments.tokens, 2, None).float()
-    else:
-        x = torch.load(arguments.activations, weights_only=True)[: arguments.tokens].float()
+    x = activations.chosen(arguments).split()[0][: arguments.tokens]
     x = x - x.mean(0)
     axes = torch.linalg.eigh((x.T @ x).double()).eigenvectors.flip(1).float()
     y = x @ axes

@@ -1,11 +1,10 @@
 """Number of components that screening leaves per token, in plain PyTorch, on mixtures of real activations.
 
-    python -m bench.screen_survivors [--components 512] [--width 256] [--split 8]
+    python -m bench.screen_survivors [--components 512] [--split 8] [--toy]
     python -m bench.screen_survivors --check 100000    # the bounds as computed in float32, against logits in float64
 
-Activations of the small language model that ships with the package, those of several layers side by side where more
-than 256 features are wanted (real correlations at a width that the model does not have); a mixture fitted to most of
-them; the bounds (ops/screen/reference.py) on the others. Three bounds are compared at each p:
+Activations of a real model (bench/activations.py); a mixture fitted to most of them; the bounds
+(ops/screen/reference.py) on those held out. Three bounds are compared at each p:
 
     triangle    |A v| <= |A P'P v| + |A (I - P'P)| s, maximised over the norm s that the triangle inequality allows
     rows        the same with the rows of A (I - P'P) told apart: |A v|^2 <= |h|^2 + 2 s sqrt(sum g h^2) + g_max s^2
@@ -16,16 +15,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, fit
-from mfa_kernels.data.harvest import harvest
-from mfa_kernels.data.language_model import load_language_model
-from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+from bench import activations
+from mfa_kernels import MFA
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.basis import basis as choose_basis
@@ -33,36 +28,8 @@ from mfa_kernels.ops.screen.reference import bounds
 from mfa_kernels.ops.woodbury.reference import woodbury as factors_fp64
 from mfa_kernels.ops.woodbury.types import Parameters
 
-HELD_OUT = 4096
-"""Activations kept from the fit, for measuring."""
-
 PIVOTS = 8
 """Components per token whose lists are checked: the best one, and others at random."""
-
-LAYERS = (2, 1, 3)
-"""In the order in which they are taken as the width grows by 256 each."""
-
-
-def activations(width: int, count: int) -> Tensor:
-    """(count + HELD_OUT, width) in random order."""
-    model, tokenizer = load_language_model(None)
-    layers = LAYERS[: width // 256]
-    with tempfile.TemporaryDirectory() as folder:
-        stores = harvest(model, tokenizer, stdlib_texts("all"), layers, folder, max_tokens=count + HELD_OUT)
-        index = torch.arange(len(stores[layers[0]]))
-        x = torch.cat([stores[layer].rows(index).float() for layer in layers], 1)
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
-
-
-def fitted(components: int, width: int, folder: Path, count: int = 80_000, epochs: int = 3) -> tuple[MFA, Tensor]:
-    """A mixture of the activations and those held out; kept in the folder, for it takes minutes."""
-    path, x_path = folder / f"mixture_{width}_{components}", folder / f"activations_{width}.pt"
-    if not x_path.exists():
-        torch.save(activations(width, count), x_path)
-    x = torch.load(x_path)
-    if not path.exists():
-        fit(x[:-HELD_OUT], components, 10, method="sgd", epochs=epochs, seed=0).save_pretrained(path)
-    return MFA.from_pretrained(path), x[-HELD_OUT:]
 
 
 def split(mfa: MFA, children: int, share: float = 0.8) -> MFA:
@@ -158,18 +125,17 @@ def check(x: Tensor, mfa: MFA, kept: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--components", type=int, default=512)
-    parser.add_argument("--width", type=int, default=256, choices=[256, 512, 768])
+    activations.add_arguments(parser)
+    parser.add_argument("--width", type=int, default=256, choices=[256, 512, 768], help="with --toy")
     parser.add_argument("--split", type=int, default=1, help="children per fitted component; tokens are then sampled")
     parser.add_argument("--check", type=int, default=0, metavar="TOKENS", help="look for violated bounds instead")
     parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "mfa_kernels_screen")
     options = parser.parse_args()
-    options.folder.mkdir(parents=True, exist_ok=True)
-    mfa, x = fitted(options.components, options.width, options.folder)
+    found = activations.chosen(options, options.width)
+    mfa, (train, x) = found.mixture(options.components), found.split()
     if options.check:
-        x = torch.load(options.folder / f"activations_{options.width}.pt")[: options.check]
         for share in (12, 4, 1):
-            check(x, mfa, -(-options.width // (16 * share)) * 16)
+            check(torch.cat([x, train])[: options.check], mfa, -(-mfa.n_features // (16 * share)) * 16)
         return
     if options.split > 1:
         mfa = split(mfa, options.split)

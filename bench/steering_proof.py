@@ -1,7 +1,7 @@
 """python -m bench.steering_proof --out FOLDER: does steering steer, at matched change of the next-token distribution?
 
-On the language model that ships with the package: a mixture is fitted to one layer, and for each of several regions the
-same prompts are continued under four ways to steer, all of them at every position,
+On a real model (bench/real.py), or with --toy the one that ships with the package: several regions of a mixture of one
+layer's activations are taken, and the same prompts are continued under four ways to steer, at every position,
 
     interpolation         x <- (1 - alpha) x + alpha mu_k             arXiv 2602.02464, eq. 14
     addition              x <- x + alpha mu_k                         the same centroid as a direction (its appendix E)
@@ -35,15 +35,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, fit, harvest, steer
-from mfa_kernels.data import ActivationStore, tiny_lm
-from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
+from bench import activations
+from bench.texts import is_held_out
+from mfa_kernels import MFA, steer
+from mfa_kernels.data import ActivationStore
 from mfa_kernels.interpret.contexts import Assignments, assignments
 from mfa_kernels.interpret.regions import interesting_regions, region_summaries
+from mfa_kernels.models import load_language_model
 from mfa_kernels.steering import Add, Handle, Toward, alpha_for_kl
 
 LIFT, LEAST = 4.0, 5  # a region's vocabulary: this much more frequent than overall, and seen so often
-KLS = (0.1, 0.25, 0.5, 1.0)
 METHODS = ("interpolation", "addition", "difference in means", "random")
 MOST = {"interpolation": 1.0}  # largest alpha; a vector may be added more often than once
 FARTHEST = 16.0
@@ -73,32 +74,35 @@ class Region(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=int, default=100_000, help="activations to fit on")
-    parser.add_argument("--components", type=int, default=256)
-    parser.add_argument("--rank", type=int, default=10)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--layer", type=int, default=2)
+    activations.add_arguments(parser)
+    parser.add_argument("--components", type=int, default=512)
+    parser.add_argument("--kls", type=float, nargs="+", default=[0.1, 0.25, 0.5, 1.0], help="nats to compare at")
     parser.add_argument("--regions", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--redraw", action="store_true", help="measure nothing, read steering_proof.json")
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
     written = options.out / "steering_proof.json"
     if not options.redraw:
-        report = {"options": {k: str(v) for k, v in vars(options).items() if k != "out"}, "regions": measured(options)}
+        said = {k: str(v) for k, v in vars(options).items() if k != "out"}
+        report = {"options": said, "kls": options.kls, "regions": measured(options)}
         written.write_text(json.dumps(report, indent=1))
-    results = json.loads(written.read_text())["regions"]
-    table = markdown(results)
+    report = json.loads(written.read_text())
+    results, kls = report["regions"], report["kls"]
+    table = markdown(results, kls)
     (options.out / "steering_proof.md").write_text(table + "\n")
-    figure(results, options.out / "steering_proof.svg")
+    figure(results, kls, options.out / "steering_proof.svg")
     print(table)
 
 
 def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Every way to steer, for each region."""
-    model, tokenizer = tiny_lm.load()
-    store, mfa = fitted(options, model, tokenizer)
+    source = activations.chosen(options)
+    model, tokenizer = load_language_model("tiny_lm" if options.toy else "smollm2")
+    options.layer = activations.TOY_LAYERS[0] if options.toy else options.layer
+    store, mfa = source.store, source.mixture(options.components)
     assigned = assignments(mfa, store)
     prompts = held_out_prompts(store, options)
     results = []
@@ -108,21 +112,10 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
     return results
 
 
-def fitted(options: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[ActivationStore, MFA]:
-    """The store and the mixture, made once per folder."""
-    folder = options.out / "mfa"
-    if folder.exists():
-        return ActivationStore(options.out / "activations"), MFA.from_pretrained(folder)
-    texts, where = stdlib_texts("all"), options.out / "activations"
-    store = harvest(model, tokenizer, texts, options.layer, where, max_tokens=options.tokens, overwrite=True)
-    mfa = fit(store, options.components, options.rank, method="sgd", epochs=options.epochs, seed=options.seed)
-    mfa.save_pretrained(folder)
-    return store, mfa
-
-
 def held_out_prompts(store: ActivationStore, options: argparse.Namespace) -> Tensor:
-    """Beginnings of documents spread over the store, (prompts, PROMPT_TOKENS)."""
-    spread = torch.linspace(0, store.n_documents - 1, 2 * options.prompts).long().tolist()
+    """Beginnings of documents spread over the store, of those held out where some are, (prompts, PROMPT_TOKENS)."""
+    numbers = [n for n in range(store.n_documents) if options.toy or is_held_out(store.source(n))]
+    spread = [numbers[i] for i in torch.linspace(0, len(numbers) - 1, 4 * options.prompts).long().tolist()]
     beginnings = [store.document_tokens(document)[:PROMPT_TOKENS] for document in spread]
     return torch.stack([ids.long() for ids in beginnings if len(ids) == PROMPT_TOKENS][: options.prompts])
 
@@ -177,7 +170,9 @@ def measure(options: argparse.Namespace, model: Any, mfa: MFA, region: Region, p
     with steer(model, mfa, options.layer, interventions=[]) as handle:
         out["unsteered"] = generated(options, model, handle, region, prompts, 0.0)._asdict()
         for method in METHODS:
-            out[method] = [at_kl(options, model, handle, region, prompts, specs[method], method, kl) for kl in KLS]
+            out[method] = [
+                at_kl(options, model, handle, region, prompts, specs[method], method, kl) for kl in options.kls
+            ]
     return out
 
 
@@ -231,7 +226,7 @@ def reached(results: list[dict[str, Any]], i: int) -> list[dict[str, Any]]:
     return [r for r in results if all(r[method][i] is not None for method in METHODS)]
 
 
-def markdown(results: list[dict[str, Any]]) -> str:
+def markdown(results: list[dict[str, Any]], kls: list[float]) -> str:
     head = "| KL at the prompt | way | alpha | concept rate | next rate | NLL, nats | KL along the text |"
     lines = [head, "|---|---|---|---|---|---|---|"]
 
@@ -245,13 +240,13 @@ def markdown(results: list[dict[str, Any]]) -> str:
         return f"| {first} | {way} | " + " | ".join(cells) + " |"
 
     lines.append(row("0", f"unsteered ({len(results)} regions)", [r["unsteered"] for r in results]))
-    for i, kl in enumerate(KLS):
+    for i, kl in enumerate(kls):
         same = reached(results, i)
         for method in METHODS if same else ():
             first = f"{kl} ({len(same)} regions)" if method == METHODS[0] else ""
             lines.append(row(first, method, [r[method][i] for r in same]))
     lines += ["", "Interpolation less addition, paired by region (mean ± standard error):", ""]
-    for i, kl in enumerate(KLS):
+    for i, kl in enumerate(kls):
         if same := reached(results, i):
             parts = []
             for name, scale, unit in (("concept", 100, " points"), ("next", 100, " points"), ("nll", 1, " nats")):
@@ -262,7 +257,7 @@ def markdown(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def figure(results: list[dict[str, Any]], path: Path) -> None:
+def figure(results: list[dict[str, Any]], kls: list[float], path: Path) -> None:
     """Concept and next rate against KL, and against fluency."""
     import matplotlib
 
@@ -272,14 +267,14 @@ def figure(results: list[dict[str, Any]], path: Path) -> None:
 
     picture, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for method in METHODS:
-        at = [i for i in range(len(KLS)) if reached(results, i)]
+        at = [i for i in range(len(kls)) if reached(results, i)]
 
         def means(name: str, at: list[int] = at, method: str = method) -> list[float]:
             return [mean_and_error([r[method][i][name] for r in reached(results, i)])[0] for i in at]
 
-        kls = [KLS[i] for i in at]
-        panels[0].plot(kls, means("concept"), "o-", label=method)
-        panels[1].plot(kls, means("next"), "o-", label=method)
+        reached_kls = [kls[i] for i in at]
+        panels[0].plot(reached_kls, means("concept"), "o-", label=method)
+        panels[1].plot(reached_kls, means("next"), "o-", label=method)
         panels[2].plot(means("nll"), means("concept"), "o-", label=method)
     unsteered = {
         name: mean_and_error([r["unsteered"][name] for r in results])[0] for name in ("concept", "next", "nll")

@@ -10,8 +10,8 @@ is without any. Passes over the data are printed beside it, which do not depend 
 
 The baseline takes long. In pieces, each under --most-seconds, on one machine:
 
-    python -m bench.time_to_quality -K 512 --activations x.pt --methods online em --out ours.json
-    python -m bench.time_to_quality -K 512 --activations x.pt --methods paper --baseline-state paper.pt \\
+    python -m bench.time_to_quality -K 512 --methods online em --out ours.json
+    python -m bench.time_to_quality -K 512 --methods paper --baseline-state paper.pt \\
         --most-seconds 500 --out paper.json                    # again, until it says that the curve is flat
     python -m bench.time_to_quality --merge paper.json ours.json --out all.json --figure time_to_quality.svg
 """
@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -34,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from bench import curves
+from bench import activations, curves
 from bench.baselines import plain_log_prob
 from mfa_kernels import MFA, fit, kmeans
 from mfa_kernels.common.files import atomic_write_text
@@ -51,22 +50,9 @@ METHODS: dict[str, dict[str, Any]] = {
 AIM, MUST = 1 / 50, 1 / 15
 """Shares of the baseline's time."""
 
+HELD_OUT = 20_000  # rows, at most
 _EVALUATIONS = 4  # of the baseline an epoch
-_SAME = ("tokens", "components", "rank", "layer", "model")  # settings that runs have to share to be compared
-
-
-def activations(tokens: int, layer: int, model: str | None) -> Tensor:
-    """Activations (tokens, D) of a layer over the standard library's sources."""
-    from mfa_kernels.data.harvest import harvest
-    from mfa_kernels.data.language_model import load_language_model
-    from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
-
-    loaded, tokenizer = load_language_model(model)
-    with tempfile.TemporaryDirectory() as folder:
-        store = harvest(
-            loaded, tokenizer, stdlib_texts("all"), layer, Path(folder) / "store", max_tokens=tokens, seed=0
-        )
-        return store.tensor().clone()
+_SAME = ("tokens", "components", "rank", "layer", "toy", "texts")  # settings that runs have to share to be compared
 
 
 class Paper(torch.nn.Module):
@@ -287,32 +273,23 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def data(arguments: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Rows to train on, and a tenth as many held out."""
-    held = arguments.tokens // 10
-    file: Path | None = arguments.activations
-    if file is not None and file.exists():
-        x = torch.load(file, weights_only=True)[: arguments.tokens + held].float()
-    else:
-        x = activations(arguments.tokens + held, arguments.layer, arguments.model)
-        if file is not None:
-            torch.save(x, file)
-    if len(x) < arguments.tokens + held:
-        raise ValueError(f"activations: {len(x)} rows, expected {arguments.tokens + held}")
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
-    return x[order[held:]], x[order[:held]]
+    """Returns rows to train on, and rows held out."""
+    x, held = activations.chosen(arguments).split()
+    if len(x) < arguments.tokens:
+        raise ValueError(f"tokens: {arguments.tokens:,} asked for, there are {len(x):,}")
+    return x[: arguments.tokens], held[:HELD_OUT]
 
 
 def main() -> None:
     """Runs the methods one after the other, or merges what runs have written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200_000, help="to train on; a tenth more is held out")
+    activations.add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=200_000, help="to train on")
     parser.add_argument("-K", "--components", type=int, default=512)
     parser.add_argument("-R", "--rank", type=int, default=10)
     parser.add_argument(
         "--noise", choices=("shared", "per_component"), default="shared", help="the baseline's is shared"
     )
-    parser.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
-    parser.add_argument("--layer", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=10, help="of our methods: passes over the rows")
     parser.add_argument("--least-epochs", type=int, default=10, help="of the baseline")
     parser.add_argument("--flat", type=float, default=0.5, help="nats that an epoch of the baseline has to gain")
@@ -320,7 +297,6 @@ def main() -> None:
     parser.add_argument("--baseline-state", type=Path, help="file to go on from and to keep the baseline in")
     parser.add_argument("--centroids-of", type=Path, help="a --baseline-state, whose centroids ours begin with too")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, "paper"], choices=["paper", *METHODS])
-    parser.add_argument("--activations", type=Path, help="a .pt file (N, D); written where it is missing")
     parser.add_argument("--merge", type=Path, nargs="+", help="reports to put together instead of running anything")
     parser.add_argument("--out", type=Path, default=Path("time_to_quality.json"))
     parser.add_argument("--figure", type=Path, help="an SVG file to draw")

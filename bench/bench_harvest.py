@@ -1,0 +1,100 @@
+"""Harvesting against a plain loop over the same windows, in batches of equal lengths: tokens per second.
+
+    python -m bench.bench_harvest [--tokens 20000] [--rounds 3]
+
+The loop is what one would write by hand: windows sorted by length, batches of windows of one length (at most
+--batch-size), the model's layers up to the last one wanted, nothing kept but the rows. It is the rate that harvesting
+could have if it had no files, no order to keep and no padding. The two take turns. SmolLM2-135M; the texts of
+bench/real.py, mixed, so that windows of every length occur.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from contextlib import suppress
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from bench.activations import add_arguments
+from bench.real import Real
+from mfa_kernels import harvest
+from mfa_kernels.data.language_model import hidden_states, resolve_layer
+from mfa_kernels.models import load_language_model
+
+CONTEXT = 256
+
+
+class _Enough(BaseException):
+    """Ends a forward pass behind the layer."""
+
+
+def windows_of(tokenizer: object, texts: list[tuple[str, str]], most: int) -> list[list[int]]:
+    """Returns texts as windows of token ids, as `harvest` cuts them, with `most` tokens in all."""
+    windows: list[list[int]] = []
+    for _, text in texts:
+        ids = list(tokenizer(text)["input_ids"])  # type: ignore[operator]
+        for window in (ids[i : i + CONTEXT] for i in range(0, len(ids), CONTEXT)):
+            if most > 0 and len(window) > 1:
+                windows.append(window)
+                most -= len(window) - 1
+    return windows
+
+
+@torch.no_grad()
+def plain_loop(model: torch.nn.Module, layer: torch.nn.Module, windows: list[list[int]], batch_size: int) -> int:
+    """Returns the number of rows."""
+    rows: list[torch.Tensor] = []
+
+    def keep(module: object, args: object, output: object) -> None:
+        rows.append(hidden_states(output)[:, 1:].flatten(0, 1).clone())
+        raise _Enough
+
+    handle = layer.register_forward_hook(keep)
+    try:
+        for _, same in groupby(sorted(windows, key=len), key=len):
+            for batch in torch.tensor(list(same)).split(batch_size):
+                with suppress(_Enough):
+                    model(input_ids=batch, use_cache=False)
+    finally:
+        handle.remove()
+    return sum(map(len, rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the model")
+    options = parser.parse_args()
+    model, tokenizer = load_language_model("tiny_lm" if options.toy else "smollm2", getattr(torch, options.dtype))
+    layer = 2 if options.toy else options.layer
+    module = resolve_layer(model, layer)[1]
+    texts = Real(options.layer, options.texts).chosen_texts(tokenizer, 2 * options.tokens)
+    windows = windows_of(tokenizer, texts, options.tokens)
+    lengths = sorted(map(len, windows))
+    print(f"{len(windows)} windows, median {lengths[len(lengths) // 2]} tokens, layer {layer}, {options.dtype}")
+    how = {"max_tokens": options.tokens, "context": CONTEXT, "batch_size": options.batch_size, "seed": None}
+    rates: dict[str, list[float]] = {"plain loop": [], "harvest": []}
+    for _ in range(options.rounds):
+        began = time.perf_counter()
+        rows = plain_loop(model, module, windows, options.batch_size)
+        rates["plain loop"].append(rows / (time.perf_counter() - began))
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            store = harvest(model, tokenizer, texts, layer, Path(folder) / "store", progress=False, **how)
+            rates["harvest"].append(len(store) / (time.perf_counter() - began))
+    for name, values in rates.items():
+        print(f"{name}: {statistics.median(values):.0f} tokens/s ({min(values):.0f} to {max(values):.0f})")
+    ratios = [ours / plain for ours, plain in zip(rates["harvest"], rates["plain loop"])]
+    print(f"harvest / plain loop: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()
