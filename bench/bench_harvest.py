@@ -21,12 +21,10 @@ from pathlib import Path
 import torch
 
 from bench.activations import add_arguments
-from bench.real import Real
+from bench.real import CONTEXT, Real
 from mfa_kernels import harvest
 from mfa_kernels.data.language_model import hidden_states, resolve_layer
 from mfa_kernels.models import load_language_model
-
-CONTEXT = 256
 
 
 class _Enough(BaseException):

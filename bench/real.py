@@ -28,7 +28,7 @@ from mfa_kernels.ops.common.cpp import cache_folder
 
 LAYERS = (9, 18, 24)
 LAYER = 18
-TOKENS = 300_000
+TOKENS, CONTEXT = 300_000, 256
 RANK = 10
 COMPONENTS = (512, 4096)
 
@@ -64,15 +64,20 @@ class Real:
         folder = self.folder / "activations" / f"model.layers.{self.layer}"
         if not (folder / "manifest.json").exists() or not ActivationStore(folder).complete:
             model, tokenizer = load_language_model("smollm2")
-            texts = self.chosen_texts(tokenizer, self.tokens * 21 // 20)  # the first token of a window is no row
-            options = {"max_tokens": self.tokens, "seed": None, "resume": True}
+            texts = self.chosen_texts(tokenizer, self.tokens)
+            options = {"max_tokens": self.tokens, "context": CONTEXT, "seed": None, "resume": True}
             harvest(model, tokenizer, texts, LAYERS, self.folder / "activations", **options)
         return ActivationStore(folder)
 
     def chosen_texts(self, tokenizer: Any, tokens: int) -> list[tuple[str, str]]:
-        """Returns texts, ("genre/name", text), with an equal share of so many tokens from each genre, mixed."""
+        """Returns texts, ("genre/name", text), that give an equal share of so many rows from each genre, mixed."""
         texts = debian_texts(self.folder.parent) if self.texts is None else folder_texts(self.texts)
-        return balanced(texts, tokens, lambda text: len(tokenizer(text)["input_ids"]))
+
+        def rows(text: str) -> int:
+            length = len(tokenizer(text)["input_ids"])
+            return length - -(-length // CONTEXT)  # the first token of a window is none
+
+        return balanced(texts, tokens, rows)
 
     @cached_property
     def sources(self) -> list[str]:

