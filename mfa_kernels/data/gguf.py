@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import os
+import re
 import sys
 from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 
 from mfa_kernels.common import checksum
-from mfa_kernels.common.files import temporary_folder
+from mfa_kernels.common.files import sweep, temporary_folder
 from mfa_kernels.common.locks import in_turn
 from mfa_kernels.common.progress import is_watched
 from mfa_kernels.ops.common.cpp import cache_folder, check_private
@@ -88,7 +89,11 @@ def folder_of(file: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
             print(f"mfa_kernels: converting {file.name} once, for {folder}...", file=sys.stderr)
             with temporary_folder(folder) as temporary:
                 _convert(file, kind, options, temporary / folder.name)
+                for path in (temporary / folder.name).iterdir():  # data reaches the disk before the name does
+                    with open(path, "rb+") as written:
+                        os.fsync(written.fileno())
                 os.replace(temporary / folder.name, folder)
+            sweep(base, re.escape(folder.name))
     return folder
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mfa_kernels.common.checks import check_dtype, check_integer, check_number, check_path, check_text, is_truth, shown
@@ -312,7 +313,7 @@ def from_pretrained(
         raise ValueError(f"{name} must be the name or the folder of a language model, {source} holds {MIXTURE.what}")
     if isinstance(source, os.PathLike) and not Path(source).is_dir() and not gguf.is_gguf(source):
         raise FileNotFoundError(f"{name}: there is no folder {source}")
-    said = gguf_file if gguf_file is not None else source
+    said, converted = gguf_file if gguf_file is not None else source, ""
     try:
         with of_libraries():
             file = _gguf_file(source, gguf_file)
@@ -322,9 +323,10 @@ def from_pretrained(
             place = tiny_lm.path() if source == BUNDLED else source
             if file is not None:
                 place = gguf.folder_of(file, kind, cast(torch.dtype, dtype), options)
+                converted = f"; {place}, into which it was converted, is made anew if you delete it"
             found = getattr(transformers, kind).from_pretrained(place, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, ImportError, NotImplementedError) as error:
-        raise OSError(f"{name}: {os.fspath(said)!r} cannot be loaded ({why(error)})") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        raise OSError(f"{name}: {os.fspath(said)!r} cannot be loaded ({why(error)}){converted}") from error
     if file is not None:  # a name that can be shared, in place of the folder of the cache
         found.name_or_path = SMOLLM2 if source == SMOLLM2 else str(file)
         if getattr(found, "config", None) is not None:

@@ -160,6 +160,16 @@ def test_a_damaged_file_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path)
     assert not [folder for folder in (cache / "models").glob("*/*") if folder.is_dir()]
 
 
+@reads_gguf
+def test_a_damaged_cache_is_named(tmp_path: Path, cache: Path) -> None:
+    write_gguf(tmp_path / "small.gguf", small_llama())
+    load_language_model(gguf_file=tmp_path / "small.gguf")
+    (weights,) = (cache / "models").rglob("model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(OSError, match=rf"small.gguf' cannot be loaded .*; {weights.parent}, into which .* delete it"):
+        load_language_model(gguf_file=tmp_path / "small.gguf")
+
+
 def test_what_is_no_gguf_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("GGML")
     for given, message in (
