@@ -373,7 +373,7 @@ def _run(
     with ExitStack() as stack:
         read = stack.enter_context(reader)
         options: dict[str, Any] = {"total": max_tokens, "initial": kept, "progress": progress}
-        bar = stack.enter_context(progress_bar(desc="harvest", unit="token", unit_scale=True, **options))
+        bar = stack.enter_context(progress_bar(desc="harvest", unit=" tokens", unit_scale=True, **options))
         while group := _group(windows, settings, None if max_tokens is None else max_tokens - kept):
             rows = _read(lambda batch: _stored(read(batch), dtype, bar), group, settings)
             if not writers:

@@ -139,7 +139,7 @@ def evaluate(mfa: Decomposition, activations: Any, centroids: Any = None, *, pro
     if isinstance(mfa, Mixture):
         mfa.woodbury()  # stage 0 is paid once, not per token
     with progress_bar(
-        total=len(source), desc="evaluate", unit="token", unit_scale=True, delay=2, progress=progress
+        total=len(source), desc="evaluate", unit=" tokens", unit_scale=True, delay=2, progress=progress
     ) as bar:
         for start in range(0, len(source), _BATCH):
             every = source.rows(torch.arange(start, min(start + _BATCH, len(source)))).to(device)
