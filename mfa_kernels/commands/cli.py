@@ -240,7 +240,7 @@ def _harvest(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume goes on with what is there, --overwrite replaces it: give one of them")
     device, texts = _device(arguments.device), _text_files(arguments)
     _check_outputs(arguments, [("--out", arguments.out, places.STORE)], texts=arguments.text)
-    model, tokenizer = load_language_model(arguments.model)
+    model, tokenizer = load_language_model(arguments.model, _dtype(arguments.model_dtype))
     store = mfa_kernels.harvest(
         model, tokenizer, texts, arguments.layer, arguments.out,
         max_tokens=arguments.max_tokens, context=arguments.context, batch_size=arguments.batch_size,
@@ -362,13 +362,19 @@ def _fit_to_store(
             break
 
 
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
 def _fit_while_harvesting(
     arguments: argparse.Namespace, fits: dict[str, dict[str, Any]], device: torch.device
 ) -> Iterator[tuple[str, Any]]:
     from mfa_kernels import fit_many, stream
     from mfa_kernels.data.language_model import load_language_model, origin, resolve_layer
 
-    model, tokenizer = load_language_model(arguments.model)
+    model, tokenizer = load_language_model(arguments.model, _dtype(arguments.model_dtype))
     model.to(device)
     batches = stream(
         model, tokenizer, [Path(path) for path in arguments.text], arguments.layer, max_tokens=arguments.max_tokens,

@@ -80,7 +80,8 @@ def harvest(
 
     Args:
         model: a Hugging Face causal language model, or the folder or hub id of one; of an encoder-decoder, layers of
-            the encoder alone, by path. Training flags and device are given back as they were.
+            the encoder alone, by path. Training flags and device are given back as they were. One with bfloat16 weights
+            takes less than half the time on processors that multiply them (AVX512-BF16, AMX).
         tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
         texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as for
             `read_texts`; a lone string is a path.
@@ -427,7 +428,9 @@ def _group(windows: Iterator[_Window], settings: _Settings, rows: int | None) ->
 
 
 def similar_lengths(lengths: list[int], most: int) -> list[list[int]]:
-    """Puts windows of similar lengths together, so that each pass holds at most `most` tokens with its padding.
+    """Puts windows of similar lengths together, each pass of at most `most` tokens with its padding.
+
+    A pass ends where its padding comes to `most / 64` tokens, about what one more pass costs.
 
     Args:
         lengths: the length of each window, none above `most`.
@@ -436,10 +439,13 @@ def similar_lengths(lengths: list[int], most: int) -> list[list[int]]:
     Returns:
         The numbers of the windows of each pass, the longest first.
     """
-    passes: list[list[int]] = [[]]
+    passes: list[list[int]] = []
+    longest = padding = 0
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if passes[-1] and (len(passes[-1]) + 1) * lengths[passes[-1][0]] > most:
+        padding += longest - lengths[i]
+        if not passes or padding > most // 64 or (len(passes[-1]) + 1) * longest > most:
             passes.append([])
+            longest, padding = lengths[i], 0
         passes[-1].append(i)
     return passes
 

@@ -680,3 +680,11 @@ def test_steering_that_steered_nothing_is_told(folder, capsys):
     assert re.fullmatch(r"mfa-kernels steer: none of the \d+ tokens was steered: no position or gate let one", said[-1])
     _, said = _steer(folder, capsys, "--positions", "prompt")
     assert not any("was steered" in line for line in said)
+
+
+@pytest.mark.parametrize("given", [[], ["--model-dtype", "bfloat16"]])
+def test_the_dtype_of_the_model_is_asked_for(folder, tmp_path, given):
+    command = ["harvest", "--text", f"{folder}/text", "--layer", "1", "--max-tokens", "40", *given]
+    assert main([*command, "--out", str(tmp_path / "store")]) == 0
+    x = ActivationStore(tmp_path / "store").tensor()
+    assert torch.equal(x, x.bfloat16().float()) == bool(given), "rows that the model made in that dtype"

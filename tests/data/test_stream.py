@@ -35,7 +35,8 @@ def test_a_stream_gives_the_rows_of_a_harvest(model: Any, tokenizer: Any) -> Non
     assert len(batches) > 10
     assert torch.equal(torch.cat(batches), expected)
     first = torch.cat(list(stream(model, tokenizer, LONG, 1, max_tokens=50, **options)))
-    assert torch.equal(first, expected[:50])
+    assert torch.equal(first, quiet(model, tokenizer, LONG, 1, max_tokens=50, **options).tensor())
+    torch.testing.assert_close(first, expected[:50], rtol=1e-5, atol=1e-5)  # whose windows share other passes
     batches = list(stream(model, tokenizer, LONG, [0, -2, "model.layers.1"], max_tokens=50, **options))
     assert all(list(batch) == [0, -2, "model.layers.1"] for batch in batches)
     for layer in (0, 1, 2):
