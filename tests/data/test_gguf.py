@@ -15,7 +15,14 @@ import torch
 
 from mfa_kernels import harvest
 from mfa_kernels.data import gguf
-from mfa_kernels.data.language_model import continuation, encoded, load_language_model, origin, remembered_model
+from mfa_kernels.data.language_model import (
+    bos_prefix,
+    continuation,
+    encoded,
+    load_language_model,
+    origin,
+    remembered_model,
+)
 
 WIDTH, HEADS, KEYS, LAYERS = 64, 4, 2, 2
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz", "Ġ", "th", "the", "Ġthe", "an", "and", "Ġand"]
@@ -54,11 +61,12 @@ def rotated(weight: np.ndarray, heads: int) -> np.ndarray:
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: Any, quantized: bool = False) -> dict[str, np.ndarray]:
+def write_gguf(path: Path, model: Any, quantized: bool = False, bos: bool = False) -> dict[str, np.ndarray]:
     """Writes a Llama, and returns the weights that the file holds, by their names in transformers."""
     import gguf as library
 
     writer = library.GGUFWriter(path, "llama")
+    writer.add_name("small")
     writer.add_block_count(LAYERS)
     writer.add_context_length(64)
     writer.add_embedding_length(WIDTH)
@@ -77,6 +85,7 @@ def write_gguf(path: Path, model: Any, quantized: bool = False) -> dict[str, np.
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_add_bos_token(bos)
     names = {
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
         "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -138,6 +147,19 @@ def test_the_model_of_a_file_has_its_weights(tmp_path: Path, cache: Path, quanti
     assert origin(model, tokenizer)["model"] == origin(model, tokenizer)["tokenizer"] == "local:small.gguf"
     model.save_pretrained(tmp_path / "plain")
     assert str(tmp_path) not in (tmp_path / "plain" / "config.json").read_text()
+
+
+@reads_gguf
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_text_begins_as_the_file_says(tmp_path: Path, bos: bool) -> None:
+    write_gguf(tmp_path / "small.gguf", small_llama(), bos=bos)
+    for _ in range(2):  # converted, and from the cache
+        _, tokenizer = load_language_model(gguf_file=tmp_path / "small.gguf")
+        tokens = tokenizer.convert_ids_to_tokens(tokenizer("and the cat")["input_ids"])
+        assert tokens == ["<s>"] * bos + ["and", "Ġthe", "Ġ", *"cat"]
+        assert bos_prefix(tokenizer) == [1] * bos
+        assert tokenizer.decode(tokenizer("and the cat")["input_ids"], skip_special_tokens=True) == "and the cat"
+        assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
 
 
 @reads_gguf
