@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200_000)
     parser.add_argument("-K", "--clusters", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="a part of the names of those to compare with")
     activations.add_arguments(parser)
     arguments = parser.parse_args()
     if importlib.util.find_spec("sklearn") is None:
@@ -105,7 +106,7 @@ def main() -> None:
     def library(**options: Any) -> Tensor:
         return kmeans(x, clusters, progress=False, **options).centroids
 
-    rivals = others(arguments.threads)
+    rivals = {name: run for name, run in others(arguments.threads).items() if arguments.only in name}
     for rival in rivals.values():
         rival(x[:4096], 8)
     kmeans(x[:4096], 8, progress=False)

@@ -44,7 +44,7 @@ GEMM_COLUMNS = 4096 * 11
 
 FITTED = (512, 1024, 2048, 4096)
 GROWN = (2, 4, 8)
-"""K of the curve: fitted, and how many components the last of them is split into, each."""
+"""K of the curve, unless told otherwise: fitted, and how many components the last of them is split into, each."""
 
 CURVE_TOKENS = 1024
 CHOOSING = 256
@@ -232,36 +232,37 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     }
 
 
-def curve(found: Real | Toy, folder: Path, repeats: int) -> None:
-    """Writes screen_curve.json and screen_curve.svg."""
+def curve(found: Real | Toy, options: argparse.Namespace) -> None:
+    """Writes screen_curve.json and screen_curve.svg; screen_curve_toy with --toy."""
     points = []
 
     def add(mfa: MFA, x: Tensor) -> None:
-        points.append(point(mfa, x, repeats))
+        points.append(point(mfa, x, options.repeats))
         print(json.dumps(points[-1]), flush=True)
         gc.collect()  # gigabytes, before the next one is made
 
     tokens = CURVE_TOKENS + CHOOSING
     held = found.split()[1]
-    for count in FITTED:
+    for count in options.fitted:
         largest = found.mixture(count)
         add(largest, held[:tokens])
-    for children in GROWN:
+    for children in options.grown:
         grown = split(largest, children)
         add(grown, grown.sample(tokens, generator=torch.Generator().manual_seed(1)))
         del grown
     of_all = {
         "D": largest.n_features,
         "R": largest.rank,
-        "fitted up to": FITTED[-1],
+        "fitted up to": options.fitted[-1],
         "N": CURVE_TOKENS,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "torch": torch.__version__,
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "screen_curve.json").write_text(json.dumps({**of_all, "points": points}, indent=1) + "\n")
-    draw(of_all, points, folder / "screen_curve.svg")
+    path = options.curve / ("screen_curve_toy" if options.toy else "screen_curve")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps({**of_all, "points": points}, indent=1) + "\n")
+    draw(of_all, points, path.with_suffix(".svg"))
 
 
 def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> None:
@@ -307,13 +308,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     figures = Path(__file__).parent / "figures"
     parser.add_argument("--curve", type=Path, nargs="?", const=figures, metavar="FOLDER", help="cost against K alone")
+    parser.add_argument("--fitted", type=int, nargs="+", default=FITTED, metavar="K", help="of the curve")
+    parser.add_argument("--grown", type=int, nargs="*", default=GROWN, metavar="CHILDREN", help="of the curve")
     parser.add_argument("--only", nargs="*", default=["small", "large", "grown", "untrained", "one"])
     activations.add_arguments(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.no_grad():
         if options.curve:
-            curve(activations.chosen(options, 768), options.curve, options.repeats)
+            curve(activations.chosen(options, 768), options)
             return
         if "small" in options.only:
             found = activations.chosen(options)
