@@ -64,7 +64,8 @@ def replacing(seed: int) -> Job:
 
 
 def stores(folder: Path) -> list[Path]:
-    return [path.parent for path in folder.rglob(MANIFEST)]
+    """Folders of stores; a temporary folder that a killed process has left is none."""
+    return [path.parent for path in folder.rglob(MANIFEST) if path.parent.suffix != ".tmp"]
 
 
 def check_sound(folder: Path, whole: list[dict]) -> None:

@@ -6,6 +6,7 @@ child for every life of a job. (To fork a process that has run threads is asking
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import random
@@ -121,6 +122,7 @@ JOBS: dict[str, Job] = {
 }
 
 
+_HUNG = 100  # seconds; a life takes a few
 INTERRUPTED = 130  # the status of a life that KeyboardInterrupt ends
 
 
@@ -134,6 +136,7 @@ def begin(job: Job, folder: Path, resume: bool) -> int:
     status = 1
     try:
         try:
+            faulthandler.dump_traceback_later(_HUNG, exit=True)  # a life that hangs says where
             signal.signal(signal.SIGINT, signal.default_int_handler)  # who runs tests in the background ignores it
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
             torch.set_num_threads(1)
