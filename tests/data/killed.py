@@ -21,7 +21,7 @@ from mfa_kernels import harvest
 from mfa_kernels.common.locks import LOCK
 from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.data.store import MANIFEST
-from tests.helpers.killed import Job, begin, contents, live
+from tests.helpers.killed import Job, apart, begin, contents, live
 from tests.helpers.language import make_model, make_tokenizer, words
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -105,10 +105,10 @@ def check_resumed(name: str, job: Job, folder: Path, kills: int) -> None:
                 seconds *= 0.8  # else all signals may come too late, where the machine was busier when it was measured
                 break
             left.pop()
-            check_sound(run, whole)
+            apart(check_sound, run, whole)
         assert live(job, run, True, None)
         assert contents(run) == contents(folder / "whole"), f"{name}: run {runs} ended differently"
-        check_nothing_left(run)
+        apart(check_nothing_left, run)
         shutil.rmtree(run)
         runs += 1
 
@@ -128,11 +128,11 @@ def check_replaced(name: str, folder: Path, kills: int) -> None:
         time.sleep(random.uniform(0, seconds))
         os.kill(children[0], number)
         ended = dict(os.waitpid(child, 0) for child in children)
-        check_sound(folder, whole)
+        apart(check_sound, folder, whole)
         # The other one has waited, and found the folder free.
         assert ended[children[1]] == 0, f"{name}: the second writer failed"
         assert contents(folder) in whole
-    check_nothing_left(folder)
+    apart(check_nothing_left, folder)
 
 
 def check_left(folder: Path) -> None:

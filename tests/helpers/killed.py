@@ -168,6 +168,11 @@ def live(job: Job, folder: Path, resume: bool, seconds: float | None, number: si
     return True
 
 
+def apart(check: Callable[..., None], *given: Any) -> None:
+    """Makes a check in a process of its own: this one, which forks, must not have run threads, as checksums do."""
+    assert live(lambda folder, resume: check(*given), Path(), False, None)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Every file there is, but those that a killed process left under a temporary name."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name[0] != ".")
@@ -209,7 +214,7 @@ def check(name: str, job: Job, folder: Path, kills: int) -> None:
                 break
             left -= 1
             if job is saving:
-                readable(run)
+                apart(readable, run)
         assert live(job, run, True, None)
         assert contents(run / "out") == expected, f"{name}: run {runs} ended differently"
         shutil.rmtree(run)
