@@ -121,7 +121,7 @@ def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[
 
 
 def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
-    """Prints a line for each of three p; of a large mixture, whose lists take minutes, for one."""
+    """Prints a line for three p, and for the one that `mfa.screen` chooses; of a large mixture for one alone."""
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     woodbury = prepared.woodbury
@@ -130,6 +130,8 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     log_prob, _, _, counts = dense()
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
     widths = {op.default_features(features), -(-features // 192) * 16, -(-features // 64) * 16}
+    if (chosen := op.choose(x[:CHOOSING], prepared.parameters, woodbury)) is not None:  # as `mfa.screen` does
+        widths.add(chosen.basis.shape[1])
     for kept in [lists.FEATURES] if count > 2 * lists.AT_ONCE else sorted(widths):
         screen, seconds = timed(lambda: op.screen(prepared.parameters, woodbury, kept))  # noqa: B023
         basis = screen.basis
