@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import real
-from mfa_kernels import MFA, fit, harvest
+from mfa_kernels import MFA, harvest
 from mfa_kernels.data import ActivationStore
 from mfa_kernels.data.tiny_lm.corpus import stdlib_texts
 from mfa_kernels.models import load_language_model
@@ -55,10 +55,7 @@ class Toy:
 
     def mixture(self, components: int, rank: int = real.RANK) -> MFA:
         """Returns a mixture fitted to the rows to fit, shared noise."""
-        folder = self.folder / f"K{components}-R{rank}"
-        if not (folder / "config.json").exists():
-            fit(self.split()[0], components, rank).save_pretrained(folder)
-        return MFA.from_pretrained(folder)
+        return real.fitted(self.folder / f"K{components}-R{rank}", self.split, components, rank)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import platform
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,10 +110,14 @@ class Real:
 
     def mixture(self, components: int, rank: int = RANK) -> MFA:
         """Returns a mixture fitted to the rows to fit, shared noise."""
-        folder = self.folder / f"layer{self.layer}-K{components}-R{rank}"
-        if not (folder / "config.json").exists():
-            fit(self.split()[0], components, rank).save_pretrained(folder)
-        return MFA.from_pretrained(folder)
+        return fitted(self.folder / f"layer{self.layer}-K{components}-R{rank}", self.split, components, rank)
+
+
+def fitted(folder: Path, split: Callable[[], tuple[Tensor, Tensor]], components: int, rank: int) -> MFA:
+    """Returns the mixture in a folder, fitted to the first part of `split()` where it is not there yet."""
+    if not (folder / "config.json").exists():
+        fit(split()[0], components, rank).save_pretrained(folder)
+    return MFA.from_pretrained(folder)
 
 
 def summary(real: Real) -> str:

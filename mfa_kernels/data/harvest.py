@@ -80,8 +80,8 @@ def harvest(
 
     Args:
         model: a Hugging Face causal language model, or the folder or hub id of one; of an encoder-decoder, layers of
-            the encoder alone, by path. Training flags and device are given back as they were. One with bfloat16 weights
-            takes less than half the time on processors that multiply them (AVX512-BF16, AMX).
+            the encoder alone, by path. Training flags and device are given back as they were. Whether one with bfloat16
+            weights is faster depends on the processor (`python -m bench.bench_harvest --dtype bfloat16`).
         tokenizer: its tokenizer, or the folder or hub id of one; None when `model` is a folder or id that has it.
         texts: strings, (name, string) pairs, mappings with a "text" entry, or paths (`pathlib.Path`) as for
             `read_texts`; a lone string is a path.

@@ -309,7 +309,7 @@ def from_pretrained(
 
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise TypeError(f"{name} must be the name or the folder of a model, got {shown(source)}")
-    if is_there(Path(source), MIXTURE):
+    if source not in OWN_NAMES and is_there(Path(source), MIXTURE):
         raise ValueError(f"{name} must be the name or the folder of a language model, {source} holds {MIXTURE.what}")
     if isinstance(source, os.PathLike) and not Path(source).is_dir() and not gguf.is_gguf(source):
         raise FileNotFoundError(f"{name}: there is no folder {source}")
@@ -344,7 +344,9 @@ def _gguf_file(source: StrPath, gguf_file: StrPath | None) -> Path | None:
         if not gguf.is_gguf(found):
             raise ValueError(f"{gguf_file} in {source} is no GGUF file")
         return Path(found)
-    return gguf.smollm2() if source == SMOLLM2 else Path(source) if gguf.is_gguf(source) else None
+    if source in OWN_NAMES:
+        return gguf.smollm2() if source == SMOLLM2 else None
+    return Path(source) if gguf.is_gguf(source) else None
 
 
 def why(error: BaseException) -> str:

