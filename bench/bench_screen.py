@@ -79,7 +79,7 @@ class Prepared(NamedTuple):
 
     def dense(self, x: Tensor) -> tuple[Tensor, ...]:
         f = self.woodbury
-        return cpp.library().scan(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS)
+        return cpp.library().scan(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS, False)[:4]
 
     def screened(self, x: Tensor, screen: Screen) -> ScreenedPairs:
         return op.scan(x, self.woodbury, self.constants, screen, self.threshold, SLOTS)
@@ -206,7 +206,7 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
         "dense": partial(prepared.dense, x),
         "screened": partial(prepared.screened, x, screen),
         "lists": partial(prepared.screened, x, listed),
-        "stage_0": partial(op.refresh, screen, *prepared.parameters, prepared.woodbury),
+        "stage_0": partial(op.refresh, screen, prepared.parameters, prepared.woodbury),
     }
     alone = {
         "dense": partial(prepared.dense, one),

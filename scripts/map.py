@@ -19,6 +19,7 @@ FOLDERS = ("mfa_kernels", "csrc")
 CAPTIONS = {
     "csrc": "Kernels in C++ and CUDA, compiled on first use.",
     "csrc/cpu": "The C++ kernels: headers that know no Torch, and their bindings.",
+    "csrc/cpu/int8": "The first level of the scan in int8: bounds first, exact logits of what they leave.",
     "csrc/cpu/screen": "The screen on a CPU: bounds first, exact logits of what they leave.",
     "csrc/cuda": "The CUDA C++ kernels, for stage 0 and for up to 16 tokens.",
 }

@@ -1,6 +1,8 @@
 // The Python module, and the checks that all bindings share.
 #include "bindings.h"
 
+#include "int8/rows.h"
+
 #include <ATen/ops/aminmax.h>
 #include <ATen/ops/empty.h>
 #include <pybind11/stl.h>
@@ -75,9 +77,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using T = at::Tensor;
   using Maybe = std::optional<T>;
   m.attr("vector_bytes") = mfa::kVectorBytes;
+  m.attr("multiplies_int8") = mfa::kHasDot4;
+  m.attr("int8_features") = mfa::kInt8Features;
   m.def("zeros_like", &binding::zeros_like, GilReleased());
   m.def("woodbury", &binding::woodbury, GilReleased());
   m.def("scan", &binding::scan, GilReleased());
+  m.def("int8_rows", &binding::int8_rows, GilReleased());
+  def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "scan_int8", &binding::scan_int8);
+  def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "int8_bounds", &binding::int8_bounds);
   m.def("screen_neighbors", &binding::screen_neighbors, GilReleased());
   m.def("dense", &binding::dense, GilReleased());
   m.def("latents", &binding::latents, GilReleased());

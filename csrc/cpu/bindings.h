@@ -59,9 +59,9 @@ int64_t width(const Tensor& like);
 // one, in their order.
 Tensor zeros_like(const Tensor& like);
 std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& loadings, const Tensor& noise);
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
-                                                const Tensor& lam, bool per_component, double threshold,
-                                                int64_t slots);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
+                                                        const Tensor& lam, bool per_component, double threshold,
+                                                        int64_t slots, bool keep);
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component);
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
                const Tensor& lam, bool per_component);
@@ -89,6 +89,20 @@ struct Statistics {
   const Tensor &mass, &shift, &latent, &second, &cross, &squares;
 };
 void statistics(const Statistics& a);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> int8_rows(const Tensor& rows, const Tensor& scale8, const Tensor& center,
+                                                     bool per_component);
+
+struct ScanInt8 {
+  const Tensor &x, &rows, &constants, &lam;
+  const Tensor &rows8, &means8, &starts8, &terms8, &scale8, &center;  // of an Int8Rows
+  bool per_component;
+  double threshold;
+  int64_t slots;
+  bool keep;
+};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> scan_int8(const ScanInt8& a);
+std::tuple<Tensor, Tensor> int8_bounds(const ScanInt8& a);
 
 struct ScreenMarginals {
   const Tensor &means, &loadings, &cholesky, &center, &scale, &projection;

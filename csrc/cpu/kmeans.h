@@ -264,7 +264,7 @@ class NearestCentroid {
   // Returns the index of the least score, K or beyond where all are NaN or infinite.
   int64_t lowest(const T* scores) const {
     constexpr int V = kWidth<T>;
-    Vec<T> least = Vec<T>{} + std::numeric_limits<T>::infinity();
+    Vec<T> least = broadcast(std::numeric_limits<T>::infinity());
     const int64_t vectors = blocks_ * kDotVectors;
     for (int64_t b = 0; b < vectors; ++b) {
       const Vec<T> value = load(scores + b * V);

@@ -61,7 +61,7 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int
           }
 #pragma GCC unroll 16
           for (int g = 0; g < G; ++g) {
-            const Vec<T> a = Vec<T>{} + row[(1 + g) * V + first * V];
+            const Vec<T> a = broadcast(row[(1 + g) * V + first * V]);
 #pragma GCC unroll 2
             for (int n = 0; n < NV; ++n) t[c][g][n] += a * v[n];
           }

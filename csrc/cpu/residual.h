@@ -12,7 +12,7 @@ namespace mfa {
 // before it is subtracted. Where t is not finite either, the difference is NaN.
 template <class T>
 Vec<T> once_if_infinite(Vec<T> square, Vec<T> t) {
-  return square == std::numeric_limits<T>::infinity() ? Vec<T>{} + T(1) : t;
+  return square == std::numeric_limits<T>::infinity() ? broadcast<T>(1) : t;
 }
 
 // v [D padded] of one token for one component.

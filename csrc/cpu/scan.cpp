@@ -3,15 +3,19 @@
 
 namespace binding {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
-                                                const Tensor& lam, bool per_component, double threshold,
-                                                int64_t slots) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
+                                                        const Tensor& lam, bool per_component, double threshold,
+                                                        int64_t slots, bool keep) {
   const auto shape = shape_of_rows(rows, x.size(1), per_component);
   const ActiveTensors out(x, slots);
+  AllLogits all(x, shape.components, keep);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "scan", [&] {
-    mfa::scan(scan_input<scalar_t>(shape, x, rows, constants, lam), out.pairs<scalar_t>(threshold), parallel_for);
+    const auto in = scan_input<scalar_t>(shape, x, rows, constants, lam);
+    const auto pairs = out.pairs<scalar_t>(threshold);
+    const bool wanted = keep && (in.tokens < mfa::kCrowdTokens || mfa::crowded(in, pairs, parallel_for));
+    mfa::scan(in, pairs, parallel_for, wanted ? all.room<scalar_t>() : nullptr);
   });
-  return {out.log_prob, out.components, out.logits, out.counts};
+  return {out.log_prob, out.components, out.logits, out.counts, all.logits};
 }
 
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component) {

@@ -121,8 +121,10 @@ void for_distances(const ScanInput<T>& in, const Schedule& plan, Visit&& visit, 
   scan_panels(in, plan, visit, parallel_for);
 }
 
+// Finds the active pairs; `all`, where it is not null, is every logit [K, N], which a backward pass over crowded tokens
+// needs again.
 template <class T, class ParallelFor>
-void scan(const ScanInput<T>& in, const ActivePairs<T>& out, ParallelFor&& parallel_for) {
+void scan(const ScanInput<T>& in, const ActivePairs<T>& out, ParallelFor&& parallel_for, T* all = nullptr) {
   const int64_t tokens = in.tokens, size = tokens * out.slots;
   const Schedule plan = Schedule::of<T>(in.shape, tokens, parallel_for.threads());
   std::vector<TokenState<T>> states(tokens * plan.splits);
@@ -138,6 +140,8 @@ void scan(const ScanInput<T>& in, const ActivePairs<T>& out, ParallelFor&& paral
   auto visit = [&](int64_t split, int64_t n0, int64_t here, int64_t k, const T* distances) {
     const T constant = in.constants[k];
     T* bar = bars.data() + split * tokens + n0;
+    if (all)
+      for (int64_t i = 0; i < here; ++i) all[k * tokens + n0 + i] = constant - distances[i] / 2;
     int any = 0;
     for (int64_t i = 0; i < here; ++i) any |= !(constant - distances[i] / 2 < bar[i]);  // NaN counts too
     if (!any) return;
@@ -157,6 +161,21 @@ void scan(const ScanInput<T>& in, const ActivePairs<T>& out, ParallelFor&& paral
       states[n].finish(out, n);
     }
   });
+}
+
+constexpr int64_t kCrowdTokens = 256;  // so many are looked at as they are; of more, a panel
+
+// Returns whether most of a few tokens, evenly spread, have more active components than slots.
+template <class T, class ParallelFor>
+bool crowded(const ScanInput<T>& in, const ActivePairs<T>& out, ParallelFor&& parallel_for) {
+  const int64_t D = in.shape.features, S = out.slots, count = std::min<int64_t>(in.tokens, kPanel<T>);
+  std::vector<T> x(count * D), log_prob(count), logits(count * S);
+  std::vector<int32_t> components(count * S), counts(count);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(in.x + in.tokens * i / count * D, D, x.data() + i * D);
+  ScanInput<T> some = in;
+  some.x = x.data(), some.tokens = count;
+  scan<T>(some, {out.threshold, S, log_prob.data(), components.data(), logits.data(), counts.data()}, parallel_for);
+  return 2 * std::count(counts.begin(), counts.end(), static_cast<int32_t>(S + 1)) > count;
 }
 
 // Writes every logit, on request: out [K, N].

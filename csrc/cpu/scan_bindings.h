@@ -30,4 +30,23 @@ struct ActiveTensors {
   }
 };
 
+// Every logit [K, N], if it is asked for and not too large; else of size 0.
+struct AllLogits {
+  Tensor logits;
+
+  AllLogits(const Tensor& x, int64_t components, bool keep)
+      : logits(empty({0, x.size(0)}, x.options())), components_(components), keep_(keep) {}
+  template <class T>
+  T* room() {
+    if (!keep_ || components_ * logits.size(1) > kMostKept) return nullptr;
+    logits = allocate({components_, logits.size(1)}, logits.options());
+    return data<T>(logits);
+  }
+
+ private:
+  static constexpr int64_t kMostKept = int64_t(1) << 28;  // a gigabyte in float; beyond, they are computed again
+  int64_t components_;
+  bool keep_;
+};
+
 }  // namespace binding

@@ -45,6 +45,7 @@ struct TokenState {
   T base = 0;         // once a logit was evicted, all active ones so far sum to exp(base) * sum
   double sum = 0;
   int32_t count = 0;     // slots in use
+  int64_t least = -1;    // the slot with the smallest logit, where all are in use and it is known
   bool invalid = false;  // a logit was NaN
 
   bool summing() const { return evicted > kNone; }
@@ -58,23 +59,24 @@ struct TokenState {
     if (logit == kNone) return;
     best = std::max(best, logit);
     if (summing() && !summed) add(logit, 1);
-    int64_t smallest = 0;
     if (count == slots.size) {
-      smallest = std::min_element(slots.logits, slots.logits + count) - slots.logits;
-      if (slots.logits[smallest] < best - slots.threshold) drop_inactive(slots);
+      if (least < 0) least = std::min_element(slots.logits, slots.logits + count) - slots.logits;
+      if (slots.logits[least] < best - slots.threshold) drop_inactive(slots);
     }
     if (count < slots.size) {
       slots.components[count] = component;
       slots.logits[count++] = logit;
+      least = -1;
       return;
     }
     if (!summing()) {
       sum_slots(slots);
       add(logit, 1);
     }
-    if (slots.logits[smallest] < logit) {
-      std::swap(slots.logits[smallest], logit);
-      slots.components[smallest] = component;
+    if (slots.logits[least] < logit) {
+      std::swap(slots.logits[least], logit);
+      slots.components[least] = component;
+      least = -1;
     }
     evicted = std::max(evicted, logit);
   }
@@ -107,9 +109,12 @@ struct TokenState {
 
  private:
   void add(T other_base, double other_sum) {
-    const T top = std::max(base, other_base);
-    sum = sum * std::exp(static_cast<double>(base - top)) + other_sum * std::exp(static_cast<double>(other_base - top));
-    base = top;
+    if (other_base <= base) {  // as nearly all are
+      sum += other_sum * std::exp(static_cast<double>(other_base - base));
+      return;
+    }
+    sum = sum * std::exp(static_cast<double>(base - other_base)) + other_sum;
+    base = other_base;
   }
 
   void sum_slots(const Slots<T>& slots) {

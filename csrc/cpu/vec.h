@@ -40,6 +40,21 @@ inline void store(T* p, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(p) = v;
 }
 
+// a in every lane. Subtracting +0 changes no value, so compilers leave it out, and read the lanes from memory. They may
+// not leave out the addition of 0, which turns -0 into 0; that, and a broadcast between registers, took the place of two
+// multiply-adds on processors whose ports do both.
+template <class T>
+inline Vec<T> broadcast(T a) {
+  return a - Vec<T>{};
+}
+
+// Asks for `count` values from p on, which are needed soon: a processor does not guess where the next component begins.
+template <class T>
+inline void prefetch(const T* p, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
+}
+
 // Vectors of as many lanes in double precision.
 template <class T>
 struct Wide {
@@ -49,6 +64,22 @@ struct Wide {
 template <class T>
 inline typename Wide<T>::Vec widen(Vec<T> v) {
   return __builtin_convertvector(v, typename Wide<T>::Vec);
+}
+
+// As many lanes of T as a vector of double has: what is computed in double precision is read and written by these.
+template <class T>
+struct Narrow {
+  typedef T Vec __attribute__((vector_size(kWidth<double> * sizeof(T)), aligned(sizeof(T)), may_alias));
+};
+
+template <class T>
+inline Vec<double> load_wide(const T* p) {
+  return __builtin_convertvector(*reinterpret_cast<const typename Narrow<T>::Vec*>(p), Vec<double>);
+}
+
+template <class T>
+inline void store_narrow(T* p, Vec<double> v) {
+  *reinterpret_cast<typename Narrow<T>::Vec*>(p) = __builtin_convertvector(v, typename Narrow<T>::Vec);
 }
 
 template <class T>
@@ -71,8 +102,41 @@ inline Vec<T> add_across(Vec<T> a, Vec<T> b, std::integer_sequence<int, J...>) {
   return __builtin_shufflevector(a, b, (J & Step ? V + J : J)...) +
          __builtin_shufflevector(a, b, (J & Step ? V + (J ^ Step) : J ^ Step)...);
 }
+
+// Exchanges lanes of a where bit `Step` of their index is set for lanes of b where it is clear.
+template <class T, int Step, int... J>
+inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, J...>) {
+  constexpr int V = kWidth<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, (J & Step ? V + (J ^ Step) : J)...);
+  b = __builtin_shufflevector(a, b, (J & Step ? V + J : J ^ Step)...);
+  a = low;
+}
 #endif
 #endif
+
+// Transposes V vectors: lane j of vector i changes places with lane i of vector j.
+template <class T>
+inline void transpose(Vec<T>* v) {
+  constexpr int V = kWidth<T>;
+#ifdef MFA_SHUFFLES
+  auto exchange_all = [&]<int Step>(auto& self, std::integral_constant<int, Step>) -> void {
+    if constexpr (Step < V) {
+#pragma GCC unroll 16
+      for (int i = 0; i < V; ++i)
+        if (!(i & Step)) exchange<T, Step>(v[i], v[i + Step], std::make_integer_sequence<int, V>{});
+      self(self, std::integral_constant<int, 2 * Step>{});
+    }
+  };
+  exchange_all(exchange_all, std::integral_constant<int, 1>{});
+#else
+  for (int i = 0; i < V; ++i)
+    for (int j = 0; j < i; ++j) {
+      const T own = v[i][j];
+      v[i][j] = v[j][i];
+      v[j][i] = own;
+    }
+#endif
+}
 
 // out [V]: the sums of the lanes of V vectors [V, V].
 template <class T>
@@ -104,6 +168,6 @@ void with_constant(int64_t n, Body&& body) {
   }(std::make_integer_sequence<int, N>{});
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace mfa

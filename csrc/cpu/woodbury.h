@@ -9,6 +9,7 @@
 #include <cmath>
 #include <vector>
 
+#include "gram.h"
 #include "layout.h"
 
 namespace mfa {
@@ -45,50 +46,87 @@ int64_t white_stride(const Shape& shape) {
   return shape.padded<T>() + kWidth<T>;
 }
 
+// white [R, white_stride] = lam W, transposed; what pads it is left as it is.
+template <class T>
+void whiten(const Shape& shape, const T* loadings, const double* lam, double* white) {
+  constexpr int V = kWidth<T>, W = kWidth<double>;
+  const int64_t D = shape.features, R = shape.rank, P = white_stride<T>(shape);
+  T lanes[V];
+  int64_t d = 0;
+  // V features of V ranks at a time, as long as the last row of a tile ends inside the array.
+  for (; (d + V - 1) * R + ceil_div(R, V) * V <= D * R; d += V)
+    for (int64_t r = 0; r < R; r += V) {
+      Vec<T> tile[V];
+      for (int i = 0; i < V; ++i) tile[i] = load(loadings + (d + i) * R + r);
+      transpose<T>(tile);
+      for (int i = 0; i < std::min<int64_t>(V, R - r); ++i) {
+        store<T>(lanes, tile[i]);
+        for (int j = 0; j < V; j += W)
+          store<double>(white + (r + i) * P + d + j, load_wide(lanes + j) * load(lam + d + j));
+      }
+    }
+  for (; d < D; ++d)
+    for (int64_t r = 0; r < R; ++r) white[r * P + d] = lam[d] * static_cast<double>(loadings[d * R + r]);
+}
+
+// Writes the rows A = L^-1 W~^T, some features at a time, by forward substitution. N is the rank, or 0 where the
+// compiler need not know it. inverse [R]: one over the diagonal of L; solved [R, W] is scratch. The loadings of the next
+// component, or null, are asked for meanwhile.
+template <class T, int N>
+void solve_rows(const Shape& shape, const double* white, const double* chol, const double* inverse, T* rows,
+                double* solved, const T* next) {
+  constexpr int V = kWidth<T>, W = kWidth<double>;
+  const int64_t R = N ? N : shape.rank, P = white_stride<T>(shape);
+  Vec<double> registers[N ? N : 1];
+  Vec<double>* const own = N ? registers : reinterpret_cast<Vec<double>*>(solved);
+  for (int64_t d = 0; d < shape.padded<T>(); d += W) {
+    T* const row = rows + d / V * shape.block_stride<T>() + d % V;
+    if (next && d < shape.features) prefetch(next + d * R, W * R);
+#pragma GCC unroll 12
+    for (int64_t i = 0; i < R; ++i) {
+      Vec<double> sum = load(white + i * P + d);
+#pragma GCC unroll 12
+      for (int64_t j = 0; j < i; ++j) sum -= chol[i * R + j] * own[j];
+      own[i] = sum * inverse[i];
+      store_narrow(row + (1 + i) * V, own[i]);
+    }
+  }
+}
+
 // Writes one component's rows and Cholesky factor; returns log|M|. It computes in double precision, because M of nearly
 // collinear loadings would not stay definite otherwise; every row is rounded once, when it is written.
-// white [R, white_stride] is scratch, zero in the padding.
+// white [R, white_stride] is scratch, zero in the padding; so are products [R, R], inverse [R] and
+// solved [R, W], vectors of W doubles.
 template <class T>
 double factor_component(const Shape& shape, const T* mean, const T* loadings, const double* lam, T* rows, T* chol,
-                        double* gram, double* white) {
-  using WideVec = typename Wide<T>::Vec;
-  constexpr int V = kWidth<T>;
-  const int64_t D = shape.features, R = shape.rank, B = shape.blocks<T>(), P = white_stride<T>(shape);
-  const int64_t stride = shape.block_stride<T>();
-  auto wide = [](const double* from) {
-    WideVec v;
-    std::memcpy(&v, from, sizeof v);
-    return v;
-  };
-  std::memset(rows + (B - 1) * stride, 0, stride * sizeof(T));  // the padding of the last block
-  for (int64_t d = 0; d < D; ++d) {
-    T* row = rows + d / V * stride + d % V;
-    row[0] = mean[d];
-    if (shape.per_component) row[(1 + R) * V] = static_cast<T>(lam[d]);
-    for (int64_t r = 0; r < R; ++r) white[r * P + d] = lam[d] * static_cast<double>(loadings[d * R + r]);
+                        double* products, double* white, double* inverse, double* solved,
+                        const T* next) {
+  constexpr int V = kWidth<T>, kUnrolled = 12;
+  const int64_t D = shape.features, R = shape.rank, stride = shape.block_stride<T>();
+  std::memset(rows + (shape.blocks<T>() - 1) * stride, 0, stride * sizeof(T));  // the padding of the last block
+  for (int64_t d = 0; d < D; d += V) {
+    T* const row = rows + d / V * stride;
+    const int64_t here = std::min<int64_t>(V, D - d);
+    std::copy_n(mean + d, here, row);
+    for (int64_t j = 0; j < here && shape.per_component; ++j) row[(1 + R) * V + j] = static_cast<T>(lam[d + j]);
   }
   if (R == 0) return 0;
-  for (int64_t i = 0; i < R; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      WideVec sum = {};
-      for (int64_t d = 0; d < B * V; d += V) sum += wide(white + i * P + d) * wide(white + j * P + d);
-      double total = i == j ? 1 : 0;
-      for (int lane = 0; lane < V; ++lane) total += sum[lane];
-      gram[i * R + j] = total;
-    }
-  cholesky(gram, R);
+  whiten(shape, loadings, lam, white);
+  gram(white, R, shape.padded<T>(), white_stride<T>(shape), products);
+  for (int64_t i = 0; i < R; ++i) products[i * R + i] += 1;
+  cholesky(products, R);
   double log_diagonal = 0;
-  for (int64_t i = 0; i < R; ++i) log_diagonal += std::log(gram[i * R + i]);
-  for (int64_t i = 0; i < R * R; ++i) chol[i] = static_cast<T>(gram[i]);
-  // A = L^-1 W~^T by forward substitution, V features at a time.
-  std::vector<WideVec> solved(R);
-  for (int64_t b = 0; b < B; ++b)
-    for (int64_t i = 0; i < R; ++i) {
-      solved[i] = wide(white + i * P + b * V);
-      for (int64_t j = 0; j < i; ++j) solved[i] -= gram[i * R + j] * solved[j];
-      solved[i] /= gram[i * R + i];
-      store<T>(rows + b * stride + (1 + i) * V, __builtin_convertvector(solved[i], Vec<T>));
-    }
+  for (int64_t i = 0; i < R; ++i) {
+    log_diagonal += std::log(products[i * R + i]);
+    inverse[i] = 1 / products[i * R + i];
+  }
+  for (int64_t i = 0; i < R * R; ++i) chol[i] = static_cast<T>(products[i]);
+  if (R > kUnrolled)
+    solve_rows<T, 0>(shape, white, products, inverse, rows, solved, next);
+  else
+    with_constant<kUnrolled>(R, [&]<int N>(std::integral_constant<int, N>) {
+      solve_rows<T, N>(shape, white, products, inverse, rows, solved, next);
+    });
   return 2 * log_diagonal;
 }
 
@@ -100,14 +138,17 @@ void woodbury(const Shape& shape, const T* means, const T* loadings, const T* no
   std::vector<double> shared_lam(D);
   const double shared_log_noise = shape.per_component ? 0 : inverse_scale(noise, D, shared_lam.data());
   parallel_for(shape.components, [&](int64_t begin, int64_t end) {
-    std::vector<double> gram(R * R), white(R * white_stride<T>(shape)), own_lam(shape.per_component ? D : 0);
+    std::vector<double> products(R * R), inverse(R), solved(R * kWidth<double>), white(R * white_stride<T>(shape));
+    std::vector<double> own_lam(shape.per_component ? D : 0);
     for (int64_t k = begin; k < end; ++k) {
       const double log_noise =
           shape.per_component ? inverse_scale(noise + k * D, D, own_lam.data()) : shared_log_noise;
       const double* lam = shape.per_component ? own_lam.data() : shared_lam.data();
       log_det[k] = static_cast<T>(log_noise + factor_component(shape, means + k * D, loadings + k * D * R, lam,
                                                                rows + k * shape.component_stride<T>(),
-                                                               chol + k * R * R, gram.data(), white.data()));
+                                                               chol + k * R * R, products.data(), white.data(),
+                                                               inverse.data(), solved.data(),
+                                                               k + 1 < end ? loadings + (k + 1) * D * R : nullptr));
     }
   });
 }

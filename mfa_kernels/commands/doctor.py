@@ -1,4 +1,4 @@
-"""`mfa-kernels doctor`: reports what is built and missing, and which kernels would run where."""
+"""`mfa-kernels doctor`: reports what is built and missing, which kernels would run where, and how fast the scan is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 
 import torch
 
+from mfa_kernels.commands.rates import processor, rates
 from mfa_kernels.mixture.functional import compute_dtype
 from mfa_kernels.ops.common import backends, cpp, cuda
 
@@ -47,7 +48,7 @@ def report() -> list[tuple[str, str]]:
     """
     backends.asked_for()
     compiler = cpp.compiler()
-    lines = [("python", platform.python_version()), ("platform", platform.platform())]
+    lines = [("python", platform.python_version()), ("platform", platform.platform()), ("processor", processor())]
     packages = ("mfa_kernels", "torch", "triton", "transformers", "numpy", "safetensors", "ninja", "matplotlib")
     lines += [(name, version(name)) for name in packages]
     if compiler is not None:
@@ -69,4 +70,4 @@ def report() -> list[tuple[str, str]]:
     for device in devices:
         for dtype in (torch.float32, torch.float64, torch.bfloat16):
             lines.append((f"{device}, {str(dtype).removeprefix('torch.')}", serving(device.split()[0], dtype)))
-    return lines
+    return lines + (rates() if built and backends.asked_for() in ("", "cpp") else [])

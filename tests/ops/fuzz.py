@@ -41,7 +41,9 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     made: dict[str, list[Any]] = {
         "factors": [*m[:3]],
         "scan_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
-        "log_prob": [x, *m, *f.tensors(), 4, True, *f.scan],
+        "int8_rows": [f.rows, f.cholesky, f.scale, f.center, per_component],
+        "log_prob": [x.repeat(40, 1), *m, *f.tensors(), 4, True, *f.scan, *f.int8],
+        "log_prob_keeping": [x.repeat(40, 1), *m, *f.tensors(), 4, *f.int8],
         "log_prob_backward": [torch.ones(tokens_), torch.zeros(tokens_, 4), x, *m, *f.tensors(), *active, [True] * 5],
         "component_log_prob": [x, *m[:3], *f.tensors()],
         "component_log_prob_backward": [torch.ones(tokens_, components), x, *m[:3], *f.tensors(), [True] * 4],
@@ -65,6 +67,8 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
     }
     c = case(shape=(components, features, rank), per_component=per_component, dtype=torch.float32)
     made["intervene"] = c.operands()
+    if not f.is_cpp:
+        del made["log_prob_keeping"]
     screen = None if per_component or not f.is_cpp else screening.screen(m, f, 16)
     if screen is not None:
         near = screening.with_neighbors(screen, m, f)

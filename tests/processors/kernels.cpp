@@ -8,6 +8,7 @@
 #include <map>
 #include <string>
 
+#include "int8/int8_scan.h"
 #include "intervene.h"
 #include "kmeans.h"
 #include "screen/marginals.h"
@@ -602,6 +603,61 @@ void steering(const Problem<T>& p) {
   within(found.first.data(), exact, terms, "steering");
 }
 
+// The terms of a mixture in int8, whoever holds their memory.
+struct Int8Terms {
+  std::vector<int8_t> rows;
+  std::vector<float> means, terms;
+  std::vector<int32_t> starts;
+  explicit Int8Terms(const mfa::Int8Rows& sizes)
+      : rows(sizes.shape.components * sizes.shape.rank * sizes.padded()),
+        means(sizes.shape.components * sizes.mean_rows() * sizes.padded()),
+        terms(sizes.shape.components * sizes.term_count()), starts(sizes.shape.components * sizes.shape.rank) {}
+  mfa::Int8Rows view(const mfa::Int8Rows& like) {
+    return {like.shape, rows.data(), means.data(), starts.data(), terms.data(), like.scale, like.center};
+  }
+  bool operator==(const Int8Terms& other) const = default;
+};
+
+// Bounds of every logit by way of int8, against the logits in double precision; and the scan that begins with them.
+void int8_level(const Problem<float>& p) {
+  const int64_t N = p.N, K = p.K, D = p.D;
+  std::vector<float> scale(p.lam), center(D);
+  for (int64_t d = 0; d < D; ++d) {
+    if (p.shape.per_component) scale[d] = static_cast<float>(p.scale(K - 1, d));
+    for (int64_t k = 0; k < K; ++k) center[d] += p.means[k * D + d] / K;
+  }
+  const mfa::Int8Rows like{p.shape, nullptr, nullptr, nullptr, nullptr, scale.data(), center.data()};
+  auto terms = same("int8 rows", [&](const Threads& threads) {
+    Int8Terms own(like);
+    mfa::quantise(own.view(like), p.rows.data(), threads);
+    return own;
+  });
+  const mfa::Int8Rows rows = terms.view(like);
+  const auto bounds = same("int8 bounds", [&](const Threads& threads) {
+    std::pair<std::vector<float>, std::vector<float>> of(K * N, K * N);
+    mfa::int8_bounds(p.input(), rows, of.first.data(), of.second.data(), threads);
+    return of;
+  });
+  bool hold = true, tell = false;
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t k = 0; k < K; ++k) {
+      const double logit = p.logit[n * K + k], room = 8 * 1.2e-7 * p.logit_terms[n * K + k];
+      const double low = bounds.first[k * N + n], high = bounds.second[k * N + n];
+      hold = hold && low <= logit + room && high >= logit - room;
+      tell = tell || high - low < 100;
+    }
+  that(hold, "int8 bounds: a logit is outside");
+  that(tell, "int8 bounds: all so wide that they tell nothing");
+  for (const int64_t slots : {int64_t(2), int64_t(16)}) {
+    const auto found = same("scan by int8", [&](const Threads& threads) {
+      Found<float> f(N, slots);
+      mfa::scan_int8(p.input(), rows, f.out(p.threshold()), [] { return static_cast<float*>(nullptr); }, threads);
+      return f;
+    });
+    check_active(p, found, slots, "scan by int8");
+  }
+}
+
 template <class T>
 void all() {
   // (N, K, D, R): few tokens, panels, ragged ones; components in one range and in several; ranks in one pass and in more.
@@ -616,6 +672,8 @@ void all() {
         steering(p);
         if (N * K < 3000) pairs(p), statistics(p);
         if (!own_noise && D >= 32 && R > 0) screening(p, 32);
+        if constexpr (sizeof(T) == 4)
+          if (R > 0) int8_level(p);
       }
   kmeans<T>(75, 60, 50, 16);
   kmeans<T>(33, 7, 40, 16);

@@ -58,7 +58,7 @@ void project_tile(const double* a, const double* q, int64_t features, double* ou
     const Vec<double> left = load(q), right = load(q + V);
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      const Vec<double> row = Vec<double>{} + a[m];
+      const Vec<double> row = broadcast(a[m]);
       sum[m][0] += row * left;
       sum[m][1] += row * right;
     }

@@ -123,7 +123,7 @@ struct PairTile {
 #pragma GCC unroll 16
     for (int64_t s = 0; s < rank; ++s) {
 #pragma GCC unroll 16
-      for (int64_t t = 0; t <= s; ++t) row[t] = Vec<T>{} + T(s == t);
+      for (int64_t t = 0; t <= s; ++t) row[t] = broadcast<T>(s == t);
       for (int64_t r = 0; r < rank; ++r)
 #pragma GCC unroll 16
         for (int64_t t = 0; t <= s; ++t) row[t] -= cross[r * rank + s] * cross[r * rank + t];

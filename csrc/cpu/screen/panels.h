@@ -9,7 +9,7 @@
 //           not pay); for a few tokens (few_tokens.h) one read of Q, of the lines, and of the rows of what is left.
 //           Measured by bench/bench_screen.py.
 #pragma once
-#include "candidates.h"
+#include "leaders.h"
 #include "refine.h"
 
 namespace mfa {
@@ -19,22 +19,6 @@ constexpr int64_t kStretch = 256;                   // least tokens at a time, s
 constexpr int64_t kPilot = 128;                     // tokens that decide whether screening pays
 constexpr int64_t kDenseShare = 16;                 // a token that keeps more than K over this takes the dense scan
 constexpr int64_t kLineShare = 12;                  // lines pay while they leave less than 1 of so many pairs
-
-// Active pairs, and a certificate of what was left out.
-template <class T>
-struct ScreenedPairs : ActivePairs<T> {
-  T* dropped;          // [N] bound on the responsibility, all together, of the components whose logit was not computed
-  int32_t* evaluated;  // [N] how many logits were computed; -1 where the token took the dense scan
-};
-
-// Runs the rest of a scan on one thread, that of the caller.
-struct Serially {
-  static int64_t threads() { return 1; }
-  template <class Body>
-  void operator()(int64_t count, Body&& body) const {
-    body(int64_t(0), count);
-  }
-};
 
 // Adds the pairs of one panel whose bounds come within the threshold of their leader, and writes `dropped` and
 // `evaluated`.
@@ -127,51 +111,6 @@ void by_stretches(int64_t begin, int64_t end, int64_t step, Candidates<T>& found
   for (const Candidates<T>& part : parts) {
     found.leaders.append(part.leaders);
     found.others.append(part.others);
-  }
-}
-
-// Computes what is left of the tokens that were screened, one by one, and writes their active pairs.
-template <class T, class ParallelFor>
-void collect(const ScanInput<T>& in, Candidates<T>& found, const ScreenedPairs<T>& out, ParallelFor&& parallel_for) {
-  evaluate(in, found.others, parallel_for);
-  std::vector<int64_t> first;
-  const std::vector<int64_t> order = counting_sort(found.others.tokens, in.tokens, first);
-  parallel_for(in.tokens, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      if (out.evaluated[n] < 0) continue;
-      TokenState<T> state;
-      auto offer = [&](const Pairs<T>& from, int64_t i) {
-        if (from.logits[i] < state.best - out.threshold) return;  // NaN is offered
-        state.offer(from.logits[i], from.components[i], out.of(n));
-      };
-      offer(found.leaders, n);
-      for (int64_t i = first[n]; i < first[n + 1]; ++i) offer(found.others, order[i]);
-      state.finish(out, n);
-    }
-  });
-}
-
-// Runs another scan, run(in, out), for the tokens that were not screened, on a copy of them.
-template <class T, class Run>
-void scan_rest(const ScanInput<T>& in, const ScreenedPairs<T>& out, Run&& run) {
-  std::vector<int64_t> rest;
-  for (int64_t n = 0; n < in.tokens; ++n)
-    if (out.evaluated[n] < 0) rest.push_back(n);
-  if (rest.empty()) return;
-  const int64_t count = static_cast<int64_t>(rest.size()), D = in.shape.features, S = out.slots;
-  std::vector<T> x(count * D), log_prob(count), logits(count * S), dropped(count);
-  std::vector<int32_t> components(count * S), counts(count), evaluated(count, -1);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(in.x + rest[i] * D, D, x.data() + i * D);
-  ScanInput<T> own = in;
-  own.x = x.data(), own.tokens = count;
-  run(own, ScreenedPairs<T>{{out.threshold, S, log_prob.data(), components.data(), logits.data(), counts.data()},
-                            dropped.data(), evaluated.data()});
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t n = rest[i];
-    out.log_prob[n] = log_prob[i], out.counts[n] = counts[i];
-    out.dropped[n] = dropped[i], out.evaluated[n] = evaluated[i];
-    std::copy_n(components.data() + i * S, S, out.components + n * S);
-    std::copy_n(logits.data() + i * S, S, out.logits + n * S);
   }
 }
 

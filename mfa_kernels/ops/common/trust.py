@@ -20,6 +20,7 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "real": (torch.float32, torch.float64),
     "double": (torch.float64,),
     "half": (torch.float16,),
+    "int8": (torch.int8,),
     "int32": (torch.int32,),
     "int64": (torch.int64,),
     "bool": (torch.bool,),
@@ -65,9 +66,9 @@ def checks(
         operator: its name, for messages.
         arguments: by name, in the order of the operator's. A tensor's is "dtype(sizes)", or several such of different
             numbers of dimensions with "or" between them. The dtype is `any` float, `real` (float32 or float64),
-            `double`, `half`, `int32`, `int64` or `bool`, or the name of a tensor before it, whose dtype it has. A size
-            is a number, a capital letter, which stands for the same wherever it is (the first tensor with it says
-            what), or an expression of these, of earlier arguments, of their `<name>_dims` where they have several
+            `double`, `half`, `int8`, `int32`, `int64` or `bool`, or the name of a tensor before it, whose dtype it has.
+            A size is a number, a capital letter, which stands for the same wherever it is (the first tensor with it
+            says what), or an expression of these, of earlier arguments, of their `<name>_dims` where they have several
             alternatives, and of `lanes[<name>_dtype]`, the C++ kernels' vectors. "" is an argument that is no tensor,
             "positive" a number of at least 1, and "5 gradients" a list of five entries, one for each gradient.
         last: tensors that are checked after the others, so that an error names them and not the others.

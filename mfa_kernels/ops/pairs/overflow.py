@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
+from mfa_kernels.ops.common.products import product
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.portable import CHUNK
@@ -120,13 +121,13 @@ def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gr
             a *= own_scale
         w = weight[:, k].t().contiguous()  # [k, n]
         s = w.sum(-1, keepdim=True)
-        first = _product(w, features_first) - s * m  # [k, D] sum w (y - m)
+        first = product(w, features_first) - s * m  # [k, D] sum w (y - m)
         explained = first.unsqueeze(1) @ a.mT  # [k, 1, R] sum w t; a row against a matrix is the fast way round
         if grad_means is not None:
             grad_means[k].addcmul_(precision * first - (explained @ a).squeeze(1), scale)
         if grad_x is None and grad_loadings is None and grad_noise is None:
             continue
-        wt = _product(a.flatten(0, 1), y).view(a.shape[0], rank, x.shape[0])  # [k, R, n] w t
+        wt = product(a.flatten(0, 1), y).view(a.shape[0], rank, x.shape[0])  # [k, R, n] w t
         wt.sub_((m.unsqueeze(1) @ a.mT).mT).mul_(w.unsqueeze(1))
         if grad_x is not None:
             if woodbury.per_component:
@@ -134,7 +135,7 @@ def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gr
             pull.addmm_(w.t(), precision * m).addmm_(wt.flatten(0, 1).t(), a.flatten(0, 1))
         if grad_loadings is None and grad_noise is None:
             continue
-        cross = _product(wt.flatten(0, 1), features_first).view_as(a)
+        cross = product(wt.flatten(0, 1), features_first).view_as(a)
         cross.addcmul_(explained.mT, m.unsqueeze(1), value=-1)  # [k, R, D] sum w t (y - m)
         moment = cross @ a.mT  # [k, R, R] sum w t t
         if woodbury.per_component:
@@ -144,12 +145,14 @@ def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gr
         if grad_noise is not None:
             # sum w q^2 = sum w (y - m)^2 - A sum w t (y - m) - A sum w t q
             # (the first sum in float64: little is left of it, and products differ in the order in which they sum)
-            square = (w.double() @ squares).to(w.dtype).sub_(m * (2 * first + s * m)).mul_(precision.square())
-            square.sub_(s * precision).sub_(cross.add_(change).mul_(a).sum(1)).mul_(0.5 * scale.square())
             if woodbury.per_component:
-                grad_noise[k] += square
-            else:
-                grad_noise += square.sum(0)
+                square = (w.double() @ squares).to(w.dtype).sub_(m * (2 * first + s * m)).mul_(precision.square())
+                square.sub_(s * precision).sub_(cross.add_(change).mul_(a).sum(1))
+                grad_noise[k] += square.mul_(0.5 * scale.square())
+            else:  # of all components together, sum w y^2 takes no product
+                square = w.sum(0, dtype=torch.float64) @ squares - (m * (2 * first + s * m)).sum(0, dtype=torch.float64)
+                square.sub_(s.sum(dtype=torch.float64)).sub_(cross.add_(change).mul_(a).sum((0, 1)))
+                grad_noise += square.mul_(0.5 * scale.double().square())
         if grad_loadings is not None:
             torch.bmm(_inverse(woodbury.cholesky[k]).mT, change, out=cross)
             grad_loadings[k].addcmul_(cross.mT, scale.unsqueeze(-1))
@@ -160,14 +163,3 @@ def accumulate(x: Tensor, weight: Tensor, woodbury: Woodbury, center: Tensor, gr
 def _inverse(cholesky: Tensor) -> Tensor:
     identity = torch.eye(cholesky.shape[-1], dtype=cholesky.dtype, device=cholesky.device)
     return torch.linalg.solve_triangular(cholesky, identity.expand_as(cholesky), upper=False)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T for a (M, I), b (J, I).
-
-    In float32 on a CPU by oneDNN: MKL leaves half the vector units of other vendors' processors idle.
-    """
-    onednn = a.device.type == "cpu" and a.dtype == torch.float32 and torch.backends.mkldnn.is_available()
-    if onednn and a.numel() and b.numel():
-        return torch.nn.functional.linear(a.to_mkldnn(), b).to_dense()
-    return a @ b.mT

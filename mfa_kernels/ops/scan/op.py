@@ -20,10 +20,10 @@ from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.pairs.types import Pairs
-from mfa_kernels.ops.scan import portable
+from mfa_kernels.ops.scan import int8, portable
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.woodbury.portable import CHUNK
-from mfa_kernels.ops.woodbury.types import Parameters, ScanRows, Woodbury
+from mfa_kernels.ops.woodbury.types import Int8Rows, Parameters, ScanRows, Woodbury
 
 
 def log_prob(
@@ -50,9 +50,15 @@ def log_prob(
     """
     parameters = means, loadings, noise_variance, log_weights
     no_tangents("log_prob", x, *parameters)
-    return ActivePairs(
-        *torch.ops.mfa_kernels.log_prob(x, *parameters, *woodbury.tensors(), slots, exact, *woodbury.scan)
-    )
+    given = x, *parameters, *woodbury.tensors(), slots
+    if not torch.compiler.is_compiling() and woodbury.is_cpp and _needs_gradients(x, *parameters):
+        *active, _ = torch.ops.mfa_kernels.log_prob_keeping(*given, *woodbury.int8)
+        return ActivePairs(*active)
+    return ActivePairs(*torch.ops.mfa_kernels.log_prob(*given, exact, *(woodbury.scan or [None] * 7), *woodbury.int8))
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def component_log_prob(
@@ -93,7 +99,8 @@ def gradients_of(
     """Gradients of x and the parameters, where they are needed.
 
     Args:
-        saved: x, the parameters, `Woodbury.tensors` and the `ActivePairs` that were found, one tensor after the other.
+        saved: x, the parameters, `Woodbury.tensors` and the `ActivePairs` that were found, one tensor after the other;
+            then every logit (K, N), if it was kept.
         needs: whether each of the first five needs a gradient; further entries are ignored.
         grad_log_prob, grad_logits: gradients of the loss by these fields of the `ActivePairs`; None where unused.
         grad_components, others: ignored, since these results are integers.
@@ -101,7 +108,7 @@ def gradients_of(
     flags, log_prob, logits = list(needs[:5]), saved[10], saved[12]
     grad_log_prob = torch.zeros_like(log_prob) if grad_log_prob is None else grad_log_prob
     grad_logits = torch.zeros_like(logits) if grad_logits is None else grad_logits
-    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved, flags)
+    gradients = torch.ops.mfa_kernels.log_prob_backward(grad_log_prob, grad_logits, *saved[:14], flags, *saved[14:])
     return [g if n else None for g, n in zip(gradients, flags)]
 
 
@@ -129,13 +136,14 @@ def _log_prob(
     slots: int,
     exact: bool = True,
     scan: ScanRows | None = None,
+    rows8: Int8Rows | None = None,
 ) -> tuple[Tensor, ...]:
     means, loadings, noise_variance, log_weights = parameters
     x = _prepared(x, means, woodbury)
-    threshold = activity_threshold(means.shape[0], means.dtype)
     constants = woodbury.constants(log_weights)
     if woodbury.backend == "cpp":
-        return cpp.library().scan(x, woodbury.rows, constants, woodbury.scale, woodbury.per_component, threshold, slots)
+        return _on_cpu(x, parameters, woodbury, constants, rows8, slots, False)[:4]
+    threshold = activity_threshold(means.shape[0], means.dtype)
     size = x.numel() + x.shape[0] * (means.shape[0] // 8 + 2 * slots)
     what, shrink = f"the scan of {x.shape[0]} tokens", "pass fewer tokens x at a time"
     with full_precision(means), explain_out_of_memory(what, size, means.element_size(), shrink):
@@ -152,6 +160,44 @@ def _log_prob(
         return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
 
 
+def _on_cpu(
+    x: Tensor, parameters: Parameters, woodbury: Woodbury, constants: Tensor, rows8: Int8Rows | None, slots: int,
+    keep: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The scan by the C++ kernels: the active pairs, and every logit (K, N), of size 0 where it is not kept."""
+    threshold = activity_threshold(len(constants), constants.dtype)
+    if rows8 is None or not rows8.rows.numel():
+        terms = x, woodbury.rows, constants, woodbury.scale, woodbury.per_component
+        return cpp.library().scan(*terms, threshold, slots, keep)
+    _check_int8(parameters.loadings, parameters.noise_variance, *rows8)
+    rows8 = Int8Rows(*(t.contiguous() for t in rows8))
+    active, logits, _ = int8.scan(x, woodbury, constants, rows8, threshold, slots, keep)
+    return *active, logits
+
+
+@operator(
+    "log_prob_keeping",
+    "-> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor kept)",
+    {"x": "any(N, D)", **PARAMETERS, "slots": "positive"},
+    last=("x",),
+    fake=lambda given: (
+        *ActivePairs.empty(given.x.shape[0], given.slots, given.means), given.means.new_empty(0, given.x.shape[0])
+    ),
+    gradient=gradients_of,
+    saves=lambda inputs, output: (*inputs[:10], *output),
+    devices=("CPU",),
+)  # fmt: skip
+def _log_prob_keeping(
+    x: Tensor, parameters: Parameters, woodbury: Woodbury, slots: int, rows8: Int8Rows | None = None
+) -> tuple[Tensor, ...]:
+    """`log_prob` before a backward pass: where most tokens have more active components than slots, it keeps every
+    logit, which their gradients need."""
+    if woodbury.backend != "cpp":
+        raise RuntimeError("log_prob_keeping: the C++ kernels, which alone have it, do not serve these rows")
+    x, constants = _prepared(x, parameters.means, woodbury), woodbury.constants(parameters.log_weights)
+    return _on_cpu(x, parameters, woodbury, constants, rows8, slots, True)
+
+
 _check_scan = trust.checker(
     "log_prob",
     {
@@ -160,6 +206,17 @@ _check_scan = trust.checker(
         "scales": "loadings(3, -(-K // 64) * 64)", "offsets": "loadings(-(-K // 64), R, 64)",
         "squares": "double(K)", "bounds": "loadings(7, -(-K // 64) * 64)", "worst": "loadings(5)",
         "reference": "loadings(D)",
+    },
+)  # fmt: skip
+
+
+_check_int8 = trust.checker(
+    "log_prob",
+    {
+        "loadings": "real(K, D, R)", "noise_variance": "any(D) or any(K, D)",
+        "rows8": "int8(K, -(-D // lanes[loadings_dtype]) * lanes[loadings_dtype] // 4, R, 4)",
+        "means8": "loadings(K, noise_variance_dims, -(-D // lanes[loadings_dtype]) * lanes[loadings_dtype])",
+        "starts8": "int32(K, R)", "terms8": "loadings(K, 2 * R + 5)", "scale8": "loadings(D)",
     },
 )  # fmt: skip
 
@@ -213,9 +270,10 @@ def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Te
     {
         "grad_log_prob": "means(N)", "grad_logits": "means(N, S)", "x": "any(N, D)", **PARAMETERS,
         "log_prob": "means(N)", "components": "int32(N, S)", "logits": "means(N, S)", "counts": "int32(N)",
-        "needs": "5 gradients",
+        "needs": "5 gradients", "kept": "means(K * (len(kept) > 0), N)",
     },
-    last=("x", "components", "grad_log_prob", "grad_logits", "log_prob", "logits", "counts", "needs"),
+    last=("x", "components", "grad_log_prob", "grad_logits", "log_prob", "logits", "counts", "needs", "kept"),
+    optional=("kept",),
     fake=lambda given: _fake_gradients(
         [given.x, given.means, given.loadings, given.noise_variance, given.log_weights], given.needs
     ),
@@ -223,7 +281,7 @@ def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Te
 )  # fmt: skip
 def _log_prob_backward(
     grad_log_prob: Tensor, grad_logits: Tensor, x: Tensor, parameters: Parameters, woodbury: Woodbury,
-    active: ActivePairs, needs: list[bool],
+    active: ActivePairs, needs: list[bool], kept: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     means, components = parameters.means, active.components
     if woodbury.backend != "cpp":  # the C++ kernels check the range themselves
@@ -250,7 +308,10 @@ def _log_prob_backward(
         constants = woodbury.constants(parameters.log_weights)
         least = math.exp(-activity_threshold(means.shape[0], means.dtype))
         for chunk in overflowing.split(_at_once(means)):
-            r = dense_logits(x[chunk], woodbury, constants).softmax(-1)
+            if kept is not None and len(kept):
+                r = kept[:, chunk].softmax(0).t()
+            else:
+                r = dense_logits(x[chunk], woodbury, constants).softmax(-1)
             weight = grad_log_prob[chunk].unsqueeze(-1) * r.masked_fill(r < least, 0)
             overflow.backward(x, chunk, weight, woodbury, gradients)
     return _results(gradients, x_dtype, means)

@@ -12,6 +12,7 @@ from mfa_kernels.common.precision import full_precision
 from mfa_kernels.ops.common import backends, cpp, cuda, trust
 from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import operator
+from mfa_kernels.ops.woodbury import int8
 from mfa_kernels.ops.woodbury.portable import portable
 from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
@@ -36,8 +37,9 @@ def factorize(means: Tensor, loadings: Tensor, noise_variance: Tensor, center: T
         rows, cholesky, log_det = torch.ops.mfa_kernels.factors(means, loadings, noise_variance)
         scale, center = scale_of(noise_variance).contiguous(), center.to(means).contiguous()
         per_component = noise_variance.dim() == 2
-        scan = torch.ops.mfa_kernels.scan_rows(rows, cholesky, scale, center, per_component)
-        return Woodbury(rows, cholesky, log_det, scale, center, per_component, tuple(scan))
+        terms = rows, cholesky, scale, center, per_component
+        scan, rows8 = torch.ops.mfa_kernels.scan_rows(*terms), torch.ops.mfa_kernels.int8_rows(*terms)
+        return Woodbury(rows, cholesky, log_det, scale, center, per_component, tuple(scan), tuple(rows8))
 
 
 def _gradients(
@@ -112,9 +114,12 @@ def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextMa
     )
 
 
+_TERMS = {"rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)"}
+
+
 def _fake_scan_rows(given):
     if Woodbury.without_log_det(*vars(given).values()).backend != "triton":
-        return _no_scan(given.rows)
+        return _none(given.rows, 7)
     from mfa_kernels.ops.woodbury import triton_rows
 
     return tuple(triton_rows.allocate(given.rows, given.cholesky.shape[-1], given.per_component))
@@ -123,7 +128,7 @@ def _fake_scan_rows(given):
 @operator(
     "scan_rows",
     "-> (Tensor rows16, Tensor scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)",
-    {"rows": trust.ROWS, "cholesky": "real(K, R, R)", "scale": "cholesky(D)", "center": "cholesky(D)"},
+    _TERMS,
     last=("rows",),
     fake=_fake_scan_rows,
 )
@@ -132,12 +137,34 @@ def _scan_rows(
 ) -> tuple[Tensor, ...]:
     woodbury = Woodbury.without_log_det(rows, cholesky, scale, center, per_component)
     if woodbury.backend != "triton":
-        return _no_scan(rows)
+        return _none(rows, 7)
     from mfa_kernels.ops.woodbury import triton_rows
 
     with _room(rows[:, 0], cholesky.shape[-1], 1):
         return tuple(triton_rows.scan_rows(woodbury))
 
 
-def _no_scan(rows: Tensor) -> tuple[Tensor, ...]:
-    return tuple(rows.new_empty(0) for _ in range(7))
+def _fake_int8_rows(given):
+    woodbury = Woodbury.without_log_det(*vars(given).values())
+    return tuple(int8.allocate(woodbury)) if int8.pays(woodbury) else _none(given.rows, 5)
+
+
+@operator(
+    "int8_rows",
+    "-> (Tensor rows8, Tensor means8, Tensor starts8, Tensor terms8, Tensor scale8)",
+    _TERMS,
+    last=("rows",),
+    fake=_fake_int8_rows,
+)
+def _int8_rows(
+    rows: Tensor, cholesky: Tensor, scale: Tensor, center: Tensor, per_component: bool
+) -> tuple[Tensor, ...]:
+    woodbury = Woodbury.without_log_det(rows, cholesky, scale, center, per_component)
+    if not int8.pays(woodbury):
+        return _none(rows, 5)
+    with _room(center.expand(len(rows), -1), cholesky.shape[-1], 1):
+        return tuple(int8.int8_rows(woodbury))
+
+
+def _none(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) for _ in range(count))

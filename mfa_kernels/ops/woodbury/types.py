@@ -41,6 +41,7 @@ class Woodbury:
         center: (D,), for backends that expand the square; those that form x - mu need none.
         per_component: whether the noise is per component.
         scan: what the GPU scan reads instead of the rows (woodbury/triton_rows.py); of size 0 on other backends.
+        int8: the tensors of an `Int8Rows`, for the first level of the scan on a CPU; of size 0 where there is none.
     """
 
     rows: Tensor
@@ -50,6 +51,7 @@ class Woodbury:
     center: Tensor
     per_component: bool
     scan: tuple[Tensor, ...] = ()
+    int8: tuple[Tensor, ...] = ()
 
     @classmethod
     def of_tensors(cls, rows: Tensor, cholesky: Tensor, log_det: Tensor, scale: Tensor, center: Tensor) -> Woodbury:
@@ -118,3 +120,26 @@ class ScanRows(NamedTuple):
     ) -> ScanRows:  # fmt: skip
         """The same from the tensors of an operator, which has other names for the first and the last."""
         return cls(rows16, scales, offsets, squares, bounds, worst, reference)
+
+
+class Int8Rows(NamedTuple):
+    """The terms that the first level of the scan on a CPU reads (csrc/cpu/int8/rows.h, scan/README.md).
+
+    Attributes:
+        rows: (K, D'/4, R, 4) int8; D' is D rounded up to whole vectors.
+        means: (K, 1, D') float32: m; (K, 2, D') with rho where the noise is per component.
+        starts: (K, R) int32.
+        terms: (K, 2 R + 5) float32: a scale and B m for each row, |B|, |E|, the rounding of B m, |m|, the largest rho.
+        scale: s, (D,).
+    """
+
+    rows: Tensor
+    means: Tensor
+    starts: Tensor
+    terms: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of_tensors(cls, rows8: Tensor, means8: Tensor, starts8: Tensor, terms8: Tensor, scale8: Tensor) -> Int8Rows:
+        """The same from the tensors of an operator, which has other names for them."""
+        return cls(rows8, means8, starts8, terms8, scale8)

@@ -26,6 +26,8 @@ decode(Tensor components, Tensor responsibilities, Tensor latents, Tensor means,
 decode_backward(Tensor grad, Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor
   loadings) -> (Tensor, Tensor, Tensor, Tensor)
 factors(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)
+int8_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows8, Tensor
+  means8, Tensor starts8, Tensor terms8, Tensor scale8)
 intervene(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor thresholds, bool keeps_norm, Tensor?
   latents, bool spreads, Tensor? chosen, Tensor? passed, Tensor? log_prob, Tensor? components, Tensor? logits, Tensor?
   counts, Tensor? means, Tensor? loadings, Tensor? rows, Tensor? cholesky, Tensor? scale, bool per_component) ->
@@ -37,11 +39,16 @@ latents_backward(Tensor grad, Tensor latents, Tensor x, Tensor tokens, Tensor co
 log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows, Tensor
   cholesky, Tensor log_det, Tensor scale, Tensor center, int slots, bool exact=True, Tensor? rows16=None, Tensor?
   scales=None, Tensor? offsets=None, Tensor? squares=None, Tensor? bounds=None, Tensor? worst=None, Tensor?
-  reference=None) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)
+  reference=None, Tensor? rows8=None, Tensor? means8=None, Tensor? starts8=None, Tensor? terms8=None, Tensor?
+  scale8=None) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts)
 log_prob_backward(Tensor grad_log_prob, Tensor grad_logits, Tensor x, Tensor means, Tensor loadings, Tensor
   noise_variance, Tensor log_weights, Tensor rows, Tensor cholesky, Tensor log_det, Tensor scale, Tensor center,
-  Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs) -> (Tensor grad_x, Tensor
-  grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)
+  Tensor log_prob, Tensor components, Tensor logits, Tensor counts, bool[] needs, Tensor? kept=None) -> (Tensor
+  grad_x, Tensor grad_means, Tensor grad_loadings, Tensor grad_noise, Tensor grad_log_weights)
+log_prob_keeping(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows,
+  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center, int slots, Tensor? rows8=None, Tensor? means8=None,
+  Tensor? starts8=None, Tensor? terms8=None, Tensor? scale8=None) -> (Tensor log_prob, Tensor components, Tensor
+  logits, Tensor counts, Tensor kept)
 nearest(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tensor owner, Tensor distance)
 scan_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows16, Tensor
   scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)

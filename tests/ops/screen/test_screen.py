@@ -160,7 +160,7 @@ def test_adversarial_results_are_those_of_the_dense_scan(case):
     woodbury = m.woodbury(m.means.mean(0))
     threshold = activity_threshold(len(m.means), x.dtype)
     dense = cpp.library().scan(
-        x, woodbury.rows, woodbury.constants(m.log_weights), woodbury.scale, False, threshold, 16
+        x, woodbury.rows, woodbury.constants(m.log_weights), woodbury.scale, False, threshold, 16, False
     )
     found = screened(m, x, 48).active
     truth, terms = m.logits_fp64(x), Terms(m, x)

@@ -1,8 +1,10 @@
-// Pairs that the bounds leave, their logits in full, and the best known pair of each token.
+// Pairs that bounds leave, their logits in full, and the active pairs that come of them.
 #pragma once
+#include <algorithm>
 #include <numeric>
+#include <vector>
 
-#include "projection.h"
+#include "scan.h"
 
 namespace mfa {
 
@@ -25,10 +27,10 @@ struct Pairs {
   }
 };
 
-// The pairs that screening leaves of some tokens.
+// The pairs that bounds leave of some tokens.
 template <class T>
 struct Candidates {
-  Pairs<T> leaders;  // the best known pair of every token, in order, with its logit
+  Pairs<T> leaders;  // the best known pair of every token, in order, with its logit; none where no logit is known
   Pairs<T> others;   // no logits yet
 };
 
@@ -90,41 +92,65 @@ void evaluate(const ScanInput<T>& in, Pairs<T>& pairs, ParallelFor&& parallel_fo
   });
 }
 
-// The best known pair of each token of a stretch, with a lower bound of its exact logit.
+// Active pairs, and a certificate of what was left out.
 template <class T>
-struct Leaders {
-  const ScanInput<T>& in;
-  const Stretch<T>& stretch;
-  Pairs<T> pairs;
-  std::vector<T> reached;
+struct ScreenedPairs : ActivePairs<T> {
+  T* dropped;          // [N] bound on the responsibility, all together, of the components whose logit was not computed
+  int32_t* evaluated;  // [N] how many logits were computed; -1 where the token took the dense scan
+};
 
-  // Takes the first pairs, one a token in order, without logits.
-  template <class ParallelFor>
-  void start(Pairs<T> first, ParallelFor&& parallel_for) {
-    pairs = std::move(first);
-    evaluate(in, pairs, parallel_for);
-    reached.resize(pairs.size());
-    for (int64_t n = 0; n < pairs.size(); ++n) reached[n] = reach(pairs, n);
-  }
-
-  // Computes the logits of other pairs; one that reaches more than the leader of its token changes places with it.
-  template <class ParallelFor>
-  void challenge(Pairs<T>& others, ParallelFor&& parallel_for) {
-    evaluate(in, others, parallel_for);
-    for (int64_t i = 0; i < others.size(); ++i) {
-      const int64_t n = others.tokens[i] - stretch.begin;
-      const T own = reach(others, i);
-      if (!(own > reached[n])) continue;
-      reached[n] = own;
-      std::swap(pairs.components[n], others.components[i]);
-      std::swap(pairs.logits[n], others.logits[i]);
-    }
-  }
-
- private:
-  T reach(const Pairs<T>& of, int64_t i) const {
-    return stretch.screen.reached(of.logits[i], of.components[i], stretch.norms[of.tokens[i] - stretch.begin]);
+// Runs the rest of a scan on one thread, that of the caller.
+struct Serially {
+  static int64_t threads() { return 1; }
+  template <class Body>
+  void operator()(int64_t count, Body&& body) const {
+    body(int64_t(0), count);
   }
 };
+
+// Computes what is left of the tokens that bounds settled, one by one, and writes their active pairs.
+template <class T, class ParallelFor>
+void collect(const ScanInput<T>& in, Candidates<T>& found, const ScreenedPairs<T>& out, ParallelFor&& parallel_for) {
+  evaluate(in, found.others, parallel_for);
+  std::vector<int64_t> first;
+  const std::vector<int64_t> order = counting_sort(found.others.tokens, in.tokens, first);
+  parallel_for(in.tokens, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      if (out.evaluated[n] < 0) continue;
+      TokenState<T> state;
+      auto offer = [&](const Pairs<T>& from, int64_t i) {
+        if (from.logits[i] < state.best - out.threshold) return;  // NaN is offered
+        state.offer(from.logits[i], from.components[i], out.of(n));
+      };
+      if (found.leaders.size()) offer(found.leaders, n);
+      for (int64_t i = first[n]; i < first[n + 1]; ++i) offer(found.others, order[i]);
+      state.finish(out, n);
+    }
+  });
+}
+
+// Runs another scan, run(in, out), for the tokens that bounds did not settle, on a copy of them.
+template <class T, class Run>
+void scan_rest(const ScanInput<T>& in, const ScreenedPairs<T>& out, Run&& run) {
+  std::vector<int64_t> rest;
+  for (int64_t n = 0; n < in.tokens; ++n)
+    if (out.evaluated[n] < 0) rest.push_back(n);
+  if (rest.empty()) return;
+  const int64_t count = static_cast<int64_t>(rest.size()), D = in.shape.features, S = out.slots;
+  std::vector<T> x(count * D), log_prob(count), logits(count * S), dropped(count);
+  std::vector<int32_t> components(count * S), counts(count), evaluated(count, -1);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(in.x + rest[i] * D, D, x.data() + i * D);
+  ScanInput<T> own = in;
+  own.x = x.data(), own.tokens = count;
+  run(own, ScreenedPairs<T>{{out.threshold, S, log_prob.data(), components.data(), logits.data(), counts.data()},
+                            dropped.data(), evaluated.data()});
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = rest[i];
+    out.log_prob[n] = log_prob[i], out.counts[n] = counts[i];
+    out.dropped[n] = dropped[i], out.evaluated[n] = evaluated[i];
+    std::copy_n(components.data() + i * S, S, out.components + n * S);
+    std::copy_n(logits.data() + i * S, S, out.logits + n * S);
+  }
+}
 
 }  // namespace mfa
