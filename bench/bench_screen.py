@@ -1,4 +1,4 @@
-"""Screening against the dense fused scan and the GEMM [N, D] x [D, K (R + 1)] of the same run, on a CPU.
+"""Screening against the dense fused scans and the yardstick (bench/scan_rates.py) of the same run, on a CPU.
 
     python -m bench.bench_screen [--threads 2] [--repeats 3] [--toy]
     python -m bench.bench_screen --curve [FOLDER]    # cost against K: screen_curve.json and screen_curve.svg
@@ -33,14 +33,17 @@ from mfa_kernels import MFA
 from mfa_kernels.commands.demo import timed
 from mfa_kernels.ops import Woodbury
 from mfa_kernels.ops.common import cpp
+from mfa_kernels.ops.common.products import yardsticks
+from mfa_kernels.ops.scan import int8
 from mfa_kernels.ops.scan.types import SLOTS, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.cost import bytes_read
 from mfa_kernels.ops.screen.types import Screen, ScreenedPairs
+from mfa_kernels.ops.woodbury.types import Int8Rows
 
 GEMM_COLUMNS = 4096 * 11
-"""Columns of the GEMM at a time: 32,768 components at once would need gigabytes."""
+"""Columns of the product at a time: 32,768 components at once would need gigabytes."""
 
 FITTED = (512, 1024, 2048, 4096)
 GROWN = (2, 4, 8)
@@ -81,6 +84,13 @@ class Prepared(NamedTuple):
         f = self.woodbury
         return cpp.library().scan(x, f.rows, self.constants, f.scale, False, self.threshold, SLOTS, False)[:4]
 
+    def int8(self, x: Tensor) -> dict[str, Callable[[], object]]:
+        """The dense scan that begins in int8, where this processor gains by it."""
+        if not self.woodbury.int8[0].numel():
+            return {}
+        rows = Int8Rows(*self.woodbury.int8)
+        return {"int8": partial(int8.scan, x, self.woodbury, self.constants, rows, self.threshold, SLOTS)}
+
     def screened(self, x: Tensor, screen: Screen) -> ScreenedPairs:
         return op.scan(x, self.woodbury, self.constants, screen, self.threshold, SLOTS)
 
@@ -106,18 +116,26 @@ class Prepared(NamedTuple):
         return read / (self.woodbury.rows.nbytes + self.constants.nbytes)
 
 
-def gemm_of(tokens: int, components: int, features: int, rank: int) -> Callable[[], None]:
-    """The product [N, D] x [D, K (R + 1)], a part of the columns at a time."""
+def yardsticks_of(tokens: int, components: int, features: int, rank: int) -> dict[str, Callable[[], object]]:
+    """The product [N, D] x [D, K (R + 1)], a part of the columns at a time, by torch.mm and by oneDNN."""
     columns = components * (rank + 1)
     chunks = -(-columns // GEMM_COLUMNS)
-    left, right = torch.randn(tokens, features), torch.randn(features, columns // chunks)
-    product = torch.empty(tokens, right.shape[1])
 
-    def gemm() -> None:
-        for _ in range(chunks):
-            torch.mm(left, right, out=product)
+    def repeated(product: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(chunks):
+                product()
 
-    return gemm
+        return run
+
+    return {name: repeated(run) for name, run in yardsticks(tokens, columns // chunks, features).items()}
+
+
+def with_yardstick(times: dict[str, float]) -> dict[str, float]:
+    """The times, with that of the faster product as "gemm" in place of both."""
+    products = ("torch.mm", "oneDNN")
+    kept = {name: value for name, value in times.items() if name not in products}
+    return {"gemm": min(times[name] for name in products), **kept}
 
 
 def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
@@ -125,7 +143,7 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
     count, features, rank = mfa.n_components, mfa.n_features, mfa.rank
     prepared = Prepared.of(mfa)
     woodbury = prepared.woodbury
-    gemm, dense = gemm_of(len(x), count, features, rank), partial(prepared.dense, x)
+    products, dense = yardsticks_of(len(x), count, features, rank), partial(prepared.dense, x)
 
     log_prob, _, _, counts = dense()
     print(f"\n{name}: N={len(x)} K={count} D={features} R={rank}, {counts.double().mean():.2f} components active")
@@ -140,20 +158,21 @@ def measure(name: str, mfa: MFA, x: Tensor, repeats: int) -> None:
         listed, seconds_listed = timed(lambda: prepared.listed(screen))  # noqa: B023
         by_lists = partial(prepared.screened, x, listed)
         found = screened()
-        functions = {"gemm": gemm, "dense": dense, "screened": screened, "lists": by_lists}
-        times = smallest_times(functions, repeats)
+        functions = {**products, "dense": dense, **prepared.int8(x), "screened": screened, "lists": by_lists}
+        times = with_yardstick(smallest_times(functions, repeats))
         left = prepared.lines_left(x, found, screen)
         computed = found.evaluated[found.evaluated >= 0].double()
         saved = (times["screened"] - times["lists"]) / len(x)
         facts = {
-            "of the GEMM": f"{times['screened'] / times['gemm']:.4f}, by lists {times['lists'] / times['gemm']:.4f}",
+            "of the yardstick": f"{times['screened'] / times['gemm']:.4f}, {times['lists'] / times['gemm']:.4f}",
             "of the dense scan": f"{times['screened'] / times['dense']:.3f}, {times['lists'] / times['dense']:.4f}",
             "lists": f"{seconds_listed:.2f} s, paid by {seconds_listed / saved / count:.0f} K rows"
             if saved > 0
             else "lose",
             "lists leave": f"{prepared.not_listed(x, listed):.1%}",
-            "dense of the GEMM": f"{times['dense'] / times['gemm']:.2f}",
-            "GEMM ms": f"{1e3 * times['gemm']:.0f}",
+            "dense, of the yardstick": f"{times['dense'] / times['gemm']:.2f}",
+            "int8": f"{times['int8'] / times['gemm']:.2f}" if "int8" in times else "not here",
+            "yardstick ms": f"{1e3 * times['gemm']:.0f}",
             "marginal bounds left": f"{left.mean():.2%}",
             "computed, mean": f"{computed.mean():.2f}",
             "tokens by the dense scan": f"{(found.evaluated < 0).double().mean():.2%}",
@@ -202,8 +221,9 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
     one, found = x[:1].contiguous(), prepared.screened(x, screen)
     evaluated, left = found.evaluated, prepared.lines_left(x, found, screen)
     functions = {
-        "gemm": gemm_of(len(x), count, features, rank),
+        **yardsticks_of(len(x), count, features, rank),
         "dense": partial(prepared.dense, x),
+        **prepared.int8(x),
         "screened": partial(prepared.screened, x, screen),
         "lists": partial(prepared.screened, x, listed),
         "stage_0": partial(op.refresh, screen, prepared.parameters, prepared.woodbury),
@@ -213,13 +233,13 @@ def point(mfa: MFA, x: Tensor, repeats: int) -> dict[str, Any]:
         "screened": partial(prepared.screened, one, screen),
         "lists": partial(prepared.screened, one, listed),
     }
-    times, times_alone = smallest_times(functions, repeats), smallest_times(alone, 10 * repeats)
+    times, times_alone = with_yardstick(smallest_times(functions, repeats)), smallest_times(alone, 10 * repeats)
     screened = evaluated[evaluated >= 0].double()
     return {
         "K": count,
         "p": kept,
         "microseconds_per_token": {key: 1e6 * value / len(x) for key, value in times.items() if key != "stage_0"},
-        "of_the_gemm": {key: times[key] / times["gemm"] for key in ("screened", "lists")},
+        "of_the_gemm": {key: times[key] / times["gemm"] for key in times if key not in ("gemm", "stage_0")},
         "of_the_dense_scan": {key: times[key] / times["dense"] for key in ("screened", "lists")},
         "list_seconds": list_seconds,
         "tokens_beyond_their_list": prepared.not_listed(x, listed),
@@ -276,13 +296,14 @@ def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> No
 
     counts = [p["K"] for p in points]
     names = {
-        "gemm": "GEMM",
-        "dense": "dense scan",
+        "gemm": "yardstick",
+        "dense": "dense scan in float32",
+        "int8": "dense scan, int8 first",
         "screened": "every component bounded",
         "lists": "lists of neighbors",
     }
     with plt.rc_context({"svg.hashsalt": "mfa_kernels", "svg.fonttype": "none", "font.size": 9}):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.4), layout="constrained", sharex=True)
         for axes, key, scale, label in (
             (left, "microseconds_per_token", 1, f"microseconds per token of {of_all['N']}"),
             (right, "one_token_ms", 1e3, "microseconds for one token alone"),
@@ -298,7 +319,7 @@ def draw(of_all: dict[str, Any], points: list[dict[str, Any]], path: Path) -> No
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.set_xlabel("K, components (right of the dots: grown by splitting)")
             axes.grid(alpha=0.3)
-        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.suptitle(f"D={of_all['D']}, R={of_all['R']}, {of_all['threads']} threads")
         figure.savefig(path, metadata={"Date": None})
         plt.close(figure)

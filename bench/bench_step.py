@@ -1,4 +1,5 @@
-"""log p(x) and the training step against the GEMM of the same flops. `python -m bench.table` prints the ratios."""
+"""log p(x) and the training step against matrix products of the same flops. `python -m bench.table` prints the ratios
+to the faster of them; `bench/scan_rates.py` measures ours with everything in turn."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bench import baselines
 from mfa_kernels import MFA, ops
+from mfa_kernels.ops.common.products import yardsticks
 
 LogProb = Callable[..., Tensor]
 
@@ -51,6 +53,11 @@ def train(log_prob: LogProb, x: Tensor, parameters: list[Tensor]) -> Callable[[]
 def test_gemm(benchmark, shape):
     a, b = baselines.gemm(shape)
     measure(benchmark, lambda: torch.mm(a, b), shape)
+
+
+def test_onednn(benchmark, shape):
+    n, k, d, r = shape
+    measure(benchmark, yardsticks(n, k * (r + 1), d)["oneDNN"], shape)
 
 
 def test_factors(benchmark, shape, mfa):

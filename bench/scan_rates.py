@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -162,29 +163,28 @@ def real(options: argparse.Namespace) -> None:
 
 @torch.no_grad()
 def bounds(options: argparse.Namespace) -> None:
-    """Counts bounds of held-out tokens that the logits of the float32 rows, in float64, are outside of."""
+    """Counts bounds that the logits of the float32 rows, in float64, are outside of; held-out tokens first."""
     found = activations.chosen(options)
-    mfa, x = found.mixture(512), found.split()[1]
+    mfa = found.mixture(512)
+    fitted, held = found.split()[:2]
+    x = torch.cat([held, fitted[: max(0, options.bounds // (2 * mfa.n_components) - len(held))]])
     parameters = [p.detach() for p in mfa.parameters_in_compute_dtype()]
     woodbury = ops.factorize(*parameters[:3], mfa.center)
     constants, rows = woodbury.constants(parameters[3]), stage_0.int8_rows(woodbury)
     unpacked = ops.woodbury.types.unpack_rows(woodbury.rows, mfa.n_features).double()
     means, a, scale = unpacked[:, 0], unpacked[:, 1:], woodbury.scale.double()
     seen = outside = 0
-    closest = torch.inf
-    while seen < options.bounds:
-        for own in x.split(512):
-            low, high = int8.bounds(own.contiguous(), woodbury, constants, rows)
-            logits = torch.empty(low.shape, dtype=torch.float64)
-            for k in range(mfa.n_components):
-                v = (own.double() - means[k]) * scale
-                logits[:, k] = constants[k].double() - 0.5 * (v.square().sum(-1) - (v @ a[k].T).square().sum(-1))
-            outside += int(((logits < low) | (logits > high)).sum())
-            room = torch.minimum(high - logits, logits - low) / (high - low)
-            closest = min(closest, room.amin().item())
-            seen += 2 * low.numel()
-            if seen >= options.bounds:
-                break
+    closest = math.inf
+    for own in x.split(512):
+        low, high = int8.bounds(own.contiguous(), woodbury, constants, rows)
+        logits = torch.empty(low.shape, dtype=torch.float64)
+        for k in range(mfa.n_components):
+            v = (own.double() - means[k]) * scale
+            logits[:, k] = constants[k].double() - 0.5 * (v.square().sum(-1) - (v @ a[k].T).square().sum(-1))
+        outside += int((logits < low).sum()) + int((logits > high).sum())
+        room = torch.minimum(high - logits, logits - low) / (high - low)
+        closest = min(closest, room.amin().item())
+        seen += 2 * low.numel()
     print(f"{seen:,} bounds, {outside} violated; the closest keeps {closest:.1%} of its width")
 
 

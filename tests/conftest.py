@@ -135,6 +135,14 @@ def pytest_make_collect_report(
     return report
 
 
+@pytest.fixture
+def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense scan is that of a processor that gains nothing by int8."""
+    from mfa_kernels.ops.woodbury import int8
+
+    monkeypatch.setattr(int8, "pays", lambda woodbury: False)
+
+
 @pytest.fixture(params=["cpp", "portable"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test on the C++ kernels and on plain PyTorch."""

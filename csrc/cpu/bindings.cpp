@@ -79,6 +79,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("vector_bytes") = mfa::kVectorBytes;
   m.attr("multiplies_int8") = mfa::kHasDot4;
   m.attr("int8_features") = mfa::kInt8Features;
+  m.attr("int8_tokens") = mfa::kInt8Tokens;
   m.def("zeros_like", &binding::zeros_like, GilReleased());
   m.def("woodbury", &binding::woodbury, GilReleased());
   m.def("scan", &binding::scan, GilReleased());

@@ -30,6 +30,13 @@ void pack_panel(const Shape& shape, const T* x, int64_t tokens, T* out) {
   }
 }
 
+// The rows that come next, which are asked for while a tile is computed: a part of them, one of `turns`.
+template <class T>
+struct Ahead {
+  const T* rows = nullptr;
+  int64_t turn = 0, turns = 1;
+};
+
 // |v|^2 - |t|^2 over `G` rows of A for C neighbouring components and one panel of tokens, features blocked by V.
 //   rows   component c starts at rows + c * component_stride
 //   x      [D padded, kPanel]
@@ -37,7 +44,8 @@ void pack_panel(const Shape& shape, const T* x, int64_t tokens, T* out) {
 //   first  index of the first row of A in this pass; |v|^2 itself is added when it is 0
 //   out    [C, kPanel], accumulated into
 template <class T, int C, int G, bool PerComponent>
-void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int64_t first, T* out) {
+void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int64_t first, T* out,
+                const Ahead<T>& ahead) {
   constexpr int V = kWidth<T>, NV = kTokenVectors;
   const int64_t stride = shape.block_stride<T>(), component_stride = shape.component_stride<T>();
   const int64_t blocks = shape.blocks<T>();
@@ -48,6 +56,8 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int
     for (int64_t b = start; b < stop; ++b) {
       const T* block = rows + b * stride;
       const T* panel = x + b * V * kPanel<T>;
+      for (int c = 0; ahead.rows && b % ahead.turns == ahead.turn && c < C; ++c)
+        prefetch(ahead.rows + c * component_stride + b * stride, stride);
       for (int j = 0; j < V; ++j, panel += kPanel<T>) {
 #pragma GCC unroll 4
         for (int c = 0; c < C; ++c) {
@@ -87,7 +97,7 @@ void micro_tile(const Shape& shape, const T* rows, const T* x, const T* lam, int
 }
 
 template <class T>
-using MicroTile = void (*)(const Shape&, const T*, const T*, const T*, int64_t, T*);
+using MicroTile = void (*)(const Shape&, const T*, const T*, const T*, int64_t, T*, const Ahead<T>&);
 
 // Components per micro-tile: with few rows, several components share the loads of x and keep the FMA units busy.
 constexpr int components_per_tile(int group) {
@@ -114,12 +124,12 @@ class PanelDistance {
   int64_t tile() const { return tile_; }
 
   // out [count, kPanel] for components k, ..., k + count - 1; count is tile() or 1
-  void operator()(const T* rows, const T* x, const T* lam, int64_t count, T* out) const {
+  void operator()(const T* rows, const T* x, const T* lam, int64_t count, T* out, const Ahead<T>& ahead) const {
     std::fill(out, out + count * kPanel<T>, T(0));
     for (int64_t first = 0, pass = 0; pass < passes_; ++pass) {
       const int64_t group = std::min(group_, shape_.rank - first);
       const MicroTile<T> kernel = group < group_ ? pick(group, false) : count == 1 ? single_ : wide_;
-      kernel(shape_, rows, x, lam, first, out);
+      kernel(shape_, rows, x, lam, first, out, first == 0 ? ahead : Ahead<T>{});
       first += group;
     }
   }

@@ -42,15 +42,21 @@ struct Schedule {
     Schedule s;
     s.panels = ceil_div(tokens, kPanel<T>);
     const int64_t bytes = shape.padded<T>() * kPanel<T> * sizeof(T);
-    const int64_t cached = std::clamp<int64_t>((int64_t(3) << 19) / bytes, 2, 32);  // 1.5 MB of tokens
-    s.panels_per_block = std::max<int64_t>(1, std::min(cached, ceil_div(s.panels, threads)));
-    s.blocks = ceil_div(s.panels, s.panels_per_block);
+    const int64_t cached = std::clamp<int64_t>((int64_t(1) << 21) / bytes, 2, 32);  // 2 MB of tokens
+    s.cut(cached, threads);
     s.components = shape.components;
     const int64_t size = shape.features * (shape.rank + 1);
     const int64_t least = std::max(kRangeComponents, ceil_div(kRangeValues, std::max<int64_t>(1, size)));
     const int64_t most = std::max<int64_t>(1, ceil_div(s.components, least));
     s.splits = std::min(most, ceil_div(kTasks, std::max<int64_t>(1, s.panels)));
     return s;
+  }
+
+  // Cuts the panels into blocks of about equal size, at most `most` panels each, as many for every thread.
+  void cut(int64_t most, int64_t threads) {
+    const int64_t rounds = ceil_div(panels, most * threads);
+    panels_per_block = std::max<int64_t>(1, ceil_div(panels, std::max<int64_t>(1, rounds * threads)));
+    blocks = ceil_div(panels, panels_per_block);
   }
 
   // The first component of a range; that of the range past the last is K.
@@ -105,8 +111,11 @@ void scan_panels(const ScanInput<T>& in, const Schedule& plan, Visit&& visit, Pa
       const int64_t k1 = plan.first(split + 1);
       for (int64_t k = plan.first(split), count; k < k1; k += count) {
         count = k + distance.tile() <= k1 ? distance.tile() : 1;
+        // What follows comes from memory: a processor does not see it coming, since the panels are read in between.
+        const bool more = k + 2 * count <= k1;
         for (int64_t p = p0; p < p1; ++p) {
-          distance(in.rows_of(k), panels.data() + (p - p0) * panel_size, scale.data(), count, distances);
+          const Ahead<T> ahead{more ? in.rows_of(k + count) : nullptr, p - p0, p1 - p0};
+          distance(in.rows_of(k), panels.data() + (p - p0) * panel_size, scale.data(), count, distances, ahead);
           for (int64_t c = 0; c < count; ++c)
             visit(split, p * kPanel<T>, tokens_of(p), k + c, distances + c * kPanel<T>);
         }

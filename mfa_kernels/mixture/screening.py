@@ -1,7 +1,7 @@
 """When screening is used instead of the dense scan: for models, EM, steering and interpretation.
 
 `mfa_kernels.ops.screen` makes the bounds; this file decides whether they pay. Counts decide, never times: the same
-tokens and parameters give the same decision on any machine.
+tokens and parameters give the same decision on any machine whose dense scan begins in int8, and on any other.
 
     model      `MFA.screen` tunes the bounds once; a batch under parameters that have moved prepares them again, where
                `modelled_cost` of the last batch, stage 0 included, is below that of the dense scan
@@ -25,7 +25,7 @@ from mfa_kernels.ops.scan.op import log_prob
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
-from mfa_kernels.ops.screen.cost import modelled_cost
+from mfa_kernels.ops.screen.cost import dense_cost, modelled_cost
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
@@ -53,7 +53,7 @@ def pays_for_rows(woodbury: Woodbury, rows: int) -> bool:
 
 
 def cost(mfa: Mixture, evaluated: Tensor, screen: AnyScreen, tokens: int | None = None) -> float:
-    """Cost of a token through the bounds, in units of its dense scan; below 1, bounds pay.
+    """Cost of a token through the bounds, in units of its dense scan in float32; below `dense_cost`, bounds pay.
 
     Args:
         mfa: the mixture.
@@ -79,11 +79,14 @@ class ModelScreen(NamedTuple):
 
     def following(self, mfa: Mixture, parameters: Parameters, woodbury: Woodbury, tokens: int) -> AnyScreen | None:
         """Returns the bounds of these parameters of `mfa`; None where the dense scan of so many tokens costs less."""
-        if self.woodbury is woodbury or self.screen is None or self.evaluated is None:
+        if self.screen is None or self.evaluated is None:
             return self.screen
-        if not tokens or cost(mfa, self.evaluated, self.screen, tokens) >= 1:
+        limit, known = dense_cost(woodbury, tokens), self.woodbury is woodbury
+        if known and (limit == 1 or (isinstance(self.screen, Screen) and self.screen.neighbors is not None)):
+            return self.screen  # what was found to be below the dense scan; lists are below what is modelled
+        if not tokens or cost(mfa, self.evaluated, self.screen, None if known else tokens) >= limit:
             return None
-        return op.refresh(self.screen, parameters, woodbury)
+        return self.screen if known else op.refresh(self.screen, parameters, woodbury)
 
 
 def wants_lists(mfa: Mixture, neighbors: bool | None) -> bool:
@@ -177,7 +180,7 @@ class Screening:
             if woodbury.is_cpp and not woodbury.per_component and self.mfa.precision != "reference" and rows:
                 if total >= _APART <= self.since and (self.basis is None or self._drifted()):
                     self._choose(_least(listed))
-                saved = rows * (1 - self.cost)
+                saved = rows * (dense_cost(woodbury, rows) - self.cost)
                 self.used = self.basis is not None and saved > _STAGE_0 * self.basis.shape[1]
             self.rows, self.work = 0.0, 0.0
         if not self.used:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from mfa_kernels import MFA, Code, ops
 from mfa_kernels.ops.scan import reference
+from mfa_kernels.ops.screen import cost
 from mfa_kernels.ops.screen import neighbors as lists
 from tests.helpers.mixtures import Mixture, mixture, tokens
 from tests.helpers.refusals import check_refused
@@ -553,7 +554,7 @@ def screened_mixture() -> tuple[MFA, torch.Tensor]:
 
 
 @pytest.fixture
-def screened() -> tuple[MFA, torch.Tensor]:
+def screened(no_int8: None) -> tuple[MFA, torch.Tensor]:
     mfa, x = screened_mixture()
     if not mfa.screen(x):
         pytest.skip("screening needs the C++ kernels")
@@ -586,6 +587,7 @@ def test_lists_of_neighbors_need_the_cpp_kernels(monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("no_int8")
 def test_a_screen_with_lists_of_neighbors(monkeypatch):
     mfa, x = screened_mixture()
     if not mfa.woodbury().is_cpp:
@@ -652,6 +654,7 @@ def test_a_training_step_through_a_screen_makes_the_woodbury_terms_once(screened
         assert len(made) == 1
 
 
+@pytest.mark.usefixtures("no_int8")
 def test_a_screen_on_draws_from_the_mixture():
     mfa, x = screened_mixture()
     if not mfa.screen():
@@ -659,6 +662,27 @@ def test_a_screen_on_draws_from_the_mixture():
     assert mfa.screened()[0]
     mfa.log_prob(x)
     assert mfa.evaluated.double().mean() < 20
+
+
+@torch.no_grad()
+def test_a_screen_gives_way_to_the_int8_level_where_that_costs_less(monkeypatch):
+    mfa, x = screened_mixture()
+    if not (mfa.woodbury().is_cpp and mfa.woodbury().int8[0].numel()):
+        pytest.skip("not applicable: the dense scan has no int8 level here")
+    for shift, dense in enumerate((0.0, 1.0)):  # of the dense scan in float32
+        monkeypatch.setattr(cost, "INT8_COST", dense)
+        assert mfa.screen(x, neighbors=False)
+        mfa.log_prob(x)
+        assert (mfa.evaluated is not None) == (dense == 1.0)
+        mfa.log_prob(x[:100])  # so few have no int8 level
+        assert mfa.evaluated is not None
+        mfa.means += 0.1 * shift  # parameters that have moved decide in the same way
+        mfa.log_prob(x)
+        assert (mfa.evaluated is not None) == (dense == 1.0)
+    assert mfa.screen(x, neighbors=True)
+    monkeypatch.setattr(cost, "INT8_COST", 0.0)
+    mfa.log_prob(x)
+    assert mfa.evaluated is not None  # lists cost less than is modelled
 
 
 def test_the_error_bound_of_log_prob():

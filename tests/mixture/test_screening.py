@@ -16,7 +16,10 @@ from mfa_kernels.ops.scan.types import SLOTS
 from tests.fitting.planted import draw, planted
 from tests.fitting.test_checkpoint import in_lives, result
 
-pytestmark = pytest.mark.skipif(cpp.library() is None, reason="bounds need the C++ kernels")
+pytestmark = [
+    pytest.mark.skipif(cpp.library() is None, reason="bounds need the C++ kernels"),
+    pytest.mark.usefixtures("no_int8"),  # beside which these bounds gain nothing
+]
 
 TRUE = planted(40, 48, 3, spread=4.0)
 ROWS = draw(TRUE, 3000)

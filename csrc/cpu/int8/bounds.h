@@ -44,7 +44,7 @@ void squares_tile(const Int8Rows& rows, int64_t k, const float* y, float* out) {
 
 // out [kLanes] += |t^|^2 over the rows r, ..., r + G - 1 of component k.
 template <int G>
-void products_tile(const Int8Rows& rows, int64_t k, int64_t r, const uint8_t* quads, const float* step, float* out) {
+void products_tile(const Int8Rows& rows, int64_t k, int64_t r, const uint8_t* quads, const float* quanta, float* out) {
   constexpr int V = kWidth<float>, NV = kTokenVectors;
   const int64_t R = rows.shape.rank, count = rows.padded() / 4;
   const int8_t* row = rows.rows_of(k) + 4 * r;
@@ -64,11 +64,11 @@ void products_tile(const Int8Rows& rows, int64_t k, int64_t r, const uint8_t* qu
       for (int n = 0; n < NV; ++n) sum[g][n] = dot4(sum[g][n], token[n], a);
     }
   }
-  const float *scales = rows.terms_of(k) + r, *offsets = scales + R;
+  const float *own = rows.terms_of(k) + r, *offsets = own + R;
   for (int n = 0; n < NV; ++n) {
     Floats square = load(out + n * V);
     for (int g = 0; g < G; ++g) {
-      const Floats t = to_float(sum[g][n]) * scales[g] * load(step + n * V) - offsets[g];
+      const Floats t = to_float(sum[g][n]) * own[g] * load(quanta + n * V) - offsets[g];
       square += t * t;
     }
     store<float>(out + n * V, square);
@@ -100,6 +100,15 @@ class Int8Bounds {
     for (int64_t c = 0; c < count; c += kOwn) squares_tile<kOwn, true>(rows_, k + c, y, out + c * kLanes);
   }
 
+  // Asks for a part of what belongs to component k, one of `turns`, before it is needed.
+  void ahead(int64_t k, int64_t turn, int64_t turns) const {
+    auto part = [&](const auto* from, int64_t count) {
+      prefetch(from + count * turn / turns, count * (turn + 1) / turns - count * turn / turns);
+    };
+    part(rows_.rows_of(k), rows_.padded() * rows_.shape.rank);
+    part(rows_.means_of(k), rows_.padded() * rows_.mean_rows());
+  }
+
   // From the squares [kLanes] of component k.
   void operator()(int64_t k, float constant, const float* squares, const uint8_t* quads, const PanelNorms& norms,
                   LogitBounds& out) const {
@@ -109,7 +118,7 @@ class Int8Bounds {
     for (int64_t r = 0, count; r < R; r += count) {
       count = std::min(group_, R - r);
       with_constant<kMaxGroup>(count, [&]<int G>(std::integral_constant<int, G>) {
-        products_tile<G>(rows_, k, r, quads, norms.step, explained);
+        products_tile<G>(rows_, k, r, quads, norms.quantum, explained);
       });
     }
     const float* own = rows_.terms_of(k) + 2 * R;

@@ -10,8 +10,7 @@
 
 namespace mfa {
 
-constexpr int64_t kInt8Panels = 8;      // panels that share one read of the rows
-constexpr int64_t kInt8Tokens = 256;    // fewer take the scan in float
+constexpr int64_t kInt8Panels = 16;     // panels that share one read of the rows
 constexpr int64_t kFewestKept = 32, kMostKept = 256;  // candidates of a token, K / 8 in between
 constexpr int64_t kPairCost = 3;        // a logit by itself costs as much as so many in the scan in float
 constexpr double kInt8Share = 0.5;      // what the bounds cost, of the scan in float
@@ -56,8 +55,7 @@ class Int8Scan {
   void operator()(const int64_t* order, int64_t count, Pairs<float>& left, int32_t* evaluated) const {
     if (count == 0) return;
     Schedule plan = Schedule::of<float>(in_.shape, count, parallel_for_.threads());
-    plan.panels_per_block = std::max<int64_t>(1, std::min(kInt8Panels, ceil_div(plan.panels, parallel_for_.threads())));
-    plan.blocks = ceil_div(plan.panels, plan.panels_per_block);
+    plan.cut(kInt8Panels, parallel_for_.threads());
     const int64_t padded = plan.panels * kLanes;
     std::vector<Shortlist> lists(padded * plan.splits);
     std::vector<float> best(padded * plan.splits, -std::numeric_limits<float>::infinity());
@@ -125,6 +123,7 @@ class Int8Scan {
       for (int64_t p = 0; p < block.panels; ++p) {
         bounds_.squares(k, count, block.y.data() + p * block.size(), squares);
         for (int64_t c = 0; c < count; ++c) {
+          if (k + count + c < k1) bounds_.ahead(k + count + c, p, block.panels);
           LogitBounds bounds;
           bounds_(k + c, in_.constants[k + c], squares + c * kLanes, block.quads.data() + p * block.size(),
                   block.norms[p], bounds);

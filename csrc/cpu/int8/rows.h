@@ -2,7 +2,7 @@
 //
 // Symbols   s a scale per feature (lam where the noise is shared), c the center, y = s (x - c), m_k = s (mu_k - c).
 //           rho_k = lam_k / s (1 where the noise is shared), B_k = A_k rho_k: v = rho_k (y - m_k), t = B_k (y - m_k).
-//           B^ = scale q the rows in int8, E = B - B^.
+//           B^ = quantum q the rows in int8, E = B - B^.
 // Bounds    |B|_2 and |E|_2 from Gram matrices: the largest eigenvalue of G is at most |G^4|_inf^(1/4).
 // Floor     `rows` read once, a third of that written. Measured by bench/bench_step.py.
 #pragma once
@@ -18,6 +18,7 @@ namespace mfa {
 
 constexpr int kInt8Most = 127;
 constexpr int64_t kInt8Features = 40000;  // more could overflow a sum in int32
+constexpr int64_t kInt8Tokens = 256;      // fewer take the scan in float
 constexpr float kUnit = 0x1p-24f;         // of rounding in float
 
 // What the int8 level reads of a mixture (mfa_kernels/ops/scan/README.md).
@@ -26,11 +27,11 @@ struct Int8Rows {
   int8_t* rows;         // [K, D'/4, R, 4], D' = D padded
   float* means;         // [K, 1 or 2, D']: m; rho too, where every component has its own noise
   int32_t* starts;      // [K, R] -128 times the sum of a row, since tokens come with 128 added
-  float* terms;         // [K, 2 R + kNorms]: scales [R], offsets B m [R], norms
+  float* terms;         // [K, 2 R + kNorms]: quanta [R], offsets B m [R], norms
   const float* scale;   // s [D]
   const float* center;  // c [D]
 
-  // After scales and offsets: |B|_2, |E|_2 with the rounding of products, that of offsets, |m|, the largest rho.
+  // After quanta and offsets: |B|_2, |E|_2 with the rounding of products, that of offsets, |m|, the largest rho.
   static constexpr int kNorms = 5;
 
   int64_t padded() const { return shape.padded<float>(); }
@@ -49,10 +50,10 @@ inline Floats nearest(Floats v) {
   return near == near ? near : Floats{};
 }
 
-// The scale of values up to `largest` in int8, and one over it; 0 where they are too small to have one.
-struct Step {
-  float step, inverse;
-  explicit Step(float largest) : step(largest > 1e-30f ? largest / kInt8Most : 0), inverse(step > 0 ? 1 / step : 0) {}
+// What values up to `largest` are multiples of in int8, and one over it; 0 where they are too small.
+struct Quantum {
+  float size, inverse;
+  explicit Quantum(float largest) : size(largest > 1e-30f ? largest / kInt8Most : 0), inverse(size > 0 ? 1 / size : 0) {}
 };
 
 inline float largest_lane(Floats v) {
@@ -156,18 +157,18 @@ class Quantiser {
     return std::sqrt(horizontal_sum<double>(square));
   }
 
-  // Writes row r of B in int8, its scale, start and offset; keeps its error in e_.
+  // Writes row r of B in int8, its quantum, start and offset; keeps its error in e_.
   void write_row(int64_t k, int64_t r, const float* next) {
     const float* const b = b_.data() + r * P_;
     float *const e = e_.data() + r * P_, *const terms = out_.terms_of(k);
-    const Step step(largest_lane(load(most_.data() + r * V)));
+    const Quantum quantum(largest_lane(load(most_.data() + r * V)));
     int8_t* quads = out_.rows_of(k) + 4 * r;
     Ints total = {};
     Vec<double> offset = {};
     for (int64_t d = 0; d < P_; d += V) {
       for (int64_t ahead = r; next && ahead < out_.shape.row_count(); ahead += R_) prefetch(next + ahead * P_ + d, V);
-      const Floats value = load(b + d), near = nearest(value * step.inverse);
-      store<float>(e + d, value - near * step.step);
+      const Floats value = load(b + d), near = nearest(value * quantum.inverse);
+      store<float>(e + d, value - near * quantum.size);
       const Ints q = __builtin_convertvector(near, Ints);
       total += q;
       for (int j = 0; j < V; j += W) offset += load_wide(b + d + j) * load(m_.data() + d + j);
@@ -176,7 +177,7 @@ class Quantiser {
         std::memcpy(quads, reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
     }
     out_.starts_of(k)[r] = -128 * horizontal_sum<int32_t>(total);
-    terms[r] = step.step;
+    terms[r] = quantum.size;
     terms[R_ + r] = static_cast<float>(horizontal_sum<double>(offset));
   }
 

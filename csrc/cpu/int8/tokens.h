@@ -9,10 +9,10 @@ constexpr int kLanes = kPanel<float>;  // tokens per panel
 
 // What the bounds know of a panel of tokens.
 struct PanelNorms {
-  float step[kLanes];   // y^ = step q
-  float norm[kLanes];   // |y^|
-  float error[kLanes];  // |y - y^|, rounding of y included
-  float reach[kLanes];  // rounding of y: |y| 2.1 u
+  float quantum[kLanes];  // y^ = quantum q
+  float norm[kLanes];     // |y^|
+  float error[kLanes];    // |y - y^|, rounding of y included
+  float reach[kLanes];    // rounding of y: |y| 2.1 u
 };
 
 // Packs tokens x[order[i]], of count kLanes at most: y [D', kLanes], quads [D'/4, kLanes, 4] with 128 added. scratch [D'].
@@ -28,10 +28,10 @@ inline void pack_tokens(const Int8Rows& rows, const float* x, const int64_t* ord
       const Floats value = load(scratch + d), size = value < 0 ? -value : value;
       most = size > most ? size : most;
     }
-    const Step step(largest_lane(most));
+    const Quantum quantum(largest_lane(most));
     Floats square = {}, lost = {}, rounded = {};
     for (int64_t d = 0; d < P; d += V) {
-      const Floats value = load(scratch + d), near = nearest(value * step.inverse), off = value - near * step.step;
+      const Floats value = load(scratch + d), near = nearest(value * quantum.inverse), off = value - near * quantum.size;
       square += value * value;
       lost += off * off;
       rounded += near * near;
@@ -41,8 +41,8 @@ inline void pack_tokens(const Int8Rows& rows, const float* x, const int64_t* ord
       for (int lane = 0; lane < V; ++lane) y[(d + lane) * kLanes + n] = value[lane];
     }
     const float size = std::sqrt(horizontal_sum<float>(square)) * 1.001f;
-    norms.step[n] = step.step;
-    norms.norm[n] = std::sqrt(horizontal_sum<float>(rounded)) * step.step * 1.0001f + 1e-17f;
+    norms.quantum[n] = quantum.size;
+    norms.norm[n] = std::sqrt(horizontal_sum<float>(rounded)) * quantum.size * 1.0001f + 1e-17f;
     norms.error[n] = std::sqrt(horizontal_sum<float>(lost)) * 1.001f + 4 * kUnit * size + 1e-17f;
     norms.reach[n] = 2.1f * kUnit * size + 1e-17f;
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.types import Woodbury
 
@@ -20,6 +21,17 @@ STAGE_COST = (40, 1.8)
 """Cost of stage 0, in tokens of the dense scan: for reading all loadings, and for each of p coordinates."""
 
 
+INT8_COST = 0.4
+"""Cost of a token by the dense scan that begins in int8 (scan/README.md), in units of the one in float32: 0.26 to 0.41
+on a processor that issues as many int8 as float32 products, about 0.55 where it issues half as many."""
+
+
+def dense_cost(woodbury: Woodbury, tokens: int) -> float:
+    """Cost of the dense scan of a token among so many, in units of that in float32: what bounds have to be below."""
+    begins_in_int8 = bool(woodbury.int8) and woodbury.int8[0].numel() > 0 and tokens >= cpp.library().int8_tokens
+    return INT8_COST if begins_in_int8 else 1.0
+
+
 def modelled_cost(
     evaluated: Tensor,
     components: int,
@@ -29,7 +41,8 @@ def modelled_cost(
     tokens: int | None = None,
     lines: float | None = None,
 ) -> float:
-    """Cost of a screened token in units of its dense scan: projection, bounds, and pairs; screening pays below 1.
+    """Cost of a screened token in units of its dense scan in float32: projection, bounds, and pairs; screening pays
+    below `dense_cost`.
 
     Args:
         evaluated: of some tokens like it, (N,), as `scan` returns it: those of the batch before will do.

@@ -129,7 +129,8 @@ class Int8Rows(NamedTuple):
         rows: (K, D'/4, R, 4) int8; D' is D rounded up to whole vectors.
         means: (K, 1, D') float32: m; (K, 2, D') with rho where the noise is per component.
         starts: (K, R) int32.
-        terms: (K, 2 R + 5) float32: a scale and B m for each row, |B|, |E|, the rounding of B m, |m|, the largest rho.
+        terms: (K, 2 R + 5) float32: a quantum and B m for each row; |B|, |E|, the rounding of B m, |m|,
+            the largest rho.
         scale: s, (D,).
     """
 
