@@ -18,16 +18,15 @@ constexpr double kInt8Share = 0.5;      // what the bounds cost, of the scan in 
 // Candidates of one token while components stream by.
 class Shortlist {
  public:
-  void add(int32_t component, float high, float bar, int64_t most) {
-    if (count_ == most) keep(bar);
-    if (count_ == most) return void(overflows_ = true);
-    entries_.push_back({component, high});
-    ++count_;
+  void add(int32_t component, float high, float bar, size_t most) {
+    if (overflows_) return;
+    if (entries_.size() == most) keep(bar);
+    overflows_ = entries_.size() == most;
+    if (!overflows_) entries_.push_back({component, high});
   }
   // Forgets what is below the bar.
   void keep(float bar) {
     std::erase_if(entries_, [&](const Entry& entry) { return entry.high < bar; });
-    count_ = static_cast<int64_t>(entries_.size());
   }
   bool overflows() const { return overflows_; }
 
@@ -39,7 +38,6 @@ class Shortlist {
 
  private:
   std::vector<Entry> entries_;
-  int64_t count_ = 0;
   bool overflows_ = false;
 };
 
@@ -70,7 +68,7 @@ class Int8Scan {
     });
     for (int64_t i = 0; i < count; ++i) {
       float top = best[i];
-      bool overflows = !finite(in_.x + order[i] * in_.shape.features);
+      bool overflows = false;
       for (int64_t at = i; at < padded * plan.splits; at += padded) {
         top = std::max(top, best[at]);
         overflows |= lists[at].overflows();
@@ -109,12 +107,6 @@ class Int8Scan {
       }
     }
   };
-
-  bool finite(const float* x) const {
-    float sum = 0;  // x - x is 0, or NaN
-    for (int64_t d = 0; d < in_.shape.features; ++d) sum += x[d] - x[d];
-    return sum == 0;
-  }
 
   void run(const Block& block, int64_t k0, int64_t k1, Shortlist* lists, float* best) const {
     float squares[kSquares * kLanes];

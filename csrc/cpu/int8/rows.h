@@ -115,10 +115,11 @@ class Quantiser {
       write_row(k, r, next);
       offsets += static_cast<double>(terms[R_ + r]) * terms[R_ + r];
     }
-    // 0.1% for the rounding of Gram matrices, in chains of up to D / V; squares of less than 1e-17 underflow.
-    const double root = std::sqrt(static_cast<double>(R_));
-    const double size = 1.001 * largest_singular_value(b_.data(), R_, P_, products_.data(), square_.data()) + 1e-17;
-    const double error = 1.001 * largest_singular_value(e_.data(), R_, P_, products_.data(), square_.data()) + 1e-17;
+    // A Gram matrix is off by g of its trace, at most R times its largest eigenvalue, where g is the rounding of a chain
+    // of D / V additions and some; 0.1% for the rest. Squares of less than 1e-17 underflow.
+    const double root = std::sqrt(static_cast<double>(R_)), up = 1.001 + R_ * (P_ / V + 8) * kUnit;
+    const double size = up * largest_singular_value(b_.data(), R_, P_, products_.data(), square_.data()) + 1e-17;
+    const double error = up * largest_singular_value(e_.data(), R_, P_, products_.data(), square_.data()) + 1e-17;
     const double rounded = out_.shape.per_component ? 2 * kUnit * root : 1e-10;  // of B, and of sums in double
     norms[0] = static_cast<float>(size);
     norms[1] = static_cast<float>(error + 10 * kUnit * root * (size + error));
