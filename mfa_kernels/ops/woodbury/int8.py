@@ -11,7 +11,8 @@ from mfa_kernels.ops.woodbury.types import Int8Rows, Woodbury
 def pays(woodbury: Woodbury) -> bool:
     """Whether the scan of a mixture gains by it: served by the C++ kernels, on a processor that multiplies int8 faster
     than float32, in float32, with loadings, and with no more features than a sum in int32 holds."""
-    if not woodbury.is_cpp or woodbury.rows.dtype is not torch.float32 or not woodbury.cholesky.shape[-1]:
+    rows = woodbury.rows  # only those of the C++ kernels are tiled
+    if rows.dim() != 4 or rows.dtype is not torch.float32 or not woodbury.cholesky.shape[-1]:
         return False
     library = cpp.library()
     return library.multiplies_int8 and woodbury.center.shape[0] <= library.int8_features

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("needs_cpp")
 
 def kept(m: Mixture, x: Tensor, center: Tensor | None = None) -> Tensor:
     woodbury = m.woodbury(center)
-    return torch.ops.mfa_kernels.log_prob_keeping(x, *m, *woodbury.tensors(), 16, *woodbury.int8)[4]
+    return torch.ops.mfa_kernels.log_prob_keeping(x, *m, *woodbury.tensors(), 2, *woodbury.int8)[4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
