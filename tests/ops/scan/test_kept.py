@@ -23,6 +23,8 @@ def kept(m: Mixture, x: Tensor, center: Tensor | None = None) -> Tensor:
 @pytest.mark.parametrize("tokens", [1, 3, 100, 300, 1000])
 def test_logits_that_are_kept_are_those_of_the_scan(tokens, per_component, dtype):
     m, x = drawn(tokens, 70, 50, 5, spread=0.05, per_component=per_component, dtype=dtype)
+    if per_component:  # nearly alike, so that no token tells components apart
+        m = m._replace(noise_variance=m.noise_variance[:1] * (1 + 0.01 * m.noise_variance))
     woodbury = m.woodbury()
     wanted = op.dense_logits(x, woodbury, woodbury.constants(m.log_weights))
     assert torch.equal(kept(m, x), wanted.t())
@@ -40,7 +42,7 @@ def test_a_backward_pass_uses_what_is_kept(monkeypatch):
 
     def gradients() -> list[Tensor]:
         leaves = [t.clone().requires_grad_() for t in (x, *m)]
-        ops.log_prob(*leaves, woodbury).log_prob.sin().sum().backward()
+        ops.log_prob(*leaves, woodbury, 2).log_prob.sin().sum().backward()
         return [leaf.grad for leaf in leaves]
 
     def again(*given: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def test_a_backward_pass_uses_what_is_kept(monkeypatch):
     monkeypatch.setattr(op, "_needs_gradients", lambda *tensors: False)
     for one, other in zip(found, gradients(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6 * other.abs().amax().item())
-    active = keeping(x, *m, *woodbury.tensors(), 16)
+    active = keeping(x, *m, *woodbury.tensors(), 2)
     with pytest.raises(ValueError, match="log_prob_backward: kept must be float32 of shape"):
         torch.ops.mfa_kernels.log_prob_backward(
             active[0], active[2], x, *m, *woodbury.tensors(), *active[:4], [True] * 5, active[4][:, :-1]
