@@ -3,7 +3,7 @@
 //   |v|^2 - |t|^2 in [low, high],  | |t^| - |t| | <= e = |B| |y - y^| + |E| |y^| + rounding
 // Never materialised: v, t, and the bounds of more than one component and panel.
 // Floor     (1 + R / 4) D multiply-adds a pair, R / 4 of them in int8, where a GEMM has (R + 1) D.
-//           Measured by bench/bench_step.py. Derived in mfa_kernels/ops/scan/README.md.
+//           Measured by bench/scan_rates.py. Derived in mfa_kernels/ops/scan/README.md.
 #pragma once
 #include "tokens.h"
 

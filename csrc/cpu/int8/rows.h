@@ -4,7 +4,7 @@
 //           rho_k = lam_k / s (1 where the noise is shared), B_k = A_k rho_k: v = rho_k (y - m_k), t = B_k (y - m_k).
 //           B^ = quantum q the rows in int8, E = B - B^.
 // Bounds    |B|_2 and |E|_2 from Gram matrices: the largest eigenvalue of G is at most |G^4|_inf^(1/4).
-// Floor     `rows` read once, a third of that written. Measured by bench/bench_step.py.
+// Floor     `rows` read once, a third of that written. Measured by bench/scan_rates.py.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -22,8 +22,8 @@ STAGE_COST = (40, 1.8)
 
 
 INT8_COST = 0.4
-"""Cost of a token by the dense scan that begins in int8 (scan/README.md), in units of the one in float32: 0.26 to 0.41
-on a processor that issues as many int8 as float32 products, about 0.55 where it issues half as many."""
+"""Cost of a token by the dense scan that begins in int8 (scan/README.md), in units of the one in float32: 0.29 to 0.44
+on a processor that issues as many int8 as float32 products (bench/RESULTS.md)."""
 
 
 def dense_cost(woodbury: Woodbury, tokens: int) -> float:
