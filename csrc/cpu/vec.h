@@ -114,7 +114,7 @@ inline void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, J...>) {
 #endif
 #endif
 
-// Transposes V vectors: lane j of vector i changes places with lane i of vector j.
+// Transposes V vectors, aligned to kVectorBytes: lane j of vector i changes places with lane i of vector j.
 template <class T>
 inline void transpose(Vec<T>* v) {
   constexpr int V = kWidth<T>;

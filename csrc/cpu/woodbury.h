@@ -56,7 +56,7 @@ void whiten(const Shape& shape, const T* loadings, const double* lam, double* wh
   // V features of V ranks at a time, as long as the last row of a tile ends inside the array.
   for (; (d + V - 1) * R + ceil_div(R, V) * V <= D * R; d += V)
     for (int64_t r = 0; r < R; r += V) {
-      alignas(kVectorBytes) Vec<T> tile[V];  // a reference to one is taken to be aligned
+      alignas(kVectorBytes) Vec<T> tile[V];
       for (int i = 0; i < V; ++i) tile[i] = load(loadings + (d + i) * R + r);
       transpose<T>(tile);
       for (int i = 0; i < std::min<int64_t>(V, R - r); ++i) {
