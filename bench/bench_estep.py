@@ -1,5 +1,4 @@
-"""Cost of an E-step per token against K: dense, through certified bounds, by lists of neighbors, and the least that
-candidate sets could.
+"""Cost of an E-step per token against K: dense, through certified bounds, and the least that candidate sets could.
 
     python -m bench.bench_estep [--only 512 2048 8192 32768] [--figure estep.svg] [--toy]
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 
 from bench import activations, curves
-from bench.bench_screen import CHOOSING, FITTED, GROWN, Prepared, smallest_times
+from bench.bench_screen import CHOOSING, FITTED, GROWN, Functions, Prepared, smallest_times
 from bench.screen_survivors import split
 from mfa_kernels import MFA
-from mfa_kernels.commands.demo import timed
-from mfa_kernels.ops.screen import neighbors, op
 
 NEIGHBORS = 5
 """G: the fewest that the paper's graphs have."""
@@ -44,20 +41,18 @@ def measure(mfa: MFA, x: Tensor, repeats: int) -> dict[str, float]:
     """Prints a row of the table; microseconds per token by method."""
     prepared = Prepared.of(mfa)
     sample, x = x[:CHOOSING].contiguous(), x[CHOOSING:].contiguous()
-    chosen = op.choose(sample, prepared.parameters, prepared.woodbury, neighbors.FEATURES)
+    chosen = prepared.chosen(sample)
     if chosen is None:
         print(f"| {mfa.n_components} | the dense scan wins |")
         return {}
-    listed, seconds = timed(lambda: prepared.listed(chosen))
     near = torch.cdist(mfa.means, mfa.means).topk(NEIGHBORS + 1, largest=False).indices  # itself first
-    work = {
+    work: Functions = {
         "dense": partial(prepared.dense, x),
         "screened": partial(prepared.screened, x, chosen),
-        "lists": partial(prepared.screened, x, listed),
         "candidates": partial(pair_latents, x, mfa, near[mfa.assign(x)]),
     }
     times = {name: 1e6 * value / len(x) for name, value in smallest_times(work, repeats).items()}
-    row = [f"{mfa.n_components}", *(f"{value:.1f}" for value in times.values()), f"{seconds:.2f}"]
+    row = [f"{mfa.n_components}", *(f"{value:.1f}" for value in times.values())]
     print("| " + " | ".join(row) + " |", flush=True)
     return times
 
@@ -73,8 +68,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     lines: dict[str, list[tuple[float, float]]] = {}
-    print("| K | dense, us per token | screened | by lists | candidates, floor | making the lists, s |")
-    print("|" + "---|" * 6)
+    print("| K | dense, us per token | screened | candidates, floor |")
+    print("|" + "---|" * 4)
     with torch.no_grad():
         for count in options.only:
             split_by = max(1, count // FITTED[-1])
@@ -84,7 +79,6 @@ def main() -> None:
             mfa, x = found.mixture(count // split_by), found.split()[1]
             if split_by > 1:
                 mfa = split(mfa, split_by)
-                x = mfa.sample(options.tokens + CHOOSING, torch.Generator().manual_seed(1))
             for name, value in measure(mfa, x[: options.tokens + CHOOSING], options.repeats).items():
                 lines.setdefault(name, []).append((count, value))
     if options.figure is not None:

@@ -1,14 +1,16 @@
 """Number of components that screening leaves per token, in plain PyTorch, on mixtures of real activations.
 
     python -m bench.screen_survivors [--components 512] [--split 8] [--toy]
-    python -m bench.screen_survivors --check 100000    # the bounds as computed in float32, against logits in float64
+    python -m bench.screen_survivors --check 100000    # the bounds as computed in int8, against logits in float64
 
 Activations of a real model (bench/activations.py); a mixture fitted to most of them; the bounds
-(ops/screen/reference.py) on those held out. Three bounds are compared at each p:
+(ops/screen/reference.py) on those held out. Five bounds are compared at each p, all but the last in float64:
 
     triangle    |A v| <= |A P'P v| + |A (I - P'P)| s, maximised over the norm s that the triangle inequality allows
     rows        the same with the rows of A (I - P'P) told apart: |A v|^2 <= |h|^2 + 2 s sqrt(sum g h^2) + g_max s^2
-    marginal    the Mahalanobis distance of the projected token under the projected component: csrc/cpu/screen/bounds.h
+    marginal    the Mahalanobis distance of the projected token under the projected component, as on a GPU
+    rest        |A v|^2 <= |T P v|^2 + nu s^2, from the exact norm s of what is outside: csrc/cpu/screen/screen.h
+    int8        that bound as the C++ kernels compute it
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from torch import Tensor
 from bench import activations
 from mfa_kernels import MFA
 from mfa_kernels.ops.scan import reference
-from mfa_kernels.ops.screen import op
+from mfa_kernels.ops.screen import op, stage_0
 from mfa_kernels.ops.screen.basis import basis as choose_basis
-from mfa_kernels.ops.screen.reference import bounds
+from mfa_kernels.ops.screen.reference import bounds, rest_bounds
+from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.reference import woodbury as factors_fp64
 from mfa_kernels.ops.woodbury.types import Parameters
 
-PIVOTS = 8
-"""Components per token whose lists are checked: the best one, and others at random."""
+ALONE = 64
+"""Tokens whose bounds are checked one at a time too: few tokens have kernels of their own."""
+
+_CHUNK = 64  # components at a time
 
 
 def split(mfa: MFA, children: int, share: float = 0.8) -> MFA:
@@ -46,17 +51,40 @@ def split(mfa: MFA, children: int, share: float = 0.8) -> MFA:
 def survivors(x: Tensor, mfa: MFA, kept: int, threshold: float) -> dict[str, Tensor]:
     """Components per token that a bound leaves within `threshold` of the best logit, by bound: (N,) each."""
     q = choose_basis(mfa.woodbury(), mfa.log_weights.detach().exp(), kept)
-    means, loadings, noise, log_weights = (p.detach().double() for p in mfa.parameters_in_compute_dtype())
-    parameters = (means, loadings, noise, log_weights)
-    logits = log_weights + torch.cat([reference.component_log_prob(part, *parameters[:3]) for part in x.split(16)])
-    best = logits.amax(-1, keepdim=True)
-    marginal = torch.cat([bounds(part, *parameters, q) for part in x.split(16)])
-    assert (marginal >= logits - 1e-6).all()
-    upper = {"marginal": marginal, **_norm_bounds(x, parameters, q)}
+    parameters = Parameters(*(p.detach().double() for p in mfa.parameters_in_compute_dtype()))
+    logits = torch.cat([reference.component_log_prob(part, *parameters[:3]) for part in x.split(16)])
+    logits += parameters.log_weights
+    best, nu = logits.amax(-1, keepdim=True), _nu(parameters, q)
+    upper = {
+        "marginal": torch.cat([bounds(part, *parameters, q) for part in x.split(16)]),
+        **_norm_bounds(x, parameters, q),
+        "rest": torch.cat([rest_bounds(part, *parameters, q, nu) for part in x.split(16)]),
+        "int8": _int8_bounds(x, mfa, q),
+    }
+    for name, value in upper.items():
+        assert (value >= logits - 1e-6).all(), name
     return {name: (value >= best - threshold).sum(-1).double() for name, value in upper.items()}
 
 
-def _norm_bounds(x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], q: Tensor) -> dict[str, Tensor]:
+def _nu(parameters: Parameters, q: Tensor) -> Tensor:
+    """The nu of stage 0 for every component, (K,)."""
+    center = stage_0._center(parameters)
+    spread = stage_0._spread(parameters, center, q, _CHUNK)
+    own = stage_0._whitened(parameters, center, q, slice(None))
+    b, covered, _, _ = stage_0._marginal(own, q.shape[1])
+    means = own.means - spread.mean
+    return stage_0._nu(covered - b @ b.mT, b, means, means @ q, spread)
+
+
+def _int8_bounds(x: Tensor, mfa: MFA, q: Tensor) -> Tensor:
+    parameters, woodbury = mfa.prepared()
+    screen = op.screen(parameters, woodbury, basis=q)
+    assert isinstance(screen, Screen)
+    constants = woodbury.constants(parameters.log_weights)
+    return op.bounds(x.to(constants.dtype), woodbury, constants, screen).double()
+
+
+def _norm_bounds(x: Tensor, parameters: Parameters, q: Tensor) -> dict[str, Tensor]:
     means, loadings, noise, log_weights = parameters
     a, _, log_det = factors_fp64(loadings, noise)
     constants = log_weights - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det)
@@ -81,45 +109,54 @@ def _norm_bounds(x: Tensor, parameters: tuple[Tensor, Tensor, Tensor, Tensor], q
 
 
 def check(x: Tensor, mfa: MFA, kept: int) -> None:
-    """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above; and
-    how many components are within the threshold of a pivot although its list rules them out for a token so near."""
-    means, loadings, noise, log_weights = (p.detach() for p in mfa.parameters_in_compute_dtype())
-    woodbury = mfa.woodbury()
-    constants = woodbury.constants(log_weights)
-    parameters = Parameters(means, loadings, noise, log_weights)
+    """Prints how many computed bounds lie below the logit in float64, and by how much the closest ones lie above."""
+    parameters, woodbury = mfa.prepared()
+    constants = woodbury.constants(parameters.log_weights)
     screen = op.screen(parameters, woodbury, kept)
-    lists = op.with_neighbors(screen, parameters, woodbury).neighbors
-    assert lists is not None
-    onsets = lists.horizons.unsqueeze(-1).repeat(1, mfa.n_components)
-    onsets = onsets.scatter(1, lists.neighbors.long(), lists.onsets).double().fill_diagonal_(0)
-    a, _, log_det = factors_fp64(loadings.double(), noise.double())
-    center, scale = means.double().mean(0), noise.double().rsqrt()
-    m = (means.double() - center) * scale
-    offsets = torch.einsum("krd,kd->kr", a, m)
-    wide = log_weights.double() - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det)
-    generator = torch.Generator().manual_seed(2)
-    violated, least, wrong, ruled_out = {"marginal": 0, "line": 0}, math.inf, 0, 0
-    for part in x.split(512):
-        y = (part.double() - center) * scale  # the expanded square: 1e-16 of it is far below a float32's slack
-        t = (y @ a.flatten(0, 1).mT).unflatten(1, offsets.shape) - offsets
-        distance = y.square().sum(-1, keepdim=True) - 2 * y @ m.mT + m.square().sum(-1) - t.square().sum(-1)
-        logits = wide - 0.5 * distance
-        for name, by_lines in (("marginal", False), ("line", True)):
-            margin = op.bounds(part, woodbury, constants, screen, by_lines).double() - logits
-            violated[name] += int((margin < 0).sum())
-            least = min(least, margin.amin().item())
-        pivots = torch.randint(mfa.n_components, (len(part), PIVOTS), generator=generator)
-        pivots[:, 0] = logits.argmax(-1)
-        for pivot in pivots.mT:
-            own = logits.gather(1, pivot.unsqueeze(-1))
-            nearer = (2 * (wide[pivot].unsqueeze(-1) - own)).sqrt() < onsets[pivot]
-            ruled_out += int(nearer.sum())
-            wrong += int((nearer & (logits >= own - lists.threshold)).sum())
-    pairs = len(x) * mfa.n_components
-    print(
-        f"p={kept}: of {pairs:.2e} bounds {violated} violated, the closest {least:.2e} nats above; of {ruled_out:.2e} "
-    )
-    print(f"       components ruled out by lists, {PIVOTS} pivots a token, {wrong} within the threshold", flush=True)
+    assert isinstance(screen, Screen)
+    logits_of = _Logits(parameters)
+    x, wide = x.to(constants.dtype), x.double()
+    together, alone = _Margins(), _Margins()
+    for part, exact in zip(x.split(512), wide.split(512)):
+        together.add(op.bounds(part, woodbury, constants, screen), logits_of(exact))
+    for one, exact in zip(x[:ALONE].split(1), wide.split(1)):
+        alone.add(op.bounds(one, woodbury, constants, screen), logits_of(exact))
+    print(f"p={kept}: {together}; of tokens one at a time, {alone}", flush=True)
+
+
+class _Logits:
+    """Every log pi_k + log p(x | k) in float64: the expanded square loses 1e-16 of it, far below what bounds allow."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        means, loadings, noise, log_weights = (p.double() for p in parameters)
+        self.a, _, log_det = factors_fp64(loadings, noise)
+        self.center, self.scale = means.mean(0), noise.rsqrt()
+        self.m = (means - self.center) * self.scale
+        self.offsets = torch.einsum("krd,kd->kr", self.a, self.m)
+        self.constants = log_weights - 0.5 * (means.shape[1] * math.log(2 * math.pi) + log_det)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = (x - self.center) * self.scale
+        t = (y @ self.a.flatten(0, 1).mT).unflatten(1, self.offsets.shape) - self.offsets
+        squares = y.square().sum(-1, keepdim=True) - 2 * y @ self.m.mT + self.m.square().sum(-1)
+        return self.constants - 0.5 * (squares - t.square().sum(-1))
+
+
+class _Margins:
+    """How far bounds lie above logits."""
+
+    def __init__(self) -> None:
+        self.pairs, self.violated = 0, 0
+        self.closest = math.inf
+
+    def add(self, upper: Tensor, logits: Tensor) -> None:
+        margin = upper.double() - logits
+        self.pairs += margin.numel()
+        self.violated += int((~(margin >= 0)).sum())  # a bound that is not a number counts
+        self.closest = min(self.closest, margin.amin().item())
+
+    def __str__(self) -> str:
+        return f"of {self.pairs:.2e} bounds {self.violated} violated, the closest {self.closest:.2e} nats above"
 
 
 def main() -> None:
@@ -134,7 +171,7 @@ def main() -> None:
     found = activations.chosen(options, options.width)
     mfa, (train, x) = found.mixture(options.components), found.split()
     if options.check:
-        for share in (12, 4, 1):
+        for share in (12, 4, 2):
             check(torch.cat([x, train])[: options.check], mfa, -(-mfa.n_features // (16 * share)) * 16)
         return
     if options.split > 1:
@@ -143,9 +180,9 @@ def main() -> None:
     x = x[: options.tokens].double()
     sure = math.log(mfa.n_components / torch.finfo(torch.float32).eps)
     print(f"K={mfa.n_components} D={mfa.n_features} R={mfa.rank}, {len(x)} tokens: mean / median / 95% left")
+    widths = sorted({math.ceil(mfa.n_features / (16 * share)) * 16 for share in (24, 16, 12, 8, 16 / 3, 4, 2)})
     for threshold in (12.0, sure):
-        for share in (24, 16, 12, 8, 16 / 3, 4, 2):
-            kept = math.ceil(mfa.n_features / (16 * share)) * 16
+        for kept in widths:
             counts = survivors(x, mfa, kept, threshold)
             columns = (f"{n} {c.mean():.2f} / {c.median():.0f} / {c.quantile(0.95):.0f}" for n, c in counts.items())
             print(f"T={threshold:4.1f}  p={kept:4d} (D/{mfa.n_features / kept:.1f})  " + "   ".join(columns))

@@ -47,7 +47,6 @@ LONGEST = [
     "tests/steering/test_reading.py",
     "tests/steering/test_by_hand.py",
     "tests/ops/screen/test_triton_screen.py",
-    "tests/ops/screen/test_neighbors.py",
     "tests/ops/scan/test_scan.py",
     "tests/commands/test_cli.py",
     "tests/commands/test_tune.py",

@@ -78,6 +78,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using Maybe = std::optional<T>;
   m.attr("vector_bytes") = mfa::kVectorBytes;
   m.attr("multiplies_int8") = mfa::kHasDot4;
+  m.attr("int8_rate") = mfa::kInt8Rate;
+  m.attr("int8_offset") = mfa::kTokenOffset;
   m.attr("int8_features") = mfa::kInt8Features;
   m.attr("int8_tokens") = mfa::kInt8Tokens;
   m.def("zeros_like", &binding::zeros_like, GilReleased());
@@ -86,7 +88,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("int8_rows", &binding::int8_rows, GilReleased());
   def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "scan_int8", &binding::scan_int8);
   def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "int8_bounds", &binding::int8_bounds);
-  m.def("screen_neighbors", &binding::screen_neighbors, GilReleased());
   m.def("dense", &binding::dense, GilReleased());
   m.def("latents", &binding::latents, GilReleased());
   m.def("decode", &binding::decode, GilReleased());
@@ -94,11 +95,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("cluster_sums", &binding::cluster_sums, GilReleased());
   def_by_fields<T, T, T, T, T, T, T, bool, Maybe, Maybe, Maybe, Maybe, Maybe>(m, "backward", &binding::backward);
   def_by_fields<T, T, T, T, T, T, bool, T, T, T, T, T, T>(m, "statistics", &binding::statistics);
-  def_by_fields<T, T, T, T, T, T, Maybe, bool, double, double, double, T, double>(m, "screen_marginals",
-                                                                                 &binding::screen_marginals);
-  def_by_fields<T, T, T, T, T, T, T, T, T, T, T, T, bool, std::vector<T>, double, double, double, int64_t>(
-      m, "scan_screened", &binding::scan_screened);
-  def_by_fields<T, T, T, T, T, T, T, T, T, T, T, bool>(m, "screen_bounds", &binding::screen_bounds);
+  def_by_fields<T, T, T, T, T, T, T, T, T, double, double, int64_t>(m, "scan_screened", &binding::scan_screened);
+  def_by_fields<T, T, T, T, T, T, T, T>(m, "screen_bounds", &binding::screen_bounds);
   def_by_fields<T, T, T, T, T, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, Maybe, bool, bool>(
       m, "intervene", &binding::intervene);
 }

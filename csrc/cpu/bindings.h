@@ -72,9 +72,6 @@ std::tuple<Tensor, Tensor, int64_t> nearest(const Tensor& x, const Tensor& centr
                                             double slack);
 void cluster_sums(const Tensor& x, const Tensor& center, const Tensor& owner, const Tensor& distance,
                   const std::optional<Tensor>& weights, const Tensor& sums, const Tensor& mass, const Tensor& inertia);
-std::tuple<Tensor, Tensor, Tensor> screen_neighbors(const Tensor& means, const Tensor& whitened, const Tensor& cholesky,
-                                                    const Tensor& constants, const Tensor& offs, double norm,
-                                                    double threshold, int64_t length);
 
 struct Backward {
   const Tensor &x, &tokens, &components, &weights, &rows, &chol, &lam;
@@ -104,30 +101,17 @@ struct ScanInt8 {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, int64_t> scan_int8(const ScanInt8& a);
 std::tuple<Tensor, Tensor> int8_bounds(const ScanInt8& a);
 
-struct ScreenMarginals {
-  const Tensor &means, &loadings, &cholesky, &center, &scale, &projection;
-  const std::optional<Tensor>& known;
-  bool keep;
-  double rounding, base, norm;
-  const Tensor& middle;
-  double up;
-};
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::optional<Tensor>> screen_marginals(const ScreenMarginals& a);
-
 struct ScanScreened {
   const Tensor &x, &rows, &constants, &lam;
-  const Tensor &center, &basis, &marginal_rows, &log_det, &radii, &slack, &lines, &line_terms;  // of a Screen
-  bool batches_by_lines;
-  const std::vector<Tensor>& neighbors;
-  double neighbor_threshold, exact_slack, threshold;
+  const Tensor &center, &basis, &bound_rows, &starts, &terms;  // of a Screen
+  double exact_slack, threshold;
   int64_t slots;
 };
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan_screened(const ScanScreened& a);
 
 struct ScreenBounds {
   const Tensor &x, &constants, &lam;
-  const Tensor &center, &basis, &marginal_rows, &log_det, &radii, &slack, &lines, &line_terms;
-  bool by_lines;
+  const Tensor &center, &basis, &bound_rows, &starts, &terms;
 };
 Tensor screen_bounds(const ScreenBounds& a);
 

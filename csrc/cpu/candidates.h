@@ -27,13 +27,6 @@ struct Pairs {
   }
 };
 
-// The pairs that bounds leave of some tokens.
-template <class T>
-struct Candidates {
-  Pairs<T> leaders;  // the best known pair of every token, in order, with its logit; none where no logit is known
-  Pairs<T> others;   // no logits yet
-};
-
 // Returns the order that brings equal keys together, earlier entries first; first [keys + 1] is where each key begins.
 template <class Key>
 std::vector<int64_t> counting_sort(const std::vector<Key>& of, int64_t keys, std::vector<int64_t>& first) {
@@ -110,20 +103,19 @@ struct Serially {
 
 // Computes what is left of the tokens that bounds settled, one by one, and writes their active pairs.
 template <class T, class ParallelFor>
-void collect(const ScanInput<T>& in, Candidates<T>& found, const ScreenedPairs<T>& out, ParallelFor&& parallel_for) {
-  evaluate(in, found.others, parallel_for);
+void collect(const ScanInput<T>& in, Pairs<T>& left, const ScreenedPairs<T>& out, ParallelFor&& parallel_for) {
+  evaluate(in, left, parallel_for);
   std::vector<int64_t> first;
-  const std::vector<int64_t> order = counting_sort(found.others.tokens, in.tokens, first);
+  const std::vector<int64_t> order = counting_sort(left.tokens, in.tokens, first);
   parallel_for(in.tokens, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       if (out.evaluated[n] < 0) continue;
       TokenState<T> state;
-      auto offer = [&](const Pairs<T>& from, int64_t i) {
-        if (from.logits[i] < state.best - out.threshold) return;  // NaN is offered
-        state.offer(from.logits[i], from.components[i], out.of(n));
-      };
-      if (found.leaders.size()) offer(found.leaders, n);
-      for (int64_t i = first[n]; i < first[n + 1]; ++i) offer(found.others, order[i]);
+      for (int64_t i = first[n]; i < first[n + 1]; ++i) {
+        const int64_t pair = order[i];
+        if (left.logits[pair] < state.best - out.threshold) continue;  // NaN is offered
+        state.offer(left.logits[pair], left.components[pair], out.of(n));
+      }
       state.finish(out, n);
     }
   });

@@ -5,6 +5,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __AVX__
+#include <immintrin.h>
+#endif
+
 namespace mfa {
 
 #if defined(__AVX512F__)
@@ -53,6 +57,19 @@ template <class T>
 inline void prefetch(const T* p, int64_t count) {
   constexpr int64_t kLine = 64 / sizeof(T);
   for (int64_t i = 0; i < count; i += kLine) __builtin_prefetch(p + i);
+}
+
+// A bit for every lane where a is not below b, as where either is NaN.
+inline uint64_t not_below(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_NLT_UQ);
+#elif defined(__AVX__)
+  return static_cast<uint64_t>(_mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_NLT_UQ)));
+#else
+  uint64_t bits = 0;
+  for (int lane = 0; lane < kWidth<float>; ++lane) bits |= uint64_t(!(a[lane] < b[lane])) << lane;
+  return bits;
+#endif
 }
 
 // Vectors of as many lanes in double precision.

@@ -201,7 +201,7 @@ def _screened(mfa: LocalMixture, store: ActivationStore) -> LocalMixture:
         return mfa
     own = copy.copy(mfa)  # the same parameters
     sample = store.rows(torch.linspace(0, n - 1, _SAMPLE_ROWS).round().long())
-    own.screen(sample[sample.isfinite().all(-1)].to(mfa.means.device), neighbors=False)
+    own.screen(sample[sample.isfinite().all(-1)].to(mfa.means.device))
     return own
 
 

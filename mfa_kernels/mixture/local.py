@@ -14,7 +14,7 @@ from mfa_kernels.common.modes import door
 from mfa_kernels.common.moved import RenamedAttribute
 from mfa_kernels.mixture import functional
 from mfa_kernels.mixture.base import Mixture, Parameters
-from mfa_kernels.mixture.screening import DRAWS, ModelScreen, tuned, wants_lists
+from mfa_kernels.mixture.screening import DRAWS, ModelScreen, tuned
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.scan.error_bound import error_bound
 from mfa_kernels.ops.scan.types import SLOTS
@@ -86,7 +86,7 @@ class LocalMixture(Mixture):
 
     @door
     @torch.no_grad()
-    def screen(self, x: Tensor | None = None, *, neighbors: bool | None = None) -> bool:
+    def screen(self, x: Tensor | None = None) -> bool:
         """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
 
         Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`), gradients too. It serves
@@ -98,12 +98,6 @@ class LocalMixture(Mixture):
         Args:
             x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None
                 draws them from the mixture itself.
-            neighbors: whether to list, for every component, those that can be active beside it: the work of a token
-                then hardly grows with K, while parameters stand still. On a CPU; takes K^2 steps, one or two seconds
-                at K = 4096, minutes at 32,768. None makes the lists from 1,024 to 4,096 components, where it can.
-
-        Raises:
-            ValueError: neighbors are asked for where the C++ kernels do not serve the mixture.
 
         Returns:
             True where screening is on. False where the dense scan costs less on x (diffuse mixtures), for noise per
@@ -111,10 +105,10 @@ class LocalMixture(Mixture):
             the dense scan.
         """
         self._screen = self.evaluated = None
-        listed, found = wants_lists(self, neighbors), ModelScreen(self.woodbury())
+        found = ModelScreen(self.woodbury())
         if serves(found.woodbury):
             x = self.sample(DRAWS, torch.Generator(self.means.device).manual_seed(0)) if x is None else x
-            found = tuned(self, self.flattened(x)[0], listed)
+            found = tuned(self, self.flattened(x)[0])
         self._screen = found
         return found.screen is not None
 

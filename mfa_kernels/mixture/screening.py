@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_flag
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.scan.op import log_prob
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
-from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.cost import dense_cost, modelled_cost
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
@@ -36,8 +34,8 @@ SAMPLE = 512
 """Rows that EM tunes the bounds on."""
 
 _LONE_TOKEN_VALUES = 1 << 22  # 16 MB of component rows in float32 are more than a cache holds
-_MANY_ROWS = 16384  # tuning costs as much as the dense scan of about a thousand rows
-_STAGE_0 = 5  # the most that stage 0 costs EM: so many rows of the dense scan per coordinate of the bounds
+_MANY_ROWS = 1 << 17  # stage 0 and tuning cost as much as the dense scan of some ten thousand
+_STAGE_0 = 100  # the most that stage 0 costs EM: so many rows of the dense scan per coordinate of the bounds
 _APART = 1 << 16  # EM tunes at most once per this many rows: tuning costs a dense scan of a few thousand
 _DRIFT = 0.25  # EM tunes again when the measured cost differs from the cost at tuning time by this fraction
 
@@ -61,7 +59,8 @@ def cost(mfa: Mixture, evaluated: Tensor, screen: AnyScreen, tokens: int | None 
         screen: the bounds, or any with as many coordinates.
         tokens: how many tokens share the cost of stage 0; None leaves it out.
     """
-    return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, screen.basis.shape[1], tokens)
+    kept, on_cpu = screen.basis.shape[1], isinstance(screen, Screen)
+    return modelled_cost(evaluated, mfa.n_components, mfa.n_features, mfa.rank, kept, tokens, on_cpu=on_cpu)
 
 
 class ModelScreen(NamedTuple):
@@ -82,49 +81,24 @@ class ModelScreen(NamedTuple):
         if self.screen is None or self.evaluated is None:
             return self.screen
         limit, known = dense_cost(woodbury, tokens), self.woodbury is woodbury
-        if known and (limit == 1 or (isinstance(self.screen, Screen) and self.screen.neighbors is not None)):
-            return self.screen  # what was found to be below the dense scan; lists are below what is modelled
+        if known and limit == 1:
+            return self.screen  # what was found to be below the dense scan
         if not tokens or cost(mfa, self.evaluated, self.screen, None if known else tokens) >= limit:
             return None
         return self.screen if known else op.refresh(self.screen, parameters, woodbury)
 
 
-def wants_lists(mfa: Mixture, neighbors: bool | None) -> bool:
-    """Returns `neighbors`, or for None whether lists of neighbors pay at this K; raises where they cannot be made."""
-    if neighbors is None:
-        return lists.LEAST_COMPONENTS <= mfa.n_components <= lists.AT_ONCE
-    if check_flag(neighbors, "neighbors") and not mfa.woodbury().is_cpp:
-        raise ValueError(
-            "neighbors must be None or False here: only the C++ kernels, on a CPU, have lists of neighbors"
-        )
-    return bool(neighbors)
-
-
-def tuned(mfa: Mixture, x: Tensor, listed: bool) -> ModelScreen:
+def tuned(mfa: Mixture, x: Tensor) -> ModelScreen:
     """Returns the bounds that cost least on tokens x (N, D).
 
     Args:
         mfa: the mixture; the call is made under `torch.no_grad`.
         x: (N, D), a few hundred tokens like those to come.
-        listed: whether lists of neighbors are made too.
     """
     parameters, woodbury = mfa.prepared()
     x = x.to(parameters[0].dtype).contiguous()
-    chosen = op.choose(x, parameters, woodbury, _least(listed)) if len(x) else None
-    if chosen is None:
-        return ModelScreen(woodbury)
-    chosen = _listed(mfa, chosen) if listed else chosen
-    return ModelScreen(woodbury, chosen, _scan(mfa, x, chosen).evaluated)
-
-
-def _least(listed: bool) -> int:
-    """The fewest coordinates of bounds."""
-    return lists.FEATURES if listed else 16
-
-
-def _listed(mfa: Mixture, screen: AnyScreen) -> AnyScreen:
-    parameters, woodbury = mfa.prepared()
-    return op.with_neighbors(screen, parameters, woodbury) if isinstance(screen, Screen) else screen
+    chosen = op.choose(x, parameters, woodbury) if len(x) else None
+    return ModelScreen(woodbury) if chosen is None else ModelScreen(woodbury, chosen, _scan(mfa, x, chosen).evaluated)
 
 
 def _scan(mfa: Mixture, x: Tensor, screen: AnyScreen) -> ScreenedPairs:
@@ -171,23 +145,21 @@ class Screening:
             rows: to be scanned under these parameters.
             total: to be scanned in the rest of the run.
         """
-        woodbury, count = self.mfa.woodbury(), self.mfa.n_components
-        listed = count >= lists.LEAST_COMPONENTS and rows >= lists.ROWS_PER_COMPONENT * count
+        woodbury = self.mfa.woodbury()
         if not self.decided:
             self.decided = True
             self._level()
             # On a GPU, and for noise per component, EM takes the dense scan.
             if woodbury.is_cpp and not woodbury.per_component and self.mfa.precision != "reference" and rows:
                 if total >= _APART <= self.since and (self.basis is None or self._drifted()):
-                    self._choose(_least(listed))
+                    self._choose()
                 saved = rows * (dense_cost(woodbury, rows) - self.cost)
                 self.used = self.basis is not None and saved > _STAGE_0 * self.basis.shape[1]
             self.rows, self.work = 0.0, 0.0
         if not self.used:
             self._screen = None
         elif self._screen is None or self._screen[0] is not woodbury:
-            screen = op.screen(self.mfa.prepared()[0], woodbury, basis=self.basis)
-            self._screen = woodbury, _listed(self.mfa, screen) if listed else screen
+            self._screen = woodbury, op.screen(self.mfa.prepared()[0], woodbury, basis=self.basis)
 
     @torch.no_grad()
     def ready(self) -> bool:
@@ -219,11 +191,10 @@ class Screening:
         """Restores what `state` returned; the decisions of another number of processes are not restored."""
         for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
-        self.basis = tensors["screening.basis"].clone() if "screening.basis" in tensors else None
-        if self.basis is not None:
-            features, dtype = self.mfa.n_features, self.sample.dtype
-            if self.basis.dim() != 2 or len(self.basis) != features or self.basis.dtype != dtype:
-                raise ValueError(f"screening.basis must be {dtype} of shape ({features}, p), got {self.basis.shape}")
+        self.basis = tensors["screening.basis"].float() if "screening.basis" in tensors else None
+        if self.basis is not None and (self.basis.dim() != 2 or len(self.basis) != self.mfa.n_features):
+            shape = tuple(self.basis.shape)
+            raise ValueError(f"screening.basis must have shape ({self.mfa.n_features}, p), got {shape}")
         self._screen = None
 
     def _level(self) -> None:
@@ -236,9 +207,9 @@ class Screening:
         """True where the measured cost per row differs from that at tuning time by more than `_DRIFT` of it."""
         return self.rows > 0 and abs(self.work / self.rows - self.cost) > _DRIFT * self.cost
 
-    def _choose(self, least: int) -> None:
+    def _choose(self) -> None:
         parameters, woodbury = self.mfa.prepared()
-        chosen = op.choose(self.sample, parameters, woodbury, least)
+        chosen = op.choose(self.sample, parameters, woodbury)
         self.since, self.cost = 0, 1.0
         self.basis = None if chosen is None else chosen.basis.contiguous()
         if chosen is not None:  # a run that resumes from a checkpoint can only prepare the bounds anew, so all do

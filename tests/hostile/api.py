@@ -74,7 +74,7 @@ def calls(folder: Path) -> dict[str, Call]:
         "responsibilities": Call(made.responsibilities, {"x": x, "temperature": 1.0}),
         "sample": Call(made.sample, {"n": 3, "generator": torch.Generator()}),
         "rotate": Call(made.rotate, {"method": "varimax", "iterations": 3}),
-        "screen": Call(made.screen, {"x": x, "neighbors": None}),
+        "screen": Call(made.screen, {"x": x}),
         "save_pretrained": Call(made.save_pretrained, {"folder": folder / "again"}),
         "from_pretrained": Call(MFA.from_pretrained, {"folder_or_hub_id": folder / "saved"}),
         "kmeans": Call(kmeans, {"x": x, "n_clusters": 3, "weights": torch.ones(40), "iterations": 3,

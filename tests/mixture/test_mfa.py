@@ -14,7 +14,6 @@ from torch.autograd import forward_ad
 from mfa_kernels import MFA, Code, ops
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import cost
-from mfa_kernels.ops.screen import neighbors as lists
 from tests.helpers.mixtures import Mixture, mixture, tokens
 from tests.helpers.refusals import check_refused
 
@@ -554,7 +553,9 @@ def screened_mixture() -> tuple[MFA, torch.Tensor]:
 
 
 @pytest.fixture
-def screened(no_int8: None) -> tuple[MFA, torch.Tensor]:
+def screened(no_int8: None, monkeypatch: pytest.MonkeyPatch) -> tuple[MFA, torch.Tensor]:
+    """Where stage 0 pays for so few tokens too."""
+    monkeypatch.setattr(cost, "STAGE_COST", (1, 0.1))
     mfa, x = screened_mixture()
     if not mfa.screen(x):
         pytest.skip("screening needs the C++ kernels")
@@ -578,32 +579,10 @@ def test_a_screen_changes_the_cost_and_not_the_result():
         torch.testing.assert_close(again.responsibilities, code.responsibilities, rtol=1e-4, atol=1e-6)
 
 
-def test_lists_of_neighbors_need_the_cpp_kernels(monkeypatch):
+def test_nothing_is_screened_without_kernels(monkeypatch):
     monkeypatch.setenv("MFA_KERNELS_BACKEND", "portable")
     mfa, x = screened_mixture()
-    with pytest.raises(ValueError, match="neighbors must be None or False here"):
-        mfa.screen(x, neighbors=True)
     assert not mfa.screen(x)
-
-
-@torch.no_grad()
-@pytest.mark.usefixtures("no_int8")
-def test_a_screen_with_lists_of_neighbors(monkeypatch):
-    mfa, x = screened_mixture()
-    if not mfa.woodbury().is_cpp:
-        pytest.skip("lists need the C++ kernels")
-    assert mfa.screen(x, neighbors=True)
-    assert mfa.screened()[1].neighbors.neighbors.shape == (200, lists.length_of_lists(200))
-    wanted = mixture_of(mfa).log_prob_fp64(x)
-    torch.testing.assert_close(mfa.log_prob(x).double(), wanted, rtol=1e-5, atol=1e-4)
-    assert mfa.evaluated.double().mean() < 20
-    mfa.means += 0.5  # what moved has no lists until they are asked for again
-    torch.testing.assert_close(mfa.log_prob(x + 0.5).double(), wanted, rtol=1e-5, atol=1e-4)
-    assert mfa.screened()[1].neighbors is None
-    for least, made in ((201, False), (200, True)):
-        monkeypatch.setattr(lists, "LEAST_COMPONENTS", least)
-        mfa.screen(x)
-        assert (mfa.screened()[1].neighbors is not None) == made
 
 
 def test_a_screen_follows_the_parameters(screened):
@@ -660,18 +639,20 @@ def test_a_screen_on_draws_from_the_mixture():
     if not mfa.screen():
         pytest.skip("screening needs the C++ kernels")
     assert mfa.screened()[0]
-    mfa.log_prob(x)
+    with torch.no_grad():
+        mfa.log_prob(x)
     assert mfa.evaluated.double().mean() < 20
 
 
 @torch.no_grad()
 def test_a_screen_gives_way_to_the_int8_level_where_that_costs_less(monkeypatch):
+    monkeypatch.setattr(cost, "STAGE_COST", (1, 0.1))
     mfa, x = screened_mixture()
     if not (mfa.woodbury().is_cpp and mfa.woodbury().int8[0].numel()):
         pytest.skip("not applicable: the dense scan has no int8 level here")
     for shift, dense in enumerate((0.0, 1.0)):  # of the dense scan in float32
         monkeypatch.setattr(cost, "INT8_COST", dense)
-        assert mfa.screen(x, neighbors=False)
+        assert mfa.screen(x)
         mfa.log_prob(x)
         assert (mfa.evaluated is not None) == (dense == 1.0)
         mfa.log_prob(x[:100])  # so few have no int8 level
@@ -679,10 +660,6 @@ def test_a_screen_gives_way_to_the_int8_level_where_that_costs_less(monkeypatch)
         mfa.means += 0.1 * shift  # parameters that have moved decide in the same way
         mfa.log_prob(x)
         assert (mfa.evaluated is not None) == (dense == 1.0)
-    assert mfa.screen(x, neighbors=True)
-    monkeypatch.setattr(cost, "INT8_COST", 0.0)
-    mfa.log_prob(x)
-    assert mfa.evaluated is not None  # lists cost less than is modelled
 
 
 def test_the_error_bound_of_log_prob():

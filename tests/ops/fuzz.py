@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.ops.kmeans import op as kmeans  # noqa: F401  (registers an operator, as the next does)
 from mfa_kernels.ops.kmeans.types import ClusterSums
-from mfa_kernels.ops.screen import differentiable, neighbors  # noqa: F401  (registers an operator)
+from mfa_kernels.ops.screen import differentiable  # noqa: F401
 from mfa_kernels.ops.screen import op as screening
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 from tests.helpers.mixtures import mixture, tokens
@@ -72,17 +73,8 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
         del made["log_prob_keeping"]
     screen = None if per_component or not f.is_cpp else screening.screen(m, f, 16)
     if screen is not None:
-        near = screening.with_neighbors(screen, m, f)
-        lists, within = neighbors.flat(near.neighbors)
-        made["screened_log_prob"] = [
-            x, *m, *f.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines, screen.line_terms,
-            screen.batches_by_lines, lists, within, screen.exact_slack, 4,
-        ]  # fmt: skip
-        made["select_screened"] = [
-            x, f.rows, f.constants(m.log_weights), f.scale, f.center, screen.basis, screen.rows, screen.log_det,
-            screen.radii, screen.slack, screen.lines, screen.line_terms, screen.batches_by_lines, lists, within,
-            screen.exact_slack, 20.0, 4,
-        ]  # fmt: skip
+        made["screened_log_prob"] = [x, *m, *f.tensors(), *screen, 4]
+        made["select_screened"] = [x, f.rows, f.constants(m.log_weights), f.scale, *screen, 20.0, 4]
     return made
 
 

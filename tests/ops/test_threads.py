@@ -152,11 +152,8 @@ def test_k_means(dtype):
 
 
 @functools.cache
-def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Woodbury, AnyScreen]:
+def with_screen(spread: float) -> tuple[Mixture, ops.Woodbury, AnyScreen]:
     """A mixture, its factors and its screen, made once for all scans of it."""
-    if lists:
-        m, f, screen = with_screen(spread, False)
-        return m, f, screen_op.with_neighbors(screen, m, f)
     m = mixture(391, 64, 5, spread=spread)
     f = m.woodbury(m.means.mean(0))
     return m, f, screen_op.screen(m, f, 48)
@@ -164,13 +161,10 @@ def with_screen(spread: float, lists: bool) -> tuple[Mixture, ops.Woodbury, AnyS
 
 @pytest.mark.parametrize("count", [1, 3, 5, 128 + 129, 700])
 @pytest.mark.parametrize("spread", [1.5, 0.7, 0.05], ids=["one_hot", "overlapping", "diffuse"])
-@pytest.mark.parametrize("way", ["lines", "marginals", "lists"])
-def test_scans_of_one_screen(count, spread, way):
-    """What bounds and lists are made of comes from a BLAS: one screen is made, and every scan of it is the same."""
-    m, f, screen = with_screen(spread, way == "lists")
+def test_scans_of_one_screen(count, spread):
+    """What bounds are made of comes from a BLAS: one screen is made, and every scan of it is the same."""
+    m, f, screen = with_screen(spread)
     x = tokens(m, count)
-    if way == "marginals":
-        screen = screen.without_lines()
     constants, threshold = f.constants(m.log_weights), activity_threshold(391, m.means.dtype)
 
     def run() -> list[Tensor]:
@@ -179,22 +173,6 @@ def test_scans_of_one_screen(count, spread, way):
 
     evaluated = check(run)[5]
     assert (evaluated > 0).any() or spread < 1
-
-
-def test_stage_0_of_a_screen_on_one_basis():
-    """Of the C++ kernel: rows, radii, slack and lines, from the same coordinates and the same middle."""
-    m = mixture(203, 200, 5)
-    f = m.woodbury()
-    scale = m.noise_variance.double().rsqrt()
-    projection = scale.unsqueeze(-1) * torch.eye(200, 32, dtype=torch.float64)
-
-    def run() -> list[Tensor]:
-        found = ops.common.cpp.library().screen_marginals(
-            *m[:2], f.cholesky, f.center, scale, projection, None, False, 1e-12, 1e-5, 1.0, projection[0] * 0, 1.0
-        )
-        return [t for t in found if t is not None]
-
-    check(run)
 
 
 def test_intervene():

@@ -6,15 +6,15 @@
 #include <cstdio>
 #include <functional>
 #include <map>
+#include <set>
 #include <string>
 
 #include "int8/int8_scan.h"
 #include "intervene.h"
 #include "kmeans.h"
-#include "screen/marginals.h"
-#include "screen/neighbor_scan.h"
-#include "screen/neighbor_lists.h"
+#include "screen/screened_scan.h"
 #include "statistics.h"
+#include "woodbury.h"
 
 namespace {
 
@@ -209,10 +209,11 @@ auto same(const std::string& what, Run&& run) {
 
 template <class T>
 void check_active(const Problem<T>& p, const Found<T>& found, int64_t slots, const std::string& what) {
-  Doubles exact(p.N), terms(p.N);
-  for (int64_t n = 0; n < p.N; ++n) exact[n] = p.log_prob(n, &terms[n]);
+  const int64_t N = int64_t(found.counts.size());  // the first of the problem
+  Doubles exact(N), terms(N);
+  for (int64_t n = 0; n < N; ++n) exact[n] = p.log_prob(n, &terms[n]);
   within(found.log_prob.data(), exact, terms, what + ", log p(x)");
-  for (int64_t n = 0; n < p.N; ++n) {
+  for (int64_t n = 0; n < N; ++n) {
     const double* own = p.logit.data() + n * p.K;
     const double best = *std::max_element(own, own + p.K), room = 1e-3;
     int64_t surely = 0, possibly = 0;
@@ -451,109 +452,242 @@ void kmeans(int64_t N, int64_t K, int64_t D, int64_t P) {
   }
 }
 
-// Bounds, lines and lists over the first p coordinates; every bound holds, and results are those of the formula.
-template <class T>
-void screening(const Problem<T>& m, int64_t p) {
-  const int64_t N = m.N, K = m.K, D = m.D, R = m.R, slots = 8;
-  const double eps = std::numeric_limits<T>::epsilon(), unit = eps / 2, up = 1 + 4 * eps;
-  std::vector<T> basis(D * p), center(D, T(0));
-  Doubles scale(D), projection(D * p), middle(p), kept(K * (R + 1) * p);
-  for (int64_t d = 0; d < D; ++d) {
-    scale[d] = m.scale(0, d);
-    for (int64_t c = 0; c < p; ++c) basis[d * p + c] = T(d == c), projection[d * p + c] = d == c ? scale[d] : 0;
-  }
-  for (int64_t k = 0; k < K; ++k)
-    for (int64_t c = 0; c < p; ++c) middle[c] += m.means[k * D + c] * scale[c] / K;
-  // As mfa_kernels/ops/screen/op.py has them, with Q^T Q = I.
-  const double rounding = 8 * D * (R + 1) * std::sqrt(double(p)) * std::numeric_limits<double>::epsilon();
-  const double token = (6 + (66 + mfa::ceil_div(D, 64)) * std::sqrt(double(p))) * unit, coordinates = token + 4 * unit;
-  const double products = coordinates + (67 + mfa::ceil_div(p, 64)) * std::sqrt(double(std::max<int64_t>(R, 1))) * unit;
-  const double base = 0.505 * (2 * coordinates + 2 * products + products * products +
-                               2 * (66 + mfa::ceil_div(p, 64) + R + 8) * unit) + 8 * unit;
-  const double in_full = (6 + (mfa::ceil_div(D, 4) + 9) * std::sqrt(double(std::max<int64_t>(R, 1)))) * unit;
-  const double exact_slack = 0.505 * (12 * unit + 2 * in_full + in_full * in_full +
-                                      2 * (mfa::ceil_div(D, 4) + R + 16) * unit) + 8 * unit;
-  const auto made = same("stage 0 of screening", [&](const Threads& threads) {
-    std::vector<std::vector<T>> s{std::vector<T>(K * p * (R + 1)), std::vector<T>(K),     std::vector<T>(K),
-                                  std::vector<T>(K * p),           std::vector<T>(K), std::vector<T>(K)};
-    mfa::marginals<T>(m.shape,
-                      {m.means.data(), m.loadings.data(), m.chol.data(), center.data(), scale.data(),
-                       projection.data(), p, nullptr, 0, kept.data(), rounding, base, 1.0, middle.data(), up,
-                       s[0].data(), s[1].data(), s[2].data(), s[3].data(), s[4].data(), s[5].data()},
-                      threads);
-    return s;
-  });
-  const mfa::Screen<T> with_lines{
-      {K, p, R, false}, D, basis.data(), center.data(), made[0].data(), m.constants.data(), m.log_det.data(),
-      made[1].data(), made[2].data(), made[3].data(), made[4].data(), made[5].data(), T(exact_slack * up)};
-  mfa::Screen<T> without = with_lines;
-  without.lines = nullptr;
-  for (const bool lines : {false, true}) {
-    const auto bounds = same("bounds", [&](const Threads& threads) {
-      std::vector<T> out(N * K);
-      mfa::bounds(m.input(), with_lines, lines, out.data(), threads);
-      return out;
-    });
-    for (int64_t i = 0; i < N * K; ++i) that(bounds[i] >= m.logit[i], lines ? "a line's bound" : "a bound");
-    const auto found = same("scan_screened", [&](const Threads& threads) {
-      Found<T> f(N, slots);
-      mfa::scan_screened(m.input(), lines ? with_lines : without, f.out(m.threshold()), threads);
-      return f;
-    });
-    check_active(m, found, slots, "scan_screened");
-  }
-  if (K < 4) return;
+double square_of(const Doubles& values) {
+  return std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
+}
 
-  // Lists: V = E L^T with L L^T = 2 I + V^T V.
-  std::vector<T> means(K * p), whitened(K * R * p), lower(K * R * R), constants(K), offs(K), halves(K);
-  for (int64_t k = 0; k < K; ++k) {
-    const double* own = kept.data() + k * (R + 1) * p;
-    double square = 0;
-    for (int64_t c = 0; c < p; ++c) means[k * p + c] = T(own[c]), square += own[c] * own[c];
-    halves[k] = T(square / 2);
-    Doubles L(R * R), E(R * p);
-    double size = 0, whole = 0;
+// The tensors of a Screen, as mfa_kernels/ops/screen/stage_0.py makes them, in plain loops.
+template <class T>
+struct PlainScreen {
+  mfa::Screen view;
+  std::vector<T> center;
+  std::vector<float> basis, terms;
+  std::vector<int8_t> rows;
+  std::vector<int32_t> starts;
+  Doubles unrounded, reaches;  // [N, K]: the bounds in double precision, without int8; |y| + |m|
+
+  PlainScreen(const Problem<T>& m, int64_t p)
+      : view{m.shape, p, nullptr, nullptr, nullptr, nullptr, 0}, center(m.D), basis(m.D * p),
+        terms(m.K * view.term_count()), rows(m.K * view.blocks() * mfa::kScreenBlock), starts(m.K * (m.R + 1)),
+        unrounded(m.N * m.K), reaches(m.N * m.K) {
+    view.basis = basis.data(), view.rows = rows.data(), view.starts = starts.data(), view.terms = terms.data();
+    // logit_slack of mfa_kernels/ops/screen/rounding.py.
+    const double unit = std::numeric_limits<T>::epsilon() / 2, chain = double(mfa::ceil_div(m.D, 4) + 8);
+    const double products = (6 + (chain + 1) * std::sqrt(std::max<double>(m.R, 1))) * unit;
+    const double sums = 2 * (chain + m.R + 8) * unit;
+    view.exact_slack = up(0.505 * (12 * unit + 2 * products + products * products + sums) + 8 * unit);
+
+    for (int64_t d = 0; d < m.D; ++d) {
+      double sum = 0;
+      for (int64_t k = 0; k < m.K; ++k) sum += m.means[k * m.D + d];
+      center[d] = T(sum / m.K);
+    }
+    const double skew = make_basis(m.D);
+    Doubles inside, norms;  // Q^T y, |y|
+    for (int64_t n = 0; n < m.N; ++n) {
+      const Doubles y = whitened(m, m.x.data() + n * m.D), z = projected(y);
+      inside.insert(inside.end(), z.begin(), z.end());
+      norms.push_back(std::sqrt(square_of(y)));
+    }
+    for (int64_t k = 0; k < m.K; ++k) {
+      const Doubles mean = whitened(m, m.means.data() + k * m.D), mean_inside = projected(mean);
+      Doubles t(m.R * p);
+      for (int64_t r = 0; r < m.R; ++r) {  // B = A Q
+        const double* own = m.a.data() + (k * m.R + r) * m.D;
+        const Doubles b = projected(Doubles(own, own + m.D));
+        std::copy(b.begin(), b.end(), t.begin() + r * p);
+      }
+      const double b_square = square_of(t), nu = make_rows(m, k, skew, t);
+      for (int64_t n = 0; n < m.N; ++n) {
+        unrounded[n * m.K + k] = bound(m, n * m.K + k, nu, t, inside.data() + n * p, mean_inside);
+        reaches[n * m.K + k] = norms[n] + std::sqrt(square_of(mean));
+      }
+      write(m, k, skew, nu, mean, mean_inside, t, b_square);
+    }
+  }
+
+ private:
+  static float up(double value) { return float(value * (1 + 1e-6)); }
+
+  // Takes the first columns of a reflection for Q: none is a feature alone. Returns |Q^T Q - I|, since floats are rounded.
+  double make_basis(int64_t D) {
+    const int64_t p = view.coordinates;
+    Doubles mirror(D);
+    for (double& value : mirror) value = normal();
+    const double twice = 2 / square_of(mirror);
+    for (int64_t d = 0; d < D; ++d)
+      for (int64_t c = 0; c < p; ++c) basis[d * p + c] = float((d == c) - twice * mirror[d] * mirror[c]);
+    double off = 0;
+    for (int64_t i = 0; i < p; ++i)
+      for (int64_t j = 0; j < p; ++j) {
+        double sum = i == j ? -1 : 0;
+        for (int64_t d = 0; d < D; ++d) sum += double(basis[d * p + i]) * basis[d * p + j];
+        off += sum * sum;
+      }
+    return std::sqrt(off);
+  }
+
+  // lam (x - c)
+  Doubles whitened(const Problem<T>& m, const T* x) const {
+    Doubles y(m.D);
+    for (int64_t d = 0; d < m.D; ++d) y[d] = (double(x[d]) - center[d]) * m.scale(0, d);
+    return y;
+  }
+
+  // Q^T y
+  Doubles projected(const Doubles& y) const {
+    Doubles z(view.coordinates);
+    for (size_t d = 0; d < y.size(); ++d)
+      for (size_t c = 0; c < z.size(); ++c) z[c] += double(basis[d * z.size() + c]) * y[d];
+    return z;
+  }
+
+  // B -> T [R, p] of component k; returns nu.
+  double make_rows(const Problem<T>& m, int64_t k, double skew, Doubles& t) const {
+    const int64_t D = m.D, R = m.R, p = view.coordinates;
+    const double* a = m.a.data() + k * R * D;
+    Doubles rest(R * R);  // A A^T - B B^T, and what an inexact Q may add to it
+    double nu = 0;        // more than its largest eigenvalue
+    for (int64_t i = 0; i < R; ++i) {
+      double size = 0;
+      for (int64_t j = 0; j < R; ++j) {
+        double sum = i == j ? 2 * skew + 1e-9 : 0;
+        for (int64_t d = 0; d < D; ++d) sum += a[i * D + d] * a[j * D + d];
+        for (int64_t c = 0; c < p; ++c) sum -= t[i * p + c] * t[j * p + c];
+        rest[i * R + j] = sum, size += std::abs(sum);
+      }
+      nu = std::max(nu, size);
+    }
+    nu += 0.25;
+    // F F^T = I - rest / nu, where `rest` was; T = F^-1 B.
     for (int64_t i = 0; i < R; ++i) {
       for (int64_t j = 0; j <= i; ++j) {
-        double sum = i == j ? 2 : 0;
-        for (int64_t c = 0; c < p; ++c) sum += own[(i + 1) * p + c] * own[(j + 1) * p + c];
-        for (int64_t s = 0; s < j; ++s) sum -= L[i * R + s] * L[j * R + s];
-        L[i * R + j] = i == j ? std::sqrt(sum) : sum / L[j * R + j];
-        lower[(k * R + i) * R + j] = T(L[i * R + j]), size += L[i * R + j] * L[i * R + j];
-        whole += std::pow(m.lower[(k * R + i) * R + j], 2);
+        double sum = (i == j) - rest[i * R + j] / nu;
+        for (int64_t s = 0; s < j; ++s) sum -= rest[i * R + s] * rest[j * R + s];
+        rest[i * R + j] = i == j ? std::sqrt(sum) : sum / rest[j * R + j];
       }
       for (int64_t c = 0; c < p; ++c) {
-        double sum = own[(i + 1) * p + c];
-        for (int64_t j = 0; j < i; ++j) sum -= L[i * R + j] * E[j * p + c];
-        E[i * p + c] = sum / L[i * R + i], whitened[(k * R + i) * p + c] = T(E[i * p + c]);
+        double sum = t[i * p + c];
+        for (int64_t j = 0; j < i; ++j) sum -= rest[i * R + j] * t[j * p + c];
+        t[i * p + c] = sum / rest[i * R + i];
       }
     }
-    constants[k] = m.constants[k] + T(2 * eps * (std::abs(m.constants[k]) + std::abs(m.log_det[k]) + 2 * D)) + made[2][k];
-    offs[k] = T(std::sqrt(double(R)) * ((p + 2 * R + 8) * eps * std::sqrt(size) + 2 * D * 2.3e-16 * std::sqrt(whole)) *
-                (1 + eps));
+    return nu;
   }
-  const int64_t M = K / 2;
-  using Lists = std::pair<std::vector<int32_t>, std::vector<std::vector<T>>>;
-  const auto lists = same("lists of neighbors", [&](const Threads& threads) {
-    Lists out{std::vector<int32_t>(K * M), {std::vector<T>(K * M), std::vector<T>(K)}};
-    mfa::find_neighbors<T>({K, p, R, means.data(), whitened.data(), lower.data(), constants.data(), offs.data(), 1.0,
-                            m.threshold(), M, out.first.data(), out.second[0].data(), out.second[1].data()},
-                           threads);
-    return out;
-  });
-  std::vector<int32_t> members(K);
-  std::iota(members.begin(), members.end(), 0);
-  const int32_t starts[] = {0, int32_t(K)};
-  const std::vector<T> centers(p, T(0)), zero(1, T(0));
-  const mfa::NeighborLists<T> near{
-      K, 1, centers.data(), zero.data(), starts, members.data(), means.data(), halves.data(), M, lists.first.data(),
-      lists.second[0].data(), lists.second[1].data(), m.threshold()};
-  const auto found = same("scan_by_neighbors", [&](const Threads& threads) {
-    Found<T> f(N, slots);
-    mfa::scan_by_neighbors(m.input(), with_lines, near, f.out(m.threshold()), threads);
-    return f;
-  });
-  check_active(m, found, slots, "scan_by_neighbors");
+
+  // The bound of a pair in double precision.
+  double bound(const Problem<T>& m, int64_t pair, double nu, const Doubles& t, const double* z,
+               const Doubles& mean_inside) const {
+    const int64_t p = view.coordinates;
+    double above = 0;  // nu (|v|^2 - |Q^T v|^2) + |T Q^T v|^2 - |A v|^2
+    for (int64_t d = 0; d < m.D; ++d) above += nu * std::pow(m.v[pair * m.D + d], 2);
+    for (int64_t c = 0; c < p; ++c) above -= nu * std::pow(z[c] - mean_inside[c], 2);
+    for (int64_t r = 0; r < m.R; ++r) {
+      double sum = 0;
+      for (int64_t c = 0; c < p; ++c) sum += t[r * p + c] * (z[c] - mean_inside[c]);
+      above += sum * sum - std::pow(m.t[pair * m.R + r], 2);
+    }
+    return m.logit[pair] + above / 2;
+  }
+
+  // Writes a row in int8, its blocks `next` bytes apart, and its start; returns its quantum, and leaves what is lost.
+  static float quantise(double* values, int64_t count, int8_t* out, int64_t next, int32_t& start) {
+    double most = 0;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, std::abs(values[i]));
+    const float quantum = float(most / mfa::kInt8Most);
+    start = 0;
+    for (int64_t i = 0; i < count && quantum > 0; ++i) {
+      const double near = std::round(values[i] / quantum);
+      out[i / mfa::kScreenBlock * next + i % mfa::kScreenBlock] = int8_t(near);
+      start -= mfa::kTokenOffset * int32_t(near);
+      values[i] -= near * quantum;
+    }
+    return quantum;
+  }
+
+  // Writes component k; t is scratch afterwards.
+  void write(const Problem<T>& m, int64_t k, double skew, double nu, const Doubles& mean, const Doubles& mean_inside,
+             Doubles& t, double b_square) {
+    const int64_t D = m.D, R = m.R, p = view.coordinates;
+    float *const quanta = terms.data() + k * view.term_count(), *const offsets = quanta + R;
+    int8_t* const bytes = rows.data() + k * view.blocks() * mfa::kScreenBlock;
+    int32_t* const first = starts.data() + k * (R + 1);
+    Doubles w(mean), products(R);  // w; T Q^T m
+    for (int64_t d = 0; d < D; ++d) {
+      double sum = mean[d];
+      for (int64_t c = 0; c < p; ++c) sum -= basis[d * p + c] * mean_inside[c];
+      w[d] -= nu * sum;
+    }
+    for (int64_t r = 0; r < R; ++r) {
+      for (int64_t c = 0; c < p; ++c) products[r] += t[r * p + c] * mean_inside[c];
+      offsets[r] = float(products[r]);
+    }
+    // bound_slack of mfa_kernels/ops/screen/rounding.py; a Frobenius norm is at least that of the operator.
+    const double square = square_of(mean), inside_square = square_of(mean_inside), gain = square_of(t);
+    const double unit = mfa::kUnit, chain = double(mfa::kFlush + mfa::ceil_div(D, mfa::kFlush) + 8);
+    const double rest = std::abs(1 - nu), all = 1 + rest + nu + gain;
+    const double rounded = chain * (rest + nu) + (10 * std::sqrt(std::max<double>(R, 1)) + R + 8) * gain + 24 * all;
+    const double of_basis = 2.1 * mfa::projection_unit(view) * nu + skew * (2 * nu + 2.5 * gain);
+    mfa::Screen::Terms own{};
+    own.size = float(inside_square + (1 - nu) * (square - inside_square));
+    own.rest = float(1 - nu);
+    own.mean = up(std::sqrt(square_of(w)));
+    own.quantum = quantise(w.data(), D, bytes, mfa::kScreenBlock, first[0]);
+    own.lost = up(std::sqrt(square_of(w)));
+    own.rows = up(std::sqrt(gain));
+    for (int64_t r = 0; r < R; ++r)
+      quanta[r] = quantise(t.data() + r * p, p, bytes + (view.feature_blocks() + r) * mfa::kScreenBlock,
+                           R * mfa::kScreenBlock, first[1 + r]);
+    own.lost_rows = up(std::sqrt(square_of(t)));
+    own.offset = up(2 * unit * std::sqrt(square_of(products)));
+    own.radius = up(std::sqrt(square));
+    own.slack = up(0.505 * (rounded * unit + of_basis) + 1e-9 * all);
+    own.raise = up(4 * unit * (std::abs(double(m.constants[k])) + std::abs(double(m.log_det[k])) + 2 * D));
+    own.half = float(square / 2);
+    own.share = float(b_square / std::max(gain, 1e-300));
+    std::memcpy(offsets + R, &own, sizeof own);
+  }
+};
+
+// Bounds by way of int8, of panels and of a few tokens, against the logits in double precision; and the scans that begin
+// with them, which leave out nearly all components where bounds are `tight`.
+template <class T>
+void screening(const Problem<T>& m, int64_t p, bool tight) {
+  const PlainScreen<T> made(m, p);
+  const double most_dropped = m.K * std::exp(-m.threshold()) * 1.001;  // logits near the bar are rounded
+  for (const int64_t tokens : std::set<int64_t>{1, 2, 3, mfa::kFewScreened, m.N}) {
+    if (tokens > m.N) continue;
+    mfa::ScanInput<T> in = m.input();
+    in.tokens = tokens;
+    const auto bounds = same("screen_bounds", [&](const Threads& threads) {
+      std::vector<float> out(tokens * m.K);
+      mfa::screen_bounds(in, made.view, made.center.data(), {}, out.data(), threads);
+      return out;
+    });
+    bool hold = true, near = true;
+    for (int64_t i = 0; i < tokens * m.K; ++i) {
+      hold = hold && bounds[i] >= m.logit[i];
+      near = near && bounds[i] <= made.unrounded[i] + 0.1 * std::pow(made.reaches[i], 2);
+    }
+    that(hold, "screen_bounds: a logit is above its bound");
+    that(near, "screen_bounds: a bound is higher than int8 makes it");
+    for (const int64_t slots : {2, 8}) {
+      const auto found = same("scan_screened", [&](const Threads& threads) {
+        Found<T> f(tokens, slots);
+        mfa::scan_screened(in, made.view, made.center.data(), f.out(m.threshold()), threads);
+        return f;
+      });
+      check_active(m, found, slots, "scan_screened");
+      int64_t evaluated = 0;
+      for (int64_t n = 0; n < tokens; ++n) {
+        const int64_t own = found.evaluated[n];
+        evaluated += own < 0 ? m.K : own;
+        that(own == -1 || (own >= 1 && own <= m.K), "scan_screened: a number of logits that cannot be");
+        that(found.dropped[n] >= 0 && found.dropped[n] <= most_dropped, "scan_screened: too much may be left out");
+      }
+      that(!tight || 8 * evaluated <= tokens * m.K, "scan_screened: bounds leave too little out");
+    }
+  }
 }
 
 // x <- 0.8 x + shift + sum r (0.3 mu + W (z + 0.5 E[z | x, k])), all slots with a responsibility of their softmax.
@@ -671,10 +805,14 @@ void all() {
         neighbours(p);
         steering(p);
         if (N * K < 3000) pairs(p), statistics(p);
-        if (!own_noise && D >= 32 && R > 0) screening(p, 32);
+        if (!own_noise && D >= 16)
+          for (const int64_t width : std::set<int64_t>{16, D / 16 * 16})
+            screening(p, width, spread > 1 && K > 8 && width + 16 > D);
         if constexpr (sizeof(T) == 4)
           if (R > 0) int8_level(p);
       }
+  // More than a chunk of components; tokens after the pilot, some of which take the dense scan.
+  screening(Problem<T>(500, 490, 24, 2, false, 2.0), 16, false);
   kmeans<T>(75, 60, 50, 16);
   kmeans<T>(33, 7, 40, 16);
 }

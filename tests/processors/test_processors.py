@@ -83,7 +83,6 @@ OPERATORS = [f"tests/ops/{name}.py" for name in (
     "test_threads", "scan/test_scan", "scan/test_int8", "scan/test_kept", "pairs/test_pairs", "pairs/test_overflow",
     "woodbury/test_woodbury",
     "statistics/test_statistics", "kmeans/test_kmeans", "intervene/test_intervene", "screen/test_screen",
-    "screen/test_lines", "screen/test_neighbors",
 )]  # fmt: skip
 
 

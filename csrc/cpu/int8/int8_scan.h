@@ -160,18 +160,18 @@ int64_t scan_int8(const ScanInput<float>& in, const Int8Rows& rows, const Active
   for (int64_t i = 0; i < sample; ++i) order.push_back(N * i / sample), sampled[order.back()] = true;
   for (int64_t n = 0; n < N; ++n)
     if (!sampled[n]) order.push_back(n);
-  Candidates<float> found;
+  Pairs<float> left;
   std::vector<int32_t> evaluated(N, -1);
   std::vector<float> dropped(N);
   const Int8Scan select(in, rows, out.threshold, parallel_for);
-  select(order.data(), sample, found.others, evaluated.data());
+  select(order.data(), sample, left, evaluated.data());
   int64_t whole = 0;
   for (int64_t i = 0; i < sample; ++i) whole += evaluated[order[i]] < 0;
-  const double cost = kInt8Share + (static_cast<double>(kPairCost * found.others.size()) / K + whole) / sample;
+  const double cost = kInt8Share + (static_cast<double>(kPairCost * left.size()) / K + whole) / sample;
   if (cost >= 1) return scan(in, out, parallel_for, room()), N;
-  select(order.data() + sample, N - sample, found.others, evaluated.data());
+  select(order.data() + sample, N - sample, left, evaluated.data());
   const ScreenedPairs<float> all{out, dropped.data(), evaluated.data()};
-  collect(in, found, all, parallel_for);
+  collect(in, left, all, parallel_for);
   whole = std::count(evaluated.begin(), evaluated.end(), -1);
   scan_rest(in, all, [&](const ScanInput<float>& own, const ScreenedPairs<float>& own_out) {
     scan<float>(own, own_out, parallel_for);

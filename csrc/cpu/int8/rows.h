@@ -26,7 +26,7 @@ struct Int8Rows {
   Shape shape;
   int8_t* rows;         // [K, D'/4, R, 4], D' = D padded
   float* means;         // [K, 1 or 2, D']: m; rho too, where every component has its own noise
-  int32_t* starts;      // [K, R] -128 times the sum of a row, since tokens come with 128 added
+  int32_t* starts;      // [K, R] -kTokenOffset times the sum of a row, since tokens come with that added
   float* terms;         // [K, 2 R + kNorms]: quanta [R], offsets B m [R], norms
   const float* scale;   // s [D]
   const float* center;  // c [D]
@@ -43,17 +43,10 @@ struct Int8Rows {
   float* terms_of(int64_t k) const { return terms + k * term_count(); }
 };
 
-// The nearest integers, for values up to 2^22; 0 for NaN.
-inline Floats nearest(Floats v) {
-  constexpr float kMagic = 0x1.8p23f;  // its unit in the last place is 1
-  const Floats near = (v + kMagic) - kMagic;
-  return near == near ? near : Floats{};
-}
-
-// What values up to `largest` are multiples of in int8, and one over it; 0 where they are too small.
+// What values up to `largest` are multiples of in integers up to `most`, and one over it; 0 where they are too small.
 struct Quantum {
   float size, inverse;
-  explicit Quantum(float largest) : size(largest > 1e-30f ? largest / kInt8Most : 0), inverse(size > 0 ? 1 / size : 0) {}
+  Quantum(float largest, int most) : size(largest > 1e-30f ? largest / most : 0), inverse(size > 0 ? 1 / size : 0) {}
 };
 
 inline float largest_lane(Floats v) {
@@ -162,7 +155,7 @@ class Quantiser {
   void write_row(int64_t k, int64_t r, const float* next) {
     const float* const b = b_.data() + r * P_;
     float *const e = e_.data() + r * P_, *const terms = out_.terms_of(k);
-    const Quantum quantum(largest_lane(load(most_.data() + r * V)));
+    const Quantum quantum(largest_lane(load(most_.data() + r * V)), kInt8Most);
     int8_t* quads = out_.rows_of(k) + 4 * r;
     Ints total = {};
     Vec<double> offset = {};
@@ -177,7 +170,7 @@ class Quantiser {
       for (int quad = 0; quad < V / 4; ++quad, quads += 4 * R_)
         std::memcpy(quads, reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
     }
-    out_.starts_of(k)[r] = -128 * horizontal_sum<int32_t>(total);
+    out_.starts_of(k)[r] = -kTokenOffset * horizontal_sum<int32_t>(total);
     terms[r] = quantum.size;
     terms[R_ + r] = static_cast<float>(horizontal_sum<double>(offset));
   }

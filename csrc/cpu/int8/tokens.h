@@ -15,7 +15,7 @@ struct PanelNorms {
   float reach[kLanes];    // rounding of y: |y| 2.1 u
 };
 
-// Packs tokens x[order[i]], of count kLanes at most: y [D', kLanes], quads [D'/4, kLanes, 4] with 128 added. scratch [D'].
+// Packs tokens x[order[i]], of count kLanes at most: y [D', kLanes], quads [D'/4, kLanes, 4] with kTokenOffset added. scratch [D'].
 inline void pack_tokens(const Int8Rows& rows, const float* x, const int64_t* order, int64_t count, float* y,
                         uint8_t* quads, PanelNorms& norms, float* scratch) {
   constexpr int V = kWidth<float>;
@@ -28,14 +28,14 @@ inline void pack_tokens(const Int8Rows& rows, const float* x, const int64_t* ord
       const Floats value = load(scratch + d), size = value < 0 ? -value : value;
       most = size > most ? size : most;
     }
-    const Quantum quantum(largest_lane(most));
+    const Quantum quantum(largest_lane(most), kTokenMost);
     Floats square = {}, lost = {}, rounded = {};
     for (int64_t d = 0; d < P; d += V) {
       const Floats value = load(scratch + d), near = nearest(value * quantum.inverse), off = value - near * quantum.size;
       square += value * value;
       lost += off * off;
       rounded += near * near;
-      const auto bytes = __builtin_convertvector(__builtin_convertvector(near, Ints) + 128, Bytes);
+      const auto bytes = __builtin_convertvector(__builtin_convertvector(near, Ints) + kTokenOffset, Bytes);
       for (int quad = 0; quad < V / 4; ++quad)
         std::memcpy(quads + (d + 4 * quad) * kLanes + 4 * n, reinterpret_cast<const char*>(&bytes) + 4 * quad, 4);
       for (int lane = 0; lane < V; ++lane) y[(d + lane) * kLanes + n] = value[lane];

@@ -1,139 +1,172 @@
-// Upper bounds of the logits of a stretch of tokens, from lines or from marginals.
+// Bounds of the logits of many components: of a panel of tokens, one to a lane, or of a few tokens along features.
 //
-// The component with the largest bound becomes the guess of its token.
-// Symbols   y = Q^T lam (x - c), p coordinates of a whitened token; m_k the same of mu_k; B_k the rows of A of the
-//           mixture that y follows, noise one. F = |y - m|^2 - |B (y - m)|^2 is the Mahalanobis distance of a marginal,
-//           so it is at most that of the whole, and
-//             bound_k = constant_k - F / 2 + slack_k (|x~| + |m~_k|)^2  >=  logit_k
-//           with everything that rounding can do inside the slack (mfa_kernels/ops/screen/README.md). The distance
-//           along a line (lines.h) is at most F and takes its place.
+// Never materialised: anything per component but its bounds.
+// Floor     (D + R p) / 4 products of four a pair; for a few tokens D + R p bytes a component.
+//           Measured by bench/bench_screen.py.
 #pragma once
-#include "lines.h"
-#include "projection.h"
+#include "tokens.h"
 
 namespace mfa {
 
-constexpr int64_t kFewestCandidates = 8, kMostCandidates = 32;  // of a token (bound_lines); K / 128 in between
+constexpr int kProducts = kRegisters >= 32 ? 6 : 4;  // components whose y . w are summed together
 
-// The largest bound of each token and its component, found in ranges of the components.
-template <class T>
-struct LargestBounds {
-  int64_t count;
-  std::vector<T> values;
-  std::vector<int32_t> owners;
-
-  // `owner` stays where no bound of a token is finite.
-  LargestBounds(int64_t ranges, int64_t count, int32_t owner)
-      : count(count), values(ranges * count, -std::numeric_limits<T>::infinity()), owners(ranges * count, owner) {}
-
-  // Returns the owners [count] over all ranges, the first of those whose bounds are equal.
-  std::vector<int32_t> merged() {
-    for (int64_t i = count; i < static_cast<int64_t>(values.size()); ++i)
-      if (values[i] > values[i % count]) values[i % count] = values[i], owners[i % count] = owners[i];
-    owners.resize(count);
-    return std::move(owners);
-  }
-};
-
-// Returns how many ranges of K components feed the threads, each at least as many as the lines that stay in L1.
-inline int64_t ranges_of(int64_t components, int64_t threads) {
-  return std::clamp<int64_t>(threads, 1, ceil_div(components, kLineComponents));
-}
-
-// Calls body(range, first component, end) for each range.
-template <class ParallelFor, class Body>
-void for_ranges(int64_t components, int64_t ranges, ParallelFor&& parallel_for, Body&& body) {
-  parallel_for(ranges, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) body(i, components * i / ranges, components * (i + 1) / ranges);
-  });
-}
-
-// Bounds every pair by the marginal of its component.
-template <class T, class ParallelFor>
-void bound_marginals(Stretch<T>& s, ParallelFor&& parallel_for) {
-  const Screen<T>& screen = s.screen;
-  const int64_t K = screen.marginal.components;
-  s.bounds.resize(s.panels * K * s.lanes);
-  if (s.few) {
-    const int64_t ranges = ranges_of(K, parallel_for.threads());
-    LargestBounds<T> largest(ranges, s.lanes, 0);
-    for_ranges(K, ranges, parallel_for, [&](int64_t range, int64_t k0, int64_t k1) {
-      with_lanes_of<T>(s.lanes, [&]<int L>(std::integral_constant<int, L>) {
-        bounds_of_few<T, L>(screen, k0, k1, s.y.data(), s.norms.data(), s.bounds.data(),
-                            largest.values.data() + range * L, largest.owners.data() + range * L);
-      });
-    });
-    s.guesses = largest.merged();
-    return;
-  }
-  // By panels, however few tokens are left: where a stretch ends depends on the threads, and no bit may.
-  const std::vector<T> ones(screen.coordinates(), T(1));
-  const ScanInput<T> in{screen.marginal, s.y.data(), s.tokens, screen.rows, ones.data(), nullptr};
-  const Schedule plan = Schedule::of<T>(in.shape, s.tokens, parallel_for.threads());
-  LargestBounds<T> largest(plan.splits, s.tokens, 0);
-  auto visit = [&](int64_t range, int64_t n0, int64_t here, int64_t k, const T* distances) {
-    const int64_t at = range * s.tokens + n0;
-    screen.bound(k, distances, s.norms.data() + n0, here, s.bounds.data() + n0 * K + k * kPanel<T>,
-                 largest.values.data() + at, largest.owners.data() + at);
-  };
-  scan_panels(in, plan, visit, parallel_for);
-  s.guesses = largest.merged();
-}
-
-// Makes the guess of each token the best, by its marginal bound, of its candidates [count, panels lanes].
-template <class T, class ParallelFor>
-void guess_among(Stretch<T>& s, const std::vector<int32_t>& candidates, ParallelFor&& parallel_for) {
-  const int64_t padded = s.panels * s.lanes;
-  s.guesses.assign(s.tokens, 0);
-  parallel_for(s.tokens, [&](int64_t begin, int64_t end) {
-    FewDistances<T, 1> distance_of(s.screen.marginal);
-    for (int64_t n = begin; n < end; ++n) {
-      const T* const y[] = {s.y_of(n)};
-      T best = -std::numeric_limits<T>::infinity(), distance, value;
-      for (size_t i = n; i < candidates.size(); i += padded) {
-        const int32_t k = candidates[i];
-        if (k < 0) continue;
-        distance_of(s.screen.rows_of(k), y, &distance);
-        s.screen.bound(k, &distance, &s.norms[n], 1, &value, &best, &s.guesses[n]);
+// The products of a panel with rows of 64 bytes to a block: sums [G, NV] += quads [count, lanes, 4] times rows, row g
+// beginning at rows + g * stride and its next block at rows + g * stride + next.
+template <int G>
+inline void add_products(const uint8_t* quads, int64_t count, const int8_t* rows, int64_t stride, int64_t next,
+                         Ints (&sum)[G][kTokenVectors]) {
+  constexpr int64_t kQuads = kScreenBlock / 4;
+  for (int64_t first = 0; first < count; first += kQuads, rows += next) {
+    const int64_t here = std::min(kQuads, count - first);
+    const int8_t* row = rows;
+    for (int64_t i = 0; i < here; ++i, row += 4, quads += 4 * kScreenLanes) {
+      Ints token[kTokenVectors];
+      for (int n = 0; n < kTokenVectors; ++n) std::memcpy(&token[n], quads + n * sizeof(Ints), sizeof(Ints));
+#pragma GCC unroll 12
+      for (int g = 0; g < G; ++g) {
+        int32_t four;
+        std::memcpy(&four, row + g * stride, 4);
+        const Ints a = broadcast(four);
+#pragma GCC unroll 2
+        for (int n = 0; n < kTokenVectors; ++n) sum[g][n] = dot4(sum[g][n], token[n], a);
       }
     }
-  });
+  }
 }
 
-// Bounds every pair by the line of its component. The candidates of a token, from which its guess is made, are the
-// components with the largest bound among all whose number leaves the same remainder.
-template <class T, class ParallelFor>
-void bound_lines(Stretch<T>& s, ParallelFor&& parallel_for) {
-  const Screen<T>& screen = s.screen;
-  const int64_t K = screen.marginal.components, p = screen.coordinates(), lanes = s.lanes, padded = s.panels * lanes;
-  const bool whole = lanes == kPanel<T>;  // in vectors of 16 bytes, four tokens that are few fill a panel of doubles
-  std::vector<T> columns(whole ? padded * p : 0);  // y [panels, p, lanes]
-  if (whole)
-    parallel_for(s.panels, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin * lanes; n < end * lanes; ++n)
-        for (int64_t j = 0; j < p; ++j) columns[n / lanes * lanes * p + j * lanes + n % lanes] = s.y[n * p + j];
-    });
-  s.bounds.resize(padded * K);
-  const int64_t ranges = ranges_of(K, parallel_for.threads());
-  const int64_t classes = std::clamp(K / 128, kFewestCandidates, kMostCandidates);
-  LargestBounds<T> largest(ranges, classes * padded, -1);
-  for_ranges(K, ranges, parallel_for, [&](int64_t range, int64_t k0, int64_t k1) {
-    with_lanes_of<T>(lanes, [&]<int L>(std::integral_constant<int, L>) {
-      auto keep = [&](int64_t panel, int64_t k, const T* distances) {
-        const int64_t n0 = panel * L, at = (range * classes + k % classes) * padded + n0;
-        screen.bound(k, distances, s.norms.data() + n0, L, s.bounds.data() + n0 * K + k * L, largest.values.data() + at,
-                     largest.owners.data() + at);
-      };
-      if constexpr (L < kPanel<T>)
-        scan_lines_of_few<T, L>(screen, k0, k1, s.y.data(), [&](int64_t k, const T* d) { keep(0, k, d); });
-      else
-        for (int64_t k = k0; k < k1; k += kLineComponents)
-          for (int64_t panel = 0; panel < s.panels; ++panel)
-            scan_lines(screen, k, std::min(k1, k + kLineComponents), columns.data() + panel * L * p,
-                       [&](int64_t of, const T* d) { keep(panel, of, d); });
-    });
-  });
-  guess_among(s, largest.merged(), parallel_for);
+// out [C, lanes] = y^ . w^ of C neighbouring components, in units of the quanta of both.
+template <int C>
+void mean_products(const Screen& screen, int64_t k, const TokenPanel& tokens, int32_t* out) {
+  const int64_t stride = screen.blocks() * kScreenBlock;
+  Ints sum[C][kTokenVectors];
+  for (int c = 0; c < C; ++c)
+    for (int n = 0; n < kTokenVectors; ++n) sum[c][n] = broadcast(screen.starts_of(k + c)[0]);
+  add_products<C>(tokens.features.data(), ceil_div(screen.shape.features, 4), screen.rows_of(k), stride, kScreenBlock,
+                  sum);
+  std::memcpy(out, sum, sizeof sum);
 }
+
+// out [lanes] += |T^ z^ - offset|^2 over the rows r, ..., r + G - 1 of component k.
+template <int G>
+void row_products(const Screen& screen, int64_t k, int64_t r, const TokenPanel& tokens, float* out) {
+  constexpr int V = kWidth<float>;
+  const int64_t R = screen.shape.rank;
+  const int8_t* rows = screen.rows_of(k) + (screen.feature_blocks() + r) * kScreenBlock;
+  Ints sum[G][kTokenVectors];
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < kTokenVectors; ++n) sum[g][n] = broadcast(screen.starts_of(k)[1 + r + g]);
+  add_products<G>(tokens.coordinates.data(), ceil_div(screen.coordinates, 4), rows, kScreenBlock, R * kScreenBlock, sum);
+  const float *quanta = screen.quanta_of(k) + r, *offsets = quanta + R;
+  for (int n = 0; n < kTokenVectors; ++n) {
+    Floats square = load(out + n * V);
+    const Floats quantum = load(tokens.terms.quantum_inside + n * V);
+    for (int g = 0; g < G; ++g) {
+      const Floats t = to_float(sum[g][n]) * quanta[g] * quantum - offsets[g];
+      square += t * t;
+    }
+    store<float>(out + n * V, square);
+  }
+}
+
+// Bounds [count, lanes] of the components from k0 on, and the best estimate of each token with its component.
+inline void panel_bounds(const Screen& screen, const float* constants, int64_t k0, int64_t count,
+                         const TokenPanel& tokens, float* out, float* best, int32_t* owners) {
+  constexpr int V = kWidth<float>, L = kScreenLanes;
+  const int64_t R = screen.shape.rank, passes = std::max<int64_t>(1, ceil_div(R, kMaxGroup)), group = ceil_div(R, passes);
+  alignas(kVectorBytes) int32_t products[kProducts * L];
+  for (int64_t c = 0, tile; c < count; c += tile) {
+    tile = c + kProducts <= count ? kProducts : 1;
+    tile == 1 ? mean_products<1>(screen, k0 + c, tokens, products)
+              : mean_products<kProducts>(screen, k0 + c, tokens, products);
+    for (int64_t i = 0; i < tile; ++i) {
+      const int64_t k = k0 + c + i;
+      float explained[L] = {};
+      for (int64_t r = 0, rows; r < R; r += rows) {
+        rows = std::min(group, R - r);
+        with_constant<kMaxGroup>(rows, [&]<int G>(std::integral_constant<int, G>) {
+          row_products<G>(screen, k, r, tokens, explained);
+        });
+      }
+      const Screen::Terms& terms = screen.terms_of(k);
+      float* const bounds = out + (c + i) * L;
+      const int32_t owner = static_cast<int32_t>(k);
+      for (int n = 0; n < L; n += V) {
+        Ints product;
+        std::memcpy(&product, products + i * L + n, sizeof product);
+        const auto token = tokens.terms.at<Floats>(n);
+        const auto found = bound<Floats>(terms, constants[k], token, to_float(product) * terms.quantum * token.quantum,
+                                         load(explained + n));
+        store<float>(bounds + n, found.value);
+        const Floats known = load(best + n);
+        const auto better = found.estimate > known;
+        store<float>(best + n, better ? found.estimate : known);
+        Ints own;
+        std::memcpy(&own, owners + n, sizeof own);
+        own = better ? broadcast(owner) : own;
+        std::memcpy(owners + n, &own, sizeof own);
+      }
+    }
+  }
+}
+
+// The sum of products of `blocks` blocks of one token with a row, whose blocks are `next` bytes apart, lane by lane.
+inline Ints along(const uint8_t* token, const int8_t* row, int64_t blocks, int64_t next) {
+  constexpr int64_t kVectors = kScreenBlock / kVectorBytes;
+  Ints sum = {};
+  for (int64_t b = 0; b < blocks; ++b, row += next)
+    for (int64_t v = 0; v < kVectors; ++v, token += kVectorBytes) {
+      Ints u, s;
+      std::memcpy(&u, token, sizeof u);
+      std::memcpy(&s, row + v * kVectorBytes, sizeof s);
+      sum = dot4(sum, u, s);
+    }
+  return sum;
+}
+
+// The same as panel_bounds for each of a few tokens: out [K, count].
+class FewBounds {
+ public:
+  FewBounds(const Screen& screen, const FewTokens& tokens, int64_t count)
+      : screen_(screen), tokens_(tokens), count_(count), padded_(ceil_div(screen.shape.rank + 1, V) * V),
+        sums_(padded_ * V), scalars_(padded_) {}
+
+  void operator()(const float* constants, int64_t k0, int64_t count, float* out, float* best, int32_t* owners) {
+    const int64_t R = screen_.shape.rank, blocks = screen_.coordinate_blocks();
+    const int64_t size = screen_.blocks() * kScreenBlock;
+    for (int64_t k = k0; k < k0 + count; ++k) {
+      const int8_t *mean = screen_.rows_of(k), *rows = mean + screen_.feature_blocks() * kScreenBlock;
+      if (k + 1 < k0 + count) prefetch(mean + size, size);
+      const float* quanta = screen_.quanta_of(k);
+      const int32_t* starts = screen_.starts_of(k);
+      for (int64_t n = 0; n < count_; ++n) {
+        const uint8_t* z = tokens_.coordinates.data() + n * tokens_.coordinates_stride;
+        put(0, along(tokens_.features.data() + n * tokens_.features_stride, mean, screen_.feature_blocks(), kScreenBlock));
+        for (int64_t r = 0; r < R; ++r) put(r + 1, along(z, rows + r * kScreenBlock, blocks, R * kScreenBlock));
+        for (int64_t i = 0; i < padded_; i += V) sums_of_lanes(sums_.data() + i * V, scalars_.data() + i);
+        const auto token = tokens_.terms.at<float>(n);
+        float explained = 0;
+        for (int64_t r = 0; r < R; ++r) {
+          const float t = static_cast<float>(scalars_[r + 1] + starts[r + 1]) * quanta[r] * token.quantum_inside -
+                          quanta[R + r];
+          explained += t * t;
+        }
+        const Screen::Terms& terms = screen_.terms_of(k);
+        const float product = static_cast<float>(scalars_[0] + starts[0]) * terms.quantum * token.quantum;
+        const auto found = bound<float>(terms, constants[k], token, product, explained);
+        out[(k - k0) * count_ + n] = found.value;
+        if (found.estimate > best[n]) best[n] = found.estimate, owners[n] = static_cast<int32_t>(k);
+      }
+    }
+  }
+
+ private:
+  static constexpr int V = kWidth<float>;
+  void put(int64_t i, Ints sum) { std::memcpy(sums_.data() + i * V, &sum, sizeof sum); }
+
+  const Screen& screen_;
+  const FewTokens& tokens_;
+  int64_t count_, padded_;
+  std::vector<int32_t> sums_, scalars_;
+};
 
 }  // namespace mfa

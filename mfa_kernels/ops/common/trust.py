@@ -19,6 +19,7 @@ _KINDS: dict[str, tuple[torch.dtype, ...]] = {
     "any": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
     "real": (torch.float32, torch.float64),
     "double": (torch.float64,),
+    "float32": (torch.float32,),
     "half": (torch.float16,),
     "int8": (torch.int8,),
     "int32": (torch.int32,),
@@ -64,13 +65,14 @@ def checks(
 
     Args:
         operator: its name, for messages.
-        arguments: by name, in the order of the operator's. A tensor's is "dtype(sizes)", or several such of different
-            numbers of dimensions with "or" between them. The dtype is `any` float, `real` (float32 or float64),
-            `double`, `half`, `int8`, `int32`, `int64` or `bool`, or the name of a tensor before it, whose dtype it has.
-            A size is a number, a capital letter, which stands for the same wherever it is (the first tensor with it
-            says what), or an expression of these, of earlier arguments, of their `<name>_dims` where they have several
-            alternatives, and of `lanes[<name>_dtype]`, the C++ kernels' vectors. "" is an argument that is no tensor,
-            "positive" a number of at least 1, and "5 gradients" a list of five entries, one for each gradient.
+        arguments: by name, in the order of the operator's. A tensor's is "dtype(sizes)", or several such of
+            different numbers of dimensions with "or" between them. The dtype is `any` float, `real` (float32 or
+            float64), `double`, `float32`, `half`, `int8`, `int32`, `int64` or `bool`, or the name of a tensor before
+            it, whose dtype it has. A size is a number, a capital letter, which stands for the same wherever it is (the
+            first tensor with it says what), or an expression of these, of earlier arguments, of their `<name>_dims`
+            where they have several alternatives, and of `lanes[<name>_dtype]`, the C++ kernels' vectors. "" is an
+            argument that is no tensor, "positive" a number of at least 1, and "5 gradients" a list of five entries, one
+            for each gradient.
         last: tensors that are checked after the others, so that an error names them and not the others.
         optional: tensors that may be None.
         written: tensors that results are added to, which must be contiguous.

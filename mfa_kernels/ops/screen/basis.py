@@ -25,9 +25,9 @@ def basis(woodbury: Woodbury, weights: Tensor, features: int) -> Tensor:
     """
     center = woodbury.center
     rows = unpack_rows(woodbury.rows, center.shape[0])
-    means = (rows[:, 0] - center) * woodbury.scale
+    means = ((rows[:, 0] - center) * woodbury.scale).nan_to_num(0, 0, 0)  # a component that is not finite has no say
     scatter = _normalised(means.mT @ (means * weights.to(means).unsqueeze(-1)))
-    loadings = rows[:, 1:].flatten(0, 1)
+    loadings = rows[:, 1:].flatten(0, 1).nan_to_num(0, 0, 0)
     if loadings.shape[0]:
         scatter = MEANS * scatter + _normalised(loadings.mT @ loadings)
     return torch.linalg.eigh(scatter)[1][:, -features:].flip(1).contiguous()

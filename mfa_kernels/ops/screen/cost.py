@@ -9,15 +9,16 @@ from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.screen.types import Screen
 from mfa_kernels.ops.woodbury.types import Woodbury
 
-PAIR_COST = 8
+PAIR_COST = 6
 """Cost of a logit computed by itself, in units of one in the dense scan."""
 
+GPU_PAIR_COST = 8
+"""The same on a GPU."""
 
-LINE_PAIR_COST = 12
-"""Cost of a marginal bound computed by itself, in units of one among those of all components; kLineShare in csrc."""
+DENSE_SHARE = 4
+"""A token that keeps more than K over this takes the dense scan; kDenseShare in csrc."""
 
-
-STAGE_COST = (40, 1.8)
+STAGE_COST = (6000, 20)
 """Cost of stage 0, in tokens of the dense scan: for reading all loadings, and for each of p coordinates."""
 
 
@@ -39,7 +40,8 @@ def modelled_cost(
     rank: int,
     kept: int,
     tokens: int | None = None,
-    lines: float | None = None,
+    *,
+    on_cpu: bool = True,
 ) -> float:
     """Cost of a screened token in units of its dense scan in float32: projection, bounds, and pairs; screening pays
     below `dense_cost`.
@@ -51,36 +53,25 @@ def modelled_cost(
         rank: R.
         kept: p.
         tokens: among which stage 0 is shared, where it is to be counted: those of one training step.
-        lines: share of the components that their lines leave, where the screen has lines.
+        on_cpu: whether bounds are those of the C++ kernels, in int8, or those of Triton.
     """
-    marginals = 1.0  # in units of the marginal bounds of all components
-    if lines is not None:
-        marginals = 1 / (rank + 3) + LINE_PAIR_COST * (lines + candidates(components) / components)
-    pairs = torch.where(evaluated < 0, components, PAIR_COST * evaluated).double().mean().item()
+    dense = features * (rank + 3)
+    bounds = (features + rank * kept) / (dense * cpp.library().int8_rate) if on_cpu else kept / features
+    pairs = torch.where(evaluated < 0, components, (PAIR_COST if on_cpu else GPU_PAIR_COST) * evaluated)
     stage_0 = 0.0 if tokens is None else (STAGE_COST[0] + STAGE_COST[1] * kept) / tokens
-    return kept / features * marginals + kept / (components * (rank + 3)) + pairs / components + stage_0
+    return bounds + kept / (components * (rank + 3)) + pairs.double().mean().item() / components + stage_0
 
 
-def bytes_read(evaluated: Tensor, woodbury: Woodbury, screen: Screen, lines: Tensor | None = None) -> Tensor:
+def bytes_read(evaluated: Tensor, woodbury: Woodbury, screen: Screen) -> Tensor:
     """Bytes of parameters that each token reads when it comes alone, (N,) int64.
 
     Args:
         evaluated: (N,), as `scan` returns it.
         woodbury: of the mixture; reading all of it is `woodbury.rows.nbytes` and a little.
         screen: of the mixture.
-        lines: (N,), as `lines_left` returns it, where the screen has lines.
     """
-    of_all = (screen.basis, screen.radii, screen.slack, screen.log_det, woodbury.scale, woodbury.center)
-    constants = screen.log_det.nbytes  # log pi_k and the rest, (K,) too
     components = woodbury.rows.shape[0]
+    constants = components * woodbury.rows.element_size()  # log pi_k and the rest, (K,)
+    of_all = (screen.basis, screen.rows, screen.starts, screen.terms, woodbury.scale, woodbury.center)
     computed = torch.where(evaluated < 0, components, evaluated).long()
-    read = sum(t.nbytes for t in of_all) + constants + computed * woodbury.rows[0].nbytes
-    if lines is None:
-        return read + screen.rows.nbytes
-    marginals = (lines * components).round().long() + candidates(components)
-    return read + screen.lines.nbytes + screen.line_terms.nbytes + marginals * screen.rows[0].nbytes
-
-
-def candidates(components: int) -> int:
-    """Components per token whose marginal bounds choose the first logit, as in csrc/cpu/screen/bounds.h."""
-    return min(max(8, components // 128), 32)
+    return sum(t.nbytes for t in of_all) + constants + computed * woodbury.rows[0].nbytes

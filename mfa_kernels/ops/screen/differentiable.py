@@ -14,7 +14,6 @@ from mfa_kernels.common.precision import no_tangents
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.scan.op import PARAMETERS, gradients_of
 from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
-from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.op import scan
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
 from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
@@ -35,9 +34,8 @@ def log_prob(x: Tensor, parameters: Parameters, woodbury: Woodbury, screen: AnyS
         *active, dropped, evaluated = _Screened.apply(x, *parameters, woodbury, screen, slots)
         return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
     *active, dropped, evaluated = torch.ops.mfa_kernels.screened_log_prob(
-        x, *parameters, *woodbury.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
-        screen.line_terms, screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, slots,
-    )  # fmt: skip
+        x, *parameters, *woodbury.tensors(), *screen, slots
+    )
     return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
 
 
@@ -48,9 +46,8 @@ def _fake(given):
 @operator(
     "screened_log_prob",
     "(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows, Tensor cholesky,"
-    " Tensor log_det, Tensor scale, Tensor center, Tensor basis,"
-    " Tensor marginal_rows, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,"
-    " Tensor[] neighbors, float neighbor_threshold, float exact_slack, int slots)"
+    " Tensor log_det, Tensor scale, Tensor center, Tensor screen_center, Tensor basis, Tensor bound_rows,"
+    " Tensor starts, Tensor terms, float exact_slack, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
     {"x": "any(N, D)", **PARAMETERS, "slots": "positive"},
     last=("x",),
@@ -60,12 +57,10 @@ def _fake(given):
     devices=("CPU",),
 )
 def _screened(*given: Any) -> tuple[Tensor, ...]:
-    x, means, _, _, log_weights, rows, _, log_det, scale, center, basis, marginal_rows, radii, *others, slots = given
+    x, means, _, _, log_weights, rows, _, _, scale, _, *screen, slots = given
     constants = Woodbury.of_tensors(*given[5:10]).constants(log_weights)
     threshold = activity_threshold(means.shape[0], means.dtype)
-    return torch.ops.mfa_kernels.select_screened(
-        x, rows, constants, scale, center, basis, marginal_rows, log_det, radii, *others, threshold, slots
-    )
+    return torch.ops.mfa_kernels.select_screened(x, rows, constants, scale, *screen, threshold, slots)
 
 
 class _Screened(torch.autograd.Function):

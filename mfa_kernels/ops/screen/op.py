@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
@@ -10,19 +9,21 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import cpp, trust
 from mfa_kernels.ops.common.register import operator
+from mfa_kernels.ops.scan.op import log_prob
 from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
-from mfa_kernels.ops.screen import neighbors as lists
 from mfa_kernels.ops.screen.basis import basis as choose_basis
-from mfa_kernels.ops.screen.cost import modelled_cost
-from mfa_kernels.ops.screen.rounding import bound_slack, logit_slack, skew, stage_0_rounding
+from mfa_kernels.ops.screen.cost import DENSE_SHARE, modelled_cost
+from mfa_kernels.ops.screen.rounding import logit_slack
+from mfa_kernels.ops.screen.stage_0 import bound_terms
 from mfa_kernels.ops.screen.types import AnyScreen, Screen, ScreenedPairs
+from mfa_kernels.ops.woodbury.op import factorize
 from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The p that `choose` tries."""
 
 
-_KNOWN = 1 << 25  # largest number of float64 projections that `choose` keeps from one width to the next
+_COUNTED = 1024  # components on which `choose` counts
 
 
 def serves(woodbury: Woodbury) -> bool:
@@ -72,65 +73,30 @@ def screen(
     if not 16 <= width <= means.shape[1] or width % 16:
         raise ValueError(f"features must be a multiple of 16 between 16 and D = {means.shape[1]}, got {width}")
     with torch.no_grad():
-        q = (choose_basis(woodbury, log_weights.exp(), width) if basis is None else basis).to(means.dtype)
-        if woodbury.backend == "cpp":
-            return _screen(parameters, woodbury, q)[0]
-        return _triton().screen(means, loadings, noise_variance, woodbury, q)
+        q = choose_basis(woodbury, log_weights.exp(), width) if basis is None else basis
+        if woodbury.backend != "cpp":
+            return _triton().screen(means, loadings, noise_variance, woodbury, q.to(means.dtype))
+        q = q.float().contiguous()
+        exact = logit_slack(means.shape[1], loadings.shape[2], torch.finfo(means.dtype).eps / 2)
+        return Screen(*bound_terms(Parameters(*parameters), woodbury, q), exact * (1 + 1e-6))
 
 
 def refresh(previous: AnyScreen, parameters: Parameters, woodbury: Woodbury) -> AnyScreen:
     """The screen of parameters that have moved, on the coordinates of another: stage 0 without an eigenproblem, for
     every training step. `modelled_cost` says whether a step should; other arguments as `screen` takes them."""
-    moved = screen(parameters, woodbury, basis=previous.basis)
-    if isinstance(moved, Screen) and isinstance(previous, Screen):
-        moved = moved._replace(batches_by_lines=previous.batches_by_lines)
-    return moved
+    return screen(parameters, woodbury, basis=previous.basis)
 
 
-def with_neighbors(
-    screen: Screen, parameters: Parameters, woodbury: Woodbury, threshold: float | None = None
-) -> Screen:
-    """The same with lists of neighbors, which make the work per token hardly grow with K, for about
-    K^2 p R^2 multiply-adds now.
-
-    Args:
-        screen: of these parameters.
-        parameters, woodbury: as `screen` takes them.
-        threshold: nats for which it is made; larger ones find it less useful. None takes that of active components.
-    """
-    means, _, _, log_weights = parameters
-    if threshold is None:
-        threshold = activity_threshold(len(means), means.dtype)
-    with torch.no_grad():
-        q = screen.basis
-        projections = _screen(parameters, woodbury, q, keep=True)[1]
-        assert projections is not None
-        constants = woodbury.constants(log_weights)
-        size = constants.abs() + screen.log_det.abs() + 2 * means.shape[1]
-        known = screen.slack.isfinite()
-        # Raised by their rounding, as `Screen::raised` in csrc/cpu/screen/screen.h does, and by the slack, which
-        # covers the error of log|C_k| in float64.
-        raised = constants + 2 * torch.finfo(means.dtype).eps * size + torch.where(known, screen.slack, 0)
-        # A component of weight 0 is never active, so it belongs in no list.
-        raised = torch.where(constants == -math.inf, constants, raised)
-        sizes = woodbury.cholesky.double().square().sum((1, 2)).sqrt()
-        norm = 1 + skew(q.double())
-        found = lists.find(projections, sizes, raised, known, norm, means.shape[1], threshold)
-    return screen._replace(neighbors=found)
-
-
-def choose(x: Tensor, parameters: Parameters, woodbury: Woodbury, least: int = 16) -> AnyScreen | None:
+def choose(x: Tensor, parameters: Parameters, woodbury: Woodbury) -> AnyScreen | None:
     """The screen that costs least on some tokens; None where the dense scan costs less, as it does with noise per
     component. Counts decide, not times: the same tokens and parameters give the same choice, on as many threads.
 
     Args:
         x: (N, D), a few hundred tokens like those to come, in the dtype of the parameters.
         parameters, woodbury: as `screen` takes them.
-        least: coordinates, where that is no more than half of the features: `neighbors.FEATURES` for lists.
     """
     step = 16 if woodbury.backend == "cpp" else 64  # features that a tile of Triton's scan reads at least
     widths = [width for width in WIDTHS if 2 * width <= parameters[0].shape[1] and width % step == 0]
-    widths = [width for width in widths if width >= least] or widths
     if not serves(woodbury) or not widths:
         return None
     with torch.no_grad():
@@ -143,67 +109,46 @@ def _choose(x: Tensor, parameters: Parameters, woodbury: Woodbury, widths: list[
     constants = woodbury.constants(log_weights)
     threshold = activity_threshold(count, means.dtype)
     basis = choose_basis(woodbury, log_weights.exp(), widths[-1]).to(means.dtype)
-    best, least, before = None, 1.0, math.inf  # in units of the dense scan
-    known, one = None, torch.ones(1)
+    on_cpu = woodbury.backend == "cpp"
+    counted = _Counted(x, parameters, woodbury) if on_cpu else None
+    best, least = None, 1.0  # in units of the dense scan in float32
     for width in widths:
         sizes = count, features, rank, width
-        ways = (None, 0.0) if woodbury.backend == "cpp" else (None,)
-        if min(modelled_cost(one, *sizes, lines=lines) for lines in ways) >= least:
+        if modelled_cost(torch.ones(1), *sizes, on_cpu=on_cpu) >= least:
             break
-        # Leading eigenvectors: the basis of one width begins that of the next, and so do the projections on it.
-        keep = count * (rank + 1) * width <= _KNOWN
-        if woodbury.backend == "cpp":
-            candidate, known = _screen(parameters, woodbury, basis[:, :width], known, keep)
-            (_, _, logits, _), _, evaluated = scan(x, woodbury, constants, candidate, threshold, 1)
-            share = lines_left(x, woodbury, constants, candidate, logits[:, 0] - threshold).mean().item()
-            by_lines = modelled_cost(evaluated, *sizes, lines=share)
-            cost = modelled_cost(evaluated, *sizes)
-            candidate = candidate._replace(batches_by_lines=by_lines < cost)
-            rises, before, cost = by_lines >= before, by_lines, min(by_lines, cost)
+        if counted is not None:
+            evaluated = counted.evaluated(basis[:, :width])
         else:
             candidate = _triton().screen(means, loadings, noise_variance, woodbury, basis[:, :width])
             evaluated = scan(x, woodbury, constants, candidate, threshold, 1).evaluated
-            rises, cost = False, modelled_cost(evaluated, *sizes)
+        cost = modelled_cost(evaluated, *sizes, on_cpu=on_cpu)
         if cost < least:
-            best, least = candidate, cost
-        elif best is not None and rises:  # no longer cheaper with lines or without
-            break
-    return best
+            best, least = width, cost
+    return None if best is None else screen(parameters, woodbury, basis=basis[:, :best])
 
 
-def lines_left(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen, bars: Tensor) -> Tensor:
-    """Share of the components whose bound by their line reaches the bar of the token, (N,) float64.
+class _Counted:
+    """How many components bounds leave of some tokens: counted on `_COUNTED` components, for all."""
 
-    Args:
-        x, woodbury, constants, screen: as `scan` takes them; x in the dtype of the Woodbury terms.
-        bars: (N,), the best logit less the threshold.
-    """
-    below = bounds(x, woodbury, constants, screen, by_lines=True) < bars.unsqueeze(-1)
-    return (~below).double().mean(-1)
+    def __init__(self, x: Tensor, parameters: Parameters, woodbury: Woodbury) -> None:
+        count = len(parameters.means)
+        some = torch.arange(count) if count <= _COUNTED else torch.arange(_COUNTED) * count // _COUNTED
+        means, loadings, noise_variance, log_weights = parameters
+        active = log_prob(x, *parameters, woodbury, 1)
+        self.x, self.share = x, count / len(some)
+        self.bars = active.logits[:, :1] - activity_threshold(count, means.dtype)
+        self.parameters = Parameters(means[some], loadings[some], noise_variance, log_weights[some])
+        self.woodbury = factorize(*self.parameters[:3], woodbury.center)
+        self.constants = self.woodbury.constants(self.parameters.log_weights)
+        self.most = count // DENSE_SHARE
 
-
-def _screen(
-    parameters: Parameters, woodbury: Woodbury, q: Tensor, known: Tensor | None = None, keep: bool = False
-) -> tuple[Screen, Tensor | None]:
-    """A screen, and the projections (K, R+1, p) float64 behind it if they are to be kept; `known` are those on the
-    first columns of q."""
-    means, loadings, noise_variance, log_weights = parameters
-    features, rank = loadings.shape[1:]
-    q = q.contiguous()
-    wide, scale, eps = q.double(), noise_variance.double().rsqrt(), torch.finfo(means.dtype).eps
-    up = 1 + 4 * eps  # rounds up through the conversion to a narrower dtype
-    projection = scale.unsqueeze(-1) * wide
-    weights = log_weights.double().exp()
-    middle = (weights @ means.double() / weights.sum() - woodbury.center.double()) @ projection
-    # One mean that is not finite would make the middle, and with it every component's line, NaN.
-    middle = middle.nan_to_num(0, 0, 0)
-    rows, radii, slack, lines, line_terms, projections = cpp.library().screen_marginals(
-        means.contiguous(), loadings.contiguous(), woodbury.cholesky, woodbury.center, scale, projection, known, keep,
-        stage_0_rounding(features, rank, q.shape[1]), bound_slack(wide, features, rank, eps / 2), 1 + skew(wide),
-        middle, up,
-    )  # fmt: skip
-    exact = logit_slack(features, rank, eps / 2) * up
-    return Screen(q, rows, radii, slack, exact, woodbury.log_det, lines, line_terms), projections
+    def evaluated(self, basis: Tensor) -> Tensor:
+        """As a scan returns it, about: (N,)."""
+        found = screen(self.parameters, self.woodbury, basis=basis)
+        assert isinstance(found, Screen)
+        left = ~(bounds(self.x, self.woodbury, self.constants, found) < self.bars)
+        evaluated = 1 + self.share * left.sum(-1)
+        return torch.where(evaluated > self.most, -1, evaluated)
 
 
 def scan(
@@ -223,35 +168,25 @@ def scan(
         x = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(constants.dtype)
         return _triton().scan(x.contiguous(), woodbury, constants, screen, threshold, slots)
     *active, dropped, evaluated = torch.ops.mfa_kernels.select_screened(
-        x, woodbury.rows, constants, woodbury.scale, woodbury.center, screen.basis, screen.rows, screen.log_det,
-        screen.radii, screen.slack, screen.lines, screen.line_terms,
-        screen.batches_by_lines, *lists.flat(screen.neighbors), screen.exact_slack, threshold, slots,
-    )  # fmt: skip
+        x, woodbury.rows, constants, woodbury.scale, *screen, threshold, slots
+    )
     return ScreenedPairs(ActivePairs(*active), dropped, evaluated)
 
 
-def bounds(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen, by_lines: bool = False) -> Tensor:
-    """The upper bounds of all logits that `scan` works from, (N, K); arguments as there, in one dtype.
-
-    Args:
-        by_lines: the bounds of the first level; `scan` continues with the components that they leave in reach.
-    """
-    return cpp.library().screen_bounds(
-        x, constants, woodbury.scale, woodbury.center, screen.basis, screen.rows, screen.log_det, screen.radii,
-        screen.slack, screen.lines, screen.line_terms, by_lines,
-    )  # fmt: skip
+def bounds(x: Tensor, woodbury: Woodbury, constants: Tensor, screen: Screen) -> Tensor:
+    """The upper bounds of all logits that `scan` works from, (N, K) float32; arguments as there, in one dtype."""
+    return cpp.library().screen_bounds(x.contiguous(), constants, woodbury.scale, *screen[:5])
 
 
 _check = trust.checker(
     "select_screened",
     {
         "x": "any(N, D)", "rows": "scale(K, -(-D // lanes[scale_dtype]), Q, lanes[scale_dtype])",
-        "constants": "scale(K)", "scale": "real(D)", "center": "scale(D)", "basis": "scale(D, P)",
-        "marginal_rows": "scale(K, P // lanes[scale_dtype], Q, lanes[scale_dtype])", "log_det": "scale(K)",
-        "radii": "scale(K)", "slack": "scale(K)", "lines": "scale(K * (len(lines) > 0), P)",
-        "line_terms": "scale(2, len(lines))",
+        "constants": "scale(K)", "scale": "real(D)", "center": "scale(D)", "basis": "float32(D, P)",
+        "bound_rows": "int8(K, -(-D // 64) + (Q - 1) * (-(-P // 64)), 64)", "starts": "int32(K, Q)",
+        "terms": "float32(K, 2 * Q + 11)",
     },
-    last=("rows", "constants", "marginal_rows", "x"),
+    last=("bound_rows", "rows", "constants", "x"),
 )  # fmt: skip
 
 
@@ -262,10 +197,8 @@ def _fake_scan(given):
 
 @operator(
     "select_screened",
-    "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows,"
-    " Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms,"
-    " bool batches_by_lines, Tensor[] neighbors, float neighbor_threshold, float exact_slack, float threshold,"
-    " int slots)"
+    "(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor bound_rows,"
+    " Tensor starts, Tensor terms, float exact_slack, float threshold, int slots)"
     " -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)",
     {},
     fake=_fake_scan,
@@ -274,5 +207,5 @@ def _fake_scan(given):
 def _scan_screened(x, rows, *others):
     if cpp.library() is None:
         raise RuntimeError("select_screened: the C++ kernels, which alone have it, are not built here")
-    _check(x, rows, *others[:10])
+    _check(x, rows, *others[:7])
     return cpp.library().scan_screened(x.to(rows.dtype).contiguous(), rows, *others)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.ops.scan import reference
-from mfa_kernels.ops.woodbury.types import Woodbury
 
 
 def bounds(
@@ -35,48 +34,39 @@ def bounds(
     return log_weights + 0.5 * constants + reference.component_log_prob(x @ projection, *marginal)
 
 
+def rest_bounds(
+    x: Tensor,
+    means: Tensor,
+    loadings: Tensor,
+    noise_variance: Tensor,
+    log_weights: Tensor,
+    basis: Tensor,
+    nu: Tensor,
+) -> Tensor:
+    """Upper bounds of the same, (N, K), from p coordinates and the length of what is outside of them: those of the C++
+    kernels before anything is rounded.
+
+    Args:
+        x, means, loadings, noise_variance, log_weights, basis: as `bounds` takes them.
+        nu: larger than the part of |A_k|^2 that is outside of the basis, (K,).
+    """
+    scale = noise_variance.rsqrt()
+    w = (loadings * scale.unsqueeze(-1)).mT
+    identity = torch.eye(w.shape[1], dtype=w.dtype)
+    cholesky = torch.linalg.cholesky(w @ w.mT + identity)
+    a = torch.linalg.solve_triangular(cholesky, w, upper=False)
+    b = a @ basis
+    rest = a @ a.mT - b @ b.mT
+    t = torch.linalg.solve_triangular(torch.linalg.cholesky(identity - rest / nu[:, None, None]), b, upper=False)
+    log_det = 2 * cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1) + noise_variance.log().sum()
+    v = (x.unsqueeze(1) - means) * scale
+    inside = v @ basis
+    explained = torch.einsum("nkp,krp->nkr", inside, t).square().sum(-1)
+    inside = inside.square().sum(-1)
+    distance = inside + (1 - nu) * (v.square().sum(-1) - inside) - explained
+    return log_weights - 0.5 * (x.shape[1] * math.log(2 * math.pi) + log_det + distance)
+
+
 def _gram(loadings: Tensor) -> Tensor:
     """I + W^T W, (K, R, R)."""
     return loadings.mT @ loadings + torch.eye(loadings.shape[-1], dtype=loadings.dtype, device=loadings.device)
-
-
-def marginals(
-    means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury, basis: Tensor, rounding: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The marginals of all components on p directions, as csrc/cpu/screen/marginals.h computes them.
-
-    Args:
-        means: (K, D).
-        loadings: (K, D, R).
-        noise_variance: (D,).
-        woodbury: of these parameters.
-        basis: Q, (D, p).
-        rounding: what tau is multiplied by (README.md, "Rounding").
-
-    Returns:
-        {m_k, B_k} (K, R+1, p), |lam (mu_k - c)| (K,) and the slack of B_k (K,), infinite where nothing is known of it;
-        all float64.
-    """
-    scale = noise_variance.double().rsqrt()
-    projection = scale.unsqueeze(-1) * basis.double()
-    centred = means.double() - woodbury.center.double()
-    sizes = woodbury.cholesky.double().square().sum(-1)  # of the whole: (L L^T)_rr = 1 + |W~_r|^2
-    b, slack = _marginal(loadings.mT.double() @ projection, sizes, rounding)
-    return torch.cat([(centred @ projection).unsqueeze(1), b], 1), (centred * scale).norm(dim=-1), slack
-
-
-def _marginal(v: Tensor, sizes: Tensor, rounding: float) -> tuple[Tensor, Tensor]:
-    """B of the marginals whose loadings are v^T, both (K, R, p), and its rounding in float64 as slack (K,)."""
-    count, rank, _ = v.shape
-    identity = torch.eye(rank, dtype=v.dtype).expand(count, rank, rank)
-    cholesky, failed = torch.linalg.cholesky_ex(v @ v.mT + identity)
-    usable = (failed == 0) & cholesky.isfinite().flatten(1).all(-1) & v.isfinite().flatten(1).all(-1)
-    cholesky = torch.where(usable[:, None, None], cholesky, identity)
-    inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    # tau (README): what rounding is multiplied by when loadings are nearly collinear. Where it leaves nothing, or there
-    # is no factorisation, nothing is known of the component, and it is never dropped.
-    tau = (sizes * inverse.square().sum(1)).sum(-1)
-    usable &= rounding * tau < 0.5
-    v = torch.where(usable[:, None, None], v, 0)
-    b = torch.linalg.solve_triangular(cholesky, v, upper=False)
-    return b, torch.where(usable, rounding * tau, torch.inf)

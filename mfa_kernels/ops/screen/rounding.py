@@ -1,4 +1,4 @@
-"""Rounding errors of the bounds of the C++ kernels, at most (README, "Rounding")."""
+"""Rounding errors of the bounds of the C++ kernels, at most (README.md, "Rounding")."""
 
 from __future__ import annotations
 
@@ -7,23 +7,37 @@ import math
 import torch
 from torch import Tensor
 
+UNIT = 2.0**-24
+"""Of rounding in float32, in which bounds are computed."""
+
 _FLUSH = 64  # features between flushes of a sum, csrc/cpu/panel_distances.h
 
 
 def stage_0_rounding(features: int, rank: int, kept: int) -> float:
-    """The factor of tau (README, "Rounding"): the rounding of stage 0, in float64."""
+    """The factor of tau: the rounding of stage 0, in float64."""
     return 8 * features * (rank + 1) * math.sqrt(kept) * torch.finfo(torch.float64).eps
 
 
-def bound_slack(q: Tensor, features: int, rank: int, unit: float) -> float:
-    """Error of a bound per squared reach, at most, in a dtype with this unit of rounding (README, "Rounding")."""
-    kept, off = q.shape[1], skew(q)
-    long, short = _FLUSH + -(-features // _FLUSH) + 2, _FLUSH + -(-kept // _FLUSH) + 2
-    token = (6 + long * math.sqrt(kept * (1 + off))) * unit  # |y - Q^T x~| / |x~|
-    coordinates = token + 4 * unit
-    products = coordinates + (short + 1) * math.sqrt(max(rank, 1)) * unit
-    total = 2 * coordinates + 2 * products + products**2 + 2 * (short + rank + 8) * unit + 2 * off
-    return 0.5 * total * 1.01 + 8 * unit
+def projection_unit(features: int, kept: int) -> float:
+    """|z - Q^T y| / |y|, as csrc/cpu/screen/tokens.h has it."""
+    return 1.01 * (_FLUSH + -(-features // _FLUSH) + 6) * UNIT * math.sqrt(2 * kept)
+
+
+def bound_slack(features: int, kept: int, rank: int, off: float, nu: Tensor, gain: Tensor) -> Tensor:
+    """Error of a bound per squared reach beyond that of the products in int8, (k,).
+
+    Args:
+        features, kept, rank: D, p, R.
+        off: |Q^T Q - I|.
+        nu: (k,).
+        gain: |T|_2^2, (k,).
+    """
+    chain = _FLUSH + -(-features // _FLUSH) + 8
+    rest = (1 - nu).abs()
+    all_terms = 1 + rest + nu + gain
+    rounded = chain * (rest + nu) + (10 * math.sqrt(max(rank, 1)) + rank + 8) * gain + 24 * all_terms
+    total = rounded * UNIT + 2.1 * projection_unit(features, kept) * nu + off * (2 * nu + 2.5 * gain)
+    return 0.5 * 1.01 * total
 
 
 def skew(q: Tensor) -> float:

@@ -10,66 +10,25 @@ from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.woodbury.types import ScanRows
 
 
-class Neighbors(NamedTuple):
-    """Lists of neighbors, and the means in groups, among which a first component is looked for.
-
-    csrc/cpu/screen/neighbor_scan.h reads them.
-
-    Attributes:
-        centers: of G groups of the means m, (G, p).
-        center_halves: half of their squared lengths, (G,).
-        starts: where the members of each group begin, (G+1,) int32.
-        members: components, group by group, (K,) int32.
-        means: m of the members, (K, p).
-        mean_halves: half of their squared lengths, (K,).
-        neighbors: of every component those with the smallest onsets, sorted by them, (K, M) int32.
-        onsets: Mahalanobis distance of a token from the component, nearer than which a neighbor is not active, (K, M).
-        horizons: the smallest onset that is not in the list, (K,).
-        threshold: nats below the best logit at which a component stops being active, for which the onsets hold.
-    """
-
-    centers: Tensor
-    center_halves: Tensor
-    starts: Tensor
-    members: Tensor
-    means: Tensor
-    mean_halves: Tensor
-    neighbors: Tensor
-    onsets: Tensor
-    horizons: Tensor
-    threshold: float
-
-
 class Screen(NamedTuple):
-    """The terms of the bounds that the C++ kernels read.
+    """The terms of the bounds that the C++ kernels read (csrc/cpu/screen/screen.h).
 
     Attributes:
-        basis: Q, (D, p).
-        rows: m_k = Q^T lam (mu_k - c) and B_k, (K, p/V, R+1, V).
-        radii: |lam (mu_k - c)|, rounded up, (K,).
-        slack: of a bound, per squared reach |x~| + |m~_k|, (K,).
+        center: c, from which y is measured: near the middle of the components, (D,), in the dtype of the mixture.
+        basis: Q, (D, p) float32.
+        rows: w_k and T_k in int8, (K, D/64 + R p/64, 64), both sizes rounded up.
+        starts: what the offset of tokens in int8 adds to the products with each of them, to be taken off; (K, R+1)
+            int32.
+        terms: their scales, norms and what rounding does to them, (K, 2 R + 13) float32.
         exact_slack: the slack of a logit that is computed in full.
-        log_det: log|C_k|, (K,): its size bounds the rounding error of the constants.
-        lines: a direction u_k for every component, (K, p); (0, p) where the scan does without.
-        line_terms: u_k . m_k, and one over the variance of u_k . y, rounded down; (2, K) or (2, 0).
-        batches_by_lines: True where batches of more than four tokens use the lines too; fewer tokens always do.
-        neighbors: lists of components that can be active together; None bounds every component for every token.
     """
 
+    center: Tensor
     basis: Tensor
     rows: Tensor
-    radii: Tensor
-    slack: Tensor
+    starts: Tensor
+    terms: Tensor
     exact_slack: float
-    log_det: Tensor
-    lines: Tensor
-    line_terms: Tensor
-    batches_by_lines: bool = True
-    neighbors: Neighbors | None = None
-
-    def without_lines(self) -> Screen:
-        """The same, with every marginal bound computed."""
-        return self._replace(lines=self.lines[:0], line_terms=self.line_terms[:, :0])
 
 
 class GpuScreen(NamedTuple):
@@ -103,7 +62,7 @@ class ScreenedPairs(NamedTuple):
     Attributes:
         active: log p(x) and the active pairs, those of the dense scan up to rounding.
         dropped: bound on the responsibility of all the components whose logit was never computed, together; (N,).
-        evaluated: components whose logit was computed, (N,) int32; -1 where the token took the dense scan.
+        evaluated: components computed per token, (N,) int32; -1 where the token took the dense scan.
     """
 
     active: ActivePairs

@@ -60,7 +60,7 @@ def test_the_name_follows_the_sources(monkeypatch, tmp_path):
     shutil.copytree(cpp.source_folder(), tmp_path, dirs_exist_ok=True)
     monkeypatch.setattr(cpp, "source_folder", lambda: tmp_path)
     assert cpp.library_name() == before
-    for changed in ("vec.h", "screen/lines.h"):
+    for changed in ("vec.h", "screen/bounds.h"):
         whole = (tmp_path / changed).read_text()
         (tmp_path / changed).write_text("// changed")
         assert cpp.library_name() != before

@@ -53,14 +53,12 @@ nearest(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tenso
 scan_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows16, Tensor
   scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)
 screened_log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows,
-  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center, Tensor basis, Tensor marginal_rows, Tensor radii,
-  Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines, Tensor[] neighbors, float neighbor_threshold,
-  float exact_slack, int slots) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts, Tensor dropped,
-  Tensor evaluated)
-select_screened(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor
-  marginal_rows, Tensor log_det, Tensor radii, Tensor slack, Tensor lines, Tensor line_terms, bool batches_by_lines,
-  Tensor[] neighbors, float neighbor_threshold, float exact_slack, float threshold, int slots) -> (Tensor log_prob,
-  Tensor components, Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)
+  Tensor cholesky, Tensor log_det, Tensor scale, Tensor center, Tensor screen_center, Tensor basis, Tensor bound_rows,
+  Tensor starts, Tensor terms, float exact_slack, int slots) -> (Tensor log_prob, Tensor components, Tensor logits,
+  Tensor counts, Tensor dropped, Tensor evaluated)
+select_screened(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor center, Tensor basis, Tensor bound_rows,
+  Tensor starts, Tensor terms, float exact_slack, float threshold, int slots) -> (Tensor log_prob, Tensor components,
+  Tensor logits, Tensor counts, Tensor dropped, Tensor evaluated)
 statistics(Tensor x, Tensor components, Tensor weights, Tensor rows, Tensor cholesky, Tensor scale, Tensor center,
   bool per_component, Tensor(a!) mass, Tensor(b!) shift, Tensor(c!) latent, Tensor(d!) second, Tensor(e!) cross,
   Tensor(f!) squares) -> ()

@@ -9,9 +9,7 @@ import sys
 import pytest
 import torch
 
-from mfa_kernels.ops.common import cpp, trust
-from mfa_kernels.ops.screen import neighbors
-from mfa_kernels.ops.screen import op as screening
+from mfa_kernels.ops.common import trust
 from tests.helpers.mixtures import mixture, tokens
 
 LOG_PROB = torch.ops.mfa_kernels.log_prob
@@ -97,22 +95,3 @@ def test_wrong_calls_are_refused_by_name_or_harmless(count, backend):
     assert outcome["calls"] == count
     assert outcome["refused"] > 0.5 * count
     assert outcome["unnamed"] <= 0.01 * outcome["refused"]
-
-
-@pytest.mark.parametrize("wrong", [-7, 70, 2**31 - 1, -(2**31)])
-def test_lists_of_neighbors_that_name_no_component_are_harmless(wrong):
-    """They are too long to be looked through at every call: read within bounds, whatever they say."""
-    if cpp.library() is None:
-        pytest.skip("not applicable: only the C++ kernels have lists of neighbors")
-    m = mixture(70, 32, 2, spread=0.5)
-    x, woodbury = tokens(m, 300), m.woodbury()
-    screen = screening.with_neighbors(screening.screen(m, woodbury, 16), m, woodbury)
-    lists, within = neighbors.flat(screen.neighbors)
-    for which in (2, 3, 6):  # starts, members, neighbors
-        bad = [torch.full_like(t, wrong) if i == which else t for i, t in enumerate(lists)]
-        _, components, *_ = torch.ops.mfa_kernels.select_screened(
-            x, woodbury.rows, woodbury.constants(m.log_weights), woodbury.scale, woodbury.center, screen.basis,
-            screen.rows, screen.log_det, screen.radii, screen.slack, screen.lines, screen.line_terms,
-            screen.batches_by_lines, bad, within, screen.exact_slack, 20.0, 4,
-        )  # fmt: skip
-        assert ((components >= -1) & (components < 70)).all()

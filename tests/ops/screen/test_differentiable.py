@@ -53,6 +53,5 @@ def test_opcheck():
     leaves = [t.clone().requires_grad_() for t in (tokens(m, 40), *m)]
     torch.library.opcheck(
         torch.ops.mfa_kernels.screened_log_prob.default,
-        (*leaves, *woodbury.tensors(), screen.basis, screen.rows, screen.radii, screen.slack, screen.lines,
-         screen.line_terms, True, [], 0.0, screen.exact_slack, 16),
-    )  # fmt: skip
+        (*leaves, *woodbury.tensors(), *screen, 16),
+    )
