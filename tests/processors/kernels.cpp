@@ -509,7 +509,7 @@ struct PlainScreen {
  private:
   static float up(double value) { return float(value * (1 + 1e-6)); }
 
-  // Takes the first columns of a reflection for Q: none is a feature alone. Returns |Q^T Q - I|, since floats are rounded.
+  // Takes the first columns of a reflection for Q: none is a feature alone. Returns |Q^T Q - I|, as floats round Q.
   double make_basis(int64_t D) {
     const int64_t p = view.coordinates;
     Doubles mirror(D);
@@ -649,8 +649,8 @@ struct PlainScreen {
   }
 };
 
-// Bounds by way of int8, of panels and of a few tokens, against the logits in double precision; and the scans that begin
-// with them, which leave out nearly all components where bounds are `tight`.
+// Bounds by way of int8, of panels and of a few tokens, against the logits in double precision; and the scans that
+// begin with them, which leave out nearly all components where bounds are `tight`.
 template <class T>
 void screening(const Problem<T>& m, int64_t p, bool tight) {
   const PlainScreen<T> made(m, p);
@@ -684,6 +684,12 @@ void screening(const Problem<T>& m, int64_t p, bool tight) {
         evaluated += own < 0 ? m.K : own;
         that(own == -1 || (own >= 1 && own <= m.K), "scan_screened: a number of logits that cannot be");
         that(found.dropped[n] >= 0 && found.dropped[n] <= most_dropped, "scan_screened: too much may be left out");
+        Doubles logits(m.logit.begin() + n * m.K, m.logit.begin() + (n + 1) * m.K);
+        std::sort(logits.begin(), logits.end());
+        double least_dropped = 0;  // of so many components, those with the smallest logits
+        for (int64_t k = 0; own > 0 && k < m.K - own; ++k) least_dropped += std::exp(logits[k] - found.log_prob[n]);
+        that(found.dropped[n] >= least_dropped * 0.999 - std::numeric_limits<T>::min(),
+             "scan_screened: more is left out than `dropped` says");
       }
       that(!tight || 8 * evaluated <= tokens * m.K, "scan_screened: bounds leave too little out");
     }

@@ -38,7 +38,7 @@ inline void add_products(const uint8_t* quads, int64_t count, const int8_t* rows
 template <int C>
 void mean_products(const Screen& screen, int64_t k, const TokenPanel& tokens, int32_t* out) {
   const int64_t stride = screen.blocks() * kScreenBlock;
-  Ints sum[C][kTokenVectors];
+  alignas(kVectorBytes) Ints sum[C][kTokenVectors];  // clang takes what add_products is given to be aligned
   for (int c = 0; c < C; ++c)
     for (int n = 0; n < kTokenVectors; ++n) sum[c][n] = broadcast(screen.starts_of(k + c)[0]);
   add_products<C>(tokens.features.data(), ceil_div(screen.shape.features, 4), screen.rows_of(k), stride, kScreenBlock,
@@ -52,7 +52,7 @@ void row_products(const Screen& screen, int64_t k, int64_t r, const TokenPanel& 
   constexpr int V = kWidth<float>;
   const int64_t R = screen.shape.rank;
   const int8_t* rows = screen.rows_of(k) + (screen.feature_blocks() + r) * kScreenBlock;
-  Ints sum[G][kTokenVectors];
+  alignas(kVectorBytes) Ints sum[G][kTokenVectors];
   for (int g = 0; g < G; ++g)
     for (int n = 0; n < kTokenVectors; ++n) sum[g][n] = broadcast(screen.starts_of(k)[1 + r + g]);
   add_products<G>(tokens.coordinates.data(), ceil_div(screen.coordinates, 4), rows, kScreenBlock, R * kScreenBlock, sum);
