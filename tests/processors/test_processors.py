@@ -73,10 +73,11 @@ def test_kernels_leave_other_memory_alone(tmp_path, compiler, march):
     check(tmp_path, compiler, f"-march={march}", *SANITIZED)
 
 
-def test_kernels_on_arm(tmp_path):
+@pytest.mark.parametrize("march", ["armv8-a", "armv8.2-a+dotprod"])
+def test_kernels_on_arm(tmp_path, march):
     """Compiled for NEON and emulated: results, not speed."""
-    emulator = skip_without("qemu-aarch64")
-    check(tmp_path, "aarch64-linux-gnu-g++", "-static", emulator=(emulator,))
+    emulator = (skip_without("qemu-aarch64"), "-cpu", "max")
+    check(tmp_path, "aarch64-linux-gnu-g++", "-static", f"-march={march}", emulator=emulator)
 
 
 OPERATORS = [f"tests/ops/{name}.py" for name in (
