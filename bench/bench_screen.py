@@ -56,6 +56,9 @@ SECTIONS = ("small", "large", "grown", "untrained", "one")
 """What is measured unless told otherwise."""
 
 TOKENS = 2048
+OUT_OF_REACH = -1e6
+"""Nats above the best logit: a scan with such a threshold bounds every component and keeps none."""
+
 CURVE_TOKENS = 2048
 CHOOSING = 256
 """Tokens that choose p; for the curve, not among those measured."""
@@ -204,15 +207,18 @@ def facts_of(found: ScreenedPairs) -> dict[str, str]:
 
 
 def why(mfa: MFA, x: Tensor, repeats: int) -> None:
-    """Prints, for several p, how many components bounds leave of tokens and what the scan costs: how many coordinates
-    are too few, and from where on more of them cost more than what they rule out."""
+    """Prints, for several p, how many components bounds leave of tokens, and what the scan costs and which part of that
+    are the projection and what is computed in full: how many coordinates are too few, and from where on more of them
+    cost more than what they rule out."""
     count, features = mfa.n_components, mfa.n_features
     prepared, x = Prepared.of(mfa), x.contiguous()
     screens = prepared.screens(kept for kept in WHY_WIDTHS if kept <= features)
-    functions: Functions = {
-        **yardsticks_of(len(x), count, features, mfa.rank),
-        **{f"p={kept}": partial(prepared.screened, x, screen) for kept, (screen, _) in screens.items()},
-    }
+    bounded = prepared._replace(threshold=OUT_OF_REACH)
+    functions: Functions = yardsticks_of(len(x), count, features, mfa.rank)
+    for kept, (screen, _) in screens.items():
+        functions[f"p={kept}"] = partial(prepared.screened, x, screen)
+        functions[f"bounds, p={kept}"] = partial(bounded.screened, x, screen)
+        functions[f"projection, p={kept}"] = partial(torch.mm, x, screen.basis)
     times = with_yardstick(smallest_times(functions, repeats, count))
     bars = prepared.dense(x)[2][:, :1] - prepared.threshold
     print(f"\nwhy: N={len(x)} K={count} D={features} R={mfa.rank}, components left per token")
@@ -222,7 +228,9 @@ def why(mfa: MFA, x: Tensor, repeats: int) -> None:
         print(
             f"  p={kept:4d}  mean {left.mean():.1f}   median {left.median():.0f}   90% {most:.0f}   99% {nearly:.0f}   "
             f"more than K/{DENSE_SHARE} {(left > count // DENSE_SHARE).double().mean():.2%}   "
-            f"of the yardstick {times[f'p={kept}'] / times['gemm']:.4f}",
+            f"of the yardstick {times[f'p={kept}'] / times['gemm']:.4f}: bounds "
+            f"{times[f'bounds, p={kept}'] / times['gemm']:.4f}, of that a product with Q "
+            f"{times[f'projection, p={kept}'] / times['gemm']:.4f}",
             flush=True,
         )
 

@@ -55,11 +55,12 @@ struct Screen {
     return *reinterpret_cast<const Terms*>(quanta_of(k) + 2 * shape.rank);
   }
 
-  // Returns a lower bound of the exact logit of component k, from its computed value and the norm of the token.
+  // Returns a lower bound of the exact logit of component k, from its computed value and the norm of the token; -inf or
+  // NaN where nothing is known of the component.
   template <class T>
   T reached(T logit, int64_t k, float norm) const {
     const float reach = norm + terms_of(k).radius;
-    return logit - T(exact_slack * reach * reach) - 8 * std::numeric_limits<T>::epsilon() * std::abs(logit);
+    return logit - T((exact_slack + terms_of(k).slack) * (reach * reach)) - 8 * std::numeric_limits<T>::epsilon() * std::abs(logit);
   }
 };
 

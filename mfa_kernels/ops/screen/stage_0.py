@@ -21,7 +21,8 @@ _MOST = 127  # of int8
 _UP = 1 + 1e-6  # rounds up through the conversion to float32
 _USABLE = 1e-3  # rounding beyond which nothing is known of a component
 _SAMPLE = 1024  # components
-_CHUNK = 1 << 22  # values of the loadings at a time, in float64
+_SQUARINGS = 5  # of a matrix, to find its largest eigenvalue
+_CHUNK = 1 << 23  # values of the loadings at a time, in float64
 
 
 class Spread(NamedTuple):
@@ -127,7 +128,7 @@ def _terms(own: _Whitened, q: Tensor, off: float, spread: Spread, raises: Tensor
     factor, failed = torch.linalg.cholesky_ex(identity - rest / nu[:, None, None])
     usable &= failed == 0
     factor = torch.where(usable[:, None, None], factor, identity)
-    t = torch.where(usable[:, None, None], torch.linalg.solve_triangular(factor, b, upper=False), 0)
+    t = torch.where(usable[:, None, None], _inverse(factor) @ b, 0)
     nu = torch.where(usable, nu, 0)
     squares, squares_inside = own.means.square().sum(-1), inside.square().sum(-1)
     w = own.means - nu.unsqueeze(-1) * (own.means - inside @ q.mT)
@@ -159,7 +160,7 @@ def _marginal(own: _Whitened, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     cholesky, failed = torch.linalg.cholesky_ex(gram + identity)
     usable = (failed == 0) & cholesky.flatten(1).isfinite().all(-1)
     cholesky = torch.where(usable[:, None, None], cholesky, identity)
-    inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+    inverse = _inverse(cholesky)
     # tau (README.md, "Rounding"): what rounding is multiplied by when loadings are nearly collinear.
     sizes = 1 + gram.diagonal(dim1=-2, dim2=-1)
     tau = (sizes * inverse.square().sum(1)).sum(-1)
@@ -171,7 +172,7 @@ def _marginal(own: _Whitened, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def _nu(rest: Tensor, b: Tensor, means: Tensor, inside: Tensor, spread: Spread) -> Tensor:
     """The nu that makes bounds of tokens at random about as high as they can be, larger than |rest|_2."""
-    largest = torch.linalg.eigvalsh(rest)[:, -1].clamp_min(0) if rest.shape[-1] else rest.new_zeros(len(rest))
+    largest = _largest_eigenvalue(rest)
     explained = (b @ inside.unsqueeze(-1)).square().sum((1, 2)) + ((b @ spread.inside) * b).sum((1, 2))
     outside = means.square().sum(-1) - inside.square().sum(-1) + spread.outside
     ratio = explained / outside.clamp_min(1e-3)  # none where Q has all coordinates
@@ -188,11 +189,34 @@ def _quantised(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _norm(rows: Tensor) -> Tensor:
     """|rows|_2 (k,) of (k, R, p), at least."""
-    if not rows.shape[1]:
-        return rows.new_zeros(len(rows))
     products = rows @ rows.mT
-    off = 1e-12 * products.diagonal(dim1=-2, dim2=-1).sum(-1)  # the rounding of products and of their eigenvalues
-    return (torch.linalg.eigvalsh(products)[:, -1] + off).clamp_min(0).sqrt()
+    off = 1e-12 * products.diagonal(dim1=-2, dim2=-1).sum(-1)  # the rounding of the products
+    return (_largest_eigenvalue(products) + off).sqrt()
+
+
+def _largest_eigenvalue(products: Tensor) -> Tensor:
+    """At least that of symmetric matrices (k, R, R), none of whose eigenvalues are far below 0; at most R^(1/64) times
+    as much: by powers of the matrix.
+
+    PyTorch finds eigenvalues of one matrix after another, and meets its threads at each. That takes seconds where
+    another process has a core.
+    """
+    size = products.flatten(1).norm(dim=-1)
+    power = products / torch.where(size > 0, size, 1)[:, None, None]
+    for _ in range(_SQUARINGS):
+        power = power @ power
+    return size * power.flatten(1).norm(dim=-1) ** (0.5**_SQUARINGS) * (1 + 1e-9)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Of lower triangular matrices (k, R, R), row by row of all at once, for the same reason."""
+    rank = lower.shape[-1]
+    inverse = torch.eye(rank, dtype=lower.dtype).repeat(len(lower), 1, 1)
+    for row in range(rank):
+        if row:
+            inverse[:, row] -= (lower[:, row, None, :row] @ inverse[:, :row]).squeeze(1)
+        inverse[:, row] /= lower[:, row, row, None]
+    return inverse
 
 
 def _blocks(rows: Tensor) -> Tensor:
