@@ -254,8 +254,9 @@ void scan_screened(const ScanInput<T>& in, const Screen& screen, const T* center
     std::fill(out.evaluated + pilot, out.evaluated + N, -1);
     std::fill(out.dropped + pilot, out.dropped + N, T(0));
   } else {
-    const int64_t share = ceil_div(ceil_div(rest, parallel_for.threads()), kScreenLanes) * kScreenLanes;
-    const int64_t step = std::max<int64_t>(kScreenLanes, std::min(kStretch, share));
+    const int64_t threads = parallel_for.threads();  // as few stretches as feed all of them alike
+    const int64_t stretches = std::max<int64_t>(1, ceil_div(rest, threads * kStretch) * threads);
+    const int64_t step = std::max<int64_t>(1, ceil_div(rest, stretches * kScreenLanes)) * kScreenLanes;
     std::vector<Pairs<T>> parts(ceil_div(rest, step));
     parallel_for(static_cast<int64_t>(parts.size()), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
