@@ -162,6 +162,13 @@ def needs_cpp() -> None:
 
 
 @pytest.fixture
+def needs_screens(needs_cpp: None) -> None:
+    """For what is screened because it pays: bounds in int8 cost more than the dense scan where they are emulated."""
+    if cpp.library().int8_rate < 1:
+        pytest.skip("not applicable: the processor has no instruction for products of int8")
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """For many short operations: a second thread would only cost time."""
     with threads(1):

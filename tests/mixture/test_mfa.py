@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from mfa_kernels import MFA, Code, ops
+from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.scan import reference
 from mfa_kernels.ops.screen import cost
 from tests.helpers.mixtures import Mixture, mixture, tokens
@@ -570,7 +571,9 @@ def test_a_screen_changes_the_cost_and_not_the_result():
         if not mfa.woodbury().is_cpp:
             assert not mfa.screen(x[:100])
             return
-        assert mfa.screen(x[:100])
+        if not mfa.screen(x[:100]):
+            assert cpp.library().int8_rate < 1
+            return
         torch.testing.assert_close(mfa.log_prob(x), dense, rtol=1e-5, atol=1e-4)
         assert mfa.evaluated.shape == (300,)
         assert mfa.evaluated.double().mean() < 20  # of 200

@@ -11,13 +11,12 @@ from mfa_kernels import MFA
 from mfa_kernels.fitting import em_base, fit
 from mfa_kernels.mixture import screening
 from mfa_kernels.mixture.screening import Screening
-from mfa_kernels.ops.common import cpp
 from mfa_kernels.ops.scan.types import SLOTS
 from tests.fitting.planted import draw, planted
 from tests.fitting.test_checkpoint import in_lives, result
 
 pytestmark = [
-    pytest.mark.skipif(cpp.library() is None, reason="bounds need the C++ kernels"),
+    pytest.mark.usefixtures("needs_screens"),
     pytest.mark.usefixtures("no_int8"),  # beside which these bounds gain nothing
 ]
 

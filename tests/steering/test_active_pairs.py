@@ -14,7 +14,7 @@ from tests.helpers.mixtures import mixture, tokens
 
 
 @pytest.fixture
-def problem(needs_cpp) -> tuple[MFA, torch.Tensor]:
+def problem(needs_screens) -> tuple[MFA, torch.Tensor]:
     m = mixture(200, 64, 4, spread=3.0)
     return MFA.from_parameters(*m[:3], m.log_weights.exp()).requires_grad_(False), tokens(m, 9)
 

@@ -415,6 +415,7 @@ def chosen(m: Mixture, x: Tensor) -> Screen | None:
     return op.choose(x, m, m.woodbury(m.means.mean(0)))
 
 
+@pytest.mark.usefixtures("needs_screens")
 def test_few_coordinates_are_chosen_where_they_decide_and_none_where_nothing_does():
     m = mixture(400, 128, 4, spread=15.0)
     screen = chosen(m, tokens(m, 200))
@@ -538,6 +539,7 @@ def test_bounds_are_tight_wherever_the_mixture_lies():
     assert found.double().mean() < 1.5 * near.double().mean()
 
 
+@pytest.mark.usefixtures("needs_screens")
 def test_the_choice_is_made_on_some_of_many_components(monkeypatch):
     m, x = drawn(200, 400, 128, 4, spread=1.3)
     whole = chosen(m, x)
