@@ -1,6 +1,7 @@
 // Pairs that bounds leave, their logits in full, and the active pairs that come of them.
 #pragma once
 #include <algorithm>
+#include <limits>
 #include <numeric>
 #include <vector>
 
@@ -25,6 +26,39 @@ struct Pairs {
     components.insert(components.end(), other.components.begin(), other.components.end());
     logits.insert(logits.end(), other.logits.begin(), other.logits.end());
   }
+};
+
+// The candidates of one token while components stream by.
+class Shortlist {
+ public:
+  // Where there is no room above the bar either, the list overflows and takes no more.
+  void add(int32_t component, float bound, float bar, size_t most) {
+    if (overflows_) return;
+    if (entries_.size() >= most) keep(bar);
+    overflows_ = entries_.size() >= most;
+    if (!overflows_) entries_.push_back({component, bound});
+  }
+  // Forgets what is below the bar.
+  void keep(float bar) {
+    std::erase_if(entries_, [&](const Entry& entry) {
+      if (!(entry.bound < bar)) return false;  // as where either is NaN
+      left_out_ = std::max(left_out_, entry.bound);
+      return true;
+    });
+  }
+  bool overflows() const { return overflows_; }
+  float left_out() const { return left_out_; }  // the largest bound of what was forgotten
+
+  struct Entry {
+    int32_t component;
+    float bound;
+  };
+  const std::vector<Entry>& entries() const { return entries_; }
+
+ private:
+  std::vector<Entry> entries_;
+  float left_out_ = -std::numeric_limits<float>::infinity();
+  bool overflows_ = false;
 };
 
 // Returns the order that brings equal keys together, earlier entries first; first [keys + 1] is where each key begins.

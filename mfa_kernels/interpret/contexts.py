@@ -148,8 +148,8 @@ def assignments(
 ) -> Assignments:
     """Reads the activations once, for the most responsible component of every row.
 
-    Where the C++ kernels serve the mixture, many rows are screened, as after `mfa.screen()`: the cost of a row then
-    hardly depends on K. The mixture is left as it is, screened or not.
+    Where the C++ kernels serve the mixture, many rows are screened, as after `mfa.screen()`. The mixture is left as it
+    is, screened or not.
 
     Args:
         mfa: the mixture, on any device, or another decomposition, such as what `kmeans` returned.

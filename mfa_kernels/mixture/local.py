@@ -90,10 +90,11 @@ class LocalMixture(Mixture):
         """Turns certified screening on: from now, most components are ruled out by bounds instead of being computed.
 
         Results agree with the dense scan's to rounding (`mfa_kernels/ops/screen/README.md`), gradients too. It serves
-        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. Until the
-        parameters change, the bounds made here are used; making them takes about as long as the dense scan of a
-        thousand tokens. After a change, as in training, a batch that is large enough to pay for it renews them on the
-        same coordinates. Smaller batches take the dense scan, and so do all once the bounds rule out too little.
+        `forward`, `log_prob`, `encode`, `assign`, `reconstruct` and the gates of `steer`. Until the parameters change,
+        the bounds made here are used; making them takes longer than the dense scan of ten thousand tokens
+        (`bench/RESULTS.md`, "Screening, CPU"). After a change, as in training, a batch that is large enough to pay for
+        it renews them on the same coordinates. Smaller batches take the dense scan, and so do all once the bounds rule
+        out too little.
 
         Args:
             x: (..., D), a few hundred tokens like those to come: they decide how many coordinates the bounds use. None

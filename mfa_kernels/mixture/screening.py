@@ -36,7 +36,7 @@ SAMPLE = 512
 _LONE_TOKEN_VALUES = 1 << 22  # 16 MB of component rows in float32 are more than a cache holds
 _MANY_ROWS = 1 << 17  # stage 0 and tuning cost as much as the dense scan of some ten thousand
 _STAGE_0 = 100  # the most that stage 0 costs EM: so many rows of the dense scan per coordinate of the bounds
-_APART = 1 << 16  # EM tunes at most once per this many rows: tuning costs a dense scan of a few thousand
+_APART = 1 << 20  # EM tunes at most once per this many rows: tuning and stage 0 cost a dense scan of ten thousands
 _DRIFT = 0.25  # EM tunes again when the measured cost differs from the cost at tuning time by this fraction
 
 

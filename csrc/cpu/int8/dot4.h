@@ -2,9 +2,7 @@
 #pragma once
 #include <cmath>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#elif defined(__ARM_FEATURE_DOTPROD)
+#ifdef __ARM_FEATURE_DOTPROD
 #include <arm_neon.h>
 #endif
 

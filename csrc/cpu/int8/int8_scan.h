@@ -15,32 +15,6 @@ constexpr int64_t kFewestKept = 32, kMostKept = 256;  // candidates of a token, 
 constexpr int64_t kPairCost = 3;        // a logit by itself costs as much as so many in the scan in float
 constexpr double kInt8Share = 0.5;      // what the bounds cost, of the scan in float
 
-// Candidates of one token while components stream by.
-class Shortlist {
- public:
-  void add(int32_t component, float high, float bar, size_t most) {
-    if (overflows_) return;
-    if (entries_.size() == most) keep(bar);
-    overflows_ = entries_.size() == most;
-    if (!overflows_) entries_.push_back({component, high});
-  }
-  // Forgets what is below the bar.
-  void keep(float bar) {
-    std::erase_if(entries_, [&](const Entry& entry) { return entry.high < bar; });
-  }
-  bool overflows() const { return overflows_; }
-
-  struct Entry {
-    int32_t component;
-    float high;
-  };
-  const std::vector<Entry>& entries() const { return entries_; }
-
- private:
-  std::vector<Entry> entries_;
-  bool overflows_ = false;
-};
-
 // The scan by int8 of some tokens of `in`.
 template <class ParallelFor>
 class Int8Scan {

@@ -14,46 +14,18 @@
 
 namespace mfa {
 
-constexpr int64_t kStretch = 512;     // tokens that share one read of a chunk
-constexpr int64_t kChunk = 480;       // components at a time: their bounds and the tokens stay near a core
-constexpr int64_t kPilot = 128;       // tokens that decide whether screening pays; so few meet all components at once
-constexpr int64_t kDenseShare = 4;    // a token that keeps more than K over this takes the dense scan
-
-// What a token keeps of the components, while they stream by.
-class Survivors {
- public:
-  // Returns whether there is room.
-  bool add(int32_t component, float bound, float bar, size_t most, float& left_out) {
-    if (entries_.size() >= most) keep(bar, left_out);
-    if (entries_.size() >= most) return false;
-    entries_.push_back({component, bound});
-    return true;
-  }
-  // Forgets what is below the bar; left_out is the largest bound of what was forgotten.
-  void keep(float bar, float& left_out) {
-    std::erase_if(entries_, [&](const Entry& entry) {
-      if (!(entry.bound < bar)) return false;
-      left_out = std::max(left_out, entry.bound);
-      return true;
-    });
-  }
-  struct Entry {
-    int32_t component;
-    float bound;
-  };
-  const std::vector<Entry>& entries() const { return entries_; }
-
- private:
-  std::vector<Entry> entries_;
-};
+constexpr int64_t kStretch = 512;   // tokens that share one read of a chunk
+constexpr int64_t kChunk = 480;     // components at a time: their bounds and the tokens stay near a core
+constexpr int64_t kPilot = 128;     // tokens that decide whether screening pays; so few meet all components at once
+constexpr int64_t kDenseShare = 4;  // a token that keeps more than K over this takes the dense scan
 
 // A scan through bounds.
 template <class T>
 struct ScreenedInput {
   const ScanInput<T>& in;
   const Screen& screen;
-  const T* center;                // c [D]
-  std::vector<float> constants;   // those of `in`, in float
+  const T* center;               // c [D]
+  std::vector<float> constants;  // those of `in`, in float
   const ScreenedPairs<T>& out;
 
   int64_t components() const { return in.shape.components; }
@@ -72,7 +44,7 @@ class Stretch {
       : of_(of), begin_(begin), tokens_(end - begin), few_(of.in.tokens <= kFewScreened),
         lanes_(few_ ? tokens_ : kScreenLanes), panels_(ceil_div(tokens_, lanes_)), slots_(panels_ * lanes_),
         best_(slots_, -kInf), owners_(slots_, -1), bars_(slots_, kInf), left_out_(slots_, -kInf), norms_(slots_),
-        reached_(tokens_, -std::numeric_limits<T>::infinity()), lists_(tokens_), settled_(tokens_, true) {
+        reached_(tokens_, -std::numeric_limits<T>::infinity()), lists_(tokens_) {
     std::fill_n(bars_.begin(), tokens_, -kInf);
     ScanInput<T> own = of.in;
     own.x += begin * of.in.shape.features, own.tokens = tokens_;
@@ -118,8 +90,8 @@ class Stretch {
     std::vector<int32_t> owners(ranges * slots_, -1);
     parallel_for(ranges, [&](int64_t first, int64_t last) {
       for (int64_t range = first; range < last; ++range) {
-        const auto first_of = [&](int64_t r) { return r == ranges ? count : count * r / ranges / kProducts * kProducts; };
-        const int64_t a = first_of(range), b = first_of(range + 1);
+        const int64_t a = count * range / ranges / kProducts * kProducts;  // no tile is cut
+        const int64_t b = range + 1 == ranges ? count : count * (range + 1) / ranges / kProducts * kProducts;
         float* const own = best.data() + range * slots_;
         int32_t* const own_owners = owners.data() + range * slots_;
         if (few_) {
@@ -152,15 +124,16 @@ class Stretch {
   void finish(Pairs<T>& left) {
     const int64_t K = of_.components();
     for (int64_t n = 0; n < tokens_; ++n) {
-      lists_[n].keep(bars_[n], left_out_[n]);
+      lists_[n].keep(bars_[n]);
       const auto& entries = lists_[n].entries();
       const int64_t kept = static_cast<int64_t>(entries.size());
       const bool known = reached_[n] > -std::numeric_limits<T>::infinity();
-      settled_[n] = settled_[n] && known && entries.size() <= of_.most();
-      of_.out.evaluated[begin_ + n] = settled_[n] ? static_cast<int32_t>(kept) : -1;
-      const double largest = std::exp(static_cast<double>(left_out_[n]) - static_cast<double>(reached_[n]));
-      of_.out.dropped[begin_ + n] = !settled_[n] || kept == K ? T(0) : static_cast<T>((K - kept) * largest * (1 + 1e-6));
-      if (settled_[n])
+      const bool settled = known && !lists_[n].overflows() && entries.size() <= of_.most();
+      const double left_out = std::max(left_out_[n], lists_[n].left_out());
+      const double share = (K - kept) * std::exp(left_out - static_cast<double>(reached_[n])) * (1 + 1e-6);
+      of_.out.evaluated[begin_ + n] = settled ? static_cast<int32_t>(kept) : -1;
+      of_.out.dropped[begin_ + n] = settled && kept < K ? static_cast<T>(share) : T(0);
+      if (settled)
         for (const auto& entry : entries) left.add(begin_ + n, entry.component);
     }
   }
@@ -173,7 +146,7 @@ class Stretch {
   void challenge(const std::vector<float>& before, ParallelFor&& parallel_for) {
     Pairs<T> pairs;
     for (int64_t n = 0; n < tokens_; ++n)
-      if (settled_[n] && best_[n] > before[n]) pairs.add(begin_ + n, owners_[n]);
+      if (!lists_[n].overflows() && best_[n] > before[n]) pairs.add(begin_ + n, owners_[n]);
     evaluate(of_.in, pairs, parallel_for);
     for (int64_t i = 0; i < pairs.size(); ++i) {
       const int64_t n = pairs.tokens[i] - begin_;
@@ -204,8 +177,7 @@ class Stretch {
       }
       for (reached &= here; reached; reached &= reached - 1) {
         const int64_t i = std::countr_zero(reached);
-        float& most_left_out = reinterpret_cast<float*>(left_out)[i];
-        list(n0 + i, k, own[i], most_left_out);
+        list(n0 + i, k, own[i]);
       }
     }
     for (int n = 0; n < kTokenVectors; ++n) store<float>(left_out_.data() + n0 + n * V, left_out[n]);
@@ -216,14 +188,14 @@ class Stretch {
     for (int64_t k = k0; k < k1; ++k, bounds += lanes_)
       for (int64_t n = 0; n < tokens_; ++n) {
         if (!(bounds[n] < bars_[n]))
-          list(n, k, bounds[n], left_out_[n]);
+          list(n, k, bounds[n]);
         else
           left_out_[n] = std::max(left_out_[n], bounds[n]);
       }
   }
 
-  void list(int64_t n, int64_t k, float bound, float& left_out) {
-    if (settled_[n]) settled_[n] = lists_[n].add(static_cast<int32_t>(k), bound, bars_[n], of_.room(), left_out);
+  void list(int64_t n, int64_t k, float bound) {
+    lists_[n].add(static_cast<int32_t>(k), bound, bars_[n], of_.room());
   }
 
   const ScreenedInput<T>& of_;
@@ -232,17 +204,19 @@ class Stretch {
   const int64_t lanes_, panels_, slots_;
   std::vector<TokenPanel> packed_;
   std::vector<FewTokens> small_;
-  std::vector<float> best_;            // estimates of the best logits so far, [slots]
-  std::vector<int32_t> owners_;        // and their components
-  std::vector<float> bars_, left_out_, norms_;
-  std::vector<T> reached_;             // what the best logits are at least
-  std::vector<Survivors> lists_;
-  std::vector<char> settled_;          // not yet given to the dense scan; of char, since threads write side by side
+  std::vector<float> best_;      // estimates of the best logits so far, [slots]
+  std::vector<int32_t> owners_;  // and their components
+  std::vector<float> bars_;      // [slots]
+  std::vector<float> left_out_;  // [slots] the largest bound below the bar when it was met
+  std::vector<float> norms_;     // [slots] |y|
+  std::vector<T> reached_;       // what the best logits are at least
+  std::vector<Shortlist> lists_;
 };
 
 // Does what `scan` does, for shared noise.
 template <class T, class ParallelFor>
-void scan_screened(const ScanInput<T>& in, const Screen& screen, const T* center, const ScreenedPairs<T>& out, ParallelFor&& parallel_for) {
+void scan_screened(const ScanInput<T>& in, const Screen& screen, const T* center, const ScreenedPairs<T>& out,
+                   ParallelFor&& parallel_for) {
   const int64_t N = in.tokens, pilot = std::min(N, kPilot), rest = N - pilot;
   if (N == 0) return;
   const ScreenedInput<T> of{in, screen, center, {in.constants, in.constants + in.shape.components}, out};
@@ -274,7 +248,7 @@ void scan_screened(const ScanInput<T>& in, const Screen& screen, const T* center
   });
 }
 
-// Writes every bound, on request: out [N, K]. Tokens are taken by fours or in panels, as `few` says.
+// Writes every bound, on request: out [N, K]. Up to kFewScreened tokens go along their features, as in a scan.
 template <class T, class ParallelFor>
 void screen_bounds(const ScanInput<T>& in, const Screen& screen, const T* center, const ScreenedPairs<T>& none,
                    float* out, ParallelFor&& parallel_for) {

@@ -72,6 +72,6 @@ def bytes_read(evaluated: Tensor, woodbury: Woodbury, screen: Screen) -> Tensor:
     """
     components = woodbury.rows.shape[0]
     constants = components * woodbury.rows.element_size()  # log pi_k and the rest, (K,)
-    of_all = (screen.basis, screen.rows, screen.starts, screen.terms, woodbury.scale, woodbury.center)
+    of_all = (screen.basis, screen.rows, screen.starts, screen.terms, woodbury.scale, screen.center)
     computed = torch.where(evaluated < 0, components, evaluated).long()
     return sum(t.nbytes for t in of_all) + constants + computed * woodbury.rows[0].nbytes

@@ -24,8 +24,9 @@ from tests.ops.scan.test_scan import check_slots
 pytestmark = pytest.mark.usefixtures("needs_cpp")
 
 # (N, K, D, p, R): a path of its own for up to 4 tokens, panels of up to 32, 128 tokens that decide and stretches of up
-# to 512, chunks of 480 components and tiles of 6, blocks of 64 features (of D and of p), passes of 12 rows, pairs in
-# groups of eight and tasks of 8 to 64: three of each and a ragged tail.
+# to 512, chunks of 480 components and tiles of 6, blocks of 64 features (of D and of p), passes of 12 rows (16 of a
+# few tokens, and flushes every 1024 features), pairs in groups of eight and tasks of 8 to 64: three of each and a ragged
+# tail.
 SHAPES = [
     (1, 70, 40, 16, 3),
     (2, 131, 71, 16, 3),
@@ -39,6 +40,9 @@ SHAPES = [
     (40, 67, 64, 32, 13),
     (900, 97, 45, 16, 4),
     (1500, 1001, 70, 32, 2),
+    (40, 67, 64, 32, 29),
+    (3, 50, 70, 32, 37),
+    (2, 24, 3300, 48, 2),
 ]
 
 
