@@ -23,7 +23,7 @@ WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """The p that `choose` tries."""
 
 
-_COUNTED = 1024  # components on which `choose` counts
+_COUNTED = 512  # components on which `choose` counts
 
 
 def serves(woodbury: Woodbury) -> bool:

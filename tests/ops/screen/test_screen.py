@@ -25,8 +25,8 @@ pytestmark = pytest.mark.usefixtures("needs_cpp")
 
 # (N, K, D, p, R): a path of its own for up to 4 tokens, panels of up to 32, 128 tokens that decide and stretches of up
 # to 512, chunks of 480 components and tiles of 6, blocks of 64 features (of D and of p), passes of 12 rows (16 of a
-# few tokens, and flushes every 1024 features), pairs in groups of eight and tasks of 8 to 64: three of each and a ragged
-# tail.
+# few tokens, and flushes every 1024 features), pairs in groups of eight and tasks of 8 to 64: three of each and a tail
+# that is ragged.
 SHAPES = [
     (1, 70, 40, 16, 3),
     (2, 131, 71, 16, 3),
