@@ -15,8 +15,8 @@ using Floats = Vec<float>;
 typedef int8_t Bytes __attribute__((vector_size(kWidth<float>)));
 
 // kHasDot4 where the processor multiplies int8 by fours in one instruction. kInt8Rate is how much faster than the scan in
-// float a scan in int8 is: 3 was measured on a Zen 5 (bench/bench_screen.py), the others are guesses. kTokenMost is the largest integer of a token: so small, where products are added in
-// pairs in int16, that no pair overflows.
+// float a scan in int8 is: 3 was measured on a Zen 5 (bench/bench_screen.py), the others are guesses. kTokenMost is the
+// largest integer of a token: so small, where products are added in pairs in int16, that no pair overflows.
 #if (defined(__AVX512F__) && defined(__AVX512VNNI__)) || (!defined(__AVX512F__) && defined(__AVXVNNI__)) || \
     defined(__ARM_FEATURE_DOTPROD)
 constexpr bool kHasDot4 = true;

@@ -19,8 +19,8 @@ DENSE_SHARE = 4
 """A token that keeps more than K over this takes the dense scan; kDenseShare in csrc."""
 
 STAGE_COST = (6000, 20)
-"""Cost of stage 0, in tokens of the dense scan: for reading all loadings, and for each of p coordinates; 7,000 to 13,000
-at p = 256 (`python -m bench.bench_screen --curve`)."""
+"""Cost of stage 0, in tokens of the dense scan: for reading all loadings, and for each of p coordinates; 7,000 to
+13,000 at p = 256 (`python -m bench.bench_screen --curve`)."""
 
 
 INT8_COST = 0.4
