@@ -83,3 +83,12 @@ def svg(
         out.append(f'<path d="M{_WIDTH - 190} {_TOP + 14 + 18 * i}h24" stroke="{color}" stroke-width="2"/>')
         out.append(text(name, _WIDTH - 160, _TOP + 18 + 18 * i, "start"))
     return "\n".join([*out, "</svg>", ""])
+
+
+def side_by_side(figures: list[str]) -> str:
+    """One figure of several, from left to right."""
+    width = len(figures) * _WIDTH
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {_HEIGHT}">']
+    for i, figure in enumerate(figures):
+        out.append(figure.strip().replace("<svg ", f'<svg x="{i * _WIDTH}" width="{_WIDTH}" height="{_HEIGHT}" ', 1))
+    return "\n".join([*out, "</svg>", ""])

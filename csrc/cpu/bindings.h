@@ -62,6 +62,15 @@ std::tuple<Tensor, Tensor, Tensor> woodbury(const Tensor& means, const Tensor& l
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan(const Tensor& x, const Tensor& rows, const Tensor& constants,
                                                         const Tensor& lam, bool per_component, double threshold,
                                                         int64_t slots, bool keep);
+
+struct ScanCandidates {
+  const Tensor &x, &candidates, &rows, &constants, &lam;
+  bool per_component;
+  double threshold;
+  int64_t slots;
+};
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_candidates(const ScanCandidates& a);
+
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component);
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
                const Tensor& lam, bool per_component);

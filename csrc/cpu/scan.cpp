@@ -1,4 +1,5 @@
-// Binds scan.h to PyTorch.
+// Binds scan.h and candidate_scan.h to PyTorch.
+#include "candidate_scan.h"
 #include "scan_bindings.h"
 
 namespace binding {
@@ -25,6 +26,19 @@ Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const
     mfa::dense(scan_input<scalar_t>(shape, x, rows, constants, lam), data<scalar_t>(out), parallel_for);
   });
   return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_candidates(const ScanCandidates& a) {
+  const auto shape = shape_of_rows(a.rows, a.x.size(1), a.per_component);
+  check(a.candidates, {a.x.size(0), a.candidates.size(1)}, at::kInt, "candidates");
+  check_range(a.candidates, -1, shape.components, "candidates");
+  const ActiveTensors out(a.x, a.slots);
+  Tensor all = empty(a.candidates.sizes(), a.x.options());
+  AT_DISPATCH_FLOATING_TYPES(a.x.scalar_type(), "scan_candidates", [&] {
+    mfa::scan_candidates(scan_input<scalar_t>(shape, a.x, a.rows, a.constants, a.lam), data<int32_t>(a.candidates),
+                         a.candidates.size(1), out.pairs<scalar_t>(a.threshold), data<scalar_t>(all), parallel_for);
+  });
+  return {out.log_prob, out.components, out.logits, out.counts, all};
 }
 
 }  // namespace binding

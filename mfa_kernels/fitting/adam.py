@@ -186,7 +186,7 @@ class Training(Run):
         batch = self._finite(batch, count_skipped)
         x, mass = batch.rows, batch.mass
         self.mfa.zero_grad()
-        loss = self._loss(*batch)
+        loss = self._loss(x, batch.weights)
         value, rows = float(loss.detach()), len(x)
         if self.processes.count > 1:
             total, every, count = self.processes.totals(value * mass, mass, len(x))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.dead_regions import Overlap, find, hand_on, move
+from mfa_kernels.fitting.dead_regions import Overlap, Revival, find, hand_on, move
 from mfa_kernels.fitting.em_base import EM, statistics_state
 from mfa_kernels.fitting.m_step import Prior, maximize
 from mfa_kernels.ops.statistics.op import SufficientStatistics
@@ -132,10 +132,14 @@ class BatchEM(EM):
                 return False
             maximize(self.mfa, s, prior)
         move(self.mfa, revival, self.covariance)
+        self._moved(revival)
         self.revivals += 1
         self.moved = len(revival.moves)
         self.report.revived_components += self.moved
         return True
+
+    def _moved(self, revival: Revival) -> None:
+        """Regions were moved."""
 
     def _has_settled(self) -> bool:
         before, now = self.log_posteriors[-2:] if len(self.log_posteriors) > 1 else (-math.inf, math.inf)

@@ -57,13 +57,13 @@ class EM(Run):
             The active pairs of the rows, and the responsibilities of their slots times the weights, (n, S).
         """
         with torch.no_grad():
-            x, weights = batch
+            x, weights, _ = batch
             parameters = self.mfa.parameters_in_compute_dtype()
             if weights is not None:
                 weights = weights * (1.0 if unit is None else unit)
             elif unit is not None:
                 weights = torch.full_like(x[:, 0], unit, dtype=parameters.means.dtype)
-            active = self.screening.scan(x)
+            active = self._scan(batch)
             return expectation(x, parameters, self.mfa.woodbury(), out, weights, active)
 
     def expect_alone(self, x: Tensor, out: SufficientStatistics, weights: Tensor) -> ActivePairs:
@@ -71,8 +71,11 @@ class EM(Run):
         parameters = self.mfa.parameters_in_compute_dtype()
         return expectation(x, parameters, self.mfa.woodbury(), out, weights)[0]
 
-    def _scan(self, x: Tensor) -> ActivePairs:
-        return self.screening.scan(x)
+    def _scan(self, batch: Weighed) -> ActivePairs:
+        return self.screening.scan(batch.rows)
+
+    def _scan_held_out(self, index: Tensor) -> ActivePairs:
+        return self.screening.scan(self.held_out[index])
 
     def _own(self) -> MFA:
         """The components that this process scans."""

@@ -7,7 +7,7 @@ some, each for many, and where possible such as the start was not made of, which
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.ops.scan.types import ActivePairs
+
+Scan = Callable[[Tensor, Tensor], ActivePairs]
+"""Of rows (n, D) and their numbers (n,)."""
 
 _OUT = 6.0  # standard deviations of a dimension, beyond which a row sticks out
 _OUTLYING = 1024  # rows that stick out, at most
@@ -62,9 +66,13 @@ class Guard:
         self.weights = processes.concatenated(weights)
 
     @torch.no_grad()
-    def look(self, mfa: Mixture) -> tuple[Tensor, Tensor]:
-        """The region that owns each row of this process's share, -1 where none does, and log p: int64, float64."""
-        found = [mfa.active_pairs(part) for part in self.processes.share(self.rows).split(_CHUNK)]
+    def look(self, mfa: Mixture, scan: Scan | None = None) -> tuple[Tensor, Tensor]:
+        """The region that owns each row of this process's share, -1 where none does, and log p: int64, float64.
+
+        `scan`, where it is given, finds the active pairs of rows by their numbers, instead of the mixture.
+        """
+        numbers = self.processes.share(torch.arange(len(self.rows), device=self.rows.device)).split(_CHUNK)
+        found = [mfa.active_pairs(self.rows[part]) if scan is None else scan(self.rows[part], part) for part in numbers]
         owners = torch.cat([active.components[:, 0] for active in found]).long()
         return owners, torch.cat([active.log_prob for active in found]).double()
 
@@ -73,10 +81,10 @@ class Guard:
         has_density = self.processes.concatenated(self.look(mfa)[1].isfinite())
         self.weights = torch.where(has_density, self.weights, 0)
 
-    def log_likelihood(self, mfa: Mixture) -> float:
-        """Mean of log p over the rows that the sample stands for, in nats."""
+    def log_likelihood(self, mfa: Mixture, scan: Scan | None = None) -> float:
+        """Mean of log p over the rows that the sample stands for, in nats; `scan` as `look` takes it."""
         weights = self.processes.share(self.weights)
-        total = float(torch.where(weights > 0, self.look(mfa)[1] * weights, 0).sum())
+        total = float(torch.where(weights > 0, self.look(mfa, scan)[1] * weights, 0).sum())
         return self.processes.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
     def lost(self, mfa: Mixture, owners: Tensor, before: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def plan(
     Args:
         components, features, rank: K, D and R.
         noise: "shared" or "per_component".
-        method: "sgd", "em" or "online".
+        method: "sgd", "em", "truncated" or "online".
         dtype: of the parameters.
         rows: of the samples that the start is made of and that guard it, and of those held out, which are held for the
             length of the fit.
@@ -36,7 +36,7 @@ def plan(
         statistics = (components * sums + of_noise) * 8
         # Online, those of the past and what moves them to the new means; in batches, the steps before and beside it.
         found["statistics"] = statistics * (2 if method == "online" else 1)
-        found["steps"] = 2 * parameters if method == "em" else components * features * 8
+        found["steps"] = 2 * parameters if method in ("em", "truncated") else components * features * 8
     found["rows of the start, and held out"] = rows * features * dtype.itemsize
     return found
 

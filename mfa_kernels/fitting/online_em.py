@@ -142,7 +142,7 @@ class OnlineEM(EM):
 
         They weigh as much as that many rows do on average: of batches of heavy rows, the statistics take up more.
         """
-        x, weights = batch
+        x, weights, _ = batch
         s = self.statistics
         self.screening.prepare(len(x), self._to_come())
         s.scale_(1 - eta if self.processes.first else 0)  # the past counts once

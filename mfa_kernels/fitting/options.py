@@ -22,7 +22,7 @@ from mfa_kernels.mixture.functional import PRECISIONS
 from mfa_kernels.mixture.mfa import MFA, NOISES
 from mfa_kernels.mixture.sharded import ShardedMFA, part_of
 
-METHODS = ("sgd", "em", "online", "auto")
+METHODS = ("sgd", "em", "truncated", "online", "auto")
 SPLITS = ("rows", "components")
 
 _LEAST = {

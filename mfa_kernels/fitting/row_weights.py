@@ -15,10 +15,17 @@ _MOST = 2.0**53  # rows that float64 counts one by one
 
 
 class Weighed(NamedTuple):
-    """Rows (n, D) and what each weighs, (n,) float64 on their device; None: all 1."""
+    """Rows of the data.
+
+    Attributes:
+        rows: (n, D).
+        weights: what each weighs, (n,) float64 on their device; None: all 1.
+        numbers: of the rows in their source, (n,) int64; None where nobody asks.
+    """
 
     rows: Tensor
     weights: Tensor | None = None
+    numbers: Tensor | None = None
 
     @property
     def mass(self) -> float:

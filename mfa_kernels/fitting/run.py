@@ -251,8 +251,8 @@ class Run:
         for x, batch in zip(read_ahead(self.source, map(self.processes.share, shares)), whole):
             if bar is not None:
                 bar.update(len(batch))
-            weights = self.source.weights
-            yield Weighed(x, None if weights is None else weights[self.processes.share(batch)])
+            weights, numbers = self.source.weights, self.processes.share(batch)
+            yield Weighed(x, None if weights is None else weights[numbers], numbers)
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state that the rest of the run depends on: tensors, and values that JSON can hold."""
@@ -289,14 +289,14 @@ class Run:
 
     def _finite(self, batch: Weighed, count_skipped: bool) -> Weighed:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
-        x, weights = (None if part is None else part.to(self.mfa.means.device) for part in batch)
-        assert x is not None
-        finite = finite_rows(x, self.mfa.means.dtype)
-        if finite.all():
-            return Weighed(x, weights)
-        if count_skipped:
-            self.skipped += int((~finite).sum())
-        return Weighed(x[finite], None if weights is None else weights[finite])
+        parts = [None if part is None else part.to(self.mfa.means.device) for part in batch]
+        assert parts[0] is not None
+        finite = finite_rows(parts[0], self.mfa.means.dtype)
+        if not finite.all():
+            if count_skipped:
+                self.skipped += int((~finite).sum())
+            parts = [None if part is None else part[finite] for part in parts]
+        return Weighed(*parts)
 
     def _out_of_patience(self, finished: bool) -> bool:
         """True where nothing improved for too long; the report says so, unless the run has `finished` anyway."""
@@ -350,12 +350,16 @@ class Run:
         """The gain of the objective over the start's, on the guard's rows, in nats per row."""
         if self.objective_of_start is None:
             self.guard.settle(self.mfa)
-        likelihood, log_prior = self.guard.log_likelihood(self.mfa), self._log_prior()
+        likelihood, log_prior = self._guarded(), self._log_prior()
         if self.objective_of_start is None:
             self.objective_of_start = likelihood, log_prior
         first, prior = self.objective_of_start
         gain = likelihood - first + (log_prior - prior) / self._rows_behind()
         return -math.inf if math.isnan(gain) else gain
+
+    def _guarded(self) -> float:
+        """The likelihood of the guard's rows, in nats per row."""
+        return self.guard.log_likelihood(self.mfa)
 
     def begin_below(self, objective: tuple[float, float] | None) -> None:
         """Compares states with the start of the run before this one, or with its end where that is less likely."""
@@ -373,7 +377,7 @@ class Run:
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, Any]:
         """Measures held-out rows of all processes: their likelihood, regions that own some, active pairs per row."""
-        parts = [self._scan(part) for part in self.held_out.split(_EVALUATION_ROWS)]
+        parts = [self._scan_held_out(part) for part in torch.arange(len(self.held_out)).split(_EVALUATION_ROWS)]
         owners = torch.cat([part.components[:, 0] for part in parts]).long()
         owned = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=owners.device)
         owned[owners[owners >= 0]] = 1
@@ -384,8 +388,8 @@ class Run:
         nll = _mean_nll(log_prob, self.processes, self.held_out_weights)
         return {"held_out_nll": nll, "live": int((owned > 0).sum()), "active": active / rows}
 
-    def _scan(self, x: Tensor) -> ActivePairs:
-        return self.mfa.active_pairs(x)
+    def _scan_held_out(self, index: Tensor) -> ActivePairs:
+        return self.mfa.active_pairs(self.held_out[index])
 
     def _parameters_changed(self) -> None:
         """A callback changed the mixture's parameters."""

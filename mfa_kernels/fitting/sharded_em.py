@@ -44,8 +44,8 @@ class _ShardedEM(EM):
         return active._replace(log_prob=active.log_prob + share, logits=active.logits + share)
 
     @torch.no_grad()
-    def _scan(self, x: Tensor) -> ActivePairs:
-        return self.whole.merged(self._scan_own(x))
+    def _scan_held_out(self, index: Tensor) -> ActivePairs:
+        return self.whole.merged(self._scan_own(self.held_out[index]))
 
     @torch.no_grad()
     def expect(self, batch: Weighed, out: SufficientStatistics, unit: float | None = None) -> tuple[Any, Tensor]:

@@ -25,6 +25,7 @@ from mfa_kernels.fitting.provenance import now, run_of
 from mfa_kernels.fitting.run import Run, mixture_state
 from mfa_kernels.fitting.start_from_mixture import fingerprint_of, start_from_mixture
 from mfa_kernels.fitting.streaming import RowQueue
+from mfa_kernels.fitting.truncated_em import TruncatedEM
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.common.finite import finite_rows
@@ -180,6 +181,8 @@ class Stages:
         weighing |= of_start
         if self.method == "em":
             return BatchEM(*arguments, **weighing)
+        if self.method == "truncated":
+            return TruncatedEM(*arguments, **weighing)
         if self.queue is None:
             return OnlineEM(*arguments, **weighing)
         return StreamedEM(*arguments, **weighing, queue=self.queue)
@@ -192,7 +195,7 @@ class Stages:
         asked, processes = self.options, self.options.processes
         if self.queue is None:
             index = processes.share(self.rows[self.n_start : self.n_start + OTHERS])
-            unseen, weights = preparation.weighed(self.source, index, self.device, asked.dtype)
+            unseen, weights, _ = preparation.weighed(self.source, index, self.device, asked.dtype)
         else:
             unseen, weights = self.queue.peek(self.n_unseen), None
             unseen = unseen[finite_rows(unseen, asked.dtype)]
@@ -243,7 +246,7 @@ class Stages:
         there = self.device if processes.count > 1 else home(source, len(index), self.device)
         counts = self.fit_report if self.queue is not None or not self.options.epochs else None
         found = preparation.weighed(source, index, there, self.options.dtype, counts)
-        self.start_rows, self.start_weights = found
+        self.start_rows, self.start_weights, _ = found
         total, self.fit_report.skipped_rows = map(int, processes.totals(len(found.rows), self.fit_report.skipped_rows))
         if total < components:
             raise ValueError(

@@ -23,7 +23,7 @@ _REPORT = {
     "held_out_rows": COUNT, "held_out_by": optional(TEXT), "skipped_rows": COUNT, "skipped_steps": COUNT,
     "live_components": COUNT, "live_rows": COUNT, "seconds": mapping(NUMBER), "stopped_early": FLAG,
     "interrupted": FLAG, "prior_strength": optional(NUMBER), "revived_components": COUNT, "refused_states": COUNT,
-    "run": OBJECT, "settled": FLAG,
+    "run": OBJECT, "settled": FLAG, "candidate_gap": optional(NUMBER),
 }  # fmt: skip
 _RECORD = {
     "step": COUNT, "epoch": COUNT, "seconds": NUMBER, "train_nll": optional(NUMBER), "held_out_nll": optional(NUMBER),
@@ -47,7 +47,7 @@ class FitReport:
             that has less than 0 is not kept), seconds (of training so far), tokens_per_second (trained on since the
             record before; None where there were none, as at the start) and memory (peak bytes so far, of the device, or
             of the process on a CPU). docs/fitting.md has a table of them.
-        method: that was run: "sgd", "em" or "online".
+        method: that was run: "sgd", "em", "truncated" or "online".
         best_step: the step (of EM: the M-step) whose parameters were kept.
         held_out_nll: of these, in nats per token; None without held-out rows.
         held_out_rows: finite rows held out.
@@ -65,6 +65,8 @@ class FitReport:
         refused_states: that would have been kept, were they not worse than the start on rows trained on.
         held_out_by: "text", where whole texts were, none of whose rows were trained on; "row", where it is not known
             which text a row is from, or there are too few of them; None without held-out rows.
+        candidate_gap: with truncated E-steps, the nats per held-out row by which the bound of the kept state fell
+            short of `held_out_nll`, which is exact; likelihoods in `history` are such bounds. None otherwise.
         run: what the fit was, as JSON can hold it; empty where that is not known. "began" (UTC); "settings" (the
             arguments of the fit; "method_asked" may be "auto"); "data" (rows, n_features, a fingerprint of some of the
             rows, whether they were "streamed", and, of a store that says them, model, tokenizer and layer);
@@ -90,6 +92,7 @@ class FitReport:
     held_out_by: str | None = None
     run: dict[str, Any] = field(default_factory=dict)
     settled: bool = False
+    candidate_gap: float | None = None
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -113,6 +116,8 @@ class FitReport:
             lines.append(
                 f"not kept: {self.refused_states} states under which rows trained on were worse than at the start"
             )
+        if self.candidate_gap is not None:
+            lines.append(f"candidates missed {self.candidate_gap:.4f} nats per held-out row")
         if self.settled:
             lines.append("settled: another pass would have changed next to nothing")
         if self.stopped_early or self.interrupted:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture.base import Mixture
-from mfa_kernels.ops.scan.op import log_prob
+from mfa_kernels.ops.scan.op import log_prob, pairs_within
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import op
 from mfa_kernels.ops.screen.cost import dense_cost, modelled_cost
@@ -101,10 +101,10 @@ def tuned(mfa: Mixture, x: Tensor) -> ModelScreen:
     return ModelScreen(woodbury) if chosen is None else ModelScreen(woodbury, chosen, _scan(mfa, x, chosen).evaluated)
 
 
-def _scan(mfa: Mixture, x: Tensor, screen: AnyScreen) -> ScreenedPairs:
+def _scan(mfa: Mixture, x: Tensor, screen: AnyScreen, beyond: float = 0.0) -> ScreenedPairs:
     parameters, woodbury = mfa.prepared()
     constants = woodbury.constants(parameters[3])
-    return op.scan(x, woodbury, constants, screen, activity_threshold(mfa.n_components, x.dtype), SLOTS)
+    return op.scan(x, woodbury, constants, screen, activity_threshold(mfa.n_components, x.dtype) + beyond, SLOTS)
 
 
 class Screening:
@@ -167,14 +167,17 @@ class Screening:
         return self._screen is not None and self._screen[0] is self.mfa.woodbury()
 
     @torch.no_grad()
-    def scan(self, x: Tensor) -> ActivePairs:
-        """Returns log p(x) and the active pairs of rows x (n, D)."""
+    def scan(self, x: Tensor, beyond: float = 0.0) -> ActivePairs:
+        """Returns log p(x) and the active pairs of rows x (n, D), and those up to so many nats `beyond` the active
+        ones."""
         parameters, woodbury = self.mfa.prepared()
         x = x.to(woodbury.scale.dtype).contiguous()
         self.since += len(x)
         if self._screen is None or not self.ready():
-            return log_prob(x, *parameters, woodbury)
-        screened = _scan(self.mfa, x, self._screen[1])
+            if not beyond:
+                return log_prob(x, *parameters, woodbury)
+            return pairs_within(x, parameters, woodbury, activity_threshold(self.mfa.n_components, x.dtype) + beyond)
+        screened = _scan(self.mfa, x, self._screen[1], beyond)
         if len(x):
             self.rows += len(x)
             self.work += cost(self.mfa, screened.evaluated, self._screen[1]) * len(x)

@@ -41,6 +41,7 @@ FITS: dict[str, dict[str, Any]] = {
     "sgd, out of patience": {"method": "sgd", "batch_size": 700, "lr": 0.5, "eval_every": 1, "patience": 3},
     "em": {"method": "em", "epochs": 4},
     "em, polish": {"method": "em", "n_components": 9, "noise": "per_component", "polish": 1},
+    "truncated": {"method": "truncated", "n_components": 9, "epochs": 4},
     "online": {"method": "online", "batch_size": 250},
     "online, rank 0": {"method": "online", "batch_size": 250, "rank": 0, "noise": "per_component", "held_out": 0.0},
     "em, rows that weigh": {"method": "em", "epochs": 3, "row_weights": WEIGHTS},
@@ -49,7 +50,7 @@ FITS: dict[str, dict[str, Any]] = {
         "method": "sgd", "batch_size": 250, "row_weights": WEIGHTS, "start": planted(),
     },
 }  # fmt: skip
-RESUMED = ("sgd", "em", "online")
+RESUMED = ("sgd", "em", "truncated", "online")
 
 
 def run(x: Any = ROWS, **options: Any) -> MFA:

@@ -21,7 +21,7 @@ TRUE = planted()
 ROWS = draw(TRUE, 6000)
 TEST = draw(TRUE, 3000, seed=2)
 BEST = nll(TRUE, TEST)
-METHODS = pytest.mark.parametrize("method", ["sgd", "em", "online"])
+METHODS = pytest.mark.parametrize("method", ["sgd", "em", "truncated", "online"])
 
 
 def run(x=ROWS, n_components: int = 6, rank: int = 2, method: str = "sgd", **options) -> MFA:

@@ -57,6 +57,22 @@ def log_prob(
     return ActivePairs(*torch.ops.mfa_kernels.log_prob(*given, exact, *(woodbury.scan or [None] * 7), *woodbury.int8))
 
 
+@torch.no_grad()
+def pairs_within(
+    x: Tensor, parameters: Parameters, woodbury: Woodbury, threshold: float, slots: int = SLOTS
+) -> ActivePairs:
+    """`log_prob` with a threshold of activity of its own, in nats below the best logit; without gradients.
+
+    On a GPU it is plain PyTorch's.
+    """
+    x, constants = x.to(woodbury.scale.dtype).contiguous(), woodbury.constants(parameters.log_weights)
+    if woodbury.is_cpp:
+        rows8 = Int8Rows(*woodbury.int8) if woodbury.int8 else None
+        return ActivePairs(*_on_cpu(x, parameters, woodbury, constants, rows8, slots, False, threshold)[:4])
+    with full_precision(x):
+        return ActivePairs(*portable.scan(x, woodbury, constants, threshold, slots))
+
+
 def _needs_gradients(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -162,10 +178,11 @@ def _log_prob(
 
 def _on_cpu(
     x: Tensor, parameters: Parameters, woodbury: Woodbury, constants: Tensor, rows8: Int8Rows | None, slots: int,
-    keep: bool,
+    keep: bool, threshold: float | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The scan by the C++ kernels: the active pairs, and every logit (K, N), of size 0 where it is not kept."""
-    threshold = activity_threshold(len(constants), constants.dtype)
+    if threshold is None:
+        threshold = activity_threshold(len(constants), constants.dtype)
     if rows8 is None or not rows8.rows.numel():
         terms = x, woodbury.rows, constants, woodbury.scale, woodbury.per_component
         return cpp.library().scan(*terms, threshold, slots, keep)

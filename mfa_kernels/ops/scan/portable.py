@@ -87,13 +87,34 @@ def _scan_chunk(
         tokens, components = uncertain.nonzero(as_tuple=True)
         logits = logits.masked_fill(~uncertain, -torch.inf)
         logits[tokens, components] = pair_logits(x, tokens, components, woodbury, constants)
+    return _active_pairs(logits, None, threshold, slots)
+
+
+def scan_candidates(
+    x: Tensor, candidates: Tensor, woodbury: Woodbury, constants: Tensor, threshold: float, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `mfa_kernels.ops.scan.candidates`: the active pairs, and the logits of all candidates (N, C)."""
+    is_first = candidates >= 0
+    for column in range(1, candidates.shape[1]):
+        is_first[:, column] &= (candidates[:, :column] != candidates[:, column : column + 1]).all(-1)
+    tokens, columns = is_first.nonzero(as_tuple=True)
+    logits = torch.full(candidates.shape, -torch.inf, dtype=x.dtype, device=x.device)
+    logits[tokens, columns] = pair_logits(x, tokens, candidates[tokens, columns].long(), woodbury, constants)
+    return *_active_pairs(logits, candidates, threshold, slots), logits
+
+
+def _active_pairs(
+    logits: Tensor, components: Tensor | None, threshold: float, slots: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log_prob, components, logits and counts, from the logits (N, C) of these components (N, C); None: of all."""
     log_prob = torch.logsumexp(logits, dim=-1)
     log_prob = log_prob.masked_fill(log_prob == -torch.inf, torch.nan)
     best = logits.amax(-1, keepdim=True)
     active = (logits >= best - threshold) & (logits > -torch.inf)
     found = active.sum(-1)
-    kept, components = logits.masked_fill(~active, -torch.inf).topk(min(slots, logits.shape[-1]), dim=-1)
+    kept, columns = logits.masked_fill(~active, -torch.inf).topk(min(slots, logits.shape[-1]), dim=-1)
+    of_slots = columns if components is None else components.gather(-1, columns)
     short = slots - kept.shape[-1]
     kept = torch.nn.functional.pad(kept, (0, short), value=-torch.inf)
-    components = torch.nn.functional.pad(components, (0, short)).masked_fill(kept == -torch.inf, -1)
-    return log_prob, components.int(), kept, found.clamp_max(slots + 1).int()
+    of_slots = torch.nn.functional.pad(of_slots, (0, short)).masked_fill(kept == -torch.inf, -1)
+    return log_prob, of_slots.int(), kept, found.clamp_max(slots + 1).int()
