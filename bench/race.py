@@ -18,12 +18,11 @@ of the same rows of documents held out from all.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from mfa_kernels.common.files import atomic_write_text
 from mfa_kernels.fitting.run import mean_nll
 
 HELD_OUT = 20_000  # rows
-_SHARES = 40  # a mark: the time of ours to the value that the peer has at the end, as a share of its time
+_SAME = ("components", "rank", "rows", "held_out", "processor", "threads")  # settings of runs put together
 
 
 class Clock:
@@ -88,9 +87,7 @@ def vmfa(x: Tensor, test: Tensor, components: int, rank: int, seconds: float) ->
     """The curve of bench/vmfa.py."""
 
     def nll(model: VMFA) -> float:
-        return mean_nll(
-            MFA.from_parameters(model.means, model.loadings, model.noise, model.log_weights.exp()), test
-        )
+        return mean_nll(MFA.from_parameters(model.means, model.loadings, model.noise, model.log_weights.exp()), test)
 
     return stepped(lambda: VMFA(x, components, rank), VMFA.step, nll, seconds)
 
@@ -128,7 +125,8 @@ def processor() -> str:
         return platform.processor() or platform.machine()
     facts = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
     found = {name.strip(): value.strip() for name, value in facts.items()}
-    return f"{found.get('model name', platform.machine())} (family {found.get('cpu family')}, model {found.get('model')})"
+    name = found.get("model name", platform.machine())
+    return f"{name} (family {found.get('cpu family')}, model {found.get('model')})"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -143,18 +141,20 @@ def table(report: dict[str, Any]) -> str:
     ]
     for name, curve in runs.items():
         last = min(curve, key=lambda point: point["nll"])
-        row = [name, f"{curve[0]['seconds']:.1f}", f"{curve[0]['nll']:.1f}", f"{last['seconds']:.1f}", f"{last['nll']:.1f}"]
+        row = [name, *(f"{point[what]:.1f}" for point in (curve[0], last) for what in ("seconds", "nll"))]
         own = reached(runs["ours"], last["nll"], "seconds") if "ours" in runs and name != "ours" else None
         there = "" if name == "ours" else "never" if own is None else f"{own:.1f}"
         share = "" if own is None else f"1/{last['seconds'] / own:.0f}"
         lines.append("| " + " | ".join([*row, there, share]) + " |")
-    above = [name for name, curve in runs.items() if name != "ours" and "ours" in runs and not _below(runs["ours"], curve)]
-    lines += ["", f"ours first and below all others from then on: {'yes' if not above else 'not below ' + ', '.join(above)}"]
+    own = runs.get("ours", [])
+    above = [name for name, curve in runs.items() if own and name != "ours" and not _below(own, curve)]
+    lines += ["", f"ours first, and below all others from then on: {'no: ' + ', '.join(above) if above else 'yes'}"]
     return "\n".join(lines)
 
 
 def _below(own: Curve, other: Curve) -> bool:
     """True where a curve begins before another one and stands at or below each of its points."""
+
     def at(seconds: float) -> float:
         return min((point["nll"] for point in own if point["seconds"] <= seconds), default=float("inf"))
 
@@ -196,7 +196,7 @@ def merged(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One report for each K: runs of one processor and the same rows are put together."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for report in reports:
-        key = tuple(report["settings"][name] for name in ("components", "rank", "rows", "held_out", "processor", "threads"))
+        key = tuple(report["settings"][name] for name in _SAME)
         found.setdefault(key, {"settings": report["settings"], "runs": {}})["runs"].update(report["runs"])
     return list(found.values())
 

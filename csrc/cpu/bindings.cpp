@@ -94,6 +94,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("decode", &binding::decode, GilReleased());
   m.def("nearest", &binding::nearest, GilReleased());
   m.def("cluster_sums", &binding::cluster_sums, GilReleased());
+  m.def("m_step_gains", &binding::m_step_gains, GilReleased());
+  m.def("m_step_traces", &binding::m_step_traces, GilReleased());
+  def_by_fields<T, T, T, T, T, bool, T, T, T, T, T, T, T, double, double>(m, "m_step_solve", &binding::m_step_solve);
   def_by_fields<T, T, T, T, T, T, T, bool, Maybe, Maybe, Maybe, Maybe, Maybe>(m, "backward", &binding::backward);
   def_by_fields<T, T, T, T, T, T, bool, T, T, T, T, T, T>(m, "statistics", &binding::statistics);
   def_by_fields<T, T, T, T, T, T, T, T, T, double, double, int64_t>(m, "scan_screened", &binding::scan_screened);

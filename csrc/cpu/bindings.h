@@ -96,6 +96,19 @@ struct Statistics {
 };
 void statistics(const Statistics& a);
 
+Tensor m_step_gains(const Tensor& rows, const Tensor& chol, const Tensor& lam, bool per_component);
+Tensor m_step_traces(const Tensor& gains, const Tensor& spread, const Tensor& rows, const Tensor& chol,
+                     const Tensor& lam, bool per_component);
+
+struct MStep {
+  const Tensor &gains, &spread, &rows, &chol, &lam;
+  bool per_component;
+  const Tensor& loadings;
+  const Tensor &mass, &shift, &latent, &second, &cross, &left;  // the last is added to
+  double strength, least;
+};
+std::tuple<Tensor, Tensor> m_step_solve(const MStep& a);
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> int8_rows(const Tensor& rows, const Tensor& scale8, const Tensor& center,
                                                      bool per_component);
 

@@ -171,11 +171,10 @@ class CandidateSets:
         return active
 
 
-def active_of(near: ActivePairs, components: int) -> ActivePairs:
+def active_of(near: ActivePairs, count: int) -> ActivePairs:
     """The active pairs among those that a scan with a larger threshold found."""
-    threshold = activity_threshold(components, near.logits.dtype)
+    threshold = activity_threshold(count, near.logits.dtype)
     is_active = near.logits >= near.logits[:, :1] - threshold
     counts = torch.where(is_active[:, -1], near.counts, is_active.sum(1, dtype=torch.int32))
-    return ActivePairs(
-        near.log_prob, torch.where(is_active, near.components, -1), torch.where(is_active, near.logits, -torch.inf), counts
-    )
+    components, logits = torch.where(is_active, near.components, -1), torch.where(is_active, near.logits, -torch.inf)
+    return ActivePairs(near.log_prob, components, logits, counts)

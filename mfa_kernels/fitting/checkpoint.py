@@ -61,7 +61,8 @@ _STATE = r"state-(\d+)(?:-\d+-of-\d+)?\.safetensors"
 _OURS = re.compile(rf"{_STATE}|\.({_STATE}|checkpoint\.json)\.\w+\.tmp|\.tmp\w+")
 
 _FIELDS = {
-    "stage": choice("sgd", "em", "truncated", "online", "polish", DONE), "settings": OBJECT, "report": OBJECT, "values": OBJECT,
+    "stage": choice("sgd", "em", "truncated", "online", "polish", DONE), "settings": OBJECT, "report": OBJECT,
+    "values": OBJECT,
 }  # fmt: skip
 FILE_FIELDS = {"tensors": TEXT, "bytes": COUNT}
 # What a state may hold besides tensors; of EM alone, from `prior` on. A likelihood on the way may be NaN.

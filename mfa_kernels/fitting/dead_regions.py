@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.processes import Processes
-from mfa_kernels.fitting.guard import Guard
+from mfa_kernels.fitting.guard import Guard, Scan
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics
@@ -99,7 +99,9 @@ class Revival(NamedTuple):
 
 
 @torch.no_grad()
-def find(mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tensor | None = None) -> Revival:
+def find(
+    mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tensor | None = None, scan: Scan | None = None
+) -> Revival:
     """The regions that own next to nothing, or what another one owns too: each is to take half of the largest.
 
     One whose tokens would lose more without it than the largest region's can be expected to gain stays: a token that
@@ -111,6 +113,7 @@ def find(mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tens
         overlap: of the same tokens, between all regions.
         guard: tokens that say what would be missed.
         owned: tokens that each may own after all, (K,), where `mass` counts few; None: `mass`.
+        scan: as `Guard.look` takes it.
     """
     own = mfa.processes.concatenated(mass)
     owned = own if owned is None else mfa.processes.concatenated(owned)
@@ -118,7 +121,7 @@ def find(mfa: Mixture, mass: Tensor, overlap: Overlap, guard: Guard, owned: Tens
     mass, _ = _merged(own, duplicates)
     dead = (mass < _DEAD).nonzero().squeeze(1)
     few = dead[(own[dead] < _DEAD) & (owned[dead] > 0)]
-    cost = _missed(mfa, dead, few, owned, guard)
+    cost = _missed(mfa, dead, few, owned, guard, scan)
     stay = {k for k in dead.tolist() if not cost[k] <= _WORTH * mass.max()}
     mass, touched = _merged(own, [pair for pair in duplicates if not stay & set(pair)])
     moves: list[tuple[int, int]] = []
@@ -147,7 +150,7 @@ def _merged(mass: Tensor, duplicates: list[tuple[int, int]]) -> tuple[Tensor, li
     return mass, larger
 
 
-def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard) -> Tensor:
+def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard, scan: Scan | None = None) -> Tensor:
     """The loss of the tokens of each region if the dead regions were gone, (K,) in nats.
 
     Those of the guard, as many as all regions own; and of the `few` that own next to nothing, in case their tokens are
@@ -157,10 +160,10 @@ def _missed(mfa: Mixture, dead: Tensor, few: Tensor, owned: Tensor, guard: Guard
     if not len(dead):
         return cost
     rows = mfa.processes.rows(mfa.means.detach(), few)
-    likelihood, before = mfa.log_prob(rows).double(), guard.look(mfa)
+    likelihood, before = mfa.log_prob(rows).double(), guard.look(mfa, scan)
     with _without(mfa, dead.tolist()):
         cost[few] = owned[few] * (likelihood - mfa.log_prob(rows).double())
-        lost = guard.lost(mfa, *before) * owned.sum() / guard.weights.sum().clamp_min(1)
+        lost = guard.lost(mfa, dead, *before) * owned.sum() / guard.weights.sum().clamp_min(1)
     return torch.maximum(cost, lost)
 
 

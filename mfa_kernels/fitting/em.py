@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mfa_kernels.fitting.dead_regions import Overlap, Revival, find, hand_on, move
 from mfa_kernels.fitting.em_base import EM, statistics_state
+from mfa_kernels.fitting.guard import Scan
 from mfa_kernels.fitting.m_step import Prior, maximize
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 
@@ -32,6 +33,7 @@ class BatchEM(EM):
     the posterior does not fall between the steps that are kept, except where a region is moved.
     """
 
+    scan_guard: Scan | None = None  # as `Guard.look` takes it
     revivals = 0  # passes that moved regions
     moved = 0  # regions that the last pass moved
     # Parameters after EM's own step, to return to if the step that went further lowers the posterior.
@@ -87,9 +89,11 @@ class BatchEM(EM):
 
     def log_posterior(self, s: SufficientStatistics) -> float:
         """The log posterior of the parameters that the statistics were collected under, in nats per token."""
-        prior, tokens = self.prior or self.choose_prior(s), self.mass_of(s)
+        if self.prior is None:
+            self.choose_prior(s)
+        tokens = self.mass_of(s)
         self.losses.append(-float(s.log_likelihood) / tokens)
-        return float(s.log_likelihood + prior.log_density(self.mfa)) / tokens
+        return (float(s.log_likelihood) + self._log_prior()) / tokens
 
     def m_step(self, s: SufficientStatistics, overlap: Overlap, log_posterior: float, last: bool) -> bool:
         """Updates the parameters. True if it moved regions, or went back to the parameters after EM's own step."""
@@ -121,7 +125,7 @@ class BatchEM(EM):
 
     def _revive(self, s: SufficientStatistics, overlap: Overlap, prior: Prior, before: list[Tensor]) -> bool:
         """Moves dead regions after an M-step from the parameters `before`; false where there are none."""
-        revival = find(self.mfa, s.mass, overlap, self.guard)
+        revival = find(self.mfa, s.mass, overlap, self.guard, scan=self.scan_guard)
         if not revival.moves:
             return False
         if revival.lost:  # their tokens are handed on to the other regions, and the M-step is repeated with them

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.fitting.dead_regions import Overlap
 from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_covariance
 from mfa_kernels.fitting.row_weights import Weighed
-from mfa_kernels.fitting.run import Run, mean_nll
+from mfa_kernels.fitting.run import EVALUATION_ROWS, Run, nll_of
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.screening import SAMPLE, Screening
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics, expectation
 
-STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0)
+STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Strengths of the prior on covariances, in tokens per region: the best on held-out rows is taken."""
 
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
@@ -45,6 +44,7 @@ class EM(Run):
         self.processes.broadcast_(self.covariance)
         # clone(): a view would keep the whole sample in memory for the length of the fit.
         self.screening = Screening(self._own(), start_rows[:SAMPLE].clone(), self.processes)
+        self._known: tuple[Prior, list[Any], float] | None = None  # a prior, a state, and its log-density
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches done in this pass
 
@@ -99,14 +99,28 @@ class EM(Run):
         """Chooses the prior by the first statistics; the parameters are still those of the start."""
         if not self.mass_of(s) > 0:
             raise RuntimeError("fit: no row has a finite density; look at the scale of the activations")
-        self.prior = choose_prior(self.mfa, s, self.covariance, self.held_out, self.processes, self.held_out_weights)
+        few = torch.arange(min(len(self.held_out), -(-_CHOICE_ROWS // self.processes.count)))
+        weights = None if self.held_out_weights is None else self.held_out_weights[: len(few)]
+        chooses = self.processes.totals(len(few))[0] > 0
+
+        def nll() -> float:
+            parts = [self._scan_held_out(part).log_prob for part in few.split(EVALUATION_ROWS)]
+            return nll_of(torch.cat(parts).double(), self.processes, weights)
+
+        self.prior = choose_prior(self.mfa, s, self.covariance, nll if chooses else None)
         self.report.prior_strength = self.prior.strength
         assert self.objective_of_start is not None
         self.objective_of_start = self.objective_of_start[0], self._log_prior()
         return self.prior
 
     def _log_prior(self) -> float:
-        return 0.0 if self.prior is None else float(self.prior.log_density(self.mfa))
+        """Computed once for each state: a pass asks for it at its end, and the next at its beginning."""
+        if self.prior is None:
+            return 0.0
+        state = self.prior, [(p.data_ptr(), p._version) for p in self.mfa.parameters()]
+        if self._known is None or self._known[0] is not state[0] or self._known[1] != state[1]:
+            self._known = (*state, float(self.prior.log_density(self.mfa)))
+        return self._known[2]
 
     # Checkpoints
 
@@ -141,24 +155,26 @@ class EM(Run):
         return overlap
 
 
-def choose_prior(
-    mfa: Mixture, s: SufficientStatistics, covariance: Tensor, held_out: Tensor, processes: Processes = ALONE,
-    weights: Tensor | None = None,
-) -> Prior:  # fmt: skip
-    """The prior whose M-step is best for held-out rows (n, D) of all processes, which weigh (n,); the mixture is left
-    as it was."""
-    if not processes.totals(len(held_out))[0]:
+@torch.no_grad()
+def choose_prior(mfa: Mixture, s: SufficientStatistics, covariance: Tensor, nll: Callable[[], float] | None) -> Prior:
+    """The prior whose M-step is best for held-out rows; the mixture is left as it was.
+
+    Args:
+        mfa: what the statistics were collected under.
+        s: of the first pass.
+        covariance: of the prior.
+        nll: that of held-out rows under the mixture as it is; None: nothing is held out.
+    """
+    if nll is None:
         return Prior(covariance)
     before = [p.detach().clone() for p in mfa.parameters()]
-    few = slice(-(-_CHOICE_ROWS // processes.count))
     scores = {}
     for strength in STRENGTHS:
         maximize(mfa, s, Prior(covariance, strength))
-        nll = mean_nll(mfa, held_out[few], processes, None if weights is None else weights[few])
-        scores[strength] = nll if math.isfinite(nll) else math.inf
-        with torch.no_grad():
-            for parameter, kept in zip(mfa.parameters(), before):
-                parameter.copy_(kept)
+        found = nll()
+        scores[strength] = found if math.isfinite(found) else math.inf
+        for parameter, kept in zip(mfa.parameters(), before):
+            parameter.copy_(kept)
     return Prior(covariance, mfa.processes.agree(lambda: min(scores, key=scores.__getitem__)))
 
 

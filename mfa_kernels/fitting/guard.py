@@ -87,13 +87,16 @@ class Guard:
         total = float(torch.where(weights > 0, self.look(mfa, scan)[1] * weights, 0).sum())
         return self.processes.totals(total)[0] / max(1.0, float(self.weights.sum()))
 
-    def lost(self, mfa: Mixture, owners: Tensor, before: Tensor) -> Tensor:
-        """The loss of the rows since `look` gave owners and log p before, by the region that owned them: (K,) nats."""
-        is_owned = owners >= 0
-        weights = self.processes.share(self.weights)
-        change = torch.where(weights > 0, weights * (before - self.look(mfa)[1]), 0)
+    def lost(self, mfa: Mixture, regions: Tensor, owners: Tensor, before: Tensor) -> Tensor:
+        """The loss since `look` gave owners and log p before of the rows that some regions owned, by region: (K,)
+        nats."""
+        weights, numbers = self.processes.share(self.weights), self.processes.share(torch.arange(len(self.rows)))
+        here = (torch.isin(owners, regions) & (weights > 0)).nonzero().squeeze(1)
+        rows = self.rows[numbers.to(here.device)[here]]
+        after = [mfa.active_pairs(part).log_prob.double() for part in rows.split(_CHUNK)]
+        change = weights[here] * (before[here] - torch.cat([*after, before[:0]]))
         out = torch.zeros(mfa.n_components, dtype=torch.float64, device=change.device)
-        out.index_put_((owners[is_owned],), change[is_owned], accumulate=True)
+        out.index_put_((owners[here],), change, accumulate=True)
         self.processes.sum_(out)
         return out
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mfa_kernels.fitting.run import standard_deviation
 from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.ops.m_step.op import solve, traces
 from mfa_kernels.ops.statistics.op import SufficientStatistics
-from mfa_kernels.ops.woodbury.reference import woodbury as exact_factors
 
 DEFAULT_STRENGTH = 10.0
 """Strength of the prior on covariances, in tokens per region, where nothing is held out to choose it by."""
@@ -23,7 +23,7 @@ DEFAULT_STRENGTH = 10.0
 _COVARIANCE_ROWS = 20_000  # rows that the pooled covariance reads, or 8 D if that is more
 _COVARIANCE_CHUNK = 4096  # rows at once
 _OUTLIER = 1000.0  # times the median squared distance, beyond which a row has no say in the pooled covariance
-_CHUNK_ELEMENTS = 1 << 23  # numbers in the loadings of the components whose M-step runs at once
+_OWNED = 1e-9  # share of all tokens, up to which a region is without any
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,11 @@ class Prior:
     @torch.no_grad()
     def log_density(self, mfa: Mixture) -> Tensor:
         """log p(parameters) but for a constant, (): -nu/2 sum_k (log|C_k| + tr C_k^-1 S_0) + tokens sum_k log pi_k."""
-        noise, total = mfa.noise_variance.double(), self.tokens * mfa.log_weights.double().sum()
-        for k in _component_chunks(mfa):
-            psi = noise if noise.dim() == 1 else noise[k]
-            rows, _, log_det = exact_factors(mfa.loadings[k].double(), psi)
-            rows = rows * psi.rsqrt().unsqueeze(-2)
-            trace = (self.covariance.diagonal() / psi).sum(-1) - ((rows @ self.covariance) * rows).sum((1, 2))
-            total = total - self.strength / 2 * (log_det + trace).sum()
+        parameters, woodbury = mfa.prepared()
+        of_covariances = (woodbury.log_det.double() + traces(parameters, woodbury, self.covariance)).sum()
+        total = self.tokens * mfa.log_weights.double().sum() - self.strength / 2 * of_covariances
         mfa.processes.sum_(total)
         return total
-
-
-def _component_chunks(mfa: Mixture) -> tuple[Tensor, ...]:
-    """Numbers of this process's components, in chunks whose M-step runs at once."""
-    step = max(1, _CHUNK_ELEMENTS // (mfa.n_features * (mfa.rank + 1)))
-    return torch.arange(len(mfa.means), device=mfa.means.device).split(step)
 
 
 def covariance_rows(mfa: Mixture) -> int:
@@ -113,40 +103,13 @@ def maximize(mfa: Mixture, s: SufficientStatistics, prior: Prior) -> Tensor:
     Returns:
         How far the means moved, (K, D) float64; of this process's components.
     """
-    rank, nu = mfa.rank, prior.strength
-    noise = mfa.noise_variance.double()
+    nu, noise = prior.strength, mfa.noise_variance.double()
     shared = noise.dim() == 1
     total = s.mass.sum()
     mfa.processes.sum_(total)
-    owned = s.mass > 1e-9 * total
-    unexplained = s.squares.clone()
-    change = torch.empty_like(s.shift)
-    loadings = torch.empty_like(mfa.loadings)
-    identity = torch.eye(rank, dtype=torch.float64, device=noise.device)
-    for k in _component_chunks(mfa):
-        old = mfa.loadings[k].double()
-        scaled = old / (noise if shared else noise[k]).unsqueeze(-1)
-        posterior = torch.linalg.inv(identity + old.mT @ scaled)  # M^-1
-        gain = posterior @ scaled.mT  # E[z | y] = gain y
-        spread = gain @ prior.covariance
-        products = torch.cat([s.cross[k] + nu * spread, s.shift[k].unsqueeze(1)], 1)  # (k, R+1, D)
-        gram = torch.empty(len(k), rank + 1, rank + 1, dtype=torch.float64, device=noise.device)
-        gram[:, :rank, :rank] = s.second[k] + nu * (spread @ gain.mT + posterior)
-        gram[:, :rank, rank] = gram[:, rank, :rank] = s.latent[k]
-        gram[:, rank, rank] = s.mass[k]
-        own = owned[k]
-        if own.all():  # as a rule; the copies of the other case cost as much as the solution
-            fitted = torch.cholesky_solve(products, torch.linalg.cholesky(gram))
-        else:
-            fitted = torch.cat([old.mT, torch.zeros_like(products[:, :1])], 1)
-            fitted[own] = torch.cholesky_solve(products[own], torch.linalg.cholesky(gram[own]))
-        left = -(fitted * (2 * products - gram @ fitted)).sum(1)
-        if shared:
-            unexplained += left.sum(0)
-        else:
-            unexplained[k] += left
-        change[k] = fitted[:, rank]
-        loadings[k] = fitted[:, :rank].mT.to(loadings)
+    parameters, woodbury = mfa.prepared()
+    change, loadings, left = solve(s, parameters, woodbury, prior.covariance, nu, _OWNED * float(total))
+    unexplained = s.squares + left
     if shared:
         mfa.processes.sum_(unexplained)
     regions = mfa.n_components if shared else 1

@@ -23,6 +23,8 @@ from mfa_kernels.mixture.mfa import MFA, NOISES
 from mfa_kernels.mixture.sharded import ShardedMFA, part_of
 
 METHODS = ("sgd", "em", "truncated", "online", "auto")
+SPREAD_METHODS = ("em", "online", "auto")
+"""Those of a split into components."""
 SPLITS = ("rows", "components")
 
 _LEAST = {
@@ -84,7 +86,7 @@ def checked(given: Mapping[str, Any], streamed: bool = False) -> Options:
     """
     options = {name: value for name, value in given.items() if name != "activations"}
     spread = checks.check_choice(given["split"], SPLITS, "split") == "components"
-    checks.check_choice(given["method"], METHODS[1:] if spread else METHODS, "method")
+    checks.check_choice(given["method"], SPREAD_METHODS if spread else METHODS, "method")
     checks.check_choice(given["init"], INITS, "init")
     checks.check_choice(given["schedule"], SCHEDULES, "schedule")
     options |= _shape(given, spread)

@@ -24,6 +24,7 @@ from mfa_kernels.common.places import CHECKPOINT, CURVE, check_apart, check_plac
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.data.source import Source
 from mfa_kernels.fitting.checkpoint import FILE, State, fingerprint
+from mfa_kernels.fitting.guard import Scan
 from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.online_em import online_rows
 from mfa_kernels.fitting.row_weights import Weighed
@@ -229,16 +230,26 @@ def weighed(
 
 @torch.no_grad()
 def count_live(
-    mfa: Mixture, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes
-) -> None:
-    """Counts the components that own a held-out row or one at `index`, of any process; warns where many own none."""
+    mfa: Mixture, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes,
+    scan: Scan | None = None,
+) -> None:  # fmt: skip
+    """Counts the components that own a held-out row or one at `index`, of any process; warns where many own none.
+
+    `scan`, where it is given, finds the active pairs of rows by their numbers in the source.
+    """
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
     rows = 0
-    others = (finite(source, part, mfa.means.device, mfa.means.dtype) for part in index.split(CHUNK_ROWS))
-    for x in chain(held_out.split(CHUNK_ROWS), others):
-        owners = mfa.assign(x)
+
+    def assigned(part: Tensor) -> Tensor:
+        x = source.rows(part).to(mfa.means.device)
+        is_finite = finite_rows(x, mfa.means.dtype)
+        x, part = x[is_finite], part[is_finite.to(part.device)]
+        return mfa.assign(x) if scan is None else scan(x, part).components[:, 0].long()
+
+    size = CHUNK_ROWS if scan is None else max(CHUNK_ROWS, mfa.n_components)
+    for owners in chain(map(mfa.assign, held_out.split(CHUNK_ROWS)), map(assigned, index.split(size))):
         owned[owners[owners >= 0]] = 1  # a row too far out for the dtype has none
-        rows += len(x)
+        rows += len(owners)
     processes.sum_(owned)
     report.live_rows += int(processes.totals(rows)[0])
     report.live_components = int((owned > 0).sum())

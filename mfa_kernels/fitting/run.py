@@ -20,7 +20,7 @@ from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.data.source import Source
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
-from mfa_kernels.fitting.guard import Guard
+from mfa_kernels.fitting.guard import Guard, Scan
 from mfa_kernels.fitting.notices import warn, write_or_warn
 from mfa_kernels.fitting.row_weights import Weighed, mean_weight
 from mfa_kernels.mixture.base import Mixture
@@ -33,7 +33,7 @@ from mfa_kernels.ops.scan.types import ActivePairs
 Callback = Callable[[MFA, dict[str, Any]], Any]
 
 
-_EVALUATION_ROWS = 4096  # at once
+EVALUATION_ROWS = 4096  # at once
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def standard_deviation(mfa: Mixture) -> Tensor:
 @torch.no_grad()
 def mean_nll(mfa: Mixture, x: Tensor, processes: Processes = ALONE, weights: Tensor | None = None) -> float:
     """Mean negative log-likelihood of x (n, D), which weigh (n,), in nats per row; over the rows of all processes."""
-    log_prob = torch.cat([mfa.log_prob(part) for part in x.split(_EVALUATION_ROWS)]).double()
-    return _mean_nll(log_prob, processes, weights)
+    log_prob = torch.cat([mfa.log_prob(part) for part in x.split(EVALUATION_ROWS)]).double()
+    return nll_of(log_prob, processes, weights)
 
 
-def _mean_nll(log_prob: Tensor, processes: Processes, weights: Tensor | None) -> float:
+def nll_of(log_prob: Tensor, processes: Processes, weights: Tensor | None) -> float:
     if processes.count == 1 and weights is None:
         return -float(log_prob.mean())
     total = float((log_prob if weights is None else log_prob * weights).sum())
@@ -289,14 +289,14 @@ class Run:
 
     def _finite(self, batch: Weighed, count_skipped: bool) -> Weighed:
         """The finite rows of a batch, on the mixture's device; the others are counted, once."""
-        parts = [None if part is None else part.to(self.mfa.means.device) for part in batch]
-        assert parts[0] is not None
-        finite = finite_rows(parts[0], self.mfa.means.dtype)
-        if not finite.all():
-            if count_skipped:
-                self.skipped += int((~finite).sum())
-            parts = [None if part is None else part[finite] for part in parts]
-        return Weighed(*parts)
+        device = self.mfa.means.device
+        x, (weights, numbers) = batch.rows.to(device), (None if t is None else t.to(device) for t in batch[1:])
+        finite = finite_rows(x, self.mfa.means.dtype)
+        if finite.all():
+            return Weighed(x, weights, numbers)
+        if count_skipped:
+            self.skipped += int((~finite).sum())
+        return Weighed(x[finite], *(None if part is None else part[finite] for part in (weights, numbers)))
 
     def _out_of_patience(self, finished: bool) -> bool:
         """True where nothing improved for too long; the report says so, unless the run has `finished` anyway."""
@@ -361,6 +361,12 @@ class Run:
         """The likelihood of the guard's rows, in nats per row."""
         return self.guard.log_likelihood(self.mfa)
 
+    @property
+    def scan_rows(self) -> Scan | None:
+        """What finds the active pairs of rows by their numbers at less than the cost of a scan; None where nothing
+        does."""
+        return None
+
     def begin_below(self, objective: tuple[float, float] | None) -> None:
         """Compares states with the start of the run before this one, or with its end where that is less likely."""
         if objective is not None:
@@ -377,7 +383,7 @@ class Run:
     @torch.no_grad()
     def _look_at_held_out(self) -> dict[str, Any]:
         """Measures held-out rows of all processes: their likelihood, regions that own some, active pairs per row."""
-        parts = [self._scan_held_out(part) for part in torch.arange(len(self.held_out)).split(_EVALUATION_ROWS)]
+        parts = [self._scan_held_out(part) for part in torch.arange(len(self.held_out)).split(EVALUATION_ROWS)]
         owners = torch.cat([part.components[:, 0] for part in parts]).long()
         owned = torch.zeros(self.mfa.n_components, dtype=torch.float64, device=owners.device)
         owned[owners[owners >= 0]] = 1
@@ -385,7 +391,7 @@ class Run:
         log_prob = torch.cat([part.log_prob for part in parts]).double()
         pairs = torch.cat([part.counts for part in parts]).double()
         active, rows = self.processes.totals(float(pairs.sum()), len(self.held_out))
-        nll = _mean_nll(log_prob, self.processes, self.held_out_weights)
+        nll = nll_of(log_prob, self.processes, self.held_out_weights)
         return {"held_out_nll": nll, "live": int((owned > 0).sum()), "active": active / rows}
 
     def _scan_held_out(self, index: Tensor) -> ActivePairs:

@@ -14,7 +14,7 @@ from mfa_kernels.fitting import memory, preparation
 from mfa_kernels.fitting.adam import Training
 from mfa_kernels.fitting.checkpoint import DONE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM
-from mfa_kernels.fitting.guard import OTHERS, Guard
+from mfa_kernels.fitting.guard import OTHERS, Guard, Scan
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.initialization import centroids_of, start_from_clusters
 from mfa_kernels.fitting.kmeans import kmeans
@@ -40,6 +40,7 @@ class Stages:
 
     checkpoints: Checkpoints | None = None
     saved: State | None = None  # the checkpoint to resume from, until the stage that it was written in is resumed
+    scan: Scan | None = None  # of rows by their numbers, as the training leaves it
     start_rows: Tensor | None = None  # until the training has read them
     start_weights: Tensor | None = None
 
@@ -137,7 +138,7 @@ class Stages:
         if self.saved is None or self.saved.stage == self.method:
             run = self.run(guard)
             run.train(self.method, self.checkpoints, self.saved)
-            self.saved, objective = None, run.objective_of_start
+            self.saved, objective, self.scan = None, run.objective_of_start, run.scan_rows
         if self.options.polish and not self.fit_report.interrupted:
             polished = replace(self.options, epochs=self.options.polish)
             run = Training(*self._arguments(guard, polished), held_out_weights=self.held_out_weights)
@@ -150,7 +151,8 @@ class Stages:
         if not self.was_done:
             if self.queue is not None and report.run:  # how many rows a stream has is known only now
                 report.run.setdefault("data", {})["rows"] = int(options.processes.totals(self.queue.taken)[0])
-            preparation.count_live(self.mfa, self.held_out, self.source, self.live, report, options.processes)
+            rows = self.held_out, self.source, self.live
+            preparation.count_live(self.mfa, *rows, report, options.processes, self.scan)
             if report.refused_states and options.group.first:
                 warn(
                     f"fit: {report.refused_states} states were not kept: rows that they were trained on, weighed "

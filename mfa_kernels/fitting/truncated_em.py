@@ -1,16 +1,18 @@
-"""EM in batches whose passes do not grow with K: truncated E-steps on candidate sets (`mfa_kernels.fitting.candidates`)."""
+"""EM in batches whose passes do not grow with K: truncated E-steps on `mfa_kernels.fitting.candidates`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mfa_kernels.fitting.candidates import CandidateSets, Graph
 from mfa_kernels.fitting.dead_regions import Overlap, Revival
 from mfa_kernels.fitting.em import BatchEM
+from mfa_kernels.fitting.guard import Scan
+from mfa_kernels.fitting.m_step import Prior
 from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.row_weights import Weighed
 from mfa_kernels.fitting.run import mean_nll
@@ -37,6 +39,7 @@ class TruncatedEM(BatchEM):
             "guard": len(self.guard.rows),
         }
         self.sets = {name: CandidateSets(size, self.graph, self.processes) for name, size in sizes.items()}
+        self.scan_guard = partial(self.sets["guard"].scan, screening=self.screening)
 
     def rows_at_once(self) -> int:
         return max(super().rows_at_once(), _ROWS_PER_COMPONENT * self.mfa.n_components)
@@ -69,10 +72,18 @@ class TruncatedEM(BatchEM):
         return self.sets["held_out"].scan(self.held_out[index], numbers, self.screening)
 
     def _guarded(self) -> float:
-        def scan(x: Tensor, numbers: Tensor) -> ActivePairs:
-            return self.sets["guard"].scan(x, numbers, self.screening)
+        return self.guard.log_likelihood(self.mfa, self.scan_guard)
 
-        return self.guard.log_likelihood(self.mfa, scan)
+    @property
+    def scan_rows(self) -> Scan:
+        return partial(self.sets["rows"].scan, screening=self.screening)
+
+    def choose_prior(self, s: SufficientStatistics) -> Prior:
+        sets = self.sets["held_out"]
+        kept, others = sets.kept.clone(), sets.others.clone()
+        found = super().choose_prior(s)
+        sets.kept, sets.others = kept, others  # not those of states that were only tried
+        return found
 
     def _moved(self, revival: Revival) -> None:
         for moved, donor in revival.moves:

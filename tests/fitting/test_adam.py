@@ -109,7 +109,7 @@ def test_mean_nll_does_not_depend_on_the_chunks(monkeypatch):
     mfa = planted()
     x = draw(mfa, 500)
     whole = mean_nll(mfa, x)
-    monkeypatch.setattr(run, "_EVALUATION_ROWS", 64)
+    monkeypatch.setattr(run, "EVALUATION_ROWS", 64)
     assert mean_nll(mfa, x) == pytest.approx(whole, rel=1e-6)
 
 

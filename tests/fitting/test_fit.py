@@ -360,7 +360,11 @@ def test_public_name():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"method": "adam"}, ValueError, "method must be one of 'sgd', 'em', 'online', 'auto', got 'adam'"),
+        (
+            {"method": "adam"},
+            ValueError,
+            "method must be one of 'sgd', 'em', 'truncated', 'online', 'auto', got 'adam'",
+        ),
         ({"init": "kmeans"}, ValueError, "init must be one of 'pca', 'random'"),
         ({"noise": "full"}, ValueError, "noise must be one of"),
         ({"schedule": "linear"}, ValueError, "schedule must be one of"),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfa_kernels import MFA
 from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
-from mfa_kernels.fitting import FitReport, adam, as_source, em_base, fit, stages, start_from_clusters
+from mfa_kernels.fitting import FitReport, adam, as_source, fit, stages, start_from_clusters
 from mfa_kernels.fitting.guard import Guard
 from mfa_kernels.fitting.m_step import DEFAULT_STRENGTH, Prior, maximize, pooled_covariance
 from mfa_kernels.fitting.row_weights import Weighed, weighted
@@ -212,9 +212,6 @@ def test_held_out_rows_weigh():
     w = WEIGHTS[held].double()
     expected = -float((TRUE.log_prob(ROWS[held]) * w).sum() / w.sum())
     assert mfa.fit_report.held_out_nll == pytest.approx(expected, rel=1e-9)
-    s = dense_statistics(TRUE, ROWS, WEIGHTS.double())
-    prior = em_base.choose_prior(copy.deepcopy(TRUE), s, torch.eye(8, dtype=torch.float64), ROWS[held], weights=w * 3)
-    assert prior.strength in em_base.STRENGTHS
     assert mean_nll(TRUE, ROWS[held], weights=w * 3) == pytest.approx(expected, rel=1e-9)
 
 
