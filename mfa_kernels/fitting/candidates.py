@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.fitting.kmeans.two_levels import closest
 from mfa_kernels.fitting.run import standard_deviation
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.screening import Screening
@@ -33,7 +34,6 @@ OTHERS = 2
 WITHIN = 100.0
 """Nats below the best logit, beyond which a component is not kept: it had to gain as many in a pass to matter."""
 
-_CLOSEST_ROWS = 4096  # components whose distances to all others are computed at once
 _SPREAD = 2654435761, 40503  # multipliers that scatter row numbers and passes over the components
 
 
@@ -51,9 +51,11 @@ class Graph:
         self.neighbors = _closest(mfa, min(NEIGHBORS, self.components - 1))
 
     def tried(self, best: Tensor, rows: Tensor) -> Tensor:
-        """Returns what rows with these numbers (n,) and best components (n,) try in this pass, (n, T) int32."""
+        """Returns what rows with these numbers (n,) and best components (n,) try in this pass, (n, T) int32: all
+        neighbors in the first."""
         size = self.neighbors.shape[1]
-        columns = (torch.arange(min(TRIED, size), device=best.device) + self.turn * TRIED) % max(1, size)
+        columns = torch.arange(size if self.turn == 0 else min(TRIED, size), device=best.device)
+        columns = (columns + self.turn * TRIED) % max(1, size)
         near = self.neighbors[best.long()][:, columns]
         any_one = (rows * _SPREAD[0] + self.turn * _SPREAD[1]) % self.components
         return torch.cat([near, any_one.int().unsqueeze(1)], 1)
@@ -87,15 +89,7 @@ class Graph:
 @torch.no_grad()
 def _closest(mfa: MFA, count: int) -> Tensor:
     """The components with the closest means, in standard deviations within components: (K, count) int32."""
-    points = (mfa.means.detach() - mfa.center) / standard_deviation(mfa)
-    points = points.float()
-    square = points.square().sum(1)
-    found = []
-    for part in torch.arange(len(points), device=points.device).split(_CLOSEST_ROWS):
-        distance = square - 2 * points[part] @ points.mT
-        distance[torch.arange(len(part), device=points.device), part] = torch.inf
-        found.append(distance.topk(count, largest=False).indices.int())
-    return torch.cat(found)
+    return closest(((mfa.means.detach() - mfa.center) / standard_deviation(mfa)).float(), count)
 
 
 class CandidateSets:
@@ -116,6 +110,10 @@ class CandidateSets:
         self.kept = torch.full((rows, KEPT), -1, dtype=torch.int32, device=device)
         self.others = torch.full((rows, OTHERS), -1, dtype=torch.int32, device=device)  # next best when last looked
         self.own = torch.zeros(rows, dtype=torch.bool, device=device)  # that this process has scanned
+
+    def begin(self, rows: Tensor, owners: Tensor) -> None:
+        """Gives rows with these numbers (n,) a component each, (n,), as their first candidate."""
+        self.kept[rows.to(self.kept.device), 0] = owners.to(self.kept)
 
     def unknown(self) -> int:
         """Rows that have no candidates yet, of this process as far as it knows."""

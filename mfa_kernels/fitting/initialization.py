@@ -50,6 +50,7 @@ def start_from_clusters(
     progress: bool = True,
     processes: Processes = ALONE,
     weights: Tensor | None = None,
+    assignment: Tensor | None = None,
 ) -> MFA:
     """A mixture with one region per cluster: what `fit` begins with, and worth many steps by itself.
 
@@ -71,6 +72,7 @@ def start_from_clusters(
         seed: of the random columns and of the randomised PCA.
         progress: show a progress bar.
         weights: (N,), finite and non-negative: a row of weight 2 counts as two rows, one of weight 0 not at all.
+        assignment: the cluster of each row, (N,) int64; None: that of the nearest centroid.
         processes: processes that share the components: each calls this with the same arguments, all rows among them,
             and gets its own part (`Processes.span`), which `mfa_kernels.mixture.sharded.ShardedMFA` takes. For "pca"
             alone.
@@ -98,7 +100,7 @@ def start_from_clusters(
     if weights is not None:
         weights = check_weights(weights, len(source), "weights").to(centroids.device)
     rows = Rows(source, center, weights, processes)
-    part = partition(rows, centroids - center, dtype=mfa.means.dtype)
+    part = partition(rows, centroids - center, dtype=mfa.means.dtype, owner_of=assignment)
     if weights is not None:
         part.owner.masked_fill_(weights == 0, len(centroids))
     mass = part.mass

@@ -18,6 +18,7 @@ from mfa_kernels.fitting.guard import OTHERS, Guard, Scan
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.initialization import centroids_of, start_from_clusters
 from mfa_kernels.fitting.kmeans import kmeans
+from mfa_kernels.fitting.kmeans.two_levels import FEWEST, two_levels
 from mfa_kernels.fitting.notices import warn, write_or_warn
 from mfa_kernels.fitting.online_em import OnlineEM, StreamedEM
 from mfa_kernels.fitting.options import Options
@@ -43,6 +44,8 @@ class Stages:
     scan: Scan | None = None  # of rows by their numbers, as the training leaves it
     start_rows: Tensor | None = None  # until the training has read them
     start_weights: Tensor | None = None
+    start_numbers: Tensor | None = None
+    start_owners: Tensor | None = None  # regions of the start rows, where the clusters said them
 
     def __init__(self, options: Options) -> None:
         self.options, self.began = options, now()
@@ -184,7 +187,10 @@ class Stages:
         if self.method == "em":
             return BatchEM(*arguments, **weighing)
         if self.method == "truncated":
-            return TruncatedEM(*arguments, **weighing)
+            numbers, owners, self.start_owners = self.start_numbers, self.start_owners, None
+            alone = self.options.processes.count == 1
+            known = (numbers, owners) if alone and numbers is not None and owners is not None else None
+            return TruncatedEM(*arguments, **weighing, known=known)
         if self.queue is None:
             return OnlineEM(*arguments, **weighing)
         return StreamedEM(*arguments, **weighing, queue=self.queue)
@@ -248,7 +254,7 @@ class Stages:
         there = self.device if processes.count > 1 else home(source, len(index), self.device)
         counts = self.fit_report if self.queue is not None or not self.options.epochs else None
         found = preparation.weighed(source, index, there, self.options.dtype, counts)
-        self.start_rows, self.start_weights, _ = found
+        self.start_rows, self.start_weights, self.start_numbers = found
         total, self.fit_report.skipped_rows = map(int, processes.totals(len(found.rows), self.fit_report.skipped_rows))
         if total < components:
             raise ValueError(
@@ -283,7 +289,11 @@ class Stages:
         asked, found = self.options, self.options.clusters
         common = {"seed": asked.seed, "device": self.device, "progress": asked.progress, **how}
         with preparation.timed(self.fit_report, "kmeans"):
-            if found is None:
+            many = asked.n_components >= FEWEST and self.device.type == rows.device.type == "cpu"
+            if found is None and many and "processes" not in how:
+                found = two_levels(rows, asked.n_components, seed=asked.seed, progress=asked.progress, **how)
+                common["assignment"] = self.start_owners = found.assignment
+            elif found is None:
                 found = kmeans(rows, asked.n_components, iterations=preparation.KMEANS_ITERATIONS, **common)
         with preparation.timed(self.fit_report, "start"):
             return start_from_clusters(

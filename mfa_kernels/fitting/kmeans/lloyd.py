@@ -75,8 +75,9 @@ def chunks(source: Source, clusters: int, device: torch.device, processes: Proce
 
 @torch.no_grad()
 def partition(
-    rows: Rows, centroids: Tensor, bar: Any = None, basis: Tensor | None = None, dtype: torch.dtype | None = None
-) -> Partition:
+    rows: Rows, centroids: Tensor, bar: Any = None, basis: Tensor | None = None, dtype: torch.dtype | None = None,
+    owner_of: Tensor | None = None,
+) -> Partition:  # fmt: skip
     """One pass over the data.
 
     Args:
@@ -85,13 +86,18 @@ def partition(
         bar: a progress bar of rows.
         basis: of `nearest`: it makes the pass faster and changes nothing else.
         dtype: in which a row must be finite to be owned (`finite_rows`).
+        owner_of: the cluster of each row, (N,) int64, where that is given; None: that of the nearest centroid.
     """
     source, center, weights, processes = rows
     clusters, sums = len(centroids), ClusterSums.zeros(centroids)
     owner, distance = centroids.new_empty(len(source), dtype=torch.long), centroids.new_empty(len(source))
     for start, stop in chunks(source, clusters, centroids.device, processes):
         x = source.chunk(start, stop).to(centroids.device)
-        mine, gap = nearest(x, centroids, center, basis)
+        if owner_of is None:
+            mine, gap = nearest(x, centroids, center, basis)
+        else:
+            mine = owner_of[start:stop].to(x.device, copy=True)
+            gap = (x - center - centroids[mine]).square().sum(1)
         mine.masked_fill_(~finite_rows(x, dtype), clusters)
         gap.masked_fill_(mine == clusters, 0)
         cluster_sums(x, center, mine, gap, None if weights is None else weights[start:stop], sums)
