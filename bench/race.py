@@ -180,16 +180,19 @@ def race(arguments: argparse.Namespace) -> dict[str, Any]:
     x, test = activations.chosen(arguments).split()
     x, test = x[: arguments.tokens].contiguous(), test[:HELD_OUT].contiguous()
     runs: dict[str, Curve] = {}
-    for name in arguments.methods:
-        print(name, flush=True)
-        more = {"method": arguments.method} if name == "ours" else {}
-        runs[name] = METHODS[name](x, test, arguments.components, arguments.rank, arguments.seconds, **more)
     settings = {
         "components": arguments.components, "rank": arguments.rank, "rows": len(x), "held_out": len(test),
         "seconds": arguments.seconds, "processor": processor(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "load": os.getloadavg()[0],
     }  # fmt: skip
-    return {"settings": settings, "runs": runs}
+    report = {"settings": settings, "runs": runs}
+    for name in arguments.methods:
+        print(name, flush=True)
+        more = {"method": arguments.method} if name == "ours" else {}
+        runs[name] = METHODS[name](x, test, arguments.components, arguments.rank, arguments.seconds, **more)
+        if arguments.out is not None:  # so that what was measured stays, whatever the next one does
+            atomic_write_text(arguments.out, json.dumps(report, indent=1) + "\n")
+    return report
 
 
 def merged(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -220,8 +223,6 @@ def main() -> None:
         reports = merged([json.loads(path.read_text()) for path in arguments.merge])
     else:
         reports = [race(arguments)]
-        if arguments.out is not None:
-            atomic_write_text(arguments.out, json.dumps(reports[0], indent=1) + "\n")
     for report in reports:
         print(table(report), end="\n\n")
     if arguments.figure is not None:

@@ -124,7 +124,7 @@ class VMFA:
         order = gap.argsort(stable=True)
         order = order[(pairs[order] // components).argsort(stable=True)]
         owner = pairs[order] // components
-        place = torch.arange(len(order)) - owner.searchsorted(torch.arange(components))[owner]
+        place = torch.arange(len(order)) - torch.searchsorted(owner, owner)
         here = place < NEIGHBORS
         self.neighbors[owner[here], place[here]] = pairs[order][here] % components
 

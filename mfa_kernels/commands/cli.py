@@ -264,7 +264,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     if harvested and arguments.shard_components:
         raise ValueError("--shard-components goes with a store, not with --text")
     if harvested and (arguments.method not in ("auto", "online") or arguments.polish):
-        raise ValueError("--method em or sgd, and --polish, go with a store: --text is read once")
+        raise ValueError("--method em, truncated or sgd, and --polish, go with a store: --text is read once")
     if arguments.out.exists() and not arguments.out.is_dir():  # now, not when the mixture is there
         raise ValueError(f"--out must be a folder, {arguments.out} is a file")
     if arguments.resume and arguments.checkpoint is None:

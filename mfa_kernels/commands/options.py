@@ -168,14 +168,14 @@ def parser() -> argparse.ArgumentParser:
     fit.add_argument("--init", choices=("pca", "random"), default="pca", help="loadings to start from")
     fit.add_argument(
         "--method",
-        choices=("auto", "em", "online", "sgd"),
+        choices=("auto", "em", "truncated", "online", "sgd"),
         default="auto",
-        help="auto: online where a pass makes 100 steps, else em; see mfa_kernels.fit",
+        help="auto: online where a pass makes 100 steps, else truncated for many regions, else em; see mfa_kernels.fit",
     )
     fit.add_argument(
         "--epochs", type=_COUNT, default=10, help="passes over the store, at most; em ends where it settles"
     )
-    fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after em or online, of a store")
+    fit.add_argument("--polish", type=_COUNT, default=0, help="epochs of sgd after another method, of a store")
     fit.add_argument("--batch-size", type=_SOME, default=1024, help="of sgd and online")
     fit.add_argument("--lr", type=_POSITIVE, default=1e-2, help="learning rate of sgd; see mfa_kernels.fit")
     fit.add_argument("--schedule", choices=("cosine", "constant"), default="cosine", help="of the rate of sgd")

@@ -60,11 +60,16 @@ def fit(
 
     K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
 
-    - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else "em";
+    - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else
+      "truncated" from 128 components and 2 epochs on, where the C++ kernels serve a CPU; else "em";
     - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
-    - "online": the same with an M-step every few rows, which needs fewer passes. An iterator is read once and never
+    - "truncated": the same with E-steps that do not grow with K: a row looks at the components that were best for it
+      before and at a few neighbors of these (`mfa_kernels.fitting.candidates`). Likelihoods on the way are lower
+      bounds; that of the result is exact, and `FitReport.candidate_gap` says what the bound had missed. Not where
+      processes share the components;
+    - "online": "em" with an M-step every few rows, which needs fewer passes. An iterator is read once and never
       held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go. One
       that ends within the sample is fitted as other data are. `mfa_kernels.fit_many` fits several mixtures to one;
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).
@@ -102,7 +107,7 @@ def fit(
             concatenated in memory, unless it is an iterator that is fitted online; see `mfa_kernels.fitting.as_source`.
         n_components: K, at most the number of rows to train on; None: that of `start`.
         rank: R, at most D; 0 is a mixture of diagonal Gaussians. None: that of `start`, else 10.
-        method: "auto", "em", "online" or "sgd".
+        method: "auto", "em", "truncated", "online" or "sgd".
         split: "rows" or "components": what several processes share, see above.
         noise: "shared" or "per_component". None: that of `start`, else "shared".
         init: "pca" (of every cluster) or "random" (loadings, the paper's start); see `start_from_clusters`.

@@ -41,6 +41,8 @@ START_ROWS_PER_COMPONENT = 128
 LEAST_START_ROWS = 100_000
 KMEANS_ITERATIONS = 10
 LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
+LEAST_TRUNCATED = 128  # components, for "auto": of fewer, a scan of all takes about as long (bench/RESULTS.md)
+LEAST_TRUNCATED_PASSES = 2  # the first finds the candidates
 LIVE_ROWS_PER_COMPONENT = 64
 CHUNK_ROWS = 4096  # rows that are assigned at once
 FINGERPRINT_ROWS = 256
@@ -194,9 +196,14 @@ def start_rows(components: int) -> int:
     return max(LEAST_START_ROWS, START_ROWS_PER_COMPONENT * components)
 
 
-def chosen_method(rows: float, components: int, batch_size: int) -> str:
-    """The method of "auto" for data, other than a stream, of so many rows to train on."""
-    return "online" if rows / online_rows(components, batch_size) >= LEAST_ONLINE_STEPS else "em"
+def chosen_method(rows: float, components: int, batch_size: int, passes: int = 0) -> str:
+    """The method of "auto" for data, other than a stream, of so many rows to train on.
+
+    `passes` over rows whose E-steps can be truncated: on a CPU with the C++ kernels, by processes that share the rows.
+    """
+    if rows / online_rows(components, batch_size) >= LEAST_ONLINE_STEPS:
+        return "online"
+    return "truncated" if components >= LEAST_TRUNCATED and passes >= LEAST_TRUNCATED_PASSES else "em"
 
 
 def data_fingerprint(source: Source, streamed: bool = False) -> str:

@@ -29,6 +29,7 @@ from mfa_kernels.fitting.streaming import RowQueue
 from mfa_kernels.fitting.truncated_em import TruncatedEM
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.mfa import MFA
+from mfa_kernels.ops.common.backends import serving
 from mfa_kernels.ops.common.finite import finite_rows
 
 
@@ -59,15 +60,16 @@ class Stages:
         """
         options, spread = self.options, self.options.split == "components"
         self.source, self.queue, self.method = source, queue, options.method
+        self.device = source.device if options.device is None else options.device
         if options.rank > source.n_features:
             raise ValueError(
                 f"rank must be at most the width of the activations, {source.n_features}, got {options.rank}"
             )
         if self.method == "auto":
             rows = len(source) * (1 - options.held_out)
-            chosen = preparation.chosen_method(rows, options.n_components, options.batch_size)
+            passes = options.epochs if self._truncates() else 0
+            chosen = preparation.chosen_method(rows, options.n_components, options.batch_size, passes)
             self.method = chosen if queue is None else "online"
-        self.device = source.device if options.device is None else options.device
         self._check_start()
         options.group.on(self.device)
         facts = self._facts()
@@ -86,6 +88,12 @@ class Stages:
             planned = memory.plan(*sizes, options.noise, self.method, options.dtype, kept)
             part = f", a process of {options.group.count}," if spread else ""
             memory.tell(planned, f"K={options.n_components} R={options.rank} D={source.n_features}{part}")
+
+    def _truncates(self) -> bool:
+        """True where "auto" may take truncated E-steps: where kernels for them were measured."""
+        asked = self.options
+        like = torch.empty(0, dtype=asked.dtype, device=self.device)
+        return asked.split == "rows" and asked.precision != "reference" and serving(like, asked.rank) == "cpp"
 
     def _take_rows(self) -> int:
         """Splits the rows, reads those held out and those of the start; returns how many are kept on the device."""

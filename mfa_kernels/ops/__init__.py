@@ -7,6 +7,7 @@ screen              bounds that spare stage 1 most of its logits
 kmeans              the nearest centroid of every row, and sums by cluster
 intervene           hidden states steered: gates, interpolation, offsets and norms in one pass
 statistics          the sums that EM's M-step needs, over the active pairs
+m_step              means and loadings in closed form from these sums
 """
 
 from mfa_kernels.common.moved import renamed

@@ -439,7 +439,7 @@ def test_doctor(capsys):
         (["fit", "--text", "{folder}/text", "--out", "{folder}/x", "-K", "8"], "--text needs --layer"),
         (
             ["fit", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/x", "-K", "8", "--method", "em"],
-            "--method em or sgd, and --polish, go with a store",
+            "--method em, truncated or sgd, and --polish, go with a store",
         ),
         (
             ["fit", "--text", "{folder}/text", "--layer", "1", "--out", "{folder}/x", "-K", "8", "--shard-components"],

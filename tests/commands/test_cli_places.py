@@ -118,7 +118,10 @@ def test_nothing_takes_the_place_of_something_else(places, no_work, capsys, line
         ("fit store -K 4 4 --out new", "-K/--components: expected different integers, got 4 twice"),
         ("fit --text texts --layer 1 -K 4 --out new --lr 0", "--lr: must not be 0"),
         ("fit --text texts --layer 1 -K 4 --out new --held-out 1", "--held-out: must not be 1"),
-        ("fit --text texts --layer 1 -K 4 --out new --method em", "--method em or sgd, and --polish, go with a store"),
+        (
+            "fit --text texts --layer 1 -K 4 --out new --method em",
+            "--method em, truncated or sgd, and --polish, go with a store",
+        ),
         ("steer mixture x --layer 1 -k 1 --gate 1", "--gate: must not be 1"),
         ("fit store -K 4 --out new --resume", "--resume needs --checkpoint"),
         ("convert mixture new.pt --eps-floor 0.1", "--eps-floor goes with a checkpoint of the paper's code"),

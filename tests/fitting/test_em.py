@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.fitting import dead_regions, em, em_base, fit, m_step, online_em
+from mfa_kernels.fitting import dead_regions, em, em_base, fit, m_step, online_em, preparation
 from mfa_kernels.fitting.guard import Guard
+from mfa_kernels.ops.common import backends
 from mfa_kernels.ops.m_step import op as m_step_op
 from tests.fitting.parts import collect, stage
 from tests.fitting.planted import Store, counted_batches, draw, nll, planted, same
@@ -398,6 +399,17 @@ def test_auto():
     assert run(method="auto", n_components=2, epochs=1, batch_size=58).fit_report.method == "em"
     assert run(method="auto", n_components=50, epochs=1, batch_size=1).fit_report.method == "em"
     assert run(iter(ROWS.split(700)), method="auto", epochs=1).fit_report.method == "em", "it is all in the head"
+
+
+def test_auto_truncates_where_many_components_are_scanned_again():
+    assert preparation.chosen_method(1e5, 128, 1024, passes=2) == "truncated"
+    assert preparation.chosen_method(1e5, 128, 1024, passes=1) == "em"
+    assert preparation.chosen_method(1e5, 127, 1024, passes=9) == "em"
+    assert preparation.chosen_method(1e6, 128, 1024, passes=9) == "online"
+    with_kernels = backends.serving(ROWS, 2) == "cpp"
+    options = {"n_components": 128, "rank": 1, "epochs": 2, "method": "auto"}
+    assert run(**options).fit_report.method == ("truncated" if with_kernels else "em")
+    assert run(**options, precision="reference").fit_report.method == "em"
 
 
 class TestStreams:

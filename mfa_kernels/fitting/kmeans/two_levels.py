@@ -23,8 +23,8 @@ from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.scan.candidates import scan_candidates
 from mfa_kernels.ops.woodbury.op import factorize
 
-FEWEST = 2048
-"""Clusters from which on two levels take less time and leave about as little inertia (bench/RESULTS.md)."""
+FEWEST = 4096
+"""Clusters from which on the time that is saved outweighs what it costs in likelihood (bench/RESULTS.md)."""
 
 _PART_UPDATES = 3  # of Lloyd's within each part
 _UPDATES = 4  # across their borders
