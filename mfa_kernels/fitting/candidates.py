@@ -8,8 +8,11 @@ what it kept before and what it tries, and the M-step holds what is kept. A row 
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.fitting.kmeans.two_levels import closest
@@ -17,7 +20,7 @@ from mfa_kernels.fitting.run import standard_deviation
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.screening import Screening
 from mfa_kernels.ops.scan.candidates import scan_candidates
-from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
+from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 
 KEPT = 8
 """Components kept of a row at most."""
@@ -166,7 +169,9 @@ class CandidateSets:
         if over.any():  # what is not kept has no responsibility
             active.log_prob[over] = active.logits[over].logsumexp(1)
             active.counts[over] = KEPT
-        return active
+        empty = SLOTS - KEPT  # as a scan of all components has them
+        components, logits = pad(active.components, (0, empty), value=-1), pad(active.logits, (0, empty), value=-inf)
+        return active._replace(components=components, logits=logits)
 
 
 def active_of(near: ActivePairs, count: int) -> ActivePairs:
