@@ -6,9 +6,8 @@
 
 ours      `fit` by its default method; its curve is of its evaluations, which are not counted
 vmfa      v-MFA (arXiv 2501.12299) as bench/vmfa.py has it
-vamm      the package of its authors, where it can be imported
 paper     the trainer of the paper (arXiv 2602.02464), as bench/time_to_quality.py has it
-sklearn   scikit-learn's GaussianMixture with diagonal covariances; full ones need a quarter of an hour for a pass
+sklearn   scikit-learn's GaussianMixture with diagonal covariances (pip install scikit-learn)
 
 SmolLM2, layer 18 (bench/real.py), rank 10 and shared noise where there is any. A curve begins where a method has its
 first state; K-means and the like count, and reading the data does not. Every state is judged by the exact likelihood

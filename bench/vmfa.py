@@ -4,7 +4,7 @@ A row has C candidates. An E-step looks at the G neighbors of each of them and a
 best C; what a component's neighbors are is estimated from the rows that it owns, as the mean of how much less likely
 they are under another one. The M-step is that of a mixture of factor analyzers with one noise for all components, as
 `mfa_kernels` has it by default. Centroids begin as rows drawn by AFK-MC2 (Bachem et al., 2016), and a few passes with
-isotropic components come first. Where the package `vamm` of the authors can be imported, bench.race runs that too.
+isotropic components come first.
 """
 
 from __future__ import annotations

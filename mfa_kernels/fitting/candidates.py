@@ -128,13 +128,22 @@ class CandidateSets:
         is_pair = (best >= 0) & (others >= 0)
         return (best[is_pair].long() * self.graph.components + others[is_pair]).unique(return_counts=True)
 
-    def pooled(self) -> Tensor:
-        """What all processes keep, (N, KEPT), on each of them."""
+    def state(self) -> Tensor:
+        """What all processes know of the rows, (N, KEPT + OTHERS) int32, on each of them; for a checkpoint."""
+        found = torch.cat([self.kept, self.others], 1)
         if self.processes.count > 1:
             numbers = self.own.nonzero().squeeze(1)
-            every, kept = self.processes.concatenated(numbers), self.processes.concatenated(self.kept[numbers])
-            self.kept[every] = kept
-        return self.kept
+            every, rows = self.processes.concatenated(numbers), self.processes.concatenated(found[numbers])
+            found[every] = rows
+            self.kept.copy_(found[:, :KEPT])
+        return found
+
+    def load(self, state: Tensor) -> None:
+        """Takes over what `state` gave."""
+        self.kept.copy_(state[:, :KEPT])
+        self.others.copy_(state[:, KEPT:])
+        if self.processes.count == 1:  # several do not remember which rows of a pass that was cut in two were whose
+            self.own = self.kept[:, 0] >= 0
 
     def scan(self, x: Tensor, rows: Tensor, screening: Screening) -> ActivePairs:
         """Returns the active pairs of rows x (n, D) with these numbers (n,): among their candidates, where there are

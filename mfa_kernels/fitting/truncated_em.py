@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.candidates import CandidateSets, Graph
+from mfa_kernels.fitting.candidates import KEPT, OTHERS, CandidateSets, Graph
 from mfa_kernels.fitting.dead_regions import Overlap, Revival
 from mfa_kernels.fitting.em import BatchEM
 from mfa_kernels.fitting.guard import Scan
@@ -102,12 +103,17 @@ class TruncatedEM(BatchEM):
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, values = super()._state()
         for name, sets in self.sets.items():
-            tensors[f"candidates.{name}"] = sets.pooled()
+            tensors[f"candidates.{name}"] = sets.state()
         tensors["candidates.graph"] = self.graph.neighbors
         return tensors, values | {"turn": self.graph.turn, "sets_of": self.processes.count}
 
     def _like(self) -> dict[str, Tensor]:
-        of_rows = {f"candidates.{name}": sets.kept for name, sets in self.sets.items() if name != "held_out"}
+        like: dict[str, Any] = {"dtype": torch.int32, "device": "meta"}
+        of_rows = {
+            f"candidates.{name}": torch.empty(len(sets.kept), KEPT + OTHERS, **like)
+            for name, sets in self.sets.items()
+            if name != "held_out"
+        }
         return super()._like() | of_rows | {"candidates.graph": self.graph.neighbors}
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -116,4 +122,4 @@ class TruncatedEM(BatchEM):
         self.graph.turn = values["turn"]
         for name, sets in self.sets.items():
             if name != "held_out" or values["sets_of"] == self.processes.count:
-                sets.kept.copy_(tensors[f"candidates.{name}"])
+                sets.load(tensors[f"candidates.{name}"])

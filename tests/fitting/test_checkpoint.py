@@ -40,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "em, settles": {"method": "em", "epochs": 9},
     "em, polish": {"method": "em", "polish": 2, "epochs": 2, "eval_every": 2},
     "truncated": {"method": "truncated", "n_components": 9, "epochs": 4},
+    "truncated, many": {"method": "truncated", "n_components": 60, "epochs": 4},
     "online": {"method": "online", "batch_size": 300, "eval_every": 4},
     "online, per component": {"method": "online", "batch_size": 300, "noise": "per_component"},
     "online, rank 0": {"method": "online", "batch_size": 700, "rank": 0, "dtype": torch.float64},
