@@ -77,6 +77,10 @@ class EM(Run):
     def _scan_held_out(self, index: Tensor) -> ActivePairs:
         return self.screening.scan(self.held_out[index])
 
+    def _try_held_out(self, index: Tensor) -> ActivePairs:
+        """The active pairs of some held-out rows under parameters that are only tried."""
+        return self.mfa.active_pairs(self.held_out[index])
+
     def _own(self) -> MFA:
         """The components that this process scans."""
         return self.mfa
@@ -104,7 +108,7 @@ class EM(Run):
         chooses = self.processes.totals(len(few))[0] > 0
 
         def nll() -> float:
-            parts = [self._scan_held_out(part).log_prob for part in few.split(EVALUATION_ROWS)]
+            parts = [self._try_held_out(part).log_prob for part in few.split(EVALUATION_ROWS)]
             return nll_of(torch.cat(parts).double(), self.processes, weights)
 
         self.prior = choose_prior(self.mfa, s, self.covariance, nll if chooses else None)

@@ -77,6 +77,9 @@ class TruncatedEM(BatchEM):
         numbers = index * self.processes.count + self.processes.index
         return self.sets["held_out"].scan(self.held_out[index], numbers, self.screening)
 
+    def _try_held_out(self, index: Tensor) -> ActivePairs:
+        return self._scan_held_out(index)
+
     def _guarded(self) -> float:
         return self.guard.log_likelihood(self.mfa, self.scan_guard)
 

@@ -50,6 +50,9 @@ log_prob_keeping(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance,
   Tensor? starts8=None, Tensor? terms8=None, Tensor? scale8=None) -> (Tensor log_prob, Tensor components, Tensor
   logits, Tensor counts, Tensor kept)
 nearest(Tensor x, Tensor centroids, Tensor center, Tensor? basis=None) -> (Tensor owner, Tensor distance)
+scan_candidates(Tensor x, Tensor candidates, Tensor rows, Tensor cholesky, Tensor scale, Tensor center, Tensor
+  constants, bool per_component, int slots) -> (Tensor log_prob, Tensor components, Tensor logits, Tensor counts,
+  Tensor of_candidates)
 scan_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows16, Tensor
   scales, Tensor offsets, Tensor squares, Tensor bounds, Tensor worst, Tensor reference)
 screened_log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows,
