@@ -100,6 +100,10 @@ Tensor m_step_gains(const Tensor& rows, const Tensor& chol, const Tensor& lam, b
 Tensor m_step_traces(const Tensor& gains, const Tensor& spread, const Tensor& rows, const Tensor& chol,
                      const Tensor& lam, bool per_component);
 
+// Of statistics: the sums of every component, double whatever the dtype of the tokens.
+void check_sums(const mfa::Shape& shape, const Tensor& mass, const Tensor& shift, const Tensor& latent,
+                const Tensor& second, const Tensor& cross);
+
 struct MStep {
   const Tensor &gains, &spread, &rows, &chol, &lam;
   bool per_component;

@@ -42,11 +42,7 @@ std::tuple<Tensor, Tensor> m_step_solve(const MStep& a) {
   check(a.gains, {K, R, D}, type, "gains");
   check(a.spread, {K, R, D}, type, "spread");
   check(a.loadings, {K, D, R}, type, "loadings");
-  check(a.mass, {K}, at::kDouble, "mass");
-  check(a.shift, {K, D}, at::kDouble, "shift");
-  check(a.latent, {K, R}, at::kDouble, "latent");
-  check(a.second, {K, R, R}, at::kDouble, "second");
-  check(a.cross, {K, R, D}, at::kDouble, "cross");
+  check_sums(shape, a.mass, a.shift, a.latent, a.second, a.cross);
   check(a.left, noise_sizes(shape), at::kDouble, "left");
   const mfa::MStepSums sums{data<double>(a.mass), data<double>(a.shift), data<double>(a.latent), data<double>(a.second),
                             data<double>(a.cross)};

@@ -9,9 +9,11 @@
 #include <set>
 #include <string>
 
+#include "candidate_scan.h"
 #include "int8/int8_scan.h"
 #include "intervene.h"
 #include "kmeans.h"
+#include "m_step.h"
 #include "screen/screened_scan.h"
 #include "statistics.h"
 #include "woodbury.h"
@@ -251,6 +253,47 @@ void scans(const Problem<T>& p) {
   within(logits.data(), exact, terms, "dense");
 }
 
+template <class T>
+void candidates(const Problem<T>& p) {
+  const int64_t C = 9, S = 4;
+  std::vector<int32_t> given(p.N * C);
+  for (int32_t& k : given) k = int32_t(uniform() * double(p.K + 1)) - 1;
+  std::vector<T> all(p.N * C);
+  const auto found = same("scan of candidates", [&](const Threads& threads) {
+    Found<T> f(p.N, S);
+    mfa::scan_candidates<T>(p.input(), given.data(), C, f.out(p.threshold()), all.data(), threads);
+    f.dropped = all;  // so that they are compared too
+    return f;
+  });
+  Doubles exact, terms, log_prob, log_prob_terms;
+  std::vector<T> computed, total;
+  for (int64_t n = 0; n < p.N; ++n) {
+    std::set<int32_t> known{-1};
+    double sum = 0, size = 0, best = -std::numeric_limits<double>::infinity();
+    for (int64_t i = n * C; i < (n + 1) * C; ++i) {
+      const bool counts = known.insert(given[i]).second;
+      that(counts == std::isfinite(all[i]), "scan of candidates: a logit of no candidate, or none of one");
+      if (!counts) continue;
+      const int64_t at = n * p.K + given[i];
+      exact.push_back(p.logit[at]), terms.push_back(p.logit_terms[at]), computed.push_back(all[i]);
+      best = std::max(best, p.logit[at]);
+    }
+    if (known.size() == 1) {
+      that(std::isnan(found.log_prob[n]) && found.counts[n] == 0, "scan of candidates: pairs of a token without any");
+      continue;
+    }
+    known.erase(-1);
+    for (const int32_t k : known) {
+      const double r = std::exp(p.logit[n * p.K + k] - best);
+      sum += r, size += r * p.logit_terms[n * p.K + k];
+    }
+    log_prob.push_back(best + std::log(sum)), total.push_back(found.log_prob[n]);
+    log_prob_terms.push_back(size / sum + std::abs(log_prob.back()));
+  }
+  within(computed.data(), exact, terms, "scan of candidates");
+  within(total.data(), log_prob, log_prob_terms, "scan of candidates, log p(x)");
+}
+
 // The value of a pair does not depend on the pairs beside it, which the number of threads may change.
 template <class T>
 void neighbours(const Problem<T>& p) {
@@ -407,6 +450,107 @@ void statistics(const Problem<T>& p) {
     std::vector<T> narrow(found[i].begin(), found[i].end());
     within(narrow.data(), exact.rounded(i), terms.rounded(i), std::string("statistics, ") + names[i]);
   }
+}
+
+// F = Q^-1 P is checked by Q F = P, with P and Q written out.
+template <class T>
+void m_step(const Problem<T>& p) {
+  const int64_t K = p.K, D = p.D, R = p.R, N1 = R + 1;
+  const double nu = 3.5;
+  const mfa::Factors<T> in{p.shape, p.rows.data(), p.chol.data(), p.lam.data()};
+  const auto gains = same("gains", [&](const Threads& threads) {
+    std::vector<T> out(K * R * D);
+    mfa::m_step_gains<T>(in, out.data(), threads);
+    return out;
+  });
+  Doubles exact(K * R * D), terms(exact);
+  for (int64_t k = 0; k < K; ++k) {
+    Doubles inverse;  // of what the kernel reads: an error of L is no error of its own
+    mfa::invert_lower(R, p.chol.data() + k * R * R, inverse);
+    constexpr int64_t V = mfa::kWidth<T>;
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t d = 0; d < D; ++d)
+        for (int64_t s = r; s < R; ++s) {
+          const T a = p.rows[k * p.shape.template component_stride<T>() +
+                             d / V * p.shape.template block_stride<T>() + (1 + s) * V + d % V];
+          const double value = inverse[s * R + r] * a * p.scale(k, d);
+          exact[(k * R + r) * D + d] += value, terms[(k * R + r) * D + d] += std::abs(value);
+        }
+  }
+  within(gains.data(), exact, terms, "gains");
+  std::vector<T> spread(gains), loadings(p.loadings);  // of a covariance that is diagonal
+  for (int64_t i = 0; i < K * R * D; ++i) spread[i] *= T(1 + (i % D) % 3);
+  const auto traces = same("traces", [&](const Threads& threads) {
+    Doubles out(K);
+    mfa::m_step_traces<T>(in, gains.data(), spread.data(), out.data(), threads);
+    return out;
+  });
+  Doubles mass(K), shift(K * D), latent(K * R), second(K * R * R), cross(K * R * D);
+  for (double& value : mass) value = 1 + 9 * uniform();
+  mass[K - 1] = 0;  // keeps its parameters
+  for (double& value : shift) value = normal();
+  for (double& value : cross) value = normal();
+  for (int64_t k = 0; k < K; ++k)
+    for (int64_t r = 0; r < R; ++r) second[(k * R + r) * R + r] = 2 + uniform();
+  const int64_t noise = p.shape.per_component ? K * D : D;
+  const auto found = same("m_step", [&](const Threads& threads) {
+    std::vector<T> w(K * D * R);
+    Doubles change(K * D), left(noise);
+    const bool solved = mfa::m_step_solve<T>(
+        in, {mass.data(), shift.data(), latent.data(), second.data(), cross.data()}, gains.data(), spread.data(), nu,
+        0.5, loadings.data(), {w.data(), change.data(), left.data()}, threads);
+    that(solved, "m_step: no solution");
+    return std::tuple(w, change, left);
+  });
+  const auto& [w, change, left] = found;
+  std::vector<T> narrow_traces(traces.begin(), traces.end()), narrow_left(left.begin(), left.end()), residual;
+  Doubles trace(K), trace_terms(K), of_left(noise), left_terms(noise), expected, sizes;
+  for (int64_t k = 0; k < K; ++k) {
+    Doubles inverse, q(N1 * N1), P(N1 * D);
+    mfa::invert_lower(R, p.chol.data() + k * R * R, inverse);
+    const T* L = p.chol.data() + k * R * R;
+    for (int64_t r = 0; r < R; ++r)
+      for (int64_t s = 0; s < R; ++s) {
+        double product = 0, size = 0, posterior = 0, m = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          const double value = double(spread[(k * R + r) * D + d]) * gains[(k * R + s) * D + d];
+          product += value, size += std::abs(value);
+        }
+        for (int64_t i = std::max(r, s); i < R; ++i) posterior += inverse[i * R + r] * inverse[i * R + s];
+        for (int64_t i = 0; i <= std::min(r, s); ++i) m += double(L[r * R + i]) * L[s * R + i];
+        trace[k] += product * m, trace_terms[k] += size * std::abs(m);
+        q[r * N1 + s] = second[(k * R + r) * R + s] + nu * (product + posterior);
+      }
+    q[R * N1 + R] = mass[k];
+    for (int64_t d = 0; d < D; ++d) {
+      for (int64_t r = 0; r < R; ++r)
+        P[r * D + d] = cross[(k * R + r) * D + d] + nu * double(spread[(k * R + r) * D + d]);
+      P[R * D + d] = shift[k * D + d];
+      auto f = [&](int64_t r) { return r < R ? double(w[(k * D + d) * R + r]) : change[k * D + d]; };
+      for (int64_t i = 0; i < N1; ++i) {
+        double product = 0, size = std::abs(P[i * D + d]);
+        for (int64_t j = 0; j < N1; ++j) product += q[i * N1 + j] * f(j), size += std::abs(q[i * N1 + j] * f(j));
+        const int64_t at = p.shape.per_component ? k * D + d : d;
+        of_left[at] -= f(i) * (2 * P[i * D + d] - product), left_terms[at] += std::abs(f(i)) * (2 * size);
+        if (mass[k] > 0) residual.push_back(T(product)), expected.push_back(P[i * D + d]);
+        if (mass[k] > 0) sizes.push_back(double(N1) * size);  // L^-T L^-1 P has chains of so many additions
+      }
+      for (int64_t r = 0; r < R && mass[k] == 0; ++r)
+        that(w[(k * D + d) * R + r] == p.loadings[(k * D + d) * R + r] && change[k * D + d] == 0,
+             "m_step: a component without tokens has moved");
+    }
+  }
+  within(narrow_traces.data(), trace, trace_terms, "traces");
+  within(residual.data(), expected, sizes, "m_step, Q F");
+  within(narrow_left.data(), of_left, left_terms, "m_step, what is left");
+  if (R == 0 || K == 1) return;
+  second[0] = -1e6;
+  std::vector<T> other(K * D * R);
+  Doubles moved(K * D), rest(noise);
+  that(!mfa::m_step_solve<T>(in, {mass.data(), shift.data(), latent.data(), second.data(), cross.data()},
+                             gains.data(), spread.data(), nu, 0.5, loadings.data(),
+                             {other.data(), moved.data(), rest.data()}, Threads{2}),
+       "m_step: statistics of no tokens were taken");
 }
 
 template <class T>
@@ -808,6 +952,8 @@ void all() {
       for (const double spread : {2.0, 0.05}) {
         const Problem<T> p(N, K, D, R, own_noise, spread);
         scans(p);
+        candidates(p);
+        m_step(p);
         neighbours(p);
         steering(p);
         if (N * K < 3000) pairs(p), statistics(p);
