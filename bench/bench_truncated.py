@@ -1,6 +1,6 @@
 """Passes of EM against K: scans of all components, and truncated E-steps.
 
-    python -m bench.bench_truncated [--only 512 2048] [--methods em truncated] [--epochs 6]
+    python -m bench.bench_truncated [--only 512 2048] [--methods em truncated] [--epochs 6] [--two-levels-from K]
 
 SmolLM2, layer 18 (bench/real.py): 200,000 rows to fit, 20,000 of other documents to judge by. All fits of a K begin
 with the same start. Seconds a pass are medians over the passes after the first, which finds the candidates; the first
@@ -23,7 +23,9 @@ import torch
 from bench import activations
 from bench.race import HELD_OUT, processor
 from mfa_kernels import fit
+from mfa_kernels.fitting import stages
 from mfa_kernels.fitting.em import BatchEM
+from mfa_kernels.fitting.kmeans.two_levels import FEWEST
 from mfa_kernels.fitting.run import mean_nll
 from mfa_kernels.fitting.truncated_em import TruncatedEM
 
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["em", "truncated"], choices=["em", "truncated"])
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=200_000)
+    parser.add_argument("--two-levels-from", type=int, default=FEWEST, help="K from which K-means has two")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -58,7 +61,8 @@ def main() -> None:
     print("|" + "---|" * 10)
     for components in options.only:
         began = time.perf_counter()
-        start = fit(x, components, epochs=0, progress=False)
+        with mock.patch.object(stages, "FEWEST", options.two_levels_from):
+            start = fit(x, components, epochs=0, progress=False)
         spent = time.perf_counter() - began
         for method in options.methods:
             seconds: dict[str, list[float]] = defaultdict(list)
@@ -77,7 +81,8 @@ def main() -> None:
             row = [components, method, f"{passes[0]:.1f}", f"{e:.2f}", f"{m:.2f}", f"{each - e - m:.2f}", f"{each:.2f}"]
             row += [f"{mean_nll(mfa, test):.2f}", gap, f"{report.prior_strength:g}"]
             print("| " + " | ".join(map(str, row)) + " |", flush=True)
-        print(f"K = {components}: K-means and start {spent:.1f} s, {start.fit_report.seconds}", flush=True)
+        parts = ", ".join(f"{name} {took:.1f} s" for name, took in start.fit_report.seconds.items())
+        print(f"K = {components}: {spent:.1f} s before these fits: {parts}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Truncated variational EM (Salwig et al., arXiv 2501.12299): of each row, the components that were best for it are kept,
 and a few more are tried: neighbors of the best one in a graph of components, and one at random. The rest counts as
 having no responsibility, so log p(x) is bounded from below. The bound rises in every step: the E-step keeps the best of
-what it kept before and what it tries, and the M-step holds what is kept. A row that is new takes a scan of all.
+what it kept before and what it tries, and the M-step holds what is kept. A row without candidates takes a scan of all.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TRIED = 4
 
 OTHERS = 2
 """Next best components of a row that say what neighbors are, however far below the best."""
+
+BYTES = 4 * (KEPT + OTHERS) + 1
+"""What the candidates of a row take."""
 
 WITHIN = 100.0
 """Nats below the best logit, beyond which a component is not kept: it had to gain as many in a pass to matter."""
@@ -117,10 +120,6 @@ class CandidateSets:
     def begin(self, rows: Tensor, owners: Tensor) -> None:
         """Gives rows with these numbers (n,) a component each, (n,), as their first candidate."""
         self.kept[rows.to(self.kept.device), 0] = owners.to(self.kept)
-
-    def unknown(self) -> int:
-        """Rows that have no candidates yet, of this process as far as it knows."""
-        return int((self.kept[:, 0] < 0).sum())
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """What is next best for rows of this process: codes best K + other (P,), and how many rows have each."""

@@ -67,7 +67,7 @@ def fit(
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "truncated": the same with E-steps that do not grow with K: a row looks at the components that were best for it
       before and at a few neighbors of these (`mfa_kernels.fitting.candidates`). Likelihoods on the way are lower
-      bounds; that of the result is exact, and `FitReport.candidate_gap` says what the bound had missed. Not where
+      bounds; that of the result is exact, and `FitReport.candidate_gap` says what the bound misses. Not where
       processes share the components;
     - "online": "em" with an M-step every few rows, which needs fewer passes. An iterator is read once and never
       held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go. One

@@ -100,6 +100,8 @@ def start_from_clusters(
     if weights is not None:
         weights = check_weights(weights, len(source), "weights").to(centroids.device)
     rows = Rows(source, center, weights, processes)
+    if assignment is not None:
+        _check_assignment(assignment, len(source), len(centroids))
     part = partition(rows, centroids - center, dtype=mfa.means.dtype, owner_of=assignment)
     if weights is not None:
         part.owner.masked_fill_(weights == 0, len(centroids))
@@ -142,6 +144,14 @@ def start_from_clusters(
     mfa.weight_logits.copy_(((mass[first:stop] + 1) / (total + len(mass))).log())
     mfa.center.copy_(data_mean + center)
     return mfa
+
+
+def _check_assignment(assignment: Tensor, rows: int, clusters: int) -> None:
+    found = checks.check_tensor(assignment, "assignment")
+    if found.dtype != torch.long or found.shape != (rows,):
+        raise ValueError(f"assignment must be int64 of shape (N,) = ({rows},), got {found.dtype} {tuple(found.shape)}")
+    if not 0 <= int(found.min()) <= int(found.max()) < clusters:
+        raise ValueError(f"assignment must be in [0, {clusters}), got {int(found.min())} to {int(found.max())}")
 
 
 def centroids_of(clusters: KMeansResult | Tensor, n_features: int, n_components: int | None = None) -> Tensor:

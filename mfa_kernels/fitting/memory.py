@@ -12,8 +12,9 @@ _LARGE = 1 << 30  # bytes of a plan that is worth a line
 
 
 def plan(
-    components: int, features: int, rank: int, noise: str, method: str, dtype: torch.dtype, rows: int
-) -> dict[str, int]:
+    components: int, features: int, rank: int, noise: str, method: str, dtype: torch.dtype, rows: int,
+    of_candidates: int = 0,
+) -> dict[str, int]:  # fmt: skip
     """Bytes of what a fit holds at once, by name; temporaries of its kernels, and the data itself, not included.
 
     Args:
@@ -23,6 +24,7 @@ def plan(
         dtype: of the parameters.
         rows: of the samples that the start is made of and that guard it, and of those held out, which are held for the
             length of the fit.
+        of_candidates: bytes of the candidates of all rows.
     """
     of_noise = features if noise == "shared" else components * features
     parameters = (components * features * (rank + 1) + of_noise + components) * dtype.itemsize
@@ -37,6 +39,8 @@ def plan(
         # Online, those of the past and what moves them to the new means; in batches, the steps before and beside it.
         found["statistics"] = statistics * (2 if method == "online" else 1)
         found["steps"] = 2 * parameters if method in ("em", "truncated") else components * features * 8
+    if of_candidates:
+        found["candidates"] = of_candidates
     found["rows of the start, and held out"] = rows * features * dtype.itemsize
     return found
 

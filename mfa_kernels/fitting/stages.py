@@ -12,6 +12,7 @@ from torch import Tensor
 from mfa_kernels.data.source import Source, as_source, home
 from mfa_kernels.fitting import memory, preparation
 from mfa_kernels.fitting.adam import Training
+from mfa_kernels.fitting.candidates import BYTES
 from mfa_kernels.fitting.checkpoint import DONE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM
 from mfa_kernels.fitting.guard import OTHERS, Guard, Scan
@@ -85,7 +86,8 @@ class Stages:
         kept = self._take_rows()
         if options.progress:
             sizes = options.n_own, source.n_features, options.rank
-            planned = memory.plan(*sizes, options.noise, self.method, options.dtype, kept)
+            of_candidates = BYTES * len(source) if self.method == "truncated" else 0
+            planned = memory.plan(*sizes, options.noise, self.method, options.dtype, kept, of_candidates)
             part = f", a process of {options.group.count}," if spread else ""
             memory.tell(planned, f"K={options.n_components} R={options.rank} D={source.n_features}{part}")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mfa_kernels import fit
-from mfa_kernels.fitting import candidates, truncated_em
+from mfa_kernels.fitting import candidates
 from mfa_kernels.fitting.candidates import KEPT, CandidateSets, Graph
 from mfa_kernels.fitting.m_step import Prior, maximize
 from mfa_kernels.mixture.screening import Screening
@@ -107,13 +107,35 @@ def test_rows_try_every_neighbor_and_one_that_took_half_of_their_own_next():
 
 
 def test_candidates_that_miss_too_much_are_told_of(monkeypatch):
-    monkeypatch.setattr(truncated_em, "_GAP", -1.0)
-    with pytest.warns(UserWarning, match="candidate sets missed"):
-        fit(ROWS, 40, 2, method="truncated", epochs=2, progress=False)
+    """Rows that begin with a wrong component, and try none."""
+    whole = CandidateSets._full
+
+    def wrong(self, x, rows, screening):
+        active = whole(self, x, rows, screening)
+        self.kept[rows, 0] = (active.components[:, 0] + 7) % 40
+        self.kept[rows, 1:] = -1
+        return active
+
+    monkeypatch.setattr(CandidateSets, "_full", wrong)
+    monkeypatch.setattr(Graph, "tried", lambda self, best, rows: torch.full((len(rows), 1), -1, dtype=torch.int32))
+    for held_out in (0.05, 0.0):
+        with pytest.warns(UserWarning, match="candidate sets missed"):
+            mfa = fit(ROWS, 40, 2, method="truncated", epochs=2, held_out=held_out, progress=False)
+        assert mfa.fit_report.candidate_gap > 0.1
     monkeypatch.undo()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fit(ROWS, 40, 2, method="truncated", epochs=2, progress=False)
+        assert fit(ROWS, 40, 2, method="truncated", epochs=2, progress=False).fit_report.candidate_gap < 0.1
+
+
+def test_bounds_are_prepared_for_rows_without_candidates_alone(monkeypatch):
+    prepared, whole = [], Screening.prepare
+    monkeypatch.setattr(
+        Screening, "prepare", lambda self, rows, total: (prepared.append(rows), whole(self, rows, total))
+    )
+    fit(ROWS, 40, 2, method="truncated", epochs=4, progress=False)
+    assert prepared[0] >= len(ROWS), "those of the first pass, held out, and of the guard"
+    assert not any(prepared[2:])
 
 
 def test_a_state_that_is_only_tried_leaves_no_candidates():

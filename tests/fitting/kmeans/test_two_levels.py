@@ -6,6 +6,7 @@ import torch
 from mfa_kernels import fit, kmeans
 from mfa_kernels.data.source import as_source
 from mfa_kernels.fitting import preparation, stages
+from mfa_kernels.fitting.initialization import start_from_clusters
 from mfa_kernels.fitting.kmeans.two_levels import closest, two_levels
 from tests.fitting.planted import draw, planted
 
@@ -53,3 +54,11 @@ def test_a_fit_of_many_begins_with_them(monkeypatch):
     monkeypatch.undo()
     whole = fit(ROWS, 60, 2, epochs=4, method="em", progress=False)
     assert mfa.fit_report.held_out_nll < whole.fit_report.held_out_nll + 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.zeros(4999).long(), torch.zeros(5000), torch.full((5000,), 60), torch.full((5000,), -1)]
+)
+def test_an_assignment_that_does_not_fit_is_named(wrong):
+    with pytest.raises(ValueError, match="assignment must be"):
+        start_from_clusters(ROWS, ROWS[:60], 2, assignment=wrong, progress=False)
