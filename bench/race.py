@@ -67,7 +67,8 @@ def ours(x: Tensor, test: Tensor, components: int, rank: int, seconds: float, me
 
     mfa = fit(x, components, rank, method=method, callbacks=[look], progress=False)
     curve.append(clock.look(lambda: mean_nll(mfa, test)))
-    print(f"  {mfa.fit_report.method}: {mfa.fit_report.seconds}", flush=True)
+    report = mfa.fit_report
+    print(f"  {report.method}: {report.seconds}, candidates missed {report.candidate_gap}", flush=True)
     return curve
 
 
@@ -145,9 +146,10 @@ def table(report: dict[str, Any]) -> str:
         there = "" if name == "ours" else "never" if own is None else f"{own:.1f}"
         share = "" if own is None else f"1/{last['seconds'] / own:.0f}"
         lines.append("| " + " | ".join([*row, there, share]) + " |")
-    own = runs.get("ours", [])
-    above = [name for name, curve in runs.items() if own and name != "ours" and not _below(own, curve)]
-    lines += ["", f"ours first, and below all others from then on: {'no: ' + ', '.join(above) if above else 'yes'}"]
+    own, others = runs.get("ours"), [name for name in runs if name != "ours"]
+    if own and others:
+        above = [name for name in others if not _below(own, runs[name])]
+        lines += ["", f"ours first, and below all others from then on: {'no: ' + ', '.join(above) if above else 'yes'}"]
     return "\n".join(lines)
 
 

@@ -41,6 +41,10 @@ def test_who_is_ahead():
     (merged,) = race.merged(reports)
     assert list(merged["runs"]) == ["ours", "other"]
     assert "| other | 2.0 | 10.0 | 5.0 | 8.0 | 5.0 | 1/1 |" in race.table(merged)
+    assert "from then on: no: other" in race.table(merged)
+    assert "from then on" not in race.table({**merged, "runs": {"ours": own}})
+    later = {"ours": own, "other": [{"seconds": 3.0, "nll": 10.0}]}
+    assert "from then on: yes" in race.table({**merged, "runs": later})
     figure = race.figure([merged, {**merged, "settings": {**settings, "components": 99}}])
     assert figure.count("<svg ") == 3
     assert f'x="{curves._WIDTH}"' in figure

@@ -57,10 +57,9 @@ class Graph:
         self.neighbors = _closest(mfa, min(NEIGHBORS, self.components - 1))
 
     def tried(self, best: Tensor, rows: Tensor) -> Tensor:
-        """Returns what rows with these numbers (n,) and best components (n,) try in this pass, (n, T) int32: all
-        neighbors in the first."""
+        """Returns what rows with these numbers (n,) and best components (n,) try in this pass, (n, T) int32."""
         size = self.neighbors.shape[1]
-        columns = torch.arange(size if self.turn == 0 else min(TRIED, size), device=best.device)
+        columns = torch.arange(min(TRIED, size), device=best.device)
         columns = (columns + self.turn * TRIED) % max(1, size)
         near = self.neighbors[best.long()][:, columns]
         any_one = (rows * _SPREAD[0] + self.turn * _SPREAD[1]) % self.components
@@ -116,10 +115,6 @@ class CandidateSets:
         self.kept = torch.full((rows, KEPT), -1, dtype=torch.int32, device=device)
         self.others = torch.full((rows, OTHERS), -1, dtype=torch.int32, device=device)  # next best when last looked
         self.own = torch.zeros(rows, dtype=torch.bool, device=device)  # that this process has scanned
-
-    def begin(self, rows: Tensor, owners: Tensor) -> None:
-        """Gives rows with these numbers (n,) a component each, (n,), as their first candidate."""
-        self.kept[rows.to(self.kept.device), 0] = owners.to(self.kept)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """What is next best for rows of this process: codes best K + other (P,), and how many rows have each."""

@@ -222,17 +222,17 @@ def finite(
 def weighed(
     source: Source, index: Tensor, device: torch.device, dtype: torch.dtype, report: FitReport | None = None
 ) -> Weighed:
-    """`finite`, with the weights and the numbers of the rows."""
+    """`finite`, with the weights of the rows."""
     weights = None if source.weights is None else source.weights[index].to(device)
     if not len(index):
-        return Weighed(torch.empty(0, source.n_features, dtype=source.dtype, device=device), weights, index)
+        return Weighed(torch.empty(0, source.n_features, dtype=source.dtype, device=device), weights)
     x = source.rows(index).to(device)
     finite = finite_rows(x, dtype)
     if finite.all():
-        return Weighed(x, weights, index)
+        return Weighed(x, weights)
     if report is not None:
         report.skipped_rows += int((~finite).sum())
-    return Weighed(x[finite], None if weights is None else weights[finite], index[finite.to(index.device)])
+    return Weighed(x[finite], None if weights is None else weights[finite])
 
 
 @torch.no_grad()

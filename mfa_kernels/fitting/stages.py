@@ -46,8 +46,6 @@ class Stages:
     scan: Scan | None = None  # of rows by their numbers, as the training leaves it
     start_rows: Tensor | None = None  # until the training has read them
     start_weights: Tensor | None = None
-    start_numbers: Tensor | None = None
-    start_owners: Tensor | None = None  # regions of the start rows, where the clusters said them
 
     def __init__(self, options: Options) -> None:
         self.options, self.began = options, now()
@@ -197,10 +195,7 @@ class Stages:
         if self.method == "em":
             return BatchEM(*arguments, **weighing)
         if self.method == "truncated":
-            numbers, owners, self.start_owners = self.start_numbers, self.start_owners, None
-            alone = self.options.processes.count == 1
-            known = (numbers, owners) if alone and numbers is not None and owners is not None else None
-            return TruncatedEM(*arguments, **weighing, known=known)
+            return TruncatedEM(*arguments, **weighing)
         if self.queue is None:
             return OnlineEM(*arguments, **weighing)
         return StreamedEM(*arguments, **weighing, queue=self.queue)
@@ -264,7 +259,7 @@ class Stages:
         there = self.device if processes.count > 1 else home(source, len(index), self.device)
         counts = self.fit_report if self.queue is not None or not self.options.epochs else None
         found = preparation.weighed(source, index, there, self.options.dtype, counts)
-        self.start_rows, self.start_weights, self.start_numbers = found
+        self.start_rows, self.start_weights, _ = found
         total, self.fit_report.skipped_rows = map(int, processes.totals(len(found.rows), self.fit_report.skipped_rows))
         if total < components:
             raise ValueError(
@@ -302,7 +297,7 @@ class Stages:
             many = asked.n_components >= FEWEST and self.device.type == rows.device.type == "cpu"
             if found is None and many and "processes" not in how:
                 found = two_levels(rows, asked.n_components, seed=asked.seed, progress=asked.progress, **how)
-                common["assignment"] = self.start_owners = found.assignment
+                common["assignment"] = found.assignment
             elif found is None:
                 found = kmeans(rows, asked.n_components, iterations=preparation.KMEANS_ITERATIONS, **common)
         with preparation.timed(self.fit_report, "start"):

@@ -28,13 +28,10 @@ _CHECKED = 4096  # rows trained on that are scanned in full at the end
 class TruncatedEM(BatchEM):
     """`BatchEM` with truncated E-steps: only the first pass, and a last look at some rows, scan all components.
 
-    Where the clusters that the start was made of say what rows were theirs (`known`: numbers and regions of rows),
-    these rows begin with that region and its neighbors, and no pass scans all components for them.
-
     On the way, the log posterior and the likelihoods of rows held out and of the guard are lower bounds.
     """
 
-    def __init__(self, *args: Any, known: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.graph = Graph(self.mfa)
         count = self.processes.count
@@ -44,8 +41,6 @@ class TruncatedEM(BatchEM):
             "guard": len(self.guard.rows),
         }
         self.sets = {name: CandidateSets(size, self.graph, self.processes) for name, size in sizes.items()}
-        if known is not None:
-            self.sets["rows"].begin(*known)
         self.scan_guard = partial(self.sets["guard"].scan, screening=self.screening)
 
     def rows_at_once(self) -> int:

@@ -42,7 +42,7 @@ def test_the_bound_never_falls():
     prior = Prior(torch.cov(x.mT).double() / 10, 4.0)
     graph = Graph(mfa)
     sets = CandidateSets(len(x), graph)
-    sets.begin(torch.arange(len(x)), torch.arange(len(x)) % 40)
+    sets.kept[:, 0] = torch.arange(len(x)) % 40
     posterior = []
     for _ in range(30):
         s = SufficientStatistics.zeros(mfa.means, 2, False)
@@ -72,7 +72,7 @@ def test_a_row_has_what_all_components_would_give_it():
     torch.testing.assert_close(again.log_prob[few], whole.log_prob[few], rtol=1e-6, atol=1e-4)
     assert (again.counts <= KEPT).all()
     half = CandidateSets(len(ROWS), graph)
-    half.begin(torch.arange(0, len(ROWS), 2), whole.components[::2, 0])
+    half.kept[::2, 0] = whole.components[::2, 0]
     mixed = half.scan(ROWS, torch.arange(len(ROWS)), screening(TRUE))
     assert torch.equal(mixed.components[1::2], whole.components[1::2])
     assert torch.equal(mixed.components[:, 0], whole.components[:, 0])
