@@ -41,7 +41,8 @@ def test_who_is_ahead():
     (merged,) = race.merged(reports)
     assert list(merged["runs"]) == ["ours", "other"]
     assert "| other | 2.0 | 10.0 | 5.0 | 8.0 | 5.0 | 1/1 |" in race.table(merged)
-    assert "from then on: no: other" in race.table(merged)
+    earlier = {"ours": own, "other": [{"seconds": 1.0, "nll": 10.0}]}
+    assert "from then on: no: other" in race.table({**merged, "runs": earlier})
     assert "from then on" not in race.table({**merged, "runs": {"ours": own}})
     later = {"ours": own, "other": [{"seconds": 3.0, "nll": 10.0}]}
     assert "from then on: yes" in race.table({**merged, "runs": later})
