@@ -37,7 +37,7 @@ OTHERS = 2
 BYTES = 4 * (KEPT + OTHERS) + 1
 """What the candidates of a row take."""
 
-WITHIN = 100.0
+WITHIN = 200.0
 """Nats below the best logit, beyond which a component is not kept: it had to gain as many in a pass to matter."""
 
 _SPREAD = 2654435761, 40503  # multipliers that scatter row numbers and passes over the components
