@@ -27,6 +27,13 @@ from mfa_kernels.common.files import atomic_write_text
 # The last two: notes of gcc on how vectors are passed, of clang on loops whose length it finds to be no constant.
 FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno-pass-failed"]
 
+_FUSED = "--param=avoid-fma-max-bits=0"
+"""GCC's word for a multiply-add in one instruction, everywhere.
+
+Tuned for some processors (Zen 2 to 4, Alder Lake, Sapphire Rapids, and from GCC 14 on for all), it splits sums of
+products in some loops and not in others: a value would depend on which loop it was computed in.
+"""
+
 _MARCH = "MFA_KERNELS_MARCH"
 _REMEMBERED = 86400.0  # seconds for which a build that failed is not tried again
 # Of a compiler that had no memory, no room or no time: what is no word on the sources is not remembered.
@@ -94,7 +101,16 @@ def architecture() -> str:
 
 def flags() -> list[str]:
     """The flags of the compiler for csrc/cpu."""
-    return [*FLAGS, f"-march={architecture()}"]
+    program = compiler()
+    return [*FLAGS, *(() if program is None else fusing(program)), f"-march={architecture()}"]
+
+
+@functools.cache
+def fusing(program: str) -> tuple[str, ...]:
+    """The flags that keep a compiler from splitting multiply-adds; none where it does not know of such a thing."""
+    command = [program, _FUSED, "-Werror", "-x", "c++", "-fsyntax-only", os.devnull]
+    out = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return () if out.returncode else (_FUSED,)
 
 
 def name_for(backend: str, sources: Path, facts: list[str]) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,23 @@ def test_the_name_follows_the_compiler_and_the_architecture(monkeypatch, tmp_pat
         monkeypatch.setenv("CXX", str(other))
         names.add(cpp.library_name())
     assert len({before, *names}) == 3
+
+
+SUM = """typedef float V __attribute__((vector_size(32)));
+V sum(const V* a, const V* b, long n) { V s{}; for (long i = 0; i < n; ++i) s += a[i] * b[i]; return s; }
+"""
+
+
+@pytest.mark.parametrize("tune", ["znver3", "haswell"])
+def test_multiply_adds_are_not_split(tune):
+    """GCC tuned for Zen 3 did so in some loops: a distance depended on the tokens beside it."""
+    program = cpp.compiler()
+    if program is None or platform.machine() != "x86_64":
+        pytest.skip("no C++ compiler for x86-64")
+    command = [program, "-march=haswell", f"-mtune={tune}", "-O3", *cpp.fusing(program), "-S", "-o", "-", "-xc++", "-"]
+    out = subprocess.run(command, input=SUM, capture_output=True, text=True, check=True)
+    assert "vfmadd" in out.stdout
+    assert "vmulps" not in out.stdout
 
 
 def test_an_architecture_that_is_none_is_refused(tmp_path):
