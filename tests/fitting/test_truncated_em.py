@@ -20,6 +20,10 @@ ROWS = draw(TRUE, 4000)
 TEST = draw(TRUE, 2000, seed=2)
 
 
+def mfa_of(dtype):
+    return copy.deepcopy(TRUE).to(dtype)
+
+
 def screening(mfa):
     return Screening(mfa, ROWS[:64].to(mfa.means.dtype))
 
@@ -69,7 +73,10 @@ def test_a_row_has_what_all_components_would_give_it():
     few = whole.counts <= KEPT
     assert few.float().mean() > 0.9
     assert torch.equal(again.components[few], whole.components[few])
-    torch.testing.assert_close(again.log_prob[few], whole.log_prob[few], rtol=1e-6, atol=1e-4)
+    exact = mfa_of(torch.float64).log_prob(ROWS.double()).detach()
+    # Kernels that add in another order differ by the rounding of |v|^2, which the loadings explain most of here.
+    error = (again.log_prob - exact)[few].abs().max(), (whole.log_prob - exact)[few].abs().max()
+    assert error[0] <= 2 * error[1] < 1e-3
     assert (again.counts <= KEPT).all()
     half = CandidateSets(len(ROWS), graph)
     half.kept[::2, 0] = whole.components[::2, 0]
