@@ -15,13 +15,18 @@ def peak_growth(shape: tuple[int, int, int, int]) -> float:
     x, (means, loadings, noise_variance, log_weights) = baselines.problem(shape)
     mfa = MFA.from_parameters(means, loadings, noise_variance, log_weights.exp())
     MFA(2, 4, 1)(torch.zeros(3, 4)).backward()  # libraries and thread pools
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    before = _status("VmRSS")
+    reset_peak()
+    before = status("VmRSS")
     mfa(x).backward()
-    return (_status("VmHWM") - before) / 1024
+    return (status("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
+def reset_peak() -> None:
+    """Lets the high-water mark start again from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(field: str) -> int:
     """kB of a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -87,7 +87,9 @@ def vmfa(x: Tensor, test: Tensor, components: int, rank: int, seconds: float) ->
     """The curve of bench/vmfa.py."""
 
     def nll(model: VMFA) -> float:
-        return mean_nll(MFA.from_parameters(model.means, model.loadings, model.noise, model.log_weights.exp()), test)
+        return mean_nll(
+            MFA.from_parameters(model.means + model.origin, model.loadings, model.noise, model.log_weights.exp()), test
+        )
 
     return stepped(lambda: VMFA(x, components, rank), VMFA.step, nll, seconds)
 

@@ -17,7 +17,7 @@ def test_the_peer_comes_near_the_truth():
     model = VMFA(ROWS, 16, 2)
     for _ in range(40):
         model.step()
-    found = MFA.from_parameters(model.means, model.loadings, model.noise, model.log_weights.exp())
+    found = MFA.from_parameters(model.means + model.origin, model.loadings, model.noise, model.log_weights.exp())
     assert nll(found, TEST) < nll(TRUE, TEST) + 1.0
 
 
@@ -25,7 +25,7 @@ def test_the_peer_keeps_distinct_candidates_that_are_good():
     model = VMFA(ROWS, 16, 2)
     for _ in range(20):
         model.step()
-    found = MFA.from_parameters(model.means, model.loadings, model.noise, model.log_weights.exp())
+    found = MFA.from_parameters(model.means + model.origin, model.loadings, model.noise, model.log_weights.exp())
     model._e_step(model._search_space())
     assert (model.kept[:, 0] == found.assign(ROWS)).float().mean() > 0.95
     assert not (model.kept[:, 0] == model.kept[:, 1]).any()

@@ -89,6 +89,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "scan_int8", &binding::scan_int8);
   def_by_fields<T, T, T, T, T, T, T, T, T, T, bool, double, int64_t, bool>(m, "int8_bounds", &binding::int8_bounds);
   def_by_fields<T, T, T, T, T, bool, double, int64_t>(m, "scan_candidates", &binding::scan_candidates);
+  m.def("top_scores", &binding::top_scores, GilReleased());
   m.def("dense", &binding::dense, GilReleased());
   m.def("latents", &binding::latents, GilReleased());
   m.def("decode", &binding::decode, GilReleased());

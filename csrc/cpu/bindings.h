@@ -71,6 +71,9 @@ struct ScanCandidates {
 };
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> scan_candidates(const ScanCandidates& a);
 
+Tensor top_scores(const Tensor& left, const Tensor& right, const Tensor& offsets, int64_t count,
+                  const std::optional<Tensor>& starts, const std::optional<Tensor>& lists);
+
 Tensor dense(const Tensor& x, const Tensor& rows, const Tensor& constants, const Tensor& lam, bool per_component);
 Tensor latents(const Tensor& x, const Tensor& tokens, const Tensor& components, const Tensor& rows, const Tensor& chol,
                const Tensor& lam, bool per_component);

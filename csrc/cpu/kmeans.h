@@ -24,7 +24,7 @@
 
 namespace mfa {
 
-constexpr int kDotRows = kRegisters >= 32 ? 8 : 4;     // rows of x per micro-tile
+constexpr int kDotRows = kRegisters >= 32 ? 8 : 6;     // rows of x per micro-tile
 constexpr int kDotVectors = kRegisters >= 32 ? 3 : 2;  // SIMD vectors of centroids per micro-tile
 constexpr int64_t kRowsPerTask = 4 * kDotRows;         // they share what is read of the centroids
 constexpr int64_t kDotFlush = 256;                      // features between flushes of a sum
@@ -33,9 +33,9 @@ constexpr int kDotWidth = kDotVectors * kWidth<T>;
 
 // out[i][v] = sum over f of rows[i][f] * columns[f][v]; columns [features, NV * V]. `out` must be aligned to whole
 // vectors: clang assumes it of what it gets by reference.
-template <class T, int NV>
-void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[kDotRows][NV]) {
-  constexpr int V = kWidth<T>, R = kDotRows;
+template <class T, int NV, int R>
+void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (&out)[R][NV]) {
+  constexpr int V = kWidth<T>;
   for (int i = 0; i < R; ++i)
     for (int v = 0; v < NV; ++v) out[i][v] = Vec<T>{};
   for (int64_t start = 0; start < features; start += kDotFlush) {
@@ -43,11 +43,12 @@ void dot_tile(const T* const* rows, int64_t features, const T* columns, Vec<T> (
     const int64_t stop = std::min(features, start + kDotFlush);
     for (int64_t f = start; f < stop; ++f) {
       const T* column = columns + f * NV * V;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
         for (int v = 0; v < NV; ++v) sum[i][v] += load(column + v * V) * rows[i][f];
     }
+    asm volatile("" ::: "memory");  // `out` stays in memory: its registers would be taken from the loop
     for (int i = 0; i < R; ++i)
       for (int v = 0; v < NV; ++v) out[i][v] += sum[i][v];
   }

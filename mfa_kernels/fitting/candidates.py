@@ -3,7 +3,8 @@
 Truncated variational EM (Salwig et al., arXiv 2501.12299): of each row, the components that were best for it are kept,
 and a few more are tried: neighbors of the best one in a graph of components, and one at random. The rest counts as
 having no responsibility, so log p(x) is bounded from below. The bound rises in every step: the E-step keeps the best of
-what it kept before and what it tries, and the M-step holds what is kept. A row without candidates takes a scan of all.
+what it kept before and what it tries, and the M-step holds what is kept. A row without candidates takes those that
+`mfa_kernels.fitting.candidate_search` finds, or a scan of all.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mfa_kernels.common.processes import ALONE, Processes
+from mfa_kernels.fitting.candidate_search import CandidateSearch
 from mfa_kernels.fitting.kmeans.two_levels import closest
 from mfa_kernels.fitting.run import standard_deviation
 from mfa_kernels.mixture.mfa import MFA
@@ -104,13 +106,16 @@ class CandidateSets:
         rows: N, of all processes.
         graph: what rows try.
         processes: each of which scans rows of its own.
+        search: finds the candidates of rows that have none; None: a scan of all components does.
 
     Attributes:
         kept: (N, KEPT) int32, best first; -1 is none.
     """
 
-    def __init__(self, rows: int, graph: Graph, processes: Processes = ALONE) -> None:
-        self.graph, self.processes = graph, processes
+    def __init__(
+        self, rows: int, graph: Graph, processes: Processes = ALONE, search: CandidateSearch | None = None
+    ) -> None:
+        self.graph, self.processes, self.search = graph, processes, search
         device = graph.neighbors.device
         self.kept = torch.full((rows, KEPT), -1, dtype=torch.int32, device=device)
         self.others = torch.full((rows, OTHERS), -1, dtype=torch.int32, device=device)  # next best when last looked
@@ -140,18 +145,27 @@ class CandidateSets:
             self.own = self.kept[:, 0] >= 0
 
     def scan(self, x: Tensor, rows: Tensor, screening: Screening) -> ActivePairs:
-        """Returns the active pairs of rows x (n, D) with these numbers (n,): among their candidates, where there are
-        any, else among all components."""
+        """Returns the active pairs of rows x (n, D) with these numbers (n,), among their candidates."""
         rows = rows.to(self.kept.device)
         self.own[rows] = True
         known = self.kept[rows, 0] >= 0
         if known.all():
             return self._truncated(x, rows, screening)
         if not known.any():
-            return self._full(x, rows, screening)
-        parts = [self._truncated(x[known], rows[known], screening), self._full(x[~known], rows[~known], screening)]
+            return self._first(x, rows, screening)
+        parts = [self._truncated(x[known], rows[known], screening), self._first(x[~known], rows[~known], screening)]
         order = torch.cat([known.nonzero(), (~known).nonzero()]).squeeze(1).argsort()
         return ActivePairs(*(torch.cat(columns)[order] for columns in zip(*parts)))
+
+    def _first(self, x: Tensor, rows: Tensor, screening: Screening) -> ActivePairs:
+        if self.search is None:
+            return self._full(x, rows, screening)
+        active = self._among(x, rows, self.search.candidates(x), screening)
+        lost = active.components[:, 0] < 0  # too far out for the dtype along the coordinates
+        if lost.any():
+            for own, full in zip(active, self._full(x[lost], rows[lost], screening)):
+                own[lost] = full
+        return active
 
     def _full(self, x: Tensor, rows: Tensor, screening: Screening) -> ActivePairs:
         near = screening.scan(x, beyond=WITHIN)
@@ -160,9 +174,11 @@ class CandidateSets:
         return active_of(near, self.graph.components)
 
     def _truncated(self, x: Tensor, rows: Tensor, screening: Screening) -> ActivePairs:
-        parameters, woodbury = screening.mfa.prepared()
         before = self.kept[rows]
-        candidates = torch.cat([before, self.graph.tried(before[:, 0], rows)], 1)
+        return self._among(x, rows, torch.cat([before, self.graph.tried(before[:, 0], rows)], 1), screening)
+
+    def _among(self, x: Tensor, rows: Tensor, candidates: Tensor, screening: Screening) -> ActivePairs:
+        parameters, woodbury = screening.mfa.prepared()
         active, logits = scan_candidates(x, candidates, woodbury, parameters.log_weights, KEPT)
         best, columns = logits.topk(KEPT, dim=1)
         found = torch.where(best > -torch.inf, candidates.gather(1, columns), -1)

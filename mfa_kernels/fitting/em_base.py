@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.candidate_search import CandidateSearch
 from mfa_kernels.fitting.dead_regions import Overlap
+from mfa_kernels.fitting.guard import Look, Scan
 from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_covariance
+from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.row_weights import Weighed
-from mfa_kernels.fitting.run import EVALUATION_ROWS, Run, nll_of
+from mfa_kernels.fitting.run import EVALUATION_ROWS, Run, mean_nll, nll_of
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.mixture.screening import SAMPLE, Screening
@@ -25,6 +28,7 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
 _BATCH_ELEMENTS = 1 << 22  # numbers that an E-step reads at once
+_GAP = 0.1  # nats per row that candidates may miss
 _LEAST_BATCH = 4096  # rows that it reads at once at least: they share one visit to the statistics
 
 
@@ -40,13 +44,54 @@ class EM(Run):
         super().__init__(*args, **kwargs)
         first = slice(covariance_rows(self.mfa))
         weights = None if start_weights is None else self.processes.gathered(start_weights[first])
-        self.covariance = pooled_covariance(self.mfa, self.processes.gathered(start_rows[first]), weights)
+        self.search = self._search()
+        gathered = self.processes.gathered(start_rows[first])
+        self.covariance = pooled_covariance(self.mfa, gathered, weights, self.look)
         self.processes.broadcast_(self.covariance)
         # clone(): a view would keep the whole sample in memory for the length of the fit.
         self.screening = Screening(self._own(), start_rows[:SAMPLE].clone(), self.processes)
         self._known: tuple[Prior, list[Any], float] | None = None  # a prior, a state, and its log-density
         self.prior: Prior | None = None  # until the first statistics are there to choose it by
         self.step = self.batch = 0  # M-steps done, and batches done in this pass
+
+    def _search(self) -> CandidateSearch | None:
+        """What finds the candidates of rows; None: they are scanned in full."""
+        return None
+
+    @property
+    def look(self) -> Look | None:
+        return None if self.search is None else self.search.scan
+
+    @property
+    def scan_rows(self) -> Scan | None:
+        search = self.search
+        return None if search is None else lambda rows, numbers: search.scan(rows)
+
+    @property
+    def truncates(self) -> bool:
+        """True where E-steps are truncated, so that likelihoods on the way are lower bounds."""
+        return self.search is not None
+
+    def leave(self) -> None:
+        """Ends the stage; where E-steps were truncated, by scans of all components: of the held-out rows, and of a few
+        others for what candidates miss."""
+        super().leave()
+        if not (self.truncates and self.report.history):
+            return
+        if self.selects:
+            self.report.held_out_nll = mean_nll(self.mfa, self.held_out, self.processes, self.held_out_weights)
+        self.report.candidate_gap = gap = self._missed()
+        if gap > _GAP and self.processes.first:
+            warn(
+                f"fit: candidate sets missed {gap:.2f} nats of each row trained on (at most {_GAP} were expected): "
+                "method='em' scans all components in every pass"
+            )
+
+    @torch.no_grad()
+    def _missed(self) -> float:
+        """The mean of log p less its bound over rows trained on, in nats: of the guard's rows."""
+        exact = self.guard.log_likelihood(self.mfa)
+        return exact - self.guard.log_likelihood(self.mfa, self.scan_rows)
 
     # The E-step
 
@@ -79,7 +124,11 @@ class EM(Run):
 
     def _try_held_out(self, index: Tensor) -> ActivePairs:
         """The active pairs of some held-out rows under parameters that are only tried."""
-        return self.mfa.active_pairs(self.held_out[index])
+        look = self.mfa.active_pairs if self.look is None else self.look
+        return look(self.held_out[index])
+
+    def _guarded(self) -> float:
+        return self.guard.log_likelihood(self.mfa, self.scan_rows)
 
     def _own(self) -> MFA:
         """The components that this process scans."""

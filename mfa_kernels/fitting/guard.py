@@ -17,6 +17,9 @@ from mfa_kernels.common.processes import ALONE, Processes
 from mfa_kernels.mixture.base import Mixture
 from mfa_kernels.ops.scan.types import ActivePairs
 
+Look = Callable[[Tensor], ActivePairs]
+"""Of rows (n, D): their active pairs."""
+
 Scan = Callable[[Tensor, Tensor], ActivePairs]
 """Of rows (n, D) and their numbers (n,)."""
 

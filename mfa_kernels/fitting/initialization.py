@@ -278,7 +278,7 @@ def _cluster_pca(
                 x *= weight.sqrt().to(x).unsqueeze(-1)
                 observed[group] = weight.sum(1)
             freedom = _freedom(observed[group]).to(x)
-            found, values = _leading(x, probe, rank)
+            found, values = leading(x, probe, rank)
             directions[group] = found
             eigenvalues[group] = values / freedom.unsqueeze(1)
             trace[group] = x.square().sum((1, 2)) / freedom
@@ -303,7 +303,7 @@ def _cluster_pca(
     return directions * variance.sqrt().unsqueeze(-1)
 
 
-def _leading(x: Tensor, probe: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def leading(x: Tensor, probe: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Leading directions (g, D, R) and eigenvalues (g, R) of x^T x for each of x (g, n, D): randomised, with powers."""
     basis = probe.expand(len(x), -1, -1)
     for _ in range(_POWER_ITERATIONS):

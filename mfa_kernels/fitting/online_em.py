@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.candidate_search import CandidateSearch
 from mfa_kernels.fitting.dead_regions import Overlap, Revival, find, hand_on, move
 from mfa_kernels.fitting.em_base import EM, statistics_state
 from mfa_kernels.fitting.m_step import Prior, maximize
 from mfa_kernels.fitting.row_weights import Weighed
 from mfa_kernels.fitting.run import shuffled
 from mfa_kernels.fitting.streaming import RowQueue
+from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 
 _ONLINE_ROWS = 16  # rows per component and step at least: fewer would cost more in M-steps than in the scan
@@ -67,11 +69,25 @@ class OnlineEM(EM):
         self.counted = torch.zeros(len(self.mfa.means), dtype=torch.float64, device=self.mfa.means.device)
         self.order = self.generator.get_state()  # that the order of this pass is drawn from
 
+    def _search(self) -> CandidateSearch | None:
+        return CandidateSearch.where_it_pays(self.mfa, online_rows(self.mfa.n_components, self.settings.batch_size))
+
+    def _prepare(self, rows: int, total: float) -> None:
+        """Decides how to scan so many rows, where all components are."""
+        if self.search is None:
+            self.screening.prepare(rows, total)
+
+    def _scan(self, batch: Weighed) -> ActivePairs:
+        return super()._scan(batch) if self.look is None else self.look(batch.rows)
+
+    def _scan_held_out(self, index: Tensor) -> ActivePairs:
+        return super()._scan_held_out(index) if self.look is None else self.look(self.held_out[index])
+
     def begin(self, bar: Any) -> None:
         """Evaluates the start, and takes the first M-step, from the rows of the start."""
         if not self.report.history:
             rows = 0 if self.start_rows is None else len(self.start_rows)
-            self.screening.prepare(rows + len(self.held_out), self._to_come())
+            self._prepare(rows + len(self.held_out), self._to_come())
             self._evaluate(0, 0, bar)
         if self.start_rows is not None and self.settings.epochs:
             self._first_step(self.start_rows)
@@ -88,7 +104,7 @@ class OnlineEM(EM):
         self.e_step(batch, rows, (self.step + self.start_batches) ** -_KAPPA)
         self.m_step()
         if self.step % self.every == 0:
-            self.screening.prepare(len(batch.rows) + len(self.held_out), self._to_come())
+            self._prepare(len(batch.rows) + len(self.held_out), self._to_come())
             self._evaluate(self.step, self.epoch, bar)
             if self._out_of_patience(finished=False):
                 return True
@@ -98,7 +114,7 @@ class OnlineEM(EM):
     def end(self, bar: Any) -> None:
         """Evaluates the last state, unless that was done."""
         if self.settings.epochs and (self.step % self.every or not self.step):
-            self.screening.prepare(len(self.held_out), 0)
+            self._prepare(len(self.held_out), 0)
             self._evaluate(self.step, self.epoch, bar)
 
     def _default_every(self) -> int:
@@ -118,7 +134,7 @@ class OnlineEM(EM):
     def _first_step(self, start_rows: Tensor) -> None:
         """Collects the statistics of the start rows, and takes the first M-step."""
         s, before, mass = self.zeros(), self.tokens, 0.0
-        self.screening.prepare(len(start_rows), self._to_come())  # again, where a checkpoint or a callback came between
+        self._prepare(len(start_rows), self._to_come())  # again, where a checkpoint or a callback came between
         for batch in self._start_batches(start_rows):
             self.expect(batch, s)
             self.tokens += len(batch.rows)
@@ -144,7 +160,7 @@ class OnlineEM(EM):
         """
         x, weights, _ = batch
         s = self.statistics
-        self.screening.prepare(len(x), self._to_come())
+        self._prepare(len(x), self._to_come())
         s.scale_(1 - eta if self.processes.first else 0)  # the past counts once
         unit, remembered = eta / (rows * self.mean_weight), s.mass.clone()
         active, responsibilities = self.expect(batch, s, unit)
@@ -185,7 +201,7 @@ class OnlineEM(EM):
         mfa = self.mfa
         mass = self.statistics.mass  # remembers more steps than were counted
         owned = torch.maximum(self.counted, mass / self.mass_of(self.statistics) * tokens)
-        found = find(mfa, self.counted, self.overlap, self.guard, owned)
+        found = find(mfa, self.counted, self.overlap, self.guard, owned, self.scan_rows)
         if not found.moves:
             return
         if found.lost:

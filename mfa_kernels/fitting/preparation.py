@@ -24,7 +24,7 @@ from mfa_kernels.common.places import CHECKPOINT, CURVE, check_apart, check_plac
 from mfa_kernels.common.processes import Processes
 from mfa_kernels.data.source import Source
 from mfa_kernels.fitting.checkpoint import FILE, State, fingerprint
-from mfa_kernels.fitting.guard import Scan
+from mfa_kernels.fitting.guard import Look, Scan
 from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.online_em import online_rows
 from mfa_kernels.fitting.row_weights import Weighed
@@ -38,6 +38,8 @@ HELD_OUT_ROWS = 20_000  # that are held out at most
 LEAST_HELD_TEXTS = 4  # texts that are held out whole at least: fewer would say more of themselves than of all
 NEARLY = 0.02  # share of the rows to hold out that may be missing where texts are held out whole
 START_ROWS_PER_COMPONENT = 128
+MANY_START_ROWS = 1 << 18  # beyond which FEW_PER_COMPONENT suffice: a sample is held in memory
+FEW_PER_COMPONENT = 32
 LEAST_START_ROWS = 100_000
 KMEANS_ITERATIONS = 10
 LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
@@ -193,7 +195,12 @@ def _held_texts(sizes: Tensor, wanted: int, generator: torch.Generator) -> Tenso
 
 def start_rows(components: int) -> int:
     """The number of rows that K-means and the start read."""
-    return max(LEAST_START_ROWS, START_ROWS_PER_COMPONENT * components)
+    return max(LEAST_START_ROWS, sampled_rows(START_ROWS_PER_COMPONENT, components))
+
+
+def sampled_rows(per_component: int, components: int) -> int:
+    """So many rows for each of the components, or fewer where that is many."""
+    return min(per_component * components, max(MANY_START_ROWS, FEW_PER_COMPONENT * components))
 
 
 def chosen_method(rows: float, components: int, batch_size: int, passes: int = 0) -> str:
@@ -238,11 +245,11 @@ def weighed(
 @torch.no_grad()
 def count_live(
     mfa: Mixture, held_out: Tensor, source: Source, index: Tensor, report: FitReport, processes: Processes,
-    scan: Scan | None = None,
+    scan: Scan | None = None, look: Look | None = None,
 ) -> None:  # fmt: skip
     """Counts the components that own a held-out row or one at `index`, of any process; warns where many own none.
 
-    `scan`, where it is given, finds the active pairs of rows by their numbers in the source.
+    `scan` and `look`, where they are given, find the active pairs of rows, the one by their numbers in the source.
     """
     owned = torch.zeros(mfa.n_components, dtype=torch.int32, device=mfa.means.device)
     rows = 0
@@ -253,8 +260,11 @@ def count_live(
         x, part = x[is_finite], part[is_finite.to(part.device)]
         return mfa.assign(x) if scan is None else scan(x, part).components[:, 0].long()
 
+    def assigned_held_out(x: Tensor) -> Tensor:
+        return mfa.assign(x) if look is None else look(x).components[:, 0].long()
+
     size = CHUNK_ROWS if scan is None else max(CHUNK_ROWS, mfa.n_components)
-    for owners in chain(map(mfa.assign, held_out.split(CHUNK_ROWS)), map(assigned, index.split(size))):
+    for owners in chain(map(assigned_held_out, held_out.split(size)), map(assigned, index.split(size))):
         owned[owners[owners >= 0]] = 1  # a row too far out for the dtype has none
         rows += len(owners)
     processes.sum_(owned)

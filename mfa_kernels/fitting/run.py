@@ -20,7 +20,7 @@ from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.data.source import Source
 from mfa_kernels.fitting import memory
 from mfa_kernels.fitting.checkpoint import Checkpoints, State
-from mfa_kernels.fitting.guard import Guard, Scan
+from mfa_kernels.fitting.guard import Guard, Look, Scan
 from mfa_kernels.fitting.notices import warn, write_or_warn
 from mfa_kernels.fitting.row_weights import Weighed, mean_weight
 from mfa_kernels.mixture.base import Mixture
@@ -365,6 +365,11 @@ class Run:
     def scan_rows(self) -> Scan | None:
         """What finds the active pairs of rows by their numbers at less than the cost of a scan; None where nothing
         does."""
+        return None
+
+    @property
+    def look(self) -> Look | None:
+        """`scan_rows` for rows that have no number."""
         return None
 
     def begin_below(self, objective: tuple[float, float] | None) -> None:

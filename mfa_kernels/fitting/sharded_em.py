@@ -57,6 +57,9 @@ class _ShardedEM(EM):
         numbers = processes.stacked(numbers[:, :2]).transpose(0, 1).flatten(1).gather(1, places)
         return active._replace(components=numbers), every
 
+    def _search(self) -> None:
+        """Components of other processes are candidates too, and are not here."""
+
     @torch.no_grad()
     def expect_alone(self, x: Tensor, out: SufficientStatistics, weights: Tensor) -> ActivePairs:
         return expectation(self.whole, x, out, self.whole.scan(x.to(self.whole.means)), weights)[0]

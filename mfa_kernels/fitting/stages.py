@@ -15,7 +15,7 @@ from mfa_kernels.fitting.adam import Training
 from mfa_kernels.fitting.candidates import BYTES
 from mfa_kernels.fitting.checkpoint import DONE, Checkpoints, State, fingerprint, load_on_all
 from mfa_kernels.fitting.em import BatchEM
-from mfa_kernels.fitting.guard import OTHERS, Guard, Scan
+from mfa_kernels.fitting.guard import OTHERS, Guard, Look, Scan
 from mfa_kernels.fitting.guard import ROWS as GUARD_ROWS
 from mfa_kernels.fitting.initialization import centroids_of, start_from_clusters
 from mfa_kernels.fitting.kmeans import kmeans
@@ -44,6 +44,7 @@ class Stages:
     checkpoints: Checkpoints | None = None
     saved: State | None = None  # the checkpoint to resume from, until the stage that it was written in is resumed
     scan: Scan | None = None  # of rows by their numbers, as the training leaves it
+    look: Look | None = None  # of any rows
     start_rows: Tensor | None = None  # until the training has read them
     start_weights: Tensor | None = None
 
@@ -102,7 +103,7 @@ class Stages:
         self.rows, held_out = preparation.split_rows(source, options.held_out, self.generator, self.fit_report)
         self.n_start = preparation.start_rows(options.n_components) if queue is None else len(source)
         start = self.rows[: self.n_start]
-        live = self.rows[: preparation.LIVE_ROWS_PER_COMPONENT * options.n_components]
+        live = self.rows[: preparation.sampled_rows(preparation.LIVE_ROWS_PER_COMPONENT, options.n_components)]
         if queue is None:  # interleaved, so that the first rows of all are split evenly over the processes
             held_out = held_out[processes.index :: processes.count]
             start, live = processes.share(start), processes.share(live)
@@ -149,7 +150,8 @@ class Stages:
         if self.saved is None or self.saved.stage == self.method:
             run = self.run(guard)
             run.train(self.method, self.checkpoints, self.saved)
-            self.saved, objective, self.scan = None, run.objective_of_start, run.scan_rows
+            self.saved, objective = None, run.objective_of_start
+            self.scan, self.look = run.scan_rows, run.look
         if self.options.polish and not self.fit_report.interrupted:
             polished = replace(self.options, epochs=self.options.polish)
             run = Training(*self._arguments(guard, polished), held_out_weights=self.held_out_weights)
@@ -163,7 +165,7 @@ class Stages:
             if self.queue is not None and report.run:  # how many rows a stream has is known only now
                 report.run.setdefault("data", {})["rows"] = int(options.processes.totals(self.queue.taken)[0])
             rows = self.held_out, self.source, self.live
-            preparation.count_live(self.mfa, *rows, report, options.processes, self.scan)
+            preparation.count_live(self.mfa, *rows, report, options.processes, self.scan, self.look)
             if report.refused_states and options.group.first:
                 warn(
                     f"fit: {report.refused_states} states were not kept: rows that they were trained on, weighed "
@@ -181,6 +183,7 @@ class Stages:
         """The training on rows as they come, begun or resumed; it is fed, and then left."""
         run: Any = self.run(self.guard())
         run.enter(self.method, self.checkpoints, self.saved)
+        self.scan, self.look = run.scan_rows, run.look
         return run
 
     def run(self, guard: Guard) -> Run:

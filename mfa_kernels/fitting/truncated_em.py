@@ -9,24 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfa_kernels.fitting.candidate_search import CandidateSearch
 from mfa_kernels.fitting.candidates import KEPT, OTHERS, CandidateSets, Graph
 from mfa_kernels.fitting.dead_regions import Overlap, Revival
 from mfa_kernels.fitting.em import BatchEM
 from mfa_kernels.fitting.guard import Scan
 from mfa_kernels.fitting.m_step import Prior
-from mfa_kernels.fitting.notices import warn
 from mfa_kernels.fitting.row_weights import Weighed
-from mfa_kernels.fitting.run import EVALUATION_ROWS, mean_nll
+from mfa_kernels.fitting.run import EVALUATION_ROWS
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.statistics.op import SufficientStatistics
 
 _ROWS_PER_COMPONENT = 4  # that an E-step reads at once at least: they share one visit to a component
-_GAP = 0.1  # nats per row that candidates may miss
 _CHECKED = 4096  # rows trained on that are scanned in full at the end
 
 
 class TruncatedEM(BatchEM):
-    """`BatchEM` with truncated E-steps: only the first pass, and a last look at some rows, scan all components.
+    """`BatchEM` with truncated E-steps: only a last look at some rows, and where there is no search for candidates the
+    first pass, scan all components.
 
     On the way, the log posterior and the likelihoods of rows held out and of the guard are lower bounds.
     """
@@ -40,7 +40,7 @@ class TruncatedEM(BatchEM):
             "held_out": count * int(max(self.processes.objects(len(self.held_out)))),
             "guard": len(self.guard.rows),
         }
-        self.sets = {name: CandidateSets(size, self.graph, self.processes) for name, size in sizes.items()}
+        self.sets = {name: CandidateSets(size, self.graph, self.processes, self.search) for name, size in sizes.items()}
         self.scan_guard = partial(self.sets["guard"].scan, screening=self.screening)
 
     def rows_at_once(self) -> int:
@@ -51,20 +51,10 @@ class TruncatedEM(BatchEM):
         self.graph.refresh(self.sets["rows"])
         return found
 
-    def leave(self) -> None:
-        """Ends the stage by scans of all components: of the held-out rows, whose likelihood candidates gave a bound of,
-        and of some rows trained on, for what the bound misses."""
-        super().leave()
-        if not self.report.history:
-            return
-        if self.selects:
-            self.report.held_out_nll = mean_nll(self.mfa, self.held_out, self.processes, self.held_out_weights)
-        self.report.candidate_gap = gap = self._missed()
-        if gap > _GAP and self.processes.first:
-            warn(
-                f"fit: candidate sets missed {gap:.2f} nats of each row trained on (at most {_GAP} were expected): "
-                "method='em' scans all components in every pass"
-            )
+    truncates = True
+
+    def _search(self) -> CandidateSearch | None:
+        return CandidateSearch.where_it_pays(self.mfa, self.rows_at_once())
 
     @torch.no_grad()
     def _missed(self) -> float:
@@ -112,6 +102,8 @@ class TruncatedEM(BatchEM):
 
     def _prepare_scans(self, passes: int) -> None:
         """Decides how to scan the rows that have no candidates yet."""
+        if self.search is not None:
+            return
         rows = 0
         if self.graph.turn == 0:  # later ones are few: what is not finite, or too far out for the dtype
             rows = int((self.sets["rows"].kept[self.rows, 0] < 0).sum()) // self.processes.count

@@ -14,6 +14,7 @@
 #include "intervene.h"
 #include "kmeans.h"
 #include "m_step.h"
+#include "top_scores.h"
 #include "screen/screened_scan.h"
 #include "statistics.h"
 #include "woodbury.h"
@@ -596,6 +597,77 @@ void kmeans(int64_t N, int64_t K, int64_t D, int64_t P) {
   }
 }
 
+template <class T>
+void top_scores(int64_t N, int64_t K, int64_t S, int64_t F, int64_t count) {
+  std::vector<T> left(N * F), right(K * (S + 1) * F), offsets(K * (S + 1));
+  for (T& value : left) value = T(normal());
+  for (T& value : right) value = T(normal());
+  for (T& value : offsets) value = T(normal());
+  const int64_t own = (S + 1) * F;
+  offsets[K / 2 * (S + 1)] = std::numeric_limits<T>::quiet_NaN();
+  offsets[0] = -std::numeric_limits<T>::infinity();
+  std::copy_n(right.data() + own, own, right.data() + (K - 1) * own);  // twins: the first of them comes first
+  std::copy_n(offsets.data() + S + 1, S + 1, offsets.data() + (K - 1) * (S + 1));
+  const auto found = same("top_scores", [&](const Threads& threads) {
+    std::vector<int32_t> out(N * count, -7);
+    mfa::top_scores<T>(left.data(), right.data(), offsets.data(), N, K, S, F, {}, count, out.data(), threads);
+    return out;
+  });
+  const std::vector<int64_t> starts{0, K / 3, K / 3, K - 2, K};  // one of them is empty
+  std::vector<int32_t> lists(N * 3);
+  for (int64_t n = 0; n < N; ++n) lists[3 * n] = n % 4, lists[3 * n + 1] = -1, lists[3 * n + 2] = (n + 1 + n % 3) % 4;
+  const auto some = same("top_scores, groups", [&](const Threads& threads) {
+    std::vector<int32_t> out(N * count, -7);
+    mfa::top_scores<T>(left.data(), right.data(), offsets.data(), N, K, S, F, {4, 3, starts.data(), lists.data()},
+                       count, out.data(), threads);
+    return out;
+  });
+  std::vector<int32_t> every(N * K);
+  mfa::top_scores<T>(left.data(), right.data(), offsets.data(), N, K, S, F, {}, K, every.data(), Threads{1});
+  for (int64_t n = 0; n < N; ++n) {
+    std::vector<int32_t> expected;
+    for (int64_t i = 0; i < K; ++i)
+      for (int64_t j : {0, 2}) {
+        const int64_t k = every[n * K + i], g = lists[3 * n + j];
+        if (k >= starts[g] && k < starts[g + 1]) expected.push_back(k);
+      }
+    expected.resize(count, -1);
+    that(std::equal(expected.begin(), expected.end(), some.begin() + n * count), "top_scores: other than in groups");
+  }
+  for (int64_t n = 0; n < N; ++n) {
+    Doubles scores(K), terms(K);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t s = 0; s <= S; ++s) {
+        double value = offsets[k * (S + 1) + s], size = std::abs(value);
+        for (int64_t f = 0; f < F; ++f) {
+          const double term = double(left[n * F + f]) * right[(k * (S + 1) + s) * F + f];
+          value += term, size += std::abs(term);
+        }
+        scores[k] += s == 0 ? value : value * value / 2, terms[k] += s == 0 ? size : size * size;
+      }
+    const int32_t* mine = found.data() + n * count;
+    const double unit = (F + 8) * std::numeric_limits<T>::epsilon();
+    std::vector<char> is_listed(K);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i >= K - 2) {
+        that(mine[i] == -1, "top_scores: a component that has no score");
+        continue;
+      }
+      that(mine[i] > 0 && mine[i] != K / 2 && mine[i] < K && !is_listed[mine[i]], "top_scores: twice, or no score");
+      is_listed[mine[i]] = true;
+      if (i > 0)
+        that(scores[mine[i]] <= scores[mine[i - 1]] + unit * (terms[mine[i]] + terms[mine[i - 1]]),
+             "top_scores: not in order");
+    }
+    that(!is_listed[K - 1] || is_listed[1], "top_scores: the second of two that are equal");
+    if (count >= K - 2) continue;
+    const int32_t last = mine[count - 1];
+    for (int64_t k = 1; k < K; ++k)
+      that(k == K / 2 || is_listed[k] || scores[k] <= scores[last] + unit * (terms[k] + terms[last]),
+           "top_scores: a larger score was left out");
+  }
+}
+
 double square_of(const Doubles& values) {
   return std::inner_product(values.begin(), values.end(), values.begin(), 0.0);
 }
@@ -967,6 +1039,8 @@ void all() {
   screening(Problem<T>(500, 490, 24, 2, false, 2.0), 16, false);
   kmeans<T>(75, 60, 50, 16);
   kmeans<T>(33, 7, 40, 16);
+  top_scores<T>(1100, 300, 2, 20, 9);
+  top_scores<T>(33, 7, 0, 3, 12);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ import torch
 from mfa_kernels.ops.common import register
 from mfa_kernels.ops.intervene import op as intervene  # noqa: F401  (registers an operator)
 from mfa_kernels.ops.kmeans import op as kmeans  # noqa: F401
+from mfa_kernels.ops.scan import candidates, top_scores  # noqa: F401
 from mfa_kernels.ops.screen import differentiable  # noqa: F401
 from mfa_kernels.ops.statistics import op as statistics  # noqa: F401
 from tests.helpers.mixtures import mixture
@@ -65,6 +66,7 @@ select_screened(Tensor x, Tensor rows, Tensor constants, Tensor scale, Tensor ce
 statistics(Tensor x, Tensor components, Tensor weights, Tensor rows, Tensor cholesky, Tensor scale, Tensor center,
   bool per_component, Tensor(a!) mass, Tensor(b!) shift, Tensor(c!) latent, Tensor(d!) second, Tensor(e!) cross,
   Tensor(f!) squares) -> ()
+top_scores(Tensor y, Tensor right, Tensor offsets, int count, Tensor? starts=None, Tensor? lists=None) -> Tensor
 """
 
 

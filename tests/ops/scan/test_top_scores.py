@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mfa_kernels.ops.scan.top_scores import top_scores
+
+# (N, K, S, F, C)
+SHAPES = [
+    (1, 1, 0, 1, 1), (70, 500, 0, 20, 9), (33, 7, 2, 3, 12), (100, 3000, 3, 64, 32), (0, 5, 1, 4, 2), (9, 40, 1, 0, 3),
+]  # fmt: skip
+
+
+def drawn_scores(n: int, components: int, squares: int, coordinates: int, dtype: torch.dtype):
+    """Whole numbers, whose products are exact: equal scores are equal on every path."""
+    shapes = (n, coordinates), (components, 1 + squares, coordinates), (components, 1 + squares)
+    return tuple(torch.randint(-3, 4, shape).to(dtype) for shape in shapes)
+
+
+def scores_of(y: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    values = offsets + torch.einsum("nf,ksf->nks", y, right)
+    return values[..., 0] + values[..., 1:].square().sum(-1) / 2
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_the_largest_scores_come_first_and_equal_ones_by_number(backend, shape, dtype):
+    *sizes, count = shape
+    y, right, offsets = drawn_scores(*sizes, dtype)
+    found = top_scores(y, right, offsets, count)
+    assert found.dtype == torch.int32
+    expected = scores_of(y, right, offsets).sort(dim=1, descending=True, stable=True).indices[:, :count]
+    assert torch.equal(found[:, : len(right)], expected.int())
+    assert (found[:, len(right) :] == -1).all()
+
+
+def test_what_has_no_score_is_left_out(backend):
+    y, right, offsets = drawn_scores(50, 40, 1, 6, torch.float32)
+    offsets[::2, 0] = -math.inf
+    right[1] = math.nan
+    y[7] = math.nan
+    found = top_scores(y, right, offsets, 30)
+    there = found[torch.arange(50) != 7]
+    assert (there[:, 19:] == -1).all()
+    assert torch.equal(there[:, :19].sort(1).values, torch.arange(3, 40, 2).int().expand(49, -1))
+    assert (found[7] == -1).all()
+
+
+def test_a_token_looks_at_its_groups_alone(backend):
+    y, right, offsets = drawn_scores(300, 90, 2, 8, torch.float32)
+    starts = torch.tensor([0, 40, 40, 41, 90])
+    lists = torch.stack([torch.randperm(4)[:3] for _ in range(300)]).int()
+    lists[::3, 1] = -1
+    found = top_scores(y, right, offsets, 10, starts, lists)
+    groups = torch.arange(4).repeat_interleave(starts.diff())
+    scores = scores_of(y, right, offsets)
+    scores[~(groups == lists.unsqueeze(2)).any(1)] = -math.inf
+    best, index = scores.sort(dim=1, descending=True, stable=True)
+    assert torch.equal(found, torch.where(best > -math.inf, index, -1)[:, :10].int())
+
+
+@pytest.mark.parametrize(
+    ("starts", "lists", "told"),
+    [
+        ([0, 90], None, "starts and lists come together"),
+        ([0, 50, 40, 90], 0, "must not fall"),
+        ([0, 50, 90], 2, r"must be in \[-1, 2\)"),
+        ([0, 50, 90], -2, r"must be in \[-1, 2\)"),
+    ],
+)
+def test_groups_that_are_none_are_refused(backend, starts, lists, told):
+    y, right, offsets = drawn_scores(5, 90, 0, 8, torch.float32)
+    lists = None if lists is None else torch.full((5, 1), lists, dtype=torch.int32)
+    with pytest.raises((ValueError, IndexError), match=told):
+        top_scores(y, right, offsets, 3, torch.tensor(starts), lists)
