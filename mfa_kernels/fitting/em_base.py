@@ -29,6 +29,7 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
 _BATCH_ELEMENTS = 1 << 22  # numbers that an E-step reads at once
 _GAP = 0.1  # nats per row that candidates may miss
+_CHECKED = 1024  # rows that decide whether they are searched for
 _LEAST_BATCH = 4096  # rows that it reads at once at least: they share one visit to the statistics
 
 
@@ -44,7 +45,11 @@ class EM(Run):
         super().__init__(*args, **kwargs)
         first = slice(covariance_rows(self.mfa))
         weights = None if start_weights is None else self.processes.gathered(start_weights[first])
-        self.search = self._search()
+        self.search = search = self._search()
+        if search is not None:
+            few = (self.held_out if len(self.held_out) else start_rows)[:_CHECKED].to(self.mfa.means)
+            if self.processes.agree(lambda: search.missed(few)) > _GAP:
+                self.search = None
         gathered = self.processes.gathered(start_rows[first])
         self.covariance = pooled_covariance(self.mfa, gathered, weights, self.look)
         self.processes.broadcast_(self.covariance)
@@ -55,7 +60,7 @@ class EM(Run):
         self.step = self.batch = 0  # M-steps done, and batches done in this pass
 
     def _search(self) -> CandidateSearch | None:
-        """What finds the candidates of rows; None: they are scanned in full."""
+        """What may find the candidates of rows; None: they are scanned in full."""
         return None
 
     @property
@@ -182,7 +187,8 @@ class EM(Run):
         basis, screening = self.screening.state()
         tensors |= {"covariance": self.covariance} | basis
         strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
-        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening
+        searches = {"searches": self.search is not None}
+        return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening | searches
 
     def _like(self) -> dict[str, Tensor]:
         nowhere = self.mfa.means.detach().to("meta")
@@ -195,6 +201,7 @@ class EM(Run):
         self.prior = None if values["prior"] is None else Prior(self.covariance, *values["prior"])
         self.step, self.batch = values["step"], values["batch"]
         self.screening.load(tensors, values)
+        self.search = self._search() if values.get("searches") else None  # of what the mixture was when it began
 
     def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> SufficientStatistics:
         device = self.mfa.means.device

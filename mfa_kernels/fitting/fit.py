@@ -58,7 +58,7 @@ def fit(
 ) -> MFA:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
-    K-means on a sample of the rows (the greater of 100,000 and 128 K), a start from the clusters, then one of
+    K-means on a sample of the rows (100,000 or 128 K, but from 262,144 on 32 K), a start from the clusters, then one of
 
     - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else
       "truncated" from 128 components and 2 epochs on, where the C++ kernels serve a CPU; else "em";
@@ -66,10 +66,12 @@ def fit(
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;
     - "truncated": the same with E-steps that do not grow with K: a row looks at the components that were best for it
-      before and at a few neighbors of these (`mfa_kernels.fitting.candidates`). Likelihoods on the way are lower
-      bounds; that of the result is exact, and `FitReport.candidate_gap` says what the bound misses. Not where
-      processes share the components;
-    - "online": "em" with an M-step every few rows, which needs fewer passes. An iterator is read once and never
+      before and at a few neighbors of these (`mfa_kernels.fitting.candidates`), the first time at those that a search
+      in few coordinates finds (`mfa_kernels.fitting.candidate_search`). Likelihoods on the way are lower bounds; that
+      of the result is exact, and `FitReport.candidate_gap` says what the bound misses. Not where processes share the
+      components;
+    - "online": "em" with an M-step every few rows, which needs fewer passes; of many components, rows look at those
+      that the search finds, with bounds as above. An iterator is read once and never
       held: the rows of the sample are buffered, for the start and to hold out from, and the others are let go. One
       that ends within the sample is fitted as other data are. `mfa_kernels.fit_many` fits several mixtures to one;
     - "sgd": Adam on the mean negative log-likelihood, the paper's procedure (arXiv 2602.02464).

@@ -35,9 +35,8 @@ def plan(
         found |= {"gradients": parameters, "Adam": 2 * parameters}
     else:
         sums = 1 + features + rank + rank * rank + rank * features
-        statistics = (components * sums + of_noise) * 8
-        # Online, those of the past and what moves them to the new means; in batches, the steps before and beside it.
-        found["statistics"] = statistics * (2 if method == "online" else 1)
+        found["statistics"] = (components * sums + of_noise) * 8
+        # Online, what moves the statistics to the new means; in batches, the steps before and beside it.
         found["steps"] = 2 * parameters if method in ("em", "truncated") else components * features * 8
     if of_candidates:
         found["candidates"] = of_candidates

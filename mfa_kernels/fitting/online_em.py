@@ -236,13 +236,14 @@ class OnlineEM(EM):
 
     def _maximize(self, s: SufficientStatistics, prior: Prior) -> None:
         """The M-step; the statistics kept are about the new means."""
-        self.statistics = s.moved(maximize(self.mfa, s, prior))
+        s.move_(maximize(self.mfa, s, prior))
+        self.statistics = s
         self.screening.parameters_moved()
         self.about = self.mfa.means.detach().clone()
 
     def _parameters_changed(self) -> None:
         if hasattr(self, "statistics"):
-            self.statistics = self.statistics.moved(self.mfa.means.detach().double() - self.about)
+            self.statistics.move_(self.mfa.means.detach().double() - self.about)
             self.about = self.mfa.means.detach().clone()
 
     def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

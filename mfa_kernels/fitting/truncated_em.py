@@ -132,5 +132,6 @@ class TruncatedEM(BatchEM):
         self.graph.neighbors.copy_(tensors["candidates.graph"])
         self.graph.turn = values["turn"]
         for name, sets in self.sets.items():
+            sets.search = self.search
             if name != "held_out" or values["sets_of"] == self.processes.count:
                 sets.load(tensors[f"candidates.{name}"])

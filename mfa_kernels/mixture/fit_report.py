@@ -65,8 +65,9 @@ class FitReport:
         refused_states: that would have been kept, were they not worse than the start on rows trained on.
         held_out_by: "text", where whole texts were, none of whose rows were trained on; "row", where it is not known
             which text a row is from, or there are too few of them; None without held-out rows.
-        candidate_gap: with truncated E-steps, nats by which the bound falls short of log p at the end, the mean over
-            some of the rows trained on; likelihoods in `history` are such bounds, `held_out_nll` is exact. Else None.
+        candidate_gap: where rows looked at candidates alone, nats by which the bound falls short of log p at the end,
+            the mean over some of the rows trained on (online, over a sample of the data); likelihoods in `history` are
+            such bounds, `held_out_nll` is exact. Else None.
         run: what the fit was, as JSON can hold it; empty where that is not known. "began" (UTC); "settings" (the
             arguments of the fit; "method_asked" may be "auto"); "data" (rows, n_features, a fingerprint of some of the
             rows, whether they were "streamed", and, of a store that says them, model, tokenizer and layer);

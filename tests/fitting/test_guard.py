@@ -48,7 +48,7 @@ def test_a_state_that_is_worse_than_the_start_is_not_kept(method: str, held_out:
     options = {"method": method, "epochs": 2, "held_out": held_out, "eval_every": 1, "patience": None}
     start = run(x, **{**options, "epochs": 0})
     found = iter([-1.0] + [-9.0] * 1000)
-    monkeypatch.setattr(Guard, "log_likelihood", lambda self, mfa: next(found))
+    monkeypatch.setattr(Guard, "log_likelihood", lambda self, mfa, scan=None: next(found))
     with pytest.warns(UserWarning, match="states were not kept: rows that they were trained on"):
         kept = run(x, **options)
     assert kept.fit_report.best_step == 0

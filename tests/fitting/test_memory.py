@@ -28,7 +28,7 @@ def test_the_plan_counts_the_tensors(noise, dtype):
     assert planned["sgd"]["factors"] == woodbury.rows.nbytes + woodbury.cholesky.nbytes  # 32 features: no padding
     statistics = SufficientStatistics.zeros(mfa.means, 3, noise == "per_component")
     assert planned["em"]["statistics"] == sum(t.nbytes for t in statistics.tensors()[:6])
-    assert planned["online"]["statistics"] == 2 * planned["em"]["statistics"]
+    assert planned["online"]["statistics"] == planned["em"]["statistics"]
     assert planned["em"]["rows of the start, and held out"] == 50 * 32 * dtype.itemsize
 
 

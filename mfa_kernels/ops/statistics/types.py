@@ -75,16 +75,10 @@ class SufficientStatistics:
         for tensor in self.tensors():
             tensor.mul_(factor)
 
-    def moved(self, change: Tensor) -> SufficientStatistics:
-        """The same sums about other means, mu_k + change_k (K, D): y becomes y - change. Latents stay as they are."""
+    def move_(self, change: Tensor) -> None:
+        """Makes them sums about other means, mu_k + change_k (K, D): y becomes y - change. Latents stay as they are."""
         weighted = self.mass.unsqueeze(-1) * change
         squares = change * (weighted - 2 * self.shift)
-        return SufficientStatistics(
-            self.mass,
-            self.shift - weighted,
-            self.latent,
-            self.second,
-            self.cross - self.latent.unsqueeze(-1) * change.unsqueeze(1),
-            self.squares + (squares if self.squares.dim() == 2 else squares.sum(0)),
-            self.log_likelihood,
-        )
+        self.squares.add_(squares if self.squares.dim() == 2 else squares.sum(0))
+        self.shift.sub_(weighted)
+        self.cross.addcmul_(self.latent.unsqueeze(-1), change.unsqueeze(1), value=-1)
