@@ -28,8 +28,8 @@ STRENGTHS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 _CHOICE_ROWS = 4096  # held-out rows that choose between the strengths
 _BATCH_ELEMENTS = 1 << 22  # numbers that an E-step reads at once
-_GAP = 0.1  # nats per row that candidates may miss
-_CHECKED = 1024  # rows that decide whether they are searched for
+_SEARCHED = 0.5  # nats per row that a search may miss
+_CHECKED = 1024  # rows that decide whether there is one
 _LEAST_BATCH = 4096  # rows that it reads at once at least: they share one visit to the statistics
 
 
@@ -48,7 +48,7 @@ class EM(Run):
         self.search = search = self._search()
         if search is not None:
             few = (self.held_out if len(self.held_out) else start_rows)[:_CHECKED].to(self.mfa.means)
-            if self.processes.agree(lambda: search.missed(few)) > _GAP:
+            if self.processes.agree(lambda: search.missed(few)) > _SEARCHED:
                 self.search = None
         gathered = self.processes.gathered(start_rows[first])
         self.covariance = pooled_covariance(self.mfa, gathered, weights, self.look)
@@ -72,6 +72,9 @@ class EM(Run):
         search = self.search
         return None if search is None else lambda rows, numbers: search.scan(rows)
 
+    expected_gap = _SEARCHED
+    """Nats per row that candidates may miss: of a row that comes once no more than a search does."""
+
     @property
     def truncates(self) -> bool:
         """True where E-steps are truncated, so that likelihoods on the way are lower bounds."""
@@ -86,10 +89,10 @@ class EM(Run):
         if self.selects:
             self.report.held_out_nll = mean_nll(self.mfa, self.held_out, self.processes, self.held_out_weights)
         self.report.candidate_gap = gap = self._missed()
-        if gap > _GAP and self.processes.first:
+        if gap > self.expected_gap and self.processes.first:
             warn(
-                f"fit: candidate sets missed {gap:.2f} nats of each row trained on (at most {_GAP} were expected): "
-                "method='em' scans all components in every pass"
+                f"fit: candidates missed {gap:.2f} nats of each row trained on (at most {self.expected_gap} were "
+                "expected): method='em' scans all components in every pass"
             )
 
     @torch.no_grad()

@@ -208,22 +208,21 @@ class OnlineEM(EM):
             if not hand_on(mfa, found, self.statistics, self.expect_alone):
                 return
             self._maximize(self.statistics, prior)
-        loadings = mfa.loadings.detach().double().mT
-        explained = (loadings * self.statistics.cross).sum(1)  # the part of the squares that loadings explain
+        touched = torch.tensor(found.touched, device=mfa.means.device) - mfa.first_component
+        touched = touched[(touched >= 0) & (touched < len(mfa.means))]
+        loadings = mfa.loadings.detach()[touched].double().mT
+        explained = (loadings * self.statistics.cross[touched]).sum(1)  # the part of the squares that loadings explain
         move(mfa, found, self.covariance)
         self.report.revived_components += len(found.moves)
-        self._reset_statistics(found, explained)
+        self._reset_statistics(found, touched, explained)
         self.screening.parameters_moved()
         self.about = mfa.means.detach().clone()
 
-    def _reset_statistics(self, found: Revival, explained: Tensor) -> None:
-        """Replaces the statistics of the regions of this process that were touched by those that have the M-step at
-        their parameters; `explained` (K, D) is what loadings explained of the squares before."""
+    def _reset_statistics(self, found: Revival, k: Tensor, explained: Tensor) -> None:
+        """Replaces the statistics of this process's regions `k` (n,), which were touched, by those that have the M-step
+        at their parameters; `explained` (n, D) is what loadings explained of the squares before."""
         mfa, s = self.mfa, self.statistics
-        touched = torch.tensor(found.touched, device=mfa.means.device)
-        touched = touched[(touched >= mfa.first_component) & (touched < mfa.first_component + len(mfa.means))]
-        mass = found.mass[touched] / found.mass.sum() * self.mass_of(s)
-        k = touched - mfa.first_component
+        mass = found.mass[k + mfa.first_component] / found.mass.sum() * self.mass_of(s)
         loadings = mfa.loadings.detach()[k].double().mT
         s.mass[k], s.shift[k], s.latent[k] = mass, 0.0, 0.0
         s.second[k] = mass[:, None, None] * torch.eye(mfa.rank, dtype=mass.dtype, device=mass.device)
@@ -232,7 +231,7 @@ class OnlineEM(EM):
         if s.squares.dim() == 2:
             s.squares[k] = spread + mass.unsqueeze(1) * mfa.noise_variance.detach()[k].double()
         else:  # the loadings explain another part of the squares; the noise is what it was
-            s.squares.add_((spread - explained[k]).sum(0)).clamp_(min=0)
+            s.squares.add_((spread - explained).sum(0)).clamp_(min=0)
 
     def _maximize(self, s: SufficientStatistics, prior: Prior) -> None:
         """The M-step; the statistics kept are about the new means."""

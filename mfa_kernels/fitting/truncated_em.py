@@ -52,6 +52,7 @@ class TruncatedEM(BatchEM):
         return found
 
     truncates = True
+    expected_gap = 0.1
 
     def _search(self) -> CandidateSearch | None:
         return CandidateSearch.where_it_pays(self.mfa, self.rows_at_once())

@@ -112,7 +112,7 @@ def test_rows_are_scanned_in_full_where_a_search_misses_components(monkeypatch):
 
     def missed(self, x):
         looked_at.append(len(x))
-        return 0.2
+        return 0.6
 
     monkeypatch.setattr(CandidateSearch, "missed", missed)
     found = fit(draw(TRUE, 8000), method="online", epochs=1, **OPTIONS)

@@ -126,7 +126,7 @@ def test_candidates_that_miss_too_much_are_told_of(monkeypatch):
     monkeypatch.setattr(CandidateSets, "_full", wrong)
     monkeypatch.setattr(Graph, "tried", lambda self, best, rows: torch.full((len(rows), 1), -1, dtype=torch.int32))
     for held_out in (0.05, 0.0):
-        with pytest.warns(UserWarning, match="candidate sets missed"):
+        with pytest.warns(UserWarning, match="candidates missed"):
             mfa = fit(ROWS, 40, 2, method="truncated", epochs=2, held_out=held_out, progress=False)
         assert mfa.fit_report.candidate_gap > 0.1
     monkeypatch.undo()
