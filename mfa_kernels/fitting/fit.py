@@ -58,7 +58,8 @@ def fit(
 ) -> MFA:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
-    K-means on a sample of the rows (100,000 or 128 K, but from 262,144 on 32 K), a start from the clusters, then one of
+    K-means on a sample of the rows (128 K of them, but at least 100,000, and at most the greater of 262,144 and 32 K), a
+    start from the clusters, then one of
 
     - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else
       "truncated" from 128 components and 2 epochs on, where the C++ kernels serve a CPU; else "em";
