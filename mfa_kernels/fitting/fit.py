@@ -58,7 +58,7 @@ def fit(
 ) -> MFA:
     """Fits a mixture of factor analyzers to activations; returns the best on held-out rows.
 
-    K-means on a sample of the rows (128 K of them, but at least 100,000, and at most the greater of 262,144 and 32 K), a
+    K-means on a sample of the rows (128 K of them, at least 100,000, and at most the greater of 262,144 and 32 K), a
     start from the clusters, then one of
 
     - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else

@@ -30,8 +30,8 @@ FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-Wno
 _FUSED = "--param=avoid-fma-max-bits=0"
 """GCC's word for a multiply-add in one instruction, everywhere.
 
-Tuned for some processors (Zen 2 to 4, Alder Lake, Sapphire Rapids, and from GCC 14 on for all), it splits sums of
-products in some loops and not in others: a value would depend on which loop it was computed in.
+Tuned for some processors (Zen 2 and Zen 3, of those tried), it splits sums of products in some loops and not in others:
+a value would depend on which loop it was computed in.
 """
 
 _MARCH = "MFA_KERNELS_MARCH"

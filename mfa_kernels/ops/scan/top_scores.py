@@ -45,7 +45,7 @@ def top_scores(
         "lists": "int32(N, P)",
     },
     optional=("starts", "lists"),
-    where={"right": "Q > 0"},
+    where={"right": "Q > 0", "starts": "J > 0"},
     fake=lambda given: given.y.new_empty(len(given.y), given.count, dtype=torch.int32),
 )  # fmt: skip
 def _top_scores(
