@@ -160,3 +160,24 @@ def test_a_stream_goes_on_as_if_it_had_not_been_cut_off(small_start, tmp_path):
     again = fit(iter(rows.split(1000)), checkpoint=place, resume=True, **options)
     for name, value in whole.state_dict().items():
         assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(("first", "later"), [(0.6, 0.0), (0.0, 0.6)], ids=["scans", "searches"])
+def test_a_fit_that_goes_on_searches_as_it_did(first, later, small_start, tmp_path, monkeypatch):
+    """Whatever it would decide by the parameters that it has come to."""
+    rows, place = draw(TRUE, 15_000), tmp_path / "checkpoint"
+    options = OPTIONS | {"batch_size": 4096, "eval_every": 1}
+
+    def cut(mfa, record):
+        if record["step"] == 2:
+            raise CutOff
+
+    monkeypatch.setattr(CandidateSearch, "missed", lambda self, x: first)
+    whole = fit(iter(rows.split(1000)), **options)
+    with pytest.raises(CutOff):
+        fit(iter(rows.split(1000)), checkpoint=place, checkpoint_seconds=0, callbacks=[cut], **options)
+    monkeypatch.setattr(CandidateSearch, "missed", lambda self, x: later)
+    again = fit(iter(rows.split(1000)), checkpoint=place, resume=True, **options)
+    assert (again.fit_report.candidate_gap is None) == (first > 0.5)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name

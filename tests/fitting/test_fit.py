@@ -464,3 +464,10 @@ def test_the_name_that_a_split_into_components_had():
     assert same(found, fit(ROWS, 6, 2, split="components", **options))
     with pytest.raises(TypeError, match="unexpected keyword argument 'lr'"):
         fit_sharded(ROWS, 6, 2, lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("components", "rows"), [(100, 100_000), (1000, 128_000), (2048, 1 << 18), (8192, 1 << 18), (32_768, 1 << 20)]
+)
+def test_how_many_rows_a_start_reads(components, rows):
+    assert preparation.start_rows(components) == rows
