@@ -11,7 +11,7 @@
 namespace mfa {
 
 constexpr int kScoreRows = kRegisters >= 32 ? 16 : 12;  // tokens per micro-tile, by one vector of components
-constexpr int64_t kScoredTokens = 1024;                 // of a task
+constexpr int64_t kScoredTokens = 1024;                 // of a task at most, and of two micro-tiles at least
 
 // Groups of neighbouring components, and the groups that every token looks at; null: one of all, and all tokens do.
 struct Groups {
@@ -49,7 +49,7 @@ class TopScores {
         }
   }
 
-  // Tokens [begin, end) of left [N, F], at most kScoredTokens -> out [N, count]: largest score first, then lowest
+  // Tokens [begin, end) of left [N, F], those of a task -> out [N, count]: largest score first, then lowest
   // index; -1 where no component is left whose score is a number above -infinity.
   void operator()(const T* left, int64_t begin, int64_t end, int64_t count, int32_t* out) const {
     std::vector<Best> best(end - begin);
@@ -162,9 +162,11 @@ template <class T, class ParallelFor>
 void top_scores(const T* left, const T* right, const T* offsets, int64_t tokens, int64_t components, int64_t squares,
                 int64_t coordinates, const Groups& groups, int64_t count, int32_t* out, ParallelFor&& parallel_for) {
   const TopScores<T> of(right, offsets, components, squares, coordinates, groups);
-  parallel_for(ceil_div(tokens, kScoredTokens), [&](int64_t begin, int64_t end) {
+  const int64_t share = ceil_div(tokens, 4 * parallel_for.threads());  // so that no thread waits long for another
+  const int64_t size = std::clamp<int64_t>(share, 2 * kScoreRows, kScoredTokens);
+  parallel_for(ceil_div(tokens, size), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task)
-      of(left, task * kScoredTokens, std::min(tokens, (task + 1) * kScoredTokens), count, out);
+      of(left, task * size, std::min(tokens, (task + 1) * size), count, out);
   });
 }
 

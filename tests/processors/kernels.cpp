@@ -1040,6 +1040,7 @@ void all() {
   kmeans<T>(75, 60, 50, 16);
   kmeans<T>(33, 7, 40, 16);
   top_scores<T>(1100, 300, 2, 20, 9);
+  top_scores<T>(90, 40, 1, 3 * mfa::kDotFlush + 5, 6);
   top_scores<T>(33, 7, 0, 3, 12);
 }
 
