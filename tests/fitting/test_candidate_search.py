@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from mfa_kernels import MFA, fit
-from mfa_kernels.fitting import preparation
+from mfa_kernels.fitting import candidate_search, preparation
 from mfa_kernels.fitting.candidate_search import LISTED, CandidateSearch
 from mfa_kernels.mixture.screening import Screening
 from tests.fitting.planted import CutOff, draw, nll, planted
@@ -32,10 +33,7 @@ TRUE = flat()
 ROWS = draw(TRUE, 4000)
 
 
-def search(mfa: MFA) -> CandidateSearch:
-    found = CandidateSearch.where_it_pays(mfa, 1000)
-    assert found is not None
-    return found
+search = CandidateSearch
 
 
 def test_finds_what_a_scan_of_all_finds():
@@ -84,19 +82,35 @@ def test_rows_that_have_no_candidates_are_scanned_in_full():
     torch.testing.assert_close(found.log_prob, whole.log_prob, equal_nan=True)
 
 
+def pays(mfa: MFA, of_all: float = 1.0) -> bool:
+    """Whether a search pays where the scan of all costs a share of the one in float32, as with products of int8."""
+    with patch.object(candidate_search, "dense_cost", lambda woodbury, rows: of_all):
+        return CandidateSearch.where_it_pays(mfa, 1000) is not None
+
+
 def test_where_a_scan_of_all_is_taken():
-    for other, pays in ((flat().double(), True), (flat(100), False), (flat(K, 100), False)):
-        assert (CandidateSearch.where_it_pays(other, 1000) is not None) == pays
-    own = MFA.from_parameters(TRUE.means, TRUE.loadings, torch.ones(K, D), TRUE.weight_logits.exp())
-    assert CandidateSearch.where_it_pays(own, 1000) is None
-    assert CandidateSearch.where_it_pays(MFA(K, D, R, precision="reference"), 1000) is None
+    many = MFA(4000, D, R)
+    assert pays(many)
+    assert pays(many.double())
+    assert pays(many, of_all=0.4)
+    assert not pays(flat(), of_all=0.4), "the same candidates cost a larger share of fewer components"
+    assert not pays(MFA(100, D, R))
+    assert not pays(MFA(4000, 100, R)), "half of the features are too few coordinates"
+    assert not pays(MFA(4000, D, R, precision="reference"))
+    assert not pays(MFA(4000, D, R, noise="per_component"))
+
+
+@pytest.fixture
+def any_search_pays(monkeypatch):
+    """On any processor, and for so few components too."""
+    monkeypatch.setattr(candidate_search, "_PAYS", math.inf)
 
 
 OPTIONS = {"n_components": K, "rank": R, "progress": False}
 
 
 @pytest.mark.parametrize("method", ["truncated", "online"])
-def test_a_fit_by_searches_is_as_good_as_one_by_scans(method, monkeypatch):
+def test_a_fit_by_searches_is_as_good_as_one_by_scans(method, monkeypatch, any_search_pays):
     rows = draw(TRUE, 12_000)
     found = fit(rows, method=method, epochs=2, **OPTIONS)
     assert abs(found.fit_report.candidate_gap) < 0.05
@@ -107,7 +121,7 @@ def test_a_fit_by_searches_is_as_good_as_one_by_scans(method, monkeypatch):
     assert found.fit_report.live_components == pytest.approx(whole.fit_report.live_components, rel=0.01)
 
 
-def test_rows_are_scanned_in_full_where_a_search_misses_components(monkeypatch):
+def test_rows_are_scanned_in_full_where_a_search_misses_components(monkeypatch, any_search_pays):
     looked_at = []
 
     def missed(self, x):
@@ -121,7 +135,7 @@ def test_rows_are_scanned_in_full_where_a_search_misses_components(monkeypatch):
 
 
 @pytest.fixture
-def small_start(monkeypatch):
+def small_start(monkeypatch, any_search_pays):
     monkeypatch.setattr(preparation, "LEAST_START_ROWS", 2000)
     monkeypatch.setattr(preparation, "START_ROWS_PER_COMPONENT", 1)
 

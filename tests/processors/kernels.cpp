@@ -503,7 +503,9 @@ void m_step(const Problem<T>& p) {
     that(solved, "m_step: no solution");
     return std::tuple(w, change, left);
   });
-  const auto& [w, change, left] = found;
+  // By name: before version 16, clang lets no lambda take over a structured binding.
+  const std::vector<T>& w = std::get<0>(found);
+  const Doubles &change = std::get<1>(found), &left = std::get<2>(found);
   std::vector<T> narrow_traces(traces.begin(), traces.end()), narrow_left(left.begin(), left.end()), residual;
   Doubles trace(K), trace_terms(K), of_left(noise), left_terms(noise), expected, sizes;
   for (int64_t k = 0; k < K; ++k) {
