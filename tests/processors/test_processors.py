@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mfa_kernels.ops.common import cpp
+from tests.conftest import NOT_APPLICABLE
 
 pytestmark = pytest.mark.more
 
@@ -42,10 +43,10 @@ def skip_beyond_this_processor(march: str) -> None:
     if march == "native":
         return
     if platform.machine() != "x86_64":
-        pytest.skip("not an x86-64 processor")
+        pytest.skip(f"{NOT_APPLICABLE}not an x86-64 processor")
     missing = set(NEEDED[march]) - set(cpp._processor_flags().split())
     if missing:
-        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+        pytest.skip(f"{NOT_APPLICABLE}this processor lacks {', '.join(sorted(missing))}")
 
 
 def check(tmp_path: Path, compiler: str, *flags: str, emulator: tuple[str, ...] = ()) -> None:
