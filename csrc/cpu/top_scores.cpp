@@ -15,6 +15,7 @@ Tensor top_scores(const Tensor& left, const Tensor& right, const Tensor& offsets
   check(right, {K, rows, F}, type, "right");
   check(offsets, {K, rows}, type, "offsets");
   TORCH_CHECK_VALUE(rows > 0, "right must have a row for each component, got none");
+  TORCH_CHECK_VALUE(F <= mfa::kMostCoordinates, "at most ", mfa::kMostCoordinates, " coordinates, got ", F);
   TORCH_CHECK_VALUE(count > 0, "count must be positive, got ", count);
   mfa::Groups groups;
   if (starts) {

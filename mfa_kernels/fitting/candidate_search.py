@@ -1,7 +1,7 @@
 """Candidates of rows that have none: some of the components are looked at in few coordinates, few of these in full.
 
 Along the directions in which the means differ most, a component is a normal distribution of few coordinates, its exact
-marginal. Components whose marginals lie near each other form a group, and a group is a normal distribution too. A row
+marginal. Components whose means lie near each other form a group, and a group is a normal distribution too. A row
 looks at the groups that are likeliest for it, at the marginals in these, and at the components with the largest ones.
 It takes a few per cent of a scan of all. Where the means differ alike in very many directions, it misses components:
 so what it misses is measured before it is used, and again at the end.
@@ -19,11 +19,12 @@ from mfa_kernels.fitting.kmeans import kmeans
 from mfa_kernels.mixture.mfa import MFA
 from mfa_kernels.ops.common.products import product
 from mfa_kernels.ops.kmeans.basis import WIDTHS, leading_directions
+from mfa_kernels.ops.kmeans.op import nearest
 from mfa_kernels.ops.scan.candidates import scan_candidates
 from mfa_kernels.ops.scan.top_scores import top_scores
 from mfa_kernels.ops.scan.types import ActivePairs
 from mfa_kernels.ops.screen.cost import dense_cost
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
 
 LISTED = 32
 """Candidates of a row."""
@@ -50,10 +51,16 @@ class CandidateSearch:
 
     Args:
         mfa: the mixture, with one noise for all components.
+        middles: (G, D), those that an earlier search of the fit had; None: of the means as they are when rows are
+            looked at for the first time.
+
+    Attributes:
+        middles: a component belongs to the group whose middle is nearest. They stay where they are while parameters
+            change, so that what a row finds depends on nothing but them and the parameters.
     """
 
-    def __init__(self, mfa: MFA) -> None:
-        self.mfa = mfa
+    def __init__(self, mfa: MFA, middles: Tensor | None = None) -> None:
+        self.mfa, self.middles = mfa, middles
         self._terms: _Terms | None = None
 
     @classmethod
@@ -66,7 +73,7 @@ class CandidateSearch:
             return None
         if features < 2 * width or components < 2 * width:
             return None
-        pair, groups = (rank + 1) * features, -(-components // _GROUP)
+        pair, groups = (rank + 1) * features, groups_of(components)
         of_groups = groups * (_GROUP_DIRECTIONS + 1) * width
         marginals = _looked_at(groups) * _GROUP * (rank + 1) * width
         cost = features * width + of_groups + marginals + _PAIR_COST * LISTED * pair
@@ -103,26 +110,41 @@ class CandidateSearch:
     def _prepared(self) -> _Terms:
         parameters, woodbury = self.mfa.prepared()
         if self._terms is None or self._terms.woodbury is not woodbury:
-            self._terms = _terms(parameters.means, parameters.loadings, parameters.log_weights, woodbury)
+            means = parameters.means
+            center, basis = _coordinates(means, woodbury.scale)
+            if self.middles is None:
+                found = kmeans(product(means - center, basis), groups_of(len(means)), progress=False)
+                owner = found.assignment.to(means.device)
+                counts = owner.bincount(minlength=len(found.centroids)).clamp_min(1).unsqueeze(1)
+                self.middles = means.new_zeros(len(counts), means.shape[1]).index_add_(0, owner, means) / counts
+            self._terms = _terms(parameters, woodbury, center, basis, self.middles)
         return self._terms
+
+
+def groups_of(components: int) -> int:
+    """How many groups so many components form."""
+    return -(-components // _GROUP)
 
 
 def _looked_at(groups: int) -> int:
     return min(groups, max(_LEAST, -(-groups // _SHARE)))
 
 
-def _terms(means: Tensor, loadings: Tensor, log_weights: Tensor, woodbury: Woodbury) -> _Terms:
-    """The marginals of the components along the basis, in units of the noise, and those of their groups."""
-    center, scale = means.mean(0), woodbury.scale
+def _coordinates(means: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The center (D,) and a basis (D, F): coordinates of x are (x - center) basis, in units of the noise."""
+    center = means.mean(0)
     found = leading_directions((means - center) * scale, torch.zeros_like(center))
     assert found is not None, "there are too few components or features for coordinates"
-    basis = (found * scale.unsqueeze(1)).mT.contiguous()
-    m = product(means - center, basis)
-    along = product(loadings.mT.flatten(0, 1), basis).view(*loadings.mT.shape[:2], len(basis))  # (K, R, F)
+    return center, (found * scale.unsqueeze(1)).mT.contiguous()
 
-    clusters = kmeans(m, -(-len(m) // _GROUP), progress=False)
-    owner = clusters.assignment.to(m.device)
-    order, counts = owner.argsort(stable=True), owner.bincount(minlength=len(clusters.centroids))
+
+def _terms(parameters: Parameters, woodbury: Woodbury, center: Tensor, basis: Tensor, middles: Tensor) -> _Terms:
+    """The marginals of the components along the basis, in units of the noise, and those of their groups."""
+    loadings, log_weights = parameters.loadings, parameters.log_weights
+    m = product(parameters.means - center, basis)
+    along = product(loadings.mT.flatten(0, 1), basis).view(*loadings.mT.shape[:2], -1)  # (K, R, F)
+    owner, _ = nearest(m, product(middles - center, basis))
+    order, counts = owner.argsort(stable=True), owner.bincount(minlength=len(middles))
     starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
     m, along, log_weights = m[order], along[order], log_weights[order]
     members = list(zip(m.split(counts.tolist()), along.split(counts.tolist())))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.fitting.candidate_search import CandidateSearch
+from mfa_kernels.fitting.candidate_search import CandidateSearch, groups_of
 from mfa_kernels.fitting.dead_regions import Overlap
 from mfa_kernels.fitting.guard import Look, Scan
 from mfa_kernels.fitting.m_step import Prior, covariance_rows, maximize, pooled_covariance
@@ -191,12 +191,16 @@ class EM(Run):
         tensors |= {"covariance": self.covariance} | basis
         strengths = None if self.prior is None else [self.prior.strength, self.prior.tokens]
         searches = {"searches": self.search is not None}
+        if self.search is not None and self.search.middles is not None:
+            tensors["search.middles"] = self.search.middles
         return tensors, values | {"prior": strengths, "step": self.step, "batch": self.batch} | screening | searches
 
     def _like(self) -> dict[str, Tensor]:
         nowhere = self.mfa.means.detach().to("meta")
         statistics = SufficientStatistics.zeros(nowhere, self.mfa.rank, self.mfa.log_noise.dim() == 2)
-        return super()._like() | statistics_state(statistics) | {"covariance": self.covariance}
+        middles = nowhere.new_empty(groups_of(self.mfa.n_components), self.mfa.n_features)
+        others = {"covariance": self.covariance, "search.middles": middles}
+        return super()._like() | statistics_state(statistics) | others
 
     def _load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         super()._load(tensors, values)
@@ -205,6 +209,8 @@ class EM(Run):
         self.step, self.batch = values["step"], values["batch"]
         self.screening.load(tensors, values)
         self.search = self._search() if values.get("searches") else None  # of what the mixture was when it began
+        if self.search is not None and "search.middles" in tensors:
+            self.search.middles = tensors["search.middles"].to(self.mfa.means, copy=True)
 
     def _saved_statistics(self, tensors: Mapping[str, Tensor]) -> SufficientStatistics:
         device = self.mfa.means.device

@@ -178,7 +178,9 @@ def test_a_stream_goes_on_as_if_it_had_not_been_cut_off(small_start, tmp_path):
 
 @pytest.mark.parametrize(("first", "later"), [(0.6, 0.0), (0.0, 0.6)], ids=["scans", "searches"])
 def test_a_fit_that_goes_on_searches_as_it_did(first, later, small_start, tmp_path, monkeypatch):
-    """Whatever it would decide by the parameters that it has come to."""
+    """Whatever it would decide by the parameters that it has come to, and in the groups that it had."""
+    monkeypatch.setattr(candidate_search, "_LEAST", 1)  # group: what a row finds depends on which there are
+    monkeypatch.setattr(candidate_search, "_SHARE", K)
     rows, place = draw(TRUE, 15_000), tmp_path / "checkpoint"
     options = OPTIONS | {"batch_size": 4096, "eval_every": 1}
 

@@ -1,5 +1,6 @@
 // Products of int8 by fours, and the vectors of int32 that they are added to.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #ifdef __ARM_FEATURE_DOTPROD
@@ -32,6 +33,9 @@ constexpr double kInt8Rate = 0.2;
 constexpr int kTokenMost = 127;
 #endif
 
+// The largest integer where four products of a token's, with kTokenOffset added, must fit into int16 on every processor.
+constexpr int kFewBits = 63;
+
 // What is added to a token's integers so that they have no sign, where products take them so.
 #if defined(__ARM_FEATURE_DOTPROD)
 constexpr int kTokenOffset = 0;
@@ -57,6 +61,21 @@ inline Ints dot4(Ints sum, Ints u, Ints s) {
 #endif
 }
 
+// dot4 of two quads: of integers of a token up to kFewBits, and of others up to as much.
+inline Ints dot8(Ints sum, Ints u0, Ints s0, Ints u1, Ints s1) {
+#if !defined(__AVX512VNNI__) && defined(__AVX512BW__)
+  const __m512i first = _mm512_maddubs_epi16((__m512i)u0, (__m512i)s0);
+  const __m512i both = _mm512_add_epi16(first, _mm512_maddubs_epi16((__m512i)u1, (__m512i)s1));
+  return sum + (Ints)_mm512_madd_epi16(both, _mm512_set1_epi16(1));
+#elif !defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i first = _mm256_maddubs_epi16((__m256i)u0, (__m256i)s0);
+  const __m256i both = _mm256_add_epi16(first, _mm256_maddubs_epi16((__m256i)u1, (__m256i)s1));
+  return sum + (Ints)_mm256_madd_epi16(both, _mm256_set1_epi16(1));
+#else
+  return dot4(dot4(sum, u0, s0), u1, s1);
+#endif
+}
+
 inline Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 
 inline Floats sqrt(Floats v) {
@@ -73,6 +92,18 @@ inline Floats nearest(Floats v) {
   constexpr float kMagic = 0x1.8p23f;  // its unit in the last place is 1
   const Floats near = (v + kMagic) - kMagic;
   return near == near ? near : Floats{};
+}
+
+// What values up to `largest` are multiples of in integers up to `most`, and one over it; 0 where they are too small.
+struct Quantum {
+  float size, inverse;
+  Quantum(float largest, int most) : size(largest > 1e-30f ? largest / most : 0), inverse(size > 0 ? 1 / size : 0) {}
+};
+
+inline float largest_lane(Floats v) {
+  float most = v[0];
+  for (int lane = 1; lane < kWidth<float>; ++lane) most = std::max(most, v[lane]);
+  return most;
 }
 
 }  // namespace mfa

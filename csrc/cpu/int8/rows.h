@@ -43,18 +43,6 @@ struct Int8Rows {
   float* terms_of(int64_t k) const { return terms + k * term_count(); }
 };
 
-// What values up to `largest` are multiples of in integers up to `most`, and one over it; 0 where they are too small.
-struct Quantum {
-  float size, inverse;
-  Quantum(float largest, int most) : size(largest > 1e-30f ? largest / most : 0), inverse(size > 0 ? 1 / size : 0) {}
-};
-
-inline float largest_lane(Floats v) {
-  float most = v[0];
-  for (int lane = 1; lane < kWidth<float>; ++lane) most = std::max(most, v[lane]);
-  return most;
-}
-
 // square = m m for a symmetric m [R, R].
 inline void square_of(const float* m, int64_t rank, float* square) {
   std::fill_n(square, rank * rank, 0.0f);

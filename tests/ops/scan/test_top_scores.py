@@ -15,9 +15,14 @@ SHAPES = [
 
 
 def drawn_scores(n: int, components: int, squares: int, coordinates: int, dtype: torch.dtype):
-    """Whole numbers, whose products are exact: equal scores are equal on every path."""
-    shapes = (n, coordinates), (components, 1 + squares, coordinates), (components, 1 + squares)
-    return tuple(torch.randint(-3, 4, shape).to(dtype) for shape in shapes)
+    """Whole numbers, whose products are exact: equal scores are equal on every path.
+
+    In int8 too, whose unit is a 63rd of the largest entry: that is 63, in columns that meet zeros.
+    """
+    y = torch.randint(-3, 4, (n, coordinates + 2)).to(dtype)
+    right = torch.randint(-3, 4, (components, 1 + squares, coordinates + 2)).to(dtype)
+    y[:, 0], right[..., 0], y[:, 1], right[..., 1] = 63, 0, 0, 63
+    return y, right, torch.randint(-3, 4, (components, 1 + squares)).to(dtype)
 
 
 def scores_of(y: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -35,6 +40,20 @@ def test_the_largest_scores_come_first_and_equal_ones_by_number(backend, shape, 
     expected = scores_of(y, right, offsets).sort(dim=1, descending=True, stable=True).indices[:, :count]
     assert torch.equal(found[:, : len(right)], expected.int())
     assert (found[:, len(right) :] == -1).all()
+
+
+def test_rows_are_read_as_multiples_of_a_63rd_of_their_largest_entry():
+    y, right, offsets = torch.randn(200, 30), torch.randn(400, 3, 30), torch.randn(400, 3)
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        quantum = rows.abs().amax(-1, keepdim=True) / 63
+        return quantum.double() * (rows * quantum.reciprocal()).round()
+
+    scores = scores_of(read(y), read(right), offsets.double())
+    found = top_scores(y, right, offsets, 20).long()
+    expected = scores.topk(20).values
+    assert torch.allclose(scores.gather(1, found), expected, rtol=1e-5)
+    assert not torch.allclose(scores_of(y, right, offsets).topk(20).values.double(), expected, rtol=1e-3)
 
 
 def test_what_has_no_score_is_left_out(backend):
