@@ -62,7 +62,8 @@ def fit(
     start from the clusters, then one of
 
     - "auto": "online" for an iterator, and where a pass over the rows makes at least 100 of its M-steps; else
-      "truncated" from 128 components and 2 epochs on, where the C++ kernels serve a CPU; else "em";
+      "truncated" from 128 components and 2 epochs on, or from 1,024 components on, where the C++ kernels serve a CPU;
+      else "em";
     - "em": passes over all the rows, each followed by a closed M-step under a prior, whose strength is chosen on the
       held-out rows (`mfa_kernels.fitting.em`): a region that owns few rows leans on what the others have in common.
       Steps are lengthened, which halves the passes, and taken back where the posterior falls;

@@ -44,7 +44,8 @@ LEAST_START_ROWS = 100_000
 KMEANS_ITERATIONS = 10
 LEAST_ONLINE_STEPS = 100  # a pass, for "auto": with fewer, as many passes of EM take less time (bench/RESULTS.md)
 LEAST_TRUNCATED = 128  # components, for "auto": of fewer, a scan of all takes about as long (bench/RESULTS.md)
-LEAST_TRUNCATED_PASSES = 2  # the first finds the candidates
+LEAST_TRUNCATED_PASSES = 2  # of fewer regions than these, where the first finds the candidates by a scan of all:
+LEAST_SEARCHED = 1024  # of more, a search finds them, which pays in the looks before and after the passes too
 LIVE_ROWS_PER_COMPONENT = 64
 CHUNK_ROWS = 4096  # rows that are assigned at once
 FINGERPRINT_ROWS = 256
@@ -203,14 +204,17 @@ def sampled_rows(per_component: int, components: int) -> int:
     return min(per_component * components, max(MANY_START_ROWS, FEW_PER_COMPONENT * components))
 
 
-def chosen_method(rows: float, components: int, batch_size: int, passes: int = 0) -> str:
+def chosen_method(rows: float, components: int, batch_size: int, passes: int | None = None) -> str:
     """The method of "auto" for data, other than a stream, of so many rows to train on.
 
-    `passes` over rows whose E-steps can be truncated: on a CPU with the C++ kernels, by processes that share the rows.
+    `passes` over rows whose E-steps can be truncated: on a CPU with the C++ kernels, by processes that share the rows;
+    None where they cannot.
     """
     if rows / online_rows(components, batch_size) >= LEAST_ONLINE_STEPS:
         return "online"
-    return "truncated" if components >= LEAST_TRUNCATED and passes >= LEAST_TRUNCATED_PASSES else "em"
+    if passes is None or components < LEAST_TRUNCATED:
+        return "em"
+    return "truncated" if passes >= LEAST_TRUNCATED_PASSES or components >= LEAST_SEARCHED else "em"
 
 
 def data_fingerprint(source: Source, streamed: bool = False) -> str:

@@ -67,7 +67,7 @@ class Stages:
             )
         if self.method == "auto":
             rows = len(source) * (1 - options.held_out)
-            passes = options.epochs if self._truncates() else 0
+            passes = options.epochs if self._truncates() else None
             chosen = preparation.chosen_method(rows, options.n_components, options.batch_size, passes)
             self.method = chosen if queue is None else "online"
         self._check_start()

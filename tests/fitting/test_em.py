@@ -404,6 +404,8 @@ def test_auto():
 def test_auto_truncates_where_many_components_are_scanned_again():
     assert preparation.chosen_method(1e5, 128, 1024, passes=2) == "truncated"
     assert preparation.chosen_method(1e5, 128, 1024, passes=1) == "em"
+    assert preparation.chosen_method(1e5, 1024, 1024, passes=0) == "truncated"
+    assert preparation.chosen_method(1e5, 1024, 1024) == "em"
     assert preparation.chosen_method(1e5, 127, 1024, passes=9) == "em"
     assert preparation.chosen_method(1e6, 128, 1024, passes=9) == "online"
     with_kernels = backends.serving(ROWS, 2) == "cpp"
