@@ -5,6 +5,7 @@
 SmolLM2, layer 18 (bench/real.py): 200,000 rows to fit, R=10, shared noise. `fit` holds one row in twenty out, and
 chooses the strength of the prior and the pass by them: single rows where it is given a tensor, whole texts where it is
 told which text each row is of, as an `ActivationStore` tells it. Both are judged by rows of texts that no fit has seen.
+Of the 20,000 rows that stand for those trained on, one in twenty was held out.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def top_scores(
     With p = right and o = offsets, the score of component k is o_k0 + y . p_k0 + 1/2 sum_s (o_ks + y . p_ks)^2: that
     of a normal distribution whose precision is 1 less S directions, but for what all components share. On the CPU the
     rows of y and right are read as multiples of a 63rd of their largest entry, alike on every processor: the products
-    are of int8.
+    are of int8, and with a row that is not all finite there is no score.
 
     Args:
         y: (N, F), float32 or float64; on the CPU at most 65,536 coordinates.

@@ -42,6 +42,23 @@ def test_the_largest_scores_come_first_and_equal_ones_by_number(backend, shape, 
     assert (found[:, len(right) :] == -1).all()
 
 
+@pytest.mark.usefixtures("needs_cpp")
+def test_more_coordinates_than_int32_holds_are_refused():
+    y, right = torch.zeros(1, 65_537), torch.zeros(1, 1, 65_537)
+    with pytest.raises(ValueError, match="at most 65536 coordinates, got 65537"):
+        top_scores(y, right, torch.zeros(1, 1), 1)
+
+
+@pytest.mark.usefixtures("needs_cpp")
+def test_rows_that_are_not_finite_have_no_score():
+    y, right, offsets = drawn_scores(20, 40, 1, 6, torch.float32)
+    y[3, 4], right[5, 1, 2] = math.inf, -math.inf
+    found = top_scores(y, right, offsets, 40)
+    assert (found[3] == -1).all()
+    assert (found[torch.arange(20) != 3, :39].sort(1).values == torch.tensor([k for k in range(40) if k != 5])).all()
+
+
+@pytest.mark.usefixtures("needs_cpp")
 def test_rows_are_read_as_multiples_of_a_63rd_of_their_largest_entry():
     y, right, offsets = torch.randn(200, 30), torch.randn(400, 3, 30), torch.randn(400, 3)
 
