@@ -154,8 +154,8 @@ void intervene(const Shape& shape, const Edit<T, A>& edit, const Evidence<T>& fo
           const T* own = found.rows + components[i] * shape.component_stride<T>();
           std::fill(u.begin(), u.end(), T(0));
           if (edit.spreads) {
-            residual(shape, x.data(), own, found.lam, v.data());
-            project<T, 1>(shape, own, v.data(), t.data());
+            const T* all = x.data();
+            project<T, 1>(shape, &all, own, found.lam, v.data(), t.data());
             for (int64_t j = 0; j < R; ++j) u[j] = static_cast<T>(c[2]) * t[j];
           }
           const T* L = found.chol + components[i] * R * R;

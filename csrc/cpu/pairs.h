@@ -78,8 +78,8 @@ void latents(const Shape& shape, const T* x, const int64_t* tokens, const int32_
     for (int64_t i = begin; i < end; ++i) {
       const int64_t p = by.order[i], k = components[p];
       const T* own = rows + k * shape.component_stride<T>();
-      residual(shape, x + tokens[p] * shape.features, own, lam, v.data());
-      project<T, 1>(shape, own, v.data(), t.data());
+      const T* token = x + tokens[p] * shape.features;
+      project<T, 1>(shape, &token, own, lam, v.data(), t.data());
       latents_of(R, chol + k * R * R, t.data(), out + p * R);
     }
   });
@@ -115,9 +115,8 @@ struct GradientSums {
   template <int G>
   void add(const Shape& shape, const T* rows, const T* chol, const T* const* x, const T* w, const T* lam) {
     constexpr int V = kWidth<T>;
-    const int64_t R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
-    for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, v.data() + g * padded);
-    project<T, G>(shape, rows, v.data(), t.data());
+    const int64_t R = shape.rank, B = shape.blocks<T>(), stride = shape.block_stride<T>();
+    project<T, G>(shape, x, rows, lam, v.data(), t.data());
     for (int g = 0; g < G; ++g) {
       latents_of(R, chol, t.data() + g * R, z.data() + g * R);
       for (int64_t r = 0; r < R; ++r) z[g * R + r] *= w[g];
@@ -126,7 +125,7 @@ struct GradientSums {
     for (int64_t b = 0; b < B; ++b) {
       const T* a = rows + b * stride + V;
       Vec<T> c[G];
-      for (int g = 0; g < G; ++g) c[g] = load(v.data() + g * padded + b * V);
+      for (int g = 0; g < G; ++g) c[g] = load(v.data() + (b * G + g) * V);
       for (int64_t r = 0; r < R; ++r) {
         const Vec<T> row = load(a + r * V);
 #pragma GCC unroll 8
@@ -227,8 +226,8 @@ void backward(const Shape& shape, const T* x, const int64_t* tokens, const int32
       std::vector<T> v(shape.padded<T>()), t(R);
       for (int64_t p = starts[begin]; p < starts[end]; ++p) {
         const T* own = rows + components[p] * shape.component_stride<T>();
-        residual(shape, x + tokens[p] * D, own, lam, v.data());
-        project<T, 1>(shape, own, v.data(), t.data());
+        const T* token = x + tokens[p] * D;
+        project<T, 1>(shape, &token, own, lam, v.data(), t.data());
         T* out = grad.x + tokens[p] * D;
         for (int64_t b = 0; b < shape.blocks<T>(); ++b) {
           const T* a = own + b * shape.block_stride<T>() + V;

@@ -15,66 +15,104 @@ Vec<T> once_if_infinite(Vec<T> square, Vec<T> t) {
   return square == std::numeric_limits<T>::infinity() ? broadcast<T>(1) : t;
 }
 
-// v [D padded] of one token for one component.
+constexpr int64_t kRowsAtOnce = 16;       // rows of A whose sums are held while features pass by
+constexpr int64_t kFeaturesAtOnce = 192;  // of a few tokens and of the rows of A: they stay in the first cache
+
+// The V features of x [D] from d on, zeros past the last one.
 template <class T>
-void residual(const Shape& shape, const T* x, const T* rows, const T* lam, T* v) {
-  constexpr int V = kWidth<T>;
-  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>();
-  for (int64_t b = 0; b < B; ++b) {
-    const int64_t d = b * V;
-    const T* block = rows + b * stride;
-    Vec<T> token, scale;
-    if (d + V <= shape.features) {
-      token = load(x + d);
-      scale = load(lam + d);
-    } else {  // lam is zero past the last feature
-      T tail[V] = {}, tail_scale[V] = {};
-      for (int64_t j = 0; d + j < shape.features; ++j) tail[j] = x[d + j], tail_scale[j] = lam[d + j];
-      token = load(tail);
-      scale = load(tail_scale);
-    }
-    if (shape.per_component) scale = load(block + (1 + shape.rank) * V);
-    store<T>(v + d, (token - load(block)) * scale);
-  }
+Vec<T> last_features(const T* x, int64_t d, int64_t features) {
+  T tail[kWidth<T>] = {};
+  std::copy(x + d, x + features, tail);
+  return load(tail);
 }
 
-// t [G, R] at r, ..., r + M - 1: M rows of A against G tokens, M x G sums in registers.
-template <class T, int G, int M>
-void project_rows(const Shape& shape, const T* rows, const T* v, int64_t r, T* t) {
-  constexpr int V = kWidth<T>;
-  const int64_t B = shape.blocks<T>(), stride = shape.block_stride<T>(), padded = shape.padded<T>();
-  Vec<T> sum[M][G] = {};
-  for (int64_t b = 0; b < B; ++b) {
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec<T> a = load(rows + b * stride + (1 + r + m) * V);
-#pragma GCC unroll 8
-      for (int g = 0; g < G; ++g) sum[m][g] += a * load(v + g * padded + b * V);
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int g = 0; g < G; ++g) t[g * shape.rank + r + m] = horizontal_sum<T>(sum[m][g]);
-}
-
-// t [G, R] = A v for G tokens of one component; v [G, D padded]
+// v [D/V, G, V] of G tokens, each x[g] [D], for one component, over the blocks [begin, end), and their squares, which
+// are added to.
 template <class T, int G>
-void project(const Shape& shape, const T* rows, const T* v, T* t) {
-  constexpr int M = G > 4 ? 2 : 4;  // M G sums in registers
-  int64_t r = 0;
-  for (; r + M <= shape.rank; r += M) project_rows<T, G, M>(shape, rows, v, r, t);
-  for (; r < shape.rank; ++r) project_rows<T, G, 1>(shape, rows, v, r, t);
+void residuals(const Shape& shape, const T* const* x, const T* rows, const T* lam, int64_t begin, int64_t end, T* v,
+               Vec<T>* squares) {
+  constexpr int V = kWidth<T>;
+  const int64_t stride = shape.block_stride<T>(), D = shape.features, own_scale = (1 + shape.rank) * V;
+  const T* token[G];
+  Vec<T> square[G];
+  for (int g = 0; g < G; ++g) token[g] = x[g], square[g] = squares[g];
+  auto add = [&](int64_t b, Vec<T> scale, auto&& features_of) {
+    const Vec<T> mean = load(rows + b * stride);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      const Vec<T> own = (features_of(token[g]) - mean) * scale;
+      store<T>(v + (b * G + g) * V, own);
+      square[g] += own * own;
+    }
+  };
+  const T* scales = shape.per_component ? rows + own_scale : lam;
+  const int64_t next = shape.per_component ? stride : V, whole = std::min(end, D / V);
+  for (int64_t b = begin; b < whole; ++b)
+    add(b, load(scales + b * next), [&](const T* own) { return load(own + b * V); });
+  for (int64_t b = whole; b < end; ++b)  // lam is zero past the last feature
+    add(b, shape.per_component ? load(scales + b * next) : last_features(lam, b * V, D),
+        [&](const T* own) { return last_features(own, b * V, D); });
+  for (int g = 0; g < G; ++g) squares[g] = square[g];
+}
+
+// Adds M rows of A against G tokens over the blocks [begin, end) to sums [M, G].
+template <class T, int G, int M>
+void add_products(const Shape& shape, const T* rows, const T* v, int64_t begin, int64_t end, Vec<T>* sums) {
+  constexpr int V = kWidth<T>;
+  const int64_t stride = shape.block_stride<T>();
+  Vec<T> sum[M * G];
+  for (int i = 0; i < M * G; ++i) sum[i] = sums[i];
+  for (int64_t b = begin; b < end; ++b) {
+    Vec<T> a[M];
+    for (int m = 0; m < M; ++m) a[m] = load(rows + b * stride + m * V);
+#pragma GCC unroll 8
+    for (int g = 0; g < G; ++g) {
+      const Vec<T> own = load(v + (b * G + g) * V);
+      for (int m = 0; m < M; ++m) sum[m * G + g] += a[m] * own;
+    }
+  }
+  for (int i = 0; i < M * G; ++i) sums[i] = sum[i];
+}
+
+// v [D/V, G, V] and t [G, R] = A v of G tokens, each x[g] [D], for one component, and squares [G]: |v|^2, by lanes.
+template <class T, int G>
+void project(const Shape& shape, const T* const* x, const T* rows, const T* lam, T* v, T* t, Vec<T>* squares) {
+  constexpr int V = kWidth<T>, M = G <= 4 ? 4 : kRegisters >= 32 ? 2 : 1;  // M G sums in registers
+  constexpr int64_t step = std::max<int64_t>(1, kFeaturesAtOnce / V);
+  const int64_t B = shape.blocks<T>(), R = shape.rank;
+  for (int g = 0; g < G; ++g) squares[g] = Vec<T>{};
+  for (int64_t first = 0; first == 0 || first < R; first += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, R - first);
+    const T* own = rows + (1 + first) * V;
+    Vec<T> sums[kRowsAtOnce * G];
+    T flat[kRowsAtOnce * G];
+    for (int64_t i = 0; i < ceil_div(count * G, V) * V; ++i) sums[i] = Vec<T>{};
+    for (int64_t b = 0; b < B; b += step) {
+      const int64_t end = std::min(B, b + step);
+      if (first == 0) residuals<T, G>(shape, x, rows, lam, b, end, v, squares);
+      int64_t r = 0;
+      for (; r + M <= count; r += M) add_products<T, G, M>(shape, own + r * V, v, b, end, sums + r * G);
+      for (; r < count; ++r) add_products<T, G, 1>(shape, own + r * V, v, b, end, sums + r * G);
+    }
+    for (int64_t i = 0; i < count * G; i += V) sums_of_lanes<T>(reinterpret_cast<const T*>(sums + i), flat + i);
+    for (int64_t r = 0; r < count; ++r)
+      for (int g = 0; g < G; ++g) t[g * R + first + r] = flat[r * G + g];
+  }
+}
+
+template <class T, int G>
+void project(const Shape& shape, const T* const* x, const T* rows, const T* lam, T* v, T* t) {
+  Vec<T> squares[G];
+  project<T, G>(shape, x, rows, lam, v, t, squares);
 }
 
 // out [G] = |v|^2 - |t|^2 for G tokens, each x[g] [D], and one component; v [G, D padded] and t [G, R] are scratch.
 template <class T, int G>
 void distances(const Shape& shape, const T* const* x, const T* rows, const T* lam, T* v, T* t, T* out) {
-  const int64_t padded = shape.padded<T>();
-  for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, v + g * padded);
-  project<T, G>(shape, rows, v, t);
+  Vec<T> squares[G];
+  project<T, G>(shape, x, rows, lam, v, t, squares);
   for (int g = 0; g < G; ++g) {
-    Vec<T> square = {};
-    for (int64_t d = 0; d < padded; d += kWidth<T>) square += load(v + g * padded + d) * load(v + g * padded + d);
-    out[g] = horizontal_sum<T>(square);
+    out[g] = horizontal_sum<T>(squares[g]);
     for (const T* own = t + g * shape.rank; own < t + (g + 1) * shape.rank; ++own)
       out[g] -= *own * (out[g] == std::numeric_limits<T>::infinity() ? T(1) : *own);
   }

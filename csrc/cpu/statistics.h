@@ -49,9 +49,8 @@ struct ComponentSums {
   template <int G>
   void add(const Shape& shape, const T* rows, const T* chol, const T* const* x, const double* w, const T* lam) {
     constexpr int V = kWidth<T>;
-    const int64_t R = shape.rank, padded = shape.padded<T>();
-    for (int g = 0; g < G; ++g) residual(shape, x[g], rows, lam, v.data() + g * padded);
-    project<T, G>(shape, rows, v.data(), t.data());
+    const int64_t R = shape.rank;
+    project<T, G>(shape, x, rows, lam, v.data(), t.data());
     for (int g = 0; g < G; ++g) {
       T* own = z.data() + g * R;
       latents_of(R, chol, t.data() + g * R, own);
@@ -66,7 +65,7 @@ struct ComponentSums {
       Double c[G];
 #pragma GCC unroll 8
       for (int g = 0; g < G; ++g) {
-        c[g] = widen<T>(load(v.data() + g * padded + b * V));
+        c[g] = widen<T>(load(v.data() + (b * G + g) * V));
         const Double wc = c[g] * w[g];
         shift[b] += wc;
         squares[b] += wc * c[g];

@@ -303,6 +303,7 @@ class Stages:
                 common["assignment"] = found.assignment
             elif found is None:
                 found = kmeans(rows, asked.n_components, iterations=preparation.KMEANS_ITERATIONS, **common)
+                common["assignment"] = found.assignment.clamp_min(0)  # rows that are not finite are let be again
         with preparation.timed(self.fit_report, "start"):
             return start_from_clusters(
                 rows, found, asked.rank, asked.noise,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from mfa_kernels.mixture import functional
 from mfa_kernels.mixture.codes import Code, checked_code, code_of, every_active_pair
 from mfa_kernels.ops.scan.types import SLOTS
 from mfa_kernels.ops.woodbury.types import Parameters
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 EXTRA_STATE = "_extra_state"  # PyTorch's key for `get_extra_state` in a state dict: here the noise floor
 _TOKENS_PER_CHUNK = 4096  # `reconstruct` must not hold N x K x R latents where every component is active
@@ -58,6 +61,11 @@ class Mixture(nn.Module):
     first_component: int = 0
 
     ranks, start = RenamedAttribute("processes"), RenamedAttribute("first_component")
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As that of any module, whose `empty_like` imports PyTorch's compiler for tensors on the meta device: seconds
+        of the first mixture that is loaded or fitted."""
+        return self._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device), recurse)
 
     @property
     def noise_variance(self) -> Tensor:

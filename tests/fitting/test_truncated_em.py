@@ -116,6 +116,26 @@ def test_rows_try_every_neighbor_and_one_that_took_half_of_their_own_next():
     assert 0 in graph.neighbors[33].tolist()
 
 
+def test_rows_that_regions_left_find_others_by_the_search_in_one_of_eight_passes():
+    """Rows that have come to keep one wrong component, whose neighbors are not theirs."""
+
+    class Found:
+        def candidates(self, x):
+            return TRUE.active_pairs(x).components
+
+    graph = Graph(TRUE)
+    graph.neighbors.fill_(-1)
+    sets, right = CandidateSets(len(ROWS), graph, search=Found()), TRUE.assign(ROWS)
+    sets.kept[:, 0] = (right + 7) % 40
+    rows = torch.arange(len(ROWS))
+    for turn in range(8):
+        graph.turn = turn
+        sets.scan(ROWS, rows, screening(mfa_of(torch.float32)))
+        share = (sets.kept[:, 0] == right).float().mean()
+        assert share == 1 if turn >= 4 else share < 0.3
+    assert candidates._SEARCH_EVERY == 8
+
+
 def test_candidates_that_miss_too_much_are_told_of(monkeypatch):
     """Rows that begin with a wrong component, and try none."""
     whole = CandidateSets._full

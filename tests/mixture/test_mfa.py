@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -737,3 +739,16 @@ def test_the_loss_of_no_tokens_is_that_of_torch(precision):
     assert torch.nn.functional.cross_entropy(torch.empty(0, 3), torch.empty(0, dtype=torch.long)).isnan()
     loss.backward()
     assert all(not p.grad.any() for p in mfa.parameters() if p.grad is not None)
+
+
+def test_a_mixture_gets_its_memory_without_the_compiler():
+    """PyTorch's own `to_empty` imports it, which takes seconds of the first mixture that is loaded or fitted."""
+    code = (
+        "import sys, torch; from mfa_kernels import MFA; before = set(sys.modules)\n"
+        "mfa = torch.nn.utils.skip_init(MFA, 2, 3, 1, dtype=torch.float64)\n"
+        "assert mfa.means.shape == (2, 3) and mfa.means.dtype == torch.float64 and mfa.means.device.type == 'cpu'\n"
+        "assert isinstance(mfa.means, torch.nn.Parameter)\n"
+        "more = [m for m in set(sys.modules) - before if m.startswith(('sympy', 'torch.fx', 'torch._inductor'))]\n"
+        "assert not more, more[:3]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

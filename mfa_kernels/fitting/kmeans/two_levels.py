@@ -28,6 +28,7 @@ FEWEST = 4096
 
 _PART_UPDATES = 3  # of Lloyd's within each part
 _UPDATES = 4  # across their borders
+_SHARED = 2  # updates that look at the same neighbors: centroids move little by then
 _NEIGHBORS = 16  # clusters that a row looks at besides its own
 _CLOSEST_ROWS = 4096  # centroids whose distances to all others are computed at once
 
@@ -102,8 +103,10 @@ def _clustered(rows: Rows, clusters: int, generator: torch.Generator) -> tuple[T
 def _settled(rows: Tensor, centroids: Tensor, owner: Tensor, weights: Tensor | None) -> KMeansResult:
     """Lloyd's updates in which a row looks at its cluster and those that lie nearest to that one."""
     center = centroids.mean(0)
+    itself = torch.arange(len(centroids), device=owner.device).unsqueeze(1).int()
     for update in range(_UPDATES + 1):
-        near = torch.cat([torch.arange(len(centroids)).to(owner).unsqueeze(1), closest(centroids - center)], 1).int()
+        if update % _SHARED == 0:
+            near = torch.cat([itself, closest(centroids - center)], 1)
         noise, none = torch.ones_like(center), centroids.new_empty(*centroids.shape, 0)
         woodbury = factorize(centroids, none, noise, center)
         log_weights = -woodbury.constants(torch.zeros_like(centroids[:, 0]))  # so that logits are -distance / 2
