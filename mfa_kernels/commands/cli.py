@@ -223,6 +223,26 @@ def _doctor(arguments: argparse.Namespace) -> None:
     width = max(len(what) for what, _ in lines)
     for what, state in lines:
         print(f"{what:<{width}}  {state}")
+    if arguments.check:
+        _check_kernels(arguments.device)
+
+
+def _check_kernels(device: str) -> None:
+    from mfa_kernels.commands import check_kernels
+
+    reason = check_kernels.nothing_to_check(device)
+    if reason is not None:
+        print(f"\nno kernels to check: {reason}")
+        return
+    print()
+    findings = []
+    for finding in check_kernels.run_all(device):
+        findings.append(finding)
+        print(f"{finding.family}: {finding.seconds:.1f} s", file=sys.stderr)
+    print(check_kernels.table(findings))
+    refused = [finding.family for finding in findings if not finding.passed]
+    if refused:
+        raise ValueError(f"refused: {', '.join(refused)}; plain PyTorch serves them")
 
 
 def _tune(arguments: argparse.Namespace) -> None:

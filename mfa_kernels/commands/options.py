@@ -118,7 +118,9 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--prompt", nargs="+", help="prompts to steer")
     demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
 
-    command("doctor", "what is built, what is missing, what runs where")
+    doctor = command("doctor", "what is built, what is missing, what runs where")
+    doctor.add_argument("--check", action="store_true", help="run every family of GPU kernels; 1 where one is refused")
+    doctor.add_argument("--device", default="cuda", help="that --check runs them on")
 
     tuning = command("tune", "measure launch configurations of the GPU kernels on this GPU, keep the fastest")
     tune.add_arguments(tuning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,16 +21,35 @@ def no_autocast(like: Tensor) -> torch.autocast:
 def full_precision(like: Tensor) -> Iterator[None]:
     """Turns autocast off, and computes float32 products in float32, whatever the user allows elsewhere (TF32)."""
     kind = like.device.type
-    before = of_products(kind)
-    reduced = before not in FULL
-    if reduced:
-        set_of_products(kind)
+    _enter(kind)
     try:
         with no_autocast(like):
             yield
     finally:
-        if reduced:
-            set_of_products(kind, before)
+        _leave(kind)
+
+
+# PyTorch's setting is of the process. The first of the threads that need float32 changes it, the last one changes it
+# back: one that left before would let the others multiply in TF32.
+_lock = threading.Lock()
+_inside: dict[str, int] = {}
+_before: dict[str, str] = {}  # what is to be set again
+
+
+def _enter(kind: str) -> None:
+    with _lock:
+        _inside[kind] = _inside.get(kind, 0) + 1
+        found = of_products(kind)
+        if found not in FULL:
+            _before[kind] = found
+            set_of_products(kind)
+
+
+def _leave(kind: str) -> None:
+    with _lock:
+        _inside[kind] -= 1
+        if not _inside[kind] and kind in _before:
+            set_of_products(kind, _before.pop(kind))
 
 
 FULL = ("none", "ieee", "highest")

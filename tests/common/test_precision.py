@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -32,3 +34,29 @@ def test_the_setting_returns_after_an_error():
     with pytest.raises(RuntimeError, match="inside"), precision.full_precision(torch.zeros(2)):
         raise RuntimeError("inside")
     assert owner.fp32_precision == before
+
+
+def test_a_thread_that_leaves_changes_nothing_for_those_inside():
+    before = torch.get_float32_matmul_precision()
+    x, inside, left = torch.zeros(2), threading.Event(), threading.Event()
+
+    def stays():
+        with precision.full_precision(x):
+            inside.set()
+            assert left.wait(60)
+            seen.append(precision.of_products("cpu"))
+
+    seen: list[str] = []
+    try:
+        torch.set_float32_matmul_precision("medium")
+        allowed, other = precision.of_products("cpu"), threading.Thread(target=stays)
+        with precision.full_precision(x):
+            other.start()
+            assert inside.wait(60)
+        left.set()
+        other.join()
+        assert seen[0] in precision.FULL
+        assert precision.of_products("cpu") == allowed
+        assert allowed not in precision.FULL
+    finally:
+        torch.set_float32_matmul_precision(before)

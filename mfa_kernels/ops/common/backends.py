@@ -34,7 +34,7 @@ def serving(parameters: Tensor, rank: int) -> str:
         ValueError: MFA_KERNELS_BACKEND is not a backend, or not one that can serve them.
     """
     name, reason = decided(parameters, rank)
-    if reason is not None and parameters.device.type == "cuda":
+    if reason is not None and parameters.device.type not in ("cpu", "meta"):
         _say_once(reason)
     return name
 
@@ -87,6 +87,8 @@ def _triton_refuses(parameters: Tensor, rank: int) -> str | None:
         return "the Triton kernels serve CPU tensors only under TRITON_INTERPRET=1"
     if parameters.device.type not in ("cpu", "cuda"):
         return f"the Triton kernels are written for CUDA, and these tensors are on {parameters.device.type}"
+    if parameters.device.type == "cuda" and torch.version.hip is not None:
+        return "the Triton kernels are written for NVIDIA's GPUs, and this PyTorch is for AMD's (ROCm)"
     if parameters.dtype != torch.float32:
         return f"the Triton kernels compute in float32, and the parameters are {parameters.dtype}"
     if rank > LARGEST_RANK:

@@ -51,15 +51,16 @@ def _release(folder: Path) -> tuple[int, ...]:
 
 
 def architectures() -> list[str]:
-    """The architectures of the GPUs that this process sees, such as ["90"].
+    """The architectures of the GPUs that this process sees, such as ["90"]; of those that are new enough.
 
     Raises:
-        RuntimeError: one of them is older than the kernels need.
+        RuntimeError: none is.
     """
     found = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    if found[0] < OLDEST:
-        raise RuntimeError(f"a GPU has compute capability {found[0]}, and {OLDEST} or later is needed")
-    return [f"{major}{minor}" for major, minor in found]
+    served = [capability for capability in found if capability >= OLDEST]
+    if not served:
+        raise RuntimeError(f"the newest GPU has compute capability {found[-1]}, and {OLDEST} or later is needed")
+    return [f"{major}{minor}" for major, minor in served]
 
 
 def library_name(architectures: list[str]) -> str:
@@ -89,6 +90,25 @@ def library() -> Any:
             stacklevel=2,
         )
         return None
+
+
+_hidden = 0  # contexts of `hidden` that are open
+
+
+@contextlib.contextmanager
+def hidden() -> Iterator[None]:
+    """Leaves to Triton what the library would do."""
+    global _hidden
+    _hidden += 1
+    try:
+        yield
+    finally:
+        _hidden -= 1
+
+
+def library_in_use() -> Any:
+    """`library`, unless it is `hidden`."""
+    return None if _hidden else library()
 
 
 def _build(name: str, targets: list[str]) -> Any:

@@ -1,4 +1,5 @@
-"""Registers operators: a function and its checks become ``torch.ops.mfa_kernels.<name>`` on CPUs and GPUs.
+"""Registers operators: a function and its checks become ``torch.ops.mfa_kernels.<name>`` on CPUs and GPUs
+(of Intel and Apple too, where plain PyTorch serves them).
 
 An implementation takes tensors, numbers, and nouns: classes that are made of tensors. The operator takes the tensors of
 a noun one by one, since PyTorch knows no classes, and each call checks them and makes the noun.
@@ -37,7 +38,7 @@ def operator(
     fake: Callable[[Any], Any] = lambda given: None,
     gradient: Callable[..., Sequence[Tensor | None]] | str | None = None,
     saves: Callable[[Any, Any], Sequence[Tensor]] = lambda inputs, output: (),
-    devices: tuple[str, ...] = ("CPU", "CUDA"),
+    devices: tuple[str, ...] = ("CPU", "CUDA", "XPU", "MPS"),
     **rules: Any,
 ) -> Callable[[F], F]:
     """Decorates the implementation of an operator, which it returns unchanged.

@@ -17,9 +17,15 @@ TINY = 2.0**-20  # more than a few roundings of a float32 value, relative to it
 
 @triton.jit
 def power_of_two(largest):
-    """The power of two that brings the largest value into [32, 64); 1 for zero and for what is not finite."""
-    exponent = tl.floor(tl.log2(largest)) - 5
-    return tl.where((largest > 0) & (largest < float("inf")), tl.exp2(tl.clamp(exponent, -100.0, 100.0)), 1.0)
+    """The power of two that brings the largest value (float32) into [32, 64), within 2^-100 and 2^100; 1 for zero and
+    for what is not finite.
+
+    Of its bits, since a chip's log2 and exp2 are not exact: what divides by the result loses nothing.
+    """
+    exponent = ((largest.to(tl.int32, bitcast=True) >> 23) & 255) - 5  # with 127 added to it
+    exponent = tl.minimum(tl.maximum(exponent, 27), 227)
+    power = (exponent << 23).to(tl.float32, bitcast=True)
+    return tl.where((largest > 0) & (largest < float("inf")), power, 1.0)
 
 
 def descriptors(

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision, no_tangents
-from mfa_kernels.ops.common import backends, cpp, trust
+from mfa_kernels.ops.common import backends, cpp, first_use, trust
 from mfa_kernels.ops.common.register import operator
-from mfa_kernels.ops.intervene import portable
+from mfa_kernels.ops.intervene import portable, spot_check
 from mfa_kernels.ops.intervene.types import Edit, Mixture
 from mfa_kernels.ops.pairs import op as pairs
 from mfa_kernels.ops.pairs.types import Pairs
@@ -108,8 +108,14 @@ def _intervene(
     serving = backends.serving(edit.thresholds, 0 if mixture is None else mixture.cholesky.shape[-1])
     if mixture is not None and active is not None and serving != "cpp":  # which looks itself
         trust.check_range("intervene", "components", active.components, -1, len(mixture.means))
-    if serving == "portable" or (serving == "triton" and edit.coefficients.dtype == torch.float64):
 
+    def in_range(active: ActivePairs | None) -> ActivePairs | None:
+        if active is None or mixture is None:
+            return active
+        count = len(mixture.means)  # of others, the kernel makes no pair
+        return active._replace(components=active.components.where(active.components < count, -1))
+
+    def plain(active: ActivePairs | None = active) -> tuple[Tensor, Tensor]:
         def explain(x: Tensor, tokens: Tensor, components: Tensor) -> Tensor:
             assert mixture is not None
             rows, cholesky, scale = mixture[2:]
@@ -120,10 +126,21 @@ def _intervene(
             map_ = None if mixture is None else mixture[:2]
             steered, tally = portable.intervene(hidden, edit, chosen, passed, active, map_, explain)
         return steered.contiguous(), tally
+
+    if serving == "portable" or (serving == "triton" and edit.coefficients.dtype == torch.float64):
+        return plain()
     if serving == "triton":
         from mfa_kernels.ops.intervene import triton_intervene
 
-        return triton_intervene.intervene(hidden, edit, chosen, passed, active, mixture, per_component)
+        trial = first_use.Trial(
+            lambda: triton_intervene.intervene(hidden, edit, chosen, passed, active, mixture, per_component),
+            plain,
+            lambda found, before: spot_check.of_steered(found, hidden, lambda: plain(in_range(active))),
+        )
+        rank = None if mixture is None else mixture.cholesky.shape[-1]
+        given = edit.keeps_norm, edit.latents is None, edit.spreads, chosen is None, passed is None, active is None
+        shape = hidden.shape[-1], hidden.dtype, rank, per_component, *given, hidden.shape[0] * hidden.shape[1] > 64
+        return first_use.served("steering", hidden, shape, trial)
     pairs_, terms = active or (None,) * 4, (None,) * 3 if mixture is None else mixture[2:]
     operands = (hidden, *edit[:4], edit.latents, chosen, passed, *pairs_, *terms)
     tensors = [None if t is None else t.contiguous() for t in operands]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
-from mfa_kernels.ops.common import backends, cpp
+from mfa_kernels.ops.common import backends, configs, cpp, first_use
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.common.trust import check_range
-from mfa_kernels.ops.kmeans import portable
+from mfa_kernels.ops.kmeans import portable, spot_check
 from mfa_kernels.ops.kmeans.types import ClusterSums
 
 
@@ -108,8 +108,16 @@ def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
         if backends.serving(centroids, 0) == "triton":
             from mfa_kernels.ops.kmeans import triton_nearest
 
-            x = x if x.dtype != torch.float64 else x.float()
-            return triton_nearest.nearest(x.contiguous(), centroids.contiguous(), center.float().contiguous())
+            rows = (x if x.dtype != torch.float64 else x.float()).contiguous()
+            points, origin = centroids.contiguous(), center.float().contiguous()
+            trial = first_use.Trial(
+                lambda: triton_nearest.nearest(rows, points, origin),
+                lambda: portable.nearest(x, centroids, center.to(centroids.dtype)),
+                lambda found, before: spot_check.of_nearest(found, rows, points, origin),
+                careful=True,
+            )
+            shape = configs.bucket(min(len(x), 128)), configs.bucket(len(points)), x.shape[1], rows.dtype
+            return first_use.served("nearest", rows, shape, trial)
         return portable.nearest(x, centroids, center.to(centroids.dtype))
 
 
@@ -137,7 +145,13 @@ def _cluster_sums(
     if backends.serving(center, 0) == "triton":
         from mfa_kernels.ops.kmeans import triton_clusters
 
-        x, distance = x if x.dtype != torch.float64 else x.float(), distance.float()
-        triton_clusters.cluster_sums(x.contiguous(), center.contiguous(), owner, distance, weights, out)
+        x, distance = (x if x.dtype != torch.float64 else x.float()).contiguous(), distance.float()
+        trial = first_use.Trial(
+            lambda: triton_clusters.cluster_sums(x, center.contiguous(), owner, distance, weights, out),
+            lambda: portable.cluster_sums(x, center, owner, distance, weights, out),
+            lambda found, before: spot_check.of_sums(x, center, owner, distance, weights, out, ClusterSums(*before)),
+            out,
+        )
+        first_use.served("cluster sums", x, (x.shape[1], x.dtype, weights is None), trial)
     else:
         portable.cluster_sums(x, center, owner, distance, weights, out)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision, no_tangents
-from mfa_kernels.ops.common import backends, cpp, trust
+from mfa_kernels.ops.common import backends, cpp, first_use, trust
 from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
-from mfa_kernels.ops.pairs import portable
+from mfa_kernels.ops.pairs import portable, spot_check
 from mfa_kernels.ops.pairs.types import Pairs
 from mfa_kernels.ops.woodbury.types import Woodbury
 
@@ -69,7 +72,28 @@ def accumulate_gradients(
         if woodbury.backend == "triton":
             from mfa_kernels.ops.pairs import triton_backward
 
-            triton_backward.backward(pairs, weights, woodbury, gradients, add)
+            outputs = [g for g in gradients if g is not None]
+
+            def error(found: None, before: Sequence[Tensor]) -> float:
+                kept = iter(before)
+                old = [None if g is None or not add else next(kept) for g in gradients]
+                return spot_check.of_gradients(pairs, weights, woodbury, gradients, old)
+
+            def plain() -> None:
+                for g in outputs if not add else ():
+                    g.zero_()
+                held = ((pairs.components >= 0) & (weights != 0)).nonzero().squeeze(-1)
+                own = Pairs(pairs.x.to(weights.dtype), pairs.tokens[held], pairs.components[held])
+                portable.backward(own, weights[held], woodbury, gradients)
+
+            trial = first_use.Trial(
+                lambda: triton_backward.backward(pairs, weights, woodbury, gradients, add),
+                plain,
+                error,
+                outputs,
+            )
+            wanted = *(g is not None for g in gradients), add
+            first_use.served("gradients", pairs.x, _shape(pairs.x, woodbury, *wanted), trial)
         else:
             portable.backward(pairs, weights, woodbury, gradients)
 
@@ -91,9 +115,25 @@ def explain(pairs: Pairs, woodbury: Woodbury) -> Tensor:
 
             x = x if x.dtype != torch.float64 else x.float()
             tokens = tokens.clamp(0, max(0, len(x) - 1))  # unseen on a GPU
-            return triton_pairs.latents(Pairs(x.contiguous(), tokens, components), woodbury)
-        out = portable.latents(x.to(cholesky.dtype), tokens, components.clamp_min(0), woodbury)
-        return out.masked_fill((components == -1).unsqueeze(-1), 0)
+            pairs = Pairs(x.contiguous(), tokens, components)
+            trial = first_use.Trial(
+                lambda: triton_pairs.latents(pairs, woodbury),
+                lambda: _plain_latents(pairs, woodbury),
+                lambda found, before: spot_check.of_latents(found, pairs, woodbury),
+            )
+            return first_use.served("latents", x, _shape(x, woodbury), trial)
+        return _plain_latents(pairs, woodbury)
+
+
+def _plain_latents(pairs: Pairs, woodbury: Woodbury) -> Tensor:
+    x, tokens, components = pairs
+    out = portable.latents(x.to(woodbury.cholesky.dtype), tokens, components.clamp_min(0), woodbury)
+    return out.masked_fill((components == -1).unsqueeze(-1), 0)
+
+
+def _shape(x: Tensor, woodbury: Woodbury, *others: Any) -> tuple[Any, ...]:
+    """What the machine code of a kernel of pairs depends on."""
+    return x.shape[1], woodbury.cholesky.shape[-1], woodbury.per_component, x.dtype, *others
 
 
 _PAIRS = {"x": "any(N, D)", "tokens": "int64(P)", "components": "int32(P)"}
@@ -164,7 +204,12 @@ def _decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means
         if serving == "triton":
             from mfa_kernels.ops.pairs import triton_decode
 
-            return triton_decode.decode(*tensors)
+            trial = first_use.Trial(
+                lambda: triton_decode.decode(*tensors),
+                lambda: portable.decode(*tensors),
+                lambda found, before: spot_check.of_decoded(found, *tensors),
+            )
+            return first_use.served("decode", means, (means.shape[1], loadings.shape[2], means.dtype), trial)
         return portable.decode(components, responsibilities, latents, means, loadings)
 
 
@@ -186,6 +231,12 @@ def _decode_backward(
         if backends.serving(means, loadings.shape[2]) == "triton":
             from mfa_kernels.ops.pairs import triton_decode
 
-            tensors = (grad, components, responsibilities, latents, means, loadings)
-            return triton_decode.decode_backward(*(t.contiguous() for t in tensors))
+            tensors = [t.contiguous() for t in (grad, components, responsibilities, latents, means, loadings)]
+            trial = first_use.Trial(
+                lambda: triton_decode.decode_backward(*tensors),
+                lambda: portable.decode_backward(*tensors),
+                lambda found, before: spot_check.of_decoded_gradients(found, *tensors),
+            )
+            shape = means.shape[1], loadings.shape[2], means.dtype
+            return first_use.served("gradients of decode", means, shape, trial)
         return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision, no_tangents
-from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.common import configs, cpp, first_use, trust
 from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import NO_SECOND_DERIVATIVE, operator
 from mfa_kernels.ops.pairs import overflow
 from mfa_kernels.ops.pairs.op import accumulate_gradients
 from mfa_kernels.ops.pairs.types import Pairs
-from mfa_kernels.ops.scan import int8, portable
+from mfa_kernels.ops.scan import int8, portable, spot_check
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs, activity_threshold
 from mfa_kernels.ops.woodbury.portable import CHUNK
 from mfa_kernels.ops.woodbury.types import Int8Rows, Parameters, ScanRows, Woodbury
@@ -101,7 +102,19 @@ def dense_logits(x: Tensor, woodbury: Woodbury, constants: Tensor) -> Tensor:
             return portable.dense(x, woodbury, constants)
         from mfa_kernels.ops.scan import triton_all_logits
 
-        return triton_all_logits.all_logits(x, woodbury, constants)
+        trial = first_use.Trial(
+            lambda: triton_all_logits.all_logits(x, woodbury, constants),
+            lambda: portable.dense(x.to(constants.dtype), woodbury, constants),
+            lambda found, before: spot_check.of_all_logits(found, x, woodbury, constants),
+        )
+        return first_use.served("every logit", x, _shape(x, woodbury), trial)
+
+
+def _shape(x: Tensor, woodbury: Woodbury, *others: Any) -> tuple[Any, ...]:
+    """What the machine code of a scan depends on."""
+    tokens, (components, _, features) = configs.bucket(min(len(x), 128)), woodbury.rows.shape
+    rank = woodbury.cholesky.shape[-1]
+    return tokens, configs.bucket(components), features, rank, woodbury.per_component, x.dtype, *others
 
 
 def gradients_of(
@@ -168,12 +181,23 @@ def _log_prob(
         from mfa_kernels.ops.scan import triton_pipeline
         from mfa_kernels.ops.woodbury import triton_rows
 
+        given = None
         if scan is not None and scan.rows.numel():
             _check_scan(loadings, noise_variance, *scan)
-            view = ScanRows(*(t.contiguous() for t in scan))
-        else:
-            view = triton_rows.scan_rows(woodbury)
-        return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
+            given = ScanRows(*(t.contiguous() for t in scan))
+
+        def kernel() -> ActivePairs:
+            view = triton_rows.scan_rows(woodbury) if given is None else given
+            return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
+
+        def error(found: ActivePairs, before: Sequence[Tensor]) -> float:
+            allowed = spot_check.ALLOWED if exact else spot_check.ALLOWED_FAST
+            return spot_check.of_scan(found, x, woodbury, constants, allowed)
+
+        trial = first_use.Trial(
+            kernel, lambda: portable.scan(x.to(means.dtype), woodbury, constants, threshold, slots), error, careful=True
+        )
+        return first_use.served("scan", x, _shape(x, woodbury, slots > 16, exact), trial)
 
 
 def _on_cpu(

@@ -54,7 +54,7 @@ def scan(
         if count == 0:
             return out
         if exact and count <= FEW and not woodbury.per_component and slots <= CANDIDATES:
-            library = cuda.library()
+            library = cuda.library_in_use()
             if library is not None:
                 return _few_tokens(library, x, woodbury, rows, constants, slots)
         config = configs.configured(configs.Scan, x, count, components)

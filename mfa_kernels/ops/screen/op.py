@@ -7,8 +7,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.common import configs, cpp, first_use, trust
 from mfa_kernels.ops.common.register import operator
+from mfa_kernels.ops.scan import portable, spot_check
 from mfa_kernels.ops.scan.op import log_prob
 from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen.basis import basis as choose_basis
@@ -165,8 +166,21 @@ def scan(
         slots: S, the most active components kept per token.
     """
     if not isinstance(screen, Screen):
-        x = x if x.dtype in (torch.bfloat16, torch.float16) else x.to(constants.dtype)
-        return _triton().scan(x.contiguous(), woodbury, constants, screen, threshold, slots)
+        x = (x if x.dtype in (torch.bfloat16, torch.float16) else x.to(constants.dtype)).contiguous()
+
+        def plain() -> ScreenedPairs:
+            active = ActivePairs(*portable.scan(x.to(constants.dtype), woodbury, constants, threshold, slots))
+            return ScreenedPairs(active, torch.zeros_like(active.log_prob), torch.full_like(active.counts, -1))
+
+        trial = first_use.Trial(
+            lambda: _triton().scan(x, woodbury, constants, screen, threshold, slots),
+            plain,
+            lambda found, before: spot_check.of_scan(found.active, x, woodbury, constants),
+            careful=True,
+        )
+        tokens, rank = configs.bucket(min(len(x), 128)), woodbury.cholesky.shape[-1]
+        shape = tokens, configs.bucket(len(constants)), x.shape[1], screen.basis.shape[1], rank, x.dtype, slots > 16
+        return first_use.served("screened scan", x, shape, trial)
     *active, dropped, evaluated = torch.ops.mfa_kernels.select_screened(
         x, woodbury.rows, constants, woodbury.scale, *screen, threshold, slots
     )

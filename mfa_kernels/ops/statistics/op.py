@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
-from mfa_kernels.ops.common import cpp, trust
+from mfa_kernels.ops.common import cpp, first_use, trust
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.scan.op import component_log_prob, log_prob
 from mfa_kernels.ops.scan.types import SLOTS, ActivePairs
-from mfa_kernels.ops.statistics import portable
+from mfa_kernels.ops.statistics import portable, spot_check
 from mfa_kernels.ops.statistics.types import SufficientStatistics, Sums
 from mfa_kernels.ops.woodbury.portable import CHUNK
 from mfa_kernels.ops.woodbury.types import Parameters, Woodbury
@@ -131,7 +131,14 @@ def _statistics(
         if woodbury.backend == "triton":
             from mfa_kernels.ops.statistics import triton_statistics
 
-            x = x if x.dtype != torch.float64 else x.float()
-            triton_statistics.accumulate(x.contiguous(), components, weights, woodbury, out)
+            x = (x if x.dtype != torch.float64 else x.float()).contiguous()
+            trial = first_use.Trial(
+                lambda: triton_statistics.accumulate(x, components, weights, woodbury, out),
+                lambda: portable.accumulate(x.to(rows.dtype), components, weights, woodbury, out),
+                lambda found, before: spot_check.of_sums(x, components, weights, woodbury, out, Sums(*before)),
+                out,
+            )
+            shape = x.shape[1], cholesky.shape[-1], per_component, x.dtype, components.shape[1]
+            first_use.served("statistics", x, shape, trial)
         else:
             portable.accumulate(x.to(rows.dtype), components, weights, woodbury, out)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.precision import full_precision
-from mfa_kernels.ops.common import backends, cpp, cuda, trust
+from mfa_kernels.ops.common import backends, cpp, cuda, first_use, trust
 from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import operator
-from mfa_kernels.ops.woodbury import int8
+from mfa_kernels.ops.woodbury import int8, spot_check
 from mfa_kernels.ops.woodbury.portable import portable
 from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
 
@@ -97,11 +97,19 @@ def _backward(saved, needs, *gradients):
 )
 def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with full_precision(means), _room(means, loadings.shape[2], 2):
-        serving = backends.serving(means, loadings.shape[2])
-        library = cpp.library() if serving == "cpp" else cuda.library() if serving == "triton" else None
+        serving, given = backends.serving(means, loadings.shape[2]), (means, loadings, noise_variance)
+        if serving == "cpp":
+            return cpp.library().woodbury(*(t.contiguous() for t in given))
+        library = cuda.library() if serving == "triton" else None
         if library is None:
-            return portable(means, loadings, noise_variance)
-        return library.woodbury(means.contiguous(), loadings.contiguous(), noise_variance.contiguous())
+            return portable(*given)
+        trial = first_use.Trial(
+            lambda: library.woodbury(*(t.contiguous() for t in given)),
+            lambda: portable(*given),
+            lambda found, before: spot_check.of_factors(found, *given),
+        )
+        shape = *loadings.shape[1:], noise_variance.dim()
+        return first_use.served("factors", means, shape, trial)
 
 
 def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:
@@ -140,8 +148,12 @@ def _scan_rows(
         return _none(rows, 7)
     from mfa_kernels.ops.woodbury import triton_rows
 
+    # What the rows are worth, a scan says, which makes its own where there are none.
+    trial = first_use.Trial(
+        lambda: tuple(triton_rows.scan_rows(woodbury)), lambda: _none(rows, 7), lambda found, before: 0.0
+    )
     with _room(rows[:, 0], cholesky.shape[-1], 1):
-        return tuple(triton_rows.scan_rows(woodbury))
+        return first_use.served("rows of the scan", rows, (*rows.shape[1:], per_component), trial)
 
 
 def _fake_int8_rows(given):

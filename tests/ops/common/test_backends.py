@@ -46,6 +46,35 @@ def test_what_cannot_be_served_is_refused(monkeypatch, asked, parameters, rank, 
         backends.serving(parameters, rank)
 
 
+class Elsewhere:
+    """Parameters of which only what a decision reads is there."""
+
+    dtype, shape = torch.float32, (3, 4)
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "message"),
+    [
+        ("cuda:0", "6.4", "this PyTorch is for AMD's"),
+        ("xpu:0", None, "these tensors are on xpu"),
+        ("mps:0", None, "these tensors are on mps"),
+    ],
+)
+def test_gpus_of_others_get_plain_pytorch_and_one_sentence(monkeypatch, device, hip, message):
+    monkeypatch.delenv("MFA_KERNELS_BACKEND", raising=False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(backends, "_capability", lambda index: 9)  # an MI300 says 9.4
+    backends._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=message) as caught:
+        served = [backends.serving(Elsewhere(device), 2) for _ in range(2)]
+    assert served == ["portable", "portable"]
+    assert len(caught) == 1
+
+
 def test_a_fallback_is_said_once():
     code = (
         "import warnings; warnings.simplefilter('always'); from mfa_kernels.ops.common import backends; "

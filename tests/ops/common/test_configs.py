@@ -115,6 +115,12 @@ def test_a_tile_is_not_larger_than_few_tokens_need(tokens):
     assert configs.default(Scan, 90, tokens, 8192).tokens <= max(16, 2 * tokens)
 
 
+def test_tiles_of_64_tokens_keep_their_warps_where_fewer_would_spill():
+    assert configs.default(configs.Scan, 100, 64, 8192).warps == 8
+    assert configs.default(configs.Scan, 90, 64, 8192).warps == 4
+    assert configs.default(configs.Scan, 100, 32, 8192).warps == 4
+
+
 def test_override_is_by_kind_nests_and_ends():
     like, small, other = torch.empty(0), Pairs(16, 16, 4, 1), Pairs(32, 16, 4, 1)
     scan = configs.configured(Scan, like, 64, 64)

@@ -49,9 +49,14 @@ def test_without_nvcc_one_warning(monkeypatch, tmp_path):
 
 
 def test_a_gpu_that_is_too_old_is_named(monkeypatch):
-    pretend_device(monkeypatch, (7, 5), (9, 0))
+    pretend_device(monkeypatch, (7, 5), (6, 1))
     with pytest.warns(RuntimeWarning, match=r"compute capability \(7, 5\), and \(8, 0\) or later is needed"):
         assert cuda.library.__wrapped__() is None
+
+
+def test_an_old_gpu_beside_others_takes_nothing_from_them(monkeypatch):
+    pretend_device(monkeypatch, (7, 5), (9, 0))
+    assert cuda.architectures() == ["90"]
 
 
 def test_what_is_built_and_for_what(monkeypatch, tmp_path):

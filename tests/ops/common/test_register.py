@@ -75,6 +75,18 @@ def test_schemas_are_those_that_saved_programs_were_made_with():
     assert sorted(found) == [f"mfa_kernels::{schema}" for schema in SCHEMAS.replace("\n  ", " ").split("\n") if schema]
 
 
+@pytest.mark.parametrize("device", ["CPU", "CUDA", "XPU", "MPS", "Meta"])
+def test_every_operator_of_a_mixture_is_there_on_every_device(device):
+    """What has C++ kernels alone is never called elsewhere."""
+    cpu_alone = {"log_prob_keeping", "select_screened", "screened_log_prob"}
+    missing = {
+        name
+        for name in register.KERNELS
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"mfa_kernels::{name}", device)
+    }
+    assert missing == (set() if device in ("CPU", "Meta") else cpu_alone)
+
+
 def test_one_device():
     fits = register.on_one_device("decode", lambda *tensors: "called", NAMES)
     tensors = [
