@@ -113,7 +113,7 @@ class Screening:
     Stage 0 of screening runs whenever the parameters change, if the rows to come under the new ones pay for it. Which
     coordinates the bounds use is chosen on a sample, and kept until the counts of what they leave have changed. Counts
     decide, not times, and `state` holds them: a run that resumes from there takes the same scans. Results are those of
-    the dense scan, to rounding. Noise per component and GPUs always take the dense scan.
+    the dense scan, to rounding. Noise per component always takes the dense scan.
 
     Args:
         mfa: the mixture, or this process's components.
@@ -149,8 +149,7 @@ class Screening:
         if not self.decided:
             self.decided = True
             self._level()
-            # On a GPU, and for noise per component, EM takes the dense scan.
-            if woodbury.is_cpp and not woodbury.per_component and self.mfa.precision != "reference" and rows:
+            if op.serves(woodbury) and self.mfa.precision != "reference" and rows:  # not noise per component
                 if total >= _APART <= self.since and (self.basis is None or self._drifted()):
                     self._choose()
                 saved = rows * (dense_cost(woodbury, rows) - self.cost)
@@ -194,7 +193,8 @@ class Screening:
         """Restores what `state` returned; the decisions of another number of processes are not restored."""
         for name, value in (values["screening"] or {}).items():
             setattr(self, name, value)
-        self.basis = tensors["screening.basis"].float() if "screening.basis" in tensors else None
+        basis = tensors.get("screening.basis")
+        self.basis = None if basis is None else basis.to(self.sample.device, torch.float32)
         if self.basis is not None and (self.basis.dim() != 2 or len(self.basis) != self.mfa.n_features):
             shape = tuple(self.basis.shape)
             raise ValueError(f"screening.basis must have shape ({self.mfa.n_features}, p), got {shape}")

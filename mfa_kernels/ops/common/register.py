@@ -23,6 +23,7 @@ KERNELS: dict[str, Callable[..., Any]] = {}
 
 NO_SECOND_DERIVATIVE = "mfa_kernels::{name} has no second derivative: use precision='reference' for one"
 
+_OUTSIDE_OF_GRAPHS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
 _LIBRARY = torch.library.Library("mfa_kernels", "FRAGMENT")
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[bool]: "bool[]",
@@ -39,6 +40,7 @@ def operator(
     gradient: Callable[..., Sequence[Tensor | None]] | str | None = None,
     saves: Callable[[Any, Any], Sequence[Tensor]] = lambda inputs, output: (),
     devices: tuple[str, ...] = ("CPU", "CUDA", "XPU", "MPS"),
+    waits: bool = False,
     **rules: Any,
 ) -> Callable[[F], F]:
     """Decorates the implementation of an operator, which it returns unchanged.
@@ -54,6 +56,8 @@ def operator(
             the first inputs, and the others have none. A text is the message of the RuntimeError that refuses one.
         saves: of inputs and results, what `gradient` is given.
         devices: on which the operator exists.
+        waits: whether it reads a value back from the device: torch.compile leaves it out of the CUDA graphs that
+            mode="reduce-overhead" makes, where PyTorch knows such a thing.
         rules: further arguments of `trust.checks`.
     """
 
@@ -69,7 +73,7 @@ def operator(
         body = trust.checks(name, {own: checks.get(own, "") for own in names}, **rules)
         kernel = trust.compiled(name, signature, f"{body}\n    return function({call or ', '.join(names)})", scope)
         KERNELS[name] = kernel
-        _LIBRARY.define(name + text)
+        _LIBRARY.define(name + text, tags=_OUTSIDE_OF_GRAPHS if waits else ())
         for device in devices:
             # PyTorch calls that of the CPU only where every tensor is on it.
             _LIBRARY.impl(name, kernel if device == "CPU" else on_one_device(name, kernel, names), device)

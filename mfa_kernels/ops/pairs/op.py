@@ -169,6 +169,7 @@ def _latents(pairs: Pairs, means: Tensor, loadings: Tensor, noise_variance: Tens
         for t in (given.x, given.means, given.loadings, given.noise_variance)
     ),
     gradient=NO_SECOND_DERIVATIVE,
+    waits=True,  # for which pairs are none
 )
 def _latents_backward(
     grad: Tensor,

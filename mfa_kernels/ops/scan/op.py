@@ -319,6 +319,7 @@ def _fake_gradients(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Te
         [given.x, given.means, given.loadings, given.noise_variance, given.log_weights], given.needs
     ),
     gradient=NO_SECOND_DERIVATIVE,
+    waits=True,  # for how many tokens have more active components than slots
 )  # fmt: skip
 def _log_prob_backward(
     grad_log_prob: Tensor, grad_logits: Tensor, x: Tensor, parameters: Parameters, woodbury: Woodbury,
@@ -370,6 +371,7 @@ def _at_once(means: Tensor) -> int:
     last=("x", "grad", "needs"),
     fake=lambda given: _fake_gradients([given.x, given.means, given.loadings, given.noise_variance], given.needs),
     gradient=NO_SECOND_DERIVATIVE,
+    waits=True,  # for which weights are zero
 )
 def _component_log_prob_backward(
     grad: Tensor, x: Tensor, means: Tensor, loadings: Tensor, noise_variance: Tensor, woodbury: Woodbury,

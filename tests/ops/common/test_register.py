@@ -87,6 +87,17 @@ def test_every_operator_of_a_mixture_is_there_on_every_device(device):
     assert missing == (set() if device in ("CPU", "Meta") else cpu_alone)
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this torch makes graphs of all or nothing")
+def test_what_waits_for_the_device_stays_out_of_cuda_graphs():
+    """What does not is captured: test_no_wait.py and the device tests hold that."""
+    waits = {
+        name
+        for name in register.KERNELS
+        if torch.Tag.cudagraph_unsafe in getattr(torch.ops.mfa_kernels, name).default.tags
+    }
+    assert waits == {"log_prob_backward", "component_log_prob_backward", "latents_backward"}
+
+
 def test_one_device():
     fits = register.on_one_device("decode", lambda *tensors: "called", NAMES)
     tensors = [
