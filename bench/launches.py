@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.ops.common import configs
+from mfa_kernels.ops.common import configs, triton_probe
 from mfa_kernels.ops.common.triton_tokens import scan_tokens
 from mfa_kernels.ops.intervene import triton_intervene
 from mfa_kernels.ops.intervene.types import Edit, Mixture
@@ -139,6 +139,7 @@ class Calls:
                 for rank in (10, 64)
                 for own in (False, True)
             },
+            "probe": lambda: triton_probe.products(*triton_probe.vectors(1024, torch.device("meta"))),
             "gate": call(self.intervene, False, False, False),
             "gate and norm": call(self.intervene, False, False, True),
             "mixture": call(self.intervene, True, False, False),

@@ -106,6 +106,7 @@ def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
         return screened(x, centroids, center, basis)[:2]
     with full_precision(centroids):
         if backends.serving(centroids, 0) == "triton":
+            from mfa_kernels.ops.common import triton_probe
             from mfa_kernels.ops.kmeans import triton_nearest
 
             rows = (x if x.dtype != torch.float64 else x.float()).contiguous()
@@ -113,7 +114,9 @@ def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
             trial = first_use.Trial(
                 lambda: triton_nearest.nearest(rows, points, origin),
                 lambda: portable.nearest(x, centroids, center.to(centroids.dtype)),
-                lambda found, before: spot_check.of_nearest(found, rows, points, origin),
+                lambda found, before: max(
+                    spot_check.of_nearest(found, rows, points, origin), triton_probe.of_device(x.device, x.shape[1])
+                ),
                 careful=True,
             )
             shape = configs.bucket(min(len(x), 128)), configs.bucket(len(points)), x.shape[1], rows.dtype

@@ -178,6 +178,7 @@ def _log_prob(
     with full_precision(means), explain_out_of_memory(what, size, means.element_size(), shrink):
         if woodbury.backend != "triton":
             return portable.scan(x, woodbury, constants, threshold, slots)
+        from mfa_kernels.ops.common import triton_probe
         from mfa_kernels.ops.scan import triton_pipeline
         from mfa_kernels.ops.woodbury import triton_rows
 
@@ -192,7 +193,8 @@ def _log_prob(
 
         def error(found: ActivePairs, before: Sequence[Tensor]) -> float:
             allowed = spot_check.ALLOWED if exact else spot_check.ALLOWED_FAST
-            return spot_check.of_scan(found, x, woodbury, constants, allowed)
+            spots = spot_check.of_scan(found, x, woodbury, constants, allowed)
+            return max(spots, triton_probe.of_device(x.device, x.shape[1])) if exact else spots
 
         trial = first_use.Trial(
             kernel, lambda: portable.scan(x.to(means.dtype), woodbury, constants, threshold, slots), error, careful=True

@@ -168,6 +168,8 @@ def scan(
     if not isinstance(screen, Screen):
         x = (x if x.dtype in (torch.bfloat16, torch.float16) else x.to(constants.dtype)).contiguous()
 
+        from mfa_kernels.ops.common import triton_probe
+
         def plain() -> ScreenedPairs:
             active = ActivePairs(*portable.scan(x.to(constants.dtype), woodbury, constants, threshold, slots))
             return ScreenedPairs(active, torch.zeros_like(active.log_prob), torch.full_like(active.counts, -1))
@@ -175,7 +177,9 @@ def scan(
         trial = first_use.Trial(
             lambda: _triton().scan(x, woodbury, constants, screen, threshold, slots),
             plain,
-            lambda found, before: spot_check.of_scan(found.active, x, woodbury, constants),
+            lambda found, before: max(
+                spot_check.of_scan(found.active, x, woodbury, constants), triton_probe.of_device(x.device, x.shape[1])
+            ),
             careful=True,
         )
         tokens, rank = configs.bucket(min(len(x), 128)), woodbury.cholesky.shape[-1]

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from mfa_kernels import ops
-from mfa_kernels.ops.common import configs, cuda, first_use
+from mfa_kernels.ops.common import configs, cuda, first_use, triton_probe
 from mfa_kernels.ops.intervene import op as steering
 from mfa_kernels.ops.intervene import triton_intervene
 from mfa_kernels.ops.intervene.types import Edit
@@ -233,6 +233,18 @@ def test_a_kernel_that_is_wrong_gives_way_to_plain_pytorch(family, monkeypatch):
     with pytest.warns(RuntimeWarning, match=f"{family} did not pass.*off by") as caught:
         found = flat(call())
     assert len([w for w in caught if f"mfa_kernels: {family} did" in str(w.message)]) == 1
+    assert states(family) == ["plain"]
+    for own, exact in zip(found, expected):
+        torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["scan", "screened scan", "nearest"])
+def test_matrix_units_that_sum_in_few_bits_serve_nothing_that_rests_on_bounds(family, monkeypatch):
+    call, *_ = FAMILIES[family]
+    expected = plain(call, monkeypatch)
+    monkeypatch.setattr(triton_probe, "of_device", lambda device, features: 107.0)
+    with pytest.warns(RuntimeWarning, match=f"{family} did not pass.*off by 107 times.*plain PyTorch serves it"):
+        found = flat(call())
     assert states(family) == ["plain"]
     for own, exact in zip(found, expected):
         torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-4, equal_nan=True)
