@@ -50,6 +50,7 @@ def marks(results: Results) -> list[tuple[str, str, str]]:
          shown(at("plain, compiled llama K=8192", "times_our_scan"), "{:.1f}x")),
         ("torch.compile of it / ours, step", "",
          shown(at("plain, compiled llama K=8192", "times_our_step"), "{:.1f}x")),
+        ("families of kernels refused at their first use", "0", shown(at("doctor --check", "refused"), "{}")),
         ("tests marked gpu", "all", shown(passed, f"{{}} passed, {failed} failed")),
     ]  # fmt: skip
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from bench.gpu import problems
 from bench.gpu.harness import SETS, Bench, Timing
 from bench.gpu.problems import Problem, Shape
 from mfa_kernels import kmeans, ops
-from mfa_kernels.commands import doctor
+from mfa_kernels.commands import check_kernels, doctor
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
 from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.scan.types import activity_threshold
@@ -91,6 +92,17 @@ def environment(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
         with contextlib.suppress(OSError):
             found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     return found
+
+
+def kernel_check(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
+    """Every family of kernels at its first use, against float64, each in a process of its own."""
+    if bench.rehearsal:
+        with mock.patch.dict(os.environ, {"MFA_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}):
+            findings = [check_kernels.alone("cluster sums", "cpu", 300, (1, 17))]
+    else:
+        findings = list(check_kernels.run_all("cuda", 120, at_once=8))
+    found = {finding.family: finding.note or f"passed in {finding.seconds:.0f} s" for finding in findings}
+    return {"refused": sum(not finding.passed for finding in findings), **found}
 
 
 def ceilings(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
@@ -511,6 +523,7 @@ def _case(kind: str, estimate: float, function: Any, components: int, features: 
 CASES = [
     Case("environment", 75, environment),
     Case("ceilings", 15, ceilings),
+    Case("doctor --check", 90, kernel_check),
     _case("scan", 20, scan, 8192, LLAMA),
     _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
     _case("step", 20, step, 8192, LLAMA),

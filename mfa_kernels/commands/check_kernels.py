@@ -12,7 +12,8 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -154,20 +155,20 @@ def exercises() -> dict[str, Callable[[Problem], Any]]:
     }
 
 
-def cases(device: str) -> Iterator[Problem]:
-    """The problems that a family is tried on."""
+def cases(device: str, counts: Sequence[int]) -> Iterator[Problem]:
+    """The problems that a family is tried on, of so many tokens each."""
     for per_component in (False, True):
         for dtype in (torch.bfloat16, torch.float32):
-            for tokens in TOKENS:
+            for tokens in counts:
                 yield Problem(device, tokens, dtype, per_component)
 
 
-def run(family: str, device: str) -> Finding:
-    """Runs a family in this process."""
+def run(family: str, device: str, counts: Sequence[int] = TOKENS) -> Finding:
+    """Runs a family in this process, on problems of so many tokens each."""
     began, exercise = time.perf_counter(), exercises()[family]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # the note says the same
-        for problem in cases(device):
+        for problem in cases(device, counts):
             exercise(problem)
     own = [entry for entry in first_use.entries() if entry["family"] == family and entry["pid"] == os.getpid()]
     states: dict[str, int] = {}
@@ -185,17 +186,18 @@ def nothing_to_check(device: str) -> str | None:
     return None if name == "triton" else reason or f"{name} serves {device}"
 
 
-def run_all(device: str, seconds: float = SECONDS) -> Iterator[Finding]:
-    """Forgets what earlier checks found, and runs every family in a process of its own."""
+def run_all(device: str, seconds: float = SECONDS, at_once: int = 4) -> Iterator[Finding]:
+    """Forgets what earlier checks found, and runs every family in a process of its own, so many of them at once."""
     first_use.forget()
-    for family in exercises():
-        yield _alone(family, device, seconds)
+    with ThreadPoolExecutor(at_once) as pool:
+        yield from pool.map(lambda family: alone(family, device, seconds), exercises())
 
 
-def _alone(family: str, device: str, seconds: float) -> Finding:
+def alone(family: str, device: str, seconds: float = SECONDS, counts: Sequence[int] = TOKENS) -> Finding:
+    """Runs a family in a process of its own."""
     began = time.perf_counter()
     environment = {**os.environ, "MFA_KERNELS_TRUST": "check", "CUDA_LAUNCH_BLOCKING": "1"}
-    command = [sys.executable, "-m", "mfa_kernels.commands.check_kernels", family, device]
+    command = [sys.executable, "-m", "mfa_kernels.commands.check_kernels", family, device, *map(str, counts)]
     try:
         out = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=seconds)
     except subprocess.TimeoutExpired:
@@ -221,4 +223,4 @@ def table(findings: list[Finding]) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(sys.argv[1], sys.argv[2])._asdict()))
+    print(json.dumps(run(sys.argv[1], sys.argv[2], [int(count) for count in sys.argv[3:]])._asdict()))

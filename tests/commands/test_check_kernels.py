@@ -24,14 +24,13 @@ def interpreted(monkeypatch, tmp_path):
     monkeypatch.setenv("MFA_KERNELS_TRUST", "check")
     monkeypatch.setenv("MFA_KERNELS_CACHE", str(tmp_path))
     monkeypatch.setattr(first_use, "_settled", {})
-    monkeypatch.setattr(check_kernels, "TOKENS", (1, 5))
     for name, size in (("_COMPONENTS", 6), ("_FEATURES", 20), ("_RANK", 2), ("_SLOTS", 4)):
         monkeypatch.setattr(check_kernels, name, size)
 
 
 @pytest.mark.parametrize("family", check_kernels.exercises())
 def test_every_family_runs_and_passes(interpreted, family):
-    finding = check_kernels.run(family, "cpu")
+    finding = check_kernels.run(family, "cpu", (1, 5))
     assert finding.passed, finding
     assert finding.family == family
     # Without the CUDA library, there are no kernels of its own.
@@ -50,7 +49,7 @@ def test_a_refusal_has_its_reason(interpreted, monkeypatch):
 
     monkeypatch.setattr(triton_nearest, "nearest", fails)
     monkeypatch.setattr(first_use, "_insists", lambda: False)
-    finding = check_kernels.run("nearest", "cpu")
+    finding = check_kernels.run("nearest", "cpu", (1, 5))
     assert not finding.passed
     assert set(finding.states) == {"plain"}
     assert "no kernel image is available" in finding.note
@@ -67,13 +66,13 @@ def test_a_family_that_takes_its_process_with_it(monkeypatch, status, said, note
     monkeypatch.setattr(
         subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, status, "", said)
     )
-    finding = check_kernels._alone("scan", "cuda", 5)
+    finding = check_kernels.alone("scan", "cuda", 5)
     assert finding.note == note
     assert not finding.passed
 
 
 def test_a_family_that_does_not_end():
-    finding = check_kernels._alone("scan", "cpu", 0.05)
+    finding = check_kernels.alone("scan", "cpu", 0.05)
     assert finding.note == "not done after 0 s"
 
 
