@@ -44,7 +44,10 @@ Result = TypeVar("Result")
 _FATAL = re.compile(r"(?i)illegal memory access|misaligned address|unspecified launch failure|device-side assert|ECC")
 _TRYING = "trying"
 
+_PATIENCE = 8  # calls with nothing to check, after which a process asks no more
+
 _settled: dict[tuple[Any, ...], str] = {}  # by key, for this process
+_unchecked: dict[tuple[Any, ...], int] = {}
 
 
 class Trial(NamedTuple):
@@ -54,14 +57,14 @@ class Trial(NamedTuple):
         kernel: runs it.
         plain: what serves instead.
         error: of its result, and of what `written` was before, the largest error over what is allowed: more than 1, or
-            NaN, is wrong.
+            NaN, is wrong; None where there was nothing to check (no rows, none that are finite).
         written: tensors that it changes in place.
         careful: whether a configuration that asks less of a chip changes anything (`configs.CAREFUL`).
     """
 
     kernel: Callable[[], Any]
     plain: Callable[[], Any]
-    error: Callable[[Any, Sequence[Tensor]], float]
+    error: Callable[[Any, Sequence[Tensor]], float | None]
     written: Sequence[Tensor] = ()
     careful: bool = False
 
@@ -96,7 +99,7 @@ def served(family: str, like: Tensor, shape: tuple[Any, ...], trial: Trial) -> A
         result = trial.kernel()
     if how == "always" and not trial.written and not _captures(like):
         found = trial.error(result, ())
-        if not found <= 1:
+        if found is not None and not found <= 1:
             raise RuntimeError(f"{family}: the result is off by {found:.3g} times what is allowed ({_facts(like)})")
     return result
 
@@ -148,6 +151,12 @@ def _first(key: tuple[Any, ...], like: Tensor, trial: Trial) -> Any:
                 ) from error
             reasons.append(f"{rung}: {_line(error)}")
         else:
+            if found is None:  # the next call is the first again, so many times
+                _forget(key, like)
+                _unchecked[key] = _unchecked.get(key, 0) + 1
+                if _unchecked[key] >= _PATIENCE:
+                    _settled[key] = rung  # for this process
+                return result
             if found <= 1:
                 _settle(key, like, rung, reasons)
                 return result
@@ -301,7 +310,7 @@ def _say(key: tuple[Any, ...], rung: str, why: str, like: Tensor) -> None:
 def worst(found: Tensor, expected: Tensor, allowed: Tensor) -> float:
     """The largest |found - expected| / allowed; infinite where one is NaN and the other is not, 0 of nothing."""
     if not found.numel():
-        return 0.0
+        return 0.0  # callers have looked whether there is something
     found, expected = found.double(), expected.double()
     gap = (found - expected).abs() / allowed.double()
     gap = torch.where(found == expected, 0.0, gap)

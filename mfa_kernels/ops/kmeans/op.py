@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,12 +112,15 @@ def _nearest(x: Tensor, centroids: Tensor, center: Tensor, basis: Tensor | None 
 
             rows = (x if x.dtype != torch.float64 else x.float()).contiguous()
             points, origin = centroids.contiguous(), center.float().contiguous()
+
+            def error(found: tuple[Tensor, Tensor], before: Sequence[Tensor]) -> float | None:
+                spots = spot_check.of_nearest(found, rows, points, origin)
+                return None if spots is None else max(spots, triton_probe.of_device(x.device, x.shape[1]))
+
             trial = first_use.Trial(
                 lambda: triton_nearest.nearest(rows, points, origin),
                 lambda: portable.nearest(x, centroids, center.to(centroids.dtype)),
-                lambda found, before: max(
-                    spot_check.of_nearest(found, rows, points, origin), triton_probe.of_device(x.device, x.shape[1])
-                ),
+                error,
                 careful=True,
             )
             shape = configs.bucket(min(len(x), 128)), configs.bucket(len(points)), x.shape[1], rows.dtype

@@ -14,14 +14,14 @@ _ALLOWED = 256 * 2.0**-23  # of the squared lengths behind a distance
 _ROWS = 2048  # of a cluster, in float64 at once
 
 
-def of_nearest(found: tuple[Tensor, Tensor], x: Tensor, centroids: Tensor, center: Tensor) -> float:
+def of_nearest(found: tuple[Tensor, Tensor], x: Tensor, centroids: Tensor, center: Tensor) -> float | None:
     """The largest error of owners and distances over what is allowed, on some rows."""
     few = spread(len(x), x.device)
     y = x[few].double() - center.double()
     finite = y.isfinite().all(1)
     y, few = y[finite], few[finite]
     if not len(few):
-        return 0.0
+        return None
     owner, distance = found[0][few], found[1][few]
     if int(owner.min()) < 0 or int(owner.max()) >= len(centroids):
         return math.inf
@@ -35,14 +35,14 @@ def of_nearest(found: tuple[Tensor, Tensor], x: Tensor, centroids: Tensor, cente
 def of_sums(
     x: Tensor, center: Tensor, owner: Tensor, distance: Tensor, weights: Tensor | None, out: ClusterSums,
     before: ClusterSums,
-) -> float:  # fmt: skip
+) -> float | None:  # fmt: skip
     """The largest error of what was added to `before` over what is allowed, in one cluster."""
     clusters = len(out.mass)
     owned = owner.bincount(minlength=clusters + 1)[:clusters]
     few = torch.where(owned <= _ROWS, owned, 0)
-    if not int(few.max()):
-        return 0.0
-    k = int(few.argmax())
+    if not int(owned.max()):
+        return None
+    k = int(few.argmax() if int(few.max()) else owned.where(owned > 0, owned.max()).argmin())
     own = (owner == k).nonzero().squeeze(1)
     weight = torch.ones(len(own), dtype=torch.float64, device=x.device) if weights is None else weights[own]
     y = x[own].double() - center.double()

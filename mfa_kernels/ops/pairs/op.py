@@ -74,7 +74,7 @@ def accumulate_gradients(
 
             outputs = [g for g in gradients if g is not None]
 
-            def error(found: None, before: Sequence[Tensor]) -> float:
+            def error(found: None, before: Sequence[Tensor]) -> float | None:
                 kept = iter(before)
                 old = [None if g is None or not add else next(kept) for g in gradients]
                 return spot_check.of_gradients(pairs, weights, woodbury, gradients, old)

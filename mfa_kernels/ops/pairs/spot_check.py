@@ -15,7 +15,7 @@ from mfa_kernels.ops.woodbury.portable import explained, residuals
 from mfa_kernels.ops.woodbury.types import Woodbury
 
 _ALLOWED = 256 * 2.0**-23  # of the sum of the norms of what is added up
-_PAIRS = 2048  # of a component, in float64 at once
+_PAIRS = 2048  # of the component that is computed again, where there is one with no more
 
 
 def some_components(woodbury: Woodbury, components: Tensor) -> Woodbury:
@@ -27,32 +27,33 @@ def some_components(woodbury: Woodbury, components: Tensor) -> Woodbury:
 
 
 def busiest(components: Tensor, counted: Tensor, count: int) -> tuple[int, Tensor]:
-    """A component with as many pairs as can be checked, and their numbers; of pairs (P,) that are `counted`."""
+    """A component with many pairs, but not more than can be checked at once, and their numbers; of pairs (P,) that are
+    `counted`."""
     held = (counted & (components >= 0) & (components < count)).nonzero().squeeze(-1)
     owned = components[held].long().bincount(minlength=count)
     few = torch.where(owned <= _PAIRS, owned, 0)
-    k = int(few.argmax() if int(few.max()) else owned.argmax())
-    return k, held[components[held] == k][:_PAIRS]
+    k = int(few.argmax() if int(few.max()) else owned.where(owned > 0, owned.max()).argmin())
+    return k, held[components[held] == k]
 
 
-def of_latents(found: Tensor, pairs: Pairs, woodbury: Woodbury) -> float:
+def of_latents(found: Tensor, pairs: Pairs, woodbury: Woodbury) -> float | None:
     """The largest error of latents (P, R) over what is allowed, on some of the pairs."""
     held = ((pairs.components >= 0) & (pairs.components < len(woodbury.rows))).nonzero().squeeze(-1)
     held = held[spread(len(held), held.device)]
-    if not len(held) or not woodbury.cholesky.shape[-1]:
-        return 0.0
+    if not len(held):
+        return None
     x, own = pairs.x[pairs.tokens[held]].double(), torch.arange(len(held), device=held.device)
     terms = some_components(woodbury, pairs.components[held].long())
     expected = portable.latents(x, own, own, terms)
     allowed = _ALLOWED * (1 + residuals(x, own, terms).norm(dim=-1, keepdim=True))
     finite = x.isfinite().all(1)
-    return worst(found[held][finite], expected[finite], allowed[finite])
+    return worst(found[held][finite], expected[finite], allowed[finite]) if finite.any() else None
 
 
 def of_gradients(
     pairs: Pairs, weights: Tensor, woodbury: Woodbury, gradients: Sequence[Tensor | None],
     before: Sequence[Tensor | None],
-) -> float:  # fmt: skip
+) -> float | None:  # fmt: skip
     """The largest error of gradients [x, means, loadings, noise, log_weights] over what is allowed: of the parameters
     of one component, and of a few tokens; `before` is what they were added to."""
     added = [
@@ -60,7 +61,7 @@ def of_gradients(
     ]
     counted = (weights != 0) & (pairs.components >= 0) & (pairs.components < len(woodbury.rows))
     if not counted.any():
-        return 0.0
+        return None
     errors = [_of_one_component(pairs, weights, woodbury, added, counted)]
     if added[0] is not None:
         errors.append(_of_some_tokens(pairs, weights, woodbury, added[0], counted))
@@ -72,8 +73,6 @@ def _of_one_component(
 ) -> float:
     x, tokens, components = pairs
     k, own = busiest(components, counted, len(woodbury.rows))
-    if int((components[counted] == k).sum()) != len(own):
-        return 0.0  # more pairs than are computed again
     _, means, loadings, noise, log_weights = added
     wanted = [None, means, loadings, noise if woodbury.per_component else None, log_weights]
     terms, zero = some_components(woodbury, torch.full_like(own[:1], k)), torch.zeros_like(own)
@@ -122,11 +121,11 @@ def _size(pairs: Pairs, weights: Tensor, terms: Woodbury) -> float:
 
 def of_decoded(
     found: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> float:
+) -> float | None:
     """The largest error of decoded tokens (N, D) over what is allowed, on some of them."""
     few = spread(len(components), components.device)
     if not len(few):
-        return 0.0
+        return None
     index, own, mu, w, size = _few(few, components, responsibilities, latents, means, loadings)
     expected = portable.decode(index, own, latents[few].double(), mu, w)
     return worst(found[few], expected, _ALLOWED * (1e-30 + size.sum(1)).unsqueeze(1))
@@ -135,11 +134,11 @@ def of_decoded(
 def of_decoded_gradients(
     found: Sequence[Tensor], grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor,
     loadings: Tensor,
-) -> float:  # fmt: skip
+) -> float | None:  # fmt: skip
     """The largest error of the gradients of responsibilities and latents over what is allowed, on some tokens."""
     few = spread(len(components), components.device)
     if not len(few):
-        return 0.0
+        return None
     index, own, mu, w, size = _few(few, components, responsibilities, latents, means, loadings)
     g = grad[few].double()
     expected = portable.decode_backward(g, index, own, latents[few].double(), mu, w)

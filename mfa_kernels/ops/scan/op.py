@@ -191,10 +191,12 @@ def _log_prob(
             view = triton_rows.scan_rows(woodbury) if given is None else given
             return triton_pipeline.scan(x, woodbury, view, constants, slots, exact)
 
-        def error(found: ActivePairs, before: Sequence[Tensor]) -> float:
+        def error(found: ActivePairs, before: Sequence[Tensor]) -> float | None:
             allowed = spot_check.ALLOWED if exact else spot_check.ALLOWED_FAST
             spots = spot_check.of_scan(found, x, woodbury, constants, allowed)
-            return max(spots, triton_probe.of_device(x.device, x.shape[1])) if exact else spots
+            if spots is None or not exact:
+                return spots
+            return max(spots, triton_probe.of_device(x.device, x.shape[1]))
 
         trial = first_use.Trial(
             kernel, lambda: portable.scan(x.to(means.dtype), woodbury, constants, threshold, slots), error, careful=True

@@ -33,14 +33,16 @@ def logits_in_float64(x: Tensor, woodbury: Woodbury, constants: Tensor) -> tuple
     return torch.cat(logits, 1), torch.cat(sizes, 1)
 
 
-def of_scan(active: ActivePairs, x: Tensor, woodbury: Woodbury, constants: Tensor, allowed: float = ALLOWED) -> float:
-    """The largest error of the active pairs of tokens x (N, D) over what is allowed."""
+def of_scan(
+    active: ActivePairs, x: Tensor, woodbury: Woodbury, constants: Tensor, allowed: float = ALLOWED
+) -> float | None:
+    """The largest error of the active pairs of tokens x (N, D) over what is allowed; None of no finite token."""
     few = spread(len(x), x.device)
     logits, sizes = logits_in_float64(x[few], woodbury, constants)
     log_prob, components, found, _ = (part[few] for part in active)
     finite = x[few].isfinite().all(1) & logits.isfinite().all(1)
     if not finite.any():
-        return 0.0
+        return None
     logits, sizes, log_prob, components, found = (part[finite] for part in (logits, sizes, log_prob, components, found))
     if not bool((components[:, 0] >= 0).all()) or int(components.max()) >= logits.shape[1]:
         return math.inf
@@ -55,9 +57,9 @@ def of_scan(active: ActivePairs, x: Tensor, woodbury: Woodbury, constants: Tenso
     )
 
 
-def of_all_logits(found: Tensor, x: Tensor, woodbury: Woodbury, constants: Tensor) -> float:
+def of_all_logits(found: Tensor, x: Tensor, woodbury: Woodbury, constants: Tensor) -> float | None:
     """The largest error of every logit (N, K) of tokens x (N, D) over what is allowed, on some of the tokens."""
     few = spread(len(x), x.device)
     logits, sizes = logits_in_float64(x[few], woodbury, constants)
     finite = x[few].isfinite().all(1)
-    return worst(found[few][finite], logits[finite], sizes[finite] * ALLOWED)
+    return worst(found[few][finite], logits[finite], sizes[finite] * ALLOWED) if finite.any() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -174,12 +175,14 @@ def scan(
             active = ActivePairs(*portable.scan(x.to(constants.dtype), woodbury, constants, threshold, slots))
             return ScreenedPairs(active, torch.zeros_like(active.log_prob), torch.full_like(active.counts, -1))
 
+        def error(found: ScreenedPairs, before: Sequence[Tensor]) -> float | None:
+            spots = spot_check.of_scan(found.active, x, woodbury, constants)
+            return None if spots is None else max(spots, triton_probe.of_device(x.device, x.shape[1]))
+
         trial = first_use.Trial(
             lambda: _triton().scan(x, woodbury, constants, screen, threshold, slots),
             plain,
-            lambda found, before: max(
-                spot_check.of_scan(found.active, x, woodbury, constants), triton_probe.of_device(x.device, x.shape[1])
-            ),
+            error,
             careful=True,
         )
         tokens, rank = configs.bucket(min(len(x), 128)), woodbury.cholesky.shape[-1]

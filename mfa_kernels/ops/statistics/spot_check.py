@@ -14,13 +14,15 @@ from mfa_kernels.ops.woodbury.types import Woodbury
 _ALLOWED = 256 * 2.0**-23  # of the root of what the squares of the two factors add up to
 
 
-def of_sums(x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: Sums, before: Sums) -> float:
+def of_sums(
+    x: Tensor, components: Tensor, weights: Tensor, woodbury: Woodbury, out: Sums, before: Sums
+) -> float | None:
     """The largest error of what was added to `before` over what is allowed, in one component."""
     slots = components.shape[1]
     flat, weight = components.flatten(), weights.flatten()
     k, own = busiest(flat, weight != 0, len(woodbury.rows))
-    if not len(own) or int(((flat == k) & (weight != 0)).sum()) != len(own):
-        return 0.0
+    if not len(own):
+        return None
     terms = some_components(woodbury, torch.tensor([k], device=flat.device))
     tokens = torch.div(own, slots, rounding_mode="floor")
     sums = Sums(*(torch.zeros_like(part[k : k + 1] if part.shape[0] == len(woodbury.rows) else part) for part in out))

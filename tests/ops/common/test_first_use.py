@@ -328,6 +328,19 @@ def test_what_says_nothing_of_a_kernel_leaves_no_trace(error, monkeypatch):
     assert states("nearest") == []
 
 
+@pytest.mark.parametrize("x", [X[:0], torch.full_like(X, torch.nan)], ids=["no rows", "none that is finite"])
+def test_a_call_with_nothing_to_check_settles_nothing(x, monkeypatch):
+    monkeypatch.setattr(first_use, "_unchecked", {})
+    for _ in range(first_use._PATIENCE + 1):  # after which this process asks no more
+        ops.log_prob(x, *M, terms(), 4)
+        kmeans.nearest(x, M.means)
+    assert states("scan") == states("nearest") == []
+    assert {key[0] for key in first_use._settled} >= {"scan", "nearest"}
+    monkeypatch.setattr(first_use, "_settled", {})
+    kmeans.nearest(X, M.means)
+    assert states("nearest") == ["default"]
+
+
 def test_while_a_graph_is_captured_nothing_is_checked(monkeypatch):
     call, *_ = FAMILIES["scan"]
     monkeypatch.setattr(first_use, "_captures", lambda like: True)
