@@ -81,7 +81,7 @@ def test_factors_of_another_mixture_are_refused(backend, way, per_component):
 def fuzzed(count: int, seed: int, backend: str) -> dict[str, int]:
     """What became of wrong calls, made in a process of their own."""
     command = [sys.executable, "-m", "tests.ops.fuzz", str(count), str(seed), backend]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, (
         f"the process ended with {done.returncode}:\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
     )
