@@ -4,6 +4,9 @@ The calls of bench/launches.py run the package's own code on tensors without mem
 compiled as Triton would compile it on a GPU: for the same types and constants, and for sizes that are 1 or divisible
 by 16.
 
+`--variants pairwise` compiles for each pair of values of what machine code depends on (`VARIANTS`), `--variants all`
+for their product.
+
 Exits with 1 and says why where a kernel (a function named *_kernel) is never launched, does not compile, spills, needs
 more shared memory than the chip has, or is one of the scans and does not use the chip's newest matrix instructions.
 """
@@ -14,6 +17,7 @@ import argparse
 import collections
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -23,7 +27,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -31,15 +35,30 @@ from unittest import mock
 from mfa_kernels.ops.common import configs, cuda
 
 ARCHITECTURES = (80, 90, 100)
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+EVERY = (80, 86, 89, 90, 100, 120)
+"""Architectures of the variants."""
+VARIANTS: dict[str, tuple[Any, ...]] = {
+    "tokens": (16, 32, 64, 16384), "rank": (1, 3, 10, 64), "dtype": ("bfloat16", "float32"), "own": (False, True),
+    "architecture": EVERY,
+}  # fmt: skip
+"""What machine code depends on: the bucket of tokens, R, the dtype of x, whether noise is per component, the chip."""
+SHARED_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Shared memory that one program may ask for, bytes (CUDA C++ programming guide, compute capabilities)."""
 SHAPE = (16384, 8192, 4096, 10)
 """N, K, D and R of the launches."""
 ONES = (1, 1, 1, 1)
-_SHARED_PER_MULTIPROCESSOR = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10}
+_SHARED_PER_MULTIPROCESSOR = {
+    80: 164 << 10,
+    86: 100 << 10,
+    89: 100 << 10,
+    90: 228 << 10,
+    100: 228 << 10,
+    120: 100 << 10,
+}
+_THREADS = {86: 1536, 89: 1536, 120: 1536}  # per multiprocessor; of the others 2048
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)", re.M)
 _TENSOR = re.compile(r"(?:H|Q|I|D|O)MMA|[HQI]GMMA|UTC\w*MMA")
-_SCAN_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # mma, wgmma, tcgen05
+_SCAN_INSTRUCTION = {90: "HGMMA", 100: "UTCHMMA"}  # wgmma, tcgen05; mma of the others
 _SCANS = ("scan", "nearest")  # how the names of kernels begin that the matrix units must do
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
 
@@ -90,7 +109,7 @@ class Row:
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"{self.shared} bytes of shared memory; the chip has {SHARED_LIMIT[self.architecture]}")
         if self.kernel.startswith(_SCANS):
-            wanted = _SCAN_INSTRUCTION[self.architecture]
+            wanted = _SCAN_INSTRUCTION.get(self.architecture, "HMMA")
             if wanted not in self.tensor_cores:
                 found.append(f"no {wanted}: {self.tensor_cores or 'no matrix instruction at all'}")
         return found
@@ -122,12 +141,14 @@ class _Driver:
 
 
 class Launch(NamedTuple):
-    """A launch, named by its kernel and by the call that makes it; `compile()` returns its machine code."""
+    """A launch, named by its kernel and by the call that makes it; `compile()` returns its machine code, which `code`
+    stands for."""
 
     name: str
     module: str
     kernel: str
     compile: Callable[[], Any]
+    code: tuple[str, ...]
 
 
 @functools.cache
@@ -155,7 +176,7 @@ def launches(calls: str, architecture: int, shape: tuple[int, ...] = SHAPE) -> l
                 _, specialization, options = kernel.device_caches[architecture][-1](*args, **kwargs)
                 machine_code = functools.partial(run, kernel, *args, grid=None, warmup=True, **kwargs)
                 key = (kernel.module, kernel.__name__, str(specialization), str(options))
-                found.setdefault(key, Launch(name, kernel.module, kernel.__name__, machine_code))
+                found.setdefault(key, Launch(name, kernel.module, kernel.__name__, machine_code, key))
     return list(found.values())
 
 
@@ -176,7 +197,7 @@ def compiled(calls: str, index: int, architecture: int, shape: tuple[int, ...]) 
     row["resident"] = min(
         65536 // (threads * -(-row["registers"] // 8) * 8),
         _SHARED_PER_MULTIPROCESSOR[architecture] // (row["shared"] + 1024),  # the system keeps 1 KB per program
-        2048 // threads,
+        _THREADS.get(architecture, 2048) // threads,
     )
     return Row(**row)
 
@@ -223,13 +244,52 @@ def rows(
             if launch.module in module_names:
                 jobs.append((calls, index, architecture, shape))
                 missing.discard((launch.module, launch.kernel))
-    if processes == 1:
-        found = [compiled(*job) for job in jobs]
-    else:  # New interpreters: the compiler's threads do not survive a fork.
-        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = list(pool.map(compiled, *zip(*jobs)))
+    found = _compiled(jobs, processes)
     found = [row for row, job in zip(found, jobs) if row.error or job[-1] == SHAPE]
     return found + [Row(kernel, name, 0, error="never launched") for name, kernel in sorted(missing)]
+
+
+def pairwise(factors: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """Few combinations, in which each value of a factor meets each value of every other one; greedy."""
+    names = list(factors)
+    left = {
+        (a, x, b, y)
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for x in factors[a]
+        for y in factors[b]
+    }  # fmt: skip
+    every = [dict(zip(names, values)) for values in itertools.product(*factors.values())]
+    found = []
+    while left:
+        best = max(every, key=lambda one: sum(one[a] == x and one[b] == y for a, x, b, y in left))
+        left = {pair for pair in left if not (best[pair[0]] == pair[1] and best[pair[2]] == pair[3])}
+        found.append(best)
+    return found
+
+
+def variants(module_names: list[str], combinations: list[dict[str, Any]], processes: int, calls: str) -> list[Row]:
+    """The launches of variants of the calls, without those that repeat the machine code of an earlier one."""
+    _, components, features, _ = SHAPE
+    jobs, seen, texts = [], set(), []
+    for one in combinations:
+        shape = one["tokens"], components, features, one["rank"], one["dtype"], one["own"]
+        for index, launch in enumerate(launches(calls, one["architecture"], shape)):
+            if launch.module in module_names and (one["architecture"], launch.code) not in seen:
+                seen.add((one["architecture"], launch.code))
+                jobs.append((calls, index, one["architecture"], shape))
+                noise = ", own noise" if one["own"] else ""
+                texts.append(f" (N={one['tokens']} R={one['rank']} {one['dtype']}{noise})")
+    found = _compiled(jobs, processes)
+    return [replace(row, kernel=row.kernel + text) for row, text in zip(found, texts)]
+
+
+def _compiled(jobs: list[tuple[Any, ...]], processes: int) -> list[Row]:
+    if processes == 1:
+        return [compiled(*job) for job in jobs]
+    # New interpreters: the compiler's threads do not survive a fork.
+    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compiled, *zip(*jobs)))
 
 
 def defined(module_names: list[str]) -> set[tuple[str, str]]:
@@ -268,12 +328,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("modules", nargs="*", help="module names; every module with Triton kernels if left out")
     parser.add_argument("--calls", default="bench.launches", help="module whose calls launch them")
     parser.add_argument("--json", type=Path, help="also write all counts here")
-    parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, choices=EVERY)
+    parser.add_argument(
+        "--variants", choices=("pairwise", "all"), help="of tokens, ranks, dtypes, noise and chips instead"
+    )
+    parser.add_argument("--first", type=int, help="so many combinations of --variants alone")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
-    found = rows(arguments.modules or modules(), tuple(arguments.sm), arguments.processes, arguments.calls)
+    chosen = arguments.modules or modules()
+    if arguments.variants is None:
+        found = rows(chosen, tuple(arguments.sm), arguments.processes, arguments.calls)
+    else:
+        every = [dict(zip(VARIANTS, values)) for values in itertools.product(*VARIANTS.values())]
+        combinations = (pairwise(VARIANTS) if arguments.variants == "pairwise" else every)[: arguments.first]
+        found = variants(chosen, combinations, arguments.processes, arguments.calls)
     if arguments.json:
         derived = ("spills", "tensor_cores", "problems")
         full = [{**asdict(row), **{name: getattr(row, name) for name in derived}} for row in found]

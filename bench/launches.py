@@ -35,11 +35,14 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Calls:
-    """What is launched for N tokens, K components, D features and, in calls that do not name their own, rank R."""
+    """What is launched for N tokens of a dtype, K components, D features and, in calls that do not name their own,
+    rank R and noise per component or not."""
 
-    def __init__(self, tokens: int, components: int, features: int, rank: int) -> None:
-        self.tokens, self.components, self.features, self.rank = tokens, components, features, rank
-        self.x = empty(tokens, features, dtype=torch.bfloat16)
+    def __init__(
+        self, tokens: int, components: int, features: int, rank: int, dtype: str = "bfloat16", own: bool = False
+    ) -> None:
+        self.tokens, self.components, self.features, self.rank, self.own = tokens, components, features, rank, own
+        self.x = empty(tokens, features, dtype=getattr(torch, dtype))
         self.constants, self.center = empty(components), empty(features)
         self.chosen = empty(tokens, SLOTS, dtype=torch.int32)  # components of the slots
         self.weights = empty(tokens, SLOTS)
@@ -51,9 +54,9 @@ class Calls:
         bare = Woodbury(rows, cholesky, empty(count), empty(features), self.center, per_component)
         return Woodbury(rows, cholesky, *bare.tensors()[2:], per_component, scan_rows(bare))
 
-    def scan(self, exact: bool = True, per_component: bool = False) -> None:
+    def scan(self, exact: bool = True, per_component: bool | None = None) -> None:
         """Stage 1."""
-        woodbury = self.woodbury(self.rank, per_component)
+        woodbury = self.woodbury(self.rank, self.own if per_component is None else per_component)
         rows = triton_pipeline.ScanRows(*woodbury.scan)
         triton_pipeline.scan(self.x, woodbury, rows, self.constants, SLOTS, exact)
 
@@ -85,10 +88,12 @@ class Calls:
         """The gradients of log p(x) from its pairs."""
         tokens = torch.arange(self.tokens, device="meta").repeat_interleave(SLOTS)
         shapes = ((self.tokens, self.features), (self.components, self.features))
-        shapes += ((self.components, self.features, self.rank), (self.features,), (self.components,))
+        noise = (self.components, self.features) if self.own else (self.features,)
+        shapes += ((self.components, self.features, self.rank), noise, (self.components,))
         gradients: list[Any] = [empty(*shape) for shape in shapes]
         pairs = Pairs(self.x, tokens, self.chosen.flatten())
-        triton_backward.backward(pairs, self.weights.flatten(), self.woodbury(self.rank), gradients, add=False)
+        woodbury = self.woodbury(self.rank, self.own)
+        triton_backward.backward(pairs, self.weights.flatten(), woodbury, gradients, add=False)
 
     def decode(self) -> None:
         """Decoding, and its gradients."""
@@ -107,7 +112,7 @@ class Calls:
 
     def intervene(self, mixes: bool, spreads: bool, keeps_norm: bool) -> None:
         """Steering with one rule for all tokens, given as evidence the pairs of a scan."""
-        woodbury, count, slots = self.woodbury(self.rank), self.tokens, self.chosen.shape
+        woodbury, count, slots = self.woodbury(self.rank, self.own), self.tokens, self.chosen.shape
         integers = torch.int32
         rules = (empty(1, 1, 3), empty(1, 1, self.features), empty(1, 3, dtype=integers), empty(1))
         edit = Edit(*rules, keeps_norm, empty(1, 1, self.rank) if mixes else None, spreads)
@@ -115,7 +120,7 @@ class Calls:
         pairs = ActivePairs(empty(count), self.chosen, empty(*slots), empty(count, dtype=integers))
         map_ = (empty(self.components, self.features), empty(self.components, self.features, self.rank))
         mixture = Mixture(*map_, woodbury.rows, woodbury.cholesky, woodbury.scale) if mixes else None
-        triton_intervene.intervene(self.x[None], edit, chosen, None, pairs, mixture, False)
+        triton_intervene.intervene(self.x[None], edit, chosen, None, pairs, mixture, self.own)
 
     def by_name(self) -> dict[str, Callable[[], Any]]:
         """Every call by the name that its kernels have in a table, most usual first."""
@@ -146,7 +151,25 @@ class Calls:
             "reconstruction and norm": call(self.intervene, True, True, True),
         }
 
+    def of_variant(self) -> dict[str, Callable[[], Any]]:
+        """The calls whose machine code depends on what a variant changes."""
+        flat, call = self.chosen.flatten(), functools.partial
+        found: dict[str, Callable[[], Any]] = {
+            "": self.scan,
+            "fast": call(self.scan, exact=False),
+            "latents": lambda: triton_pairs.latents(Pairs(self.x, flat, flat), self.woodbury(self.rank, self.own)),
+            "gradients": self.gradients,
+            "decode": self.decode,
+            "clusters": call(self.cluster_sums, False),
+            "nearest": lambda: triton_nearest.nearest(self.x, empty(self.components, self.features), self.center),
+            "statistics": call(self.statistics, self.rank, self.own),
+            "mixture": call(self.intervene, True, False, False),
+        }
+        return found if self.own else {**found, "screened": self.screened}
 
-def calls(tokens: int, components: int, features: int, rank: int) -> dict[str, Callable[[], Any]]:
-    """The calls for N, K, D and R, as bench/aot.py takes them."""
-    return Calls(tokens, components, features, rank).by_name()
+
+def calls(tokens: int, components: int, features: int, rank: int, *variant: Any) -> dict[str, Callable[[], Any]]:
+    """The calls for N, K, D and R, as bench/aot.py takes them; of a variant, which has a dtype and a kind of noise,
+    those that depend on it."""
+    made = Calls(tokens, components, features, rank, *variant)
+    return made.of_variant() if variant else made.by_name()

@@ -6,6 +6,7 @@ For Hopper; with --more, for all of them.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -79,6 +80,25 @@ def test_what_it_sees_in_known_kernels(tmp_path):
     assert any("shared memory" in problem for problem in found["scan_kernel, too large"]["problems"])
     assert "arange" in found["scan_kernel, broken"]["error"]
     assert found["forgotten_kernel"]["problems"] == ["never launched"]
+
+
+def test_combinations_of_every_two_values():
+    factors = {"a": (1, 2, 3), "b": (False, True), "c": ("x", "y", "z", "w")}
+    found = aot.pairwise(factors)
+    assert len(found) <= 14  # 12 at least, and 24 in all
+    for first, second in itertools.combinations(factors, 2):
+        met = {(one[first], one[second]) for one in found}
+        assert met == set(itertools.product(factors[first], factors[second]))
+
+
+@pytest.mark.more
+def test_variants_are_compiled_and_named(tmp_path):
+    module = "mfa_kernels.ops.scan.triton_scan"
+    status, rows = compiled(module, "--variants", "pairwise", "--first", "2", folder=tmp_path)
+    assert status == 0
+    assert len(rows) > 2
+    assert len({row["kernel"].split(" (N=")[1] for row in rows}) == 2
+    assert {row["module"] for row in rows} == {module}
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
