@@ -33,7 +33,7 @@ _GROUP = 16  # components of a group, on average
 _GROUP_DIRECTIONS = 10  # in which a group is wider than the noise
 _SHARE, _LEAST = 12, 16  # a row looks at one group in so many, and at so many at least
 _PAYS = 0.5  # of the cost of a scan of all, below which a search is worth what it may miss
-_PAIR_COST = 4  # of a pair on its own, in units of one in a scan of all: 3.6 to 3.9 (`python -m bench.bench_search`)
+_PAIR_COST = 4  # of a pair on its own, in units of one in a scan of all, at most: 2.0 to 2.3 on Zen 3 (bench_search)
 
 
 class _Terms(NamedTuple):
