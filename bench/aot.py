@@ -59,6 +59,7 @@ _THREADS = {86: 1536, 89: 1536, 120: 1536}  # per multiprocessor; of the others 
 _OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9]*)((?:\.[A-Za-z0-9_]+)*)", re.M)
 _TENSOR = re.compile(r"(?:H|Q|I|D|O)MMA|[HQI]GMMA|UTC\w*MMA")
 _SCAN_INSTRUCTION = {90: "HGMMA", 100: "UTCHMMA"}  # wgmma, tcgen05; mma of the others
+_NEWEST_TOKENS = 64  # of which wgmma and tcgen05 multiply so many at least: tiles of fewer take mma
 _SCANS = ("scan", "nearest")  # how the names of kernels begin that the matrix units must do
 _LOADS = ("LDG", "LDGSTS", "UTMALDG")
 
@@ -87,6 +88,7 @@ class Row:
     resident: int = 0
     instructions: dict[str, int] = field(default_factory=dict)
     error: str = ""
+    tokens: int = SHAPE[0]
 
     @property
     def spills(self) -> int:
@@ -109,7 +111,8 @@ class Row:
         if self.shared > SHARED_LIMIT[self.architecture]:
             found.append(f"{self.shared} bytes of shared memory; the chip has {SHARED_LIMIT[self.architecture]}")
         if self.kernel.startswith(_SCANS):
-            wanted = _SCAN_INSTRUCTION.get(self.architecture, "HMMA")
+            newest = self.tokens >= _NEWEST_TOKENS
+            wanted = _SCAN_INSTRUCTION.get(self.architecture, "HMMA") if newest else "HMMA"
             if wanted not in self.tensor_cores:
                 found.append(f"no {wanted}: {self.tensor_cores or 'no matrix instruction at all'}")
         return found
@@ -281,7 +284,7 @@ def variants(module_names: list[str], combinations: list[dict[str, Any]], proces
                 noise = ", own noise" if one["own"] else ""
                 texts.append(f" (N={one['tokens']} R={one['rank']} {one['dtype']}{noise})")
     found = _compiled(jobs, processes)
-    return [replace(row, kernel=row.kernel + text) for row, text in zip(found, texts)]
+    return [replace(row, kernel=row.kernel + text, tokens=job[-1][0]) for row, text, job in zip(found, texts, jobs)]
 
 
 def _compiled(jobs: list[tuple[Any, ...]], processes: int) -> list[Row]:
