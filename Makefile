@@ -63,7 +63,7 @@ test-matrix: $(VENV)/installed $(MATRIX)/oldest/installed $(MATRIX)/newest/insta
 	    $$venv/bin/python $(PYTEST) $(TESTS) || failed="$$failed $$venv"; \
 	done; test -z "$$failed" || { echo "failed in:$$failed"; exit 1; }
 
-# An hour and a half on two cores (Zen 3); beyond two, a failure.
+# Two hours at most, and a failure beyond them.
 test-more:
 	timeout 120m $(MAKE) lint test-matrix test-everything
 

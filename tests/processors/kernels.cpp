@@ -226,9 +226,11 @@ void check_active(const Problem<T>& p, const Found<T>& found, int64_t slots, con
     }
     that(found.counts[n] >= std::min(surely, slots + 1) && found.counts[n] <= std::min(possibly, slots + 1),
          what + ": wrong number of active components");
-    for (int64_t s = 0; s < std::min<int64_t>(slots, found.counts[n]); ++s)
-      that(std::abs(found.logits[n * slots + s] - own[found.components[n * slots + s]]) < room * 0.1,
-           what + ": a logit that is not its component's");
+    for (int64_t s = 0; s < std::min<int64_t>(slots, found.counts[n]); ++s) {
+      const int64_t k = found.components[n * slots + s];
+      const double budget = 8 * std::numeric_limits<T>::epsilon() * p.logit_terms[n * p.K + k];  // as of `within`
+      that(std::abs(found.logits[n * slots + s] - own[k]) <= budget, what + ": a logit that is not its component's");
+    }
   }
 }
 
@@ -1034,7 +1036,8 @@ template <class T>
 void all() {
   // (N, K, D, R): few tokens, panels, ragged ones; components in one range and in several; ranks in one pass and in more.
   const int64_t shapes[][4] = {{1, 1, 1, 1}, {1, 150, 33, 3},  {3, 5, 16, 0},  {4, 67, 50, 10},
-                               {9, 13, 71, 2}, {37, 131, 90, 1}, {70, 40, 67, 13}, {260, 37, 40, 4}};
+                               {9, 13, 71, 2}, {37, 131, 90, 1}, {70, 40, 67, 13}, {260, 37, 40, 4},
+                               {9, 6, 467, 37}};  // three blocks of features and of rows, the last ones ragged
   for (const auto& [N, K, D, R] : shapes)
     for (const bool own_noise : {false, true})
       for (const double spread : {2.0, 0.05}) {

@@ -60,12 +60,12 @@ def of_gradients(
         g if g is None or old is None else g.double() - old.double() for g, old in zip(gradients, before, strict=True)
     ]
     counted = (weights != 0) & (pairs.components >= 0) & (pairs.components < len(woodbury.rows))
-    if not counted.any():
+    if not counted.any() or not weights.isfinite().all():
         return None
     errors = [_of_one_component(pairs, weights, woodbury, added, counted)]
     if added[0] is not None:
         errors.append(_of_some_tokens(pairs, weights, woodbury, added[0], counted))
-    return max(errors)
+    return max(errors, key=_nan_is_largest)
 
 
 def _of_one_component(

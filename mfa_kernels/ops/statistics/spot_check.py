@@ -21,11 +21,13 @@ def of_sums(
     slots = components.shape[1]
     flat, weight = components.flatten(), weights.flatten()
     k, own = busiest(flat, weight != 0, len(woodbury.rows))
-    if not len(own):
+    if not len(own) or not weight.isfinite().all():
         return None
     terms = some_components(woodbury, torch.tensor([k], device=flat.device))
     tokens = torch.div(own, slots, rounding_mode="floor")
-    sums = Sums(*(torch.zeros_like(part[k : k + 1] if part.shape[0] == len(woodbury.rows) else part) for part in out))
+    shared = {"squares"} if not woodbury.per_component else set()  # of all components
+    parts = zip(Sums._fields, out, strict=True)
+    sums = Sums(*(torch.zeros_like(part if name in shared else part[k : k + 1]) for name, part in parts))
     index = torch.zeros(len(own), 1, dtype=torch.int32, device=flat.device)
     portable.accumulate(x[tokens].double(), index, weight[own].double().unsqueeze(1), terms, sums)
     mass, squares = sums.mass.abs().sum(), sums.second[0].diagonal().sum().abs()
@@ -36,8 +38,8 @@ def of_sums(
     }  # fmt: skip
     errors = [0.0]
     for name, found, old, expected in zip(Sums._fields, out, before, sums):
-        if name == "squares" and not woodbury.per_component:
-            continue  # of all components
+        if name in shared:
+            continue
         gap = (found[k] - old[k] - expected[0]).norm()
         errors.append(worst(gap, torch.zeros_like(gap), _ALLOWED * (sizes[name] + 1e-30)))
     return max(errors)

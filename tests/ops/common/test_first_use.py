@@ -341,6 +341,42 @@ def test_a_call_with_nothing_to_check_settles_nothing(x, monkeypatch):
     assert states("nearest") == ["default"]
 
 
+def test_as_many_components_as_features_are_no_reason_to_refuse():
+    """Sums over all components are told from those of one by their name, not by their size."""
+    square = mixture(20, 20, 2, spread=2.0)
+    x, woodbury = tokens(square, 9), square.woodbury()
+    out, found = SufficientStatistics.zeros(square.means, 2, False), square.active(x, 4)
+    statistics.accumulate(x, found.components, found.logits.softmax(1), woodbury, out)
+    y, *parameters = (t.clone().requires_grad_() for t in (x, *square))
+    ops.log_prob(y, *parameters, woodbury, 4).log_prob.sum().backward()
+    assert states("statistics") == states("gradients") == ["default"]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["tokens", "means"])
+def test_gradients_that_are_no_number_are_found(which, monkeypatch):
+    kernel = triton_backward.backward
+
+    def wrong(pairs, weights, woodbury, gradients, add):
+        kernel(pairs, weights, woodbury, gradients, add)
+        gradients[which].fill_(torch.nan)
+
+    expected = plain(gradients, monkeypatch)
+    monkeypatch.setattr(triton_backward, "backward", wrong)
+    with pytest.warns(RuntimeWarning, match="gradients did not pass"):
+        found = gradients()
+    for own, exact in zip(found, expected):
+        torch.testing.assert_close(own, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_that_are_no_number_say_nothing_of_a_kernel(monkeypatch):
+    monkeypatch.setattr(first_use, "_unchecked", {})
+    x, *parameters = (t.clone().requires_grad_() for t in (X, *M))
+    (ops.log_prob(x, *parameters, terms(), 4).log_prob * torch.nan).sum().backward()
+    assert states("gradients") == []
+    gradients()
+    assert states("gradients") == ["default"]
+
+
 def test_while_a_graph_is_captured_nothing_is_checked(monkeypatch):
     call, *_ = FAMILIES["scan"]
     monkeypatch.setattr(first_use, "_captures", lambda like: True)
