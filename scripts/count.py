@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "mfa_kernels"
 MOST_PARAMETERS = 8
 FLOORS = (
-    ("commands",), ("evaluation", "fitting", "interpret", "steering"), ("mixture",), ("data",), ("ops",), ("common",),
+    ("commands",), ("explorer",), ("evaluation", "fitting", "interpret", "steering"), ("mixture",), ("data",), ("ops",),
+    ("common",),
 )  # fmt: skip
 """Floors from the roof down: a room imports rooms below it, and none on its own floor."""
 

@@ -234,6 +234,25 @@ def stream(
     return made(batches())
 
 
+def read_tokens(model: Any, tokens: Sequence[int], layer: Layer) -> Tensor:
+    """Returns the output of a layer for each of n tokens that the model reads at once, (n, D), where the model is.
+
+    Later layers are not run, and nothing is kept.
+
+    Args:
+        model: a Hugging Face language model.
+        tokens: their ids.
+        layer: an index, or a module path.
+
+    Raises:
+        IndexError, TypeError, ValueError: naming the argument that does not fit.
+    """
+    window = _Window("", list(tokens), list(range(len(tokens))))
+    with _reader(model, _modules(model, [layer]), None) as read:
+        (states,) = read([window]).values()
+    return states
+
+
 def _paths(texts: Any) -> list[StrPath]:
     """Returns the files and folders among the texts, as far as that can be told without reading any."""
     if isinstance(texts, str | os.PathLike):

@@ -241,6 +241,16 @@ class ActivationStore:
         text = torch.tensor(begins, dtype=torch.int64).cumsum(0)
         return text[torch.cat([torch.empty(0, dtype=torch.int64), *(shard.document.long() for shard in shards)])]
 
+    @property
+    @door
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Returns `document` and `position` of every row, each (len(self),) int64."""
+        self._open_all(range(len(self.shards)))
+        nothing = [torch.empty(0, dtype=torch.int64)]
+        shards = [self._shard(i) for i in range(len(self.shards))]
+        documents = torch.cat(nothing + [shard.document.long() for shard in shards])
+        return documents, torch.cat(nothing + [shard.position.long() for shard in shards])
+
     def document(self, row: int) -> int:
         """Returns the number of a row's document, in [0, n_documents)."""
         i, local = self._locate(row)

@@ -119,7 +119,7 @@ def regions_map(
     radii = torch.tensor(area).div(math.pi).sqrt()
     means = mfa.means.detach().cpu().double()[[s.component for s in drawn]]
     with full_precision(means):
-        places = _separate(_layout(means), radii).numpy()
+        places = _separate(tsne(means), radii).numpy()
     kinds = [token_kind(s.tokens[0].token) if s.tokens else KINDS[-1] for s in drawn]
     for kind, color in zip(KINDS, (*_COLORS[: len(KINDS) - 1], _GREY)):
         of_kind = [i for i, found in enumerate(kinds) if found == kind]
@@ -361,7 +361,7 @@ def _separate(places: Tensor, radii: Tensor, steps: int = 100) -> Tensor:
     return places
 
 
-def _layout(points: Tensor, steps: int = 400) -> Tensor:
+def tsne(points: Tensor, steps: int = 400) -> Tensor:
     """t-SNE (van der Maaten and Hinton, 2008) of (n, D) into (n, 2), exact, the same on every run."""
     n = len(points)
     points = points - points.mean(0)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mfa_kernels import harvest
 from mfa_kernels.data import ActivationStore, language_model, tiny_lm
-from mfa_kernels.data.harvest import similar_lengths, stream
+from mfa_kernels.data.harvest import read_tokens, similar_lengths, stream
 from mfa_kernels.data.language_model import hidden_states, with_hidden_states
 from tests.data.harvesting import LONG, TEXTS, hooks, quiet
 from tests.helpers.language import BOS, EOS, UNKNOWN, VOCABULARY, make_model, make_tokenizer, templated, words
@@ -98,6 +98,20 @@ def test_the_forward_pass_stops_after_the_last_layer(model: Any, tokenizer: Any)
     called.clear()
     quiet(model, tokenizer, TEXTS[:2], [2, 0])
     assert called == [0, 1, 2]
+
+
+def test_tokens_are_read_as_a_harvest_reads_them(lm: tuple) -> None:
+    model, tokenizer, _ = lm
+    tokens = tokenizer(words(*range(9)))["input_ids"]
+    with torch.no_grad():
+        expected = model.eval()(input_ids=torch.tensor([tokens]), output_hidden_states=True).hidden_states
+    before = hooks(model)
+    for layer in (0, 1, -2):
+        states = read_tokens(model, tokens, layer)
+        torch.testing.assert_close(states, expected[layer + 1 if layer >= 0 else 3][0])
+    assert hooks(model) == before
+    with pytest.raises(IndexError, match="layer must be in"):
+        read_tokens(model, tokens, 4)
 
 
 def test_several_layers_in_one_pass(model: Any, tokenizer: Any, tmp_path: Path) -> None:

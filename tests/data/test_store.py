@@ -55,6 +55,9 @@ def test_windows_of_a_text_are_known(tmp_path: Path, rows_per_shard: int) -> Non
             writer.add_document(*document, source=source)
     store = ActivationStore(tmp_path)
     rows = [len(document[1]) for document in docs]
+    of_row, positions = store.places
+    assert of_row.tolist() == [store.document(row) for row in range(len(store))]
+    assert positions.tolist() == [store.position(row) for row in range(len(store))]
     assert store.texts.tolist() == [0] * sum(rows[:2]) + [1] * sum(rows[2:5]) + [2] * rows[5] + [3] * rows[6]
 
 

@@ -202,6 +202,26 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
             "path": folder / "page.html", **shown, "model": model, "components": [region], "n_regions": 2,
             "n_contexts": 1, "n_axes": 1, "figures": False, "title": "A title", "assigned": None, **quiet}),
     }  # fmt: skip
+    labels = {region: interpret.Label("a", "b", "c")}
+    interpret.write_labels(folder / "labels.json", labels)
+    (folder / "answers").mkdir(exist_ok=True)
+    (folder / "answers" / f"region-{region}.answer.txt").write_text("a label")
+    asked = {**shown, "components": [region], "n_contexts": 1, "assigned": None, **quiet}
+    calls |= {
+        "topics": Call(interpret.topics, {**shown, "n": 2, "n_words": 2, "min_rows": 1, "assigned": None, **quiet}),
+        "genres_of": Call(interpret.genres_of, {"sources": ["a/1", "b/2"]}),
+        "label_prompt": Call(interpret.label_prompt, {"summary": summaries[region]}),
+        "parse_label": Call(interpret.parse_label, {"answer": "a label", "by": "me"}),
+        "label_regions": Call(interpret.label_regions, {
+            "labeller": lambda question: "a label", **asked, "by": "me", "path": folder / "written.json"}),
+        "write_prompts": Call(interpret.write_prompts, {"folder": folder / "questions", **asked}),
+        "read_answers": Call(interpret.read_answers, {"folder": folder / "answers", "n_components": 5, "by": "me"}),
+        "read_labels": Call(interpret.read_labels, {"path": folder / "labels.json", "n_components": 5}),
+        "write_labels": Call(interpret.write_labels, {"path": folder / "again.json", "labels": labels}),
+        "write_delphi_cache": Call(interpret.write_delphi_cache, {
+            "folder": folder / "delphi", **own, "context": 4, "strength": "closeness", "splits": 2, "assigned": None,
+            **quiet}),
+    }  # fmt: skip
     if importlib.util.find_spec("matplotlib"):
         calls |= {
             "regions_map": Call(interpret.regions_map, {"mfa": mfa, "summaries": summaries, "path": folder / "map.png",
@@ -246,7 +266,7 @@ def of_files(folder: Path, mfa: MFA, x: Tensor) -> dict[str, Call]:
         "store.document_tokens": Call(store.document_tokens, {"document": 0}),
         "from_pretrained's arguments": Call(MFA.from_pretrained, {
             "folder_or_hub_id": folder / "saved", "device": "cpu", "dtype": torch.float32, "precision": "exact",
-            "subfolder": None}),
+            "subfolder": None, "layer": None, "filename": None}),
         "save_pretrained's arguments": Call(mfa.save_pretrained, {"folder": folder / "again", "extra": {"a": 1}}),
         "from_reference_checkpoint": Call(MFA.from_reference_checkpoint, {
             "path": folder / "paper.pt", "eps_floor": None, "device": "cpu", "dtype": torch.float32, **quiet}),

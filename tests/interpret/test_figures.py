@@ -138,15 +138,15 @@ def test_the_layout_keeps_neighbors_together() -> None:
     generator = torch.Generator().manual_seed(0)
     cluster = torch.arange(8).repeat_interleave(8)
     points = 5 * torch.randn(8, 30, generator=generator)[cluster] + torch.randn(64, 30, generator=generator)
-    places = figures._layout(points.double())
+    places = figures.tsne(points.double())
     nearest = torch.cdist(places, places).fill_diagonal_(torch.inf).argmin(1)
     assert (cluster[nearest] == cluster).float().mean() > 0.95
-    assert torch.equal(places, figures._layout(points.double()))
+    assert torch.equal(places, figures.tsne(points.double()))
 
 
 def test_equal_centroids_are_drawn_apart() -> None:
     radii = torch.full((30,), 6.0)
-    places = figures._separate(figures._layout(torch.ones(30, 5).double()), radii)
+    places = figures._separate(figures.tsne(torch.ones(30, 5).double()), radii)
     assert torch.cdist(places, places).fill_diagonal_(torch.inf).min() > 11
 
 
