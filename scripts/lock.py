@@ -27,7 +27,7 @@ def lower_ends() -> list[str]:
     """The oldest versions that are allowed, as pins: "numpy>=1.26" is "numpy==1.26.*". PyTorch's is in torch.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["interop"] + extras["real"]
+    lines = project["dependencies"] + extras["interop"] + extras["real"] + extras["explore"]
     found = [re.match(r"([\w-]+)>=([\d.]+)", line) for line in lines]
     pins = [f"{each[1]}=={each[2]}.*" for each in found if each and each[1] not in ("torch", "triton")]
     return [*pins, "pyarrow<21"]  # TransformerLens 2 imports it; newer ones refuse NumPy 1, which they do not declare
@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that the ranges allow")
     given = parser.parse_args()
     options = [given.uv, *(["--upgrade"] if given.upgrade else [])]
-    write("locked.txt", "What `make test` and `make demo` install.", ["test", "report"], [], [], options)
-    more = ["test", "report", "interop", "real"]
+    write("locked.txt", "What `make test` and `make demo` install.", ["test", "report", "explore"], [], [], options)
+    more = ["test", "report", "explore", "interop", "real"]
     locked = ["--constraint=requirements/locked.txt"]
     title = "What `make real` installs besides locked.txt and the model: the extra real."
     write("real.txt", title, ["real"], locked, [], options)
-    title = "What `make test-more` installs: locked.txt, and the extras interop and real."
-    write("more.txt", title, more, locked, [], options)
+    title = "What `make test-more` installs: locked.txt, and the extras interop, real, browser and docs."
+    write("more.txt", title, [*more, "browser", "docs"], locked, [], options)
     oldest = "The oldest versions that the ranges allow, for `make test-matrix`: Python 3.10 to 3.12, as numpy 1.26 is."
     write("oldest.txt", oldest, more, [], lower_ends(), options)
 

@@ -24,10 +24,10 @@ else:
 
 ROOT = Path(__file__).parents[1]
 LOCKS = {
-    "locked.txt": ["test", "report"],
+    "locked.txt": ["test", "report", "explore"],
     "real.txt": ["real"],
-    "more.txt": ["test", "report", "interop", "real"],
-    "oldest.txt": ["test", "report", "interop", "real"],
+    "more.txt": ["test", "report", "explore", "interop", "real", "browser", "docs"],
+    "oldest.txt": ["test", "report", "explore", "interop", "real"],
 }
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 TABLE: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())

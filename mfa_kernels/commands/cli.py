@@ -1,13 +1,14 @@
-"""The command line: mfa-kernels demo, doctor, tune, harvest, fit, encode, evaluate, steer, convert."""
+"""The command line: mfa-kernels demo, doctor, tune, harvest, fit, encode, evaluate, explore, report, steer, convert."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import product
 from pathlib import Path
@@ -81,7 +82,7 @@ def _import(arguments: argparse.Namespace) -> None:
     """Imports the slow packages now, so that none is imported once the work has begun."""
     if arguments.command != "doctor":  # which reports packages that are missing
         import mfa_kernels.mixture.mfa  # noqa: F401
-    if arguments.command in ("demo", "harvest", "steer") or getattr(arguments, "text", None):
+    if arguments.command in ("demo", "explore", "harvest", "report", "steer") or getattr(arguments, "text", None):
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
@@ -206,10 +207,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     outputs = [("--out", arguments.out / name, kind) for name, kind in kinds.items()]
     _check_outputs(arguments, outputs, texts=arguments.text)
     _text_files(arguments)
-    same = ("out", "model", "layer", "tokens", "components", "rank", "epochs", "alpha", "component")
+    same = ("out", "small", "model", "layer", "tokens", "components", "rank", "epochs", "alpha", "kl", "component")
     options = demo.Options(
         **{name: getattr(arguments, name) for name in same},
-        text=tuple(arguments.text), prompts=tuple(arguments.prompt or demo.PROMPTS), device=_device(arguments.device),
+        text=tuple(arguments.text), prompts=tuple(arguments.prompt) if arguments.prompt else None,
+        device=_device(arguments.device),
     )  # fmt: skip
     demo.check(options)
     with alone(arguments.out):  # two at once would mix what they write
@@ -317,11 +319,29 @@ def _fit(arguments: argparse.Namespace) -> int:
             if len(missing) == len(fits):
                 raise
             interrupted = True
+    if first and not missing:
+        _tell_what_is_next(folders, arguments.store)
     if interrupted:
         lost = "".join(f", {folders[name]} missing" for name in missing)
         print(f"mfa-kernels fit: interrupted: what is saved is the best so far{lost}", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _tell_what_is_next(folders: Mapping[str, Path], store: Path | None) -> None:
+    """Prints the commands that look at a mixture; of several, at the first."""
+    mfa = shlex.quote(str(next(iter(folders.values()))))
+    rows = "STORE" if store is None else shlex.quote(str(store))
+    commands = {
+        f"explore {mfa} {rows}": "its regions in the browser, and steering that streams",
+        f"report {mfa} {rows} --out regions.html": "the same as one page to share",
+        f"evaluate {mfa} {rows}": "how well it fits",
+        f"steer {mfa} 'Once upon a time' -k 0": "text toward a region",
+    }
+    width = max(map(len, commands))
+    print("Next:")
+    for command, what in commands.items():
+        print(f"  mfa-kernels {command:<{width}}  # {what}")
 
 
 def _begin(arguments: argparse.Namespace) -> None:
@@ -487,6 +507,69 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"The mixture was fitted: {fitted}")
 
 
+def _explore(arguments: argparse.Namespace) -> None:
+    if arguments.demo:
+        if arguments.mfa is not None:
+            raise ValueError("--demo looks at the folder demo: give it, or a mixture and a store")
+        arguments.mfa, arguments.store = "demo/mfa", Path("demo/activations")
+        if not arguments.store.is_dir():
+            raise FileNotFoundError("--demo: there is no folder demo/activations here: run `mfa-kernels demo` first")
+    if arguments.mfa is None or arguments.store is None:
+        raise _Incomplete("name a mixture and a store, or give --demo")
+    try:
+        from mfa_kernels.explorer import server
+    except ModuleNotFoundError as error:
+        raise ValueError(f"explore needs {error.name}: pip install mfa_kernels[explore]") from error
+    listening = server.bound(arguments.port)  # a port that is taken is told before the work
+    try:
+        server.serve(_explorer(arguments), listening, browser=not arguments.no_browser)
+    finally:
+        listening.close()
+
+
+def _explorer(arguments: argparse.Namespace) -> Any:
+    """Returns the `Explorer` of the mixture, the store and the model that the command names."""
+    from mfa_kernels.explorer import Explorer
+    from mfa_kernels.interpret.labels import LABELS, read_labels
+
+    device = _device(arguments.device)
+    mfa, store = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=device), _store(arguments.store)
+    _note_differences(arguments, mfa, store)
+    path = arguments.labels
+    if path is None and (Path(arguments.mfa) / LABELS).is_file():
+        path = Path(arguments.mfa) / LABELS
+    labels = {} if path is None else read_labels(path, mfa.n_components)
+    model, tokenizer = _load_the_model_of(mfa, arguments)
+    if model is not None:
+        model.to(device)
+    return Explorer(mfa, store, tokenizer, model, arguments.layer, labels=labels)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    wanted = {"--out": places.PAGE, "--json": places.TABLE, "--csv": places.LINES}
+    paths = {option: getattr(arguments, option.removeprefix("--")) for option in wanted}
+    outputs = [(option, path, wanted[option]) for option, path in paths.items() if path is not None]
+    if not outputs:
+        raise _Incomplete("say what to write: --out PAGE.html, --json FILE or --csv FILE")
+    _check_outputs(arguments, outputs, [arguments.mfa, arguments.store])
+    from mfa_kernels.explorer import tables
+    from mfa_kernels.interpret.report import write_report
+
+    explorer = _explorer(arguments)
+    if arguments.out is not None:
+        write_report(
+            arguments.out, explorer.mfa, explorer.store, explorer.tokenizer, model=explorer.model,
+            components=arguments.component, n_regions=arguments.regions, assigned=explorer.assigned,
+            figures=tables.has_figures(),
+        )  # fmt: skip
+    if arguments.json is not None:
+        tables.write_json(explorer, arguments.json)
+    if arguments.csv is not None:
+        tables.write_csv(explorer, arguments.csv)
+    for _, path, _ in outputs:
+        print(f"written: {path}")
+
+
 def _steer(arguments: argparse.Namespace) -> None:
     import torch
 
@@ -563,7 +646,7 @@ def _finite(model: Any, layer: int | str, alpha: float) -> Iterator[None]:
 
 def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Returns model and tokenizer: those of --model or of the mixture; notes the choice on standard error."""
-    from mfa_kernels.data.language_model import fingerprint, load_language_model, remembered_model, why
+    from mfa_kernels.data.language_model import fingerprint, from_pretrained, load_language_model, remembered_model, why
 
     said = mfa.extra.get("model")
     own, problem, local = None, "", local_name(said)
@@ -594,6 +677,8 @@ def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, An
             print(f"tokenizer of the model; the mixture is of {tokenizer}", file=sys.stderr)
             tokenizer = own
     try:
+        if getattr(arguments, "no_model", False):
+            return None, from_pretrained("AutoTokenizer", tokenizer or name, "model")
         model, tokenizer = load_language_model(name, tokenizer=tokenizer)
     except (OSError, ValueError) as error:
         if arguments.model is not None:
@@ -605,8 +690,8 @@ def _load_the_model_of(mfa: MFA, arguments: argparse.Namespace) -> tuple[Any, An
     expected, found = mfa.extra.get("model_fingerprint"), fingerprint(model)
     if isinstance(expected, str) and expected != found:
         print(
-            f"mfa-kernels steer: {name} is of another architecture or size than the model that the mixture was fitted "
-            f"to (fingerprint {found}, there {expected:.16})",
+            f"mfa-kernels {arguments.command}: {name} is of another architecture or size than the model that the "
+            f"mixture was fitted to (fingerprint {found}, there {expected:.16})",
             file=sys.stderr,
         )
     return model, tokenizer
@@ -650,7 +735,7 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo, "doctor": _doctor, "tune": _tune, "harvest": _harvest, "fit": _fit, "encode": _encode,
-    "evaluate": _evaluate, "steer": _steer, "convert": _convert,
+    "evaluate": _evaluate, "explore": _explore, "report": _report, "steer": _steer, "convert": _convert,
 }  # fmt: skip
 
 

@@ -105,16 +105,32 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("-q", "--quiet", action="store_true", help="no progress bars; there are none in a log either")
         return sub
 
-    demo = command("demo", "harvest, fit, look and steer, on the model that ships with the package or on yours")
+    demo = command(
+        "demo",
+        "harvest, fit, look at topics, and turn a text toward them: SmolLM2-135M, reading texts of eight genres that "
+        "ship with the package; or another model, and texts of yours",
+    )
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything that is written")
     _overwrite(demo, "a demonstration that is there")
-    _language_model(demo, layer_default="the middle one")
-    demo.add_argument("--text", nargs="+", default=[], help="files or folders to read; the standard library's sources")
-    demo.add_argument("--tokens", type=_SOME, default=200_000, help="activations to fit on; a tenth more is held out")
-    _size(demo, 256)
+    demo.add_argument(
+        "--small", action="store_true",
+        help="the small model that ships with the package, reading the standard library, and a region of it: half a "
+        "minute, and nothing else to install",
+    )  # fmt: skip
+    _language_model(demo, "four fifths of the way up; with --small, the middle one", "smollm2")
+    demo.add_argument(
+        "--text", nargs="+", default=[],
+        help="files or folders to read; the folders in a folder are genres. Without genres, a region is steered to",
+    )  # fmt: skip
+    demo.add_argument(
+        "--tokens", type=_SOME, help="activations to fit on; 60000, with --small 200000; a tenth more is held out"
+    )
+    demo.add_argument("-K", "--components", type=_SOME, help="regions; 128, with --small 256")
+    demo.add_argument("-R", "--rank", type=_SOME, default=10, help="local directions per region")
     demo.add_argument("--epochs", type=_COUNT, default=10)
-    demo.add_argument("--alpha", type=_ANY, default=0.3, help="how far steering moves toward the region")
-    demo.add_argument("-k", "--component", type=_COUNT, help="region to steer toward; without it, one is chosen")
+    demo.add_argument("--kl", type=_POSITIVE, default=0.5, help="nats by which steering toward a topic moves a token")
+    demo.add_argument("--alpha", type=_ANY, default=0.3, help="how far steering moves toward a region")
+    demo.add_argument("-k", "--component", type=_COUNT, help="region to steer toward, in place of topics")
     demo.add_argument("--prompt", nargs="+", help="prompts to steer")
     demo.add_argument("--device", default="cpu", help="cpu, cuda or cuda:1: for larger models than the small one")
 
@@ -222,6 +238,33 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("store", type=Path)
     _where(evaluate)
 
+    explore = command(
+        "explore",
+        "a local web page over all regions of a mixture: map, contexts, latents, texts of your own, and steering that "
+        "streams; prints its address, and serves this machine alone",
+    )
+    explore.add_argument("mfa", nargs="?", help="folder or hub id of the mixture")
+    explore.add_argument("store", nargs="?", type=Path, help="folder of activations with their tokens")
+    explore.add_argument("--demo", action="store_true", help="what `mfa-kernels demo` left in the folder demo")
+    _of_the_mixture(explore)
+    explore.add_argument("--labels", type=Path, help="labels of regions; without it, labels.json beside the mixture")
+    explore.add_argument("--port", type=_number(0, 65535, whole=True), default=8765, help="0: any that is free")
+    explore.add_argument("--no-browser", action="store_true", help="only print the address")
+    _where(explore)
+
+    report = command("report", "write what regions are about: an HTML page that is one file, or tables of all regions")
+    _mixture(report)
+    report.add_argument("store", type=Path, help="folder of activations with their tokens")
+    report.add_argument("--out", type=Path, help="an HTML page: the most interesting regions, to be shared")
+    report.add_argument("--json", type=Path, help="a JSON file: all regions, with contexts")
+    report.add_argument("--csv", type=Path, help="a CSV file: a line for each region")
+    report.add_argument("--regions", type=_SOME, default=12, help="on the page")
+    report.add_argument("-k", "--component", type=_COUNT, nargs="+", help="these regions, on the page")
+    report.add_argument("--labels", type=Path, help="labels of regions; without it, labels.json beside the mixture")
+    _of_the_mixture(report)
+    _overwrite(report, "files that are there")
+    _where(report)
+
     steer = command("steer", "generate text from a steered model")
     _mixture(steer)
     steer.add_argument("prompt")
@@ -259,11 +302,6 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, [], False) else super()._get_help_string(action)
 
 
-def _size(parser: argparse.ArgumentParser, components: int) -> None:
-    parser.add_argument("-K", "--components", type=_SOME, default=components, help="regions")
-    parser.add_argument("-R", "--rank", type=_SOME, default=10, help="local directions per region")
-
-
 def _language_model(
     parser: argparse.ArgumentParser,
     layer_default: str | None = None,
@@ -274,6 +312,11 @@ def _language_model(
     parser.add_argument(
         "--layer", type=layer, required=layer_default is None, help=f"index or module path of a layer{note}"
     )
+
+
+def _of_the_mixture(parser: argparse.ArgumentParser) -> None:
+    _language_model(parser, "the one the mixture was fitted to", "the one the mixture was fitted to")
+    parser.add_argument("--no-model", action="store_true", help="the tokenizer alone: no lens, no texts of your own")
 
 
 def _model_dtype(parser: Any) -> None:

@@ -461,14 +461,14 @@ def test_errors_are_one_line(folder, capsys, arguments, message):
 def test_two_demos_in_one_folder_do_not_mix(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(locks, "PATIENCE", 0.1)
     with locks.alone(tmp_path):
-        assert main(["demo", "--out", str(tmp_path)]) == 1
+        assert main(["demo", "--small", "--out", str(tmp_path)]) == 1
     assert f"mfa-kernels demo: {tmp_path}: another process" in capsys.readouterr().err
-    assert main(["demo", "--out", str(tmp_path), "--component", "256"]) == 1
+    assert main(["demo", "--small", "--out", str(tmp_path), "--component", "256"]) == 1
     locks.hold(tmp_path).release()  # one that failed holds nothing
 
 
 def test_demo(tmp_path, capsys):
-    small = ["--tokens", "4000", "-K", "16", "-R", "3", "--epochs", "1"]
+    small = ["--small", "--tokens", "4000", "-K", "16", "-R", "3", "--epochs", "1"]
     assert main(["demo", "--out", str(tmp_path), *small]) == 0
     out = capsys.readouterr().out
     assert "negative log-likelihood" in out
@@ -511,6 +511,7 @@ def test_fit_while_harvesting(folder, tmp_path, capsys):
     assert len([line for line in capsys.readouterr().out.splitlines() if "held out by row); saved in" in line]) == 2
 
     assert main([*arguments, "--layer", "1", "-K", "4", "--out", str(tmp_path / "one")]) == 0
+    assert f"mfa-kernels explore {tmp_path / 'one'} STORE" in capsys.readouterr().out
     alone, one_of_them = (MFA.from_pretrained(tmp_path / name) for name in ("one", "all/layer1-K4-R2"))
     assert all(torch.equal(a, b) for a, b in zip(alone.state_dict().values(), one_of_them.state_dict().values()))
     assert alone.extra == one_of_them.extra
@@ -613,7 +614,7 @@ def test_ctrl_c_before_there_is_anything_to_keep(folder, tmp_path, capsys, monke
 def test_a_fit_without_held_out_rows_is_told_of(folder, tmp_path, capsys):
     command = ["fit", str(folder / "store"), "-K", "4", "-R", "1", "--epochs", "1", "--held-out", "0"]
     assert main([*command, "--out", str(tmp_path)]) == 0
-    assert capsys.readouterr().out == f"the last state, as nothing was held out; saved in {tmp_path}\n"
+    assert capsys.readouterr().out.startswith(f"the last state, as nothing was held out; saved in {tmp_path}\nNext:\n")
 
 
 def test_of_several_fits_each_is_saved_when_it_is_there(folder, tmp_path, capsys, monkeypatch):

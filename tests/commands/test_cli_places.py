@@ -49,7 +49,7 @@ def run(line: str) -> int:
 
 FIT = "fit store -K 3 -R 1 --epochs 1 --overwrite"
 HARVEST = "harvest --layer 1 --text texts"
-DEMO = "demo --tokens 500 -K 4 -R 1"
+DEMO = "demo --small --tokens 500 -K 4 -R 1"
 
 
 @pytest.mark.parametrize(

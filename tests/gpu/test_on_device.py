@@ -618,6 +618,8 @@ def test_a_sample_that_stays_on_the_host_changes_nothing(method, monkeypatch):
 def test_harvest_fit_look_and_steer(tmp_path, capsys):
     from mfa_kernels.commands import demo
 
-    options = demo.Options(out=tmp_path, tokens=4000, components=16, rank=3, epochs=1, new_tokens=8, device=DEVICE)
+    options = demo.Options(
+        out=tmp_path, small=True, tokens=4000, components=16, rank=3, epochs=1, new_tokens=8, device=DEVICE
+    )
     assert tmp_path / "regions.html" in demo.run(options)
     assert "Next token after" in capsys.readouterr().out
