@@ -206,13 +206,13 @@ class MFA(LocalMixture):
 
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | os.PathLike[str], **kwargs: Any) -> MFA:
-        """Loads config.json and model.safetensors from a folder, or from a Hugging Face hub repository.
+        """Loads a mixture from a folder, or from a Hugging Face hub repository: ours, or one of the paper's own files.
 
-        See `mfa_kernels.mixture.saving.load_pretrained` for the keyword arguments.
+        See `mfa_kernels.mixture.loading.load` for the keyword arguments, such as `layer` where there are several.
         """
-        from mfa_kernels.mixture import saving
+        from mfa_kernels.mixture import loading
 
-        return _with_options(saving.load_pretrained, "from_pretrained", kwargs)(cls, folder_or_hub_id)
+        return _with_options(loading.load, "from_pretrained", kwargs)(cls, folder_or_hub_id)
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes config.json and model.safetensors, each to a temporary name and then renamed."""

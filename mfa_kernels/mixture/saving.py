@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ from mfa_kernels.common.reading import (
 from mfa_kernels.common.sharing import local_paths
 from mfa_kernels.common.version import __version__
 from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.mixture.card import model_card
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.functional import PRECISIONS
 
@@ -331,11 +333,12 @@ def push_to_hub(
     commit_message: str | None = None,
     revision: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    license: str | None = None,
 ) -> CommitInfo:
     """Uploads what `save_pretrained` writes to a Hugging Face hub repository, made if it is missing.
 
-    A short model card comes along where the repository has no README.md yet: what the mixture is, `extra`, and how it
-    was fitted, where its `fit_report` says so.
+    A short model card comes along where the repository has no README.md yet: what the mixture is, `extra`, how it was
+    fitted, where its `fit_report` says so, and how to use it.
 
     What is uploaded is there for others at once, and stays in the history of the repository. So an `extra` that holds
     the path of something on this machine is refused, not warned of; nothing is written then.
@@ -346,6 +349,7 @@ def push_to_hub(
         private: visibility of a new repository; default: that of the account.
         revision: branch to commit to, made if it is missing; default: main.
         extra: see `save_pretrained`; without paths of this machine.
+        license: of the mixture, for the card, such as "mit" or "apache-2.0".
         token, commit_message: as in `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
@@ -356,6 +360,8 @@ def push_to_hub(
     """
     from huggingface_hub import HfApi
 
+    if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", check_text(license, "license")):
+        raise ValueError(f"license must be the name of one on the hub, such as 'mit', got {shown(license)}")
     where, path = next(local_paths(checked_extra(mfa, extra), "extra"), (None, None))
     if where is not None:
         raise ValueError(f"{where} is the path {path!r} of this machine, which is not uploaded: give another extra")
@@ -366,41 +372,10 @@ def push_to_hub(
         if revision is not None and not revision.startswith("refs/"):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not api.file_exists(repo_id, "README.md", revision=revision):
-            atomic_write_text(Path(folder) / "README.md", _model_card(mfa, repo_id, checked_extra(mfa, extra)))
+            atomic_write_text(Path(folder) / "README.md", model_card(mfa, repo_id, checked_extra(mfa, extra), license))
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             commit_message=commit_message or "Upload a mixture of factor analyzers",
             revision=revision,
         )
-
-
-def _model_card(mfa: Mixture, repo_id: str, extra: Mapping[str, Any]) -> str:
-    notes = "".join(f"- {key}: {value}\n" for key, value in {**extra, **_fit_in_words(mfa.fit_report)}.items())
-    return f"""---
-library_name: {MODEL_TYPE}
-tags:
-- interpretability
-- mixture-of-factor-analyzers
----
-
-# Mixture of factor analyzers
-
-{mfa.n_components} regions of {mfa.n_features}-dimensional activations, {mfa.rank} local directions each,
-noise {mfa.noise.replace("_", " ")} (arXiv 2602.02464).
-
-{notes}
-```python
-from mfa_kernels import MFA
-
-mfa = MFA.from_pretrained("{repo_id}")
-```
-"""
-
-
-def _fit_in_words(report: FitReport | None) -> dict[str, str]:
-    """The lines of a model card on a fit."""
-    if report is None:
-        return {}
-    held_out = report.held_out()
-    return {**report.described(), **({} if held_out is None else {"held-out negative log-likelihood": held_out})}

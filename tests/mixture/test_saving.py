@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -322,49 +321,6 @@ def test_missing_files(tmp_path):
 # The hub
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A hub in a folder: repositories are folders, and calls are recorded."""
-    import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
-
-    root, calls = tmp_path / "hub", []
-
-    class Api:
-        def __init__(self, **kwargs: Any) -> None:
-            calls.append(("api", kwargs))
-
-        def create_repo(self, repo_id: str, *, private: bool | None, exist_ok: bool) -> Any:
-            assert exist_ok
-            calls.append(("create_repo", {"private": private}))
-            repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
-            (root / repo_id).mkdir(parents=True, exist_ok=True)
-            return SimpleNamespace(repo_id=repo_id)
-
-        def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
-            assert exist_ok
-            calls.append(("create_branch", {"branch": branch}))
-
-        def file_exists(self, repo_id: str, name: str, *, revision: str | None) -> bool:
-            return (root / repo_id / name).exists()
-
-        def upload_folder(self, *, repo_id: str, folder_path: str, **kwargs: Any) -> str:
-            calls.append(("upload_folder", kwargs))
-            shutil.copytree(folder_path, root / repo_id, dirs_exist_ok=True)
-            return f"commit to {repo_id}"
-
-    def download(repo_id: str, name: str, *, subfolder: str | None, **kwargs: Any) -> str:
-        calls.append(("download", {"name": name, **kwargs}))
-        path = root / repo_id / (subfolder or "") / name
-        if not path.exists():
-            raise EntryNotFoundError(f"404: {name}")
-        return str(path)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return SimpleNamespace(root=root, calls=calls)
-
-
 def test_push_and_pull(hub):
     mfa = random_mfa()
     commit = mfa.push_to_hub("regions", private=True, token="secret", extra={"layer": 8, "model": "a/model"})
@@ -426,6 +382,27 @@ def test_no_path_of_this_machine_is_uploaded(hub, tmp_path, monkeypatch, form):
     random_mfa().push_to_hub("me/regions", extra={"separator": "/", "model": "/nowhere/at/all", "of": "a/model"})
     mfa.save_pretrained(tmp_path / "here")
     assert MFA.from_pretrained(tmp_path / "here").extra == extra, "the user's own"
+
+
+def test_the_card_says_what_it_is_of(hub):
+    mfa = random_mfa()
+    mfa.push_to_hub("regions", extra={"model": "a/model", "layer": "model.layers.8"}, license="mit")
+    card = (hub.root / "me" / "regions" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("---\n")
+    assert head.splitlines()[:3] == ["library_name: mfa_kernels", "license: mit", "base_model: a/model"]
+    assert "activations of a/model, layer model.layers.8, 3 local directions each" in body
+    assert "- regions (K): 5\n- local directions each (R): 3\n- features (D): 12\n- noise: shared\n" in body
+    assert "steer(model, mfa, layer='model.layers.8', component=0, alpha=0.3)" in body
+    for model in ("tiny_lm", "smollm2", "local:secret", "LlamaForCausalLM"):  # no repositories of the hub
+        mfa.push_to_hub(f"me/{model[:5].strip(':')}", extra={"model": model})
+        assert "base_model" not in (hub.root / "me" / model[:5].strip(":") / "README.md").read_text()
+
+
+@pytest.mark.parametrize("license", ["MIT\nevil: true", "", "my own"])
+def test_a_license_that_is_none_of_the_hub(hub, license):
+    with pytest.raises(ValueError, match="license must be the name of one on the hub"):
+        random_mfa().push_to_hub("me/regions", license=license)
+    assert not hub.calls
 
 
 def test_push_to_a_branch_keeps_a_model_card(hub):
