@@ -22,6 +22,7 @@ from mfa_kernels.interpret.contexts import check_store, check_tokenizer
 from mfa_kernels.interpret.figures import KINDS
 from mfa_kernels.interpret.labels import Label
 from mfa_kernels.interpret.lens import Lens
+from mfa_kernels.interpret.neighbors import Centroids
 from mfa_kernels.interpret.topics import GenreCounts, genre_counts, topic_direction, topic_regions, topics
 
 if TYPE_CHECKING:
@@ -103,6 +104,12 @@ class Explorer:
                 return Lens(self.model, self.mfa)
         except ValueError:
             return None
+
+    @cached_property
+    def centroids(self) -> Centroids:
+        """Distances between regions, prepared."""
+        with torch.no_grad():
+            return Centroids(self.mfa)
 
     @cached_property
     def topics(self) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mfa_kernels.explorer.texts import number
 from mfa_kernels.interpret.contexts import region_latents
-from mfa_kernels.interpret.neighbors import neighbors
+from mfa_kernels.interpret.neighbors import nearest as nearest_to
 
 if TYPE_CHECKING:
     from mfa_kernels.explorer.explorer import Explorer
@@ -137,7 +137,7 @@ def _around(explorer: Explorer, k: int) -> tuple[list[dict[str, Any]], list[int]
         return [], []
 
     def nearest(components: list[int]) -> tuple[list[list[int]], list[list[float]]]:
-        index, distance = neighbors(explorer.mfa, most, components=components, progress=False)
+        index, distance = nearest_to(explorer.centroids, components, most, explorer.mfa)
         return index.tolist(), distance.tolist()
 
     (own,), (far,) = nearest([k])

@@ -94,6 +94,17 @@ def create_app(explorer: Explorer, token: str, port: int) -> Starlette:
             raise LookupError("no logit lens: no language model is loaded, or it makes its logits in another way")
         return region.lens(explorer, number)
 
+    drawn: dict[str, bytes] = {}  # the map when it is final, which is large and does not change any more
+
+    async def map_(request: Request) -> Response:
+        if not drawn:
+            found = await run_in_threadpool(explorer.map)
+            content = JSONResponse(found).body
+            if not found["is_final"]:
+                return Response(content, media_type="application/json")
+            drawn["map"] = bytes(content)
+        return Response(drawn["map"], media_type="application/json")
+
     async def text(request: Request) -> Response:
         async def work() -> dict[str, Any]:
             given = await _body(request)
@@ -128,7 +139,7 @@ def create_app(explorer: Explorer, token: str, port: int) -> Starlette:
     routes = [
         Route("/", index),
         Route("/api/about", answer(lambda request: explorer.about)),
-        Route("/api/map", answer(lambda request: explorer.map())),
+        Route("/api/map", map_),
         Route("/api/regions", answer(regions)),
         Route("/api/regions/{k}", answer(lambda request: region.page(explorer, k(request)))),
         Route("/api/regions/{k}/contexts", answer(contexts)),

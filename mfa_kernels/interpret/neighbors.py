@@ -52,16 +52,20 @@ def neighbors(
     chosen = list(range(count)) if components is None else check_components(components, count)
     if metric == "subspace" and mfa.rank == 0:
         raise ValueError('metric="subspace" needs loadings, and this mixture has rank 0')
-    metrics: dict[str, type[_Metric]] = {"centroid": _Centroids, "mahalanobis": _Mahalanobis, "subspace": _Subspaces}
+    metrics: dict[str, type[Metric]] = {"centroid": Centroids, "mahalanobis": _Mahalanobis, "subspace": _Subspaces}
     rows = metrics[metric](mfa)
+    with full_precision(mfa.means):
+        return nearest(rows, chosen, n, mfa, progress)
+
+
+def nearest(rows: Metric, chosen: Sequence[int], n: int, mfa: MFA, progress: bool = False) -> tuple[Tensor, Tensor]:
+    """Returns `neighbors` of some regions, given a metric that is prepared already."""
+    count = mfa.n_components
     size = max(1, min(count, _BLOCK_NUMBERS // rows.numbers_per_row))
     asked = torch.tensor(chosen, dtype=torch.long, device=mfa.means.device)
     indices = asked.new_empty(len(asked), n)
     distances = torch.empty(len(asked), n, dtype=torch.float64, device=mfa.means.device)
-    with (
-        full_precision(mfa.means),
-        progress_bar(total=len(asked), desc="neighbours", unit="region", progress=progress) as bar,
-    ):
+    with progress_bar(total=len(asked), desc="neighbours", unit="region", progress=progress) as bar:
         for start in range(0, len(asked), size):
             block = asked[start : start + size]
             squared = rows.squared(block)
@@ -72,7 +76,9 @@ def neighbors(
     return indices, distances
 
 
-class _Metric(Protocol):
+class Metric(Protocol):
+    """Squared distances between regions, prepared for one mixture."""
+
     numbers_per_row: int  # of the largest temporary, for each region of a block
 
     def __init__(self, mfa: MFA): ...
@@ -81,7 +87,9 @@ class _Metric(Protocol):
         """Squared distances from the regions in block (B,) to all, (B, K)."""
 
 
-class _Centroids(_Metric):
+class Centroids(Metric):
+    """|mu_j - mu_k|^2."""
+
     def __init__(self, mfa: MFA):
         means = mfa.means.double()
         self.means = means - means.mean(0)  # a common offset would cost digits
@@ -92,7 +100,7 @@ class _Centroids(_Metric):
         return self.norms[block, None] - 2 * self.means[block] @ self.means.T + self.norms
 
 
-class _Mahalanobis(_Metric):
+class _Mahalanobis(Metric):
     """d^2 = |lam v|^2 - |A lam v|^2 with v = mu_j - mu_k (Woodbury), lam and A = L^-1 W~^T those of region k."""
 
     def __init__(self, mfa: MFA):
@@ -113,7 +121,7 @@ class _Mahalanobis(_Metric):
         return outside - inside.square().sum(1)
 
 
-class _Subspaces(_Metric):
+class _Subspaces(Metric):
     """|P_j - P_k|_F^2 / 2 = (rank P_j + rank P_k) / 2 - |Q_j^T Q_k|_F^2, Q orthonormal bases of the loadings."""
 
     def __init__(self, mfa: MFA):

@@ -56,7 +56,7 @@ def test_neighbors_are_those_of_all_pairs(
 def test_neighbors_of_some_regions_are_theirs_among_all(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mfa = _mfa()
     every, module = neighbors(mfa, 5, metric, progress=False), import_module("mfa_kernels.interpret.neighbors")
-    name = {"centroid": "_Centroids", "mahalanobis": "_Mahalanobis", "subspace": "_Subspaces"}[metric]
+    name = {"centroid": "Centroids", "mahalanobis": "_Mahalanobis", "subspace": "_Subspaces"}[metric]
     kind, asked = getattr(module, name), []
     squared = kind.squared
     monkeypatch.setattr(kind, "squared", lambda self, block: asked.extend(block.tolist()) or squared(self, block))

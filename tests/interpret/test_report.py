@@ -17,7 +17,7 @@ from mfa_kernels.data.store import ActivationStore, ActivationStoreWriter
 from mfa_kernels.interpret import assignments, logit_lens, region_summaries, write_report
 from mfa_kernels.interpret import figures as figure_module
 from mfa_kernels.interpret.head import Head
-from mfa_kernels.interpret.neighbors import _Centroids
+from mfa_kernels.interpret.neighbors import Centroids
 from mfa_kernels.interpret.report import _Html, _tag
 from tests.interpret.planted import MemoryStore, Words, planted
 
@@ -189,8 +189,8 @@ def test_a_page_costs_what_it_shows(figures: bool, tmp_path: Path, monkeypatch: 
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(figure_module, "_MAP_REGIONS", 20)
     compared: list[int] = []
-    squared = _Centroids.squared
-    monkeypatch.setattr(_Centroids, "squared", lambda self, b: compared.append(len(b)) or squared(self, b))
+    squared = Centroids.squared
+    monkeypatch.setattr(Centroids, "squared", lambda self, b: compared.append(len(b)) or squared(self, b))
     work = []
     for regions in (30, 360):
         mfa, store, _ = planted(40 * regions, regions)
