@@ -8,8 +8,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE = ROOT / "build" / "site"
-SHOWN = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "examples/*.*", "docs/**/*", "bench/RESULTS.md", "bench/figures/*",
-         "bench/results/*", "mfa_kernels/ops/*/*.md", "mfa_kernels/data/genres/README.md")  # fmt: skip
+SHOWN = (
+    "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "examples/*.*", "docs/**/*", "bench/RESULTS.md",
+    "bench/figures/*", "bench/results/*", "mfa_kernels/ops/*/*.md", "mfa_kernels/data/genres/README.md",
+)  # fmt: skip
 
 INLINE_MATH = re.compile(r"\$`([^`]*)`\$")  # as GitHub writes it; the site's renderer knows \( \)
 
