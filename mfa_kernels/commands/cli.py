@@ -559,7 +559,7 @@ def _report(arguments: argparse.Namespace) -> None:
     if arguments.out is not None:
         write_report(
             arguments.out, explorer.mfa, explorer.store, explorer.tokenizer, model=explorer.model,
-            components=arguments.component, n_regions=arguments.regions, assigned=explorer.assigned,
+            components=arguments.component or explorer.best(arguments.regions), assigned=explorer.assigned,
             figures=tables.has_figures(),
         )  # fmt: skip
     if arguments.json is not None:

@@ -258,7 +258,9 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--out", type=Path, help="an HTML page: the most interesting regions, to be shared")
     report.add_argument("--json", type=Path, help="a JSON file: all regions, with contexts")
     report.add_argument("--csv", type=Path, help="a CSV file: a line for each region")
-    report.add_argument("--regions", type=_SOME, default=12, help="on the page")
+    report.add_argument(
+        "--regions", type=_SOME, default=12, help="on the page: topics, where sources are in a folder for each genre"
+    )
     report.add_argument("-k", "--component", type=_COUNT, nargs="+", help="these regions, on the page")
     report.add_argument("--labels", type=Path, help="labels of regions; without it, labels.json beside the mixture")
     _of_the_mixture(report)

@@ -23,6 +23,7 @@ from mfa_kernels.interpret.figures import KINDS
 from mfa_kernels.interpret.labels import Label
 from mfa_kernels.interpret.lens import Lens
 from mfa_kernels.interpret.neighbors import Centroids
+from mfa_kernels.interpret.regions import interesting_regions
 from mfa_kernels.interpret.topics import GenreCounts, genre_counts, topic_direction, topic_regions, topics
 
 if TYPE_CHECKING:
@@ -145,6 +146,11 @@ class Explorer:
         heaviest = list(zip(components.tolist(), weights.tolist()))[:most]
         regions = [{"component": k, "label": self.catalog.labels[k], "weight": weight} for k, weight in heaviest]
         return {"genre": genre, "n_regions": len(components), "regions": regions}
+
+    def best(self, n: int) -> list[int]:
+        """Returns at most n regions worth showing first: topics, where sources tell genres, else peculiar ones."""
+        topics = [topic["component"] for topic in self.topics[:n]]
+        return topics or interesting_regions(self.mfa, self.store, n, assigned=self.assigned, progress=False)
 
     @cached_property
     def about(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,9 +16,11 @@ import pytest
 
 from mfa_kernels import MFA
 from mfa_kernels.commands.cli import main
+from mfa_kernels.data import ActivationStore
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.language_model import load_language_model, origin
 from mfa_kernels.explorer import Explorer, server
+from mfa_kernels.interpret import topics
 from mfa_kernels.interpret.labels import Label, write_labels
 
 TEXTS = [(f"{genre}/{i}", f"{genre} {i} " * 12) for genre in ("import os", "The end") for i in range(4)]
@@ -169,6 +172,15 @@ def test_report_writes_a_page_and_tables(folder: Path, tmp_path: Path, capsys: A
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_report_shows_topics_first(folder: Path, tmp_path: Path) -> None:
+    command = ["report", str(folder / "mfa"), str(folder / "store"), "--no-model", "--regions", "1"]
+    assert main([*command, "--out", str(tmp_path / "page.html")]) == 0
+    mfa, store = MFA.from_pretrained(folder / "mfa"), ActivationStore(folder / "store")
+    (topic,) = topics(mfa, store, load_language_model()[1], 1)
+    shown = re.findall(r'<section id="region-(\d+)"', (tmp_path / "page.html").read_text())
+    assert shown == [str(topic.component)]
 
 
 def test_report_wants_something_to_write(folder: Path, capsys: Any) -> None:
