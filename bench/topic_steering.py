@@ -37,13 +37,12 @@ from mfa_kernels import MFA, fit, harvest, steer
 from mfa_kernels.commands.topic_demo import KL, LAYER, PROMPTS, TEMPERATURE
 from mfa_kernels.data import ActivationStore
 from mfa_kernels.data.genres import genre_of, genre_texts
-from mfa_kernels.data.language_model import encoded
 from mfa_kernels.interpret.contexts import assignments
 from mfa_kernels.interpret.genre_words import genre_words, word_share
 from mfa_kernels.interpret.topics import GenreCounts, Topic, genre_counts, topic_direction, topics
 from mfa_kernels.models import load_language_model
 from mfa_kernels.steering import Add, Handle, Toward, alpha_for_kl
-from mfa_kernels.steering.continuations import continuations, negative_log_likelihood
+from mfa_kernels.steering.continuations import continuations, negative_log_likelihood, padded
 
 LAYERS = (12, 18, 21, LAYER)
 TIMES_UNSTEERED, TIMES_RANDOM, NATS = 3.0, 2.0, 1.0  # the mark
@@ -99,7 +98,7 @@ class Bench:
             )
         self.stores = {layer: ActivationStore(folder / f"model.layers.{layer}") for layer in LAYERS}
         self.layers: dict[tuple[int, int], Layer] = {}
-        self.prompts = encoded(self.model, self.tokenizer, list(PROMPTS), padding=True, padding_side="left")
+        self.prompts = padded(self.model, self.tokenizer, PROMPTS)
 
     def layer(self, number: int, components: int) -> Layer:
         """A layer with a mixture of so many components."""

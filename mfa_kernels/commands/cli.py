@@ -560,7 +560,7 @@ def _report(arguments: argparse.Namespace) -> None:
         write_report(
             arguments.out, explorer.mfa, explorer.store, explorer.tokenizer, model=explorer.model,
             components=arguments.component or explorer.best(arguments.regions), assigned=explorer.assigned,
-            figures=tables.has_figures(),
+            labels=explorer.labels, figures=tables.has_figures(),
         )  # fmt: skip
     if arguments.json is not None:
         tables.write_json(explorer, arguments.json)

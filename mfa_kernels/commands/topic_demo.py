@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from mfa_kernels import MFA
-from mfa_kernels.data.language_model import encoded
 from mfa_kernels.data.store import ActivationStore
 from mfa_kernels.interpret.contexts import Assignments, top_contexts
 from mfa_kernels.interpret.genre_words import genre_words, marked, word_share
 from mfa_kernels.interpret.topics import GenreCounts, Topic, topic_direction, topic_regions
 from mfa_kernels.steering import Add, Handle, alpha_for_kl, steer
-from mfa_kernels.steering.continuations import Continuations, continuations, negative_log_likelihood
+from mfa_kernels.steering.continuations import Continuations, continuations, negative_log_likelihood, padded
 
 LAYER = 24
 """The layer of SmolLM2-135M, of 30, where regions tell topics (docs/demo.md)."""
@@ -95,10 +94,10 @@ def show_steering(
     the distribution of the next token moves by `kl`; a random direction, with its own alpha, moves it as far.
     """
     words = _words(store, tokenizer, counts, training_rows)
-    inputs = encoded(model, tokenizer, list(prompts), padding=True, padding_side="left")
+    inputs = padded(model, tokenizer, prompts)
     generator = torch.Generator().manual_seed(seed)
     ways: dict[str, Tensor | None] = {"unsteered": None, "random": torch.randn(mfa.n_features, generator=generator)}
-    ways |= {topic.genre: topic_direction(mfa, counts, topic.genre) for topic in chosen}
+    ways |= {_toward(topic): topic_direction(mfa, counts, topic.genre) for topic in chosen}
     written: dict[str, Written] = {}
     with steer(model, mfa, layer, interventions=[]) as handle:
         for name, direction in ways.items():
@@ -109,6 +108,10 @@ def show_steering(
             written[name] = Written(made.texts, _nll(model, handle, made), alpha)
     _show_texts(counts, chosen, written, words, prompts, kl)
     return _show_table(chosen, written, words, len(prompts), seeds)
+
+
+def _toward(topic: Topic) -> str:
+    return f"toward {topic.genre}"
 
 
 def _words(
@@ -160,15 +163,15 @@ def _show_texts(
         components, _ = topic_regions(counts, topic.genre)
         first = ", ".join(map(str, components[:3].tolist()))
         print(
-            f"\nToward {topic.genre}: x <- x + {written[topic.genre].alpha:.2f} v, v made of {len(components)} of the "
-            f"regions, {first} the heaviest ({kl:g} nats after the prompt)"
+            f"\nToward {topic.genre}: x <- x + {written[_toward(topic)].alpha:.2f} v, v made of {len(components)} of "
+            f"the regions, {first} the heaviest ({kl:g} nats after the prompt)"
         )
         own = words[topic.genre]
         for place in range(i * each, (i + 1) * each):
             number = place % len(prompts)
             print(f"\n  {prompts[number]!r}")
-            for name, way in (("unsteered", "unsteered"), (f"toward {topic.genre}", topic.genre), ("random", "random")):
-                best = max(written[way].texts[number :: len(prompts)], key=lambda text: word_share([text], own))
+            for name in ("unsteered", _toward(topic), "random"):
+                best = max(written[name].texts[number :: len(prompts)], key=lambda text: word_share([text], own))
                 print(f"    {name + ':':<20} {marked(best, own)!r}")
 
 
@@ -188,14 +191,14 @@ def _show_table(
     for topic in chosen:
         shares = {
             way: word_share(written[name].texts, words[topic.genre])
-            for way, name in (("unsteered", "unsteered"), ("random", "random"), ("steered", topic.genre))
+            for way, name in (("unsteered", "unsteered"), ("random", "random"), ("steered", _toward(topic)))
         }
-        nll = {way: written[name].nll for way, name in zip(shares, ("unsteered", "random", topic.genre))}
+        nll = {way: written[name].nll for way, name in zip(shares, ("unsteered", "random", _toward(topic)))}
         times = f"{shares['steered'] / shares['unsteered']:.1f}" if shares["unsteered"] else "-"
         percent = f"{shares['unsteered']:>10.1%}{shares['random']:>8.1%}{shares['steered']:>9.1%}"
         nats = f"{nll['unsteered']:>10.2f}{nll['random']:>8.2f}{nll['steered']:>9.2f}"
         print(f"{topic.genre:<14}{percent}{times:>7}  {nats}")
         rows[topic.genre] = {
-            "component": topic.component, "alpha": written[topic.genre].alpha, "share": shares, "nll": nll,
+            "component": topic.component, "alpha": written[_toward(topic)].alpha, "share": shares, "nll": nll,
         }  # fmt: skip
     return rows

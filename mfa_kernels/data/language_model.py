@@ -481,6 +481,18 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def positions_of(model: Any) -> int:
+    """Returns how many tokens a model can read at once; a large number where it does not say."""
+    most = getattr(text_config(model), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else 1 << 30
+
+
+def takes(model: Any, name: str) -> bool:
+    """True where the forward of a model has an argument of this name."""
+    names = _taken(model)
+    return names is not None and name in names
+
+
 def first_token(model: Any) -> int:
     """Returns the token with which the decoder of an encoder-decoder begins."""
     for place in (getattr(model, "generation_config", None), model.config):

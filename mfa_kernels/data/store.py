@@ -249,7 +249,11 @@ class ActivationStore:
         nothing = [torch.empty(0, dtype=torch.int64)]
         shards = [self._shard(i) for i in range(len(self.shards))]
         documents = torch.cat(nothing + [shard.document.long() for shard in shards])
-        return documents, torch.cat(nothing + [shard.position.long() for shard in shards])
+        positions = torch.cat(nothing + [shard.position.long() for shard in shards])
+        lengths = torch.cat(nothing + [torch.nn.functional.pad(shard.ends, (1, 0)).diff() for shard in shards])
+        if not bool(((positions >= 0) & (positions < lengths[documents])).all()):
+            raise ValueError(f"{self.folder}: rows stand beyond the end of their documents")
+        return documents, positions
 
     def document(self, row: int) -> int:
         """Returns the number of a row's document, in [0, n_documents)."""

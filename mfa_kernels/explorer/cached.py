@@ -40,7 +40,7 @@ class Cache:
         parameters = {
             name: tensor.detach().cpu() for name, tensor in mfa.state_dict().items() if torch.is_tensor(tensor)
         }
-        facts = [_VERSION, checksum.of_tensors(parameters), checksum.of_file(store.folder / MANIFEST)]
+        facts = [_VERSION, mfa.precision, checksum.of_tensors(parameters), checksum.of_file(store.folder / MANIFEST)]
         self.key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         self.folder = Path(f"{store.folder}.explored")
 
@@ -89,10 +89,9 @@ def cached_assignments(cache: Cache, mfa: MFA, store: ActivationStore, progress:
         return tensors if made.latents is None else {**tensors, "latents": made.latents}
 
     found = cache.get("assignments", compute)
-    return Assignments(
-        found["components"],
-        found["responsibilities"],
-        found["distances"],
-        found.get("latents"),
-        mfa.n_components,
-    )
+    rows = {name: (len(store),) for name in ("components", "responsibilities", "distances")}
+    expected: dict[str, tuple[int, ...]] = {**rows, **({"latents": (len(store), mfa.rank)} if latents else {})}
+    if {name: tuple(tensor.shape) for name, tensor in found.items()} != expected:  # not by us
+        cache.write("assignments", found := compute())
+    parts = (found["components"], found["responsibilities"], found["distances"], found.get("latents"))
+    return Assignments(*parts, mfa.n_components)

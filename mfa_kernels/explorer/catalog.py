@@ -54,7 +54,7 @@ class Catalog:
         self.labels = [self._label(k) for k in range(count)]
         self.kinds = [KINDS.index(token_kind(tokens[0]) if tokens else KINDS[-1]) for tokens in self.tokens]
         self._searched = [f"{label} {' '.join(tokens)}".lower() for label, tokens in zip(self.labels, self.tokens)]
-        self._orders: dict[str, Tensor] = {}
+        self._orders: dict[tuple[str, bool], Tensor] = {}
 
     def _count_tokens(self, components: Tensor, tokens: Tensor) -> None:
         count = len(self.counts)
@@ -134,8 +134,7 @@ class Catalog:
             genre: only regions of this genre.
             query: a number of a region, or a part of labels and telling tokens.
         """
-        order = self._order(sort)
-        order = order.flip(0) if descending else order
+        order = self._order(sort, descending)
         keep = torch.ones(len(order), dtype=torch.bool)
         if genre is not None:
             keep &= self.genre == genre
@@ -147,18 +146,18 @@ class Catalog:
         order = order[keep[order]]
         return len(order), [self.line(k) for k in order[offset : offset + limit].tolist()]
 
-    def _order(self, sort: str) -> Tensor:
-        if sort not in self._orders:
+    def _order(self, sort: str, descending: bool) -> Tensor:
+        if (sort, descending) not in self._orders:
             if sort == "label":
-                order = torch.tensor(
-                    sorted(range(len(self.labels)), key=lambda k: self.labels[k].strip("·⏎⇥ ").lower())
-                )
+                texts = [label.strip("·⏎⇥ ").lower() for label in self.labels]
+                rank = {text: i for i, text in enumerate(sorted(set(texts)))}
+                values = torch.tensor([rank[text] for text in texts])
             elif sort == "component":
-                order = torch.arange(len(self.labels))
+                values = torch.arange(len(self.labels))
             else:
-                order = getattr(self, sort).argsort(stable=True)
-            self._orders[sort] = order
-        return self._orders[sort]
+                values = getattr(self, sort)
+            self._orders[sort, descending] = values.argsort(stable=True, descending=descending)
+        return self._orders[sort, descending]
 
     def owners(self, token_ids: Sequence[int], most: int) -> dict[int, list[tuple[int, int]]]:
         """Returns, for each of some tokens, the regions that own the most of it, and how many each."""

@@ -17,7 +17,7 @@ from mfa_kernels.explorer.cached import Cache, cached_assignments
 from mfa_kernels.explorer.catalog import Catalog
 from mfa_kernels.explorer.layout import Layout
 from mfa_kernels.explorer.playground import MOST_CHARACTERS, MOST_TOKENS, Playground
-from mfa_kernels.explorer.texts import Texts, number
+from mfa_kernels.explorer.texts import Texts, number, whole
 from mfa_kernels.interpret.contexts import check_store, check_tokenizer
 from mfa_kernels.interpret.figures import KINDS
 from mfa_kernels.interpret.labels import Label
@@ -75,7 +75,7 @@ class Explorer:
             if self.layer is None:
                 raise ValueError("layer must be given: the mixture does not say which layer it was fitted to")
             self.layer = resolve_layer(model, self.layer)[0]
-        self.labels = dict(labels or {})
+        self.labels = {k: Label(*map(whole, (of.label, of.explanation, of.by))) for k, of in (labels or {}).items()}
         self.model_lock = threading.Lock()
         self._cache = Cache(mfa, store)
         self.assigned = cached_assignments(self._cache, mfa, store, progress)

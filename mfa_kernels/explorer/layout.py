@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.precision import full_precision
 from mfa_kernels.interpret.figures import tsne
 
 if TYPE_CHECKING:
@@ -73,9 +72,12 @@ class Layout:
 def _principal(means: Tensor) -> Tensor:
     """The first principal components of points (n, D): (n, at most 50)."""
     centered = (means - means.mean(0)).double()
-    _, vectors = torch.linalg.eigh(centered.T @ centered)
-    with full_precision(means):
-        points = centered @ vectors[:, -_COORDINATES:].flip(1)
+    if len(means) < means.shape[1]:  # of the smaller of the two products
+        squares, vectors = torch.linalg.eigh(centered @ centered.T)
+        points = vectors * squares.clamp_min(0).sqrt()
+    else:
+        points = centered @ torch.linalg.eigh(centered.T @ centered)[1]
+    points = points[:, -_COORDINATES:].flip(1)
     return torch.nn.functional.pad(points, (0, max(0, 2 - points.shape[1])))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 import uuid
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.checks import check_choice, check_component, check_number, check_text
-from mfa_kernels.data.language_model import check_sampling, continuation, encoded
+from mfa_kernels.data.language_model import check_sampling, continuation, encoded, positions_of, takes
+from mfa_kernels.explorer.texts import whole
 from mfa_kernels.steering import Add, Offset, Toward, steer
 from mfa_kernels.steering.handle import Handle
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 MOST_TOKENS = 512
 MOST_CHARACTERS = 20_000
 _ENDS = object()
+_NOTHING = Toward(0, 0.0)
 
 
 class Settings:
@@ -53,7 +56,7 @@ class Settings:
         if not isinstance(latents, Mapping):
             raise TypeError(f"latents must be numbers by latent, got {type(latents).__name__}")
         self.latents: dict[str, float] = {
-            str(check_component(int(axis), mfa.rank, "latents")): check_number(value, "latents", -100, 100)
+            str(check_component(_axis(axis), mfa.rank, "latents")): check_number(value, "latents", -100, 100)
             for axis, value in latents.items()
         }
         self._explorer = explorer
@@ -81,6 +84,12 @@ class Settings:
         return (means[k] - mfa.log_weights.detach().exp().to(means) @ means).float()
 
 
+def _axis(name: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", name):
+        raise ValueError(f"latents must be numbers by latent, got {name[:40]!r}")
+    return int(name)
+
+
 class Run:
     """A text being written.
 
@@ -92,6 +101,8 @@ class Run:
     def __init__(self, explorer: Explorer, given: Mapping[str, Any]) -> None:
         self.id = uuid.uuid4().hex
         self.prompt = check_text(given.get("prompt"), "prompt")
+        if whole(self.prompt) != self.prompt:
+            raise ValueError("prompt must be text, got halves of characters")
         if len(self.prompt) > MOST_CHARACTERS:
             raise ValueError(f"prompt must be at most {MOST_CHARACTERS:,} characters, got {len(self.prompt):,}")
         sampling = (given.get("new_tokens", 48), given.get("temperature", 0.0), given.get("seed", 0))
@@ -127,7 +138,8 @@ class Run:
         try:
             with self._explorer.model_lock:
                 ends: dict[str, Any] = {"tokens": 0, "seconds": 0.0, "nll": None}
-                self._pieces.put({"done": True, **(ends if self._stopped.is_set() else self._generate())})
+                ends = ends if self._stopped.is_set() else self._generate()
+                self._pieces.put({"done": True, "stopped": self._stopped.is_set(), **ends})
         except (ValueError, TypeError, IndexError, RuntimeError) as error:
             self._pieces.put({"error": str(error)})
         finally:
@@ -141,11 +153,14 @@ class Run:
         tokenizer, started = self._explorer.tokenizer, time.perf_counter()
         written: list[int] = []
         streamer = _Streamer(tokenizer, self._pieces, written)
-        options = (self.prompt, self.new_tokens, self.temperature, self.seed)
-        steered = self.settings.interventions() and not self.plain
-        handle = (
-            steer(model, self._explorer.mfa, layer, interventions=self.settings.interventions()) if steered else None
-        )
+        prompt = encoded(model, tokenizer, self.prompt)["input_ids"]
+        left = positions_of(model) - prompt.shape[1]
+        if left < 1:
+            raise ValueError(f"prompt must have fewer tokens than the model can read, got {prompt.shape[1]:,}")
+        options = (self.prompt, min(self.new_tokens, left), self.temperature, self.seed)
+        # Without a region too, because one may come while the text is written.
+        spec = self.settings.interventions() or [_NOTHING]
+        handle = None if self.plain else steer(model, self._explorer.mfa, layer, interventions=spec)
         try:
             criteria = StoppingCriteriaList([_Obedient(self, handle)])
             continuation(model, tokenizer, *options, streamer=streamer, stopping_criteria=criteria)
@@ -153,24 +168,27 @@ class Run:
             if handle is not None:
                 handle.remove()
         seconds = time.perf_counter() - started
-        return {"tokens": len(written), "seconds": seconds, "nll": self._surprise(model, written)}
-
-    @torch.no_grad()
-    def _surprise(self, model: Any, written: list[int]) -> float | None:
-        """Mean negative log-likelihood of the text under the model as it is, in nats per token."""
-        if not written:
-            return None
-        prompt = encoded(model, self._explorer.tokenizer, self.prompt)["input_ids"][0].tolist()
-        ids = torch.tensor([[*prompt, *written]], device=next(model.parameters()).device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        return float(torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :]))
+        surprise = None if self._stopped.is_set() else _surprise(model, prompt, written)
+        return {"tokens": len(written), "seconds": seconds, "nll": surprise}
 
     def obey(self, handle: Handle | None) -> bool:
         """Applies a change to the handle; returns True where the text is to end."""
         changed, self._changed = self._changed, None
         if changed is not None and handle is not None:
-            handle.update(interventions=changed.interventions() or [Toward(0, 0.0)])
+            handle.update(interventions=changed.interventions() or [_NOTHING])
         return self._stopped.is_set()
+
+
+@torch.no_grad()
+def _surprise(model: Any, prompt: Tensor, written: list[int]) -> float | None:
+    """Mean negative log-likelihood of the text under the model as it is, in nats per token."""
+    if not written:
+        return None
+    ids = torch.cat([prompt, torch.tensor([written], device=prompt.device)], 1)
+    # Logits of a long prompt would take gigabytes.
+    kept = {"logits_to_keep": len(written) + 1} if takes(model, "logits_to_keep") else {}
+    logits = model(input_ids=ids, **kept).logits[0, -len(written) - 1 : -1].float()
+    return float(torch.nn.functional.cross_entropy(logits, ids[0, -len(written) :]))
 
 
 class _Obedient:

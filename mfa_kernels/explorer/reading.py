@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mfa_kernels.data.harvest import read_tokens
-from mfa_kernels.data.language_model import bos_prefix, text_tokens
+from mfa_kernels.data.language_model import bos_prefix, positions_of, text_tokens
 from mfa_kernels.explorer.texts import number
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ def read(explorer: Explorer, text: str) -> dict[str, Any]:
     started = time.perf_counter()
     prefix = bos_prefix(explorer.tokenizer)
     tokens = text_tokens(explorer.tokenizer, text, prefix)
-    truncated = len(tokens) > MOST_TOKENS
-    tokens = tokens[:MOST_TOKENS]
+    most = min(MOST_TOKENS, positions_of(model) - len(prefix))
+    truncated = len(tokens) > most
+    tokens = tokens[:most]
     components, responsibilities = [-1] * len(tokens), [0.0] * len(tokens)
     if tokens and len(prefix) + len(tokens) > 1:
         with explorer.model_lock:
@@ -41,8 +42,8 @@ def read(explorer: Explorer, text: str) -> dict[str, Any]:
     if not prefix and tokens:
         components[0], responsibilities[0] = -1, 0.0
     lines = [
-        {"text": explorer.texts.piece(i), "component": k, "responsibility": number(r)}
-        for i, k, r in zip(tokens, components, responsibilities)
+        {"text": piece, "component": k, "responsibility": number(r)}
+        for piece, k, r in zip(explorer.texts.pieces(tokens), components, responsibilities)
     ]
     regions = {str(k): explorer.catalog.line(k) for k in sorted(set(components) - {-1})}
     return {"tokens": lines, "regions": regions, "truncated": truncated, "seconds": time.perf_counter() - started}

@@ -45,7 +45,7 @@ def page(explorer: Explorer, k: int) -> dict[str, Any]:
 
 
 def contexts(explorer: Explorer, k: int, by: str, offset: int, limit: int) -> dict[str, Any]:
-    """Returns how many different contexts a region has, and a part of them.
+    """Returns how many different contexts the first 5,000 rows of a region have, in an order, and a part of them.
 
     Args:
         k: the region.

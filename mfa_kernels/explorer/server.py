@@ -7,17 +7,21 @@ than its own, which keeps pages of other sites out, and tells the browser to run
 from __future__ import annotations
 
 import hmac
+import html
 import json
 import secrets
 import socket
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Timer
 from typing import Any
 
 import uvicorn
+from anyio import CapacityLimiter, to_thread
 from starlette.applications import Starlette
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
 from starlette.middleware import Middleware
@@ -105,10 +109,13 @@ def create_app(explorer: Explorer, token: str, port: int) -> Starlette:
             drawn["map"] = bytes(content)
         return Response(drawn["map"], media_type="application/json")
 
+    one = CapacityLimiter(1)  # more would wait for the model, each in a thread
+
     async def text(request: Request) -> Response:
         async def work() -> dict[str, Any]:
             given = await _body(request)
-            return await run_in_threadpool(reading.read, explorer, check_text(given.get("text"), "text"))
+            text = check_text(given.get("text"), "text")
+            return await to_thread.run_sync(reading.read, explorer, text, limiter=one)
 
         return await _answered(work)
 
@@ -117,7 +124,9 @@ def create_app(explorer: Explorer, token: str, port: int) -> Starlette:
             run = explorer.playground.begin(await _body(request))
         except _REFUSED as error:
             return _refusal(error)
-        return StreamingResponse(_streamed(run.lines()), media_type="application/x-ndjson")
+        # Of what is compressed, some servers send nothing before the end.
+        headers = {"content-encoding": "identity"}
+        return StreamingResponse(_streamed(run.lines()), media_type="application/x-ndjson", headers=headers)
 
     async def change(request: Request) -> Response:
         async def work() -> dict[str, Any]:
@@ -178,17 +187,26 @@ class _Guard:
     def _choose(self, request: Request) -> ASGIApp:
         if request.headers.get("host") not in self._hosts:
             return JSONResponse({"error": "this server answers under its own name only"}, 400)
+        origin = request.headers.get("origin")
+        if origin is not None and origin.partition("://")[2] not in self._hosts:
+            return JSONResponse({"error": "this server answers its own pages only"}, 403)
         given = request.query_params.get("token")
-        if request.url.path == "/" and given is not None and self._is_token(given):
+        if request.url.path == "/" and given is not None and _is(given, self._token):
             response = RedirectResponse("/", 303)
-            response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict")
+            response.set_cookie(self._cookie, cookie_of(self._token), httponly=True, samesite="strict")
             return response
-        if self._is_token(request.cookies.get(self._cookie, "")):
+        if _is(request.cookies.get(self._cookie, ""), cookie_of(self._token)):
             return self._app
         return JSONResponse({"error": "open the address that `mfa-kernels explore` printed: it has the token"}, 401)
 
-    def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self._token.encode())
+
+def _is(given: str, secret: str) -> bool:
+    return hmac.compare_digest(given.encode("utf-8", "replace"), secret.encode())
+
+
+def cookie_of(token: str) -> str:
+    """Returns the value of the cookie: other servers of this host see cookies, and do not learn the token by it."""
+    return hmac.new(token.encode(), b"mfa_kernels", "sha256").hexdigest()
 
 
 _REFUSED = (IndexError, LookupError, TypeError, ValueError)
@@ -228,7 +246,7 @@ async def _body(request: Request) -> dict[str, Any]:
             raise ValueError(f"the request must be at most {_MOST_BYTES:,} bytes")
     try:
         given = json.loads(b"".join(parts))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ValueError("the request must be JSON") from error
     if not isinstance(given, dict):
         raise ValueError("the request must be a JSON object")
@@ -281,12 +299,20 @@ def serve(explorer: Explorer, listening: socket.socket, *, browser: bool = True)
     app = create_app(explorer, token, port)
     config = uvicorn.Config(app, log_level="warning", access_log=False, ws="none", timeout_graceful_shutdown=2)
     print(f"The explorer is at {address}\n(Ctrl-C ends it)", flush=True)
-    if browser:
-        Timer(0.5, webbrowser.open, [address]).start()
-    try:
+    with ExitStack() as stack:
+        stack.callback(explorer.playground.close)
+        if browser:
+            page = _redirection(Path(stack.enter_context(TemporaryDirectory())), address)
+            Timer(0.5, webbrowser.open, [page.as_uri()]).start()
         _Server(config, explorer).run(sockets=[listening])
-    finally:
-        explorer.playground.close()
+
+
+def _redirection(folder: Path, address: str) -> Path:
+    """Writes a page that leads to an address: a browser's command line, which others can see, has no token then."""
+    page = folder / "explorer.html"
+    page.touch(0o600)
+    page.write_text(f'<meta http-equiv="refresh" content="0; url={html.escape(address)}">')
+    return page
 
 
 class _Server(uvicorn.Server):

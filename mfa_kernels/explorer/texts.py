@@ -15,7 +15,9 @@ from mfa_kernels.interpret.genres import genres_of
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
 
+_LONGEST = 8  # tokens that one character is spread over, at most
 _AROUND = 12  # tokens of a context on either side
+_BROKEN = "\N{REPLACEMENT CHARACTER}"
 _NEAR_COPY = (-3, -2, -1, 0, 1)  # contexts that agree here, relative to their token, are shown as one
 
 
@@ -44,7 +46,7 @@ class Texts:
         self.documents, positions = store.places
         self.places = self.starts[self.documents] + positions
         self._row = torch.full((len(self.ids),), -1).index_copy_(0, self.places, torch.arange(len(self.places)))
-        self.sources = [store.source(d) for d in range(store.n_documents)]
+        self.sources = [whole(store.source(d)) for d in range(store.n_documents)]
         self.genres, genre = genres_of(self.sources)
         self.genre = torch.tensor(genre, dtype=torch.int64)
         self._pieces: dict[int, str] = {}
@@ -65,6 +67,24 @@ class Texts:
         if token_id not in self._pieces:
             self._pieces[token_id] = show_text(self.tokenizer, [token_id])
         return self._pieces[token_id]
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """The pieces of tokens in a row; a character that is spread over several of them is whole in the last."""
+        found: list[str] = []
+        held: list[int] = []
+        for token_id in ids:
+            piece = self.piece(token_id)
+            if held or _BROKEN in piece:
+                held.append(token_id)
+                piece = show_text(self.tokenizer, held)
+                if piece.endswith(_BROKEN) and len(held) < _LONGEST:
+                    piece = ""
+                else:
+                    held = []
+            found.append(piece)
+        if held:
+            found[-1] = show_text(self.tokenizer, held)
+        return found
 
     def row_at(self, place: int) -> int | None:
         """Returns the row of the token at a place in `ids`; None where it was not kept."""
@@ -101,9 +121,12 @@ class Texts:
         kept = rows >= 0
         components = torch.where(kept, assigned.components[rows.clamp_min(0)].long(), -1)
         responsibilities = torch.where(kept, assigned.responsibilities[rows.clamp_min(0)], 0.0).nan_to_num(0.0)
+        ids = self.ids[start:stop].tolist()
+        pieces = self.pieces(ids)
+        pieces[place - start] = pieces[place - start] or self.piece(ids[place - start])  # what it is about is seen
         tokens = [
-            {"text": self.piece(i), "component": k, "responsibility": round(r, 4)}
-            for i, k, r in zip(self.ids[start:stop].tolist(), components.tolist(), responsibilities.tolist())
+            {"text": piece, "component": k, "responsibility": round(r, 4)}
+            for piece, k, r in zip(pieces, components.tolist(), responsibilities.tolist())
         ]
         return {
             "document": self.sources[document],
@@ -144,7 +167,7 @@ class Texts:
         if self._searched is None:
             bounds = self.starts.tolist()
             ids = self.ids.tolist()
-            self._searched = ["".join(map(self.piece, ids[a:b])).lower() for a, b in pairwise(bounds)]
+            self._searched = ["".join(self.pieces(ids[a:b])).lower() for a, b in pairwise(bounds)]
         counts = [text.count(wanted) for text in self._searched]
         holding = [d for d, count in enumerate(counts) if count]
         chosen = holding[:: max(1, len(holding) // most)][:most]
@@ -159,13 +182,18 @@ class Texts:
         assert self._searched is not None
         start, stop = int(self.starts[document]), int(self.starts[document + 1])
         # Of the lower-case text, because some characters have a longer one.
-        ends = torch.tensor([len(self.piece(i).lower()) for i in self.ids[start:stop].tolist()]).cumsum(0)
+        ends = torch.tensor([len(piece.lower()) for piece in self.pieces(self.ids[start:stop].tolist())]).cumsum(0)
         found: list[int] = []
         at = self._searched[document].find(wanted)
         while at >= 0 and len(found) < most:
             found.append(start + int(torch.searchsorted(ends, at + len(wanted))))
             at = self._searched[document].find(wanted, at + len(wanted))
         return found
+
+
+def whole(text: str) -> str:
+    """A text that can be sent: halves of characters, as in names of files that are no UTF-8, become escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def number(value: Any) -> float | None:

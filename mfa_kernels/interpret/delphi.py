@@ -6,6 +6,7 @@ active and how much. Here a latent is a region, active on the tokens that it own
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_choice, check_integer, check_path
+from mfa_kernels.common.checks import check_choice, check_flag, check_integer, check_path, shown
 from mfa_kernels.common.files import StrPath, atomic_save_safetensors, atomic_write_json
 from mfa_kernels.common.sharing import shareable
 from mfa_kernels.interpret.contexts import Assignments, ensure_assignments
@@ -33,6 +34,7 @@ def write_delphi_cache(
     context: int = 32,
     strength: str = "closeness",
     splits: int = 5,
+    overwrite: bool = False,
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> Path:
@@ -49,12 +51,15 @@ def write_delphi_cache(
         strength: of an activation, "responsibility", which is nearly always near 1, or "closeness", the same over
             1 + distance / sqrt(D), so that delphi's samples by quantiles reach from the center of a region outwards.
         splits: files, each with a part of the regions.
+        overwrite: replace a cache of this module that is there.
         assigned: what `assignments` returned; computed here when None.
         progress: show a progress bar.
 
     Raises:
+        FileExistsError: naming the cache that is there.
         TypeError, ValueError: naming the argument that does not fit.
     """
+    overwrite = check_flag(overwrite, "overwrite")
     folder = check_path(folder, "folder")
     context, splits = check_integer(context, "context", 1), check_integer(splits, "splits", 1)
     check_choice(strength, ("closeness", "responsibility"), "strength")
@@ -67,7 +72,12 @@ def write_delphi_cache(
     component = assigned.components[finite].long()
     locations = torch.stack([window[finite], column[finite], component], 1)
     meta: dict[str, Any] = getattr(store, "meta", {})
-    place = Path(folder) / str(meta.get("layer", "layer"))
+    layer = str(meta.get("layer", "layer"))
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", layer):
+        raise ValueError(f"store: its layer must be the path of a module, got {shown(layer)}")
+    place = Path(folder) / layer
+    if (place / "config.json").exists() and not overwrite:
+        raise FileExistsError(f"folder: {place} holds a cache already: name another, or give overwrite=True")
     place.mkdir(parents=True, exist_ok=True)
     bounds = torch.linspace(0, mfa.n_components, min(splits, mfa.n_components) + 1).long().tolist()
     for start, stop in pairwise(bounds):

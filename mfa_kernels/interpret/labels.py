@@ -8,6 +8,7 @@ A file of labels is JSON:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 FORMAT, VERSION = "mfa_kernels.labels", 1
 LABELS = "labels.json"  # its name in the folder of a mixture
+_AT_ONCE = 64  # regions whose contexts are read together
+_MARKUP = " \t*#\"'"
 _MOST_CHARACTERS = 200  # of a label: what is longer is an explanation
 
 
@@ -65,8 +68,8 @@ def read_labels(path: StrPath, n_components: int) -> dict[int, Label]:
         raise ValueError(f"{path}: expected {FORMAT!r} of version {VERSION}, got {shown(content['format'])}")
     found = {}
     for key, entry in content["labels"].items():
-        if not key.isdecimal() or int(key) >= n_components:
-            raise ValueError(f"{path}: labels has {key!r}, expected a region in [0, {n_components})")
+        if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= n_components:
+            raise ValueError(f"{path}: labels has {shown(key)}, expected a region in [0, {n_components})")
         where = f"{path}: labels[{key!r}]"
         if not isinstance(entry, dict):
             raise ValueError(f"{where} must be an object, got {shown(entry)}")
@@ -83,16 +86,21 @@ def write_labels(path: StrPath, labels: Mapping[int, Label]) -> Path:
         TypeError, ValueError: naming the argument that does not fit.
     """
     path = check_path(path, "path")
-    if not isinstance(labels, Mapping):
-        raise TypeError(f"labels must be a mapping from regions to labels, got {shown(labels)}")
-    entries = {}
-    for k, label in labels.items():
-        if not isinstance(label, Label):
-            raise TypeError(f"labels[{k!r}] must be a Label, got {shown(label)}")
-        entries[check_integer(k, "labels")] = asdict(label)
+    entries = {k: asdict(label) for k, label in check_labels(labels).items()}
     content = {"format": FORMAT, "version": VERSION, "labels": {str(k): entries[k] for k in sorted(entries)}}
     atomic_write_json(path, content)
     return path
+
+
+def check_labels(labels: Any) -> dict[int, Label]:
+    """Returns a mapping from regions to labels; raises TypeError or ValueError, naming it, for anything else."""
+    if not isinstance(labels, Mapping):
+        raise TypeError(f"labels must be a mapping from regions to labels, got {shown(labels)}")
+    for k, label in labels.items():
+        check_integer(k, "labels")
+        if not isinstance(label, Label):
+            raise TypeError(f"labels[{k!r}] must be a Label, got {shown(label)}")
+    return dict(labels)
 
 
 def label_prompt(summary: RegionSummary) -> str:
@@ -117,11 +125,19 @@ def parse_label(answer: str, by: str = "") -> Label:
         ValueError: the answer is empty.
     """
     check_text(by, "by")
-    lines = [line.strip() for line in check_text(answer, "answer").splitlines() if line.strip()]
+    lines = [_said(line) for line in check_text(answer, "answer").splitlines()]
+    lines = [line for line in lines if line]
     if not lines:
         raise ValueError("answer must hold a label on its first line, got no text")
-    first = lines[0].removeprefix("Label:").strip(" \t*#\"'")
-    return Label(first[:_MOST_CHARACTERS], " ".join(lines[1:]).removeprefix("Explanation:").strip(), by)
+    return Label(lines[0][:_MOST_CHARACTERS], " ".join(lines[1:]), by)
+
+
+def _said(line: str) -> str:
+    """A line of an answer without its markup, and without the name of what it is."""
+    line = line.strip(_MARKUP)
+    for name in ("Label:", "Explanation:"):
+        line = line.removeprefix(name).strip(_MARKUP)
+    return line
 
 
 def label_regions(
@@ -164,12 +180,14 @@ def label_regions(
     if path is not None:
         path = check_path(path, "path")
         labels = read_labels(path, count) if path.exists() else {}
-    asked = [k for k in _chosen(components, assigned) if k not in labels]
-    for k in asked:
-        (summary,) = region_summaries(mfa, store, tokenizer, [k], 12, n_contexts, assigned=assigned, progress=False)
-        labels[k] = parse_label(labeller(label_prompt(summary)), by)
-        if path is not None:
-            write_labels(path, labels)
+    asked = [k for k in dict.fromkeys(_chosen(components, assigned)) if k not in labels]
+    for start in range(0, len(asked), _AT_ONCE):
+        part = asked[start : start + _AT_ONCE]
+        options: dict[str, Any] = {"assigned": assigned, "progress": progress}
+        for summary in region_summaries(mfa, store, tokenizer, part, 12, n_contexts, **options):
+            labels[summary.component] = parse_label(labeller(label_prompt(summary)), by)
+            if path is not None:
+                write_labels(path, labels)
     return labels
 
 

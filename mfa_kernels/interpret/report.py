@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from mfa_kernels.interpret.contexts import (
     region_latents,
 )
 from mfa_kernels.interpret.figures import draw_region, on_map, regions_map
+from mfa_kernels.interpret.labels import Label, check_labels
 from mfa_kernels.interpret.lens import Lens, LogitLens, TokenChange
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, interesting_regions, region_summaries
@@ -52,6 +53,7 @@ def write_report(
     n_axes: int = 2,
     figures: bool = True,
     title: str = "Regions of a mixture of factor analyzers",
+    labels: Mapping[int, Label] | None = None,
     assigned: Assignments | None = None,
     progress: bool = True,
 ) -> Path:
@@ -72,6 +74,7 @@ def write_report(
         n_axes: latent axes per region, those along which the region extends most (largest |w_j|).
         figures: with a map of the regions and a picture of the inside of each (needs matplotlib).
         title: of the page.
+        labels: what regions are called, shown in their headings; see `mfa_kernels.interpret.labels`.
         assigned: what `assignments` returned; computed here when None.
         progress: show progress bars.
 
@@ -86,6 +89,7 @@ def write_report(
     checks.check_mixture(mfa)
     check_tokenizer(tokenizer)
     checks.check_text(title, "title")
+    labels = {} if labels is None else check_labels(labels)
     if model is not None:
         checks.check_model(model)
     figures, progress = checks.check_flag(figures, "figures"), checks.check_flag(progress, "progress")
@@ -107,6 +111,7 @@ def write_report(
     others = {s.component: s for s in region_summaries(mfa, store, tokenizer, list(named), 1, 0, **options)}
     summaries = region_summaries(mfa, store, tokenizer, shown, 8, n_contexts, **options)
     names = {k: s.tokens[0].token if s.tokens else "" for k, s in others.items()}
+    names |= {k: labels[k].label for k in others if k in labels}
     lens = None if model is None else Lens(model, mfa)
 
     parts = [_tag("h1", title), _facts(mfa, store, assigned), _how_to_read(model is not None)]
@@ -136,6 +141,9 @@ def write_report(
                 body.append(_axis(store, tokenizer, lens, k, axis, assigned.rows(k), z[:, axis]))
             body.append(_near(around.get(k, {}), names, shown))
             heading = f"Region {k}: {_share(summary)}"
+            if k in labels:
+                heading = f"{labels[k].label} (region {k}: {_share(summary)})"
+                body.insert(0, _tag("p", labels[k].explanation, class_="note"))
             parts.append(_tag("section", _tag("h2", heading), *body, id=f"region-{k}"))
     atomic_write_text(path, _page(title, parts))
     return Path(path)

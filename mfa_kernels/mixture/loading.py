@@ -87,7 +87,10 @@ def load(
             return saving.load_pretrained(cls, folder_or_hub_id, **options, **hub)
         except FileNotFoundError as error:
             missing = error
-    found = _mixtures(folder_or_hub_id, subfolder, hub)
+    try:
+        found = _mixtures(folder_or_hub_id, subfolder, hub)
+    except FileNotFoundError as error:
+        raise missing or error from error
     if not found and missing is not None:
         raise missing
     chosen = _choose(found, folder_or_hub_id, wanted, filename)
@@ -103,7 +106,7 @@ def load(
 def _layer_number(layer: Any) -> int:
     """The number of a layer: of 12, "12" and "model.layers.12"."""
     if isinstance(layer, str):
-        if (number := re.search(r"(\d+)$", layer)) is None:
+        if (number := re.search(r"(?:^|[^\d-])(\d{1,6})$", layer)) is None:
             raise ValueError(f"layer must be a number, or end in one as a module path does, got {shown(layer)}")
         return int(number[1])
     return check_integer(layer, "layer")
@@ -125,12 +128,12 @@ def _mixtures(source: StrPath, subfolder: str | None, hub: dict[str, Any]) -> li
 
 
 def _listed(repository: str, hub: dict[str, Any]) -> list[str]:
-    """Returns the names of all files of a hub repository."""
+    """Returns the names of all files of a hub repository; without a network, of what the cache has of it."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     if hub["local_files_only"]:
-        return []  # what the hub has cannot be asked
+        return _cached(repository, hub)
     try:
         with of_the_hub():
             return sorted(HfApi(token=hub["token"]).list_repo_files(repository, revision=hub["revision"]))
@@ -138,6 +141,23 @@ def _listed(repository: str, hub: dict[str, Any]) -> list[str]:
         raise FileNotFoundError(
             f"{repository!r} is no folder here, nor a repository on the Hugging Face hub that can be read: {error}"
         ) from error
+    except Exception as error:  # whatever the library in use raises where there is no network, or none is wanted
+        if found := _cached(repository, hub):
+            return found
+        raise FileNotFoundError(
+            f"{repository!r} is no folder here, and the Hugging Face hub cannot be asked for it: {error}"
+        ) from error
+
+
+def _cached(repository: str, hub: dict[str, Any]) -> list[str]:
+    """Returns the names of the files of a repository that were downloaded before."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(repository, **{**hub, "local_files_only": True}))
+    except (OSError, ValueError):  # nothing of it is there
+        return []
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _choose(found: Sequence[str], source: StrPath, layer: int | None, filename: str | None) -> str:

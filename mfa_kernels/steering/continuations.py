@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_integer, check_number
-from mfa_kernels.data.language_model import check_evaluating, encoded
+from mfa_kernels.common.checks import check_integer, check_number, check_text, shown
+from mfa_kernels.data.language_model import check_evaluating, encoded, takes
 
 _ROWS = 8  # whose logits, 200 kB a token, are held at once
 
@@ -59,9 +59,13 @@ def continuations(
     new_tokens = check_integer(new_tokens, "new_tokens", 1)
     temperature = check_number(temperature, "temperature", 1e-3)
     seeds = [check_integer(seed, "seeds") for seed in seeds]
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts must be a list of texts, got {shown(prompts)}")
+    for i, prompt in enumerate(prompts):
+        check_text(prompt, f"prompts[{i}]")
     if not len(prompts) or not seeds:
         raise ValueError(f"prompts, seeds must hold one each, got {len(prompts)} and {len(seeds)}")
-    inputs = encoded(model, tokenizer, list(prompts), padding=True, padding_side="left")
+    inputs = padded(model, tokenizer, prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def sampled(ids: Tensor, logits: Tensor) -> Tensor:
@@ -70,7 +74,7 @@ def continuations(
         return logits / temperature + noise.to(logits)
 
     ids = model.generate(
-        **{name: value.repeat(len(seeds), 1) for name, value in inputs.items()},
+        **{name: value.repeat(len(seeds), 1) for name, value in inputs.items() if name != "position_ids"},
         do_sample=False, logits_processor=[sampled], min_new_tokens=new_tokens, max_new_tokens=new_tokens,
         pad_token_id=0,
     )  # fmt: skip
@@ -81,6 +85,19 @@ def continuations(
     return Continuations(ids, mask, start, texts)
 
 
+def padded(model: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the arguments with which a decoder reads prompts that are padded on the left, positions among them."""
+    inputs = encoded(model, tokenizer, list(prompts), padding=True, padding_side="left")
+    return {**inputs, **_positions(model, inputs["attention_mask"])}
+
+
+def _positions(model: Any, mask: Tensor) -> dict[str, Tensor]:
+    """Positions that count real tokens alone, where a model is told any: some would count padding too."""
+    if not takes(model, "position_ids"):
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
 @torch.no_grad()
 def negative_log_likelihood(model: Any, written: Continuations) -> Tensor:
     """Returns the negative log-likelihood of each continuation under a model, (S P,) float64, nats per token.
@@ -89,7 +106,8 @@ def negative_log_likelihood(model: Any, written: Continuations) -> Tensor:
     """
     found = []
     for ids, mask in zip(written.ids.split(_ROWS), written.mask.split(_ROWS)):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, written.start - 1 : -1]
+        inputs = {"input_ids": ids, "attention_mask": mask, **_positions(model, mask)}
+        logits = model(**inputs).logits[:, written.start - 1 : -1]
         own = logits.gather(-1, ids[:, written.start :, None]).squeeze(-1)
         found.append((logits.double().logsumexp(-1) - own.double()).mean(-1))
     return torch.cat(found).cpu()

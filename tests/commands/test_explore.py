@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,11 @@ def test_without_the_packages_it_says_what_to_install(
 def test_it_serves_until_ctrl_c(folder: Path) -> None:
     command = [sys.executable, "-m", "mfa_kernels", "explore", str(folder / "mfa"), str(folder / "store")]
     with subprocess.Popen(
-        [*command, "--port", "0", "--no-browser"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0", "--no-browser"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # which a background job would ignore
     ) as process:
         assert process.stdout is not None
         address = process.stdout.readline().split()[-1]
@@ -172,6 +177,15 @@ def test_report_writes_a_page_and_tables(folder: Path, tmp_path: Path, capsys: A
     assert main(command) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert main([*command, "--overwrite"]) == 0
+
+
+def test_report_shows_labels(folder: Path, tmp_path: Path) -> None:
+    write_labels(tmp_path / "own.json", {2: Label("<b>mine</b>", "Because.")})
+    command = ["report", str(folder / "mfa"), str(folder / "store"), "--no-model", "-k", "2"]
+    assert main([*command, "--labels", str(tmp_path / "own.json"), "--out", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<h2>&lt;b&gt;mine&lt;/b&gt; (region 2:" in page
+    assert "Because." in page
 
 
 def test_report_shows_topics_first(folder: Path, tmp_path: Path) -> None:

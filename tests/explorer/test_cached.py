@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfa_kernels import MFA
-from mfa_kernels.data import ActivationStore
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
 from mfa_kernels.explorer import cached
 from mfa_kernels.explorer.cached import Cache, cached_assignments
 from mfa_kernels.interpret.contexts import assignments
@@ -36,12 +36,26 @@ def test_latents_that_are_too_many_are_left_out(cache: Cache, mfa: MFA, store: A
     assert cached_assignments(cache, mfa, store).latents is None
 
 
-def test_another_mixture_or_store_has_another_key(mfa: MFA, store: ActivationStore) -> None:
+def test_another_mixture_or_store_has_another_key(mfa: MFA, store: ActivationStore, tmp_path) -> None:
     key = Cache(mfa, store).key
     assert Cache(mfa, store).key == key
     with torch.no_grad():
         mfa.means[0, 0] += 1e-3
-    assert Cache(mfa, store).key != key
+    changed = Cache(mfa, store).key
+    assert changed != key
+    mfa.precision = "fast"
+    assert Cache(mfa, store).key != changed
+    other = ActivationStoreWriter(tmp_path / "other", mfa.n_features)
+    with other:
+        other.add_document([3], [0], torch.zeros(1, mfa.n_features), "x")
+    assert Cache(mfa, ActivationStore(tmp_path / "other")).key not in (key, changed, Cache(mfa, store).key)
+
+
+def test_a_file_of_another_shape_is_made_again(cache: Cache, mfa: MFA, store: ActivationStore) -> None:
+    expected = cached_assignments(cache, mfa, store)
+    for wrong in ({"components": torch.zeros(3)}, {"other": torch.zeros(3)}):
+        cache.write("assignments", wrong)
+        assert torch.equal(cached_assignments(cache, mfa, store).components, expected.components)
 
 
 def test_a_damaged_file_is_made_again(cache: Cache) -> None:

@@ -84,9 +84,31 @@ def test_stop_ends_the_text(explorer: Explorer) -> None:
     next(lines)
     run.stop()
     (*_, end) = list(lines)
-    assert end["tokens"] <= 40
+    assert (end["tokens"], end["stopped"], end["nll"]) == (0, True, None)
     assert run.is_over
     assert run.obey(None) is True
+
+
+def test_a_region_may_come_while_the_text_is_written(explorer: Explorer, monkeypatch: Any) -> None:
+    changed = explorer.playground.begin({"prompt": PROMPT, "new_tokens": 8})
+    changed.change({"component": 2, "alpha": 1.0})
+    with torch.no_grad(), steer(explorer.model, explorer.mfa, 2, interventions=[Toward(0, 0.0)]) as handle:
+        changed.obey(handle)
+        states = torch.randn(1, 2, explorer.mfa.n_features)
+        torch.testing.assert_close(handle._plan.program(states, True, (0,)).hidden[0, 0], explorer.mfa.means[2])
+    given = {}
+    monkeypatch.setattr(
+        "mfa_kernels.explorer.playground.steer", lambda *args, **options: given.update(options) or handle
+    )
+    _written(explorer)
+    assert [type(each) for each in given["interventions"]] == [Toward]
+
+
+def test_a_text_ends_where_the_model_reads_no_further(explorer: Explorer) -> None:
+    _, end = _written(explorer, new_tokens=500)  # of 64 positions, four are the prompt's
+    assert end["tokens"] <= 60
+    _, end = _written(explorer, prompt="w1 " * 70)
+    assert "prompt must have fewer tokens than the model can read, got 71" in end["error"]
 
 
 def test_a_new_text_ends_the_one_before(explorer: Explorer) -> None:

@@ -27,6 +27,11 @@ def test_a_long_text_is_cut(explorer: Explorer, monkeypatch) -> None:
     assert (len(found["tokens"]), found["truncated"]) == (5, True)
 
 
+def test_a_text_is_cut_where_the_model_reads_no_further(explorer: Explorer) -> None:
+    found = reading.read(explorer, words(*range(40)) + " " + words(*range(40)))
+    assert (len(found["tokens"]), found["truncated"]) == (63, True)  # and the first token, of 64 positions
+
+
 def test_no_text_has_no_tokens(explorer: Explorer) -> None:
     assert reading.read(explorer, "")["tokens"] == []
 

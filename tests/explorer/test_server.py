@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
+import os
 import threading
+import time
+import urllib.parse
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 import uvicorn
 
 from mfa_kernels.explorer import Explorer, region, server
+from mfa_kernels.explorer.texts import whole
+from mfa_kernels.interpret.labels import Label
 
 TOKEN = "a-token-of-tests"
+
+
+def cookie(port: int) -> str:
+    return f"mfa_kernels_{port}={server.cookie_of(TOKEN)}"
 
 
 class Client(NamedTuple):
@@ -27,7 +38,7 @@ class Client(NamedTuple):
         self, path: str, body: Any = None, *, method: str = "", headers: dict[str, str] | None = None
     ) -> http.client.HTTPResponse:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        given = {"cookie": f"mfa_kernels_{self.port}={TOKEN}"} if headers is None else headers
+        given = {"cookie": cookie(self.port)} if headers is None else headers
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
         connection.request(method or ("GET" if body is None else "POST"), path, data, given)
         return connection.getresponse()
@@ -73,9 +84,9 @@ def test_nobody_without_the_token_gets_anything(client: Client) -> None:
         answer = client.ask(path, headers={})
         assert answer.status == 401
         assert "token" in json.loads(answer.read())["error"]
-    for wrong in ("", "wrong", "é"):
-        cookie = f"mfa_kernels_{client.port}={wrong}".encode().decode("latin-1")
-        assert client.ask("/api/about", headers={"cookie": cookie}).status == 401
+    for wrong in ("", "wrong", "é", TOKEN):  # the token itself is in no cookie
+        brought = f"mfa_kernels_{client.port}={wrong}".encode().decode("latin-1")
+        assert client.ask("/api/about", headers={"cookie": brought}).status == 401
     assert client.ask("/?token=wrong", headers={}).status == 401
     assert client.ask("/api/steer", {"prompt": "w1"}, headers={}).status == 401
 
@@ -84,17 +95,31 @@ def test_the_token_becomes_a_cookie(client: Client) -> None:
     answer = client.ask(f"/?token={TOKEN}", headers={})
     assert answer.status == 303
     assert answer.headers["location"] == "/"
-    cookie = answer.headers["set-cookie"]
-    assert cookie.startswith(f"mfa_kernels_{client.port}={TOKEN};")
-    assert "HttpOnly" in cookie
-    assert "samesite=strict" in cookie.lower()
+    made = answer.headers["set-cookie"]
+    assert made.startswith(f"{cookie(client.port)};")
+    assert "HttpOnly" in made
+    assert "samesite=strict" in made.lower()
+    assert TOKEN not in made
 
 
 def test_other_host_names_are_refused(client: Client) -> None:
-    cookie = f"mfa_kernels_{client.port}={TOKEN}"
+    own = cookie(client.port)
     for host in ("evil.example", f"evil.example:{client.port}", "127.0.0.1", f"127.0.0.1:{client.port + 1}"):
-        assert client.ask("/api/about", headers={"cookie": cookie, "host": host}).status == 400
-    assert client.ask("/api/about", headers={"cookie": cookie, "host": f"localhost:{client.port}"}).status == 200
+        assert client.ask("/api/about", headers={"cookie": own, "host": host}).status == 400
+    assert client.ask("/api/about", headers={"cookie": own, "host": f"localhost:{client.port}"}).status == 200
+
+
+def test_pages_of_other_ports_can_ask_for_nothing(client: Client) -> None:
+    own = {"cookie": cookie(client.port), "content-type": "text/plain"}
+    for origin in (
+        "http://127.0.0.1:8888",
+        "http://evil.example",
+        "null",
+        f"http://127.0.0.1:{client.port}.evil.example",
+    ):
+        assert client.ask("/api/steer", {"prompt": "w1"}, headers={**own, "origin": origin}).status == 403
+    answer = client.ask("/api/text", {"text": "w1"}, headers={**own, "origin": f"http://127.0.0.1:{client.port}"})
+    assert answer.status == 200
 
 
 def test_every_answer_tells_the_browser_to_run_our_files_alone(client: Client) -> None:
@@ -171,6 +196,7 @@ def test_wrong_requests_are_told_why(client: Client, path: str, status: int, say
         (b"{", "JSON"),
         (b"[]", "JSON object"),
         (b"\xff", "JSON"),
+        (b"[" * 200_000, "JSON"),
         (b'{"text": 3}', "text must be a string"),
         (b" " * ((1 << 20) + 1), "at most"),
     ],
@@ -199,6 +225,36 @@ def test_a_steered_text_streams(client: Client) -> None:
     assert lines[-1]["nll"] > 0
 
 
+def test_pieces_come_as_they_are_written(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the browser takes compressed answers, which some servers would hold back until the end."""
+    seen = threading.Event()
+
+    def slow(model: Any, tokenizer: Any, *options: Any, streamer: Any, **more: Any) -> None:
+        streamer.put(torch.tensor([[5]]))  # the prompt
+        streamer.put(torch.tensor([6]))
+        assert seen.wait(30), "the first piece has not arrived"
+        streamer.end()
+
+    monkeypatch.setattr("mfa_kernels.explorer.playground.continuation", slow)
+    headers = {"cookie": cookie(client.port), "accept-encoding": "gzip, br"}
+    answer = client.ask("/api/steer", {"prompt": "w1"}, headers=headers)
+    assert list(json.loads(answer.readline())) == ["run"]
+    assert list(json.loads(answer.readline())) == ["text"]
+    seen.set()
+    assert json.loads(answer.readline())["done"] is True
+
+
+def test_halves_of_characters_are_sent_as_escapes(explorer: Explorer) -> None:
+    explorer.texts.sources[0] = whole(os.fsdecode(b"caf\xe9.txt"))
+    made = Explorer(
+        explorer.mfa, explorer.store, explorer.tokenizer, labels={0: Label("\ud800 label")}, layer=2, progress=False
+    )
+    with served(made) as client:
+        assert "\\ud800 label" in client.json("/api/map")["label"]
+        assert client.json("/api/regions/0")["label"] == "\\ud800 label"
+    assert explorer.texts.sources[0] == "caf\\udce9.txt"
+
+
 def test_a_run_that_is_over_cannot_be_changed(client: Client) -> None:
     (first, *_) = _lines(client.ask("/api/steer", {"prompt": "w1", "new_tokens": 1}))
     assert "written already" in client.json(f"/api/steer/{first['run']}", {"alpha": 1.0}, 404)["error"]
@@ -214,6 +270,8 @@ def test_a_run_that_is_over_cannot_be_changed(client: Client) -> None:
         ({"prompt": "w1", "component": 1, "latents": {"2": 1}}, 404, "latents must be in [0, 2)"),
         ({"prompt": "w1", "component": 1, "latents": [1]}, 400, "latents must be numbers by latent"),
         ({"prompt": "w1", "component": 1, "mode": "push"}, 400, "mode must be one of"),
+        ({"prompt": "w1", "component": 1, "latents": {"x": 1}}, 400, "latents must be numbers by latent, got 'x'"),
+        ({"prompt": "w1 \ud800"}, 400, "prompt must be text"),
         ({"prompt": "w1", "new_tokens": 0}, 400, "new_tokens"),
     ],
 )
@@ -233,12 +291,23 @@ def test_without_a_model_it_says_so(explorer: Explorer) -> None:
 
 
 def test_the_address_is_printed(explorer: Explorer, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr(server.webbrowser, "open", opened.append)
-    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: None)
-    with server.bound(0) as listening:
-        port = listening.getsockname()[1]
-        server.serve(explorer, listening, browser=False)
-    assert f"http://127.0.0.1:{port}/?token=" in capsys.readouterr().out
-    assert opened == []
-    assert isinstance(listening, socket.socket)
+    opened: list[tuple[str, str, int]] = []
+
+    def browse(address: str) -> None:
+        path = Path(urllib.request.url2pathname(urllib.parse.urlparse(address).path))
+        opened.append((address, path.read_text(), path.stat().st_mode & 0o777))
+
+    monkeypatch.setattr(server.webbrowser, "open", browse)
+    monkeypatch.setattr(uvicorn.Server, "run", lambda self, sockets: time.sleep(1.0))
+    for browser in (False, True):
+        with server.bound(0) as listening:
+            port = listening.getsockname()[1]
+            server.serve(explorer, listening, browser=browser)
+        printed = capsys.readouterr().out
+        assert f"http://127.0.0.1:{port}/?token=" in printed
+        assert len(opened) == browser
+    ((address, page, mode),) = opened
+    token = printed.split("token=")[1].split()[0]
+    assert token in page
+    assert token not in address, "others can see the command line of a browser"
+    assert mode == 0o600

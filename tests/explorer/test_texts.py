@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
+from mfa_kernels.data import ActivationStore, ActivationStoreWriter
+from mfa_kernels.data.language_model import load_language_model
 from mfa_kernels.explorer import Explorer
 from mfa_kernels.explorer.texts import Texts, number
+from mfa_kernels.interpret.contexts import Assignments
 from tests.helpers.language import make_tokenizer
 
 
@@ -62,6 +67,26 @@ def test_find_returns_every_place(explorer: Explorer) -> None:
     few, all_found = texts.find(word, 2)
     assert len(few) == 2
     assert all_found == found
+
+
+def test_characters_of_several_tokens_are_found_and_shown(tmp_path: Path) -> None:
+    tokenizer = load_language_model()[1]
+    text = "the café said “hello” today, 日本 and 🙂"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with ActivationStoreWriter(tmp_path / "store", 4) as writer:
+        writer.add_document(ids, range(len(ids)), torch.randn(len(ids), 4), "texts/a/1")
+    texts = Texts(ActivationStore(tmp_path / "store"), tokenizer)
+    assert "".join(texts.pieces(ids)) == text
+    for wanted in ("café", "“HELLO", "日本", "🙂"):
+        places, found = texts.find(wanted, 5)
+        assert found == 1, wanted
+        assert "".join(texts.pieces(ids[: places[0] + 1])).lower().endswith(wanted.lower())
+    assert texts.find("\N{REPLACEMENT CHARACTER}", 5) == ([], 0)
+    half = next(i for i, piece in enumerate(texts.pieces(ids)) if not piece)
+    one = torch.ones(len(ids))
+    assigned = Assignments(torch.zeros(len(ids), dtype=torch.int32), one, one, None, 1)
+    shown = texts.passage(half, assigned)
+    assert shown["tokens"][shown["at"]]["text"], "the token that it is about is seen"
 
 
 def test_tokens_that_are_the_query_come_first() -> None:

@@ -200,7 +200,8 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
         "read_texts": Call(lambda **given: next(data.read_texts(**given), None), {"paths": Path(__file__)}),
         "write_report": Call(interpret.write_report, {
             "path": folder / "page.html", **shown, "model": model, "components": [region], "n_regions": 2,
-            "n_contexts": 1, "n_axes": 1, "figures": False, "title": "A title", "assigned": None, **quiet}),
+            "n_contexts": 1, "n_axes": 1, "figures": False, "title": "A title", "labels": None, "assigned": None,
+            **quiet}),
     }  # fmt: skip
     labels = {region: interpret.Label("a", "b", "c")}
     interpret.write_labels(folder / "labels.json", labels)
@@ -219,8 +220,8 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
         "read_labels": Call(interpret.read_labels, {"path": folder / "labels.json", "n_components": 5}),
         "write_labels": Call(interpret.write_labels, {"path": folder / "again.json", "labels": labels}),
         "write_delphi_cache": Call(interpret.write_delphi_cache, {
-            "folder": folder / "delphi", **own, "context": 4, "strength": "closeness", "splits": 2, "assigned": None,
-            **quiet}),
+            "folder": folder / "delphi", **own, "context": 4, "strength": "closeness", "splits": 2, "overwrite": True,
+            "assigned": None, **quiet}),
     }  # fmt: skip
     if importlib.util.find_spec("matplotlib"):
         calls |= {

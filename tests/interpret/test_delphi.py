@@ -58,6 +58,23 @@ def test_locations_are_the_tokens_that_a_region_owns(
         assert seen[k][1] == pytest.approx(expected.tolist(), abs=1e-3)
 
 
+@pytest.mark.parametrize("layer", ["../../escaped", "/absolute", "a/b", "..", ""])
+def test_nothing_is_written_outside_of_the_folder(mfa: MFA, store: MemoryStore, tmp_path: Path, layer: str) -> None:
+    with ActivationStoreWriter(tmp_path / "store", store.n_features, meta={"layer": layer}) as writer:
+        writer.add_document([0], [0], store.activations[:1])
+    with pytest.raises(ValueError, match="store: its layer must be the path of a module"):
+        write_delphi_cache(tmp_path / "x" / "y", mfa, ActivationStore(tmp_path / "store"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["store"]
+
+
+def test_a_cache_that_is_there_is_kept(mfa: MFA, on_disk: ActivationStore, tmp_path: Path) -> None:
+    place = write_delphi_cache(tmp_path / "cache", mfa, on_disk, context=8)
+    with pytest.raises(FileExistsError, match="holds a cache already"):
+        write_delphi_cache(tmp_path / "cache", mfa, on_disk, context=4)
+    write_delphi_cache(tmp_path / "cache", mfa, on_disk, context=4, overwrite=True)
+    assert json.loads((place / "config.json").read_text())["ctx_len"] == 4
+
+
 def test_wrong_arguments(mfa: MFA, on_disk: ActivationStore, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="strength must be one of"):
         write_delphi_cache(tmp_path, mfa, on_disk, strength="loud")

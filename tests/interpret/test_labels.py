@@ -33,6 +33,10 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         ({"format": "other", "version": 1, "labels": {}}, "expected 'mfa_kernels.labels'"),
         ({"format": "mfa_kernels.labels", "version": 1, "labels": {"4": {"label": "x"}}}, r"a region in \[0, 4\)"),
         ({"format": "mfa_kernels.labels", "version": 1, "labels": {"x": {"label": "x"}}}, r"a region in \[0, 4\)"),
+        (
+            {"format": "mfa_kernels.labels", "version": 1, "labels": {"9" * 5000: {"label": "x"}}},
+            r"a region in \[0, 4\)",
+        ),
         ({"format": "mfa_kernels.labels", "version": 1, "labels": {"1": "x"}}, "must be an object"),
         ({"format": "mfa_kernels.labels", "version": 1, "labels": {"1": {"explanation": "x"}}}, "label"),
         ({"format": "mfa_kernels.labels", "version": 1, "labels": {"1": {"label": 3}}}, "label"),
@@ -50,7 +54,10 @@ def test_files_that_hold_no_labels(tmp_path: Path, content: Any, says: str) -> N
     ("answer", "label"),
     [
         ("Pets\nCats and dogs\nin sentences.", Label("Pets", "Cats and dogs in sentences.", "m")),
-        ("\n  **Label: Pets**  \n", Label("Label: Pets", "", "m")),
+        ("\n  **Label: Pets**  \n", Label("Pets", "", "m")),
+        ("**Label:** Pets", Label("Pets", "", "m")),
+        ("Label:\nPets\nThey are.", Label("Pets", "They are.", "m")),
+        ("***\nPets", Label("Pets", "", "m")),
         ('Label: "Pets"\nExplanation: They are.', Label("Pets", "They are.", "m")),
         ("x" * 300, Label("x" * 200, "", "m")),
     ],
@@ -61,7 +68,7 @@ def test_answers(answer: str, label: Label) -> None:
 
 def test_an_empty_answer() -> None:
     with pytest.raises(ValueError, match="answer must hold a label"):
-        parse_label(" \n ")
+        parse_label(" \n ** \nLabel:\n")
 
 
 def test_a_question_shows_tokens_and_contexts(mfa: Any, store: Any) -> None:
@@ -85,7 +92,7 @@ def test_a_labeller_is_asked_once_about_each_region(mfa: Any, store: Any, tmp_pa
     with pytest.raises(RuntimeError, match="out of money"):
         label_regions(labeller, mfa, store, Words(), [2, 0, 3], **options)
     assert read_labels(path, 4) == {2: Label("label 1", "why", "m"), 0: Label("label 2", "why", "m")}
-    labels = label_regions(lambda question: "late", mfa, store, Words(), [2, 0, 3], **options)
+    labels = label_regions(lambda question: "late", mfa, store, Words(), [2, 0, 3, 3], **options)
     assert labels == {2: Label("label 1", "why", "m"), 0: Label("label 2", "why", "m"), 3: Label("late", "", "m")}
     assert read_labels(path, 4) == labels
 

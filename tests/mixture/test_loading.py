@@ -111,9 +111,41 @@ def test_without_the_hub_the_first_error_is_told(hub: SimpleNamespace) -> None:
         MFA.from_pretrained("them/one", local_files_only=True)
 
 
+@pytest.mark.parametrize("way", ["local_files_only", "offline"])
+def test_without_a_network_the_cache_is_looked_at(
+    hub: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    import huggingface_hub
+
+    made = _fill(hub.root / "them" / "several")
+
+    def snapshot(repository: str, *, local_files_only: bool, **options: object) -> str:
+        assert local_files_only
+        folder = hub.root / repository
+        if not folder.is_dir():
+            raise FileNotFoundError("nothing of it is there")
+        return str(folder)
+
+    def no_network(*args: object, **options: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    if way == "offline":
+        monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", no_network)
+    options = {"local_files_only": True} if way == "local_files_only" else {}
+    loaded = MFA.from_pretrained("them/several", layer=22, **options)
+    torch.testing.assert_close(loaded.means, made[PAPERS[1]].means)
+    with pytest.raises(FileNotFoundError, match=r"them/none"):
+        MFA.from_pretrained("them/none", layer=22, **options)
+    with pytest.raises(FileNotFoundError, match="is no folder here, nor a mixture"):
+        MFA.from_pretrained("them/none", **options)
+
+
 def test_wrong_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="layer must be a number, or end in one"):
         MFA.from_pretrained(tmp_path, layer="last")
+    with pytest.raises(ValueError, match="layer must be a number, or end in one"):
+        MFA.from_pretrained(tmp_path, layer="-1")
     with pytest.raises(TypeError, match="filename must be a string"):
         MFA.from_pretrained(tmp_path, filename=3)
     with pytest.raises(FileNotFoundError, match="there is no folder"):

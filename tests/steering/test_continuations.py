@@ -9,7 +9,8 @@ import torch
 
 from mfa_kernels import MFA, steer
 from mfa_kernels.models import load_language_model
-from mfa_kernels.steering.continuations import continuations, negative_log_likelihood
+from mfa_kernels.steering.continuations import Continuations, continuations, negative_log_likelihood, padded
+from tests.helpers.language import make_model, make_tokenizer
 
 PROMPTS = ("def f(", "import", "The value of the")
 
@@ -68,3 +69,30 @@ def test_errors_name_the_argument(loaded: tuple[Any, Any]) -> None:
         continuations(*loaded, PROMPTS, new_tokens=0)
     with pytest.raises(ValueError, match="temperature must be"):
         continuations(*loaded, PROMPTS, temperature=0)
+
+
+def test_padding_does_not_count_where_positions_are_absolute() -> None:
+    """A GPT-2 learns a vector for each position: padded rows have those of their own tokens."""
+    model, tokenizer = make_model("gpt2").eval(), make_tokenizer(bos=True)
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = ["w1", "w2 w3 w4 w5 w6 w7 w8"]
+    written = continuations(model, tokenizer, prompts, (0,), 6)
+    together = negative_log_likelihood(model, written)
+    inputs = padded(model, tokenizer, prompts)
+    with torch.no_grad():
+        next_token = model(**inputs).logits[:, -1]
+    for i, prompt in enumerate(prompts):
+        alone = continuations(model, tokenizer, [prompt], (0,), 6)
+        ids = written.ids[i : i + 1, -alone.ids.shape[1] :]
+        of_row = Continuations(ids, torch.ones_like(ids), alone.start, [])
+        torch.testing.assert_close(together[i : i + 1], negative_log_likelihood(model, of_row))
+        with torch.no_grad():
+            expected = model(ids[:, : alone.start]).logits[0, -1]
+        torch.testing.assert_close(next_token[i], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_one_text_is_no_list(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match=r"prompts must be a list of texts, got 'Once upon'"):
+        continuations(*loaded, "Once upon")
+    with pytest.raises(TypeError, match=r"prompts\[1\] must be a string"):
+        continuations(*loaded, ["a", 3])

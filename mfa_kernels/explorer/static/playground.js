@@ -229,9 +229,9 @@ export function playgroundView(place, { about, parts, signal }) {
       plainOf = "";
       goOn = await start(plain, true);
       // The same prompt and seed give the same text: it need not be written twice.
-      if (goOn && !board.isStopped()) plainOf = key;
+      if (goOn && !board.isStopped() && !signal.aborted) plainOf = key;
     }
-    if (goOn && steer && !board.isStopped()) await start(steered, false);
+    if (goOn && steer && !board.isStopped() && !signal.aborted) await start(steered, false);
     run = null;
     isWriting = false;
     board.setWriting(false);

@@ -85,7 +85,7 @@ export class Run {
         if (line.text) this.pane.add(line.text);
         if (line.done) {
           this.pane.end(result(line));
-          return true;
+          return !line.stopped;
         }
       }
       this.pane.end("Ended early.");
