@@ -23,8 +23,6 @@ from mfa_kernels.mixture.decomposition import Decomposition
 if TYPE_CHECKING:
     from mfa_kernels.data.store import ActivationStore
 
-_SMALL = 1 << 16  # numbers below it are written in 16 bits, as delphi does
-
 
 def write_delphi_cache(
     folder: StrPath,
@@ -83,9 +81,8 @@ def write_delphi_cache(
     for start, stop in pairwise(bounds):
         here = (component >= start) & (component < stop)
         part = locations[here] - torch.tensor([0, 0, start])
-        small = len(tokens) < _SMALL and stop - start < _SMALL
         tensors = {
-            "locations": part.to(torch.uint16 if small else torch.uint32),
+            "locations": part.to(torch.int32),
             "activations": activations[here].half(),
             "tokens": tokens,
         }

@@ -75,6 +75,7 @@ def test_padding_does_not_count_where_positions_are_absolute() -> None:
     """A GPT-2 learns a vector for each position: padded rows have those of their own tokens."""
     model, tokenizer = make_model("gpt2").eval(), make_tokenizer(bos=True)
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # as GPT-2's own: it would add embeddings of types
     prompts = ["w1", "w2 w3 w4 w5 w6 w7 w8"]
     written = continuations(model, tokenizer, prompts, (0,), 6)
     together = negative_log_likelihood(model, written)
