@@ -51,7 +51,7 @@ def served(explorer: Explorer) -> Iterator[Callable[..., Any]]:
     def ask(path: str, body: Any = None) -> bytes:
         connection = http.client.HTTPConnection(server.HOST, port)
         data = None if body is None else json.dumps(body).encode()
-        headers = {"cookie": f"mfa_kernels_{port}={TOKEN}", "accept-encoding": "gzip"}
+        headers = {"cookie": f"mfa_kernels_{port}={server.cookie_of(TOKEN)}", "accept-encoding": "gzip"}
         connection.request("GET" if body is None else "POST", path, data, headers)
         answer = connection.getresponse()
         content = answer.read()
