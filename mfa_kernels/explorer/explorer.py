@@ -121,7 +121,7 @@ class Explorer:
         found = topics(self.mfa, self.store, self.tokenizer, 24, **options)
         return [
             {
-                "genre": self.texts.genres.index(topic.genre) if topic.genre in self.texts.genres else -1,
+                "genre": self._counts.number(topic.genre),
                 "component": topic.component,
                 "label": self.catalog.labels[topic.component],
                 "share": number(topic.share),
@@ -138,11 +138,11 @@ class Explorer:
     @lru_cache  # noqa: B019  # lives as long as the process, as an explorer does
     def topic_direction(self, genre: int) -> Tensor:
         """The set of regions that stand for a genre, as one direction to add, (D,)."""
-        return topic_direction(self.mfa, self._counts, self.texts.genres[genre])
+        return topic_direction(self.mfa, self._counts, self._counts.names[genre])
 
     def topic(self, genre: int, most: int = 24) -> dict[str, Any]:
         """Returns the set of regions that stand for a genre, the heaviest first."""
-        components, weights = topic_regions(self._counts, self.texts.genres[genre])
+        components, weights = topic_regions(self._counts, self._counts.names[genre])
         heaviest = list(zip(components.tolist(), weights.tolist()))[:most]
         regions = [{"component": k, "label": self.catalog.labels[k], "weight": weight} for k, weight in heaviest]
         return {"genre": genre, "n_regions": len(components), "regions": regions}

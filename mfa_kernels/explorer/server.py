@@ -193,7 +193,9 @@ class _Guard:
         given = request.query_params.get("token")
         if request.url.path == "/" and given is not None and _is(given, self._token):
             response = RedirectResponse("/", 303)
-            response.set_cookie(self._cookie, cookie_of(self._token), httponly=True, samesite="strict")
+            # "strict" would keep it from the redirection, whose chain begins at a file. Requests that change something
+            # are guarded by their origin.
+            response.set_cookie(self._cookie, cookie_of(self._token), httponly=True, samesite="lax")
             return response
         if _is(request.cookies.get(self._cookie, ""), cookie_of(self._token)):
             return self._app
@@ -302,12 +304,12 @@ def serve(explorer: Explorer, listening: socket.socket, *, browser: bool = True)
     with ExitStack() as stack:
         stack.callback(explorer.playground.close)
         if browser:
-            page = _redirection(Path(stack.enter_context(TemporaryDirectory())), address)
+            page = redirection(Path(stack.enter_context(TemporaryDirectory())), address)
             Timer(0.5, webbrowser.open, [page.as_uri()]).start()
         _Server(config, explorer).run(sockets=[listening])
 
 
-def _redirection(folder: Path, address: str) -> Path:
+def redirection(folder: Path, address: str) -> Path:
     """Writes a page that leads to an address: a browser's command line, which others can see, has no token then."""
     page = folder / "explorer.html"
     page.touch(0o600)

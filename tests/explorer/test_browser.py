@@ -16,7 +16,7 @@ from mfa_kernels.data import ActivationStore
 from mfa_kernels.data.genres import genre_texts
 from mfa_kernels.data.harvest import harvest
 from mfa_kernels.data.language_model import load_language_model
-from mfa_kernels.explorer import Explorer
+from mfa_kernels.explorer import Explorer, server
 from mfa_kernels.interpret.labels import Label
 from tests.explorer.test_server import TOKEN, Client, served
 from tests.helpers.language import make_model, make_tokenizer
@@ -175,6 +175,14 @@ def test_no_view_is_wider_than_its_window(browser: Any, hostile: Explorer, width
             on.page.wait_for_timeout(200)
             assert on.page.evaluate("document.documentElement.scrollWidth") <= width, view
         assert on.said == []
+
+
+def test_the_page_that_leads_there_is_let_in(browser: Any, explorer: Explorer, tmp_path: Path) -> None:
+    """What `serve` opens is a file, from which the browser comes as from another site."""
+    with served(explorer) as client:
+        page = browser.new_context().new_page()
+        page.goto(server.redirection(tmp_path, f"http://127.0.0.1:{client.port}/?token={TOKEN}").as_uri())
+        page.wait_for_selector("[data-test=region-row]", timeout=15_000)
 
 
 def test_keyboard_and_theme(browser: Any, explorer: Explorer) -> None:
