@@ -7,6 +7,7 @@ pandas, memory maps, and arrays of other libraries do; lists of numbers are acce
 from __future__ import annotations
 
 import reprlib
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -27,6 +28,14 @@ def is_array(value: Any) -> bool:
 def is_several(value: Any) -> bool:
     """True for an array or a list, False for a number; an array of no dimension is a number."""
     return isinstance(value, list | tuple) or (is_array(value) and getattr(value, "ndim", 1) != 0)
+
+
+def is_spread(tensor: Tensor) -> bool:
+    """True for a tensor that is spread over processes (a DTensor), as FSDP and tensor parallelism make them."""
+    if type(tensor) in (Tensor, torch.nn.Parameter):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # without it there are none, and importing it takes a second
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def as_array(value: Any, name: str) -> np.ndarray:
@@ -56,9 +65,11 @@ def as_tensor(value: Any, name: str) -> Tensor:
     where torch can: with writable arrays of this machine's byte order whose strides are not negative.
 
     Raises:
-        TypeError: naming the argument, as for `as_array`.
+        TypeError: naming the argument, as for `as_array`, and for a tensor that is spread over processes.
     """
     if isinstance(value, Tensor):
+        if is_spread(value):
+            raise TypeError(f"{name} must be a tensor of one process, got a DTensor: pass its full_tensor()")
         return value
     if not is_array(value) and (not isinstance(value, Sequence) or isinstance(value, str | bytes)):
         raise TypeError(f"{name} must be a tensor or an array, got {type(value).__name__}")

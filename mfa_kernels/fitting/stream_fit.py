@@ -155,7 +155,7 @@ def feed_all(
                         fit.feed(own)
                     if fit.over:
                         finish(name)
-                if any(mfa.fit_report.interrupted for mfa in found.values()):
+                if any(mfa.fit_report is not None and mfa.fit_report.interrupted for mfa in found.values()):
                     raise KeyboardInterrupt
                 if not unfinished:
                     break

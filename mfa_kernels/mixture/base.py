@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mfa_kernels import ops
+from mfa_kernels.common.arrays import is_spread
 from mfa_kernels.common.checks import MOST_COMPONENTS, check_component, check_integer
 from mfa_kernels.common.moved import RenamedAttribute
 from mfa_kernels.common.precision import no_autocast
@@ -21,8 +22,20 @@ from mfa_kernels.ops.woodbury.types import Parameters
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from mfa_kernels.mixture.fit_report import FitReport
+
 EXTRA_STATE = "_extra_state"  # PyTorch's key for `get_extra_state` in a state dict: here the noise floor
 _TOKENS_PER_CHUNK = 4096  # `reconstruct` must not hold N x K x R latents where every component is active
+
+
+def check_whole(mfa: Mixture) -> None:
+    """RuntimeError where FSDP has spread the parameters, as it does outside of the module's own call."""
+    if is_spread(mfa.means):
+        raise RuntimeError(
+            "the parameters of the mixture are spread over processes (DTensors, as fully_shard makes them). Call the "
+            'mixture itself, or, before a method of it, register_fsdp_forward_method(mfa, "log_prob"); to save, load '
+            "get_model_state_dict(mfa, options=StateDictOptions(full_state_dict=True)) into a mixture of one process"
+        )
 
 
 class Mixture(nn.Module):
@@ -56,7 +69,7 @@ class Mixture(nn.Module):
     weight_logits: Tensor
     center: Tensor
     extra: dict[str, Any]
-    fit_report: Any = None
+    fit_report: FitReport | None = None
     processes: Processes = ALONE
     first_component: int = 0
 
@@ -81,10 +94,12 @@ class Mixture(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns parameters and centre by name, without gradients: what a file of weights holds beside its config."""
+        check_whole(self)
         return {name: tensor for name, tensor in self.state_dict().items() if name != EXTRA_STATE}
 
     def parameters_in_compute_dtype(self) -> Parameters:
         """Returns means, loadings, noise_variance, log_weights as the kernels take them: float32 or float64."""
+        check_whole(self)
         means, loadings = functional.compute_dtype(self.means, self.loadings)
         noise_variance, log_weights = functional.compute_dtype(self.noise_variance, self.log_weights)
         return Parameters(means, loadings, noise_variance, log_weights)

@@ -14,7 +14,7 @@ from mfa_kernels.common import checks
 from mfa_kernels.common.arrays import is_several
 from mfa_kernels.common.modes import door
 from mfa_kernels.mixture import functional
-from mfa_kernels.mixture.base import EXTRA_STATE
+from mfa_kernels.mixture.base import EXTRA_STATE, check_whole
 from mfa_kernels.mixture.local import LocalMixture
 
 NOISES = ("shared", "per_component")
@@ -198,6 +198,7 @@ class MFA(LocalMixture):
         """
         from mfa_kernels.mixture import rotate_loadings
 
+        check_whole(self)
         checks.check_choice(method, ("varimax", "principal"), "method")
         iterations = checks.check_integer(iterations, "iterations", 1)
         loadings, of = self.loadings, rotate_loadings

@@ -22,7 +22,7 @@ from mfa_kernels.common.modes import door
 from mfa_kernels.common.places import PAPER, check_place
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.common.reading import SHARE, check_file, naming, optional, shown
-from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.mixture.base import Mixture, check_whole
 from mfa_kernels.mixture.saving import M, allocated, checked_extra, checked_place
 
 _REFERENCE_TENSORS = ("mu", "dir_raw", "scale_rho", "psi_rho", "pi_logits")
@@ -281,6 +281,7 @@ def save_reference(mfa: Mixture, path: StrPath, *, format: int = 1, progress: bo
         format: 1 (`modeling/mfa.py`; keeps `mfa.extra`) or 2 (`modeling/model_checkpointing.py`).
         progress: show a bar when it takes more than two seconds.
     """
+    check_whole(mfa)
     path, format = check_path(path, "path"), check_integer(format, "format")
     if format not in (1, 2):
         raise ValueError(f"format must be 1 or 2, got {format!r}")

@@ -47,7 +47,7 @@ from mfa_kernels.common.reading import (
 )
 from mfa_kernels.common.sharing import local_paths
 from mfa_kernels.common.version import __version__
-from mfa_kernels.mixture.base import Mixture
+from mfa_kernels.mixture.base import Mixture, check_whole
 from mfa_kernels.mixture.card import model_card
 from mfa_kernels.mixture.fit_report import FitReport
 from mfa_kernels.mixture.functional import PRECISIONS
@@ -94,6 +94,7 @@ def save_pretrained(mfa: Mixture, folder: StrPath, *, extra: Mapping[str, Any] |
     Raises:
         FileExistsError: the folder has a config.json of something else, such as a language model.
     """
+    check_whole(mfa)
     folder, config = check_path(folder, "folder"), sealed(config_of(mfa, extra, mfa.fit_report))
     if mfa.means.is_meta:
         raise ValueError("the mixture must hold values to be saved, its parameters are on the meta device")

@@ -25,6 +25,7 @@ from mfa_kernels.fitting import initialization as cluster_start
 from mfa_kernels.fitting.m_step import Prior
 from mfa_kernels.fitting.sharded_em import em_step
 from mfa_kernels.mixture.sharded import ShardedMFA
+from tests.distributed import training
 from tests.fitting.planted import SIX, CutOff, draw, planted, raising
 from tests.helpers.mixtures import Mixture, mixture, tokens
 
@@ -163,6 +164,8 @@ def checks(rank: int, folder: Path, size: int, group: Any) -> dict[str, Any]:
     out["alone"] = torch.equal(run(epochs=0, group=False).means, run(epochs=0, group=group).means)
     out["sums"] = sums(Processes(group))
     out["ddp"] = data_parallel(rank, size, group)
+    out["training, ddp"] = training.data_parallel(rank, size, group)
+    out["training, fsdp"] = training.fully_sharded(rank, size, group, folder)
     for name in SHARDED:
         out[f"sharded, {name}"] = sharded(name, folder / f"{size}, {name}", group)
     out["fit_sharded"] = sharded_fits(rank, size, folder, group)
