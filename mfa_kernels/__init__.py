@@ -13,6 +13,13 @@ from mfa_kernels.common import moved
 from mfa_kernels.common.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from mfa_kernels import data as data
+    from mfa_kernels import evaluation as evaluation
+    from mfa_kernels import fitting as fitting
+    from mfa_kernels import functional as functional
+    from mfa_kernels import interpret as interpret
+    from mfa_kernels import models as models
+    from mfa_kernels import steering as steering
     from mfa_kernels.data.harvest import harvest, stream
     from mfa_kernels.fitting.fit import fit
     from mfa_kernels.fitting.fit_many import fit_many
@@ -37,15 +44,17 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Fitting, harvesting and steering bring in more than a training loop that only wants the layer.
-    from importlib import import_module, util
+if not TYPE_CHECKING:  # a checker of types would believe every name
 
-    if name in _LAZY:
-        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
-    if not name.startswith("_") and util.find_spec(f"{__name__}.{name}") is not None:
-        return import_module(f"{__name__}.{name}")  # as if it had been imported: `mfa_kernels.functional`
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # Fitting, harvesting and steering bring in more than a training loop that only wants the layer.
+        from importlib import import_module, util
+
+        if name in _LAZY:
+            return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+        if not name.startswith("_") and util.find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")  # as if it had been imported: `mfa_kernels.functional`
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _is_command() -> bool:

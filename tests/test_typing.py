@@ -12,8 +12,10 @@ PROGRAM = """\
 import torch
 from torch import Tensor
 
-from mfa_kernels import MFA, evaluate, fit, harvest, kmeans, steer, stream
+import mfa_kernels
+from mfa_kernels import MFA, fit, harvest, kmeans, steer, stream
 from mfa_kernels.data import ActivationStore
+from mfa_kernels.evaluation import evaluate
 from mfa_kernels.interpret import region_summaries, topics
 from mfa_kernels.models import load_language_model
 from mfa_kernels.steering import Add, Offset, Responsibility, Toward, alpha_for_kl, intervene
@@ -34,6 +36,8 @@ alpha: float = alpha_for_kl(model, {}, handle, kl=0.1)
 steered: Tensor = intervene(decoded, mfa, Add(decoded[0], 0.5))
 for region in region_summaries(mfa, ActivationStore("activations"), tokenizer):
     print(region.component + 1, [token.token.upper() for token in region.tokens])
+score = evaluate(mfa, store)
+print(score.nll, stream, mfa_kernels.functional.log_prob)
 reveal_type(mfa.fit_report)
 reveal_type(topics)
 """
@@ -41,7 +45,8 @@ WRONG = {
     'MFA(32, "576")': 'Argument 2 to "MFA" has incompatible type "str"; expected "int"',
     'MFA(32, 576).encode(torch.zeros(1), top="4")': 'Unexpected keyword argument "top" for "encode"',
     "a: int = MFA(32, 576).log_prob(torch.zeros(1))": "Incompatible types in assignment",
-    "MFA(32, 576).no_such_method()": '"MFA" has no attribute "no_such_method"',
+    "from mfa_kernels import harvests": 'Module "mfa_kernels" has no attribute "harvests"',
+    "from mfa_kernels.steering import Towards": 'Module "mfa_kernels.steering" has no attribute "Towards"',
     "fit(torch.zeros(1), n_components=1.5)": 'Argument "n_components" to "fit" has incompatible type "float"',
 }
 
@@ -68,6 +73,6 @@ def test_a_program_of_a_user(tmp_path):
     right = [text for number, texts in found.items() for text in texts if number <= len(lines) - len(WRONG)]
     assert [text for text in right if "error:" in text] == []
     assert any("FitReport" in text for text in right), right
-    assert any('"list[mfa_kernels.interpret.topics.Topic]"' in text.replace("builtins.", "") for text in right), right
+    assert any("-> list[mfa_kernels.interpret.topics.Topic]" in text.replace("builtins.", "") for text in right), right
     for number, (call, message) in enumerate(WRONG.items(), len(lines) - len(WRONG) + 1):
         assert any(message in text for text in found.get(number, [])), (call, found.get(number))

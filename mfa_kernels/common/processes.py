@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -175,4 +175,5 @@ class Processes:
 
 
 ALONE = Processes(False)
-__getattr__ = renamed(__name__, Ranks="Processes")
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, Ranks="Processes")

@@ -10,6 +10,8 @@ statistics          the sums that EM's M-step needs, over the active pairs
 m_step              means and loadings in closed form from these sums
 """
 
+from typing import TYPE_CHECKING
+
 from mfa_kernels.common.moved import renamed
 from mfa_kernels.ops.pairs.op import decode, latents
 from mfa_kernels.ops.scan.op import component_log_prob, log_prob
@@ -19,4 +21,5 @@ from mfa_kernels.ops.woodbury.types import Woodbury
 
 __all__ = ["ActivePairs", "Woodbury", "component_log_prob", "decode", "factorize", "latents", "log_prob"]
 
-__getattr__ = renamed(__name__, Active="ActivePairs", Factors="Woodbury")
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, Active="ActivePairs", Factors="Woodbury")

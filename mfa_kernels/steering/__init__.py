@@ -19,6 +19,8 @@ interactive     commands that change the steering while text streams
 calibration     `alpha_for_kl`: how far to steer for a given change of the next-token distribution
 """
 
+from typing import TYPE_CHECKING
+
 from mfa_kernels.common.moved import renamed
 from mfa_kernels.steering.apply import intervene
 from mfa_kernels.steering.calibration import alpha_for_kl
@@ -51,4 +53,5 @@ __all__ = [
     "steer",
 ]
 
-__getattr__ = renamed(__name__, Function="SteeringFunction")
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, Function="SteeringFunction")
