@@ -17,6 +17,7 @@ from typing import Any
 from playwright.sync_api import expect, sync_playwright
 
 FIGURES = Path(__file__).resolve().parent.parent / "docs" / "figures"
+VIEWPORT = {"width": 1280, "height": 800}
 GENRE = "cooking"
 PROMPT = "My grandmother always said that"
 TEXT = """Mix the flour with the butter, and bake it in a hot oven for twenty minutes.
@@ -35,9 +36,13 @@ def serve(demo: Path) -> tuple[subprocess.Popen[str], str]:
     return process, found[0]
 
 
-def take(page: Any, address: str, topic: dict[str, Any], out: Path) -> None:
+def take(page: Any, address: str, out: Path) -> None:
     """Takes the pictures, one for each view."""
     root = address.split("?")[0]
+    page.goto(address)
+    about = page.evaluate("() => fetch('/api/about').then((answer) => answer.json())")
+    found = about["topics"]
+    topic = next((each for each in found if about["genres"][each["genre"]] == GENRE), found[0])
 
     def find(name: str) -> Any:
         return page.locator(f"[data-test={name}]")
@@ -47,7 +52,6 @@ def take(page: Any, address: str, topic: dict[str, Any], out: Path) -> None:
         page.screenshot(path=out / f"explorer-{name}.png")
         print(out / f"explorer-{name}.png")
 
-    page.goto(address)
     find("region-row").first.wait_for()
     expect(page.get_by_text("t-SNE")).to_be_visible(timeout=120_000)
     shoot("map")
@@ -79,11 +83,7 @@ def main() -> None:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             scheme = "dark" if options.dark else "light"
-            page = browser.new_context(viewport={"width": 1280, "height": 800}, color_scheme=scheme).new_page()
-            page.goto(address)
-            about = page.evaluate("() => fetch('/api/about').then((answer) => answer.json())")
-            topic = next(found for found in about["topics"] if about["genres"][found["genre"]] == GENRE)
-            take(page, address, topic, options.out)
+            take(browser.new_context(viewport=VIEWPORT, color_scheme=scheme).new_page(), address, options.out)
     finally:
         process.terminate()
         process.wait()

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from mfa_kernels.common.version import __version__
 from mfa_kernels.data import gguf
 from tests.conftest import LONGEST
 from tests.processors.test_processors import BUDGETS, OPERATORS
@@ -135,6 +136,20 @@ def test_the_map_is_true():
     """docs/map.md has every file, by its own first line; `python scripts/map.py` writes it."""
     done = subprocess.run([sys.executable, "scripts/map.py", "--check"], cwd=ROOT, check=False)
     assert done.returncode == 0
+
+
+def test_the_version_is_the_same_everywhere():
+    """In what is cited and, unless there is news that is not released, in the changelog."""
+    cited = re.search(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert cited is not None
+    assert cited[1] == __version__
+    latest, *_ = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert latest in (__version__, "Unreleased")
+
+
+def test_a_build_brings_no_pytorch():
+    """What is built in isolation installs this, each time."""
+    assert TABLE["build-system"]["requires"] == ["hatchling"]
 
 
 def test_files_of_tests_that_are_named_elsewhere_are_there():

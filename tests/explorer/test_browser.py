@@ -221,3 +221,18 @@ def test_without_a_model_the_page_says_so(browser: Any, explorer: Explorer) -> N
         on.open("#/region/2")
         expect(on.find("region-title")).to_be_visible()
         assert on.said == []
+
+
+def test_the_pictures_of_the_documents_are_taken(browser: Any, real: Explorer, tmp_path: Path) -> None:
+    """As scripts/screenshots.py takes them, of every page that a document shows."""
+    from scripts import screenshots
+
+    with served(real) as client:
+        page = browser.new_context(viewport=screenshots.VIEWPORT).new_page()
+        screenshots.take(page, f"http://127.0.0.1:{client.port}/?token={TOKEN}", tmp_path)
+    shown = {path.name: path for path in screenshots.FIGURES.glob("explorer-*.png")}
+    taken = {path.name: path for path in tmp_path.glob("*.png")}
+    assert shown.keys() == taken.keys()
+    for name, path in taken.items():
+        assert path.read_bytes()[16:24] == shown[name].read_bytes()[16:24], f"{name}: its width and height"
+        assert path.stat().st_size > 20_000, f"{name} is empty"
