@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -28,6 +29,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
+LOST = re.compile("CUDA error: (an illegal memory access|misaligned address|unspecified launch failure)")
 NOT_APPLICABLE = "not applicable: "  # how the reason of a skip begins that nothing installed would prevent
 
 
@@ -117,8 +119,14 @@ def _fail_what_is_missing(report: pytest.TestReport | pytest.CollectReport) -> N
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
+    if call.excinfo is not None and LOST.search(str(call.excinfo.value)):
+        # The device is gone for this process, and every later test would fail; pytest-xdist starts another process.
+        print(f"{item.nodeid} lost the device: {call.excinfo.value}", file=sys.__stderr__, flush=True)
+        os._exit(3)
     if item.config.getoption("--more") and not item.get_closest_marker("gpu"):
         _fail_what_is_missing(report)
     return report

@@ -53,3 +53,16 @@ def _counts(output: str) -> list[list[str]]:
     """Number and word, from "1 failed, 2 passed in 0.10s"."""
     last = output.strip().splitlines()[-1].partition(" in ")[0]
     return [part.split() for part in last.split(", ")]
+
+
+def test_a_lost_device_ends_the_process_and_is_named(tmp_path: Path) -> None:
+    """Whatever comes after it in the same process would fail too."""
+    (tmp_path / "test_lost.py").write_text(
+        "def test_it(): raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_after(): print('never')\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), "-p", "tests.conftest", "-s"]
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "test_lost.py::test_it lost the device: CUDA error: an illegal memory access" in done.stderr
+    assert "never" not in done.stdout

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import os
-import platform
 import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from bench import baselines
-from bench.gpu import problems
-from bench.gpu.harness import SETS, Bench, Timing
-from bench.gpu.problems import Problem, Shape
+from bench.gpu import first, problems
+from bench.gpu.harness import Bench, Case, Results, Timing
+from bench.gpu.problems import GEMMA, LLAMA, RELATIVE_ERROR, TOKENS, Problem, shape
+from bench.gpu.watch import profiled
 from mfa_kernels import kmeans, ops
-from mfa_kernels.commands import check_kernels, doctor
 from mfa_kernels.ops.kmeans.op import cluster_sums, nearest
 from mfa_kernels.ops.kmeans.types import ClusterSums
 from mfa_kernels.ops.scan.types import activity_threshold
@@ -35,102 +31,12 @@ from mfa_kernels.ops.statistics.op import SufficientStatistics, accumulate, expe
 from mfa_kernels.steering import Offset, Toward
 from mfa_kernels.steering.apply import Program
 
-Results = dict[str, dict[str, Any]]
-
-LLAMA, GEMMA = 4096, 2304
-TOKENS, RANK = 16384, 10
-_TOY = Shape(48, 40, 64, 3)
-_RELATIVE_ERROR = 3e-6
-"""Of log p(x) against float64 on a few tokens: a fast version that computes something else is not timed."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A measurement.
-
-    Attributes:
-        estimate: seconds it takes, about: it is skipped where fewer are left.
-        run: (bench, results so far, folder for logs) -> what was found.
-    """
-
-    name: str
-    estimate: float
-    run: Callable[[Bench, Results, Path], dict[str, Any]]
-
-
-def _shape(bench: Bench, components: int, features: int, tokens: int = TOKENS) -> Shape:
-    if bench.rehearsal:
-        return _TOY._replace(tokens=min(tokens, _TOY.tokens))
-    return Shape(tokens, components, features, RANK)
-
 
 def _timed(timing: Timing, tokens: int) -> dict[str, Any]:
     return {
         "ms": 1e3 * timing.median, "ms_fastest": 1e3 * timing.fastest, "ms_slowest": 1e3 * timing.slowest,
         "repeats": timing.repeats, "tokens_per_s": tokens / timing.median,
     }  # fmt: skip
-
-
-# Ceilings
-
-
-def environment(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
-    """The machine, and what serves its tensors."""
-    found: dict[str, Any] = {
-        name: doctor.version(name) for name in ("mfa_kernels", "torch", "triton", "transformers", "pytest")
-    }
-    found |= {"python": platform.python_version(), "cuda": torch.version.cuda, "cpus": os.cpu_count()}
-    found["served_by"] = doctor.serving(bench.device.type, torch.float32)
-    if not bench.rehearsal:
-        chip = torch.cuda.get_device_properties(0)
-        found |= {
-            "device": chip.name, "capability": f"{chip.major}.{chip.minor}",
-            "multiprocessors": chip.multi_processor_count, "memory_gb": chip.total_memory / 1e9,
-            "l2_mb": getattr(chip, "L2_cache_size", 0) / 1e6,
-        }  # fmt: skip
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-        with contextlib.suppress(OSError):
-            found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    return found
-
-
-def kernel_check(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
-    """Every family of kernels at its first use, against float64, each in a process of its own."""
-    if bench.rehearsal:
-        with mock.patch.dict(os.environ, {"MFA_KERNELS_BACKEND": "triton", "TRITON_INTERPRET": "1"}):
-            findings = [check_kernels.alone("cluster sums", "cpu", 300, (1, 17))]
-    else:
-        findings = list(check_kernels.run_all("cuda", 120, at_once=8))
-    found = {finding.family: finding.note or f"passed in {finding.seconds:.0f} s" for finding in findings}
-    return {"refused": sum(not finding.passed for finding in findings), **found}
-
-
-def ceilings(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
-    """Matrix products through torch, and a device-to-device copy counting bytes read and written."""
-    found: dict[str, Any] = {}
-    scan = _shape(bench, 8192, LLAMA)
-    side = 64 if bench.rehearsal else 8192
-    like: dict[str, Any] = {"device": bench.device}
-    products = {
-        "bf16": (torch.bfloat16, side, side, side),
-        "fp16": (torch.float16, side, side, side),
-        "bf16_scan_shape": (torch.bfloat16, scan.tokens, scan.features, scan.components * (scan.rank + 1)),
-        "fp32": (torch.float32, side // 2, side // 2, side // 2),
-    }
-    for name, (dtype, m, k, n) in products.items():
-        left = [torch.randn(m, k, dtype=dtype, **like) for _ in range(SETS)]
-        right = torch.randn(k, n, dtype=dtype, **like) if n > 2 * side else None
-        rights = [torch.randn(k, n, dtype=dtype, **like) if right is None else right for _ in range(SETS)]
-        out = torch.empty(m, n, dtype=dtype, **like)
-        timing = bench.median(lambda i, a=left, b=rights, out=out: torch.mm(a[i], b[i], out=out))
-        found[f"{name}_tflops"] = 2 * m * n * k / timing.median / 1e12
-        del left, right, rights, out
-        bench.clean()
-    count = 1 << 12 if bench.rehearsal else 1 << 30
-    sources = [torch.randn(count, **like) for _ in range(SETS)]
-    target = torch.empty(count, **like)
-    timing = bench.median(lambda i: target.copy_(sources[i]))
-    return {**found, "copy_gb_per_s": 2 * target.nbytes / timing.median / 1e9}
 
 
 def _of_matmul(results: Results, flops: int, seconds: float) -> dict[str, Any]:
@@ -144,13 +50,13 @@ def _of_matmul(results: Results, flops: int, seconds: float) -> dict[str, Any]:
 
 def scan(bench: Bench, results: Results, folder: Path, components: int, features: int, precision: str = "exact"):
     """mfa.log_prob(x), stage 0 cached."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape, precision=precision)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes, precision=precision)
     mfa = problem.mfa
     with torch.no_grad():
         found = _checked(problem, precision)
         timing = bench.median(lambda i: mfa.log_prob(problem.batches[i]))
-        found |= _timed(timing, shape.tokens) | _of_matmul(results, shape.scan_flops, timing.median)
+        found |= _timed(timing, sizes.tokens) | _of_matmul(results, sizes.scan_flops, timing.median)
         found["temporaries_mb"] = bench.peak(lambda i: mfa.log_prob(problem.batches[i])) / 1e6
         counts = mfa.active_pairs(problem.batches[0]).counts
         found["active_per_token"] = counts.double().mean().item()
@@ -168,27 +74,27 @@ def _checked(problem: Problem, precision: str) -> dict[str, Any]:
     x = problem.batches[0]
     found, truth = problem.mfa.log_prob(x)[:4].double(), problems.log_prob_fp64(problem, x[:4])
     error = float(((found - truth).abs() / truth.abs()).max())
-    if precision == "exact" and not error < _RELATIVE_ERROR:
+    if precision == "exact" and not error < RELATIVE_ERROR:
         raise AssertionError(f"log p(x) is off by {error:.1e} of itself: {found.tolist()} for {truth.tolist()}")
     return {"relative_error": error, "error_nats": float((found - truth).abs().max())}
 
 
 def screened_scan(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """The scan through the bounds of p coordinates, over the dense scan of the same tokens; for several p."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape, decay=1.0)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes, decay=1.0)
     parameters, woodbury = problem.parameters(), problem.mfa.woodbury()
     on_gpu = woodbury.scan[0].numel() > 0  # or in the interpreter
     if not on_gpu and not woodbury.is_cpp:
         return {"skipped": "neither C++ nor Triton kernels here"}
     batches = problem.batches if on_gpu else [x.to(woodbury.scale) for x in problem.batches]
     constants = woodbury.constants(parameters[3])
-    threshold = activity_threshold(shape.components, woodbury.scale.dtype)
+    threshold = activity_threshold(sizes.components, woodbury.scale.dtype)
     with torch.no_grad():
         timing = bench.median(lambda i: problem.mfa.log_prob(batches[i]))
         found = {"dense_ms": 1e3 * timing.median}
         wanted = problem.mfa.log_prob(batches[0])
-        widths = sorted({max(16, shape.features // share) for share in (32, 16, 8)})
+        widths = sorted({max(16, sizes.features // share) for share in (32, 16, 8)})
         q = basis(woodbury, parameters[3].exp(), widths[-1])
         for kept in widths:
             own = q[:, :kept]
@@ -209,7 +115,7 @@ def screened_scan(bench: Bench, results: Results, folder: Path, components: int,
             found[f"p{kept}_screen_ms"] = 1e3 * bench.median(prepare, 0.5).median
             active, dropped, evaluated = scan(batches[0], woodbury, constants, screen, threshold, 16)
             error = float(((active.log_prob - wanted).abs() / wanted.abs()).max())
-            if not error < 2 * _RELATIVE_ERROR or not bool((dropped <= 2e-7).all()):
+            if not error < 2 * RELATIVE_ERROR or not bool((dropped <= 2e-7).all()):
                 raise AssertionError(f"p={kept}: off by {error:.1e} of the dense scan, dropped {float(dropped.max())}")
             timing = bench.median(
                 lambda i, s=screen, scan=scan: scan(batches[i], woodbury, constants, s, threshold, 16)
@@ -224,10 +130,10 @@ def screened_scan(bench: Bench, results: Results, folder: Path, components: int,
 
 def step(bench: Bench, results: Results, folder: Path, components: int, features: int, diffuse: bool = False):
     """loss = mfa(x); loss.backward(), stage 0 and the gradients of all parameters included."""
-    shape = _shape(bench, components, features)
+    sizes = shape(bench, components, features)
     if diffuse and not bench.rehearsal:
-        shape = shape._replace(tokens=4096)
-    problem = problems.make(bench, shape, diffuse=diffuse)
+        sizes = sizes._replace(tokens=4096)
+    problem = problems.make(bench, sizes, diffuse=diffuse)
     mfa = problem.mfa
 
     def train(i: int) -> None:
@@ -239,8 +145,9 @@ def step(bench: Bench, results: Results, folder: Path, components: int, features
     if not all(p.grad is not None and bool(p.grad.isfinite().all()) for p in mfa.parameters()):
         raise AssertionError("a gradient is missing or not finite")
     gradients = sum(p.grad.nbytes for p in mfa.parameters())
-    found = _timed(timing, shape.tokens) | _of_matmul(results, shape.scan_flops, timing.median)
+    found = _timed(timing, sizes.tokens) | _of_matmul(results, sizes.scan_flops, timing.median)
     found["gradients_mb"] = gradients / 1e6
+    found["profile"] = profiled(bench, train)
     mfa.zero_grad(set_to_none=True)
     found["peak_mb"] = bench.peak(train) / 1e6
     scanned = results.get(_name("scan", components, features), {}).get("ms")
@@ -251,8 +158,8 @@ def step(bench: Bench, results: Results, folder: Path, components: int, features
 
 def few_tokens(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """1, 4 and 16 tokens against all components: the cost of steering; of rows that are larger than the cache."""
-    problem = problems.make(bench, _shape(bench, components, features, tokens=16))
-    shape = _shape(bench, components, features, tokens=16)
+    sizes = shape(bench, components, features, tokens=16)
+    problem = problems.make(bench, sizes)
     mfa, found = problem.mfa, {}
     bandwidth = results.get("ceilings", {}).get("copy_gb_per_s")
     with torch.no_grad():
@@ -268,21 +175,22 @@ def few_tokens(bench: Bench, results: Results, folder: Path, components: int, fe
             else:
                 found[f"n{count}_graph_us"] = 1e6 * timing.median
             # Of the rows in half precision: a path that reads them in float32 reaches half of the ceiling at most.
-            rate = shape.row_bytes / timing.median / 1e9
+            rate = sizes.row_bytes / timing.median / 1e9
             found[f"n{count}_gb_per_s"] = rate
-            if bandwidth and shape.row_bytes > 2 * bench.cache_bytes:
+            if bandwidth and sizes.row_bytes > 2 * bench.cache_bytes:
                 found[f"n{count}_percent_of_copy"] = 100 * rate / bandwidth
     return found
 
 
 def steered_step(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """A decode step of an 8B-shaped model (its matrix products, batch 1, bfloat16), steered in the middle or not."""
-    problem = problems.make(bench, _shape(bench, components, features, tokens=16))
+    problem = problems.make(bench, shape(bench, components, features, tokens=16))
     width = problem.mfa.n_features
     layers = 2 if bench.rehearsal else 32
     sizes = ((width, 3 * width // 2), (width, width), (width, 7 * width), (7 * width // 2, width))  # Llama-3.1-8B's
-    weights = [[torch.zeros(m, n, dtype=torch.bfloat16, device=bench.device) for m, n in sizes] for _ in range(layers)]
-    inputs = [torch.zeros(1, m, dtype=torch.bfloat16, device=bench.device) for m, _ in sizes]
+    like: dict[str, Any] = {"dtype": torch.bfloat16, "device": bench.device}
+    weights = [[torch.randn(m, n, **like) for m, n in sizes] for _ in range(layers)]  # zeros would take less time
+    inputs = [torch.randn(1, m, **like) for m, _ in sizes]
     hidden = [x[:1].unsqueeze(0).clone() for x in problem.batches]
     toward = [(Toward(3, 0.4), Offset(3, [1.0] * problem.mfa.rank))]
     ways: dict[str, Program | None] = {
@@ -303,6 +211,7 @@ def steered_step(bench: Bench, results: Results, folder: Path, components: int, 
 
     found: dict[str, Any] = {}
     with torch.no_grad():
+        found["profile"] = profiled(bench, lambda i: ways["gated"](hidden[i], True, (0,)))
         for name, program in ways.items():
             found[f"{name}_ms"] = 1e3 * bench.median(decode(program), 1.0).median
             if not bench.rehearsal:
@@ -317,20 +226,45 @@ def steered_step(bench: Bench, results: Results, folder: Path, components: int, 
     return found
 
 
+@torch.no_grad()
+def candidates(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
+    """What the bounds of fp16 leave: candidates of a token, crowded tokens, and the bound of the best logit in nats."""
+    from mfa_kernels.ops.common import configs, triton_tokens
+    from mfa_kernels.ops.scan import triton_merge, triton_pipeline, triton_scan
+    from mfa_kernels.ops.woodbury.types import ScanRows
+
+    problem = problems.make(bench, shape(bench, components, features))
+    woodbury = problem.mfa.woodbury()
+    if not woodbury.scan or not woodbury.scan[0].numel():
+        return {"skipped": "no Triton kernels here"}
+    constants, rows, x = woodbury.constants(problem.parameters()[3]), ScanRows(*woodbury.scan), problem.batches[0]
+    tokens = triton_tokens.scan_tokens(x, woodbury.scale, woodbury.center, rows.rows.shape[-1], False)
+    config = configs.configured(configs.Scan, x, len(x), components)
+    partials = triton_scan.scan_tiles(tokens, rows, constants, config, bounds=True)
+    kept, crowded = triton_merge.candidates(partials, tokens.norms, components, triton_pipeline.CANDIDATES)
+    bound = ((partials.upper[..., 0].amax(-1) - partials.lower.amax(-1)) / 2).double()
+    counts = (kept >= 0).sum(-1)[crowded == 0].double()
+    return {
+        "candidates_per_token": counts.mean().item(), "candidates_most": counts.max().item(),
+        "crowded_share": crowded.double().mean().item(), "bound_median_nats": bound.median().item(),
+        "bound_largest_nats": bound.max().item(),
+    }  # fmt: skip
+
+
 # Everything downstream, K-means
 
 
 def pairs(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """Measures work on the active pairs: latents, decoding, the backward of log p(x), and encode as a whole."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes)
     mfa, batches = problem.mfa, problem.batches
     parameters, woodbury = problem.parameters(), mfa.woodbury()
     with torch.no_grad():
         active = [mfa.active_pairs(x) for x in batches]
-        tokens = torch.arange(shape.tokens, device=bench.device)
+        tokens = torch.arange(sizes.tokens, device=bench.device)
         codes = [mfa.encode(x) for x in batches]
-        upstream = torch.full_like(active[0].log_prob, 1 / shape.tokens), torch.zeros_like(active[0].logits)
+        upstream = torch.full_like(active[0].log_prob, 1 / sizes.tokens), torch.zeros_like(active[0].logits)
 
         def backward(i: int) -> Any:
             return torch.ops.mfa_kernels.log_prob_backward(
@@ -347,21 +281,22 @@ def pairs(bench: Bench, results: Results, folder: Path, components: int, feature
             "encode": lambda i: mfa.encode(batches[i]),
         }
         found: dict[str, Any] = {f"{name}_ms": 1e3 * bench.median(call, 0.7).median for name, call in calls.items()}
-    return {**found, "pairs_per_token": float((active[0].components >= 0).sum()) / shape.tokens}
+    return {**found, "pairs_per_token": float((active[0].components >= 0).sum()) / sizes.tokens}
 
 
 @torch.no_grad()
 def em_pass(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """The E-step of a batch, scan and statistics; and its statistics alone, on the pairs that the scan found."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes)
     mfa, batches, parameters, woodbury = problem.mfa, problem.batches, problem.parameters(), problem.mfa.woodbury()
-    out = SufficientStatistics.zeros(parameters[0], shape.rank, False)
+    out = SufficientStatistics.zeros(parameters[0], sizes.rank, False)
     timing = bench.median(lambda i: expectation(batches[i], parameters, woodbury, out))
     if not all(bool(t.isfinite().all()) for t in out.tensors()):
         raise AssertionError("a sum is not finite")
-    found = _timed(timing, shape.tokens)
+    found = _timed(timing, sizes.tokens)
     found["temporaries_mb"] = bench.peak(lambda i: expectation(batches[i], parameters, woodbury, out)) / 1e6
+    found["profile"] = profiled(bench, lambda i: expectation(batches[i], parameters, woodbury, out))
     active = [mfa.active_pairs(x) for x in batches]
     weights = [torch.where(a.components >= 0, a.logits.softmax(-1), 0) for a in active]
     timing = bench.median(lambda i: accumulate(batches[i], active[i].components, weights[i], woodbury, out), 0.7)
@@ -374,8 +309,8 @@ def em_pass(bench: Bench, results: Results, folder: Path, components: int, featu
 @torch.no_grad()
 def k_means_iteration(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """Nearest centroids and the sums by cluster of a batch; and a matrix product of the same flops, in fp16."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes)
     center = problem.mfa.means.detach().mean(0)
     centroids, batches = problem.mfa.means.detach() - center, problem.batches
     del problem
@@ -392,32 +327,33 @@ def k_means_iteration(bench: Bench, results: Results, folder: Path, components: 
     best = torch.cdist(*few, compute_mode="donot_use_mm_for_euclid_dist").amin(1).square()
     if not torch.allclose(distance[:64].double(), best, rtol=1e-5):
         raise AssertionError("a row has a nearer centroid")
-    flops = 2 * shape.tokens * shape.components * shape.features
-    found = _timed(timing, shape.tokens) | _of_matmul(results, flops, timing.median)
+    flops = 2 * sizes.tokens * sizes.components * sizes.features
+    found = _timed(timing, sizes.tokens) | _of_matmul(results, flops, timing.median)
+    found["profile"] = profiled(bench, iteration)
     found["temporaries_mb"] = bench.peak(iteration) / 1e6
     alone = bench.median(lambda i: cluster_sums(batches[i], center, owner, distance, None, sums), 0.5)
     found["sums_ms"] = 1e3 * alone.median
     left, right = [x.half() for x in batches], centroids.half().T
-    out = torch.empty(shape.tokens, shape.components, dtype=torch.float16, device=bench.device)
+    out = torch.empty(sizes.tokens, sizes.components, dtype=torch.float16, device=bench.device)
     product = bench.median(lambda i: torch.mm(left[i], right, out=out), 0.5)
     return {**found, "product_ms": 1e3 * product.median, "ratio_to_product": timing.median / product.median}
 
 
 def k_means(bench: Bench, results: Results, folder: Path, components: int, features: int) -> dict[str, Any]:
     """One update of the centroids and the assignment after it: two passes over the rows; and cdist for comparison."""
-    shape = _shape(bench, components, features, tokens=4 * TOKENS)
-    problem = problems.make(bench, shape)
+    sizes = shape(bench, components, features, tokens=4 * TOKENS)
+    problem = problems.make(bench, sizes)
     start = problem.mfa.means.detach().clone()
-    batches, features_, clusters = problem.batches, shape.features, shape.components
+    batches, features_, clusters = problem.batches, sizes.features, sizes.components
     del problem
     bench.clean()
 
     def passes(i: int) -> None:
-        kmeans(batches[i], clusters, init=start, iterations=1, tol=0.0, sample=shape.tokens, progress=False)
+        kmeans(batches[i], clusters, init=start, iterations=1, tol=0.0, sample=sizes.tokens, progress=False)
 
     timing = bench.median(passes)
-    found = _timed(timing, 2 * shape.tokens)
-    found |= _of_matmul(results, 2 * 2 * shape.tokens * clusters * features_, timing.median)
+    found = _timed(timing, 2 * sizes.tokens)
+    found |= _of_matmul(results, 2 * 2 * sizes.tokens * clusters * features_, timing.median)
     found["temporaries_mb"] = bench.peak(passes) / 1e6
 
     def plain(i: int) -> None:
@@ -433,8 +369,8 @@ def k_means(bench: Bench, results: Results, folder: Path, components: int, featu
 
 def plain(bench: Bench, results: Results, folder: Path, components: int, features: int, compiled: bool = False):
     """The formula as the paper's code writes it, float32, in as few slices of tokens as memory allows; or compiled."""
-    shape = _shape(bench, components, features)
-    problem = problems.make(bench, shape)
+    sizes = shape(bench, components, features)
+    problem = problems.make(bench, sizes)
     leaves = [p.clone().requires_grad_() for p in problem.parameters()]
     batches = problem.batches
     del problem
@@ -443,8 +379,8 @@ def plain(bench: Bench, results: Results, folder: Path, components: int, feature
     if compiled:
         log_prob = torch.compile(log_prob, dynamic=False, backend="aot_eager" if bench.rehearsal else "inductor")
     # N x K x R several times over: products, their transposed copy, the solution, and what autograd keeps of them.
-    slice_ = shape.tokens
-    while slice_ > 16 and 6 * 4 * slice_ * shape.components * shape.rank > 0.7 * bench.free_bytes():
+    slice_ = sizes.tokens
+    while slice_ > 16 and 6 * 4 * slice_ * sizes.components * sizes.rank > 0.7 * bench.free_bytes():
         slice_ //= 2
 
     def forward(i: int) -> None:
@@ -456,10 +392,10 @@ def plain(bench: Bench, results: Results, folder: Path, components: int, feature
         for leaf in leaves:
             leaf.grad = None
         for part in batches[i].split(slice_):
-            (-log_prob(part.float(), *leaves).sum() / shape.tokens).backward()
+            (-log_prob(part.float(), *leaves).sum() / sizes.tokens).backward()
 
     timing = bench.median(forward)
-    found = {"tokens_per_slice": slice_, **_timed(timing, shape.tokens)}
+    found = {"tokens_per_slice": slice_, **_timed(timing, sizes.tokens)}
     found["step_ms"] = 1e3 * bench.median(train).median
     scanned, trained = (results.get(_name(kind, components, features), {}).get("ms") for kind in ("scan", "step"))
     if scanned:
@@ -476,14 +412,15 @@ def gpu_tests(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
     """`pytest -m gpu` in a process of its own, on several workers where pytest-xdist is there."""
     root, report, log = Path(__file__).parents[2], folder / "gpu-tests.xml", folder / "gpu-tests.log"
     tests = "tests/gpu" if bench.rehearsal else "tests"  # to collect all of them takes longer than the one that runs
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", tests, "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu and not host", tests, "-v", "--tb=short"]
+    command += ["-p", "no:cacheprovider"]
     command += [f"--junitxml={report}", "--durations=10"]
     environment = dict(os.environ)
     if bench.rehearsal:
         environment["MFA_KERNELS_TEST_DEVICE"] = "cpu"
         command += ["-k", "threshold"]
     else:
-        command += ["-n", "4"] if importlib.util.find_spec("xdist") else []
+        command += ["-n", "4", "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
         command += ["--timeout=60"] if importlib.util.find_spec("pytest_timeout") else []
     report.unlink(missing_ok=True)
     with log.open("w") as file:
@@ -520,30 +457,41 @@ def _case(kind: str, estimate: float, function: Any, components: int, features: 
     return Case(_name(kind, components, features), estimate, run)
 
 
-CASES = [
-    Case("environment", 75, environment),
-    Case("ceilings", 15, ceilings),
-    Case("doctor --check", 90, kernel_check),
+FIRST = [
+    Case("environment", 5, first.environment),
+    Case("smoke", 15, first.smoke),
+    Case("doctor --check", 60, first.kernel_check),
+    Case("sums of the tensor cores", 3, first.sums),
+    Case("ceilings", 6, first.ceilings),
+    Case("profiled scan", 10, first.profiled_scan),
+]
+"""Whether anything is wrong: 90 seconds."""
+
+SECOND = [
+    Case("all ceilings", 10, functools.partial(first.ceilings, all_of_them=True)),
     _case("scan", 20, scan, 8192, LLAMA),
     _case("scan, fast", 15, scan, 8192, LLAMA, precision="fast"),
+    _case("candidates", 5, candidates, 8192, LLAMA),
     _case("step", 20, step, 8192, LLAMA),
     _case("few tokens", 10, few_tokens, 8192, LLAMA),
-    _case("steered decode step", 25, steered_step, 8192, LLAMA),
-    _case("screened scan over dense scan", 40, screened_scan, 8192, LLAMA),
-    Case("gpu tests", 200, gpu_tests),
-    _case("scan", 25, scan, 32768, LLAMA),
-    _case("plain", 40, plain, 8192, LLAMA),
-    _case("plain, compiled", 60, plain, 8192, LLAMA, compiled=True),
-    _case("pairs", 15, pairs, 8192, LLAMA),
     _case("EM pass", 15, em_pass, 8192, LLAMA),
     _case("k-means iteration", 10, k_means_iteration, 8192, LLAMA),
-    _case("k-means", 15, k_means, 8192, LLAMA),
+    _case("pairs", 15, pairs, 8192, LLAMA),
+    _case("steered decode step", 25, steered_step, 8192, LLAMA),
+    _case("screened scan over dense scan", 40, screened_scan, 8192, LLAMA),
+    Case("gpu tests", 120, gpu_tests),
+    Case("compute-sanitizer", 60, first.sanitizer),
+    _case("scan", 25, scan, 32768, LLAMA),
     _case("scan", 15, scan, 8192, GEMMA),
     _case("step", 15, step, 8192, GEMMA),
     _case("few tokens", 8, few_tokens, 8192, GEMMA),
+    _case("candidates", 5, candidates, 8192, GEMMA),
     _case("scan", 10, scan, 1024, LLAMA),
     _case("step", 10, step, 1024, LLAMA),
     _case("few tokens", 8, few_tokens, 1024, LLAMA),
+    _case("plain", 40, plain, 8192, LLAMA),
+    _case("plain, compiled", 60, plain, 8192, LLAMA, compiled=True),
+    _case("k-means", 15, k_means, 8192, LLAMA),
     _case("scan", 10, scan, 1024, GEMMA),
     _case("step", 10, step, 1024, GEMMA),
     _case("few tokens", 8, few_tokens, 1024, GEMMA),
@@ -563,3 +511,6 @@ CASES = [
     _case("plain", 60, plain, 32768, GEMMA),
     _case("diffuse step", 40, step, 8192, LLAMA, diffuse=True),
 ]
+"""What is measured, the most important first; what others take, later than what we do."""
+
+STAGES = {1: FIRST, 2: SECOND}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,9 @@ import torch
 SETS = 3
 """Input sets that calls rotate through; each is larger than the second-level cache."""
 _LEAST, _MOST = 5, 50
+
+Results = dict[str, dict[str, Any]]
+"""What the cases found, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Bench:
     def __init__(self, device: str, minutes: float) -> None:
         self.device = torch.device(device)
         self.rehearsal = self.device.type != "cuda"
+        self.building: subprocess.Popen[bytes] | None = None  # the CUDA library, beside what runs
         self._start = time.monotonic()
         self._seconds = 60 * minutes
 
@@ -126,3 +132,17 @@ class Bench:
         before = time.perf_counter()
         call(i % SETS)
         return time.perf_counter() - before
+
+
+@dataclass(frozen=True)
+class Case:
+    """A measurement.
+
+    Attributes:
+        estimate: seconds it takes, about: it is skipped where fewer are left.
+        run: (bench, results so far, folder for logs) -> what was found.
+    """
+
+    name: str
+    estimate: float
+    run: Callable[[Bench, Results, Path], dict[str, Any]]

@@ -13,6 +13,10 @@ from bench.gpu.harness import SETS, Bench
 from mfa_kernels import MFA
 from mfa_kernels.ops.scan import reference
 
+LLAMA, GEMMA = 4096, 2304
+TOKENS, RANK = 16384, 10
+RELATIVE_ERROR = 3e-6
+"""Of log p(x) against float64 on a few tokens: a fast version that computes something else is not timed."""
 _GAP = 200.0
 """Nats between the best and the second logit, about: as near to one-hot as activations of a language model are."""
 _CHUNK = 1 << 28
@@ -35,6 +39,16 @@ class Shape(NamedTuple):
     def row_bytes(self) -> int:
         """The rows in half precision, bytes: what one token has to read."""
         return 2 * self.components * (self.rank + 1) * self.features
+
+
+_TOY = Shape(48, 40, 64, 3)
+
+
+def shape(bench: Bench, components: int, features: int, tokens: int = TOKENS) -> Shape:
+    """Returns the sizes of a case; of a rehearsal, toy ones."""
+    if bench.rehearsal:
+        return _TOY._replace(tokens=min(tokens, _TOY.tokens))
+    return Shape(tokens, components, features, RANK)
 
 
 @dataclass

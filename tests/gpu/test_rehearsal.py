@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu.cases import CASES
-from bench.gpu.harness import Bench
+from bench.gpu.cases import FIRST, SECOND
+from bench.gpu.harness import Bench, Case
+from bench.gpu.watch import Sampler, profiled
 
 ROOT = Path(__file__).parents[2]
+CASES = [*FIRST, *SECOND]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +42,7 @@ def test_every_case_runs(tmp_path):
 
 
 def case(name: str, estimate: float, function):
-    return command.CASES[0].__class__(name, estimate, function)
+    return Case(name, estimate, function)
 
 
 @pytest.fixture
@@ -46,9 +50,9 @@ def only(monkeypatch):
     """Runs these cases in this process."""
 
     def with_cases(tmp_path, *cases, **options) -> tuple[int, dict]:
-        monkeypatch.setattr(command, "CASES", list(cases))
+        monkeypatch.setattr(command, "STAGES", {1: list(cases), 2: list(options.get("second", ()))})
         minutes = str(options.get("minutes", 9))
-        status = command.main(["--rehearse", "--out", str(tmp_path), "--minutes", minutes])
+        status = command.main(["--rehearse", "--out", str(tmp_path), "--minutes", minutes, *options.get("given", ())])
         return status, json.loads(next(tmp_path.glob("gpu-*.json")).read_text())["results"]
 
     return with_cases
@@ -67,6 +71,55 @@ def test_a_failing_case_leaves_its_traceback_and_the_run_goes_on(only, tmp_path)
     assert results["good"] == {"value": None, "seen": ["bad"]}
 
 
+def test_something_wrong_ends_the_first_stage(only, tmp_path, capsys):
+    """A refused family is something wrong; what was found is kept, and the second stage goes on with it."""
+    refused = case("check", 1, lambda bench, results, folder: {"refused": 1})
+    measured = case("measured", 1, lambda bench, results, folder: {"seen": sorted(results)})
+    status, results = only(tmp_path, refused, second=[measured])
+    assert (status, list(results)) == (1, ["check"])
+    assert "--stage 2" in capsys.readouterr().out
+    _, results = only(tmp_path, refused, second=[measured], given=["--anyway"])
+    assert list(results) == ["check", "measured"]
+
+
+def test_the_second_stage_goes_on_with_what_the_first_found(only, tmp_path):
+    fine = case("check", 1, lambda bench, results, folder: {"refused": 0})
+    measured = case("measured", 1, lambda bench, results, folder: {"seen": sorted(results)})
+    _, results = only(tmp_path, fine, second=[measured], given=["--stage", "1"])
+    assert list(results) == ["check"]
+    status, results = only(tmp_path, fine, second=[measured], given=["--stage", "2"])
+    assert (status, results["measured"]["seen"]) == (0, ["check"])
+    _, results = only(tmp_path, fine, second=[measured])
+    assert results["measured"]["seen"] == ["check"]
+
+
+def test_what_the_chip_did_meanwhile():
+    """Lines as nvidia-smi prints them; without the program there is nothing."""
+    program = "print('1980, 2619, 650.25, 61, 0x0000000000000004', '900, 2619, [N/A], 63, 0x0', sep='\\n', flush=True)"
+    began = time.monotonic()
+    sampler = Sampler([sys.executable, "-c", f"{program}; import time; time.sleep(60)"])
+    while len(found := sampler.since(began)) == 0 or found["samples"] < 2:
+        assert time.monotonic() < began + 30
+        time.sleep(0.01)
+    assert found == {
+        "samples": 2, "sm_mhz": 1440.0, "memory_mhz": 2619.0, "watts": 650.25, "watts_most": 650.25,
+        "celsius_most": 63.0, "reasons": ["0x0", "0x0000000000000004"],
+    }  # fmt: skip
+    assert sampler.since(time.monotonic()) == {}
+    sampler.stop()
+    missing = Sampler(["/no/such/program"])
+    assert missing.since(began) == {}
+    missing.stop()
+
+
+def test_a_profile_has_the_kernels_of_a_call():
+    x = torch.ones(64, 64)
+    found = profiled(Bench("cpu", 1), lambda i: (x @ x).exp())
+    assert {"aten::mm", "aten::exp"} <= found["kernels_us"].keys()
+    assert 0 < sum(found["kernels_us"].values()) <= found["kernels_total_us"] * 1.001
+    assert found["launches"] >= 2
+
+
 def test_cases_for_which_there_is_no_time_are_skipped(only, tmp_path, capsys):
     quick = case("quick", 1, lambda bench, results, folder: {"ms": 1.0})
     long = case("long", 100, lambda bench, results, folder: {"ms": 2.0})
@@ -81,6 +134,9 @@ def test_list_and_only():
     names = [line.split("  ")[0] for line in out.stdout.splitlines()]
     assert names == [c.name for c in CASES if c.name == "ceilings" or "few tokens llama" in c.name]
     assert len(names) == 4
+    first = run("--list", "--stage", "1").stdout
+    assert [line.split("  ")[0] for line in first.splitlines()] == [case.name for case in FIRST]
+    assert sum(case.estimate for case in FIRST) <= 100
 
 
 def test_names_are_unique():

@@ -27,7 +27,7 @@ from tests.ops.scan.test_scan import check_slots
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned")]
 
 
-@pytest.fixture(params=["emulated", "device"])
+@pytest.fixture(params=[pytest.param("emulated", marks=pytest.mark.host), "device"])
 def kernels(request: pytest.FixtureRequest) -> Any:
     """The kernels on the CPU, and on a GPU where there is one: the same functions."""
     if request.param == "device":
@@ -105,6 +105,7 @@ def test_woodbury(kernels, shape, per_component):
     assert torch.equal(found[1], found[1].tril())
 
 
+@pytest.mark.host
 def test_woodbury_take_several_tiles():
     """What the shapes above are chosen for: at least three tiles of features and a ragged one."""
     for _, features, rank in WOODBURY[1:]:
@@ -117,6 +118,7 @@ def test_woodbury_take_several_tiles():
     assert Emulation(H100).woodbury_tile(64, 10) == 64
 
 
+@pytest.mark.host
 def test_woodbury_are_deterministic():
     m = mixture(3, 333, 10)
     found = [Emulation(chip_for_tiles(333, 10), order).woodbury(*m[:3]) for order in (False, True)]
@@ -270,6 +272,7 @@ def test_scan(kernels, shape, count, dtype):
     assert ((error / formula - 1).abs() <= 0.01).all()
 
 
+@pytest.mark.host
 def test_scans_take_several_tiles():
     """What the shapes above are chosen for: every split of a component, several rounds of components for each team,
     several batches of features and a ragged one, tokens in two tiles and in groups."""
@@ -287,6 +290,7 @@ def test_scans_take_several_tiles():
     assert {p.group > 8 for p in plans} == {False, True}
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("chip", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize("components", [512, 1000, 8192, 32768])
 @pytest.mark.parametrize("features", [2304, 4096, 8192])
@@ -301,6 +305,7 @@ def test_the_scan_keeps_the_chip_busy(chip, components, features, count):
     assert plan.shared <= chip.shared_per_block
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("case", [SCANS[5], SCANS[6], SCANS[7]], ids=str)
 def test_few_tokens_are_deterministic(case):
     x, woodbury, constants, view = problem(*case, spread=0.3)
@@ -436,6 +441,7 @@ def test_on_the_rows_that_the_library_makes(kernels):
     checked(kernels, x, woodbury, view, constants, 20.0, 8)
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("spread", [3.0, 0.05], ids=["one_hot", "diffuse"])
 def test_the_operators_use_them(monkeypatch, spread):
     """Stage 0 and few tokens through torch.ops.mfa_kernels; a token with too many candidates is decided densely."""
@@ -491,6 +497,7 @@ def ptxas(architecture: int, folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (int(registers), sum(map(int, local))) for name, *local, registers in entries}
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("architecture", [90, pytest.param(80, marks=pytest.mark.more)])
 def test_nvcc_compiles_without_spills(architecture, tmp_path):
     kernels = ptxas(architecture, tmp_path)

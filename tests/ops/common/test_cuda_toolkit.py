@@ -14,7 +14,7 @@ import torch
 
 from mfa_kernels.ops.common import cpp, cuda
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.host]
 
 
 def test_without_a_device_nothing_is_built_and_nothing_is_said():
