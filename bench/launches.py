@@ -23,8 +23,9 @@ from mfa_kernels.ops.scan.types import ActivePairs, activity_threshold
 from mfa_kernels.ops.screen import triton_screen
 from mfa_kernels.ops.statistics import triton_statistics
 from mfa_kernels.ops.statistics.types import Sums
+from mfa_kernels.ops.woodbury import triton_woodbury
 from mfa_kernels.ops.woodbury.triton_rows import scan_rows
-from mfa_kernels.ops.woodbury.types import Woodbury
+from mfa_kernels.ops.woodbury.types import TRITON_RANK, Woodbury
 
 SLOTS = 16
 
@@ -53,6 +54,12 @@ class Calls:
         rows, cholesky = empty(count, rank + 1 + per_component, features), empty(count, rank, rank)
         bare = Woodbury(rows, cholesky, empty(count), empty(features), self.center, per_component)
         return Woodbury(rows, cholesky, *bare.tensors()[2:], per_component, scan_rows(bare))
+
+    def factors(self, rank: int, per_component: bool) -> None:
+        """Stage 0."""
+        noise = (self.components, self.features) if per_component else (self.features,)
+        means, loadings = empty(self.components, self.features), empty(self.components, self.features, rank)
+        triton_woodbury.woodbury(means, loadings, empty(*noise))
 
     def scan(self, exact: bool = True, per_component: bool | None = None) -> None:
         """Stage 1."""
@@ -133,6 +140,11 @@ class Calls:
             "noise per component": call(self.scan, per_component=True),
             **{f"rank {rank}": call(self.scan_of_rank, rank) for rank in (5, 7, 16)},
             "screened": self.screened,
+            **{
+                f"factors, rank {rank}" + ", noise per component" * own: call(self.factors, rank, own)
+                for rank in (10, 32)
+                for own in (False, True)
+            },
             "latents": lambda: triton_pairs.latents(Pairs(self.x, flat, flat), woodbury(self.rank)),
             "gradients": self.gradients,
             "decode": self.decode,
@@ -165,6 +177,8 @@ class Calls:
             "statistics": call(self.statistics, self.rank, self.own),
             "mixture": call(self.intervene, True, False, False),
         }
+        if self.rank <= TRITON_RANK:
+            found["factors"] = call(self.factors, self.rank, self.own)
         return found if self.own else {**found, "screened": self.screened}
 
 

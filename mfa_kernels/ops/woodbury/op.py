@@ -14,7 +14,7 @@ from mfa_kernels.ops.common.out_of_memory import explain_out_of_memory
 from mfa_kernels.ops.common.register import operator
 from mfa_kernels.ops.woodbury import int8, spot_check
 from mfa_kernels.ops.woodbury.portable import portable
-from mfa_kernels.ops.woodbury.types import Woodbury, unpack_rows
+from mfa_kernels.ops.woodbury.types import TRITON_RANK, Woodbury, unpack_rows
 
 
 def scale_of(noise_variance: Tensor) -> Tensor:
@@ -100,16 +100,33 @@ def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
         serving, given = backends.serving(means, loadings.shape[2]), (means, loadings, noise_variance)
         if serving == "cpp":
             return cpp.library().woodbury(*(t.contiguous() for t in given))
-        library = cuda.library() if serving == "triton" else None
-        if library is None:
+        if serving != "triton" or (cuda.library() is None and not _fits_triton(loadings)):
             return portable(*given)
         trial = first_use.Trial(
-            lambda: library.woodbury(*(t.contiguous() for t in given)),
+            lambda: _on_gpu(*given),
             lambda: portable(*given),
             lambda found, before: spot_check.of_factors(found, *given),
+            careful=cuda.library() is not None and _fits_triton(loadings),  # without the library, by Triton
         )
-        shape = *loadings.shape[1:], noise_variance.dim()
+        shape = *loadings.shape[1:], noise_variance.dim(), cuda.library() is None
         return first_use.served("factors", means, shape, trial)
+
+
+def _fits_triton(loadings: Tensor) -> bool:
+    """On a GPU; to interpret the kernel takes longer than what it does, which plain PyTorch does as well."""
+    return loadings.device.type == "cuda" and 0 < loadings.shape[2] <= TRITON_RANK
+
+
+def _on_gpu(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """By the CUDA library where there is one that may be used, else by Triton."""
+    library, given = cuda.library_in_use(), (means, loadings, noise_variance)
+    if library is not None:
+        return library.woodbury(*(t.contiguous() for t in given))
+    if not _fits_triton(loadings):
+        return portable(*given)
+    from mfa_kernels.ops.woodbury import triton_woodbury
+
+    return triton_woodbury.woodbury(*given)
 
 
 def _room(means: Tensor, rank: int, copies: int) -> contextlib.AbstractContextManager[None]:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from mfa_kernels.ops.common import backends
 
+TRITON_RANK = 32
+"""The largest rank of stage 0 in Triton: beyond, M and L do not fit into the registers of a program."""
+
 
 class Parameters(NamedTuple):
     """A mixture of factor analyzers: p(x) = sum_k exp(log_weights_k) N(x; mu_k, W_k W_k^T + diag(Psi)).
