@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: strange n
 
 from mfa_kernels import MFA, data, fit, fit_many, fitting, harvest, interpret, kmeans, steer, steering, stream
 from mfa_kernels.data import language_model
-from mfa_kernels.evaluation import evaluate
+from mfa_kernels.evaluation import MFAFeaturizer, evaluate
 from mfa_kernels.evaluation.codes import write_codes
 from mfa_kernels.mixture import functional
 from mfa_kernels.steering import Add, Gate, LogDensity, Offset, Reconstruct, Remove, Responsibility, Toward
@@ -59,6 +59,7 @@ def calls(folder: Path) -> dict[str, Call]:
     hidden = torch.randn(2, 3, steered.n_features)
     quiet = {"progress": False}
     made.save_pretrained(folder / "saved")
+    features = MFAFeaturizer(made)
     given: dict[str, Call] = {
         "MFA": Call(MFA, {"n_components": 4, "n_features": 8, "rank": 2, "noise": "shared", "precision": "exact",
                           "noise_floor": 0.0, "device": "cpu", "dtype": torch.float32}),
@@ -85,6 +86,11 @@ def calls(folder: Path) -> dict[str, Call]:
                           "row_weights": torch.ones(40), **quiet}),
         "fit, from a mixture": Call(fit, {"activations": x, "start": made, "epochs": 0, "held_out": 0.1, **quiet}),
         "evaluate": Call(evaluate, {"mfa": made, "activations": x, "centroids": m.means, **quiet}),
+        "MFAFeaturizer": Call(MFAFeaturizer, {"mfa": made, "mode": "regions"}),
+        "featurize": Call(features.featurize, {"x": x}),
+        "inverse": Call(features.inverse, dict(zip(("features", "error"), features.featurize(x)))),
+        "interchange": Call(features.interchange, {"base": x, "source": x.flip(0), "base_code": features.code(x),
+                                                   "mask": torch.ones(features.n_masked)}),
         "steer": Call(steer, {"model": model, "mfa": steered, "layer": LAYER, "component": 2, "alpha": 0.5,
                               "latents": None, "positions": "all", "gate": Responsibility(1, 0.1), "norm": None}),
         "intervene": Call(steering.intervene, {"x": hidden, "mfa": steered, "interventions": [Toward(1, 0.5)],
