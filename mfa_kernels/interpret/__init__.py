@@ -6,12 +6,14 @@ lens        centroids, axes and steering in the vocabulary
 neighbors   which regions lie next to which
 genres      genres of documents, by where they came from
 topics      regions that tell the genre of a text
+associate   how regions and latents go with labels of tokens, beside chance
 labels      labels of regions: files of them, questions to whoever labels, answers
 delphi      regions as the latents of delphi, which explains and scores them
 figures     a map of the regions, a region from the inside (matplotlib)
 report      all of it on one HTML page
 """
 
+from mfa_kernels.interpret.associate import Association, LatentAssociation, associate
 from mfa_kernels.interpret.contexts import (
     Assignments,
     AxisContexts,
@@ -42,9 +44,11 @@ from mfa_kernels.interpret.topics import Topic, topics
 
 __all__ = [
     "Assignments",
+    "Association",
     "AxisContexts",
     "Context",
     "Label",
+    "LatentAssociation",
     "LogitLens",
     "LogitShift",
     "RegionSummary",
@@ -52,6 +56,7 @@ __all__ = [
     "TokenShare",
     "Topic",
     "assignments",
+    "associate",
     "axis_contexts",
     "genres_of",
     "interesting_regions",
