@@ -30,7 +30,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: strange n
 
 from mfa_kernels import MFA, data, fit, fit_many, fitting, harvest, interpret, kmeans, steer, steering, stream
 from mfa_kernels.data import language_model
-from mfa_kernels.evaluation import MFAFeaturizer, evaluate
+from mfa_kernels.evaluation import MFAFeaturizer, evaluate, localize
 from mfa_kernels.evaluation.codes import write_codes
 from mfa_kernels.mixture import functional
 from mfa_kernels.steering import Add, Gate, LogDensity, Offset, Reconstruct, Remove, Responsibility, Toward
@@ -91,6 +91,10 @@ def calls(folder: Path) -> dict[str, Call]:
         "inverse": Call(features.inverse, dict(zip(("features", "error"), features.featurize(x)))),
         "interchange": Call(features.interchange, {"base": x, "source": x.flip(0), "base_code": features.code(x),
                                                    "mask": torch.ones(features.n_masked)}),
+        "localize": Call(localize, {"logits": lambda patched, pairs: patched[:, :2], "labels": torch.ones(40).long(),
+                                    "base": x, "source": x.flip(0), "features": features, "mask": None,
+                                    "changes": torch.ones(40).bool(), "held_out": 0.5, "epochs": 1, "batch_size": 8,
+                                    "lr": 0.01, "penalty": 0.0, "seed": 0, **quiet}),
         "steer": Call(steer, {"model": model, "mfa": steered, "layer": LAYER, "component": 2, "alpha": 0.5,
                               "latents": None, "positions": "all", "gate": Responsibility(1, 0.1), "norm": None}),
         "intervene": Call(steering.intervene, {"x": hidden, "mfa": steered, "interventions": [Toward(1, 0.5)],

@@ -1,0 +1,302 @@
+"""Localization: which features of a site carry a causal variable, by interchange interventions.
+
+For a pair of a base and a source, a causal model says what the network should answer if the variable had the source's
+value. The features that a mask names are taken from the source (`MFAFeaturizer`, and the baselines here); the share of
+pairs whose answer is then the expected one is the interchange intervention accuracy (IIA). The mask is learnt through
+the frozen network:
+
+    DBM   a gate sigmoid(theta / T) for each feature, T falling; hard gates theta > 0 afterwards
+    DAS   no gates: k orthonormal directions, learnt
+
+Source: the causal-variable track of MIB (arXiv 2504.13151), its protocol and defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mfa_kernels.common.checks import (
+    check_callable,
+    check_floats,
+    check_integer,
+    check_integers,
+    check_number,
+    check_positive,
+    check_tensor,
+    shown,
+)
+from mfa_kernels.common.progress import progress_bar
+from mfa_kernels.evaluation.featurizer import MFAFeaturizer
+
+Logits = Callable[[Tensor, Tensor], Tensor]
+"""(patched activations (n, D), numbers of their pairs (n,)) -> logits (n, V): the frozen network above the site."""
+
+
+class Featurizer(Protocol):
+    """What a mask is learnt for."""
+
+    n_masked: int
+
+    def interchange(self, base: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """Base activations (n, D) with the masked features of the sources."""
+
+
+class LinearFeaturizer:
+    """Coordinates along orthonormal directions: neurons, principal components, random ones.
+
+    Args:
+        directions: (D, k), orthonormal columns; None: the D axes, neurons.
+    """
+
+    def __init__(self, directions: Any = None, *, n_features: int | None = None) -> None:
+        self.directions = None if directions is None else check_floats(directions, "directions")
+        if self.directions is None:
+            self.n_masked = check_integer(n_features, "n_features", 1)
+            return
+        if self.directions.dim() != 2 or self.directions.shape[0] < self.directions.shape[1]:
+            raise ValueError(f"directions must have shape (D, k) with k <= D, got {tuple(self.directions.shape)}")
+        gram = self.directions.mT @ self.directions
+        if not torch.allclose(gram, torch.eye(len(gram)).to(gram), atol=1e-3):
+            raise ValueError("directions must be orthonormal columns: torch.linalg.qr(directions).Q")
+        self.n_masked = self.directions.shape[1]
+
+    @classmethod
+    def principal(cls, x: Any, k: int | None = None) -> LinearFeaturizer:
+        """The k principal directions of activations (N, D), all where k is None."""
+        x = check_floats(x, "x")
+        _, _, directions = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
+        return cls(directions[:k].mT.to(x).contiguous())
+
+    @classmethod
+    def random(cls, n_features: int, k: int, seed: int = 0) -> LinearFeaturizer:
+        """k random orthonormal directions of D features."""
+        generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
+        return cls(torch.linalg.qr(torch.randn(n_features, k, generator=generator)).Q)
+
+    def interchange(self, base: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """See `Featurizer`."""
+        if self.directions is None:
+            return base + mask.to(base) * (source - base)
+        directions = self.directions.to(base)
+        return base + (((source - base) @ directions) * mask.to(base)) @ directions.mT
+
+
+class DictionaryFeaturizer:
+    """Features of a sparse autoencoder, or any encoder and decoder; the base's error is kept.
+
+    Args:
+        encode: (n, D) -> (n, F).
+        decode: (n, F) -> (n, D).
+        n_masked: F.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor], n_masked: int) -> None:
+        self.encode, self.decode = check_callable(encode, "encode"), check_callable(decode, "decode")
+        self.n_masked = check_integer(n_masked, "n_masked", 1)
+
+    def interchange(self, base: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+        """See `Featurizer`."""
+        own, others = self.encode(base), self.encode(source)
+        return base + (self.decode(own + mask.to(own) * (others - own)) - self.decode(own))
+
+
+@dataclass(frozen=True)
+class Localization:
+    """What `localize` finds, on the pairs that it has not trained on.
+
+    Attributes:
+        iia: interchange intervention accuracy with the hard mask (DAS: with its directions).
+        iia_soft: with the gates as they were at the end of training; None for DAS, and for a mask that was given.
+        cause, isolation: `iia` of the pairs whose answer changes with the variable, and of those whose answer has to
+            stay; None where there are none, or it is not said which they are.
+        n_selected, n_masked: features in the hard mask, and of how many; of DAS, directions and D.
+        same_region: share of pairs whose base and source are in one region; None without a mixture.
+        theta: what the gates are made of, (n_masked,); None for DAS, and for a mask that was given.
+        directions: of DAS, (D, k); None otherwise.
+        losses: cross entropy of each step of training, nats.
+    """
+
+    iia: float
+    iia_soft: float | None
+    cause: float | None
+    isolation: float | None
+    n_selected: int
+    n_masked: int
+    same_region: float | None
+    theta: Tensor | None = None
+    directions: Tensor | None = None
+    losses: list[float] = field(default_factory=list)
+
+
+def localize(
+    logits: Logits,
+    labels: Any,
+    base: Any,
+    source: Any,
+    features: Featurizer | None = None,
+    *,
+    mask: Any = None,
+    das: int | None = None,
+    changes: Any = None,
+    held_out: float = 0.3,
+    epochs: int = 8,
+    batch_size: int = 64,
+    lr: float = 0.01,
+    penalty: float = 0.0,
+    temperatures: tuple[float, float] = (1.0, 0.01),
+    seed: int = 0,
+    progress: bool = True,
+) -> Localization:
+    """Learns which features of a site carry a variable, and says how well they do on other pairs.
+
+    Args:
+        logits: (patched (n, D), pairs (n,)) -> (n, V): runs the network above the site for these pairs; differentiable.
+        labels: the answers that the causal model expects, (N,) integers below V.
+        base, source: activations at the site, (N, D), computed once: the layers below are frozen.
+        features: what the mask chooses among; None with `das`.
+        mask: a mask to be judged as it is, (n_masked,); None learns one.
+        das: so many directions are learnt in place of a mask.
+        changes: (N,) bool, true for pairs whose answer changes with the variable.
+        held_out: share of the pairs that are judged and not trained on, the last ones; with `mask` all are judged.
+        epochs: passes over the others.
+        batch_size: pairs per step.
+        lr: of AdamW.
+        penalty: on the sum of the gates.
+        temperatures: of the gates, at the first and the last step; linear in between.
+        seed: of the order of the pairs and of DAS's start.
+        progress: show a bar when it takes more than two seconds.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    check_callable(logits, "logits")
+    base, source, labels = check_floats(base, "base"), check_floats(source, "source"), check_integers(labels, "labels")
+    if base.dim() != 2 or source.shape != base.shape:
+        raise ValueError(f"source must have the shape (N, D) of base, {tuple(base.shape)}, got {tuple(source.shape)}")
+    if tuple(labels.shape) != base.shape[:1]:
+        raise ValueError(f"labels must have shape ({len(base)},), one for each pair, got {tuple(labels.shape)}")
+    if changes is not None:
+        changes = check_tensor(changes, "changes").bool()
+        if tuple(changes.shape) != base.shape[:1]:
+            raise ValueError(f"changes must have shape ({len(base)},), got {tuple(changes.shape)}")
+    if (features is None) == (das is None):
+        raise ValueError(f"features or das must be given, and not both, got {shown(features)} and {das}")
+    held_out, penalty = check_number(held_out, "held_out", 0, 1), check_number(penalty, "penalty", 0)
+    epochs, batch_size = check_integer(epochs, "epochs"), check_integer(batch_size, "batch_size", 1)
+    lr, (first, last) = check_positive(lr, "lr"), (check_positive(t, "temperatures") for t in temperatures)
+    generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
+    count = len(base)
+    trained = 0 if mask is not None else count - max(1, round(held_out * count))
+    if count < 2 or (mask is None and trained < 1):
+        raise ValueError(f"base must have pairs to train on and to judge by, got {count} with held_out={held_out}")
+    model: _Gates | _Rotation
+    if das is not None:
+        model = _Rotation(base.shape[1], check_integer(das, "das", 1, base.shape[1]), generator)
+    else:
+        assert features is not None
+        model = _Gates(features, None if mask is None else check_tensor(mask, "mask"))
+    model.to(base.device)
+    losses: list[float] = []
+    if mask is None:
+        steps = epochs * -(-trained // batch_size)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        order = (n for _ in range(epochs) for n in torch.randperm(trained, generator=generator).split(batch_size))
+        with progress_bar(total=steps, desc="localize", unit=" steps", delay=2, progress=progress) as bar:
+            for step, numbers in enumerate(order):
+                temperature = first + (last - first) * step / max(1, steps - 1)
+                patched = model(base[numbers], source[numbers], temperature)
+                loss = nn.functional.cross_entropy(logits(patched, numbers), labels[numbers])
+                optimizer.zero_grad()
+                (loss + penalty * model.size(temperature)).backward()
+                optimizer.step()
+                losses.append(float(loss.detach()))
+                bar.update(1)
+    judged = torch.arange(trained, count)
+
+    @torch.no_grad()
+    def right(temperature: float | None) -> Tensor:
+        parts = [(logits(model(base[n], source[n], temperature), n), labels[n]) for n in judged.split(batch_size)]
+        return torch.cat([found.argmax(-1) == wanted for found, wanted in parts]).double().cpu()
+
+    hard = right(None)
+    own = None if changes is None else changes[judged].cpu()
+    learnt = isinstance(model, _Gates) and mask is None
+    return Localization(
+        iia=float(hard.mean()),
+        iia_soft=float(right(last).mean()) if learnt else None,
+        cause=_share(hard, own),
+        isolation=_share(hard, None if own is None else ~own),
+        n_selected=model.selected(),
+        n_masked=base.shape[1] if features is None else features.n_masked,
+        same_region=_same_region(features, base[judged], source[judged]),
+        theta=model.theta.detach() if isinstance(model, _Gates) and learnt else None,
+        directions=model.directions().detach() if isinstance(model, _Rotation) else None,
+        losses=losses,
+    )
+
+
+class _Gates(nn.Module):
+    """A gate for each entry of a mask: sigmoid(theta / T), or theta > 0 where there is no temperature."""
+
+    def __init__(self, features: Featurizer, mask: Tensor | None) -> None:
+        super().__init__()
+        self.features = features
+        self.theta = nn.Parameter(torch.zeros(features.n_masked))
+        self.register_buffer("mask", mask)
+
+    def gates(self, temperature: float | None) -> Tensor:
+        if self.mask is not None:
+            found: Any = self.mask
+            return found
+        return (self.theta > 0).to(self.theta) if temperature is None else (self.theta / temperature).sigmoid()
+
+    def size(self, temperature: float | None) -> Tensor:
+        return self.gates(temperature).sum()
+
+    def selected(self) -> int:
+        return int((self.gates(None) > 0).sum())
+
+    def forward(self, base: Tensor, source: Tensor, temperature: float | None) -> Tensor:
+        return self.features.interchange(base, source, self.gates(temperature))
+
+
+class _Rotation(nn.Module):
+    """k orthonormal directions, along which the coordinates are the source's."""
+
+    def __init__(self, features: int, k: int, generator: torch.Generator) -> None:
+        super().__init__()
+        linear = nn.Linear(k, features, bias=False)
+        with torch.no_grad():
+            linear.weight.copy_(torch.linalg.qr(torch.randn(features, k, generator=generator)).Q)
+        self.linear = torch.nn.utils.parametrizations.orthogonal(linear)
+
+    def directions(self) -> Tensor:
+        found: Any = self.linear.weight
+        return found
+
+    def size(self, temperature: float | None) -> Tensor:
+        return self.directions().new_zeros(())  # nothing to make smaller
+
+    def selected(self) -> int:
+        return self.directions().shape[1]
+
+    def forward(self, base: Tensor, source: Tensor, temperature: float | None) -> Tensor:
+        directions = self.directions().to(base)
+        return base + ((source - base) @ directions) @ directions.mT
+
+
+def _share(right: Tensor, of: Tensor | None) -> float | None:
+    """The mean over some pairs; None of none."""
+    return None if of is None or not of.any() else float(right[of].mean())
+
+
+def _same_region(features: Any, base: Tensor, source: Tensor) -> float | None:
+    """The share of pairs in one region of the featurizer's mixture."""
+    if not isinstance(features, MFAFeaturizer):
+        return None
+    return float((features.mfa.assign(base) == features.mfa.assign(source)).double().mean())
