@@ -1,0 +1,171 @@
+"""The network above a site is the model: the same logits, whatever is padded, and gradients to the site alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from transformers import Gemma2Config, Gemma2ForCausalLM
+
+from mfa_kernels import MFA
+from mfa_kernels.evaluation import MFAFeaturizer, Site, localize
+from tests.helpers.language import VOCABULARY, make_model, make_tokenizer, words
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+KINDS = ("llama", "gpt2", "gemma2")
+TEXTS = [words(1, 2, 3, 4), words(5, 6), words(7, 8, 9), words(2, 3, 4, 5, 6)]
+OTHERS = [words(9, 9, 1), words(4, 4, 4, 4), words(3), words(8, 1, 8, 1, 8)]
+
+
+def prompts(texts, side="left"):
+    tokenizer = make_tokenizer(bos=True)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer(texts, return_tensors="pt", padding=True, padding_side=side)
+
+
+@pytest.fixture(params=KINDS)
+def model(request):
+    if request.param != "gemma2":
+        return make_model(request.param).eval()
+    config = Gemma2Config(  # whose embeddings are scaled, and whose layers take turns at two kinds of attention
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=3,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma2ForCausalLM(config).eval()
+
+
+def by_hand(model, layer, inputs, column, patched):
+    """The whole model, with a hook that replaces one token."""
+    module = model.get_submodule(layer)
+
+    def replace(module, given, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[torch.arange(len(hidden)), column] = patched
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = module.register_forward_hook(replace)
+    try:
+        return model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_patched_logits_are_those_of_the_whole_model(model, side):
+    base, source = prompts(TEXTS, side), prompts(OTHERS, side)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        site = Site(model, 1, base, source)
+    assert site.skips
+    counts = base["attention_mask"].sum(1)
+    last = base["input_ids"].shape[1] - 1 if side == "left" else counts - 1
+    last = torch.as_tensor(last).expand(len(TEXTS))
+    with torch.no_grad():
+        patched = 0.5 * (site.base + site.source)
+        expected = by_hand(model, site.layer, base, last, patched)[torch.arange(4), last]
+        found = site.logits(patched, torch.arange(4))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        some = torch.tensor([2, 0])
+        torch.testing.assert_close(site.logits(patched[some], some), expected[some], rtol=1e-4, atol=1e-5)
+        same = site.logits(site.base, torch.arange(4))
+        whole = model(**{name: base[name] for name in ("input_ids", "attention_mask")}).logits[torch.arange(4), last]
+    torch.testing.assert_close(same, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_below_do_not_run_again_and_come_back(model):
+    base, source = prompts(TEXTS), prompts(OTHERS)
+    site = Site(model, 1, base, source)
+    ran = []
+    stack = model.get_submodule(site.layer.rpartition(".")[0])
+    inner = next(
+        module for module in stack[0].modules() if isinstance(module, torch.nn.Linear) or hasattr(module, "nf")
+    )
+    inner.register_forward_hook(lambda *given: ran.append(1))
+    with torch.no_grad():
+        site.logits(site.base, torch.arange(4))
+        assert ran == []
+        model(input_ids=base["input_ids"])
+    assert ran == [1]
+    assert all("forward" not in vars(layer) for layer in stack)
+
+
+def test_gradients_reach_the_site_alone(model):
+    site = Site(model, 1, prompts(TEXTS), prompts(OTHERS))
+    patched = site.base.clone().requires_grad_()
+    site.logits(patched, torch.arange(4)).square().sum().backward()
+    assert patched.grad.abs().sum() > 0
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_where_layers_cannot_be_left_out_they_run(model):
+    """As where the next layer wants what one below has left: a warning, and the same logits."""
+    stack = model.get_submodule(Site(model, 1, prompts(TEXTS), prompts(OTHERS)).layer.rpartition(".")[0])
+    with torch.no_grad():
+        for parameter in stack[0].parameters():
+            parameter.mul_(8)  # as it is drawn, a layer hardly changes what it is given
+    seen = []
+    stack[0].register_forward_hook(lambda module, given, output: seen.append(output))
+    original = stack[-1].forward
+
+    def reads_the_first(*given, **named):
+        output = original(*given, **named)
+        below = seen[-1][0] if isinstance(seen[-1], tuple) else seen[-1]
+        scale = 1 + 1e3 * below.square().mean() * torch.linspace(0, 1, 16)
+        return (output[0] * scale, *output[1:]) if isinstance(output, tuple) else output * scale
+
+    stack[-1].forward = reads_the_first
+    base, source = prompts(TEXTS), prompts(OTHERS)
+    with pytest.warns(RuntimeWarning, match="cannot be left out"):
+        site = Site(model, 1, base, source)
+    assert not site.skips
+    with torch.no_grad():
+        found = site.logits(site.base, torch.arange(4))
+        whole = model(**{name: base[name] for name in ("input_ids", "attention_mask")}).logits[:, -1]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_is_learnt_through_a_language_model():
+    """To take everything from the source is to answer as the source does, where the site is the last token of the last
+    layer."""
+    model = make_model("llama").eval()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 10, (120, 5), generator=generator)
+    base, source = {"input_ids": ids[:60]}, {"input_ids": ids[60:]}
+    site = Site(model, -1, base, source)
+    with torch.no_grad():
+        labels = model(input_ids=ids[60:]).logits[:, -1].argmax(-1)
+    x = torch.cat([site.base, site.source])
+    mfa = MFA.from_centroids(x[::12], 2, noise_variance=0.05 * x.var(0)).requires_grad_(False)
+    features = MFAFeaturizer(mfa)
+    nothing = localize(site.logits, labels, site.base, site.source, features, mask=torch.zeros(20), progress=False)
+    everything = localize(site.logits, labels, site.base, site.source, features, mask=torch.ones(20), progress=False)
+    learnt = localize(site.logits, labels, site.base, site.source, features, epochs=4, progress=False)
+    assert nothing.iia < everything.iia
+    assert learnt.iia > nothing.iia
+    assert learnt.losses[-1] < learnt.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"base": "a text"}, TypeError, "base must be what a tokenizer returns"),
+        (
+            {"source": {"input_ids": torch.zeros(3, 4).long()}},
+            ValueError,
+            "source must have a prompt for each of base's 4",
+        ),
+        ({"position": 9}, IndexError, "position must be a token of its prompt: prompt 0 has 5 tokens"),
+        ({"position": torch.zeros(3).long()}, ValueError, "position must be an integer, or one for each of the 4"),
+        ({"source_position": [0, 0, 0, 99]}, IndexError, "source_position must be a token of its prompt: prompt 3"),
+        ({"layer": 17}, IndexError, "layer must be in"),
+        ({"base": {"input_ids": torch.zeros(4).long()}}, ValueError, r"base\['input_ids'\] must have shape \(N, T\)"),
+    ],
+)
+def test_what_does_not_fit_is_named(given, error, message):
+    call = {"model": make_model("llama").eval(), "layer": 1, "base": prompts(TEXTS), "source": prompts(OTHERS), **given}
+    with pytest.raises(error, match=message):
+        Site(**call)
