@@ -31,7 +31,7 @@ def test_the_site_is_built_without_a_warning() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert [page.name for page in (ROOT / "site").rglob("*.html") if FETCHED.search(page.read_text())] == []
     assert (ROOT / "site/examples/notebooks/steer.html").read_text().count("<math") == 0
-    assert (ROOT / "site/mfa_kernels/ops/scan/README.html").read_text().count("<math") > 100
+    assert (ROOT / "site/mfa_kernels/ops/scan/index.html").read_text().count("<math") > 100
     pages = "".join(page.read_text() for page in (ROOT / "site" / "docs" / "api").glob("*.html"))
     ids = {name.rsplit(".", 1)[-1] for name in re.findall(r'id="(mfa_kernels\.[\w.]+)"', pages)}
     public = {name for module in (mfa_kernels, data, evaluation, interpret, steering) for name in module.__all__}
