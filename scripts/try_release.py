@@ -1,7 +1,8 @@
 """Builds the sdist and the wheel, installs each into a clean environment, and runs the demonstration there.
 
     python scripts/try_release.py                                     # with this Python, the small demonstration
-    python scripts/try_release.py --whole python3.10 python3.12       # with others, and SmolLM2
+    python scripts/try_release.py --only wheel python3.10 python3.12  # with others; the wheel is the same for all
+    python scripts/try_release.py --whole                             # the demonstration with SmolLM2
 
 Needs the extra docs. PyTorch is that of requirements/torch.txt; where an index has no build of it for CPUs, as for
 Pythons other than the one of the lock, that is gigabytes.
@@ -58,11 +59,12 @@ def demonstrated(python: Path, folder: Path, whole: bool) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", default=[sys.executable])
+    parser.add_argument("--only", choices=("wheel", "sdist"))
     parser.add_argument("--whole", action="store_true", help="the demonstration with SmolLM2, minutes each")
     given = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        packages = built(folder)
+        packages = [path for kind, path in zip(("wheel", "sdist"), built(folder)) if given.only in (None, kind)]
         for python in given.pythons:
             for package in packages:
                 with tempfile.TemporaryDirectory(dir=folder) as clean:
