@@ -32,6 +32,7 @@ from mfa_kernels.common.checks import (
 )
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.evaluation.featurizer import MFAFeaturizer
+from mfa_kernels.mixture.codes import Code
 
 Logits = Callable[[Tensor, Tensor], Tensor]
 """(patched activations (n, D), numbers of their pairs (n,)) -> logits (n, V): the frozen network above the site."""
@@ -180,12 +181,15 @@ def localize(
         raise ValueError(f"source must have the shape (N, D) of base, {tuple(base.shape)}, got {tuple(source.shape)}")
     if tuple(labels.shape) != base.shape[:1]:
         raise ValueError(f"labels must have shape ({len(base)},), one for each pair, got {tuple(labels.shape)}")
+    source, labels = source.to(base), labels.to(base.device)
     if changes is not None:
         changes = check_tensor(changes, "changes").bool()
         if tuple(changes.shape) != base.shape[:1]:
             raise ValueError(f"changes must have shape ({len(base)},), got {tuple(changes.shape)}")
     if (features is None) == (das is None):
         raise ValueError(f"features or das must be given, and not both, got {shown(features)} and {das}")
+    if das is not None and mask is not None:
+        raise ValueError("mask needs features, which it is a mask of")
     held_out, penalty = check_number(held_out, "held_out", 0, 1), check_number(penalty, "penalty", 0)
     epochs, batch_size = check_integer(epochs, "epochs"), check_integer(batch_size, "batch_size", 1)
     lr, (first, last) = check_positive(lr, "lr"), (check_positive(t, "temperatures") for t in temperatures)
@@ -196,10 +200,10 @@ def localize(
         raise ValueError(f"base must have pairs to train on and to judge by, got {count} with held_out={held_out}")
     model: _Gates | _Rotation
     if das is not None:
-        model = _Rotation(base.shape[1], check_integer(das, "das", 1, base.shape[1]), generator)
+        model = _Rotation(base, source, check_integer(das, "das", 1, base.shape[1]), generator)
     else:
         assert features is not None
-        model = _Gates(features, None if mask is None else check_tensor(mask, "mask"))
+        model = _Gates(base, source, features, None if mask is None else check_tensor(mask, "mask"))
     model.to(base.device)
     losses: list[float] = []
     if mask is None:
@@ -209,8 +213,7 @@ def localize(
         with progress_bar(total=steps, desc="localize", unit=" steps", delay=2, progress=progress) as bar:
             for step, numbers in enumerate(order):
                 temperature = first + (last - first) * step / max(1, steps - 1)
-                patched = model(base[numbers], source[numbers], temperature)
-                loss = nn.functional.cross_entropy(logits(patched, numbers), labels[numbers])
+                loss = nn.functional.cross_entropy(logits(model(numbers, temperature), numbers), labels[numbers])
                 optimizer.zero_grad()
                 (loss + penalty * model.size(temperature)).backward()
                 optimizer.step()
@@ -220,8 +223,8 @@ def localize(
 
     @torch.no_grad()
     def right(temperature: float | None) -> Tensor:
-        parts = [(logits(model(base[n], source[n], temperature), n), labels[n]) for n in judged.split(batch_size)]
-        return torch.cat([found.argmax(-1) == wanted for found, wanted in parts]).double().cpu()
+        parts = [logits(model(n, temperature), n).argmax(-1) == labels[n] for n in judged.split(batch_size)]
+        return torch.cat(parts).double().cpu()
 
     hard = right(None)
     own = None if changes is None else changes[judged].cpu()
@@ -241,11 +244,17 @@ def localize(
 
 
 class _Gates(nn.Module):
-    """A gate for each entry of a mask: sigmoid(theta / T), or theta > 0 where there is no temperature."""
+    """A gate for each entry of a mask: sigmoid(theta / T), or theta > 0 where there is no temperature.
 
-    def __init__(self, features: Featurizer, mask: Tensor | None) -> None:
+    Codes of a mixture do not change while a mask is learnt: they are computed once.
+    """
+
+    def __init__(self, base: Tensor, source: Tensor, features: Featurizer, mask: Tensor | None) -> None:
         super().__init__()
-        self.features = features
+        self.base, self.source, self.features = base, source, features
+        with torch.no_grad():
+            stored = isinstance(features, MFAFeaturizer)
+            self.codes = [features.code(x) for x in (base, source)] if stored else []  # type: ignore[attr-defined]
         self.theta = nn.Parameter(torch.zeros(features.n_masked))
         self.register_buffer("mask", mask)
 
@@ -261,18 +270,24 @@ class _Gates(nn.Module):
     def selected(self) -> int:
         return int((self.gates(None) > 0).sum())
 
-    def forward(self, base: Tensor, source: Tensor, temperature: float | None) -> Tensor:
-        return self.features.interchange(base, source, self.gates(temperature))
+    def forward(self, numbers: Tensor, temperature: float | None) -> Tensor:
+        base, source, gates = self.base[numbers], self.source[numbers], self.gates(temperature)
+        if not self.codes:
+            return self.features.interchange(base, source, gates)
+        own, others = (Code(**{name: part[numbers] for name, part in vars(code).items()}) for code in self.codes)
+        assert isinstance(self.features, MFAFeaturizer)
+        return self.features.interchange(base, None, gates, base_code=own, source_code=others)
 
 
 class _Rotation(nn.Module):
     """k orthonormal directions, along which the coordinates are the source's."""
 
-    def __init__(self, features: int, k: int, generator: torch.Generator) -> None:
+    def __init__(self, base: Tensor, source: Tensor, k: int, generator: torch.Generator) -> None:
         super().__init__()
-        linear = nn.Linear(k, features, bias=False)
+        self.base, self.source = base, source
+        linear = nn.Linear(k, base.shape[1], bias=False)
         with torch.no_grad():
-            linear.weight.copy_(torch.linalg.qr(torch.randn(features, k, generator=generator)).Q)
+            linear.weight.copy_(torch.linalg.qr(torch.randn(base.shape[1], k, generator=generator)).Q)
         self.linear = torch.nn.utils.parametrizations.orthogonal(linear)
 
     def directions(self) -> Tensor:
@@ -285,9 +300,9 @@ class _Rotation(nn.Module):
     def selected(self) -> int:
         return self.directions().shape[1]
 
-    def forward(self, base: Tensor, source: Tensor, temperature: float | None) -> Tensor:
-        directions = self.directions().to(base)
-        return base + ((source - base) @ directions) @ directions.mT
+    def forward(self, numbers: Tensor, temperature: float | None) -> Tensor:
+        directions, base = self.directions().to(self.base), self.base[numbers]
+        return base + ((self.source[numbers] - base) @ directions) @ directions.mT
 
 
 def _share(right: Tensor, of: Tensor | None) -> float | None:

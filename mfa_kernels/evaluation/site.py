@@ -90,7 +90,7 @@ class Site:
         Returns:
             (n, V).
         """
-        hidden = self._hidden[pairs].clone()
+        hidden = self._hidden[pairs]
         rows = torch.arange(len(pairs), device=hidden.device)
         hidden = hidden.index_put((rows, self._column[pairs]), patched.to(hidden))
         inputs = {name: value[pairs] for name, value in self._inputs.items()}

@@ -136,6 +136,15 @@ def test_features_of_an_autoencoder():
     torch.testing.assert_close(moved - base, (features.encode(source) - features.encode(base)) @ weight.mT)
 
 
+def test_codes_are_computed_once(problem, monkeypatch):
+    mfa, base, source, region = problem
+    features, calls = MFAFeaturizer(mfa), []
+    code = features.code
+    monkeypatch.setattr(features, "code", lambda x: calls.append(len(x)) or code(x))
+    localize(tells_a(mfa), region[:, 1] % 4, base, source, features, epochs=2, **QUIET)
+    assert calls == [300, 300]
+
+
 def test_the_same_seed_gives_the_same(problem):
     mfa, base, source, region = problem
     one, other = (
@@ -154,6 +163,7 @@ def test_the_same_seed_gives_the_same(problem):
         ({"source": torch.zeros(299, 48)}, ValueError, "source must have the shape"),
         ({"features": None}, ValueError, "features or das must be given, and not both"),
         ({"das": 3}, ValueError, "features or das must be given, and not both"),
+        ({"features": None, "das": 3, "mask": torch.ones(3)}, ValueError, "mask needs features"),
         ({"changes": torch.zeros(2)}, ValueError, r"changes must have shape \(300,\)"),
         ({"held_out": 1.5}, ValueError, "held_out must be"),
         ({"logits": 3}, TypeError, "logits must be"),
