@@ -71,7 +71,7 @@ class LinearFeaturizer:
         """The k principal directions of activations (N, D), all where k is None."""
         x = check_floats(x, "x")
         _, _, directions = torch.linalg.svd(x.double() - x.double().mean(0), full_matrices=False)
-        return cls(directions[:k].mT.to(x).contiguous())
+        return cls(directions[:k].mT.float().contiguous())
 
     @classmethod
     def random(cls, n_features: int, k: int, seed: int = 0) -> LinearFeaturizer:
@@ -208,14 +208,17 @@ def localize(
     losses: list[float] = []
     if mask is None:
         steps = epochs * -(-trained // batch_size)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        learnt = list(model.parameters())
+        optimizer = torch.optim.AdamW(learnt, lr=lr, weight_decay=0.0)
         order = (n for _ in range(epochs) for n in torch.randperm(trained, generator=generator).split(batch_size))
         with progress_bar(total=steps, desc="localize", unit=" steps", delay=2, progress=progress) as bar:
             for step, numbers in enumerate(order):
                 temperature = first + (last - first) * step / max(1, steps - 1)
                 loss = nn.functional.cross_entropy(logits(model(numbers, temperature), numbers), labels[numbers])
-                optimizer.zero_grad()
-                (loss + penalty * model.size(temperature)).backward()
+                # Of the gates alone: a mixture or a network that could be trained keeps the gradients that it has.
+                whole = loss + penalty * model.size(temperature)
+                for parameter, gradient in zip(learnt, torch.autograd.grad(whole, learnt)):
+                    parameter.grad = gradient
                 optimizer.step()
                 losses.append(float(loss.detach()))
                 bar.update(1)
@@ -228,16 +231,16 @@ def localize(
 
     hard = right(None)
     own = None if changes is None else changes[judged].cpu()
-    learnt = isinstance(model, _Gates) and mask is None
+    has_gates = isinstance(model, _Gates) and mask is None
     return Localization(
         iia=float(hard.mean()),
-        iia_soft=float(right(last).mean()) if learnt else None,
+        iia_soft=float(right(last).mean()) if has_gates else None,
         cause=_share(hard, own),
         isolation=_share(hard, None if own is None else ~own),
         n_selected=model.selected(),
         n_masked=base.shape[1] if features is None else features.n_masked,
         same_region=_same_region(features, base[judged], source[judged]),
-        theta=model.theta.detach() if isinstance(model, _Gates) and learnt else None,
+        theta=model.theta.detach() if isinstance(model, _Gates) and has_gates else None,
         directions=model.directions().detach() if isinstance(model, _Rotation) else None,
         losses=losses,
     )
@@ -255,6 +258,8 @@ class _Gates(nn.Module):
         with torch.no_grad():
             stored = isinstance(features, MFAFeaturizer)
             self.codes = [features.code(x) for x in (base, source)] if stored else []  # type: ignore[attr-defined]
+        if mask is not None and tuple(mask.shape) != (features.n_masked,):
+            raise ValueError(f"mask must have shape ({features.n_masked},), got {tuple(mask.shape)}")
         self.theta = nn.Parameter(torch.zeros(features.n_masked))
         self.register_buffer("mask", mask)
 

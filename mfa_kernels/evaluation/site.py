@@ -20,6 +20,7 @@ from mfa_kernels.common.checks import check_integer, check_integers
 from mfa_kernels.data.language_model import (
     check_evaluating,
     hidden_states,
+    input_device,
     resolve_layer,
     takes,
     with_hidden_states,
@@ -43,7 +44,8 @@ class Site:
 
     Attributes:
         base, source: activations at the site, (N, D), without gradients.
-        skips: True where the layers below the site do not run again; otherwise, after a warning, they do.
+        skips: True where the layers below the site do not run again. They do where `layer` is no layer of a stack, and,
+            after a warning, where the model is another one without them.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument.
@@ -137,6 +139,8 @@ class Site:
     @torch.no_grad()
     def _can_skip(self) -> bool:
         """Tries on the first prompts whether the model without the layers below is the model."""
+        if not self._below:
+            return False
         few = torch.arange(min(4, len(self.base)), device=self.base.device)
         inputs = {name: value[few] for name, value in self._inputs.items()}
         expected = self._run(inputs)[few, self._answer[few]]
@@ -176,15 +180,19 @@ class Site:
 
             return forward
 
-        replaced = dict(self._below)
-        for module, example in replaced.items():
-            module.forward = handing_on(example)
-        self._module.forward = lambda *given, **named: with_hidden_states(self._output, hidden)
+        stands_in = {module: handing_on(example) for module, example in self._below.items()}
+        stands_in[self._module] = lambda *given, **named: with_hidden_states(self._output, hidden)
+        before = {module: vars(module).get("forward") for module in stands_in}  # other tools may have put one there
         try:
+            for module, forward in stands_in.items():
+                module.forward = forward
             yield
         finally:
-            for module in [*replaced, self._module]:
-                del module.forward
+            for module, forward in before.items():
+                if forward is not None:
+                    module.forward = forward
+                elif "forward" in vars(module):
+                    del module.forward
 
 
 def _checked_inputs(model: Any, given: Any, name: str) -> dict[str, Tensor]:
@@ -196,7 +204,8 @@ def _checked_inputs(model: Any, given: Any, name: str) -> dict[str, Tensor]:
     if ids.dim() != 2 or not len(ids):
         raise ValueError(f"{name}['input_ids'] must have shape (N, T), got {tuple(ids.shape)}")
     mask = inputs.get("attention_mask")
-    return {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
+    return {key: value.to(input_device(model)) for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
 def _columns(mask: Tensor, position: Any, name: str) -> Tensor:

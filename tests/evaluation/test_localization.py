@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -145,6 +146,19 @@ def test_codes_are_computed_once(problem, monkeypatch):
     assert calls == [300, 300]
 
 
+def test_a_mixture_that_could_be_trained_keeps_its_gradients(problem):
+    mfa, base, source, region = problem
+    own = copy.deepcopy(mfa).requires_grad_(True)
+    localize(tells_a(own), region[:, 1] % 4, base, source, MFAFeaturizer(own), epochs=1, **QUIET)
+    assert all(p.grad is None for p in own.parameters())
+
+
+def test_principal_directions_of_low_precision():
+    x = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moved = LinearFeaturizer.principal(x).interchange(x[:30].float(), x[30:].float(), torch.ones(5))
+    torch.testing.assert_close(moved, x[30:].float(), rtol=1e-4, atol=1e-4)
+
+
 def test_the_same_seed_gives_the_same(problem):
     mfa, base, source, region = problem
     one, other = (
@@ -168,6 +182,11 @@ def test_the_same_seed_gives_the_same(problem):
         ({"held_out": 1.5}, ValueError, "held_out must be"),
         ({"logits": 3}, TypeError, "logits must be"),
         ({"temperatures": (1.0, 0.0)}, ValueError, "temperatures must be"),
+        (
+            {"features": LinearFeaturizer(n_features=48), "mask": torch.ones(1)},
+            ValueError,
+            r"mask must have shape \(48,\)",
+        ),
         ({"mask": torch.ones(3)}, ValueError, r"mask must have shape \(16,\)"),
     ],
 )

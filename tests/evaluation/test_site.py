@@ -93,6 +93,44 @@ def test_layers_below_do_not_run_again_and_come_back(model):
     assert all("forward" not in vars(layer) for layer in stack)
 
 
+def test_what_other_tools_have_put_there_stays(model):
+    """accelerate, for one, replaces the forward of a layer that it moves between devices."""
+    stack = model.get_submodule(Site(model, 1, prompts(TEXTS), prompts(OTHERS)).layer.rpartition(".")[0])
+    calls = []
+
+    def wrapped(layer):
+        original = layer.forward
+        return lambda *given, **named: calls.append(1) or original(*given, **named)
+
+    for layer in stack:
+        layer.forward = wrapped(layer)
+    own = [layer.forward for layer in stack]
+    site = Site(model, 1, prompts(TEXTS), prompts(OTHERS))
+    assert site.skips
+    assert [layer.forward for layer in stack] == own
+    with torch.no_grad(), pytest.raises(IndexError):
+        site.logits(site.base, torch.tensor([0, 1, 2, 99]))
+    assert [layer.forward for layer in stack] == own
+    calls.clear()
+    with torch.no_grad():
+        site.logits(site.base, torch.arange(4))
+    assert len(calls) == len(stack) - 2, "the layers above"
+
+
+def test_a_part_of_a_layer_is_a_site_too(model):
+    """There, the layers below run again: nothing is said, since that is what was asked for."""
+    part = next(name for name, _ in model.named_modules() if name.endswith(".1.mlp"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        site = Site(model, part, prompts(TEXTS), prompts(OTHERS))
+    assert not site.skips
+    with torch.no_grad():
+        found = site.logits(site.base, torch.arange(4))
+        inputs = prompts(TEXTS)
+        whole = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits[:, -1]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_reach_the_site_alone(model):
     site = Site(model, 1, prompts(TEXTS), prompts(OTHERS))
     patched = site.base.clone().requires_grad_()
