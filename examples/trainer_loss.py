@@ -29,7 +29,8 @@ class RegionTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
         outputs = model(**inputs, output_hidden_states=True)
-        hidden = outputs.hidden_states[self.layer + 1]  # the first is the embedding
+        hidden = outputs.hidden_states[self.layer + 1]  # the first is the embedding, and the last may be normalised
+        self.mfa.to(hidden.device)  # where the Trainer has put the model
         surprise = self.mfa(hidden[:, 1:].flatten(0, 1))  # the first token is an attention sink, unlike any other
         self.seen.append(float(surprise.detach()))
         loss = outputs.loss + WEIGHT * surprise / self.mfa.n_features

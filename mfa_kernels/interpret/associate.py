@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import check_integer, check_tensor, shown
+from mfa_kernels.common.checks import check_integer, check_integers, check_tensor, shown
 from mfa_kernels.mixture.codes import Code
 
 _LEAST_ROWS = 20  # of a region whose latents are looked at
@@ -65,13 +65,16 @@ class Association:
 
 @torch.no_grad()
 def associate(
-    code: Code, labels: Any, *, n_permutations: int = 200, min_rows: int = _LEAST_ROWS, seed: int = 0
-) -> Association:
+    code: Code, labels: Any, *, groups: Any = None, n_permutations: int = 200, min_rows: int = _LEAST_ROWS,
+    seed: int = 0,
+) -> Association:  # fmt: skip
     """Compares the regions and latents of rows with their labels.
 
     Args:
         code: of N rows, as `encode` returns it; the first component of each is its region.
         labels: N of them: strings, booleans or integers are classes, floats are values.
+        groups: (N,) integers, such as `store.texts`, where a label belongs to a whole text: rows of one text are alike,
+            and labels that are shuffled row by row would look too surprising. Whole groups are shuffled then.
         n_permutations: shuffles of the labels that chance is told from.
         min_rows: rows of a region, below which its latents are left out.
         seed: of the shuffles.
@@ -86,17 +89,15 @@ def associate(
     component, latents = code.components[..., 0].flatten().cpu(), code.latents[..., 0, :].double().cpu()
     latents = latents.reshape(len(component), latents.shape[-1])
     values, classes = _labels(labels, len(component))
+    group = _groups(groups, values)
     own = component >= 0
-    component, latents, values = component[own], latents[own], values[own]
+    component, latents, values, group = component[own], latents[own], values[own], group[own]
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Any] = dict.fromkeys(("nmi", "nmi_null", "purity", "purity_null", "p"))
     if classes and len(component):
         region = component.unique(return_inverse=True)[1]
         nmi, purity = _agreement(region, values.long())
-        shuffled = [
-            _agreement(region, values.long()[torch.randperm(len(region), generator=generator)])
-            for _ in range(n_permutations)
-        ]
+        shuffled = [_agreement(region, _shuffled(values, group, generator).long()) for _ in range(n_permutations)]
         least = sum(other >= nmi - 1e-12 for other, _ in shuffled)
         found = {
             "nmi": nmi, "nmi_null": sum(one for one, _ in shuffled) / n_permutations, "purity": purity,
@@ -107,13 +108,16 @@ def associate(
     for k in component.unique().tolist():
         here = component == k
         if int(here.sum()) >= min_rows and latents.shape[1]:
-            of_latents += _of_region(k, latents[here], values[here], classes, n_permutations, generator)
+            given = latents[here], values[here], group[here], classes
+            of_latents += _of_region(k, *given, n_permutations, generator)
     of_latents.sort(key=lambda latent: -abs(latent.correlation))
     return Association(**found, latents=of_latents, rows=len(component))
 
 
 def _labels(labels: Any, count: int) -> tuple[Tensor, int]:
     """Labels as numbers (N,) float64, and the number of classes, 0 where they are values."""
+    if getattr(getattr(labels, "dtype", None), "kind", "") in ("U", "O"):  # NumPy's and pandas' texts
+        labels = labels.tolist()
     if isinstance(labels, Sequence) and not isinstance(labels, str) and all(isinstance(each, str) for each in labels):
         names = sorted(set(labels))
         number = {name: i for i, name in enumerate(names)}
@@ -145,18 +149,41 @@ def _agreement(region: Tensor, label: Tensor) -> tuple[float, float]:
     return (2 * (both - entropies[0]) / both if both > 0 else 1.0), purity
 
 
+def _groups(groups: Any, values: Tensor) -> Tensor:
+    """Numbers of the groups that are shuffled whole, (N,): each row is one where none are given."""
+    if groups is None:
+        return torch.arange(len(values))
+    found = check_integers(groups, "groups").cpu().flatten()
+    if len(found) != len(values):
+        raise ValueError(f"groups must be one for each of {len(values)} rows, got {len(found)}")
+    number = found.unique(return_inverse=True)[1]
+    first = torch.zeros(int(number.max()) + 1, dtype=values.dtype).index_put((number,), values)
+    if bool((first[number] != values).any()):
+        raise ValueError("groups must have one label each, but labels vary inside of one: leave groups out")
+    return number
+
+
+def _shuffled(values: Tensor, group: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels (n,) with those of whole groups exchanged."""
+    names, number = group.unique(return_inverse=True)
+    of_group = torch.zeros(len(names), dtype=values.dtype).index_put((number,), values)
+    return of_group[torch.randperm(len(names), generator=generator)][number]
+
+
 def _of_region(
-    component: int, latents: Tensor, values: Tensor, classes: int, n_permutations: int, generator: torch.Generator
-) -> list[LatentAssociation]:
+    component: int, latents: Tensor, values: Tensor, group: Tensor, classes: int, n_permutations: int,
+    generator: torch.Generator,
+) -> list[LatentAssociation]:  # fmt: skip
     """The associations of the latents (n, R) of a region with the labels of its rows, (n,)."""
     if len(values.unique()) < 2:
         return []
     ranks = torch.stack([_ranks(column) for column in latents.unbind(1)], 1)
-    label = values.unique(return_inverse=True)[1] if classes > 2 else _ranks(values)
-    order = torch.stack([torch.randperm(len(values), generator=generator) for _ in range(n_permutations)])
-    measure = _between if classes > 2 and len(values.unique()) > 2 else _correlation
-    own = measure(ranks, label.unsqueeze(0))[0]
-    strongest = measure(ranks, label[order]).abs().amax(1)
+    label = values.unique(return_inverse=True)[1].double() if classes > 2 else _ranks(values)
+    measure = _between if classes > 2 else _correlation
+    own = measure(ranks, label)
+    strongest = torch.stack(
+        [measure(ranks, _shuffled(label, group, generator)).abs().max() for _ in range(n_permutations)]
+    )
     return [
         LatentAssociation(
             component, axis, len(values), float(value),
@@ -173,18 +200,18 @@ def _ranks(values: Tensor) -> Tensor:
     return (last - (counts.double() - 1) / 2)[inverse]
 
 
-def _correlation(ranks: Tensor, labels: Tensor) -> Tensor:
-    """Correlations of ranks (n, R) with each of several labels (P, n): (P, R); 0 for what does not vary."""
-    centered, other = ranks - ranks.mean(0), labels.double() - labels.double().mean(1, keepdim=True)
-    norm = other.norm(dim=1, keepdim=True) * centered.norm(dim=0)
+def _correlation(ranks: Tensor, label: Tensor) -> Tensor:
+    """Correlations of ranks (n, R) with labels (n,): (R,); 0 for what does not vary."""
+    centered, other = ranks - ranks.mean(0), label - label.mean()
+    norm = other.norm() * centered.norm(dim=0)
     return torch.where(norm > 0, other @ centered / norm.clamp_min(1e-300), 0)
 
 
-def _between(ranks: Tensor, labels: Tensor) -> Tensor:
-    """Roots of the shares of the variance of ranks (n, R) between classes, for several labels (P, n): (P, R)."""
-    centered = ranks - ranks.mean(0)
+def _between(ranks: Tensor, label: Tensor) -> Tensor:
+    """Roots of the shares of the variance of ranks (n, R) that lie between classes (n,): (R,)."""
+    centered, number = ranks - ranks.mean(0), label.long()
+    counts = torch.bincount(number).double()
+    sums = centered.new_zeros(len(counts), ranks.shape[1]).index_add_(0, number, centered)
+    between = (sums.square() / counts.clamp_min(1).unsqueeze(1)).sum(0)
     whole = centered.square().sum(0)
-    one_hot = torch.nn.functional.one_hot(labels.long()).double()  # (P, n, C)
-    means = torch.einsum("pnc,nr->pcr", one_hot, centered) / one_hot.sum(1).clamp_min(1).unsqueeze(-1)
-    between = torch.einsum("pc,pcr->pr", one_hot.sum(1), means.square())
-    return torch.where(whole > 0, between / whole.clamp_min(1e-300), 0).sqrt()
+    return torch.where(whole > 0, between / whole.clamp_min(1e-300), 0).clamp_max(1).sqrt()

@@ -121,7 +121,8 @@ def calls(folder: Path) -> dict[str, Call]:
                                                   "direction": 0}),
         "to_dense": Call(code.to_dense, {"mfa": made}),
         "associate": Call(interpret.associate, {"code": code, "labels": torch.arange(len(code.dropped)) % 3,
-                                                "n_permutations": 5, "min_rows": 3, "seed": 0}),
+                                                "groups": torch.arange(len(code.dropped)), "n_permutations": 5,
+                                                "min_rows": 3, "seed": 0}),
     }  # fmt: skip
     apart = MFA.from_centroids(harvested.tensor()[[0, 7, 13]], 2, noise_variance=1e-3)
     given |= of_text(folder, reader, apart, harvested)

@@ -100,6 +100,34 @@ def test_the_same_seed_gives_the_same(code):
     assert associate(code, label) == associate(code, [f"class {int(each)}" for each in label])
 
 
+def test_labels_of_whole_texts_are_shuffled_as_wholes(code):
+    """Thirty texts of twenty rows, each text in one region: row by row it looks far from chance, by texts as it is."""
+    generator = torch.Generator().manual_seed(5)
+    text = torch.arange(N) // 20
+    component = torch.randint(4, (30,), generator=generator)[text].unsqueeze(1)
+    own = Code(component, code.responsibilities, code.latents, code.dropped)
+    label = torch.randint(2, (30,), generator=generator)[text]
+    assert associate(own, label).p == pytest.approx(1 / 201)
+    assert associate(own, label, groups=text).p > 0.05
+    knows = associate(own, component[:, 0] % 2, groups=text)
+    assert knows.p == pytest.approx(1 / 201)
+    with pytest.raises(ValueError, match="groups must have one label each"):
+        associate(own, torch.arange(N) % 2, groups=text)
+    with pytest.raises(ValueError, match="groups must be one for each of 600 rows"):
+        associate(own, label, groups=text[:7])
+
+
+def test_texts_of_numpy(code):
+    label = np.array(["a", "b", "c"])[np.arange(N) % 3]
+    assert associate(code, label) == associate(code, list(label)) == associate(code, label.astype(object))
+
+
+def test_many_classes_take_no_memory(code):
+    """As tokens are; the correlation is then never below 0, in small regions too."""
+    found = associate(code, torch.arange(N) // 2, n_permutations=3, min_rows=3)
+    assert all(0 <= latent.correlation <= 1 for latent in found.latents)
+
+
 @pytest.mark.parametrize(
     ("labels", "error", "message"),
     [
