@@ -40,13 +40,14 @@ from mfa_kernels.interpret.lens import LogitLens, LogitShift, TokenChange, logit
 from mfa_kernels.interpret.neighbors import neighbors
 from mfa_kernels.interpret.regions import RegionSummary, TokenShare, interesting_regions, region_summaries
 from mfa_kernels.interpret.report import write_report
-from mfa_kernels.interpret.topics import Topic, topics
+from mfa_kernels.interpret.topics import GenreCounts, Topic, genre_counts, topic_direction, topic_regions, topics
 
 __all__ = [
     "Assignments",
     "Association",
     "AxisContexts",
     "Context",
+    "GenreCounts",
     "Label",
     "LatentAssociation",
     "LogitLens",
@@ -58,6 +59,7 @@ __all__ = [
     "assignments",
     "associate",
     "axis_contexts",
+    "genre_counts",
     "genres_of",
     "interesting_regions",
     "label_prompt",
@@ -73,6 +75,8 @@ __all__ = [
     "regions_map",
     "show_token",
     "top_contexts",
+    "topic_direction",
+    "topic_regions",
     "topics",
     "write_delphi_cache",
     "write_labels",

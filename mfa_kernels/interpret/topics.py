@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mfa_kernels.common.checks import check_choice, check_integer
+from mfa_kernels.common.checks import check_choice, check_integer, check_mixture, check_number
 from mfa_kernels.interpret.contexts import Assignments, check_tokenizer, ensure_assignments, show_token
 from mfa_kernels.interpret.genre_words import FUNCTION_WORDS
 from mfa_kernels.interpret.genres import genres_of
@@ -226,6 +226,7 @@ def topic_regions(counts: GenreCounts, genre: str, n: int | None = None, least: 
     Raises:
         ValueError: no region says anything of that genre.
     """
+    counts, least = _checked(counts), check_number(least, "least")
     here = counts.genres == counts.number(genre)
     components = counts.components[here]
     weights = counts.counts[here] * counts.telling[here].clamp_min(0)
@@ -246,6 +247,7 @@ def topic_direction(mfa: Any, counts: GenreCounts, genre: str, n: int | None = N
         mfa: the mixture, with `means` (K, D).
         counts, genre, n, least: as for `topic_regions`.
     """
+    check_mixture(mfa)
     components, weights = topic_regions(_checked(counts, mfa.n_components), genre, n, least)
     means = mfa.means.detach().double().cpu()
     overall = torch.zeros(mfa.n_components, dtype=torch.float64).index_add_(
@@ -304,9 +306,9 @@ def _pairs(first: Tensor, second: Tensor, width: int) -> tuple[Tensor, Tensor, T
     return keys // max(width, 1), keys % max(width, 1), counts
 
 
-def _checked(counts: GenreCounts, n_components: int) -> GenreCounts:
+def _checked(counts: GenreCounts, n_components: int | None = None) -> GenreCounts:
     if not isinstance(counts, GenreCounts):
         raise TypeError(f"counts must be what `genre_counts` returned, got {type(counts).__name__}")
-    if counts.n_components != n_components:
+    if n_components is not None and counts.n_components != n_components:
         raise ValueError(f"counts are of {counts.n_components} components, but mfa has {n_components}")
     return counts

@@ -195,6 +195,8 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
     around = {"before": 2, "after": 2, "assigned": None, **quiet}
     summaries = interpret.region_summaries(mfa, store, tokenizer, n_contexts=0, **quiet)
     steered = partial(steer, model, mfa, 1, 1, 0.5)
+    counted = interpret.genre_counts(mfa, store, **quiet)
+    genre = counted.names[int(counted.genres[counted.telling.argmax()])]
     calls = {
         "axis_contexts": Call(interpret.axis_contexts, {**shown, "component": region, "axis": 0, "n": 2, "quantiles": (
             0.0, 1.0), **around}),
@@ -222,6 +224,10 @@ def of_text(folder: Path, reader: tuple[Any, Any], mfa: MFA, store: data.Activat
     (folder / "answers" / f"region-{region}.answer.txt").write_text("a label")
     asked = {**shown, "components": [region], "n_contexts": 1, "assigned": None, **quiet}
     calls |= {
+        "genre_counts": Call(interpret.genre_counts, {**own, "assigned": None, **quiet}),
+        "topic_regions": Call(interpret.topic_regions, {"counts": counted, "genre": genre, "n": 2, "least": -1.0}),
+        "topic_direction": Call(interpret.topic_direction, {"mfa": mfa, "counts": counted, "genre": genre, "n": 2,
+                                                            "least": -1.0}),
         "topics": Call(interpret.topics, {**shown, "n": 2, "n_words": 2, "min_rows": 1, "assigned": None, **quiet}),
         "genres_of": Call(interpret.genres_of, {"sources": ["a/1", "b/2"]}),
         "label_prompt": Call(interpret.label_prompt, {"summary": summaries[region]}),
