@@ -137,7 +137,7 @@ def exercises() -> dict[str, Callable[[Problem], Any]]:
 
     def decoded_gradients(p: Problem) -> None:
         grad = torch.ones(len(p.x), _FEATURES, device=p.x.device)
-        torch.ops.mfa_kernels.decode_backward(grad, *slots(p), *p.parameters[:2])
+        torch.ops.mfa_kernels.decode_backward(grad, *slots(p), *p.parameters[:2], [True, True])
 
     return {
         "factors": lambda p: p.woodbury(),  # of the CUDA library, where there is one

@@ -387,7 +387,7 @@ def examples() -> dict[str, list[tuple]]:
         components = torch.tensor([[0, 2], [1, -1], [3, 3]], device=DEVICE).int()
         code = [torch.rand(3, 2).to(x).requires_grad_(), torch.randn(3, 2, 2).to(x).requires_grad_()]
         upstream = torch.ones(7).to(x), torch.zeros(7, 4).to(x)
-        active = m.active(x, slots=4)
+        active, ones, wide = m.active(x, slots=4), torch.ones(3, 2).to(x), torch.ones(3, 21).to(x)
         cases = {
             "factors": tuple(leaves[1:4]),
             "log_prob": (*leaves, *woodbury, 4),
@@ -395,9 +395,9 @@ def examples() -> dict[str, list[tuple]]:
             "component_log_prob": (*leaves[:4], *woodbury),
             "component_log_prob_backward": (torch.ones(7, 9).to(x), x, *m[:3], *woodbury, [True, False, True, True]),
             "latents": (leaves[0], n, k, *leaves[1:4], *woodbury),
-            "latents_backward": (torch.ones(3, 2).to(x), torch.ones(3, 2).to(x), x, n, k, *m[:3], f.cholesky),
+            "latents_backward": (ones, ones, x, n, k, *m[:3], f.cholesky, [True, False, True, True]),
             "decode": (components, *code, *leaves[1:3]),
-            "decode_backward": (torch.ones(3, 21).to(x), components, *(t.detach() for t in code), *m[:2]),
+            "decode_backward": (wide, components, *(t.detach() for t in code), *m[:2], [True, False]),
         }
         sums = SufficientStatistics.zeros(m.means, 2, per_component).tensors()[:6]
         weights = active.logits.softmax(-1)

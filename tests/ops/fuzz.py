@@ -50,9 +50,9 @@ def calls(components: int, features: int, rank: int, per_component: bool, tokens
         "component_log_prob": [x, *m[:3], *f.tensors()],
         "component_log_prob_backward": [torch.ones(tokens_, components), x, *m[:3], *f.tensors(), [True] * 4],
         "latents": [*pairs, *f.tensors()],
-        "latents_backward": [torch.ones(tokens_, rank), z, *pairs, f.cholesky],
+        "latents_backward": [torch.ones(tokens_, rank), z, *pairs, f.cholesky, [True] * 4],
         "decode": [*slots, *m[:2]],
-        "decode_backward": [torch.ones(tokens_, features), *slots, *m[:2]],
+        "decode_backward": [torch.ones(tokens_, features), *slots, *m[:2], [True] * 2],
         "nearest": [x, m.means, center, None],
         "cluster_sums": [x, center, owner, distance, None, *ClusterSums.zeros(m.means)],
         "statistics": [

@@ -142,8 +142,23 @@ _MAP = {"means": "real(K, D)", "loadings": "means(K, D, R)"}
 
 
 def _latents_gradient(saved, needs, grad):
-    grad_x, *parameters = torch.ops.mfa_kernels.latents_backward(grad, *saved)
+    wanted = [needs[0], *needs[3:6]]
+    grad_x, *parameters = torch.ops.mfa_kernels.latents_backward(grad, *saved, wanted)
+    grad_x, *parameters = (g if n else None for g, n in zip((grad_x, *parameters), wanted))
     return grad_x, None, None, *parameters
+
+
+def _decode_gradient(saved, needs, grad):
+    gradients = torch.ops.mfa_kernels.decode_backward(grad, *saved, list(needs[3:5]))
+    return None, *(g if n else None for g, n in zip(gradients, needs[1:5]))
+
+
+def _where_needed(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Empty tensors like these, of size 0 where no gradient is needed."""
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if n else t.new_empty(0)
+        for t, n in zip(tensors, needs)
+    )
 
 
 @operator(
@@ -162,15 +177,15 @@ def _latents(pairs: Pairs, means: Tensor, loadings: Tensor, noise_variance: Tens
 @operator(
     "latents_backward",
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    {"grad": "means(P, R)", "latents": "means(P, R)", **_PAIRS, **trust.PARAMETERS, "cholesky": "means(K, R, R)"},
-    last=("x", "tokens", "components", "grad", "latents"),
-    fake=lambda given: tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format)
-        for t in (given.x, given.means, given.loadings, given.noise_variance)
-    ),
+    {
+        "grad": "means(P, R)", "latents": "means(P, R)", **_PAIRS, **trust.PARAMETERS, "cholesky": "means(K, R, R)",
+        "needs": "4 gradients",
+    },
+    last=("x", "tokens", "components", "grad", "latents", "needs"),
+    fake=lambda given: _where_needed((given.x, given.means, given.loadings, given.noise_variance), given.needs),
     gradient=NO_SECOND_DERIVATIVE,
     waits=True,  # for which pairs are none
-)
+)  # fmt: skip
 def _latents_backward(
     grad: Tensor,
     latents: Tensor,
@@ -179,11 +194,12 @@ def _latents_backward(
     loadings: Tensor,
     noise_variance: Tensor,
     cholesky: Tensor,
+    needs: list[bool],
 ) -> tuple[Tensor, ...]:
     trust.check_range("latents_backward", "tokens", pairs.tokens, 0, len(pairs.x))
     trust.check_range("latents_backward", "components", pairs.components, -1, len(means))
     with full_precision(means):
-        return portable.latents_backward(grad, latents, pairs, means, loadings, noise_variance, cholesky)
+        return portable.latents_backward(grad, latents, pairs, means, loadings, noise_variance, cholesky, needs)
 
 
 @operator(
@@ -192,7 +208,7 @@ def _latents_backward(
     {**_SLOTS, **_MAP},
     last=tuple(_SLOTS),
     fake=lambda given: given.means.new_empty(given.components.shape[0], given.means.shape[1]),
-    gradient=lambda saved, needs, grad: (None, *torch.ops.mfa_kernels.decode_backward(grad, *saved)),
+    gradient=_decode_gradient,
     saves=lambda inputs, output: inputs,
 )
 def _decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor) -> Tensor:
@@ -217,27 +233,31 @@ def _decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means
 @operator(
     "decode_backward",
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    {"grad": "means(N, D)", **_SLOTS, **_MAP},
-    last=(*_SLOTS, "grad"),
-    fake=lambda given: tuple(
-        torch.empty_like(t) for t in (given.responsibilities, given.latents, given.means, given.loadings)
+    {"grad": "means(N, D)", **_SLOTS, **_MAP, "needs": "2 gradients"},
+    last=(*_SLOTS, "grad", "needs"),
+    fake=lambda given: _where_needed(
+        (given.responsibilities, given.latents, given.means, given.loadings), (True, True, *given.needs)
     ),
     gradient=NO_SECOND_DERIVATIVE,
 )
 def _decode_backward(
-    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> tuple[Tensor, ...]:
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Those of means and loadings, which are as large as the mixture, where they are needed."""
     trust.check_range("decode_backward", "components", components, -1, len(means))
     with full_precision(means):
         if backends.serving(means, loadings.shape[2]) == "triton":
             from mfa_kernels.ops.pairs import triton_decode
 
-            tensors = [t.contiguous() for t in (grad, components, responsibilities, latents, means, loadings)]
+            code = components, responsibilities, latents, means, loadings
+            given: Any = (*(t.contiguous() for t in (grad, *code)), needs)
             trial = first_use.Trial(
-                lambda: triton_decode.decode_backward(*tensors),
-                lambda: portable.decode_backward(*tensors),
-                lambda found, before: spot_check.of_decoded_gradients(found, *tensors),
+                lambda: triton_decode.decode_backward(*given),
+                lambda: portable.decode_backward(*given),
+                lambda found, before: spot_check.of_decoded_gradients(found, *given[:6]),
             )
-            shape = means.shape[1], loadings.shape[2], means.dtype
-            return first_use.served("gradients of decode", means, shape, trial)
-        return portable.decode_backward(grad, components, responsibilities, latents, means, loadings)
+            shape = means.shape[1], loadings.shape[2], means.dtype, any(needs)
+            found = first_use.served("gradients of decode", means, shape, trial)
+            return *found[:2], *(g if n else g.new_empty(0) for g, n in zip(found[2:], needs))
+        return portable.decode_backward(grad, components, responsibilities, latents, means, loadings, needs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,14 +30,18 @@ def latents_backward(
     loadings: Tensor,
     noise_variance: Tensor,
     cholesky: Tensor,
+    needs: Sequence[bool] = (True,) * 4,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `latents` to x, means, loadings and noise: grad and latents (P, R), pairs in chunks.
+    """Gradients of `latents` to x, means, loadings and noise, of size 0 where not needed: grad and latents (P, R),
+    pairs in chunks.
 
     With u = x - mu, h = M^-1 grad and Lam = Psi^-1:  d x = -d mu = Lam W h,  d W = Lam (u - W z) h^T - Lam W h z^T,
     d Psi = -Lam^2 (W h) (u - W z).
     """
     x, tokens, components = pairs
-    grads = [torch.zeros(t.shape, dtype=means.dtype, device=means.device) for t in (x, means, loadings, noise_variance)]
+    grads = [
+        means.new_zeros(t.shape if needed else 0) for t, needed in zip((x, means, loadings, noise_variance), needs)
+    ]
     grad_x, grad_means, grad_loadings, grad_noise = grads
     held = (components != -1).nonzero().squeeze(-1)
     for pair in held.split(max(1, CHUNK // max(1, loadings[0].numel()))):
@@ -46,15 +52,19 @@ def latents_backward(
         left = x[n].to(means.dtype) - means[k] - torch.einsum("pdr,pr->pd", w, z)  # u - W z
         pull = precision * wh
         # index_put_ sorts where it would otherwise add in any order: index_add_ on a GPU is not deterministic.
-        grad_x.index_put_((n,), pull, accumulate=True)
-        grad_means.index_put_((k,), -pull, accumulate=True)
-        change = (precision * left).unsqueeze(-1) * h.unsqueeze(1) - pull.unsqueeze(-1) * z.unsqueeze(1)
-        grad_loadings.index_put_((k,), change, accumulate=True)
-        change = -precision * pull * left
-        if noise_variance.dim() == 2:
-            grad_noise.index_put_((k,), change, accumulate=True)
-        else:
-            grad_noise += change.sum(0)
+        if needs[0]:
+            grad_x.index_put_((n,), pull, accumulate=True)
+        if needs[1]:
+            grad_means.index_put_((k,), -pull, accumulate=True)
+        if needs[2]:
+            change = (precision * left).unsqueeze(-1) * h.unsqueeze(1) - pull.unsqueeze(-1) * z.unsqueeze(1)
+            grad_loadings.index_put_((k,), change, accumulate=True)
+        if needs[3]:
+            change = -precision * pull * left
+            if noise_variance.dim() == 2:
+                grad_noise.index_put_((k,), change, accumulate=True)
+            else:
+                grad_noise += change.sum(0)
     return grad_x.to(x.dtype), grad_means, grad_loadings, grad_noise
 
 
@@ -72,11 +82,13 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
 
 
 def decode_backward(
-    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `decode` to responsibilities, latents, means and loadings: grad (N, D), pairs in chunks."""
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `decode` to responsibilities and latents and, of size 0 where not needed, to means and loadings:
+    grad (N, D), pairs in chunks."""
     grad_r, grad_z = torch.zeros_like(responsibilities), torch.zeros_like(latents)
-    grad_means, grad_loadings = torch.zeros_like(means), torch.zeros_like(loadings)
+    grad_means, grad_loadings = (t.new_zeros(t.shape if n else 0) for t, n in zip((means, loadings), needs))
     tokens, columns = (components >= 0).nonzero(as_tuple=True)
     step = max(1, CHUNK // max(1, means.shape[1] * (1 + loadings.shape[2])))
     for n, c in zip(tokens.split(step), columns.split(step)):
@@ -84,8 +96,10 @@ def decode_backward(
         back = torch.einsum("pdr,pd->pr", loadings[k], g)
         grad_r[n, c] = (g * means[k]).sum(-1) + (back * z).sum(-1)
         grad_z[n, c] = r * back
-        grad_means.index_add_(0, k, r * g)
-        grad_loadings.index_add_(0, k, (r * g).unsqueeze(-1) * z.unsqueeze(1))
+        if needs[0]:
+            grad_means.index_add_(0, k, r * g)
+        if needs[1]:
+            grad_loadings.index_add_(0, k, (r * g).unsqueeze(-1) * z.unsqueeze(1))
     return grad_r, grad_z, grad_means, grad_loadings
 
 

@@ -9,6 +9,8 @@ Floor: the loadings of every slot, read once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -163,10 +165,14 @@ def decode(components: Tensor, responsibilities: Tensor, latents: Tensor, means:
 
 
 def decode_backward(
-    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `decode` to responsibilities, latents, means and loadings; grad is (N, D) float32, contiguous."""
-    grads = tuple(torch.empty_like(t) for t in (responsibilities, latents, means, loadings))
+    grad: Tensor, components: Tensor, responsibilities: Tensor, latents: Tensor, means: Tensor, loadings: Tensor,
+    needs: Sequence[bool] = (True, True),
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `decode` to responsibilities and latents and, of size 0 where neither is needed, to means and
+    loadings; grad is (N, D) float32, contiguous."""
+    of_parameters = any(needs)
+    grad_r, grad_z = torch.empty_like(responsibilities), torch.empty_like(latents)
+    grad_means, grad_loadings = (torch.empty_like(t) if of_parameters else t.new_empty(0) for t in (means, loadings))
     count, features, rank = loadings.shape
     slots = components.shape[-1]
     config = configs.configured(configs.Gradient, means, components.shape[0], count)
@@ -176,13 +182,22 @@ def decode_backward(
         if components.numel():
             code = (components, responsibilities, latents, means, loadings)
             slots_kernel[(components.numel(),)](
-                grad, *code, groups.order, *grads[:2], K=count, **sizes, **_tiles(config, rank)
+                grad, *code, groups.order, grad_r, grad_z, K=count, **sizes, **_tiles(config, rank)
             )
-        tiles = component_tiles(config, rank)
-        parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
-            grad, responsibilities, latents, groups.order, groups.starts, *grads[2:], **sizes, **tiles
-        )
-    return grads  # type: ignore[return-value]
+        if of_parameters:
+            tiles = component_tiles(config, rank)
+            parameters_kernel[(count * triton.cdiv(features, tiles["BD"]),)](
+                grad,
+                responsibilities,
+                latents,
+                groups.order,
+                groups.starts,
+                grad_means,
+                grad_loadings,
+                **sizes,
+                **tiles,
+            )
+    return grad_r, grad_z, grad_means, grad_loadings
 
 
 def _tiles(config: configs.Gradient, rank: int) -> dict[str, int]:

@@ -100,7 +100,7 @@ FAMILIES: dict[str, tuple[Callable[[], Any], Any, str]] = {
     "gradients": (gradients, triton_backward, "backward"),
     "decode": (lambda: pairs.decode(*slots(), *M[:2]), triton_decode, "decode"),
     "gradients of decode": (
-        lambda: torch.ops.mfa_kernels.decode_backward(torch.ones(9, 20), *slots(), *M[:2]), triton_decode,
+        lambda: torch.ops.mfa_kernels.decode_backward(torch.ones(9, 20), *slots(), *M[:2], [True, True]), triton_decode,
         "decode_backward",
     ),
     "statistics": (sums, triton_statistics, "accumulate"),

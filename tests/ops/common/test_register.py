@@ -25,7 +25,7 @@ component_log_prob_backward(Tensor grad, Tensor x, Tensor means, Tensor loadings
   Tensor grad_loadings, Tensor grad_noise)
 decode(Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor loadings) -> Tensor
 decode_backward(Tensor grad, Tensor components, Tensor responsibilities, Tensor latents, Tensor means, Tensor
-  loadings) -> (Tensor, Tensor, Tensor, Tensor)
+  loadings, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)
 factors(Tensor means, Tensor loadings, Tensor noise_variance) -> (Tensor rows, Tensor cholesky, Tensor log_det)
 int8_rows(Tensor rows, Tensor cholesky, Tensor scale, Tensor center, bool per_component) -> (Tensor rows8, Tensor
   means8, Tensor starts8, Tensor terms8, Tensor scale8)
@@ -36,7 +36,7 @@ intervene(Tensor hidden, Tensor coefficients, Tensor shift, Tensor rules, Tensor
 latents(Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor loadings, Tensor noise_variance, Tensor rows,
   Tensor cholesky, Tensor log_det, Tensor scale, Tensor center) -> Tensor
 latents_backward(Tensor grad, Tensor latents, Tensor x, Tensor tokens, Tensor components, Tensor means, Tensor
-  loadings, Tensor noise_variance, Tensor cholesky) -> (Tensor, Tensor, Tensor, Tensor)
+  loadings, Tensor noise_variance, Tensor cholesky, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor)
 log_prob(Tensor x, Tensor means, Tensor loadings, Tensor noise_variance, Tensor log_weights, Tensor rows, Tensor
   cholesky, Tensor log_det, Tensor scale, Tensor center, int slots, bool exact=True, Tensor? rows16=None, Tensor?
   scales=None, Tensor? offsets=None, Tensor? squares=None, Tensor? bounds=None, Tensor? worst=None, Tensor?

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfa_kernels import ops
 from mfa_kernels.ops.pairs import reference
@@ -95,3 +97,43 @@ def test_latents_reference_agrees(backend):
     m, x = drawn(6, 4, 21, 2, dtype=torch.float64)
     n, c = pairs(7, 6, 4)
     torch.testing.assert_close(latents(m, x, n, c), reference.latents(x, n, c.long(), *m[:3]), rtol=1e-10, atol=1e-10)
+
+
+class Results(TorchDispatchMode):
+    """Sizes of what the backward operators return, by operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[str, list[int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "_backward" in str(func):
+            self.sizes[str(func)] = [t.numel() for t in out]
+        return out
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("per_component", [False, True], ids=["shared", "per_component"])
+def test_gradients_that_nobody_needs_are_not_made(backend, wanted, per_component):
+    """Those of a frozen mixture, which is far larger than its tokens; the others are what they were."""
+    m, x = drawn(12, 7, 21, 3, per_component=per_component)
+    n, c = torch.arange(12), (torch.arange(12) % 7).int()
+    weights = torch.rand(6, 2, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    def gradients(needs):
+        given = [x.clone().requires_grad_(), *(t.clone().requires_grad_(need) for t, need in zip(m[:3], needs))]
+        z = latents(Mixture(*given[1:], m.log_weights), given[0], n, c)
+        loss = ops.decode(c.view(6, 2), weights, z.view(6, 2, 3), *given[1:3]).square().sum()
+        leaves = [weights, *(t for t in given if t.requires_grad)]
+        with Results() as results:
+            return torch.autograd.grad(loss, leaves), results.sizes
+
+    every, _ = gradients((True, True, True))
+    found, sizes = gradients(wanted)
+    kept = [every[0], every[1], *(g for g, need in zip(every[2:], wanted) if need)]
+    for one, other in zip(found, kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    parameters = [t.numel() if need else 0 for t, need in zip(m[:3], wanted)]
+    assert sizes["mfa_kernels.decode_backward.default"] == [12, 36, *parameters[:2]]
+    assert sizes["mfa_kernels.latents_backward.default"] == [x.numel(), *parameters]
