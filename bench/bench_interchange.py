@@ -17,7 +17,7 @@ COMPONENTS = (64, 512, 4096, 32768)
 
 @pytest.fixture(params=COMPONENTS, scope="module")
 def featurizer(request: pytest.FixtureRequest) -> MFAFeaturizer:
-    """Tokens of one region or two, as those of a real model are (bench/real.py)."""
+    """Random regions far apart: each token is in one of them; of a real model 1.2 are active for it (bench/real.py)."""
     generator = torch.Generator().manual_seed(0)
     means = torch.randn(request.param, D, generator=generator)
     return MFAFeaturizer(MFA.from_centroids(means, R, noise_variance=0.5, generator=generator).requires_grad_(False))

@@ -142,7 +142,7 @@ class Calls:
             "screened": self.screened,
             **{
                 f"factors, rank {rank}" + ", noise per component" * own: call(self.factors, rank, own)
-                for rank in (10, 32)
+                for rank in (3, 5, 10, 32)  # one of each padded size
                 for own in (False, True)
             },
             "latents": lambda: triton_pairs.latents(Pairs(self.x, flat, flat), woodbury(self.rank)),

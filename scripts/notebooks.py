@@ -6,6 +6,7 @@ Needs the extras docs and real, and SmolLM2 (`make real`).
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ SECONDS = 900  # of a cell, at most
 
 def executed(path: Path, folder: Path) -> nbformat.NotebookNode:
     """Returns a notebook as it is after it has run in a folder; raises CellExecutionError where a cell does."""
+    os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # this environment's kernel, whatever else the user has
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
     for cell in notebook.cells:

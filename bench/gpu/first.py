@@ -74,6 +74,9 @@ def kernel_check(bench: Bench, results: Results, folder: Path) -> dict[str, Any]
     else:
         findings = list(check_kernels.run_all("cuda", 120, at_once=12))
     found = {finding.family: finding.note or f"passed in {finding.seconds:.0f} s" for finding in findings}
+    if bench.building is not None:  # those processes have waited for it, or gone on without it
+        status = bench.building.wait(60)
+        found["CUDA library"] = (folder / "cuda-build.log").read_text()[-500:] if status else "built"
     return {"refused": sum(not finding.passed for finding in findings), **found}
 
 

@@ -24,6 +24,7 @@ from mfa_kernels.common.places import STORE, check_not_read
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.common.reading import COUNT, TEXT, check_fields, shown
 from mfa_kernels.data.language_model import (
+    PassEnds,
     bos_prefix,
     check_loaded,
     decoder_of_two,
@@ -483,10 +484,6 @@ def _read(
     return {path: torch.cat(own) for path, own in parts.items()}
 
 
-class _Stop(BaseException):
-    """Ends a forward pass from a hook; no Exception, so that no handler inside a model takes it for an error."""
-
-
 @contextmanager
 def _reader(
     model: Any, modules: dict[str, nn.Module], device: torch.device | str | None
@@ -507,7 +504,7 @@ def _reader(
             # Rows are taken here, not after the pass, because the next module may write over its input.
             rows[path] = hidden[index[0].to(hidden.device), index[1].to(hidden.device)]
             if len(rows) == len(modules):
-                raise _Stop
+                raise PassEnds
 
         return keep
 
@@ -531,7 +528,7 @@ def _reader(
         shape, place = tokens.shape, input_device(model)
         try:
             model(input_ids=tokens.to(place), attention_mask=mask.to(place), use_cache=False)
-        except _Stop:
+        except PassEnds:
             return dict(rows)
         missing = ", ".join(modules.keys() - rows.keys())
         raise ValueError(f"layer: {missing} took no part in the forward pass of {type(model).__name__}")

@@ -209,6 +209,10 @@ def hidden_states(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple | list) else output
 
 
+class PassEnds(BaseException):
+    """Ends a forward pass from a hook; no Exception, so that no handler inside a model takes it for an error."""
+
+
 def with_hidden_states(output: Any, hidden: Tensor) -> Any:
     """Returns `output` with its hidden states replaced."""
     if isinstance(output, tuple):

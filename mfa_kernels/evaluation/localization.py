@@ -239,7 +239,7 @@ def localize(
         isolation=_share(hard, None if own is None else ~own),
         n_selected=model.selected(),
         n_masked=base.shape[1] if features is None else features.n_masked,
-        same_region=_same_region(features, base[judged], source[judged]),
+        same_region=model.same_region(judged) if isinstance(model, _Gates) else None,
         theta=model.theta.detach() if isinstance(model, _Gates) and has_gates else None,
         directions=model.directions().detach() if isinstance(model, _Rotation) else None,
         losses=losses,
@@ -268,6 +268,13 @@ class _Gates(nn.Module):
             found: Any = self.mask
             return found
         return (self.theta > 0).to(self.theta) if temperature is None else (self.theta / temperature).sigmoid()
+
+    def same_region(self, numbers: Tensor) -> float | None:
+        """The share of pairs whose base and source are in one region of a mixture."""
+        if not self.codes:
+            return None
+        base, source = (code.components[numbers, 0] for code in self.codes)
+        return float((base == source).double().mean())
 
     def size(self, temperature: float | None) -> Tensor:
         return self.gates(temperature).sum()
@@ -313,10 +320,3 @@ class _Rotation(nn.Module):
 def _share(right: Tensor, of: Tensor | None) -> float | None:
     """The mean over some pairs; None of none."""
     return None if of is None or not of.any() else float(right[of].mean())
-
-
-def _same_region(features: Any, base: Tensor, source: Tensor) -> float | None:
-    """The share of pairs in one region of the featurizer's mixture."""
-    if not isinstance(features, MFAFeaturizer):
-        return None
-    return float((features.mfa.assign(base) == features.mfa.assign(source)).double().mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from mfa_kernels.common.arrays import is_several
 from mfa_kernels.common.checks import check_integer, check_integers
 from mfa_kernels.data.language_model import (
+    PassEnds,
     check_evaluating,
     hidden_states,
     input_device,
@@ -106,14 +107,18 @@ class Site:
 
     @torch.no_grad()
     def _states(self, inputs: Mapping[str, Tensor], batch_size: int) -> Tensor:
-        """What leaves the layer, (N, T, D)."""
+        """What leaves the layer, (N, T, D); the passes end there."""
         kept: list[Tensor] = []
-        handle = self._module.register_forward_hook(
-            lambda module, given, output: kept.append(hidden_states(output).detach().clone())
-        )
+
+        def keep(module: nn.Module, given: Any, output: Any) -> None:
+            kept.append(hidden_states(output).detach().clone())
+            raise PassEnds
+
+        handle = self._module.register_forward_hook(keep)
         try:
             for part in torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).split(batch_size):
-                self._run({name: value[part] for name, value in inputs.items()})
+                with suppress(PassEnds):
+                    self._run({name: value[part] for name, value in inputs.items()})
         finally:
             handle.remove()
         return torch.cat(kept)

@@ -95,10 +95,11 @@ def test_das_finds_the_directions(problem):
         score = 8 * patched @ direction
         return torch.stack([-score, score], 1)
 
-    base, source = x[:1000], x[1000:]
+    x = x[(x @ direction).abs() > 0.1]  # none at the border
+    base, source = x[:900], x[900:1800]
     labels = (source @ direction > 0).long()
     found = localize(read, labels, base, source, das=1, epochs=20, lr=0.005, **QUIET)
-    assert found.iia > 0.93  # what is missing is near the border
+    assert found.iia > 0.97
     assert found.directions.shape == (48, 1)
     assert abs(float(found.directions[:, 0] @ direction)) > 0.99
     assert (found.n_selected, found.n_masked, found.same_region, found.theta) == (1, 48, None, None)

@@ -100,15 +100,16 @@ def _factors(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
         serving, given = backends.serving(means, loadings.shape[2]), (means, loadings, noise_variance)
         if serving == "cpp":
             return cpp.library().woodbury(*(t.contiguous() for t in given))
-        if serving != "triton" or (cuda.library() is None and not _fits_triton(loadings)):
+        has_library, fits = serving == "triton" and cuda.library() is not None, _fits_triton(loadings)
+        if serving != "triton" or not (has_library or fits):
             return portable(*given)
         trial = first_use.Trial(
             lambda: _on_gpu(*given),
             lambda: portable(*given),
             lambda found, before: spot_check.of_factors(found, *given),
-            careful=cuda.library() is not None and _fits_triton(loadings),  # without the library, by Triton
+            careful=has_library and fits,  # without the library, by Triton
         )
-        shape = *loadings.shape[1:], noise_variance.dim(), cuda.library() is None
+        shape = *loadings.shape[1:], noise_variance.dim(), has_library
         return first_use.served("factors", means, shape, trial)
 
 
@@ -122,8 +123,6 @@ def _on_gpu(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[Te
     library, given = cuda.library_in_use(), (means, loadings, noise_variance)
     if library is not None:
         return library.woodbury(*(t.contiguous() for t in given))
-    if not _fits_triton(loadings):
-        return portable(*given)
     from mfa_kernels.ops.woodbury import triton_woodbury
 
     return triton_woodbury.woodbury(*given)

@@ -108,7 +108,7 @@ def woodbury(means: Tensor, loadings: Tensor, noise_variance: Tensor) -> tuple[T
     per_component = noise_variance.dim() == 2
     rows = means.new_empty(components, rank + 1 + per_component, features)
     cholesky, log_det = means.new_empty(components, rank, rank), means.new_empty(components)
-    padded = triton.next_power_of_2(rank)
+    padded = max(4, triton.next_power_of_2(rank))  # less comes out with spills for sm_80
     operands = (t.contiguous() for t in (means, loadings, noise_variance))
     with torch.cuda.device_of(means):
         woodbury_kernel[(components,)](

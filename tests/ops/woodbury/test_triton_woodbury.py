@@ -19,7 +19,7 @@ from tests.ops.woodbury.test_woodbury import collinear, log_det_by_singular_valu
 pytestmark = pytest.mark.gpu  # and on a CPU: interpreted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 1, 1), (3, 130, 1), (2, 150, 3), (2, 70, 10), (2, 33, 17), (1, 40, 32)]
+SHAPES = [(1, 1, 1), (3, 130, 1), (2, 150, 3), (2, 150, 10), (2, 75, 17), (1, 75, 32)]  # three tiles, one ragged
 
 
 def found_of(m):
