@@ -1,22 +1,23 @@
 """A site of a language model: what leaves one layer at one token of each prompt, and the network above it.
 
 `localize` runs the network above thousands of times with other activations at the site. What comes before does not
-change, so it runs once: afterwards the layers below hand on what they are given, and the layer itself puts out what it
-did, but for the token of the site. Whether that is the model is tried when the site is made.
+change, so it runs once: afterwards the layers below hand on what they are given, the layer itself puts out what it did,
+but for the token of the site, and the tokens before the site are there as keys and values (prefix.py). Whether that is
+the model is tried when the site is made.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfa_kernels.common.arrays import is_several
-from mfa_kernels.common.checks import check_integer, check_integers
+from mfa_kernels.common.checks import check_flag, check_integer, check_integers
 from mfa_kernels.data.language_model import (
     PassEnds,
     check_evaluating,
@@ -27,8 +28,9 @@ from mfa_kernels.data.language_model import (
     with_hidden_states,
     without_notes,
 )
+from mfa_kernels.evaluation.prefix import Prefix, cache_argument, only_columns
 
-_CLOSE = 1e-3  # of the largest logit: what skipping the layers below may change
+_CLOSE = 1e-3  # of the largest logit: what leaving something out may change
 
 
 class Site:
@@ -42,11 +44,16 @@ class Site:
             for each prompt (N,).
         source_position: the same in the sources; as `position` when None.
         batch_size: prompts per forward pass, when the site is made.
+        keep_prefix: keep keys and values of the tokens before the site, in the layers above it, for each base prompt:
+            False takes less memory, and more time.
 
     Attributes:
         base, source: activations at the site, (N, D), without gradients.
         skips: True where the layers below the site do not run again. They do where `layer` is no layer of a stack, and,
             after a warning, where the model is another one without them.
+        starts: column of the inputs from which on tokens run again: the first site of all base prompts, so pad on the
+            left where sites are counted from the end. 0, all of them, where the layers below run again, and, after a
+            warning, where the model is another one with keys and values of earlier tokens.
 
     Raises:
         TypeError, ValueError, IndexError: naming the argument.
@@ -61,6 +68,8 @@ class Site:
         position: Any = -1,
         source_position: Any = None,
         batch_size: int = 64,
+        *,
+        keep_prefix: bool = True,
     ) -> None:
         check_evaluating(model)
         self.model, (self.layer, self._module) = model, resolve_layer(model, layer)
@@ -75,13 +84,19 @@ class Site:
         source_position = position if source_position is None else source_position
         self._column = _columns(self._inputs["attention_mask"], position, "position")
         column = _columns(others["attention_mask"], source_position, "source_position")
+        others, row = _distinct(others)
+        self.source = self._states(others, batch_size)[row, column]
+        self._inputs, self._row = _distinct(self._inputs)
         self._answer = _columns(self._inputs["attention_mask"], -1, "position")
-        rows = torch.arange(len(column), device=column.device)
-        self.source = self._states(others, batch_size)[rows, column]
-        self._hidden = self._states(self._inputs, batch_size)
-        self.base = self._hidden[rows, self._column]
         self._below, self._output = self._examples()
-        self.skips = self._can_skip()
+        self._prefix: Prefix | None = None
+        self.starts, self.skips = 0, False
+        start, cache = int(self._column.min()), cache_argument(model)
+        if check_flag(keep_prefix, "keep_prefix") and self._below and start and cache is not None:
+            self._prefix = Prefix(start)
+        self._hidden = self._states(self._inputs, batch_size, self._prefix)
+        self.base = self._hidden[self._row, self._column]
+        self._choose()
 
     def logits(self, patched: Tensor, pairs: Tensor) -> Tensor:
         """Returns the logits after the last token of some base prompts whose site has other activations.
@@ -93,32 +108,57 @@ class Site:
         Returns:
             (n, V).
         """
-        hidden = self._hidden[pairs]
+        pairs = pairs.to(self._row.device)
+        row, start = self._row[pairs], self.starts
+        hidden, columns = self._hidden[row, start:], self._column[pairs] - start
         rows = torch.arange(len(pairs), device=hidden.device)
-        hidden = hidden.index_put((rows, self._column[pairs]), patched.to(hidden))
-        inputs = {name: value[pairs] for name, value in self._inputs.items()}
+        hidden = hidden.index_put((rows, columns), patched.to(hidden))
+        inputs = {name: value[row] for name, value in self._inputs.items()}
+        answer = self._answer[row] - start
         with _frozen(self.model), self._replaced(hidden):
-            return self._run(inputs)[rows, self._answer[pairs]]
+            if not self.skips:
+                return self._run(inputs)[rows, answer]
+            with only_columns(self.model, answer):
+                found = self._run(inputs, start, row)
+        return found[:, 0] if found.shape[1] == 1 else found[rows, answer]
 
-    def _run(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        more = {"use_cache": False} if takes(self.model, "use_cache") else {}
-        logits: Tensor = self.model(**inputs, **more).logits
+    def _run(self, inputs: Mapping[str, Tensor], start: int = 0, prompts: Tensor | None = None) -> Tensor:
+        """Logits (n, T - start, V) of the tokens from a column on; those before are the prefix of these prompts."""
+        given: dict[str, Any] = dict(inputs)
+        if start:
+            assert self._prefix is not None
+            assert prompts is not None
+            for name, value in inputs.items():  # a mask is of all tokens, also of those in the cache
+                if name != "attention_mask" and value.shape[1:2] == inputs["attention_mask"].shape[1:]:
+                    given[name] = value[:, start:]
+            given[str(cache_argument(self.model))] = self._prefix.cache(prompts)
+        elif takes(self.model, "use_cache"):
+            given["use_cache"] = False
+        logits: Tensor = self.model(**given).logits
         return logits
 
     @torch.no_grad()
-    def _states(self, inputs: Mapping[str, Tensor], batch_size: int) -> Tensor:
-        """What leaves the layer, (N, T, D); the passes end there."""
+    def _states(self, inputs: Mapping[str, Tensor], batch_size: int, prefix: Prefix | None = None) -> Tensor:
+        """What leaves the layer, (N, T, D). Passes end there, but for those that record a prefix."""
         kept: list[Tensor] = []
 
         def keep(module: nn.Module, given: Any, output: Any) -> None:
             kept.append(hidden_states(output).detach().clone())
-            raise PassEnds
+            if prefix is None:
+                raise PassEnds
 
+        parts = torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).split(batch_size)
         handle = self._module.register_forward_hook(keep)
         try:
-            for part in torch.arange(len(inputs["input_ids"]), device=inputs["input_ids"].device).split(batch_size):
-                with suppress(PassEnds):
-                    self._run({name: value[part] for name, value in inputs.items()})
+            with nullcontext() if prefix is None else prefix.recording(self._module) as cache:
+                for part in parts:
+                    given = {name: value[part] for name, value in inputs.items()}
+                    if cache is None:
+                        with suppress(PassEnds):
+                            self._run(given)
+                        continue
+                    with only_columns(self.model, torch.zeros_like(part)):  # no logits are wanted
+                        self.model(**given, **{str(cache_argument(self.model)): cache()})
         finally:
             handle.remove()
         return torch.cat(kept)
@@ -142,29 +182,42 @@ class Site:
         return {module: found[module] for module in below if module in found}, found[self._module]
 
     @torch.no_grad()
-    def _can_skip(self) -> bool:
-        """Tries on the first prompts whether the model without the layers below is the model."""
+    def _choose(self) -> None:
+        """Tries on the first prompts what can be left out: the layers below, and the tokens before the site."""
         if not self._below:
-            return False
+            return
         few = torch.arange(min(4, len(self.base)), device=self.base.device)
-        inputs = {name: value[few] for name, value in self._inputs.items()}
-        expected = self._run(inputs)[few, self._answer[few]]
+        row = self._row[few]
+        inputs = {name: value[row] for name, value in self._inputs.items()}
+        expected = self._run(inputs)[torch.arange(len(few), device=row.device), self._answer[row]]
         self.skips = True
+        if self._prefix is not None:
+            self.starts = self._prefix.length
+            why = self._differs(few, expected)
+            if why is None:
+                return
+            self.starts, self._prefix = 0, None
+        else:
+            why = None
+        left = self._differs(few, expected)
+        if left is None and why is None:
+            return
+        what = "tokens before the site" if left is None else f"layers below {self.layer!r}"
+        self.skips = left is None
+        warnings.warn(
+            f"the {what} of {type(self.model).__name__} cannot be left out ({left or why}): they run again each time, "
+            "with the same results",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _differs(self, few: Tensor, expected: Tensor) -> str | None:
+        """How logits differ from those of the whole model; None where they do not."""
         try:
             gap = float((self.logits(self.base[few], few) - expected).abs().max() / expected.abs().max())
         except Exception as error:  # any: a layer may want of those below what they do not hand on
-            why = f"{type(error).__name__}: {error}"
-        else:
-            if gap <= _CLOSE:
-                return True
-            why = f"logits differ by {gap:.1e} of the largest"
-        warnings.warn(
-            f"the layers below {self.layer!r} of {type(self.model).__name__} cannot be left out ({why}): they run "
-            "again each time, with the same results",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return False
+            return f"{type(error).__name__}: {error}"
+        return None if gap <= _CLOSE else f"logits differ by {gap:.1e} of the largest"
 
     @contextmanager
     def _replaced(self, hidden: Tensor) -> Iterator[None]:
@@ -211,6 +264,16 @@ def _checked_inputs(model: Any, given: Any, name: str) -> dict[str, Tensor]:
     mask = inputs.get("attention_mask")
     inputs |= {"input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask}
     return {key: value.to(input_device(model)) for key, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def _distinct(inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+    """The prompts that differ, and which of them each is, (N,): pairs are often made of few prompts."""
+    flat = torch.cat([value.reshape(len(value), -1).double() for value in inputs.values()], 1).cpu().numpy()
+    first: dict[bytes, int] = {}
+    row = [first.setdefault(prompt.tobytes(), n) for n, prompt in enumerate(flat)]
+    chosen, found = torch.tensor(row).unique(return_inverse=True)
+    device = inputs["input_ids"].device
+    return {name: value[chosen.to(device)] for name, value in inputs.items()}, found.to(device)
 
 
 def _columns(mask: Tensor, position: Any, name: str) -> Tensor:

@@ -76,6 +76,69 @@ def test_patched_logits_are_those_of_the_whole_model(model, side):
     torch.testing.assert_close(same, whole, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", [2, -2, [1, 2, 1, 3]])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_tokens_before_the_site_do_not_run_again(model, side, position):
+    """They are there as keys and values, of each prompt once; gradients of the patch are those of the whole model."""
+    order = torch.tensor([0, 1, 2, 3, 1, 0])  # prompts that come again
+    base, source = (
+        {name: prompts(texts, side)[name][order] for name in ("input_ids", "attention_mask")}
+        for texts in (TEXTS, OTHERS)
+    )
+    position = torch.tensor(position)[order] if isinstance(position, list) else position
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        site = Site(model, 1, base, source, position, source_position=1)
+        whole = Site(model, 1, base, source, position, source_position=1, keep_prefix=False)
+    assert site.starts == int(site._column.min()) > 0
+    assert (whole.starts, whole.skips, site.skips) == (0, True, True)
+    torch.testing.assert_close(site.base, whole.base)
+    torch.testing.assert_close(site.source, whole.source)
+    stack = model.get_submodule(site.layer.rpartition(".")[0])
+    seen = []
+    handle = stack[-1].register_forward_hook(lambda module, given, output: seen.append(given[0].shape[1]))
+    pairs = torch.tensor([4, 3, 5, 0])
+    grads = []
+    for one in (site, whole):
+        patched = (0.5 * (one.base + one.source))[pairs].requires_grad_()
+        logits = one.logits(patched, pairs)
+        logits.square().sum().backward()
+        grads.append((logits.detach(), patched.grad))
+    handle.remove()
+    length = base["input_ids"].shape[1]
+    assert seen == [length - site.starts, length]
+    for found, expected in zip(*grads):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    column = site._column[pairs]
+    some = {name: value[pairs] for name, value in base.items()}
+    with torch.no_grad():
+        answer = (some["attention_mask"].cumsum(1).argmax(1)) if side == "right" else torch.full((4,), length - 1)
+        by_hook = by_hand(model, site.layer, some, column, 0.5 * (site.base + site.source)[pairs])
+    torch.testing.assert_close(grads[0][0], by_hook[torch.arange(4), answer], rtol=1e-4, atol=1e-5)
+
+
+def test_where_keys_are_not_all_that_tokens_leave_behind_they_run(model):
+    """As in a model whose layers keep a state of their own beside the cache."""
+    stack = model.get_submodule(Site(model, 1, prompts(TEXTS), prompts(OTHERS)).layer.rpartition(".")[0])
+    original = stack[-1].forward
+
+    def reads_all_tokens(*given, **named):
+        output = original(*given, **named)
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden + 5 * given[0].cumsum(1).roll(1, -1)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    stack[-1].forward = reads_all_tokens
+    with pytest.warns(RuntimeWarning, match="the tokens before the site of .* cannot be left out"):
+        site = Site(model, 1, prompts(TEXTS), prompts(OTHERS))
+    assert (site.skips, site.starts) == (True, 0)
+    with torch.no_grad():
+        found = site.logits(site.base, torch.arange(4))
+        inputs = prompts(TEXTS)
+        whole = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits[:, -1]
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_below_do_not_run_again_and_come_back(model):
     base, source = prompts(TEXTS), prompts(OTHERS)
     site = Site(model, 1, base, source)
