@@ -1,4 +1,4 @@
-"""The command line: mfa-kernels demo, doctor, tune, harvest, fit, encode, evaluate, explore, report, steer, convert."""
+"""The command line, mfa-kernels: demo, doctor, tune, harvest, fit, encode, evaluate, localize, explore, report, ..."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def _import(arguments: argparse.Namespace) -> None:
     """Imports the slow packages now, so that none is imported once the work has begun."""
     if arguments.command != "doctor":  # which reports packages that are missing
         import mfa_kernels.mixture.mfa  # noqa: F401
-    if arguments.command in ("demo", "explore", "harvest", "report", "steer") or getattr(arguments, "text", None):
+    if arguments.command in ("demo", "explore", "harvest", "localize", "report", "steer") or getattr(
+        arguments, "text", None
+    ):
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
@@ -507,6 +509,55 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         print(f"The mixture was fitted: {fitted}")
 
 
+def _localize(arguments: argparse.Namespace) -> None:
+    from mfa_kernels.common.checks import check_choice
+    from mfa_kernels.evaluation import comparison, tasks
+
+    if (arguments.task is None) == (arguments.pairs is None):
+        raise _Incomplete("say which pairs: --task mcqa, --task ravel, or --pairs FILE")
+    if arguments.pairs is not None and (arguments.variable is not None or arguments.at is not None):
+        raise ValueError("--variable and --at go with --task; a file says the variable and the site itself")
+    if arguments.json is not None:
+        _check_outputs(arguments, [("--json", arguments.json, places.RESULTS)], [arguments.mfa, arguments.pairs or ""])
+    methods = arguments.methods or [
+        method for method in comparison.METHODS if arguments.store is not None or method not in comparison.FITTED
+    ]
+    for method in methods:
+        check_choice(method, comparison.METHODS, "methods")
+        if arguments.store is None and method in comparison.FITTED:
+            raise _Incomplete(f"--store: {method} is fitted to activations; name their store")
+    if arguments.pairs is not None:
+        pairs = tasks.read_pairs(arguments.pairs)
+    else:
+        chosen = {name: getattr(arguments, name) for name in ("variable", "at")}
+        make = tasks.mcqa_pairs if arguments.task == "mcqa" else tasks.ravel_pairs
+        wanted = {name: value for name, value in chosen.items() if value is not None}
+        pairs = make(count=4 * arguments.count, **wanted)
+    mfa = mfa_kernels.MFA.from_pretrained(arguments.mfa, device=_device(arguments.device)).requires_grad_(False)
+    layer = mfa.extra.get("layer") if arguments.layer is None else arguments.layer
+    if layer is None:
+        raise _Incomplete("--layer: the mixture does not say which layer it was fitted to; name one")
+    store = None
+    if arguments.store is not None:
+        store = _store(arguments.store)
+        _note_differences(arguments, mfa, store)
+    baselines = comparison.Baselines(mfa, store)
+    model, tokenizer = _load_the_model_of(mfa, arguments)
+    model.to(_device(arguments.device)).eval()
+    _note_layer(arguments.command, model, mfa, layer)
+    task = tasks.prepare(model, tokenizer, pairs, count=arguments.count, at_least=arguments.at_least)
+    if task.accuracy is not None:
+        print(f"The model answers {task.accuracy:.0%} of the prompts right; {len(task.pairs)} pairs of such are taken.")
+    found = comparison.compare(
+        task.site(model, layer), task, baselines, methods,
+        seeds=arguments.seeds, das=arguments.das, epochs=arguments.epochs, penalty=arguments.penalty,
+    )  # fmt: skip
+    print(comparison.table(found))
+    if arguments.json is not None:
+        comparison.write_results(arguments.json, found, task, layer)
+        print(f"written: {arguments.json}")
+
+
 def _explore(arguments: argparse.Namespace) -> None:
     if arguments.demo:
         if arguments.mfa is not None:
@@ -592,7 +643,7 @@ def _steer(arguments: argparse.Namespace) -> None:
     latents = None if arguments.latents is None else torch.tensor(arguments.latents)
     model, tokenizer = _load_the_model_of(mfa, arguments)
     model.to(device)
-    _note_layer(model, mfa, layer)
+    _note_layer(arguments.command, model, mfa, layer)
     with mfa_kernels.steer(
         model, mfa, layer, arguments.component, arguments.alpha, latents,
         positions=arguments.positions, gate=gate, norm=arguments.norm,
@@ -610,14 +661,14 @@ def _steer(arguments: argparse.Namespace) -> None:
             )
 
 
-def _note_layer(model: Any, mfa: MFA, layer: int | str) -> None:
-    """Notes on standard error if another layer is steered than the mixture was fitted to."""
+def _note_layer(command: str, model: Any, mfa: MFA, layer: int | str) -> None:
+    """Notes on standard error if another layer is taken than the mixture was fitted to."""
     from mfa_kernels.data.language_model import resolve_layer
 
     with suppress(ValueError, IndexError, TypeError):  # the mixture's may be a layer of another model
         own, given = (resolve_layer(model, name)[0] for name in (mfa.extra.get("layer", layer), layer))
         if own != given:
-            print(f"mfa-kernels steer: the mixture is of layer {own}, --layer steers {given}", file=sys.stderr)
+            print(f"mfa-kernels {command}: the mixture is of layer {own}, --layer names {given}", file=sys.stderr)
 
 
 @contextmanager
@@ -735,7 +786,8 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 _RUN: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "demo": _demo, "doctor": _doctor, "tune": _tune, "harvest": _harvest, "fit": _fit, "encode": _encode,
-    "evaluate": _evaluate, "explore": _explore, "report": _report, "steer": _steer, "convert": _convert,
+    "evaluate": _evaluate, "localize": _localize, "explore": _explore, "report": _report, "steer": _steer,
+    "convert": _convert,
 }  # fmt: skip
 
 

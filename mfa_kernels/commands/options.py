@@ -238,6 +238,35 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("store", type=Path)
     _where(evaluate)
 
+    localize = command(
+        "localize",
+        "which features of a layer carry a variable: with those of a source prompt in a base, how often the model "
+        "answers as the variable of the source says; by the mixture's features, and by others",
+    )
+    _mixture(localize)
+    localize.add_argument("--task", choices=("mcqa", "ravel"), help="multiple choices of colors, or facts of cities")
+    localize.add_argument(
+        "--pairs", type=Path, help="in place of --task, a file of JSON lines; see docs/localization.md"
+    )
+    localize.add_argument("--variable", help="of the task: pointer or answer; country, continent or language")
+    localize.add_argument("--at", help="token of the site: last or symbol; entity or last")
+    localize.add_argument("--store", type=Path, help="activations of the layer, for PCA, K-means and SAE")
+    _language_model(localize, "the one the mixture was fitted to", "the one the mixture was fitted to")
+    localize.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="some of them; without it, all that can be run"
+    )
+    localize.add_argument("--count", type=_SOME, default=1000, help="pairs, at most")
+    localize.add_argument("--seeds", type=_SOME, default=3, help="runs of each method")
+    localize.add_argument("--epochs", type=_SOME, default=8)
+    localize.add_argument("--das", type=_SOME, default=16, help="directions of DAS, and random ones")
+    localize.add_argument("--penalty", type=_RATE, default=0.0, help="on the sum of the gates")
+    localize.add_argument(
+        "--at-least", type=_number(0, 1), default=0.6, help="share of the prompts that the model has to answer right"
+    )
+    localize.add_argument("--json", type=Path, help="a file of the results")
+    _overwrite(localize, "a file that is there")
+    _where(localize)
+
     explore = command(
         "explore",
         "a local web page over all regions of a mixture: map, contexts, latents, texts of your own, and steering that "

@@ -70,6 +70,7 @@ TABLE = Kind("a table of regions", lambda head: b'"format": "mfa_kernels.regions
 LINES = Kind("a table of regions, comma-separated", lambda head: head.startswith(b"component,label,"))
 FIGURE = Kind("a PNG image", _begins(b"\x89PNG"))
 PAPER = Kind("a torch checkpoint", _begins(b"PK\x03\x04", b"\x80"))
+RESULTS = Kind("results of localize", lambda head: b'"format": "mfa_kernels.localization"' in head)
 SCORES = Kind("the scores of a mixture", lambda head: b'"nll":' in head)
 
 

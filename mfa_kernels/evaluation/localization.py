@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mfa_kernels.common.arrays import is_several
 from mfa_kernels.common.checks import (
     check_callable,
     check_floats,
@@ -28,10 +29,10 @@ from mfa_kernels.common.checks import (
     check_number,
     check_positive,
     check_tensor,
+    is_flag,
     shown,
 )
 from mfa_kernels.common.progress import progress_bar
-from mfa_kernels.evaluation.featurizer import MFAFeaturizer
 from mfa_kernels.mixture.codes import Code
 
 Logits = Callable[[Tensor, Tensor], Tensor]
@@ -44,7 +45,10 @@ class Featurizer(Protocol):
     n_masked: int
 
     def interchange(self, base: Tensor, source: Tensor, mask: Tensor) -> Tensor:
-        """Base activations (n, D) with the masked features of the sources."""
+        """Base activations (n, D) with the masked features of the sources.
+
+        One with `code(x)` takes what that returned as `base_code` and `source_code` too: codes are then computed once.
+        """
 
 
 class LinearFeaturizer:
@@ -100,9 +104,24 @@ class DictionaryFeaturizer:
         self.encode, self.decode = check_callable(encode, "encode"), check_callable(decode, "decode")
         self.n_masked = check_integer(n_masked, "n_masked", 1)
 
-    def interchange(self, base: Tensor, source: Tensor, mask: Tensor) -> Tensor:
+    def code(self, x: Tensor) -> Tensor:
+        """The features of x (n, D): what `interchange` takes in place of computing them again; (n, F), dense."""
+        return self.encode(x)
+
+    def interchange(
+        self,
+        base: Tensor,
+        source: Tensor | None,
+        mask: Tensor,
+        *,
+        base_code: Tensor | None = None,
+        source_code: Tensor | None = None,
+    ) -> Tensor:
         """See `Featurizer`."""
-        own, others = self.encode(base), self.encode(source)
+        if source_code is None:
+            assert source is not None
+            source_code = self.encode(source)
+        own, others = self.encode(base) if base_code is None else base_code, source_code
         return base + (self.decode(own + mask.to(own) * (others - own)) - self.decode(own))
 
 
@@ -120,6 +139,8 @@ class Localization:
         theta: what the gates are made of, (n_masked,); None for DAS, and for a mask that was given.
         directions: of DAS, (D, k); None otherwise.
         losses: cross entropy of each step of training, nats.
+        right: of each pair that is judged, whether the answer with the hard mask is the expected one, (M,) bool.
+        judged: numbers of these pairs, (M,).
     """
 
     iia: float
@@ -132,6 +153,8 @@ class Localization:
     theta: Tensor | None = None
     directions: Tensor | None = None
     losses: list[float] = field(default_factory=list)
+    right: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    judged: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
 
 def localize(
@@ -144,7 +167,7 @@ def localize(
     mask: Any = None,
     das: int | None = None,
     changes: Any = None,
-    held_out: float = 0.3,
+    held_out: Any = 0.3,
     epochs: int = 8,
     batch_size: int = 64,
     lr: float = 0.01,
@@ -163,7 +186,8 @@ def localize(
         mask: a mask to be judged as it is, (n_masked,); None learns one.
         das: so many directions are learnt in place of a mask.
         changes: (N,) bool, true for pairs whose answer changes with the variable.
-        held_out: share of the pairs that are judged and not trained on, the last ones; with `mask` all are judged.
+        held_out: pairs that are judged and not trained on: their share, the last ones; or which, (N,) bool. With `mask`
+            and a share, all are judged.
         epochs: passes over the others.
         batch_size: pairs per step.
         lr: of AdamW.
@@ -190,14 +214,11 @@ def localize(
         raise ValueError(f"features or das must be given, and not both, got {shown(features)} and {das}")
     if das is not None and mask is not None:
         raise ValueError("mask needs features, which it is a mask of")
-    held_out, penalty = check_number(held_out, "held_out", 0, 1), check_number(penalty, "penalty", 0)
+    penalty = check_number(penalty, "penalty", 0)
     epochs, batch_size = check_integer(epochs, "epochs"), check_integer(batch_size, "batch_size", 1)
     lr, (first, last) = check_positive(lr, "lr"), (check_positive(t, "temperatures") for t in temperatures)
     generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
-    count = len(base)
-    trained = 0 if mask is not None else count - max(1, round(held_out * count))
-    if count < 2 or (mask is None and trained < 1):
-        raise ValueError(f"base must have pairs to train on and to judge by, got {count} with held_out={held_out}")
+    trained, judged = _split(held_out, len(base), mask is not None)
     model: _Gates | _Rotation
     if das is not None:
         model = _Rotation(base, source, check_integer(das, "das", 1, base.shape[1]), generator)
@@ -207,10 +228,14 @@ def localize(
     model.to(base.device)
     losses: list[float] = []
     if mask is None:
-        steps = epochs * -(-trained // batch_size)
+        steps = epochs * -(-len(trained) // batch_size)
         learnt = list(model.parameters())
         optimizer = torch.optim.AdamW(learnt, lr=lr, weight_decay=0.0)
-        order = (n for _ in range(epochs) for n in torch.randperm(trained, generator=generator).split(batch_size))
+        order = (
+            trained[n]
+            for _ in range(epochs)
+            for n in torch.randperm(len(trained), generator=generator).split(batch_size)
+        )
         with progress_bar(total=steps, desc="localize", unit=" steps", delay=2, progress=progress) as bar:
             for step, numbers in enumerate(order):
                 temperature = first + (last - first) * step / max(1, steps - 1)
@@ -222,7 +247,6 @@ def localize(
                 optimizer.step()
                 losses.append(float(loss.detach()))
                 bar.update(1)
-    judged = torch.arange(trained, count)
 
     @torch.no_grad()
     def right(temperature: float | None) -> Tensor:
@@ -243,7 +267,27 @@ def localize(
         theta=model.theta.detach() if isinstance(model, _Gates) and has_gates else None,
         directions=model.directions().detach() if isinstance(model, _Rotation) else None,
         losses=losses,
+        right=hard.bool(),
+        judged=judged,
     )
+
+
+def _split(held_out: Any, count: int, is_given: bool) -> tuple[Tensor, Tensor]:
+    """Numbers of pairs to train on, and to judge by."""
+    if is_flag(held_out) or not is_several(held_out):
+        share = check_number(held_out, "held_out", 0, 1)
+        apart = count if is_given else max(1, round(share * count))
+        which = torch.arange(count) >= count - apart
+    else:
+        which = check_tensor(held_out, "held_out").cpu()
+        if which.dtype != torch.bool or tuple(which.shape) != (count,):
+            raise ValueError(f"held_out must be a share, or bool ({count},), got {which.dtype} {tuple(which.shape)}")
+    trained, judged = (~which).nonzero()[:, 0], which.nonzero()[:, 0]
+    if not len(judged) or (not is_given and not len(trained)):
+        raise ValueError(
+            f"held_out must leave pairs to train on and pairs to judge by, got {len(trained)} and {len(judged)}"
+        )
+    return trained, judged
 
 
 class _Gates(nn.Module):
@@ -256,8 +300,8 @@ class _Gates(nn.Module):
         super().__init__()
         self.base, self.source, self.features = base, source, features
         with torch.no_grad():
-            stored = isinstance(features, MFAFeaturizer)
-            self.codes = [features.code(x) for x in (base, source)] if stored else []  # type: ignore[attr-defined]
+            code: Any = getattr(features, "code", None)
+            self.codes = [] if code is None else [code(x) for x in (base, source)]
         if mask is not None and tuple(mask.shape) != (features.n_masked,):
             raise ValueError(f"mask must have shape ({features.n_masked},), got {tuple(mask.shape)}")
         self.theta = nn.Parameter(torch.zeros(features.n_masked))
@@ -271,7 +315,7 @@ class _Gates(nn.Module):
 
     def same_region(self, numbers: Tensor) -> float | None:
         """The share of pairs whose base and source are in one region of a mixture."""
-        if not self.codes:
+        if not self.codes or not isinstance(self.codes[0], Code):
             return None
         base, source = (code.components[numbers, 0] for code in self.codes)
         return float((base == source).double().mean())
@@ -286,9 +330,16 @@ class _Gates(nn.Module):
         base, source, gates = self.base[numbers], self.source[numbers], self.gates(temperature)
         if not self.codes:
             return self.features.interchange(base, source, gates)
-        own, others = (Code(**{name: part[numbers] for name, part in vars(code).items()}) for code in self.codes)
-        assert isinstance(self.features, MFAFeaturizer)
-        return self.features.interchange(base, None, gates, base_code=own, source_code=others)
+        own, others = (_rows(code, numbers) for code in self.codes)
+        featurizer: Any = self.features
+        return featurizer.interchange(base, source, gates, base_code=own, source_code=others)
+
+
+def _rows(code: Any, numbers: Tensor) -> Any:
+    """The codes of some pairs: of a mixture, or of an encoder."""
+    return (
+        Code(**{name: part[numbers] for name, part in vars(code).items()}) if isinstance(code, Code) else code[numbers]
+    )
 
 
 class _Rotation(nn.Module):

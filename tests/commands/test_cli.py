@@ -217,6 +217,80 @@ def test_evaluate(folder, capsys):
     assert out.splitlines()[-1] == fitted
 
 
+@pytest.fixture(scope="module")
+def pairs(folder):
+    """A file of pairs, with what the small model says to each prompt as its right answer."""
+    model, tokenizer = language_model.load_language_model()
+    bodies = ("self", "(x", "x[0]", "not", "(1", "None if x", "len", "'a'")
+    prompts, said = [], []
+    for prompt in [f"def f_{name}(self):\n    return {body}" for name in "abcdefgh" for body in bodies]:
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        with torch.no_grad():
+            answer = tokenizer.decode(model(ids).logits[0, -1].argmax())
+        if tokenizer(prompt + answer).input_ids[:-1] == ids[0].tolist():  # not one that is read together with the end
+            prompts, said = [*prompts, prompt], [*said, answer]
+    lines = [
+        {"base": p, "source": q, "answer": b, "changes": a != b, "base_answer": a, "source_answer": b}
+        for p, a in zip(prompts, said)
+        for q, b in zip(prompts[::5], said[::5])
+        if tokenizer(p + b).input_ids[:-1] == tokenizer(p).input_ids
+    ]
+    path = folder / "pairs.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    return path
+
+
+def test_localize(folder, pairs, tmp_path, capsys):
+    command = [
+        "localize",
+        str(folder / "mfa"),
+        "--pairs",
+        str(pairs),
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--count",
+        "200",
+    ]
+    command += ["--layer", "-1", "--at-least", "0.5"]
+    out = tmp_path / "found.json"
+    assert main([*command, "--json", str(out), "--methods", "full vector", "regions"]) == 0
+    captured = capsys.readouterr()
+    assert re.search(
+        r"^The model answers \d+% of the prompts right; \d+ pairs of such are taken\.$", captured.out, re.M
+    )
+    assert "| full vector | 1.000 |" in captured.out, "of the last token of the last layer"
+    assert "localize: the mixture is of layer model.layers.1, --layer names model.layers.4" in captured.err
+    content = json.loads(out.read_text())
+    assert [one["method"] for one in content["results"]] == ["full vector", "regions"]
+    assert content["results"][0]["iia"] == 1
+    assert main([*command, "--json", str(out), "--methods", "random"]) == 1
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*command, "--store", str(folder / "store"), "--methods", "K-means", "--das", "4"]) == 0
+    assert "| K-means |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ([], 2, "say which pairs: --task mcqa, --task ravel, or --pairs FILE"),
+        (["--task", "mcqa", "--variable", "weather"], 1, "--variable must be one of 'pointer', 'answer'"),
+        (["--task", "mcqa"], 1, "and at least 60% are asked for"),
+        (["--pairs", "{}/nothing"], 1, "nothing"),
+        (["--pairs", "{}/pairs.jsonl", "--at", "last"], 1, "--variable and --at go with --task"),
+        (["--pairs", "{}/pairs.jsonl", "--methods", "PCA"], 2, "--store: PCA is fitted to activations"),
+        (["--pairs", "{}/pairs.jsonl", "--methods", "guessing"], 1, "--methods must be"),
+    ],
+)
+def test_localize_says_what_is_wrong(folder, pairs, capsys, words, status, message):
+    words = [word.format(folder) for word in words]
+    assert main(["localize", str(folder / "mfa"), "--count", "20", *words]) == status
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
 def test_steer_changes_the_text(folder, capsys):
     arguments = ["steer", str(folder / "mfa"), "def f(self):", "-k", "3", "--max-new-tokens", "8"]
     texts = []

@@ -290,5 +290,5 @@ def test_steering_that_leaves_what_floats_can_hold_is_an_error(tmp_path, capsys)
         assert main([*command, "0.5", "--layer", layer]) == 0
         assert "is of layer" not in capsys.readouterr().err
     assert main([*command, "0.5", "--layer", "1"]) == 0
-    told = "mfa-kernels steer: the mixture is of layer model.layers.2, --layer steers model.layers.1"
+    told = "mfa-kernels steer: the mixture is of layer model.layers.2, --layer names model.layers.1"
     assert told in capsys.readouterr().err
