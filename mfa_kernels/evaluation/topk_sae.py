@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfa_kernels.common.checks import check_activations, check_floats, check_integer, check_positive
+from mfa_kernels.common.checks import check_activations, check_device, check_floats, check_integer, check_positive
 from mfa_kernels.common.progress import progress_bar
 from mfa_kernels.data.source import as_source
 
@@ -77,6 +77,7 @@ class TopKSAE(nn.Module):
         batch_size: int = 1024,
         lr: float = 1e-3,
         seed: int = 0,
+        device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> TopKSAE:
         """Trains one.
@@ -89,24 +90,26 @@ class TopKSAE(nn.Module):
             batch_size: tokens per step.
             lr: of Adam; falls to 0 over the last fifth of the steps.
             seed: of the start and of the order.
+            device: to train on, where the autoencoder stays.
             progress: show a bar when it takes more than two seconds.
         """
         source = as_source(activations)
         generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
-        sae = cls(source.n_features, n_latents, k, generator)
+        device = check_device(device)
+        sae = cls(source.n_features, n_latents, k, generator).to(device)
         batch_size, lr = check_integer(batch_size, "batch_size", 1), check_positive(lr, "lr")
         some = source.rows(torch.randperm(len(source), generator=generator)[:65_536].sort().values).float()
         sae.mean.copy_(some.mean(0))
         optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.999))
         steps = check_integer(epochs, "epochs") * (len(source) // batch_size or 1)
-        idle = torch.zeros(n_latents, dtype=torch.int64)
+        idle = torch.zeros(n_latents, dtype=torch.int64, device=device)
         with progress_bar(total=steps, desc="TopK SAE", unit=" steps", delay=2, progress=progress) as bar:
             step = 0
             for _ in range(epochs):
                 for numbers in torch.randperm(len(source), generator=generator).split(batch_size)[: steps // epochs]:
                     for group in optimizer.param_groups:
                         group["lr"] = lr * min(1.0, 5 * (steps - step) / steps)
-                    loss = sae._loss(source.rows(numbers.sort().values).float(), idle)
+                    loss = sae._loss(source.rows(numbers.sort().values).to(device).float(), idle)
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

@@ -87,7 +87,7 @@ def test_codes_of_an_autoencoder_are_computed_once(compared, monkeypatch):
     encode = features.encode
     monkeypatch.setattr(features, "encode", lambda x: calls.append(len(x)) or encode(x))
     localize(site.logits, task.labels, site.base, site.source, features, epochs=2, **QUIET)
-    assert calls == [400, 400]
+    assert [n for n in calls if n > 1] == [400, 400], "and one pair is tried before"
 
 
 def test_tables(compared, tmp_path):

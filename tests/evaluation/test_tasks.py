@@ -173,8 +173,11 @@ def test_pairs_that_the_model_answers_wrong_are_left_out(spoken):
         ValueError, match=r"pairs: LlamaForCausalLM answers 9\d% of the 40 prompts right, and at least 99%"
     ):
         prepare(model, tokenizer, changed, at_least=0.99, **QUIET)
-    few = prepare(model, tokenizer, pairs, count=70, **QUIET)
-    assert few.pairs == pairs[:70]
+    ordered = sorted(pairs, key=lambda pair: pair.held_out)
+    few = prepare(model, tokenizer, ordered, count=90, **QUIET)
+    assert len(few.pairs) == 90
+    assert int(few.held_out.sum()) == round(90 * sum(pair.held_out for pair in pairs) / len(pairs))
+    assert few.pairs == [pair for pair in ordered if pair in few.pairs]
 
 
 def test_a_task_is_what_a_site_takes(spoken):
