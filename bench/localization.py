@@ -22,6 +22,7 @@ import torch
 
 from bench import dots, real
 from bench.race import processor
+from mfa_kernels import kmeans
 from mfa_kernels.common.files import atomic_write_json, atomic_write_text
 from mfa_kernels.evaluation import comparison, tasks
 from mfa_kernels.evaluation.comparison import METHODS, Baselines, Result, compare
@@ -86,7 +87,9 @@ def measure(model: Any, tokenizer: Any, path: Path, variables: list[str], seeds:
         site = task.site(model, layer)
         if layer not in made:
             own = real.Real(layer)
-            made[layer] = Baselines(own.mixture(COMPONENTS).requires_grad_(False), own.split()[0], progress=False)
+            x = own.split()[0]
+            clusters = kmeans(x, COMPONENTS, progress=False)
+            made[layer] = Baselines(own.mixture(COMPONENTS).requires_grad_(False), x, clusters, progress=False)
         for method in left:
             started = time.perf_counter()
             found = compare(

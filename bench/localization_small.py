@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.race import processor
-from mfa_kernels import fit
+from mfa_kernels import fit, kmeans
 from mfa_kernels.common.files import atomic_write_json
 from mfa_kernels.evaluation import Site, comparison
 from mfa_kernels.evaluation.comparison import Baselines, Result, compare
@@ -230,7 +230,8 @@ def measure(path: Path, seeds: int, steps: int) -> None:
             site = tried[layer][1]
             if layer not in made:
                 mixture = fit(activations[layer], COMPONENTS, RANK, progress=False).requires_grad_(False)
-                made[layer] = Baselines(mixture, activations[layer], progress=False)
+                clusters = kmeans(activations[layer], COMPONENTS, progress=False)
+                made[layer] = Baselines(mixture, activations[layer], clusters, progress=False)
             with torch.no_grad():
                 nmi = associate(made[layer].mfa.code(site.base), found.variable, n_permutations=20)
             task = Task(

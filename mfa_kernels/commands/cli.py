@@ -541,7 +541,8 @@ def _localize(arguments: argparse.Namespace) -> None:
     if arguments.store is not None:
         store = _store(arguments.store)
         _note_differences(arguments, mfa, store)
-    baselines = comparison.Baselines(mfa, store)
+    clusters = mfa_kernels.kmeans(store, mfa.n_components, device=mfa.means.device) if "K-means" in methods else None
+    baselines = comparison.Baselines(mfa, store, clusters)
     model, tokenizer = _load_the_model_of(mfa, arguments)
     model.to(_device(arguments.device)).eval()
     _note_layer(arguments.command, model, mfa, layer)

@@ -33,7 +33,6 @@ from mfa_kernels.evaluation.localization import (
 from mfa_kernels.evaluation.site import Site
 from mfa_kernels.evaluation.tasks import Task
 from mfa_kernels.evaluation.topk_sae import TopKSAE
-from mfa_kernels.fitting.kmeans import kmeans
 from mfa_kernels.mixture.decomposition import check_decomposition
 
 METHODS = ("full vector", "random", "DAS", "neurons", "PCA", "K-means", "SAE", *MODES)
@@ -75,18 +74,26 @@ class Result(NamedTuple):
 
 
 class Baselines:
-    """What has to be fitted before it can be masked, each once: principal directions, a K-means, an autoencoder.
+    """What has to be fitted before it can be masked, each once: principal directions, an autoencoder.
 
     Args:
         mfa: the mixture that they are compared with.
         activations: anything `fit` takes, of the mixture's layer; None: without them.
+        clusters: what `kmeans` returned for them, with as many clusters as the mixture has regions; None: without.
         epochs: of the autoencoder.
-        seed: of the K-means and the autoencoder.
+        seed: of the autoencoder.
         progress: show bars.
     """
 
     def __init__(
-        self, mfa: Any, activations: Any = None, *, epochs: int = 4, seed: int = 0, progress: bool = True
+        self,
+        mfa: Any,
+        activations: Any = None,
+        clusters: Any = None,
+        *,
+        epochs: int = 4,
+        seed: int = 0,
+        progress: bool = True,
     ) -> None:
         self.mfa = check_decomposition(mfa)
         self.epochs, self.seed = check_integer(epochs, "epochs", 1), check_integer(seed, "seed")
@@ -97,6 +104,8 @@ class Baselines:
                 f"activations have {self.source.n_features} features, but the mixture has {mfa.n_features}"
             )
         self._fitted: dict[str, Featurizer] = {}
+        if clusters is not None:
+            self._fitted["K-means"] = MFAFeaturizer(check_decomposition(clusters, "clusters"), "centroids")
 
     def featurizer(self, method: str, random: int, seed: int) -> Featurizer:
         """Returns what a method masks; `random` directions of the seed for that one."""
@@ -108,10 +117,10 @@ class Baselines:
         if method == "random":
             return LinearFeaturizer.random(features, random, seed)
         if method not in self._fitted:
-            if self.source is None:
-                raise ValueError(f"activations must be given for {method}, which is fitted to them")
-            made = {"PCA": self._principal, "K-means": self._kmeans, "SAE": self._autoencoder}
-            self._fitted[method] = made[method]()
+            if self.source is None or method == "K-means":
+                needed = "clusters" if method == "K-means" else "activations"
+                raise ValueError(f"{needed} must be given for {method}, got None")
+            self._fitted[method] = self._principal() if method == "PCA" else self._autoencoder()
         return self._fitted[method]
 
     def _some(self) -> Tensor:
@@ -121,11 +130,6 @@ class Baselines:
 
     def _principal(self) -> Featurizer:
         return LinearFeaturizer.principal(self._some())
-
-    def _kmeans(self) -> Featurizer:
-        device = self.mfa.directions(0).device
-        found = kmeans(self.source, self.mfa.n_components, seed=self.seed, device=device, progress=self.progress)
-        return MFAFeaturizer(found, "centroids")
 
     def _autoencoder(self) -> Featurizer:
         """F latents store 2 F D floats, the mixture K (1 + R) D; active are its pairs' 1 + R."""

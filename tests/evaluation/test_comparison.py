@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from mfa_kernels import MFA
+from mfa_kernels import MFA, kmeans
 from mfa_kernels.evaluation.comparison import METHODS, Baselines, compare, described, table, write_results
 from mfa_kernels.evaluation.localization import localize
 from mfa_kernels.evaluation.tasks import Pair, prepare
@@ -37,7 +37,7 @@ def compared():
     site = task.site(model, -1)
     x = torch.cat([site.base, site.source])
     mfa = MFA.from_centroids(x[:400:50], 2, noise_variance=0.05 * x.var(0)).requires_grad_(False)
-    baselines = Baselines(mfa, x, epochs=1, **QUIET)
+    baselines = Baselines(mfa, x, kmeans(x, 8, progress=False), epochs=1, **QUIET)
     return site, task, baselines, compare(site, task, baselines, seeds=2, das=3, epochs=2, **QUIET)
 
 
@@ -108,6 +108,8 @@ def test_what_does_not_fit_is_named(compared):
         compare(site, task, baselines, ["guessing"])
     with pytest.raises(ValueError, match="activations must be given for PCA"):
         compare(site, task, Baselines(baselines.mfa), ["PCA"], **QUIET)
+    with pytest.raises(ValueError, match="clusters must be given for K-means"):
+        compare(site, task, Baselines(baselines.mfa, site.base), ["K-means"], **QUIET)
     with pytest.raises(ValueError, match="activations have 3 features, but the mixture has 16"):
         Baselines(baselines.mfa, torch.randn(20, 3))
     with pytest.raises(ValueError, match="das must be"):
