@@ -94,9 +94,16 @@ class Site:
         start, cache = int(self._column.min()), cache_argument(model)
         if check_flag(keep_prefix, "keep_prefix") and self._below and start and cache is not None:
             self._prefix = Prefix(start)
-        self._hidden = self._states(self._inputs, batch_size, self._prefix)
+        why = None
+        try:
+            self._hidden = self._states(self._inputs, batch_size, self._prefix)
+        except Exception as error:  # any: a model may want a cache of its own kind, or there is no room for keys
+            if self._prefix is None:
+                raise
+            why, self._prefix = f"{type(error).__name__}: {error}", None
+            self._hidden = self._states(self._inputs, batch_size)
         self.base = self._hidden[self._row, self._column]
-        self._choose()
+        self._choose(why)
 
     def logits(self, patched: Tensor, pairs: Tensor) -> Tensor:
         """Returns the logits after the last token of some base prompts whose site has other activations.
@@ -182,8 +189,12 @@ class Site:
         return {module: found[module] for module in below if module in found}, found[self._module]
 
     @torch.no_grad()
-    def _choose(self) -> None:
-        """Tries on the first prompts what can be left out: the layers below, and the tokens before the site."""
+    def _choose(self, why: str | None) -> None:
+        """Tries on the first prompts what can be left out: the layers below, and the tokens before the site.
+
+        Args:
+            why: what came up when the tokens before the site were kept.
+        """
         if not self._below:
             return
         few = torch.arange(min(4, len(self.base)), device=self.base.device)
@@ -197,8 +208,6 @@ class Site:
             if why is None:
                 return
             self.starts, self._prefix = 0, None
-        else:
-            why = None
         left = self._differs(few, expected)
         if left is None and why is None:
             return

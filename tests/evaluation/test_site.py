@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM
 
 from mfa_kernels import MFA
 from mfa_kernels.evaluation import MFAFeaturizer, Site, localize
@@ -137,6 +138,26 @@ def test_where_keys_are_not_all_that_tokens_leave_behind_they_run(model):
         inputs = prompts(TEXTS)
         whole = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits[:, -1]
     torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_a_cache_of_its_own_kind_runs_all_tokens(model, monkeypatch):
+    original = type(model).forward
+
+    @functools.wraps(original)
+    def forward(self, *given, **named):
+        if any(isinstance(value, DynamicCache) for value in named.values()):
+            raise TypeError("a cache of another kind is wanted")
+        return original(self, *given, **named)
+
+    monkeypatch.setattr(type(model), "forward", forward)
+    with pytest.warns(RuntimeWarning, match="tokens before the site of .*TypeError: a cache of another kind"):
+        site = Site(model, 1, prompts(TEXTS), prompts(OTHERS))
+    assert (site.skips, site.starts) == (True, 0)
+    monkeypatch.undo()
+    with torch.no_grad():
+        found = site.logits(site.base, torch.arange(4))
+        expected = Site(model, 1, prompts(TEXTS), prompts(OTHERS)).logits(site.base, torch.arange(4))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_below_do_not_run_again_and_come_back(model):
