@@ -33,9 +33,9 @@ RESULTS = Path("bench/results/localization.json")
 FIGURE = Path("docs/figures/localization.svg")
 COMPONENTS, PAIRS, SEEDS = 512, 1000, 3
 SITES = {  # chosen by --sites: layer and token where the whole activation carries the variable
-    "country": (9, "entity"),
-    "continent": (9, "entity"),
-    "language": (9, "entity"),
+    "country": (18, "entity"),
+    "continent": (18, "entity"),
+    "language": (18, "entity"),
     "pointer": (18, "last"),
     "answer": (24, "last"),
 }
@@ -66,10 +66,12 @@ def sweep(model: Any, tokenizer: Any, count: int) -> None:
                     site.logits, task.labels, site.base, site.source, features, mask=torch.ones(features.n_masked),
                     changes=task.changes, progress=False,
                 )  # fmt: skip
-                print(
-                    f"| {variable} | {at} | {layer} | {found.iia:.3f} | {found.cause:.3f} | {found.isolation:.3f} |",
-                    flush=True,
-                )
+                parts = " | ".join(map(_shown, (found.iia, found.cause, found.isolation)))
+                print(f"| {variable} | {at} | {layer} | {parts} |", flush=True)
+
+
+def _shown(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
 
 def measure(model: Any, tokenizer: Any, path: Path, variables: list[str], seeds: int, count: int) -> None:
