@@ -45,6 +45,7 @@ RUN = {
     "docs/serving.md": ("", ""),
     "docs/exploring.md": (BEGUN + ANSWERS, ""),
     "docs/evaluating.md": (BEGUN, "negative log-likelihood"),
+    "docs/localization.md": (BEGUN, r"\| regions \|"),
     "docs/exactness.md": (BEGUN, ""),
 }
 
