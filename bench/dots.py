@@ -44,3 +44,13 @@ def svg(panels: dict[str, dict[str, tuple[float, float, float]]], title: str) ->
             out.append(f'<path d="M{low} {y}H{high}" stroke="{color}" stroke-width="2"/>')
             out.append(f'<circle cx="{value}" cy="{y}" r="3.5" fill="{color}"/>')
     return "\n".join([*out, "</svg>\n"])
+
+
+def overview(panels: dict[str, dict[str, tuple[float, float, float]]]) -> str:
+    """The same values as a table in Markdown, a column for each panel."""
+    names = list(dict.fromkeys(name for panel in panels.values() for name in panel))
+    lines = ["| | " + " | ".join(panels) + " |", "|---|" + "---|" * len(panels)]
+    for name in names:
+        cells = ["{:.3f} ({:.2f} to {:.2f})".format(*panel[name]) if name in panel else "" for panel in panels.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

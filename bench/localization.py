@@ -128,13 +128,18 @@ def draw(path: Path, figure: Path) -> None:
     print(f"{known['processor']}, {known['threads']} threads")
     panels = {}
     for variable, told in known["variables"].items():
-        results = [Result(runs=(), **{n: v for n, v in told["results"][m].items() if n != "seconds"}) for m in METHODS]
+        results = [
+            Result(runs=(), **{n: v for n, v in told["results"][m].items() if n != "seconds"})
+            for m in METHODS
+            if m in told["results"]
+        ]
         title = f"{variable}, layer {told['layer']}, {told['at']} token"
         print(
             f"\n**{title}**: {told['pairs']} pairs, {told['judged']} judged; {told['accuracy']:.0%} of prompts right\n"
         )
         print(comparison.table(results))
         panels[title] = {one.method: (one.iia, one.low, one.high) for one in results}
+    print(f"\n{dots.overview(panels)}")
     atomic_write_text(figure, dots.svg(panels, "Interchange intervention accuracy, 95% intervals"))
     print(f"\nwritten: {figure}")
 

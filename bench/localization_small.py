@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from bench import dots
 from bench.race import processor
 from mfa_kernels import fit, kmeans
-from mfa_kernels.common.files import atomic_write_json
+from mfa_kernels.common.files import atomic_write_json, atomic_write_text
 from mfa_kernels.evaluation import Site, comparison
 from mfa_kernels.evaluation.comparison import Baselines, Result, compare
 from mfa_kernels.evaluation.localization import LinearFeaturizer, localize
@@ -30,6 +31,7 @@ from mfa_kernels.evaluation.tasks import Pair, Task
 from mfa_kernels.interpret import associate
 
 RESULTS = Path("bench/results/localization-small.json")
+FIGURE = Path("docs/figures/localization-small.svg")
 ATTRIBUTES = {"country": 20, "continent": 5, "language": 10}
 SIZES = {"mark": 3 + len(ATTRIBUTES), "color": 12, "object": 20, "letter": 26, "entity": 200, **ATTRIBUTES}
 FIRST = dict(zip(SIZES, [0, *torch.tensor(list(SIZES.values())).cumsum(0).tolist()]))
@@ -251,16 +253,23 @@ def measure(path: Path, seeds: int, steps: int) -> None:
     print(f"{time.perf_counter() - started:.0f} s in all")
 
 
-def draw(path: Path) -> None:
-    """Prints the tables."""
+def draw(path: Path, figure: Path) -> None:
+    """Prints the tables, and writes the figure."""
     known = json.loads(path.read_text())
     print(f"{known['processor']}, {known['threads']} threads")
+    panels = {}
     for told in known["sites"]:
+        title = f"{told['variable']}, {told['at']} token, layer {told['layer']}"
         print(
-            f"\n**{told['variable']}, {told['at']} token, layer {told['layer']}**: {told['accuracy']:.1%} of prompts "
-            f"right; NMI of region and variable {told['nmi']:.3f} (shuffled {told['nmi_null']:.3f})\n"
+            f"\n**{title}**: {told['accuracy']:.1%} of prompts right; NMI of region and variable {told['nmi']:.3f} "
+            f"(shuffled {told['nmi_null']:.3f})\n"
         )
-        print(comparison.table([Result(runs=(), **one) for one in told["results"]]))
+        results = [Result(runs=(), **one) for one in told["results"]]
+        print(comparison.table(results))
+        panels[title] = {one.method: (one.iia, one.low, one.high) for one in results}
+    print(f"\n{dots.overview(panels)}")
+    atomic_write_text(figure, dots.svg(panels, "A trained model of three layers: IIA, 95% intervals"))
+    print(f"\nwritten: {figure}")
 
 
 def main() -> None:
@@ -274,7 +283,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.draw:
-        draw(options.out)
+        draw(options.out, FIGURE)
     else:
         measure(options.out, options.seeds, options.steps)
 
