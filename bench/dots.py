@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from html import escape
+from pathlib import Path
 
 from bench.curves import COLORS
+from mfa_kernels.common.files import atomic_write_text
+from mfa_kernels.evaluation import comparison
 
 _PANEL, _ROW, _NAMES, _TOP, _GAP = 200, 18, 96, 52, 16
 
@@ -54,3 +57,14 @@ def overview(panels: dict[str, dict[str, tuple[float, float, float]]]) -> str:
         cells = ["{:.3f} ({:.2f} to {:.2f})".format(*panel[name]) if name in panel else "" for panel in panels.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def told(sites: list[tuple[str, str, list[comparison.Result]]], title: str, figure: Path) -> None:
+    """Prints the results of several sites, (name, what is said of it, results), and writes their figure."""
+    panels = {}
+    for name, about, results in sites:
+        print(f"\n**{name}**: {about}\n\n{comparison.table(results)}")
+        panels[name] = {one.method: (one.iia, one.low, one.high) for one in results}
+    print(f"\n{overview(panels)}")
+    atomic_write_text(figure, svg(panels, title))
+    print(f"\nwritten: {figure}")

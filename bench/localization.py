@@ -23,7 +23,7 @@ import torch
 from bench import dots, real
 from bench.race import processor
 from mfa_kernels import kmeans
-from mfa_kernels.common.files import atomic_write_json, atomic_write_text
+from mfa_kernels.common.files import atomic_write_json
 from mfa_kernels.evaluation import comparison, tasks
 from mfa_kernels.evaluation.comparison import METHODS, Baselines, Result, compare
 from mfa_kernels.evaluation.localization import LinearFeaturizer, localize
@@ -76,7 +76,12 @@ def _shown(value: float | None) -> str:
 
 def measure(model: Any, tokenizer: Any, path: Path, variables: list[str], seeds: int, count: int) -> None:
     """Runs all methods that are not in the file yet, and writes each when it is done."""
-    known = json.loads(path.read_text()) if path.exists() else {"processor": processor(), "threads": 2, "variables": {}}
+    here = {"processor": processor(), "threads": torch.get_num_threads()}
+    known = json.loads(path.read_text()) if path.exists() else {**here, "variables": {}}
+    if {name: known[name] for name in here} != here:
+        raise ValueError(
+            f"{path} is of {known['processor']}, {known['threads']} threads, not of {here}: name another --out"
+        )
     made: dict[int, Baselines] = {}
     for variable in variables:
         layer, at = SITES[variable]
@@ -126,22 +131,16 @@ def draw(path: Path, figure: Path) -> None:
     """Prints the tables, and writes the figure."""
     known = json.loads(path.read_text())
     print(f"{known['processor']}, {known['threads']} threads")
-    panels = {}
+    sites = []
     for variable, told in known["variables"].items():
         results = [
             Result(runs=(), **{n: v for n, v in told["results"][m].items() if n != "seconds"})
             for m in METHODS
             if m in told["results"]
         ]
-        title = f"{variable}, layer {told['layer']}, {told['at']} token"
-        print(
-            f"\n**{title}**: {told['pairs']} pairs, {told['judged']} judged; {told['accuracy']:.0%} of prompts right\n"
-        )
-        print(comparison.table(results))
-        panels[title] = {one.method: (one.iia, one.low, one.high) for one in results}
-    print(f"\n{dots.overview(panels)}")
-    atomic_write_text(figure, dots.svg(panels, "Interchange intervention accuracy, 95% intervals"))
-    print(f"\nwritten: {figure}")
+        about = f"{told['pairs']} pairs, {told['judged']} judged; {told['accuracy']:.0%} of prompts right"
+        sites.append((f"{variable}, layer {told['layer']}, {told['at']} token", about, results))
+    dots.told(sites, "Interchange intervention accuracy, 95% intervals", figure)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench import dots
 from bench.race import processor
 from mfa_kernels import fit, kmeans
-from mfa_kernels.common.files import atomic_write_json, atomic_write_text
+from mfa_kernels.common.files import atomic_write_json
 from mfa_kernels.evaluation import Site, comparison
 from mfa_kernels.evaluation.comparison import Baselines, Result, compare
 from mfa_kernels.evaluation.localization import LinearFeaturizer, localize
@@ -257,19 +257,15 @@ def draw(path: Path, figure: Path) -> None:
     """Prints the tables, and writes the figure."""
     known = json.loads(path.read_text())
     print(f"{known['processor']}, {known['threads']} threads")
-    panels = {}
+    sites = []
     for told in known["sites"]:
-        title = f"{told['variable']}, {told['at']} token, layer {told['layer']}"
-        print(
-            f"\n**{title}**: {told['accuracy']:.1%} of prompts right; NMI of region and variable {told['nmi']:.3f} "
-            f"(shuffled {told['nmi_null']:.3f})\n"
+        about = (
+            f"{told['pairs']} pairs, {told['judged']} judged; {told['accuracy']:.1%} of prompts right; NMI of region "
+            f"and variable {told['nmi']:.3f} (shuffled {told['nmi_null']:.3f})"
         )
         results = [Result(runs=(), **one) for one in told["results"]]
-        print(comparison.table(results))
-        panels[title] = {one.method: (one.iia, one.low, one.high) for one in results}
-    print(f"\n{dots.overview(panels)}")
-    atomic_write_text(figure, dots.svg(panels, "A trained model of three layers: IIA, 95% intervals"))
-    print(f"\nwritten: {figure}")
+        sites.append((f"{told['variable']}, {told['at']} token, layer {told['layer']}", about, results))
+    dots.told(sites, "A trained model of three layers: IIA, 95% intervals", figure)
 
 
 def main() -> None:

@@ -92,6 +92,12 @@ class TopKSAE(nn.Module):
             seed: of the start and of the order.
             device: to train on, where the autoencoder stays.
             progress: show a bar when it takes more than two seconds.
+
+        Returns:
+            The autoencoder, without gradients.
+
+        Raises:
+            ValueError: the activations that a step would be made of are not finite, or an argument does not fit.
         """
         source = as_source(activations)
         generator = torch.Generator().manual_seed(check_integer(seed, "seed"))
@@ -110,6 +116,8 @@ class TopKSAE(nn.Module):
                     for group in optimizer.param_groups:
                         group["lr"] = lr * min(1.0, 5 * (steps - step) / steps)
                     loss = sae._loss(source.rows(numbers.sort().values).to(device).float(), idle)
+                    if not bool(loss.isfinite()):
+                        raise ValueError("activations must be finite, and some rows are not: leave them out")
                     optimizer.zero_grad()
                     loss.backward()
                     optimizer.step()

@@ -61,3 +61,7 @@ def test_what_does_not_fit_is_named(planted):
         TopKSAE(D, 40, 4).encode(x[:, :3])
     with pytest.raises(ValueError, match="lr must be"):
         TopKSAE.fit(x, 40, 4, lr=0.0, progress=False)
+    broken = x[:500].clone()
+    broken[3, 2] = torch.inf
+    with pytest.raises(ValueError, match="activations must be finite"):
+        TopKSAE.fit(broken, 40, 4, progress=False)
